@@ -1,0 +1,63 @@
+"""y = x W^T + b with an NVFP4 weight, forward and backward, in plain PyTorch.
+
+This is the reference of the training layer and what runs where no faster kernel exists. The weight is unpacked
+for the duration of one matrix product; the backward pass unpacks it again from the packed bytes, so no
+16-bit copy outlives a call.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from qerl_verl.kernels.nvfp4_dequantize import block_values_nvfp4
+
+
+class _NVFP4Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, packed, scale, alpha, bias):
+        ctx.save_for_backward(packed, scale)
+        ctx.alpha = alpha
+        return nvfp4_linear_reference(x, packed, scale, alpha, bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        packed, scale = ctx.saved_tensors
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            weight = block_values_nvfp4(packed, scale, grad.dtype)
+            grad_x = _scaled_mm(grad.reshape(-1, grad.shape[-1]), weight, ctx.alpha, None)
+            grad_x = grad_x.view(*grad.shape[:-1], weight.shape[1])
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[4] else None
+        return grad_x, None, None, None, grad_bias
+
+
+def _scaled_mm(a: torch.Tensor, b: torch.Tensor, alpha: float, bias: torch.Tensor | None) -> torch.Tensor:
+    """``alpha * a @ b + bias`` with ``alpha`` applied to the accumulator, before the one rounding of the output."""
+    if bias is None:
+        return torch.addmm(a.new_zeros(b.shape[1]), a, b, beta=0, alpha=alpha)
+    return torch.addmm(bias.to(a.dtype), a, b, alpha=alpha)
+
+
+def nvfp4_linear_reference(x, packed, scale, alpha, bias=None) -> torch.Tensor:
+    """The forward pass of :func:`nvfp4_linear` without autograd."""
+    weight = block_values_nvfp4(packed, scale, x.dtype)
+    y = _scaled_mm(x.reshape(-1, x.shape[-1]), weight.t(), alpha, bias)
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def nvfp4_linear(
+    x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, alpha: float, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """``y = alpha * x (e2m1 * scale)^T + bias``, differentiable in ``x`` and ``bias``.
+
+    Args:
+        x: ``[..., K]`` bfloat16, float16, float32 or float64.
+        packed: ``[N, K / 2]`` uint8, two E2M1 codes a byte, low nibble first.
+        scale: ``[N, K / 16]`` float8_e4m3fn, or the same bytes as uint8.
+        alpha: 1 / ``weight_global_scale``, applied to the accumulator.
+        bias: ``[N]`` or None.
+
+    Returns:
+        ``[..., N]`` in ``x.dtype``. Saves ``packed`` and ``scale`` for the backward pass, nothing in 16 bits.
+    """
+    return _NVFP4Linear.apply(x, packed, scale, alpha, bias)

