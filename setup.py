@@ -18,18 +18,19 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=[*find_packages(include=["qerl_verl", "qerl_verl.*"]), "qerl_verl.kernels"],
-    package_dir={"qerl_verl.kernels": "kernels"},
+    packages=[*find_packages(include=["qerl_verl", "qerl_verl.*"]), "qerl_verl.kernels", "hydra_plugins"],
+    package_dir={"qerl_verl.kernels": "kernels", "hydra_plugins": "qerl_verl/config/hydra_plugins"},
     package_data={"qerl_verl": ["config/**/*.yaml"], "qerl_verl.kernels": ["*.cu", "*.cuh"]},
     install_requires=[
         "verl>=0.9.1,<0.10",
         "hydra-core>=1.3,<1.4",
         "transformers>=5.5.3,<5.11",
-        "peft>=0.17,<0.22",
+        "peft>=0.21,<0.22",
         "safetensors>=0.5",
         "filelock>=3.12",
         "numpy>=2.0",
         "tqdm",
+        "wrapt>=1.16",
     ],
     extras_require={
         # verl 0.9.1's own pin of vLLM, with CUDA

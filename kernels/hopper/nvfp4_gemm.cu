@@ -1,0 +1,464 @@
+// y = alpha x (e2m1 * scale)^T + bias on Hopper: bfloat16 activations, prepacked NVFP4 weight (nvfp4_format.cuh).
+//
+// The product is computed transposed, y^T = W x^T: 64 output channels are the M of a wgmma and the tokens its N, so the
+// weight is the register operand. It goes from shared memory to registers once, is decoded there, two weights an
+// instruction, and never exists in 16 bits in any memory; the activations go from the copy engine to the tensor
+// cores untouched. One producer warp keeps all stages of the pipeline in flight, consumer warpgroups own 64 * MW output
+// channels each.
+//
+// Work is divided into equal shares of consecutive (tile, step along k) pairs, one share a thread block, whatever the
+// shape. A tile that is cut by a border between shares is finished by the block that comes last, which adds the
+// other blocks' float32 partial tiles in a fixed order: the result does not depend on timing.
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+#include "nvfp4_format.cuh"
+#include "wgmma.cuh"
+
+namespace qerl {
+namespace {
+
+constexpr int kCounterSlots = 64;     // streams that may run the kernel at the same time
+constexpr int kCountersPerSlot = 2048;
+__device__ unsigned int counters[kCounterSlots * kCountersPerSlot];  // zero between launches
+
+struct Params {
+  const uint8_t* packed;
+  const uint8_t* scale;
+  const __nv_bfloat16* bias;
+  __nv_bfloat16* y;
+  float* workspace;
+  unsigned int* counter;
+  float alpha;
+  int m, n, k;
+  int row_units;    // n / 64
+  int k_units;      // k / 64
+  int token_tiles;  // innermost in the tile order
+  int k_steps;      // k / (64 * KB)
+  int total;        // tiles * k_steps
+  int keep_weights; // tiles of several token ranges read them again
+};
+
+// ---------------------------------------------------------------------------------------------- instructions
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+__device__ __forceinline__ void barrier_init(uint32_t bar, int count) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(bar), "r"(count));
+}
+__device__ __forceinline__ void barrier_expect(uint32_t bar, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void barrier_arrive(uint32_t bar) {
+  asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(bar) : "memory");
+}
+__device__ __forceinline__ void barrier_wait(uint32_t bar, uint32_t parity) {
+  asm volatile(
+      "{\n.reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n"
+      "@done bra finished;\n"
+      "bra again;\n"
+      "finished:\n}" ::"r"(bar), "r"(parity)
+      : "memory");
+}
+__device__ __forceinline__ void bulk_load(uint32_t dst, const void* src, int bytes, uint32_t bar, uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(dst),
+      "l"(src), "r"(bytes), "r"(bar), "l"(policy)
+      : "memory");
+}
+__device__ __forceinline__ void tensor_load(uint32_t dst, const CUtensorMap* map, int k, int token, uint32_t bar) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(dst),
+      "l"(map), "r"(k), "r"(token), "r"(bar)
+      : "memory");
+}
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int PENDING>
+__device__ __forceinline__ void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+__device__ __forceinline__ void named_barrier(int id) { asm volatile("bar.sync %0, 128;" ::"r"(id) : "memory"); }
+__device__ __forceinline__ uint32_t transpose8x8(uint32_t v) {
+  uint32_t d;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(v));
+  return d;
+}
+// Keeps the compiler from computing `v` again wherever it is used.
+__device__ __forceinline__ uint32_t opaque(uint32_t v) {
+  asm volatile("" : "+r"(v));
+  return v;
+}
+// K-major operand in shared memory with 128-byte rows and swizzle: groups of 8 rows are 1024 bytes apart.
+__device__ __forceinline__ uint64_t operand_descriptor(uint32_t address) {
+  return (static_cast<uint64_t>(1) << 62) | (static_cast<uint64_t>(1024 >> 4) << 32) | (static_cast<uint64_t>(1) << 16) |
+         ((address & 0x3FFFF) >> 4);
+}
+
+__device__ __forceinline__ int share_begin(int block, int total, int blocks) {
+  return static_cast<int>(static_cast<long long>(total) * block / blocks);
+}
+__device__ __forceinline__ int share_owner(int unit, int total, int blocks) {
+  return static_cast<int>((static_cast<long long>(unit + 1) * blocks - 1) / total);
+}
+
+// ------------------------------------------------------------------------------------------------------ kernel
+// BT tokens a tile, NWG consumer warpgroups of MW * 64 channels each, KB * 64 columns and one barrier pair a stage.
+template <int BT_, int NWG_, int MW_, int KB_, int STAGES_, int BLOCKS_PER_SM_>
+struct Config {
+  static constexpr int BT = BT_, NWG = NWG_, MW = MW_, KB = KB_, STAGES = STAGES_, BLOCKS_PER_SM = BLOCKS_PER_SM_;
+  static constexpr int ROW_UNITS = NWG * MW;
+  static constexpr int X_BYTES = KB * BT * 128;
+  static constexpr int W_BYTES = ROW_UNITS * KB * kUnitCodeBytes;
+  static constexpr int S_BYTES = ROW_UNITS * KB * kUnitScaleBytes;
+  static constexpr int SHARED = 1024 + STAGES * (X_BYTES + W_BYTES + S_BYTES + 16);
+  static constexpr int THREADS = (NWG + 1) * 128;
+  // Registers a thread at launch, and how setmaxnreg divides them between the roles.
+  static constexpr int LAUNCH_REGS = 65536 / (THREADS * BLOCKS_PER_SM) / 8 * 8;
+  static constexpr int PRODUCER_REGS = 24;
+  static constexpr int CONSUMER_REGS_FREE = (LAUNCH_REGS * (NWG + 1) - PRODUCER_REGS) / NWG / 8 * 8;
+  static constexpr int CONSUMER_REGS = CONSUMER_REGS_FREE > 240 ? 240 : CONSUMER_REGS_FREE;
+  static constexpr int ACC = BT / 2;
+  static_assert(SHARED * BLOCKS_PER_SM + BLOCKS_PER_SM * 1024 <= 228 * 1024, "stages do not fit");
+};
+
+template <typename C>
+__global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM)
+    gemm_kernel(const __grid_constant__ CUtensorMap x_map, const Params p) {
+  extern __shared__ uint8_t shared_raw[];
+  __shared__ int last_flag[C::NWG];
+  const uint32_t base = opaque((shared_address(shared_raw) + 1023u) & ~1023u);
+  const uint32_t x_base = base;
+  const uint32_t w_base = x_base + C::STAGES * C::X_BYTES;
+  const uint32_t s_base = w_base + C::STAGES * C::W_BYTES;
+  const uint32_t full_base = s_base + C::STAGES * C::S_BYTES;
+  const uint32_t empty_base = full_base + C::STAGES * 8;
+
+  const int warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0);  // known to be the same in all lanes
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < C::STAGES; ++i) {
+      barrier_init(full_base + i * 8, 1);
+      barrier_init(empty_base + i * 8, C::NWG);
+    }
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  __syncthreads();
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+
+  const int begin = share_begin(blockIdx.x, p.total, gridDim.x);
+  const int end = share_begin(blockIdx.x + 1, p.total, gridDim.x);
+
+  if (warp >= C::NWG * 4) {
+    // -------------------------------------------------------------------------------------------- producer
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(C::PRODUCER_REGS));
+    if (threadIdx.x == C::NWG * 128) {
+      uint64_t policy;
+      if (p.keep_weights)
+        asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+      else
+        asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+
+      auto load_weights = [&](int unit, int stage) {
+        const int tile = unit / p.k_steps;
+        const int kb = (unit - tile * p.k_steps) * C::KB;
+        const int row_unit = tile / p.token_tiles * C::ROW_UNITS;
+        const uint32_t full = full_base + stage * 8;
+        const int rows = min(C::ROW_UNITS, p.row_units - row_unit);
+        barrier_expect(full, C::X_BYTES + rows * C::KB * (kUnitCodeBytes + kUnitScaleBytes));
+        for (int i = 0; i < rows; ++i) {
+          const size_t u = static_cast<size_t>(row_unit + i) * p.k_units + kb;
+          bulk_load(w_base + stage * C::W_BYTES + i * C::KB * kUnitCodeBytes, p.packed + u * kUnitCodeBytes,
+                    C::KB * kUnitCodeBytes, full, policy);
+          bulk_load(s_base + stage * C::S_BYTES + i * C::KB * kUnitScaleBytes, p.scale + u * kUnitScaleBytes,
+                    C::KB * kUnitScaleBytes, full, policy);
+        }
+      };
+      auto load_tokens = [&](int unit, int stage) {
+        const int tile = unit / p.k_steps;
+        const int kb = (unit - tile * p.k_steps) * C::KB;
+        const int token = tile % p.token_tiles * C::BT;
+#pragma unroll
+        for (int i = 0; i < C::KB; ++i)
+          tensor_load(x_base + stage * C::X_BYTES + i * C::BT * 128, &x_map, (kb + i) * kUnit, token, full_base + stage * 8);
+      };
+
+      // The weights of the first stages do not depend on the kernel before this one; the activations do.
+      const int ahead = min(end - begin, C::STAGES);
+      for (int i = 0; i < ahead; ++i) load_weights(begin + i, i);
+      asm volatile("griddepcontrol.wait;" ::: "memory");
+      for (int i = 0; i < ahead; ++i) load_tokens(begin + i, i);
+      int stage = 0;
+      uint32_t parity = 0;
+      for (int unit = begin + ahead; unit < end; ++unit) {
+        barrier_wait(empty_base + stage * 8, parity);
+        load_weights(unit, stage);
+        load_tokens(unit, stage);
+        if (++stage == C::STAGES) stage = 0, parity ^= 1;
+      }
+    }
+  } else {
+    // ------------------------------------------------------------------------------------------- consumers
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(C::CONSUMER_REGS));
+    const int wg = warp >> 2;
+    const int tid = threadIdx.x & 127;
+    const int lane = threadIdx.x & 31;
+    const int g = lane >> 2;
+    const int t = lane & 3;
+    const uint32_t w_mine = opaque(w_base + wg * C::MW * C::KB * kUnitCodeBytes + tid * 16);
+    const uint32_t s_mine = opaque(s_base + wg * C::MW * C::KB * kUnitScaleBytes + (warp & 3) * 64 + g * 8);
+
+    int stage = 0;
+    uint32_t parity = 0;
+    bool first_result = true;
+    for (int unit = begin; unit < end;) {
+      const int tile = unit / p.k_steps;
+      const int k_begin = unit - tile * p.k_steps;
+      const int k_end = min(p.k_steps, k_begin + end - unit);
+      unit += k_end - k_begin;
+
+      float acc[C::MW][C::ACC];
+#pragma unroll
+      for (int m = 0; m < C::MW; ++m)
+#pragma unroll
+        for (int i = 0; i < C::ACC; ++i) acc[m][i] = 0.0f;
+
+      int release = -1;
+      for (int step = k_begin; step < k_end; ++step) {
+        barrier_wait(full_base + stage * 8, parity);
+#pragma unroll
+        for (int kb = 0; kb < C::KB; ++kb) {
+          const uint64_t x_operand = operand_descriptor(x_base + stage * C::X_BYTES + kb * C::BT * 128);
+#pragma unroll
+          for (int m = 0; m < C::MW; ++m) {
+            uint4 q;
+            uint2 s;
+            asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                         : "=r"(q.x), "=r"(q.y), "=r"(q.z), "=r"(q.w)
+                         : "r"(w_mine + stage * C::W_BYTES + (m * C::KB + kb) * kUnitCodeBytes));
+            asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
+                         : "=r"(s.x), "=r"(s.y)
+                         : "r"(s_mine + stage * C::S_BYTES + (m * C::KB + kb) * kUnitScaleBytes));
+            uint32_t a[4][4];
+            decode_unit(q, s, a);
+            wgmma_fence();
+#pragma unroll
+            for (int j = 0; j < 4; ++j) Wgmma<C::BT>::mma(acc[m], a[j], x_operand + j * 2);
+            wgmma_commit();
+            wgmma_wait<1>();
+            if (kb == 0 && m == 0 && release >= 0 && tid == 0) barrier_arrive(empty_base + release * 8);
+          }
+        }
+        release = stage;
+        if (++stage == C::STAGES) stage = 0, parity ^= 1;
+      }
+      wgmma_wait<0>();
+      if (tid == 0) barrier_arrive(empty_base + release * 8);
+
+      if (first_result) {
+        asm volatile("griddepcontrol.wait;" ::: "memory");
+        first_result = false;
+      }
+
+      // ------------------------------------------------------------------------------- partial tiles
+      if (k_begin != 0 || k_end != p.k_steps) {
+        const int first_block = share_owner(tile * p.k_steps, p.total, gridDim.x);
+        const int last_block = share_owner(tile * p.k_steps + p.k_steps - 1, p.total, gridDim.x);
+        const unsigned int others = last_block - first_block;
+        unsigned int* counter = p.counter + first_block * C::NWG + wg;
+        constexpr int kVectors = C::MW * C::ACC / 4;
+        auto slot = [&](int block) {  // a block's piece that begins its tile has slot 1, any other slot 0
+          return reinterpret_cast<float4*>(p.workspace) +
+                 (static_cast<size_t>(2 * block + (block == first_block)) * C::NWG + wg) * kVectors * 128 + tid;
+        };
+        float4* mine = slot(blockIdx.x);
+#pragma unroll
+        for (int v = 0; v < kVectors; ++v) {
+          const float* a = &acc[v * 4 / C::ACC][v * 4 % C::ACC];
+          __stcg(mine + v * 128, make_float4(a[0], a[1], a[2], a[3]));
+        }
+        __threadfence();
+        named_barrier(1 + wg);
+        if (tid == 0) {
+          const bool last = atomicAdd(counter, 1u) == others;
+          if (last) *counter = 0;
+          last_flag[wg] = last;
+          __threadfence();
+        }
+        named_barrier(1 + wg);
+        if (!last_flag[wg]) continue;
+        constexpr int kGroup = kVectors < 4 ? kVectors : 4;
+#pragma unroll
+        for (int v0 = 0; v0 < kVectors; v0 += kGroup) {
+          float4 sum[kGroup];
+#pragma unroll
+          for (int v = 0; v < kGroup; ++v) sum[v] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll 2
+          for (int block = first_block; block <= last_block; ++block) {
+            const float4* other = slot(block) + v0 * 128;
+#pragma unroll
+            for (int v = 0; v < kGroup; ++v) {
+              const float4 part = __ldcg(other + v * 128);
+              sum[v].x += part.x, sum[v].y += part.y, sum[v].z += part.z, sum[v].w += part.w;
+            }
+          }
+#pragma unroll
+          for (int v = 0; v < kGroup; ++v) {
+            float* a = &acc[(v0 + v) * 4 / C::ACC][(v0 + v) * 4 % C::ACC];
+            a[0] = sum[v].x, a[1] = sum[v].y, a[2] = sum[v].z, a[3] = sum[v].w;
+          }
+        }
+      }
+
+      // --------------------------------------------------------------------------------------- output
+      const int token0 = tile % p.token_tiles * C::BT;
+      const int row_unit = tile / p.token_tiles * C::ROW_UNITS + wg * C::MW;
+#pragma unroll
+      for (int m = 0; m < C::MW; ++m) {
+        if (row_unit + m >= p.row_units) break;
+        const int channel = (row_unit + m) * kUnit + (warp & 3) * 16;
+        float bias0 = 0.0f, bias1 = 0.0f;
+        if (p.bias != nullptr) {
+          bias0 = __bfloat162float(p.bias[channel + g]);
+          bias1 = __bfloat162float(p.bias[channel + g + 8]);
+        }
+#pragma unroll
+        for (int i = 0; i < C::BT / 8; ++i) {
+          // channels g and g + 8 of tokens 2 t, 2 t + 1 -> channels 2 t, 2 t + 1 (and + 8) of token g
+          const float* a = &acc[m][i * 4];
+          __nv_bfloat162 lo = __floats2bfloat162_rn(fmaf(a[0], p.alpha, bias0), fmaf(a[1], p.alpha, bias0));
+          __nv_bfloat162 hi = __floats2bfloat162_rn(fmaf(a[2], p.alpha, bias1), fmaf(a[3], p.alpha, bias1));
+          const uint32_t out_lo = transpose8x8(*reinterpret_cast<uint32_t*>(&lo));
+          const uint32_t out_hi = transpose8x8(*reinterpret_cast<uint32_t*>(&hi));
+          const int token = token0 + i * 8 + g;
+          if (token < p.m) {
+            uint32_t* dst = reinterpret_cast<uint32_t*>(p.y + static_cast<size_t>(token) * p.n + channel);
+            dst[t] = out_lo;
+            dst[t + 4] = out_hi;
+          }
+        }
+      }
+    }
+  }
+}
+
+// -------------------------------------------------------------------------------------------------------- host
+using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*,
+                                 const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
+                                 CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+EncodeTiled encode_tiled = nullptr;
+unsigned int* counter_base = nullptr;
+
+template <typename C>
+int prepare() {
+  return cudaFuncSetAttribute(gemm_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, C::SHARED);
+}
+
+template <typename C>
+int launch(const void* x, Params p, int blocks, int pdl, cudaStream_t stream) {
+  p.k_steps = p.k / (kUnit * C::KB);
+  p.token_tiles = (p.m + C::BT - 1) / C::BT;
+  p.total = (p.row_units + C::ROW_UNITS - 1) / C::ROW_UNITS * p.token_tiles * p.k_steps;
+  p.keep_weights = p.token_tiles > 1;
+
+  CUtensorMap map;
+  const cuuint64_t dims[2] = {static_cast<cuuint64_t>(p.k), static_cast<cuuint64_t>(p.m)};
+  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(p.k) * 2};
+  const cuuint32_t box[2] = {kUnit, static_cast<cuuint32_t>(C::BT)};
+  const cuuint32_t steps[2] = {1, 1};
+  if (encode_tiled(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void*>(x), dims, strides, box, steps,
+                   CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                   CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) != CUDA_SUCCESS)
+    return -2;
+
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(blocks);
+  config.blockDim = dim3(C::THREADS);
+  config.dynamicSmemBytes = C::SHARED;
+  config.stream = stream;
+  cudaLaunchAttribute attribute[1];
+  attribute[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute[0].val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = attribute;
+  config.numAttrs = pdl ? 1 : 0;
+  return cudaLaunchKernelEx(&config, gemm_kernel<C>, map, p);
+}
+
+struct Entry {
+  int bt, nwg, mw, kb, stages, blocks_per_sm;
+  int (*prepare)();
+  int (*launch)(const void*, Params, int, int, cudaStream_t);
+};
+template <typename C>
+constexpr Entry entry() {
+  return {C::BT, C::NWG, C::MW, C::KB, C::STAGES, C::BLOCKS_PER_SM, prepare<C>, launch<C>};
+}
+const Entry entries[] = {
+    // BT, NWG, MW, KB, stages, blocks per SM
+    entry<Config<8, 4, 1, 2, 10, 1>>(),     // 0
+    entry<Config<8, 2, 1, 2, 9, 2>>(),      // 1
+    entry<Config<8, 2, 2, 1, 10, 2>>(),     // 2
+    entry<Config<16, 4, 1, 2, 10, 1>>(),    // 3
+    entry<Config<16, 2, 1, 2, 8, 2>>(),     // 4
+    entry<Config<16, 2, 2, 1, 9, 2>>(),     // 5
+    entry<Config<32, 4, 1, 2, 8, 1>>(),     // 6
+    entry<Config<32, 2, 1, 2, 6, 2>>(),     // 7
+    entry<Config<32, 2, 2, 1, 8, 2>>(),     // 8
+    entry<Config<64, 4, 1, 2, 6, 1>>(),     // 9
+    entry<Config<64, 2, 1, 1, 8, 2>>(),     // 10
+    entry<Config<64, 2, 2, 1, 6, 2>>(),     // 11
+    entry<Config<128, 2, 2, 1, 8, 1>>(),    // 12
+    entry<Config<128, 2, 1, 1, 10, 1>>(),   // 13
+    entry<Config<128, 4, 1, 1, 8, 1>>(),    // 14
+    entry<Config<256, 2, 1, 1, 6, 1>>(),    // 15
+};
+constexpr int kEntries = sizeof(entries) / sizeof(entries[0]);
+
+}  // namespace
+}  // namespace qerl
+
+// Called once for each device before the first launch (and before any graph capture).
+extern "C" int qerl_nvfp4_prepare() {
+  using namespace qerl;
+  cudaDriverEntryPointQueryResult found;
+  void* function = nullptr;
+  int error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
+  if (error != cudaSuccess) return error;
+  encode_tiled = reinterpret_cast<EncodeTiled>(function);
+  error = cudaGetSymbolAddress(reinterpret_cast<void**>(&counter_base), counters);
+  if (error != cudaSuccess) return error;
+  for (const Entry& e : entries)
+    if ((error = e.prepare()) != cudaSuccess) return error;
+  return 0;
+}
+
+extern "C" int qerl_nvfp4_config_count() { return qerl::kEntries; }
+
+// BT, NWG, MW, KB, stages, blocks per SM
+extern "C" void qerl_nvfp4_config(int index, int* out) {
+  const qerl::Entry& e = qerl::entries[index];
+  const int v[6] = {e.bt, e.nwg, e.mw, e.kb, e.stages, e.blocks_per_sm};
+  for (int i = 0; i < 6; ++i) out[i] = v[i];
+}
+
+extern "C" int qerl_nvfp4_gemm(const void* x, const void* packed, const void* scale, float alpha, const void* bias, void* y,
+                               int m, int n, int k, int config, int blocks, void* workspace, int counter_slot, int pdl,
+                               cudaStream_t stream) {
+  using namespace qerl;
+  if (config < 0 || config >= kEntries || counter_slot < 0 || counter_slot >= kCounterSlots) return -1;
+  if (n % kUnit || k % (kUnit * entries[config].kb) || blocks * entries[config].nwg > kCountersPerSlot * (workspace ? 1 : 1 << 12))
+    return -1;
+  Params p = {};
+  p.packed = static_cast<const uint8_t*>(packed);
+  p.scale = static_cast<const uint8_t*>(scale);
+  p.bias = static_cast<const __nv_bfloat16*>(bias);
+  p.y = static_cast<__nv_bfloat16*>(y);
+  p.workspace = static_cast<float*>(workspace);
+  p.counter = counter_base + counter_slot * kCountersPerSlot;
+  p.alpha = alpha * kFragmentUnit;
+  p.m = m, p.n = n, p.k = k;
+  p.row_units = n / kUnit;
+  p.k_units = k / kUnit;
+  return entries[config].launch(x, p, blocks, pdl, stream);
+}

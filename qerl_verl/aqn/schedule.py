@@ -1,0 +1,66 @@
+"""Which noise level a training step has (QeRL, arXiv 2510.11696, Eq. 8 and Algorithm 1)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from qerl_verl.config.settings import AQNSettings
+
+
+@dataclass(frozen=True)
+class AQNSchedule:
+    """sigma by training step.
+
+    ``total_steps`` are cut into K stages of equal length. Stage 0 is without noise. Stage k = 1 .. K-1 has, with
+    t = (k - 1) / (K - 2):
+
+    - exponential: sigma_start * (sigma_end / sigma_start) ** t
+    - linear: sigma_start + (sigma_end - sigma_start) * t
+    - cosine: sigma_end + (sigma_start - sigma_end) * (1 + cos(pi t)) / 2
+    - logarithmic: sigma_start + (sigma_end - sigma_start) * log(1 + (e - 1) t)
+
+    Eq. 8 as printed divides by K - 1 and so never reaches sigma_end; with t as above the last stage has exactly sigma_end.
+    With K = 2 the one noisy stage is the last, so it has sigma_end. A run of fewer steps than stages has one stage
+    a step.
+    """
+
+    settings: AQNSettings
+    total_steps: int
+
+    def __post_init__(self):
+        if self.total_steps < 1:
+            raise ValueError(f"the run has {self.total_steps} training steps; at least one is needed")
+
+    @property
+    def num_stages(self) -> int:
+        """K, or the number of steps where that is smaller."""
+        return min(self.settings.num_stages, self.total_steps)
+
+    def stage(self, step: int) -> int:
+        """Stage of a step. Args: step: 1 .. total_steps, as verl counts (``global_steps``); later ones stay in the last stage."""
+        if step < 1:
+            raise ValueError(f"training steps count from 1, got {step}")
+        return min((step - 1) * self.num_stages // self.total_steps, self.num_stages - 1)
+
+    def sigma_of_stage(self, stage: int) -> float:
+        """Standard deviation of the noise in a stage, 0.0 for stage 0 and where the noise is off."""
+        s = self.settings
+        if stage == 0 or not s.enable:
+            return 0.0
+        if stage == self.num_stages - 1:
+            return s.sigma_end
+        t = (stage - 1) / (self.num_stages - 2)
+        if s.schedule == "exponential":
+            return s.sigma_start * (s.sigma_end / s.sigma_start) ** t
+        if s.schedule == "linear":
+            return s.sigma_start + (s.sigma_end - s.sigma_start) * t
+        if s.schedule == "cosine":
+            return s.sigma_end + (s.sigma_start - s.sigma_end) * (1 + math.cos(math.pi * t)) / 2
+        if s.schedule == "logarithmic":
+            return s.sigma_start + (s.sigma_end - s.sigma_start) * math.log1p((math.e - 1) * t)
+        raise ValueError(f"unknown schedule {s.schedule!r}")
+
+    def sigma(self, step: int) -> float:
+        """Standard deviation of the noise under which a step samples."""
+        return self.sigma_of_stage(self.stage(step))

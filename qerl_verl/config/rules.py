@@ -1,0 +1,246 @@
+"""What the switch sets in verl's configuration, and what it refuses.
+
+Three kinds of rules, applied in the driver before Ray starts:
+
+- :data:`DEFAULTS` and :data:`CPU_DEFAULTS` replace a value that is still verl's own default. A value from the command line
+  or from a recipe stays.
+- :func:`force` sets what QeRL cannot run without, whoever set the key before.
+- :func:`find_problems` names combinations that cannot work, each with its key and the cure.
+
+Importable without torch, verl or vLLM.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from typing import Any, Callable
+
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+WORKER_EXTENSION = "qerl_verl.rollout.worker.QeRLWorkerExtension"
+TRAINER_MODES = {"sync": "qerl_sync", "colocate_async": "qerl_colocate_async"}
+"""verl's trainer modes that run with QeRL, and the names our trainers are registered under."""
+
+MODEL = "actor_rollout_ref.model"
+ROLLOUT = "actor_rollout_ref.rollout"
+ACTOR = "actor_rollout_ref.actor"
+
+
+@dataclass(frozen=True)
+class Default:
+    """``key`` becomes ``value`` where it still has verl's ``stock`` value (None: also where it is absent)."""
+
+    key: str
+    stock: Any
+    value: Any
+    why: str
+
+
+DEFAULTS = (
+    Default(f"{MODEL}.lora_rank", 0, 32, "QeRL trains LoRA adapters; rank 32 is the paper's"),
+    Default(f"{MODEL}.lora_alpha", 16, 32, "scaling 1 at rank 32"),
+    Default(f"{ROLLOUT}.name", None, "vllm", "the NVFP4 rollout runs in vLLM"),
+    Default("algorithm.rollout_correction.rollout_is", None, "token", "samples come from the noised policy: truncated "
+            "importance sampling, token by token"),
+)  # fmt: skip
+
+CPU_DEFAULTS = (
+    Default("trainer.n_gpus_per_node", 8, 1, "one slot on the CPU"),
+    Default(f"{ROLLOUT}.tensor_model_parallel_size", 2, 1, "one slot on the CPU"),
+    Default(f"{ROLLOUT}.enforce_eager", False, True, "no CUDA graphs on the CPU"),
+    Default(f"{ROLLOUT}.free_cache_engine", True, False, "vLLM cannot sleep on the CPU"),
+    Default(f"{ROLLOUT}.enable_sleep_mode", None, False, "vLLM cannot sleep on the CPU"),
+    Default(f"{ROLLOUT}.agent.num_workers", 8, 1, "few cores"),
+    Default(f"{ROLLOUT}.checkpoint_engine.update_weights_bucket_megabytes", 2048, 64, "shared memory is main memory"),
+    Default(f"{ROLLOUT}.max_num_batched_tokens", 8192, 2048, "few cores"),
+    Default("reward.num_workers", 8, 1, "few cores"),
+    Default("data.dataloader_num_workers", 8, 0, "few cores"),
+    Default("transfer_queue.backend.SimpleStorage.num_data_storage_units", 8, 1, "few cores"),
+    Default(f"{ACTOR}.use_torch_compile", True, False, "compiling costs more than it saves at this size"),
+    Default(f"{ACTOR}.fsdp_config.use_torch_compile", True, False, "compiling costs more than it saves at this size"),
+    Default("actor_rollout_ref.ref.fsdp_config.use_torch_compile", True, False, "as above"),
+    Default("critic.fsdp.use_torch_compile", True, False, "as above"),
+)
+
+CPU_ENVIRONMENT = {
+    "VERL_PLATFORM": "cpu",
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+}
+
+
+def apply_rules(config: DictConfig, user_keys: set[str], on_cpu: bool, notify: Callable[[str], None]) -> None:
+    """Apply defaults and requirements to a composed configuration, in place.
+
+    Args:
+        config: verl's configuration with the ``qerl`` node.
+        user_keys: dotted keys that the user set on the command line; they are left alone even at verl's default.
+        on_cpu: whether the run takes place on the CPU platform.
+        notify: called with one line for each value set.
+    """
+    defaults = DEFAULTS + (_attention_defaults(config, user_keys) + CPU_DEFAULTS if on_cpu else
+                           _attention_defaults(config, user_keys))  # fmt: skip
+    if f"{MODEL}.lora_rank" in user_keys or OmegaConf.select(config, f"{MODEL}.lora_rank") != 0:
+        defaults = tuple(d for d in defaults if d.key != f"{MODEL}.lora_alpha")
+    if OmegaConf.select(config, "algorithm.rollout_correction.bypass_mode"):
+        defaults = tuple(d for d in defaults if d.key != "algorithm.rollout_correction.rollout_is")
+    with open_dict(config):
+        for rule in defaults:
+            if rule.key not in user_keys and _get(config, rule.key) == rule.stock:
+                _set(config, rule.key, rule.value, rule.why, notify)
+        force(config, on_cpu, notify)
+
+
+def _attention_defaults(config: DictConfig, user_keys: set[str]) -> tuple[Default, ...]:
+    """verl's default is flash_attention_2; where that is not installed, PyTorch's SDPA."""
+    if importlib.util.find_spec("flash_attn") is not None:
+        return ()
+    out = []
+    for model in (MODEL, "critic.model"):
+        key = f"{model}.override_config.attn_implementation"
+        out.append(Default(key, None, "sdpa", "flash-attn is not installed"))
+    return tuple(out)
+
+
+def force(config: DictConfig, on_cpu: bool, notify: Callable[[str], None]) -> None:
+    """Set what QeRL cannot run without. Where that replaces a choice of the user's, ``notify`` says so."""
+    for role in (ACTOR, "actor_rollout_ref.ref", "critic"):
+        for key in (f"{role}.strategy", f"{role}.fsdp_config.strategy", f"{role}.fsdp.strategy"):
+            if _get(config, key) == "fsdp":
+                _set(config, key, "fsdp2", "packed weights are sharded by FSDP2", notify)
+    if _get(config, f"{ROLLOUT}.load_format") == "dummy":
+        _set(config, f"{ROLLOUT}.load_format", "safetensors", "the frozen base is read from disk, not synced", notify)
+    if _get(config, f"{ROLLOUT}.engine_kwargs.vllm") is None:
+        _set(config, f"{ROLLOUT}.engine_kwargs.vllm", {}, "room for the worker extension", notify)
+    _set(config, f"{ROLLOUT}.engine_kwargs.vllm.worker_extension_cls", WORKER_EXTENSION, "the NVFP4 rollout", notify)
+    for checkpoint in (f"{ACTOR}.checkpoint", "critic.checkpoint"):
+        if _get(config, checkpoint) is not None:
+            _set(config, f"{checkpoint}.save_lora_only", True, "the base is frozen and lies in the cache", notify)
+    mode = _get(config, "trainer.v1.trainer_mode")
+    if mode in TRAINER_MODES:
+        _set(config, "trainer.v1.trainer_mode", TRAINER_MODES[mode], "verl's trainer with the noise schedule", notify)
+    from qerl_verl.plugin import ENGINE_VENDOR, SWITCH_ENV
+
+    environment = {SWITCH_ENV: "nvfp4", "VERL_ENGINE_VENDOR": ENGINE_VENDOR}
+    if on_cpu:
+        environment |= CPU_ENVIRONMENT
+        slots = _get(config, "trainer.n_gpus_per_node")
+        _set(config, "trainer.device", "cpu", "no GPU", notify)
+        if _get(config, "ray_kwargs.ray_init.address") is None:
+            _set(config, "ray_kwargs.ray_init.num_gpus", slots, "slots for workers, not GPUs", notify)
+            if _get(config, "ray_kwargs.ray_init.num_cpus") is None:
+                _set(config, "ray_kwargs.ray_init.num_cpus", 8 + 8 * slots, "verl reserves logical CPUs", notify)
+            if _get(config, "ray_kwargs.ray_init.include_dashboard") is None:
+                _set(config, "ray_kwargs.ray_init.include_dashboard", False, "a faster start", notify)
+    user_environment = _get(config, "ray_kwargs.ray_init.runtime_env.env_vars") or {}
+    merged = {**environment, **user_environment, SWITCH_ENV: "nvfp4", "VERL_ENGINE_VENDOR": ENGINE_VENDOR}
+    _set(config, "ray_kwargs.ray_init.runtime_env.env_vars", merged, "every process learns of the switch", notify)
+
+
+def find_problems(config: DictConfig) -> list[str]:
+    """Combinations that cannot work, one sentence each with the key and the cure. Empty when all is well.
+
+    Args:
+        config: the configuration after :func:`apply_rules`.
+    """
+    out = []
+
+    def refuse(condition: Any, text: str) -> None:
+        if condition:
+            out.append(text)
+
+    get = lambda key: _get(config, key)  # noqa: E731
+    refuse(get("trainer.use_v1") is False, "trainer.use_v1=False: QeRL runs on verl's V1 trainer; remove the setting")
+    mode = get("trainer.v1.trainer_mode")
+    refuse(
+        mode not in TRAINER_MODES.values(),
+        f"trainer.v1.trainer_mode={mode}: QeRL runs with {' and '.join(TRAINER_MODES)}. verl's separate_async sends whole "
+        "models, not adapters, to its rollout servers (engine_workers.py, update_weights), and a 4-bit base cannot take a merged one",
+    )
+    refuse(
+        get(f"{ROLLOUT}.name") != "vllm",
+        f"{ROLLOUT}.name={get(f'{ROLLOUT}.name')}: the NVFP4 rollout runs in vLLM; set it to vllm",
+    )
+    for role in (ACTOR, "critic"):
+        strategy = get(f"{role}.strategy")
+        refuse(
+            strategy != "fsdp2",
+            f"{role}.strategy={strategy}: NVFP4 training runs on FSDP2; set {role}.strategy=fsdp2 (model_engine=dp)",
+        )
+    refuse(
+        get(f"{MODEL}.lora.merge"),
+        f"{MODEL}.lora.merge=True: a LoRA delta is lost when it is rounded to 4 bits; remove it, the rollout applies the "
+        "adapter beside the base",
+    )
+    rank = get(f"{MODEL}.lora_rank")
+    refuse(
+        not isinstance(rank, int) or rank <= 0,
+        f"{MODEL}.lora_rank={rank}: the NVFP4 base is frozen, so there would be nothing to train; remove the "
+        "setting (32 is then used) or give a positive rank",
+    )
+    refuse(
+        get(f"{MODEL}.lora.rank"),
+        f"{MODEL}.lora.rank={get(f'{MODEL}.lora.rank')}: that is Megatron's setting; use {MODEL}.lora_rank",
+    )
+    refuse(
+        get(f"{ROLLOUT}.quantization"),
+        f"{ROLLOUT}.quantization={get(f'{ROLLOUT}.quantization')}: the rollout already runs the NVFP4 checkpoint; remove it",
+    )
+    for key in (f"{ACTOR}.fsdp_config.qat.enable", f"{ROLLOUT}.qat.enable"):
+        refuse(get(key), f"{key}=True: QAT trains the weights that QeRL keeps frozen in 4 bits; remove it")
+    refuse(
+        get(f"{ROLLOUT}.checkpoint_engine.backend") not in ("naive", None),
+        f"{ROLLOUT}.checkpoint_engine.backend={get(f'{ROLLOUT}.checkpoint_engine.backend')}: it sends whole models; use naive",
+    )
+    refuse(
+        get(f"{ROLLOUT}.disaggregation.enabled"),
+        f"{ROLLOUT}.disaggregation.enabled=True: not supported with QeRL; remove it",
+    )
+    refuse(
+        get(f"{MODEL}.mtp.enable"), f"{MODEL}.mtp.enable=True: multi-token prediction layers are not quantized; remove it"
+    )
+    refuse(get(f"{MODEL}.use_liger"), f"{MODEL}.use_liger=True: not supported on NVFP4 layers; remove it")
+    refuse(
+        get(f"{MODEL}.target_parameters"),
+        f"{MODEL}.target_parameters: LoRA on bare parameters needs 16-bit weights; use {MODEL}.target_modules",
+    )
+    refuse(
+        get(f"{ACTOR}.freeze_vision_tower"), f"{ACTOR}.freeze_vision_tower=True: only dense text models are supported"
+    )
+    refuse(
+        get("distillation.enabled"), "distillation.enabled=True: on-policy distillation is not supported with QeRL; remove it"
+    )
+    refuse(
+        get("algorithm.adv_estimator") == "gae",
+        "algorithm.adv_estimator=gae: a critic on the NVFP4 base is not supported yet; use grpo or another estimator "
+        "without a critic",
+    )
+    if get(f"{MODEL}.use_remove_padding") and get("trainer.device") != "cpu":
+        attention = get(f"{MODEL}.override_config.attn_implementation")
+        refuse(
+            attention in ("eager",),
+            f"{MODEL}.use_remove_padding=True with override_config.attn_implementation={attention}: packed sequences need "
+            "flash_attention_2 or sdpa",
+        )
+    return out
+
+
+def _get(config: DictConfig, key: str) -> Any:
+    if OmegaConf.is_missing(_parent(config, key), key.rpartition(".")[2]):
+        return None
+    return OmegaConf.select(config, key)
+
+
+def _parent(config: DictConfig, key: str) -> Any:
+    parent = key.rpartition(".")[0]
+    return (OmegaConf.select(config, parent) if parent else config) or OmegaConf.create()
+
+
+def _set(config: DictConfig, key: str, value: Any, why: str, notify: Callable[[str], None]) -> None:
+    before = _get(config, key)
+    if before == value:
+        return
+    OmegaConf.update(config, key, value, force_add=True)
+    if not key.endswith("env_vars"):
+        notify(f"{key}: {before} -> {value} ({why})")

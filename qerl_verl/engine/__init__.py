@@ -1,0 +1,1 @@
+"""verl's training engines on an NVFP4 base."""

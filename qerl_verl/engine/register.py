@@ -1,0 +1,19 @@
+"""Put the engines into verl's registry, under our vendor name. Called when verl imports ``verl.workers.engine``."""
+
+
+def register_engines(engine_package=None) -> None:
+    """Register for every backend name that the switch accepts and both devices. Idempotent.
+
+    Args:
+        engine_package: the module ``verl.workers.engine`` (wrapt's post-import hook passes it).
+    """
+    from verl.workers.engine.base import EngineRegistry
+
+    from qerl_verl.engine.fsdp import NVFP4EngineWithLMHead
+    from qerl_verl.plugin import ENGINE_VENDOR
+
+    registered = EngineRegistry._engines.get("language_model", {}).get("fsdp2", {})
+    if ("cuda", ENGINE_VENDOR) not in registered:
+        EngineRegistry.register("language_model", ["fsdp2"], device=["cuda", "cpu"], vendor=ENGINE_VENDOR)(
+            NVFP4EngineWithLMHead
+        )

@@ -1,0 +1,79 @@
+"""LoRA on :class:`NVFP4Linear`, through PEFT's custom-module mapping (peft/tuners/lora/config.py, _register_custom_module)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import Linear
+from safetensors.torch import save_file
+from torch import nn
+
+from qerl_verl.nvfp4.linear import NVFP4Linear
+
+
+class NVFP4LoraLinear(Linear):
+    """y = base(x) + B A x * alpha / r with a frozen NVFP4 base.
+
+    Forward, adapters and state are PEFT's own (peft/tuners/lora/layer.py, Linear); what would need the weight in 16 bits
+    raises, with the reason.
+    """
+
+    def __init__(self, base_layer: NVFP4Linear, adapter_name: str, config: LoraConfig, **kwargs):
+        if isinstance(config.init_lora_weights, str) and config.init_lora_weights.lower() != "gaussian":
+            raise ValueError(
+                f"init_lora_weights={config.init_lora_weights!r} reads the base weight, which is packed in NVFP4; use True "
+                "or 'gaussian'"
+            )
+        for variant in ("use_dora", "use_bdlora", "arrow_config", "alora_invocation_tokens"):
+            if getattr(config, variant, None):
+                raise ValueError(f"{variant} is not supported on an NVFP4 base; plain LoRA and rsLoRA are")
+        super().__init__(base_layer, adapter_name, config=config, **kwargs)
+
+    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
+        return module.in_features, module.out_features
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        raise ValueError(
+            "a LoRA delta is lost when it is rounded to NVFP4: keep the adapter beside the base, or load it on the 16-bit "
+            "model and merge there"
+        )
+
+    def unmerge(self) -> None:
+        raise ValueError("adapters on an NVFP4 base are never merged, so there is nothing to unmerge")
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """What ``target_modules="all-linear"`` means: last names of all linears but the output layer, sorted.
+
+    PEFT resolves that word by the class of a layer and would pass over :class:`NVFP4Linear`.
+    """
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return sorted(
+        {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear | NVFP4Linear) and m is not output}
+    )
+
+
+def register_nvfp4(config: LoraConfig) -> LoraConfig:
+    """Tell a LoRA configuration how to wrap NVFP4 layers. Returns the same object."""
+    config._register_custom_module({NVFP4Linear: NVFP4LoraLinear})
+    return config
+
+
+def save_adapter(folder: str | Path, tensors: dict[str, torch.Tensor], config: LoraConfig, base_model: str) -> None:
+    """Write an adapter in PEFT's format (``adapter_config.json``, ``adapter_model.safetensors``).
+
+    Args:
+        folder: made if missing; files in it are replaced one by one, each atomically.
+        tensors: names as ``peft.get_peft_model_state_dict`` gives them, full tensors.
+        config: the adapter's configuration.
+        base_model: recorded as ``base_model_name_or_path``.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = LoraConfig.from_peft_type(**{**config.to_dict(), "base_model_name_or_path": base_model, "inference_mode": True})
+    staging = folder / ".adapter_model.safetensors.tmp"
+    save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, staging, metadata={"format": "pt"})
+    staging.replace(folder / "adapter_model.safetensors")
+    config.save_pretrained(folder)

@@ -1,0 +1,470 @@
+"""Turn a 16- or 32-bit Hugging Face checkpoint into an NVFP4 one, and recognise and check NVFP4 checkpoints.
+
+What is written is what compressed-tensors 0.17 calls ``nvfp4-pack-quantized`` under its preset ``NVFP4A16``
+(``compressed_tensors/quantization/quant_scheme.py``): for each linear ``X`` of the decoder layers
+``X.weight_packed``, ``X.weight_scale`` and ``X.weight_global_scale``, everything else in 16 bits. vLLM and
+transformers load it as it is.
+"""
+
+from __future__ import annotations
+
+import errno
+import fnmatch
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from tqdm import tqdm
+
+from qerl_verl.kernels.nvfp4_dequantize import BLOCK_SIZE
+from qerl_verl.kernels.nvfp4_quantize import nvfp4_global_scale, quantize_nvfp4
+from qerl_verl.nvfp4.architectures import Architecture, get_architecture
+from qerl_verl.nvfp4.errors import CheckpointError
+from qerl_verl.nvfp4.safetensors_stream import (
+    FileRecord,
+    HashedFile,
+    ShardWriter,
+    TensorInfo,
+    nbytes,
+    read_header,
+    read_pieces,
+    read_tensor,
+)
+
+FORMAT = "nvfp4-pack-quantized"
+FORMAT_VERSION = 1
+"""Raise it when the same source would give other bytes than before: it is part of the key of the cache."""
+
+QUANTIZATION_CONFIG = {
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": {
+                "num_bits": 4,
+                "type": "float",
+                "symmetric": True,
+                "group_size": BLOCK_SIZE,
+                "strategy": "tensor_group",
+                "block_structure": None,
+                "dynamic": False,
+                "actorder": None,
+                "scale_dtype": "torch.float8_e4m3fn",
+                "zp_dtype": None,
+                "observer": "memoryless_minmax",
+                "observer_kwargs": {},
+            },
+            "input_activations": None,
+            "output_activations": None,
+            "format": FORMAT,
+        }
+    },
+    "format": FORMAT,
+    "global_compression_ratio": None,
+    "ignore": ["lm_head"],
+    "kv_cache_scheme": None,
+    "quant_method": "compressed-tensors",
+    "quantization_status": "compressed",
+    "sparsity_config": {},
+    "transform_config": {},
+    "version": "0.17.0",
+}
+"""``quantization_config`` as ``ModelCompressor.update_config`` of compressed-tensors 0.17.0 writes it."""
+
+CONFIG_FILE = "config.json"
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+_WEIGHT_FILES = (
+    *("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt"),
+    *("*.h5", "*.msgpack", "*.gguf", "*.onnx", "*.onnx_data", "*.ot"),
+)
+_WEIGHT_DTYPES = ("F32", "BF16", "F16")
+_UNTOUCHED = "rotary_emb.inv_freq"  # a float32 buffer in checkpoints of old; loaders ignore it
+
+
+def quantize_checkpoint(
+    src: str | Path, dst: str | Path, *, progress: bool = True, max_shard_bytes: int = 5_000_000_000
+) -> dict[str, FileRecord]:
+    """Quantize the linears of a checkpoint to NVFP4.
+
+    The q, k, v, o, gate, up and down projections are packed; q/k/v share one global scale per layer, and so do
+    gate/up. lm_head, embeddings, norms and biases stay in bfloat16 or float16; float32 ones become bfloat16. Tokenizer,
+    generation config and every other file that is not a weight are copied. Tensors are read once, one
+    group of linears that share a scale at a time, so that host memory stays below one decoder layer.
+
+    Args:
+        src: folder with config.json and safetensors in float32, bfloat16 or float16 (one file, or shards with an index).
+        dst: folder to write, absent or empty. config.json is written last; on an error nothing is left.
+        progress: show a progress bar on stderr.
+        max_shard_bytes: size of a safetensors file above which the next one is begun.
+
+    Returns:
+        File name -> size and SHA-256, of every file in ``dst``.
+
+    Raises:
+        UnsupportedArchitecture: the model is none of :func:`~qerl_verl.nvfp4.architectures.supported_architectures`.
+        CheckpointError: the source is incomplete, damaged, quantized already or holds NaN or Inf; a weight has a
+            number of input channels that 16 does not divide; ``dst`` is not empty; the disk is full.
+    """
+    src, dst = Path(src), Path(dst)
+    if read_quantization(src) == "nvfp4":
+        raise CheckpointError(f"{src} is an NVFP4 checkpoint already: use it as it is.")
+    if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
+        raise CheckpointError(f"{dst} exists and is not an empty folder: choose another one or remove it.")
+    config = read_config(src)
+    architecture = get_architecture(config)
+    tensors = read_headers(src)
+    _check_tensors(src, tensors, architecture.tensor_shapes(_hf_config(src)), _WEIGHT_DTYPES)
+    units = _plan(tensors, architecture)
+    others = list(_other_files(src))
+
+    written = sum(unit.output_bytes for unit in units) + sum((src / name).stat().st_size for name in others)
+    _check_space(dst, written)
+    config["quantization_config"] = QUANTIZATION_CONFIG
+    dtype = "float16" if tensors["model.embed_tokens.weight"].dtype == "F16" else "bfloat16"
+    config |= {key: dtype for key in ("dtype", "torch_dtype") if key in config} or {"torch_dtype": dtype}
+
+    existed = dst.exists()
+    dst.mkdir(parents=True, exist_ok=True)
+    try:
+        records = _write_weights(dst, tensors, units, max_shard_bytes, progress)
+        for name in others:
+            records[name] = _copy(src / name, dst / name)
+        records[CONFIG_FILE] = _write_json(dst / CONFIG_FILE, config)
+        return records
+    except BaseException as error:
+        shutil.rmtree(dst, ignore_errors=True)
+        if existed:
+            dst.mkdir(exist_ok=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise CheckpointError(
+                f"{dst}: the disk (or the quota) was full before all of the {_gb(written)} were written. What had been "
+                "written is removed. Free some space, or choose a folder on another disk."
+            ) from error
+        raise
+
+
+def read_quantization(path: str | Path) -> Literal["none", "nvfp4"]:
+    """How the weights of a checkpoint folder are stored, by its config.json.
+
+    NVFP4 means compressed-tensors' ``nvfp4-pack-quantized``, of this package or of llm-compressor, weight-only
+    (NVFP4A16) or with activations (NVFP4: its activation part does not concern the weights).
+
+    Raises:
+        CheckpointError: no readable config.json, or the checkpoint is quantized in another way.
+    """
+    path = Path(path)
+    config = read_config(path)
+    quantization = config.get("quantization_config") or config.get("compression_config")
+    if not quantization:
+        if (path / "hf_quant_config.json").exists():
+            raise _other_quantization(path, "modelopt (hf_quant_config.json)")
+        return "none"
+    method = quantization.get("quant_method") or "unknown"
+    if method != "compressed-tensors":
+        raise _other_quantization(path, f"quant_method {method}")
+    if quantization.get("format") != FORMAT:
+        raise _other_quantization(path, f"compressed-tensors format {quantization.get('format')}")
+    for setting, inner in (("sparsity_config", "format"), ("transform_config", "config_groups")):
+        value = (quantization.get(setting) or {}).get(inner)
+        if value and value != "dense":
+            raise _other_quantization(path, f"compressed-tensors with {setting}")
+    for name, group in quantization.get("config_groups", {}).items():
+        weights = group.get("weights") or {}
+        found = tuple(weights.get(key) for key in ("num_bits", "type", "group_size", "strategy", "symmetric"))
+        if found != (4, "float", BLOCK_SIZE, "tensor_group", True):
+            raise _other_quantization(path, f"compressed-tensors, config_groups.{name}: weights {weights}")
+    return "nvfp4"
+
+
+def validate_nvfp4_checkpoint(path: str | Path) -> None:
+    """Check that an NVFP4 checkpoint is complete, from its headers and its global scales.
+
+    Every tensor of the model must be there in the right dtype and shape, all linears of the decoder layers packed,
+    and linears that vLLM fuses must share their global scale (vLLM uses the largest one for all of them, so that
+    rollout and training would disagree).
+
+    Raises:
+        UnsupportedArchitecture: the model is none of :func:`~qerl_verl.nvfp4.architectures.supported_architectures`.
+        CheckpointError: names the first file or tensor that is wrong.
+    """
+    path = Path(path)
+    if read_quantization(path) != "nvfp4":
+        raise CheckpointError(f"{path} is not quantized: `qerl quantize` makes an NVFP4 checkpoint of it.")
+    architecture = get_architecture(read_config(path))
+    hf_config = _hf_config(path)
+    tensors = read_headers(path)
+
+    unpacked = architecture.tensor_shapes(hf_config)
+    packed = {}  # linear -> (N, K)
+    for group in _scale_groups(architecture, hf_config.num_hidden_layers):
+        packed |= {linear: unpacked.pop(f"{linear}.weight") for linear in group}
+    _check_tensors(path, tensors, unpacked, _WEIGHT_DTYPES)
+    for linear, (n, k) in packed.items():
+        if f"{linear}.weight" in tensors:
+            raise CheckpointError(
+                f"{path}: {linear} is not quantized. All of {', '.join(architecture.linears)} have to be; "
+                "quantize the original checkpoint with `qerl quantize`."
+            )
+        outputs = {name: ((dtype,), shape) for name, (dtype, shape) in _packed_layout(linear, n, k).items()}
+        for name, (dtypes, shape) in outputs.items():
+            info = tensors.get(name)
+            scalar = name.endswith("_global_scale") and info is not None and info.shape == ()
+            _check_tensors(path, tensors, {name: () if scalar else shape}, dtypes)
+
+    for group in architecture.shared_scale_groups:
+        for i in range(hf_config.num_hidden_layers):
+            names = [f"{architecture.layer_prefix}{i}.{linear}.weight_global_scale" for linear in group]
+            scales = [read_tensor(tensors[name]).item() for name in names]
+            if len(set(scales)) > 1:
+                raise CheckpointError(
+                    f"{path}: {', '.join(names)} differ ({', '.join(f'{s:g}' for s in scales)}), but vLLM fuses these "
+                    "linears under one. Quantize the original checkpoint with `qerl quantize`, which shares it."
+                )
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The content of config.json.
+
+    Raises:
+        CheckpointError: there is none, or it is not a JSON object.
+    """
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is not a folder.")
+    config = _read_json(path / CONFIG_FILE, "This is not the folder of a Hugging Face model.")
+    return config
+
+
+def read_headers(path: Path) -> dict[str, TensorInfo]:
+    """Name -> place of every tensor of a checkpoint, in the order of the files.
+
+    Raises:
+        CheckpointError: no safetensors, a shard that the index names is missing, a file is damaged.
+    """
+    if (path / SINGLE_FILE).exists():  # takes precedence over an index in transformers too
+        return read_header(path / SINGLE_FILE)
+    if not (path / INDEX_FILE).exists():
+        if any(path.glob("*.bin")) or any(path.glob("*.pth")):
+            raise CheckpointError(
+                f"{path} holds PyTorch pickles (.bin, .pth) and no {SINGLE_FILE} or {INDEX_FILE}. Convert it: load it "
+                "with transformers' from_pretrained and write it with save_pretrained."
+            )
+        raise CheckpointError(f"{path} holds no weights: neither {SINGLE_FILE} nor {INDEX_FILE} is there.")
+    weight_map = _read_json(path / INDEX_FILE, "Fetch it again.").get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(f"{path / INDEX_FILE}: no weight_map. Fetch it again.")
+    tensors = {}
+    for shard in sorted(set(weight_map.values())):
+        if not (path / shard).exists():
+            raise CheckpointError(f"{path / shard}: missing, but {INDEX_FILE} names it. Fetch it again.")
+        tensors |= read_header(path / shard)
+    for name, shard in weight_map.items():
+        if name not in tensors:
+            raise CheckpointError(f"{path / shard}: tensor {name}, which {INDEX_FILE} places there, is missing.")
+    return tensors
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """What is read at a time: one tensor that is copied, or linears that share a global scale."""
+
+    sources: tuple[str, ...]
+    layout: dict[str, tuple[str, tuple[int, ...]]]  # output name -> (dtype, shape)
+    quantize: bool
+
+    @property
+    def output_bytes(self) -> int:
+        return sum(nbytes(dtype, shape) for dtype, shape in self.layout.values())
+
+
+def _plan(tensors: dict[str, TensorInfo], architecture: Architecture) -> list[_Unit]:
+    layers = sum(name.endswith(f".{architecture.linears[0]}.weight") for name in tensors)
+    group_of = {linear: group for group in _scale_groups(architecture, layers) for linear in group}
+    units, done = [], set()
+    for name, info in tensors.items():
+        linear = name.removesuffix(".weight")
+        if linear not in group_of:
+            dtype = "BF16" if info.dtype == "F32" and not name.endswith(_UNTOUCHED) else info.dtype
+            units.append(_Unit((name,), {name: (dtype, info.shape)}, quantize=False))
+        elif linear not in done:
+            group = group_of[linear]
+            layout = {}
+            for member in group:
+                n, k = tensors[f"{member}.weight"].shape
+                if k % BLOCK_SIZE:
+                    raise CheckpointError(
+                        f"{tensors[f'{member}.weight'].file}: {member}.weight has {k} input channels. NVFP4 needs a "
+                        f"multiple of {BLOCK_SIZE}, so this model cannot be quantized."
+                    )
+                layout |= _packed_layout(member, n, k)
+            units.append(_Unit(tuple(f"{member}.weight" for member in group), layout, quantize=True))
+            done.update(group)
+    return units
+
+
+def _packed_layout(linear: str, n: int, k: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+    return {
+        f"{linear}.weight_global_scale": ("F32", (1,)),
+        f"{linear}.weight_packed": ("U8", (n, k // 2)),
+        f"{linear}.weight_scale": ("F8_E4M3", (n, k // BLOCK_SIZE)),
+    }
+
+
+def _scale_groups(architecture: Architecture, layers: int) -> Iterator[tuple[str, ...]]:
+    """Full names of the linears that share a global scale."""
+    for i in range(layers):
+        for group in architecture.scale_groups():
+            yield tuple(f"{architecture.layer_prefix}{i}.{linear}" for linear in group)
+
+
+def _write_weights(
+    dst: Path, tensors: dict[str, TensorInfo], units: list[_Unit], max_shard_bytes: int, progress: bool
+) -> dict[str, FileRecord]:
+    shards: list[list[_Unit]] = [[]]
+    size = 0
+    for unit in units:
+        if shards[-1] and size + unit.output_bytes > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(unit)
+        size += unit.output_bytes
+
+    records, weight_map = {}, {}
+    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    names = names if len(shards) > 1 else [SINGLE_FILE]
+    bar = tqdm(
+        total=sum(info.nbytes for info in tensors.values()),
+        desc="Quantizing to NVFP4",
+        unit="B",
+        unit_scale=True,
+        disable=not progress,
+        mininterval=0.2 if sys.stderr.isatty() else 30,
+    )
+    with bar:
+        for name, shard in zip(names, shards, strict=True):
+            layout = {output: entry for unit in shard for output, entry in unit.layout.items()}
+            with ShardWriter(dst / name, layout) as writer:
+                for unit in shard:
+                    (_write_packed if unit.quantize else _write_copied)(writer, tensors, unit)
+                    bar.update(sum(tensors[source].nbytes for source in unit.sources))
+            records[name] = writer.record
+            weight_map |= dict.fromkeys(layout, name)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(unit.output_bytes for unit in units)}, "weight_map": weight_map}
+        records[INDEX_FILE] = _write_json(dst / INDEX_FILE, index)
+    return records
+
+
+def _write_packed(writer: ShardWriter, tensors: dict[str, TensorInfo], unit: _Unit) -> None:
+    weights = {name: read_tensor(tensors[name]) for name in unit.sources}
+    amax = torch.stack([_finite_amax(weight, name, tensors[name]) for name, weight in weights.items()]).max()
+    global_scale = nvfp4_global_scale(amax)
+    for name in unit.sources:
+        packed, scale = quantize_nvfp4(weights.pop(name), global_scale)
+        writer.write_tensor(f"{name}_global_scale", [global_scale])
+        writer.write_tensor(f"{name}_packed", [packed])
+        writer.write_tensor(f"{name}_scale", [scale])
+
+
+def _write_copied(writer: ShardWriter, tensors: dict[str, TensorInfo], unit: _Unit) -> None:
+    (name,) = unit.sources
+    info, (dtype, _) = tensors[name], unit.layout[name]
+
+    def pieces() -> Iterator[torch.Tensor]:
+        for piece in read_pieces(info):
+            if info.dtype in _WEIGHT_DTYPES:
+                _finite_amax(piece, name, info)
+            yield piece if dtype == info.dtype else piece.bfloat16()
+
+    writer.write_tensor(name, pieces())
+
+
+def _finite_amax(tensor: torch.Tensor, name: str, info: TensorInfo) -> torch.Tensor:
+    amax = torch.stack(torch.aminmax(tensor)).float().abs().max()
+    if not torch.isfinite(amax):
+        raise CheckpointError(f"{info.file}: tensor {name} holds NaN or Inf. Fetch or export the checkpoint again.")
+    return amax
+
+
+def _check_tensors(
+    path: Path, tensors: dict[str, TensorInfo], shapes: dict[str, tuple[int, ...]], dtypes: tuple[str, ...]
+) -> None:
+    for name, shape in shapes.items():
+        info = tensors.get(name)
+        if info is None:
+            raise CheckpointError(f"{path}: tensor {name} is missing. Its config.json describes a model that has it.")
+        if info.shape != shape:
+            raise CheckpointError(
+                f"{info.file}: tensor {name} has shape {list(info.shape)}, config.json says {list(shape)}."
+            )
+        if info.dtype not in dtypes:
+            raise CheckpointError(f"{info.file}: tensor {name} is {info.dtype}, expected {' or '.join(dtypes)}.")
+
+
+def _other_quantization(path: Path, kind: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: quantized already, as {kind}. Only {FORMAT} checkpoints can be used as they are; "
+        "otherwise give the original checkpoint in 16 or 32 bits."
+    )
+
+
+def _check_space(dst: Path, needed: int) -> None:
+    parent = next(folder for folder in (dst, *dst.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise CheckpointError(
+            f"{dst}: needs {_gb(needed)}, but {_gb(free)} are free on this disk. Free some space, or choose another disk."
+        )
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.2f} GB"
+
+
+def _hf_config(path: Path) -> Any:
+    from transformers import AutoConfig  # slow to import, and not needed to tell how a checkpoint is quantized
+
+    try:
+        return AutoConfig.from_pretrained(path)
+    except Exception as error:  # whatever transformers makes of a bad config.json
+        raise CheckpointError(f"{path / CONFIG_FILE}: transformers cannot read it: {error}") from error
+
+
+def _other_files(src: Path) -> Iterator[str]:
+    """Every file that is neither a weight nor config.json nor hidden, relative to ``src``."""
+    for path in sorted(src.rglob("*")):
+        name = path.relative_to(src)
+        if any(part.startswith(".") for part in name.parts) or not path.is_file():
+            continue
+        if name.as_posix() != CONFIG_FILE and not any(fnmatch.fnmatch(name.name, p) for p in _WEIGHT_FILES):
+            yield name.as_posix()
+
+
+def _copy(src: Path, dst: Path) -> FileRecord:
+    dst.parent.mkdir(parents=True, exist_ok=True)
+    with src.open("rb") as source, HashedFile(dst) as file:
+        while data := source.read(1 << 20):
+            file.write(data)
+    return file.record
+
+
+def _read_json(path: Path, cure: str) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: there is no such file. {cure}") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not valid JSON ({error}). {cure}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: not a JSON object. {cure}")
+    return value
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> FileRecord:
+    with HashedFile(path) as file:
+        file.write((json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
+    return file.record

@@ -1,0 +1,120 @@
+"""Build a transformers model around an NVFP4 checkpoint without ever holding its 16-bit weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Iterator
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from qerl_verl.nvfp4.linear import NVFP4Linear
+
+_PACKED_SUFFIX = ".weight_packed"
+_IGNORED_SUFFIXES = (".input_global_scale", ".weight_shape")
+"""Tensors of llm-compressor's checkpoints that a weight-only layer has no use for."""
+
+
+def checkpoint_files(path: str | Path) -> list[Path]:
+    """The safetensors files of a checkpoint folder, in the order of its index."""
+    path = Path(path)
+    index = path / "model.safetensors.index.json"
+    if index.exists():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        return [path / name for name in names]
+    return [path / "model.safetensors"]
+
+
+def iterate_tensors(path: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and tensor of everything in a checkpoint, one tensor in memory at a time."""
+    for file in checkpoint_files(path):
+        with safe_open(file, framework="pt") as handle:
+            for name in handle.keys():
+                yield name, handle.get_tensor(name)
+
+
+def packed_linear_names(path: str | Path) -> set[str]:
+    """Full module names of the linears that a checkpoint holds in NVFP4."""
+    names: set[str] = set()
+    for file in checkpoint_files(path):
+        with safe_open(file, framework="pt") as handle:
+            names |= {k.removesuffix(_PACKED_SUFFIX) for k in handle.keys() if k.endswith(_PACKED_SUFFIX)}
+    return names
+
+
+def swap_linears(model: nn.Module, names: set[str], dtype: torch.dtype) -> None:
+    """Replace the named ``nn.Linear`` modules by empty :class:`NVFP4Linear` modules on the same device.
+
+    Args:
+        model: built from the checkpoint's configuration, usually on the meta device.
+        names: see :func:`packed_linear_names`.
+        dtype: of the biases.
+
+    Raises:
+        ValueError: a name that is no linear layer of the model.
+    """
+    modules = dict(model.named_modules())
+    for name in sorted(names):
+        linear = modules.get(name)
+        if not isinstance(linear, nn.Linear):
+            raise ValueError(f"the checkpoint holds {name} in NVFP4, but the model has no linear layer of that name")
+        parent, _, child = name.rpartition(".")
+        new = NVFP4Linear(
+            linear.in_features, linear.out_features, linear.bias is not None, dtype, device=linear.weight.device
+        )
+        setattr(modules[parent], child, new)
+
+
+def load_tensors(model: nn.Module, path: str | Path, dtype: torch.dtype, new_modules: tuple[str, ...] = ()) -> None:
+    """Put a checkpoint's tensors into a model built by :func:`swap_linears`, one at a time.
+
+    Args:
+        model: parameters may be on the meta device; they are replaced, not copied into.
+        path: the checkpoint folder.
+        dtype: of everything that is not packed.
+        new_modules: prefixes of modules that the checkpoint does not have (a value head) and that keep what they are.
+
+    Raises:
+        ValueError: a shape that does not fit, or tensors that the model lacks or the checkpoint does.
+    """
+    expected = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+    persistent = set(model.state_dict(keep_vars=True))
+    loaded, unexpected = set(), []
+    for name, tensor in iterate_tensors(path):
+        if name.endswith(_IGNORED_SUFFIXES):
+            continue
+        if name not in persistent:
+            unexpected.append(name)
+            continue
+        if name.endswith(".weight_scale"):
+            tensor = tensor.view(torch.uint8)
+        elif name.endswith(".weight_global_scale"):
+            tensor = tensor.to(torch.float32).reshape(1)
+        elif tensor.is_floating_point():
+            tensor = tensor.to(dtype)
+        target = expected[name]
+        if tensor.shape != target.shape:
+            raise ValueError(
+                f"{name} of {path} has shape {tuple(tensor.shape)}, the model expects {tuple(target.shape)}"
+            )
+        _assign(model, name, tensor, requires_grad=target.requires_grad)
+        loaded.add(name)
+    model.tie_weights()
+    tied = {n for n, p in model.named_parameters(remove_duplicate=False) if not p.is_meta}
+    missing = {n for n in persistent - loaded - tied if not n.startswith(new_modules or ("\0",))}
+    unexpected = [n for n in unexpected if not (n == "lm_head.weight" and n not in persistent)]
+    if missing or unexpected:
+        raise ValueError(
+            f"{path} does not fit {type(model).__name__}: missing {sorted(missing)[:5]}, unexpected {unexpected[:5]}"
+        )
+
+
+def _assign(model: nn.Module, name: str, tensor: torch.Tensor, requires_grad: bool) -> None:
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    if leaf in module._parameters:
+        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=requires_grad and tensor.is_floating_point())
+    else:
+        module._buffers[leaf] = tensor

@@ -1,0 +1,1 @@
+"""verl's platform interface for machines without an accelerator."""

@@ -1,0 +1,90 @@
+"""Entry points of verl (group ``verl.plugins``) and vLLM (group ``vllm.general_plugins``): registers, nothing else.
+
+In the process that composes the configuration, the import makes Hydra find the group ``qerl``. In the
+processes of a job that runs with the switch (the driver put ``QERL_SWITCH`` into Ray's runtime environment),
+it registers the CPU platform, the training engines and the trainers, each when verl imports the registry that it goes
+into. In any other process nothing happens.
+
+verl logs a plugin's exceptions at DEBUG and goes on (``verl/__init__.py``), which would turn a broken
+installation into a run without QeRL, so a failure here ends the process whenever QeRL was asked for.
+"""
+
+import os
+import sys
+
+SWITCH_ENV = "QERL_SWITCH"
+"""Set in every process of a job that runs with the switch; the value is the name of the chosen config."""
+
+ENGINE_VENDOR = "qerl"
+"""``VERL_ENGINE_VENDOR`` of such a job: what the engines are registered under in verl's EngineRegistry."""
+
+
+def switched_on() -> bool:
+    """Whether this process belongs to a job that runs with the switch."""
+    return bool(os.environ.get(SWITCH_ENV))
+
+
+def _is_ray_worker() -> bool:
+    import ray
+
+    return ray._private.worker.global_worker.mode == ray.WORKER_MODE
+
+
+def register_search_path() -> None:
+    """Make Hydra find ``qerl_verl/config``, also where the package is installed in editable mode."""
+    from hydra.core.plugins import Plugins
+    from hydra.plugins.search_path_plugin import SearchPathPlugin
+
+    from qerl_verl.config.search_path import QeRLSearchPathPlugin
+
+    plugins = Plugins.instance()
+    if not any(p.__name__ == QeRLSearchPathPlugin.__name__ for p in plugins.discover(SearchPathPlugin)):
+        plugins.register(QeRLSearchPathPlugin)
+
+
+def register_platform() -> None:
+    """Add the platform ``cpu`` to verl. It is only ever chosen by ``VERL_PLATFORM=cpu``, never detected."""
+    from verl.plugin.platform.platform_manager import PlatformRegistry
+
+    from qerl_verl.platform.cpu import PlatformCPU
+
+    if PlatformRegistry.get("cpu") is None:
+        PlatformRegistry.register(platform="cpu")(PlatformCPU)
+
+
+def register_verl() -> None:
+    """Register platform, engines and trainers, the latter two when verl first imports their registries."""
+    import wrapt
+
+    register_platform()
+    wrapt.register_post_import_hook("qerl_verl.engine.register:register_engines", "verl.workers.engine")
+    wrapt.register_post_import_hook("qerl_verl.trainer.register:register_trainers", "verl.trainer.ppo.v1")
+
+
+def register_vllm() -> None:
+    """vLLM's general plugin: serve ``compressed-tensors`` NVFP4 weights the way QeRL does, in QeRL's jobs only."""
+    if switched_on():
+        from qerl_verl.rollout.quantization import register_quantization
+
+        register_quantization()
+
+
+def _load() -> None:
+    if switched_on():
+        register_verl()
+    elif not _is_ray_worker():
+        register_search_path()
+
+
+try:
+    _load()
+except Exception as error:
+    if switched_on() or any("qerl" in argument for argument in sys.argv[1:]):
+        import traceback
+
+        traceback.print_exc()
+        raise SystemExit(
+            f"[qerl] the plugin qerl_verl could not be loaded, so the run would go on without QeRL: "
+            f"{type(error).__name__}: {error}. `qerl doctor` checks the installation."
+        ) from error
+    raise

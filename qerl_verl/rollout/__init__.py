@@ -1,0 +1,1 @@
+"""The vLLM side: NVFP4 layers and the noise in the engine."""

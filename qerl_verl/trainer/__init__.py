@@ -1,0 +1,1 @@
+"""verl's V1 trainers with the noise schedule."""

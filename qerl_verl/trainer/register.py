@@ -1,0 +1,6 @@
+"""Put the trainers into verl's registry. Called when verl imports ``verl.trainer.ppo.v1``."""
+
+
+def register_trainers(trainer_package=None) -> None:
+    """Import the module whose decorators register ``qerl_sync`` and ``qerl_colocate_async``. Idempotent."""
+    import qerl_verl.trainer.ppo  # noqa: F401
