@@ -407,7 +407,7 @@ const Entry entries[] = {
     entry<Config<32, 2, 2, 1, 8, 2>>(),     // 8
     entry<Config<64, 4, 1, 2, 6, 1>>(),     // 9
     entry<Config<64, 2, 1, 1, 8, 2>>(),     // 10
-    entry<Config<64, 2, 2, 1, 6, 2>>(),     // 11
+    entry<Config<64, 2, 2, 1, 11, 1>>(),    // 11
     entry<Config<128, 2, 2, 1, 8, 1>>(),    // 12
     entry<Config<128, 2, 1, 1, 10, 1>>(),   // 13
     entry<Config<128, 4, 1, 1, 8, 1>>(),    // 14

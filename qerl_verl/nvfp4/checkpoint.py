@@ -8,13 +8,15 @@ transformers load it as it is.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fnmatch
 import json
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +26,7 @@ from tqdm import tqdm
 from qerl_verl.kernels.nvfp4_dequantize import BLOCK_SIZE
 from qerl_verl.kernels.nvfp4_quantize import nvfp4_global_scale, quantize_nvfp4
 from qerl_verl.nvfp4.architectures import Architecture, get_architecture
+from qerl_verl.nvfp4.atomic_folder import atomic_folder
 from qerl_verl.nvfp4.errors import CheckpointError
 from qerl_verl.nvfp4.safetensors_stream import (
     FileRecord,
@@ -78,11 +81,13 @@ QUANTIZATION_CONFIG = {
 CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+MANIFEST_FILE = "qerl_manifest.json"
 _WEIGHT_FILES = (
     *("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt"),
     *("*.h5", "*.msgpack", "*.gguf", "*.onnx", "*.onnx_data", "*.ot"),
 )
 _WEIGHT_DTYPES = ("F32", "BF16", "F16")
+_SLAB_ELEMENTS = 1 << 20  # rows that one thread quantizes at a time
 _UNTOUCHED = "rotary_emb.inv_freq"  # a float32 buffer in checkpoints of old; loaders ignore it
 
 
@@ -98,12 +103,12 @@ def quantize_checkpoint(
 
     Args:
         src: folder with config.json and safetensors in float32, bfloat16 or float16 (one file, or shards with an index).
-        dst: folder to write, absent or empty. config.json is written last; on an error nothing is left.
+        dst: folder to write, absent or empty. It appears when it is complete; on an error nothing is left.
         progress: show a progress bar on stderr.
         max_shard_bytes: size of a safetensors file above which the next one is begun.
 
     Returns:
-        File name -> size and SHA-256, of every file in ``dst``.
+        File name -> size and SHA-256, of every file in ``dst``. They are also in its ``qerl_manifest.json``.
 
     Raises:
         UnsupportedArchitecture: the model is none of :func:`~qerl_verl.nvfp4.architectures.supported_architectures`.
@@ -120,7 +125,7 @@ def quantize_checkpoint(
     tensors = read_headers(src)
     _check_tensors(src, tensors, architecture.tensor_shapes(_hf_config(src)), _WEIGHT_DTYPES)
     units = _plan(tensors, architecture)
-    others = list(_other_files(src))
+    others = [name for name in source_files(src) if name not in (CONFIG_FILE, MANIFEST_FILE) and not _is_weight(name)]
 
     written = sum(unit.output_bytes for unit in units) + sum((src / name).stat().st_size for name in others)
     _check_space(dst, written)
@@ -128,24 +133,31 @@ def quantize_checkpoint(
     dtype = "float16" if tensors["model.embed_tokens.weight"].dtype == "F16" else "bfloat16"
     config |= {key: dtype for key in ("dtype", "torch_dtype") if key in config} or {"torch_dtype": dtype}
 
-    existed = dst.exists()
-    dst.mkdir(parents=True, exist_ok=True)
     try:
-        records = _write_weights(dst, tensors, units, max_shard_bytes, progress)
-        for name in others:
-            records[name] = _copy(src / name, dst / name)
-        records[CONFIG_FILE] = _write_json(dst / CONFIG_FILE, config)
-        return records
-    except BaseException as error:
-        shutil.rmtree(dst, ignore_errors=True)
-        if existed:
-            dst.mkdir(exist_ok=True)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        with atomic_folder(dst) as folder:
+            records = _write_weights(folder, tensors, units, max_shard_bytes, progress)
+            for name in others:
+                records[name] = _copy(src / name, folder / name)
+            records[CONFIG_FILE] = _write_json(folder / CONFIG_FILE, config)
+            manifest = {
+                "format": FORMAT,
+                "format_version": FORMAT_VERSION,
+                "source": str(src.resolve()),
+                "files": {name: asdict(record) for name, record in records.items()},
+            }
+            _write_json(folder / MANIFEST_FILE, manifest)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise CheckpointError(
                 f"{dst}: the disk (or the quota) was full before all of the {_gb(written)} were written. What had been "
                 "written is removed. Free some space, or choose a folder on another disk."
             ) from error
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.EBUSY):
+            raise CheckpointError(
+                f"{dst}: something else wrote to it meanwhile, or it is a mount point. Choose another folder."
+            ) from error
         raise
+    return records
 
 
 def read_quantization(path: str | Path) -> Literal["none", "nvfp4"]:
@@ -235,8 +247,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a folder.")
-    config = _read_json(path / CONFIG_FILE, "This is not the folder of a Hugging Face model.")
-    return config
+    return _read_json(path / CONFIG_FILE, "This is not the folder of a Hugging Face model.")
 
 
 def read_headers(path: Path) -> dict[str, TensorInfo]:
@@ -245,8 +256,23 @@ def read_headers(path: Path) -> dict[str, TensorInfo]:
     Raises:
         CheckpointError: no safetensors, a shard that the index names is missing, a file is damaged.
     """
+    weights = _weight_files(path)
+    tensors = {}
+    for file in sorted(set(weights)):
+        if not (path / file).exists():
+            raise CheckpointError(f"{path / file}: missing, but {INDEX_FILE} names it. Fetch it again.")
+        tensors |= read_header(path / file)
+    for file, names in weights.items():
+        for name in names:
+            if name not in tensors:
+                raise CheckpointError(f"{path / file}: tensor {name}, which {INDEX_FILE} places there, is missing.")
+    return tensors
+
+
+def _weight_files(path: Path) -> dict[str, list[str]]:
+    """File name -> the tensors that the index places there."""
     if (path / SINGLE_FILE).exists():  # takes precedence over an index in transformers too
-        return read_header(path / SINGLE_FILE)
+        return {SINGLE_FILE: []}
     if not (path / INDEX_FILE).exists():
         if any(path.glob("*.bin")) or any(path.glob("*.pth")):
             raise CheckpointError(
@@ -257,15 +283,22 @@ def read_headers(path: Path) -> dict[str, TensorInfo]:
     weight_map = _read_json(path / INDEX_FILE, "Fetch it again.").get("weight_map")
     if not isinstance(weight_map, dict):
         raise CheckpointError(f"{path / INDEX_FILE}: no weight_map. Fetch it again.")
-    tensors = {}
-    for shard in sorted(set(weight_map.values())):
-        if not (path / shard).exists():
-            raise CheckpointError(f"{path / shard}: missing, but {INDEX_FILE} names it. Fetch it again.")
-        tensors |= read_header(path / shard)
-    for name, shard in weight_map.items():
-        if name not in tensors:
-            raise CheckpointError(f"{path / shard}: tensor {name}, which {INDEX_FILE} places there, is missing.")
-    return tensors
+    files = {}
+    for name, file in weight_map.items():
+        files.setdefault(file, []).append(name)
+    return files
+
+
+def _is_weight(name: str) -> bool:
+    return any(fnmatch.fnmatch(Path(name).name, pattern) for pattern in _WEIGHT_FILES)
+
+
+def source_files(path: Path) -> list[str]:
+    """The files that make up a checkpoint, relative to it: its safetensors and every visible file that is no weight."""
+    weights = _weight_files(path)
+    names = (file.relative_to(path) for file in sorted(path.rglob("*")) if file.is_file())
+    names = (name.as_posix() for name in names if not any(part.startswith(".") for part in name.parts))
+    return [name for name in names if name in weights or not _is_weight(name)]
 
 
 @dataclass(frozen=True)
@@ -344,12 +377,15 @@ def _write_weights(
         disable=not progress,
         mininterval=0.2 if sys.stderr.isatty() else 30,
     )
-    with bar:
+    with bar, _worker_pool() as pool:
         for name, shard in zip(names, shards, strict=True):
             layout = {output: entry for unit in shard for output, entry in unit.layout.items()}
             with ShardWriter(dst / name, layout) as writer:
                 for unit in shard:
-                    (_write_packed if unit.quantize else _write_copied)(writer, tensors, unit)
+                    if unit.quantize:
+                        _write_packed(writer, tensors, unit, pool)
+                    else:
+                        _write_copied(writer, tensors, unit)
                     bar.update(sum(tensors[source].nbytes for source in unit.sources))
             records[name] = writer.record
             weight_map |= dict.fromkeys(layout, name)
@@ -359,15 +395,33 @@ def _write_weights(
     return records
 
 
-def _write_packed(writer: ShardWriter, tensors: dict[str, TensorInfo], unit: _Unit) -> None:
+@contextlib.contextmanager
+def _worker_pool() -> Iterator[ThreadPoolExecutor]:
+    """As many threads as torch would use, each of them running torch's operators on its own.
+
+    Torch's own threads meet, spinning, after each operator. Where something else wants the cores (Ray starting up, say)
+    that made quantization ten times slower.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _write_packed(writer: ShardWriter, tensors: dict[str, TensorInfo], unit: _Unit, pool: ThreadPoolExecutor) -> None:
     weights = {name: read_tensor(tensors[name]) for name in unit.sources}
     amax = torch.stack([_finite_amax(weight, name, tensors[name]) for name, weight in weights.items()]).max()
     global_scale = nvfp4_global_scale(amax)
     for name in unit.sources:
-        packed, scale = quantize_nvfp4(weights.pop(name), global_scale)
+        weight = weights.pop(name)
+        slabs = weight.split(max(1, _SLAB_ELEMENTS // weight.shape[1]))
+        packed, scale = zip(*pool.map(lambda slab: quantize_nvfp4(slab, global_scale), slabs), strict=True)
         writer.write_tensor(f"{name}_global_scale", [global_scale])
-        writer.write_tensor(f"{name}_packed", [packed])
-        writer.write_tensor(f"{name}_scale", [scale])
+        writer.write_tensor(f"{name}_packed", packed)
+        writer.write_tensor(f"{name}_scale", scale)
 
 
 def _write_copied(writer: ShardWriter, tensors: dict[str, TensorInfo], unit: _Unit) -> None:
@@ -432,16 +486,6 @@ def _hf_config(path: Path) -> Any:
         return AutoConfig.from_pretrained(path)
     except Exception as error:  # whatever transformers makes of a bad config.json
         raise CheckpointError(f"{path / CONFIG_FILE}: transformers cannot read it: {error}") from error
-
-
-def _other_files(src: Path) -> Iterator[str]:
-    """Every file that is neither a weight nor config.json nor hidden, relative to ``src``."""
-    for path in sorted(src.rglob("*")):
-        name = path.relative_to(src)
-        if any(part.startswith(".") for part in name.parts) or not path.is_file():
-            continue
-        if name.as_posix() != CONFIG_FILE and not any(fnmatch.fnmatch(name.name, p) for p in _WEIGHT_FILES):
-            yield name.as_posix()
 
 
 def _copy(src: Path, dst: Path) -> FileRecord:

@@ -1,0 +1,206 @@
+"""Time the Hopper NVFP4 GEMM against cuBLAS bf16 on the projections of Qwen2.5-7B and 32B.
+
+    python benchmarks/bench_gemm.py --json benchmarks/results/gemm_h200.json   # the shipped choice of kernels
+    python benchmarks/bench_gemm.py --sweep --json sweep.json                  # every configuration (to tune tuning.py)
+
+Times are of CUDA graphs of many calls that rotate through copies of the weight, so that no copy is left in the L2 cache;
+the median over graph replays. A ratio is cuBLAS time / NVFP4 time: above 1 the NVFP4 kernel is the faster one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from qerl_verl.kernels import hopper
+from qerl_verl.kernels.hopper import tuning
+from qerl_verl.kernels.nvfp4_dequantize import block_values_nvfp4
+
+SHAPES = {
+    "7B qkv": (4608, 3584), "7B o": (3584, 3584), "7B gate_up": (37888, 3584), "7B down": (3584, 18944),
+    "32B qkv": (7168, 5120), "32B o": (5120, 5120), "32B gate_up": (55296, 5120), "32B down": (5120, 27648),
+}  # fmt: skip
+TOKENS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 8192)
+ROTATE_BYTES = 256 << 20
+ALPHA = 1 / 640.0
+
+
+def time_calls(call, copies: int, target_us: float, replays: int = 7) -> float:
+    """Median time in microseconds of ``call(i)``, ``i`` rotating through ``copies``."""
+    calls = max(copies, min(200, math.ceil(1500 / target_us)))
+    calls = math.ceil(calls / copies) * copies
+    for i in range(copies if copies < 4 else 4):
+        call(i)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(calls):
+            call(i % copies)
+    graph.replay()
+    times = []
+    for _ in range(replays):
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop) * 1e3 / calls)
+    return statistics.median(times)
+
+
+def make_weight(n: int, k: int):
+    packed = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device="cuda")
+    scale = (torch.rand(n, k // 16, device="cuda") * 300 + 20).to(torch.float8_e4m3fn).view(torch.uint8)
+    return packed, scale, *hopper.prepack(packed, scale)
+
+
+def reference_error(y, x, packed, scale, bias=None, rows: int = 4096) -> float:
+    """Relative error against float64 on up to ``rows`` output channels (taken from both ends)."""
+    n = packed.shape[0]
+    index = torch.arange(n, device="cuda") if n <= rows else torch.cat(
+        (torch.arange(rows // 2, device="cuda"), torch.arange(n - rows // 2, n, device="cuda"))
+    )
+    weight = block_values_nvfp4(packed[index], scale[index], torch.float64)
+    expected = x.double() @ weight.t() * ALPHA
+    if bias is not None:
+        expected += bias[index].double()
+    got = y[:, index].double()
+    return ((got - expected).norm() / expected.norm()).item()
+
+
+def candidates(m: int, n: int, k: int, sms: int):
+    """Configurations worth a try for a shape: ``(label, plan)``."""
+    for config, c in enumerate(tuning.CONFIGS):
+        if k % (64 * c.k_units):
+            continue
+        if m <= 256 and not (c.tokens >= m and c.tokens <= max(8, 2 * m)) and not (m > 64 and c.tokens * 2 >= m):
+            continue
+        if m > 256 and c.tokens < 128:
+            continue
+        count = tuning.tiles(config, m, n)
+        slots = sms * c.blocks_per_sm
+        choice = {slots}
+        if c.blocks_per_sm == 2:
+            choice.add(sms)
+        if count < slots:
+            choice |= {count * s for s in (slots // count, slots // count - 1) if s > 0}
+        else:
+            choice.add(count)
+            if count < 4 * slots:
+                choice.add(count // 2)
+        for blocks in sorted(choice):
+            if blocks <= count * tuning.steps(config, k):
+                yield tuning.plan(config, blocks, m, n, k)
+
+
+def environment() -> dict:
+    nvcc = subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout.strip().splitlines()
+    return {
+        "command": "python " + " ".join(["benchmarks/bench_gemm.py", *sys.argv[1:]]),
+        "gpu": torch.cuda.get_device_name(),
+        "multiprocessors": torch.cuda.get_device_properties(0).multi_processor_count,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "nvcc": nvcc[-2] if len(nvcc) > 1 else None,
+        "driver": subprocess.run(
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True
+        ).stdout.strip(),
+    }
+
+
+def copy_bandwidth() -> float:
+    a, b = (torch.empty(4 << 30, dtype=torch.uint8, device="cuda") for _ in range(2))
+    return 2 * a.numel() / time_calls(lambda i: b.copy_(a), 1, 2000) * 1e-6
+
+
+def geomean(values) -> float:
+    values = list(values)
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sweep", action="store_true", help="time every configuration, not only the chosen one")
+    parser.add_argument("--tokens", type=int, nargs="*", default=TOKENS)
+    parser.add_argument("--shapes", nargs="*", default=list(SHAPES))
+    parser.add_argument("--pdl", type=int, default=0, help="1: programmatic dependent launch")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--max-error", type=float, default=2.6e-3)
+    args = parser.parse_args()
+
+    torch.manual_seed(0)
+    hopper.initialize()
+    sms = torch.cuda.get_device_properties(0).multi_processor_count
+    result = {"environment": environment(), "copy_TB_per_s": copy_bandwidth(), "gemm": [], "dequantize": [], "sweep": []}
+    print(f"copy {result['copy_TB_per_s']:.2f} TB/s", flush=True)
+
+    for name in args.shapes:
+        n, k = SHAPES[name]
+        packed, scale, packed_p, scale_p = make_weight(n, k)
+        copies = max(2, math.ceil(ROTATE_BYTES / (n * k * 9 / 16)))
+        weights = [(packed_p, scale_p)] + [(packed_p.clone(), scale_p.clone()) for _ in range(copies - 1)]
+        dense_copies = max(2, math.ceil(ROTATE_BYTES / (n * k * 2)))
+        dense = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) for _ in range(dense_copies)]
+        out = torch.empty(n, k, device="cuda", dtype=torch.bfloat16)
+        us = time_calls(lambda i: hopper.dequantize(*weights[i]), copies, n * k * 2.56 / 4e6)
+        rate = n * k * (2 + 9 / 16) / us * 1e-6
+        result["dequantize"].append(
+            {"shape": name, "n": n, "k": k, "us": us, "TB_per_s": rate, "of_copy": rate / result["copy_TB_per_s"]}
+        )
+        print(f"{name:12} dequantize {us:7.1f} us {rate:.2f} TB/s ({rate / result['copy_TB_per_s']:.0%} of copy)", flush=True)
+        del out
+        for m in args.tokens:
+            x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+            floor = max(n * k * 2 / 4.0e6, 2 * m * n * k / 7e8)
+            cublas = time_calls(lambda i: torch.mm(x, dense[i].t()), dense_copies, floor)
+            chosen = tuning.choose(m, n, k, sms)
+            plans = [chosen]
+            if args.sweep:
+                plans = [p for p in candidates(m, n, k, sms)] + ([tuning.DEQUANTIZE] if m >= 256 else [])
+            best = None
+            for plan in plans:
+                y = hopper.run_plan(x, packed_p, scale_p, ALPHA, None, plan, args.pdl)
+                error = reference_error(y, x, packed, scale, rows=512 if args.sweep else 4096)
+                us = time_calls(
+                    lambda i: hopper.run_plan(x, *weights[i], ALPHA, None, plan, args.pdl), copies, floor / 2, 3 if args.sweep else 7
+                )
+                row = {"shape": name, "n": n, "k": k, "m": m, "plan": plan[:2], "us": us, "cublas_us": cublas, "error": error}
+                if not error < args.max_error:
+                    print("ERROR", row, flush=True)
+                    row["wrong"] = True
+                elif best is None or us < best["us"]:
+                    best = row
+                if args.sweep:
+                    result["sweep"].append(row)
+            if best is None:
+                continue
+            best["ratio"] = cublas / best["us"]
+            result["gemm"].append(best)
+            if args.json:
+                args.json.write_text(json.dumps(result, indent=1))
+        mine = [r for r in result["gemm"] if r["shape"] == name]
+        print("  " + " ".join(f"{r['m']}:{r['us']:.1f}/{r['ratio']:.2f}x c{r['plan'][0]}b{r['plan'][1]}" for r in mine), flush=True)
+        del weights, dense
+        torch.cuda.empty_cache()
+
+    summary = {}
+    for m in args.tokens:
+        rows = [r for r in result["gemm"] if r["m"] == m]
+        if rows:
+            summary[m] = {"ratio": geomean(r["ratio"] for r in rows), "max_error": max(r["error"] for r in rows)}
+    result["geomean_by_tokens"] = summary
+    print("geomean of cuBLAS / NVFP4: " + "  ".join(f"M={m} {s['ratio']:.2f}" for m, s in summary.items()))
+    print(f"largest error {max(s['max_error'] for s in summary.values()):.2e}")
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

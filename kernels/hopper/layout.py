@@ -1,0 +1,124 @@
+"""The prepacked weight layout of the Hopper kernels, in PyTorch; ``nvfp4_format.cuh`` is the same thing in CUDA.
+
+A permutation of the checkpoint's bits, done once, of the same size. Units of 64 x 64 weights; in a unit each lane of
+a warpgroup finds the 32 codes it holds as tensor core fragments in 16 consecutive bytes, and in each 32-bit word the four
+pairs of codes lie such that a rotation and a mask turn a pair into two bfloat16. A scale byte E4M3 becomes the same
+number with five exponent bits and no sign, so that moving it into bfloat16's place needs no case distinction:
+
+* a negative scale gives its sign to its 16 codes, and a scale of zero makes its 16 codes zero (the values stay the same);
+* any other byte can be turned back, and ``unpack`` does so.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+UNIT = 64
+"""Both sides of a unit; N and K have to be multiples of it (K of 128 for every kernel configuration)."""
+
+_PAIR_BITS = ("m", "e0", "e1", "s")
+_BF16_PLACE = {"m": 6, "e0": 7, "e1": 8, "s": 15}
+_CODE_PLACE = {"m": 0, "e0": 1, "e1": 2, "s": 3}
+_ROTATION = (  # right rotation that brings a bit of pair p to its place in bfloat16
+    {"m": 26, "e0": 26, "e1": 26, "s": 26},
+    {"m": 4, "e0": 4, "e1": 4, "s": 4},
+    {"m": 30, "e0": 6, "e1": 6, "s": 6},
+    {"m": 0, "e0": 0, "e1": 0, "s": 0},
+)
+
+
+@functools.lru_cache(maxsize=None)
+def word_bits() -> tuple[tuple[int, int, int], ...]:
+    """For each bit of a word that holds code ``i = 2 * pair + half``: ``(i, bit of the code, bit of the word)``."""
+    bits = []
+    for pair in range(4):
+        for half in range(2):
+            for name in _PAIR_BITS:
+                place = _BF16_PLACE[name] + 16 * half
+                bits.append((2 * pair + half, _CODE_PLACE[name], (place + _ROTATION[pair][name]) % 32))
+    assert sorted(b for _, _, b in bits) == list(range(32))
+    return tuple(bits)
+
+
+@functools.lru_cache(maxsize=None)
+def _scale_tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """E4M3 byte (sign ignored) to the five-exponent-bit byte, and back."""
+    value = torch.arange(128, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
+    mantissa, exponent = torch.frexp(value)  # value = mantissa * 2**exponent, mantissa in [0.5, 1)
+    code = (exponent.long() - 1 + 23) * 8 + (mantissa * 16).nan_to_num().long() - 8
+    code[value == 0] = 0
+    code[127] = 0  # NaN, refused by prepack
+    to_code = torch.cat((code, code)).to(torch.uint8)
+    back = torch.zeros(256, dtype=torch.uint8)
+    back[code[:127]] = torch.arange(127, dtype=torch.uint8)
+    return to_code.to(device), back.to(device)
+
+
+def check_shape(n: int, k: int) -> str | None:
+    """Why an ``[n, k]`` weight cannot be prepacked, or None."""
+    if n % UNIT or k % UNIT:
+        return f"N and K have to be multiples of {UNIT}, got {n} x {k}"
+    return None
+
+
+def prepack(packed: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """From the checkpoint's layout to the kernels', once.
+
+    Args:
+        packed: ``[N, K / 2]`` uint8, two E2M1 codes a byte, low nibble first.
+        scale: ``[N, K / 16]`` float8_e4m3fn, or the same bytes as uint8.
+
+    Returns:
+        Two new uint8 tensors of the same shapes; only their sizes mean what the shapes say.
+
+    Raises:
+        ValueError: a shape that the layout does not cover, or a scale that is NaN.
+    """
+    n, k = packed.shape[0], packed.shape[1] * 2
+    reason = check_shape(n, k)
+    if reason:
+        raise ValueError(reason)
+    if tuple(scale.shape) != (n, k // 16):
+        raise ValueError(f"scales of shape ({n}, {k // 16}) belong to packed {tuple(packed.shape)}; got {tuple(scale.shape)}")
+    scale = scale.view(torch.uint8)
+    if ((scale & 0x7F) == 0x7F).any():
+        raise ValueError("a block scale is NaN")
+    packed_out, scale_out = torch.empty_like(packed, memory_format=torch.contiguous_format), torch.empty_like(
+        scale, memory_format=torch.contiguous_format
+    )
+    to_code, _ = _scale_tables(packed.device)
+    rows = max(1, (1 << 24) // (UNIT * k)) * UNIT  # bounds the temporary memory
+    for begin in range(0, n, rows):
+        end = min(n, begin + rows)
+        b = packed[begin:end]
+        codes = torch.stack((b & 0xF, b >> 4), dim=-1).view(end - begin, k // 16, 16)
+        s = scale[begin:end].unsqueeze(-1)
+        codes = codes ^ ((s >> 7) << 3)
+        codes = codes * ((s & 0x7F) != 0)
+        # row = (row unit, warp, h, g), k = (k unit, step j, half hk, t, e)
+        codes = codes.view(-1, 4, 2, 8, k // UNIT, 4, 2, 4, 2)
+        #                   0  1  2  3     4       5  6  7  8
+        codes = codes.permute(0, 4, 1, 3, 7, 5, 6, 2, 8).reshape(-1, 8).int()  # words of (hk, h, e)
+        words = torch.zeros_like(codes[:, 0])
+        for i, code_bit, word_bit in word_bits():
+            words |= ((codes[:, i] >> code_bit) & 1) << word_bit
+        packed_out[begin:end] = words.view(torch.uint8).view(end - begin, k // 2)
+        s = to_code[scale[begin:end].int()].view(-1, 4, 2, 8, k // UNIT, 4)
+        scale_out[begin:end] = s.permute(0, 4, 1, 3, 5, 2).reshape(end - begin, k // 16)
+    return packed_out, scale_out
+
+
+def unpack(packed_p: torch.Tensor, scale_p: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The inverse of :func:`prepack`: ``(packed, scale)`` as uint8 in the checkpoint's layout."""
+    n, k = packed_p.shape[0], packed_p.shape[1] * 2
+    words = packed_p.contiguous().view(torch.int32).view(-1)
+    codes = torch.zeros((words.numel(), 8), dtype=torch.uint8, device=words.device)
+    for i, code_bit, word_bit in word_bits():
+        codes[:, i] |= (((words >> word_bit) & 1) << code_bit).to(torch.uint8)
+    codes = codes.view(n // UNIT, k // UNIT, 4, 8, 4, 4, 2, 2, 2)  # unit, k unit, warp, g, t, j, hk, h, e
+    codes = codes.permute(0, 2, 7, 3, 1, 5, 6, 4, 8).reshape(n, k)
+    _, back = _scale_tables(packed_p.device)
+    s = back[scale_p.int()].view(n // UNIT, k // UNIT, 4, 8, 4, 2).permute(0, 2, 5, 3, 1, 4).reshape(n, k // 16)
+    return codes[:, ::2] | (codes[:, 1::2] << 4), s.contiguous()

@@ -1,0 +1,79 @@
+"""Which kernel serves which product: the configurations of ``nvfp4_gemm.cu`` and the choice among them by shape."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+
+class Config(NamedTuple):
+    """One compiled instance of the kernel, in the order of ``entries`` in ``nvfp4_gemm.cu``."""
+
+    tokens: int  # tokens a tile (N of the wgmma)
+    warpgroups: int  # consumer warpgroups
+    units: int  # 64-row units a warpgroup
+    k_units: int  # 64-column units a pipeline stage
+    stages: int
+    blocks_per_sm: int
+
+    @property
+    def row_units(self) -> int:
+        return self.warpgroups * self.units
+
+
+CONFIGS = (
+    Config(8, 4, 1, 2, 10, 1),
+    Config(8, 2, 1, 2, 9, 2),
+    Config(8, 2, 2, 1, 10, 2),
+    Config(16, 4, 1, 2, 10, 1),
+    Config(16, 2, 1, 2, 8, 2),
+    Config(16, 2, 2, 1, 9, 2),
+    Config(32, 4, 1, 2, 8, 1),
+    Config(32, 2, 1, 2, 6, 2),
+    Config(32, 2, 2, 1, 8, 2),
+    Config(64, 4, 1, 2, 6, 1),
+    Config(64, 2, 1, 1, 8, 2),
+    Config(64, 2, 2, 1, 11, 1),
+    Config(128, 2, 2, 1, 8, 1),
+    Config(128, 2, 1, 1, 10, 1),
+    Config(128, 4, 1, 1, 8, 1),
+    Config(256, 2, 1, 1, 6, 1),
+)
+
+
+class Plan(NamedTuple):
+    """``config`` -1: dequantize and cuBLAS."""
+
+    config: int
+    blocks: int
+    workspace: int  # bytes
+
+
+DEQUANTIZE = Plan(-1, 0, 0)
+
+
+def tiles(config: int, m: int, n: int) -> int:
+    c = CONFIGS[config]
+    return -(-n // (64 * c.row_units)) * -(-m // c.tokens)
+
+
+def steps(config: int, k: int) -> int:
+    return k // (64 * CONFIGS[config].k_units)
+
+
+def plan(config: int, blocks: int, m: int, n: int, k: int) -> Plan:
+    """The plan of a configuration with a given number of thread blocks (at most one for each step of each tile)."""
+    count = tiles(config, m, n)
+    blocks = min(blocks, count * steps(config, k))
+    c = CONFIGS[config]
+    cut = count % blocks != 0
+    return Plan(config, blocks, 2 * blocks * 64 * c.row_units * c.tokens * 4 if cut else 0)
+
+
+@functools.lru_cache(maxsize=4096)
+def choose(m: int, n: int, k: int, sms: int) -> Plan:
+    if m > 512:
+        return DEQUANTIZE
+    order = [i for i in (0, 2, 3, 5, 6, 8, 9, 11, 12, 15) if k % (64 * CONFIGS[i].k_units) == 0]
+    config = next(i for i in order if CONFIGS[i].tokens >= m or i == 15)
+    return plan(config, sms * CONFIGS[config].blocks_per_sm, m, n, k)

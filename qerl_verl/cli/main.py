@@ -1,0 +1,95 @@
+"""The ``qerl`` command: ``qerl quantize SRC DST`` and ``qerl resolve MODEL``.
+
+A subcommand is a function ``_add_<name>(subparsers, common)`` that declares its arguments and sets ``run``, listed in
+``_COMMANDS``. ``run(arguments)`` returns the exit code. What the user can put right is raised as CheckpointError or
+OSError and ends in one line on stderr and exit code 2; ``--debug`` shows the traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+import qerl_verl
+from qerl_verl.nvfp4.errors import CheckpointError
+
+EXIT_ERROR = 2
+
+
+def _add_quantize(subparsers, common: argparse.ArgumentParser) -> None:
+    parser = subparsers.add_parser(
+        "quantize", parents=[common], help="write an NVFP4 copy of a 16- or 32-bit Hugging Face checkpoint"
+    )
+    parser.add_argument("src", type=Path, help="folder with config.json and safetensors")
+    parser.add_argument("dst", type=Path, help="folder to write, absent or empty")
+    parser.add_argument("--force", action="store_true", help="replace the checkpoint in DST, once the new one is complete")
+    parser.set_defaults(run=_quantize)
+
+
+def _quantize(arguments: argparse.Namespace) -> int:
+    from qerl_verl.nvfp4.checkpoint import CONFIG_FILE, quantize_checkpoint
+
+    src, dst = arguments.src.resolve(), arguments.dst.resolve()
+    if not arguments.force or not dst.exists() or (dst.is_dir() and not any(dst.iterdir())):
+        quantize_checkpoint(src, dst)
+    elif not (dst / CONFIG_FILE).is_file() or src.is_relative_to(dst):
+        why = "SRC lies in it" if src.is_relative_to(dst) else f"it holds no {CONFIG_FILE}, so it is no checkpoint"
+        raise CheckpointError(f"{dst}: --force does not replace this folder, because {why}. Choose another DST.")
+    else:
+        new = dst.with_name(f"{dst.name}.new-{uuid.uuid4().hex[:8]}")
+        quantize_checkpoint(src, new)
+        shutil.rmtree(dst)
+        new.rename(dst)
+    print(dst)
+    return 0
+
+
+def _add_resolve(subparsers, common: argparse.ArgumentParser) -> None:
+    parser = subparsers.add_parser(
+        "resolve",
+        parents=[common],
+        help="print the NVFP4 folder that training will use for a model, quantizing it into the cache if need be",
+    )
+    parser.add_argument("model", help="local folder or name on the Hugging Face hub")
+    parser.add_argument("--cache-dir", type=Path, help="default: $QERL_CACHE or ~/.cache/qerl_verl")
+    parser.set_defaults(run=_resolve)
+
+
+def _resolve(arguments: argparse.Namespace) -> int:
+    from qerl_verl.nvfp4.cache import resolve_checkpoint
+
+    print(resolve_checkpoint(arguments.model, arguments.cache_dir).path)
+    return 0
+
+
+_COMMANDS = (_add_quantize, _add_resolve)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser = argparse.ArgumentParser(prog="qerl", description="QeRL for verl: NVFP4 checkpoints.")
+    parser.add_argument("--version", action="version", version=f"qerl {qerl_verl.__version__}")
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
+    for add in _COMMANDS:
+        add(subparsers, common)
+    arguments = parser.parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except (CheckpointError, OSError) as error:
+        if arguments.debug:
+            raise
+        print(f"qerl: {' '.join(str(error).split())}", file=sys.stderr)
+        return EXIT_ERROR
+    except KeyboardInterrupt:
+        print("qerl: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,248 @@
+"""From a model path or hub name to a local NVFP4 folder, quantizing at most once.
+
+A cache entry is a folder ``<model_type>-<key>``, the key being a hash of the content of every source file and of the
+format version. It appears by one rename of a finished folder, so it is complete or absent; a file lock beside it keeps
+others from doing the same work meanwhile. Correctness rests on the rename, the lock only saves work: where a shared
+file system does not honour locks between nodes, each node quantizes and the first to finish wins.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from filelock import FileLock, Timeout
+
+from qerl_verl.nvfp4.architectures import get_architecture
+from qerl_verl.nvfp4.atomic_folder import host_name
+from qerl_verl.nvfp4.checkpoint import (
+    CONFIG_FILE,
+    FORMAT,
+    FORMAT_VERSION,
+    MANIFEST_FILE,
+    quantize_checkpoint,
+    read_config,
+    read_headers,
+    read_quantization,
+    source_files,
+    validate_nvfp4_checkpoint,
+)
+from qerl_verl.nvfp4.errors import CheckpointError
+
+_DIGESTS_FILE = "digests.json"
+_HUB_PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken")
+_HUB_IGNORE = ("consolidated*", "original/*", "onnx/*")
+_ANNOUNCED_BYTES = 1_000_000_000  # hashing a larger file is announced
+_REMARK_SECONDS = 15.0  # how often a waiting process says so
+
+
+@dataclass(frozen=True)
+class ResolvedCheckpoint:
+    """A local NVFP4 folder."""
+
+    path: Path
+    source: str
+    """What was asked for."""
+    kind: Literal["as_is", "quantized"]
+    """``as_is``: the source was NVFP4 already. ``quantized``: ``path`` is an entry of the cache."""
+
+
+def default_cache_dir() -> Path:
+    """``$QERL_CACHE``, or ``~/.cache/qerl_verl``."""
+    return Path(os.environ.get("QERL_CACHE") or "~/.cache/qerl_verl").expanduser()
+
+
+def resolve_checkpoint(
+    model_path: str | Path, cache_dir: str | Path | None = None, *, progress: bool = True
+) -> ResolvedCheckpoint:
+    """A local NVFP4 checkpoint of a model: the model itself if it is one, else quantized into the cache.
+
+    Any number of processes, on any number of nodes that share ``cache_dir``, may call this at the same time. One of
+    them quantizes, the others wait and say on stderr for whom. A process that is killed leaves nothing that would be
+    used; its temporary folder is removed by the next attempt.
+
+    Args:
+        model_path: local folder, or name of a model on the Hugging Face hub (``HF_HUB_OFFLINE`` is respected).
+        cache_dir: None means :func:`default_cache_dir`.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        UnsupportedArchitecture, CheckpointError: as :func:`~qerl_verl.nvfp4.checkpoint.quantize_checkpoint`; or the
+            model is neither a folder nor to be had from the hub; or a cache entry has been damaged.
+    """
+    source = str(model_path)
+    folder = _local_folder(source)
+    if read_quantization(folder) == "nvfp4":
+        validate_nvfp4_checkpoint(folder)
+        return ResolvedCheckpoint(folder, source, "as_is")
+
+    config = read_config(folder)
+    get_architecture(config)  # fails before the hashing of many gigabytes
+    read_headers(folder)
+    cache = Path(cache_dir) if cache_dir is not None else default_cache_dir()
+    cache = cache.expanduser().absolute()
+    cache.mkdir(parents=True, exist_ok=True)
+    entry = cache / f"{config.get('model_type', 'model')}-{_content_key(folder, cache)}"
+    if not entry.exists():
+        with _exclusive(entry):
+            if not entry.exists():
+                _fill(entry, folder, progress)
+    _verify(entry)
+    return ResolvedCheckpoint(entry, source, "quantized")
+
+
+def _fill(entry: Path, folder: Path, progress: bool) -> None:
+    try:
+        quantize_checkpoint(folder, entry, progress=progress)
+    except CheckpointError:
+        if not (entry / MANIFEST_FILE).exists():  # else another node was faster
+            raise
+
+
+def _verify(entry: Path) -> None:
+    """Sizes of all files against the manifest."""
+
+    def damaged(what: str) -> CheckpointError:
+        return CheckpointError(f"{what}. This cache entry is damaged: delete the folder {entry} and start again.")
+
+    try:
+        files = json.loads((entry / MANIFEST_FILE).read_text(encoding="utf-8"))["files"]
+        sizes = {name: record["size"] for name, record in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise damaged(f"{entry / MANIFEST_FILE} is missing or unreadable") from None
+    for name, size in sizes.items():
+        file = entry / name
+        if not file.exists():
+            raise damaged(f"{file} is missing")
+        if file.stat().st_size != size:
+            raise damaged(f"{file} is {file.stat().st_size} bytes long and should be {size}")
+
+
+# --- the key ---------------------------------------------------------------------------------------------------------
+
+
+def _content_key(folder: Path, cache: Path) -> str:
+    """Hash of what the output depends on: all files that are read or copied, and how they are quantized."""
+    digests = _Digests(cache / _DIGESTS_FILE)
+    files = {name: digests.of(folder / name) for name in source_files(folder)}
+    digests.save()
+    content = json.dumps({"format": FORMAT, "version": FORMAT_VERSION, "files": files}, sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+class _Digests:
+    """SHA-256 of files, remembered for as long as size, modification time and inode stay the same."""
+
+    def __init__(self, store: Path):
+        self._store = store
+        self._known = self._load()
+        self._new: dict[str, list] = {}
+
+    def of(self, path: Path) -> str:
+        path = path.resolve()
+        if path.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", path.name):
+            return path.name  # the hub's own cache names large files by their SHA-256
+        stat = path.stat()
+        stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+        known = self._known.get(str(path))
+        if isinstance(known, list) and known[:-1] == stamp:
+            return known[-1]
+        if stat.st_size > _ANNOUNCED_BYTES:
+            print(f"qerl: hashing {path} ({stat.st_size / 1e9:.1f} GB), once", file=sys.stderr)
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            while data := file.read(1 << 22):
+                digest.update(data)
+        self._new[str(path)] = [*stamp, digest.hexdigest()]
+        return digest.hexdigest()
+
+    def save(self) -> None:
+        """Add what is new. Where it fails or two processes save at once, some files are hashed again next time."""
+        if not self._new:
+            return
+        temporary = self._store.with_name(f"{self._store.name}.{uuid.uuid4().hex[:8]}")
+        with contextlib.suppress(OSError):
+            temporary.write_text(json.dumps(self._load() | self._new), encoding="utf-8")
+            temporary.replace(self._store)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+    def _load(self) -> dict[str, list]:
+        try:
+            known = json.loads(self._store.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return known if isinstance(known, dict) else {}
+
+
+# --- one at a time ---------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _exclusive(entry: Path) -> Iterator[None]:
+    """Hold the lock of an entry; while another process holds it, say who and for how long."""
+    lock = FileLock(entry.with_name(f"{entry.name}.lock"))
+    owner = entry.with_name(f"{entry.name}.owner.json")
+    started = time.monotonic()
+    timeout = 0.0
+    while True:
+        try:
+            lock.acquire(timeout=timeout)
+            break
+        except Timeout:
+            waited = time.monotonic() - started
+            print(f"qerl: waiting for {_describe(owner)} to quantize {entry.name} ({waited:.0f} s so far)", file=sys.stderr)
+            timeout = _REMARK_SECONDS
+    try:
+        with contextlib.suppress(OSError):  # it only informs
+            who = {"host": host_name(), "pid": os.getpid(), "since": time.time()}
+            owner.write_text(json.dumps(who), encoding="utf-8")
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            owner.unlink(missing_ok=True)
+        lock.release()
+
+
+def _describe(owner: Path) -> str:
+    try:
+        who = json.loads(owner.read_text(encoding="utf-8"))
+        return f"process {who['pid']} on {who['host']}, {time.time() - who['since']:.0f} s at work,"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"
+
+
+# --- the source ------------------------------------------------------------------------------------------------------
+
+
+def _local_folder(model: str) -> Path:
+    path = Path(model).expanduser()
+    if path.exists():
+        return path.absolute()
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model) or model.startswith("."):
+        raise CheckpointError(f"{model}: there is no such folder.")
+    from huggingface_hub import snapshot_download
+
+    try:
+        # the small file first: a model that cannot be used is not fetched
+        folder = Path(snapshot_download(model, allow_patterns=[CONFIG_FILE]))
+        read_quantization(folder)
+        get_architecture(read_config(folder))
+        return Path(snapshot_download(model, allow_patterns=list(_HUB_PATTERNS), ignore_patterns=list(_HUB_IGNORE)))
+    except CheckpointError:
+        raise
+    except Exception as error:  # not found, gated, offline, no network, disk full: huggingface_hub says it well
+        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else ""
+        raise CheckpointError(
+            f"{model}: no such folder, and it cannot be had from the Hugging Face hub{offline}: {error}"
+        ) from error

@@ -1,0 +1,95 @@
+"""Fixtures that more than one test folder uses."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+import pytest
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="needs an NVIDIA GPU")
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(skip)
+
+
+def make_model(folder: Path, **overrides) -> Path:
+    """A random tiny Qwen2 checkpoint in bfloat16 with the quickstart's tokenizer. Returns its folder."""
+    from qerl_verl.quickstart.tiny_model import build_tokenizer
+
+    tokenizer = build_tokenizer()
+    settings = dict(
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=len(tokenizer),
+        tie_word_embeddings=True,
+        max_position_embeddings=512,
+        initializer_range=0.08,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(Qwen2Config(**{**settings, **overrides})).to(torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        if name.endswith("proj.bias"):
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model_factory():
+    """:func:`make_model`, for tests that need another shape."""
+    return make_model
+
+
+@pytest.fixture(scope="session")
+def bf16_checkpoint(tmp_path_factory) -> Path:
+    """A tiny 16-bit checkpoint."""
+    return make_model(tmp_path_factory.mktemp("bf16"))
+
+
+@pytest.fixture(scope="session")
+def nvfp4_checkpoint(tmp_path_factory, bf16_checkpoint) -> Path:
+    """The same model, quantized."""
+    from qerl_verl.nvfp4.checkpoint import quantize_checkpoint
+
+    folder = tmp_path_factory.mktemp("nvfp4") / "model"
+    quantize_checkpoint(bf16_checkpoint, folder, progress=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def dequantized_checkpoint(tmp_path_factory, nvfp4_checkpoint, bf16_checkpoint) -> Path:
+    """The quantized model written back as a plain float32 checkpoint, for stock readers."""
+    from qerl_verl.kernels.nvfp4_dequantize import dequantize_nvfp4
+    from qerl_verl.nvfp4.loading import iterate_tensors
+
+    tensors = dict(iterate_tensors(nvfp4_checkpoint))
+    model = Qwen2ForCausalLM.from_pretrained(bf16_checkpoint, dtype=torch.float32)
+    state = model.state_dict()
+    for name in state:
+        base = name.removesuffix(".weight")
+        if f"{base}.weight_packed" in tensors:
+            parts = (tensors[f"{base}.{part}"] for part in ("weight_packed", "weight_scale", "weight_global_scale"))
+            state[name] = dequantize_nvfp4(*parts, dtype=torch.float32)
+    model.load_state_dict(state)
+    folder = tmp_path_factory.mktemp("dequantized")
+    model.save_pretrained(folder)
+    from qerl_verl.quickstart.tiny_model import build_tokenizer
+
+    build_tokenizer().save_pretrained(folder)
+    return folder

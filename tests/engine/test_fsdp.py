@@ -1,0 +1,128 @@
+"""The training engine, in processes of its own: one rank, two gloo ranks, checkpoints, memory."""
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+SCRIPT = Path(__file__).parent / "engine_process.py"
+
+
+def run_engine(checkpoint, out: Path, world: int = 1, **settings) -> list[dict]:
+    """Build and train an engine on ``world`` ranks; returns each rank's report."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, SCRIPT, checkpoint, out, str(rank), str(world), str(port), json.dumps(settings)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(world)
+    ]
+    outputs = [r.communicate(timeout=300)[0] for r in ranks]
+    assert all(r.returncode == 0 for r in ranks), "\n".join(o[-4000:] for o in outputs)
+    return [json.loads(Path(f"{out}.{rank}.json").read_text()) for rank in range(world)]
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory, nvfp4_checkpoint):
+    """Four steps on one rank, saved after the second."""
+    folder = tmp_path_factory.mktemp("one")
+    report = run_engine(nvfp4_checkpoint, folder / "r", steps=4, save_after=2, save=str(folder / "ckpt" / "actor"))[0]
+    return folder, report
+
+
+def test_the_registry_gives_our_engine(one_rank):
+    assert one_rank[1]["class"] == "NVFP4EngineWithLMHead"
+
+
+def test_what_is_packed_stays_bytes_and_only_float32_adapters_train(one_rank):
+    parameters = one_rank[1]["parameters"]
+    packed = {n: p for n, p in parameters.items() if n.endswith((".weight_packed", ".weight_scale"))}
+    assert len(packed) == 2 * 7 * 2 and {p["dtype"] for p in packed.values()} == {"torch.uint8"}
+    assert {p["dtype"] for n, p in parameters.items() if p["trains"]} == {"torch.float32"}
+    assert all(("lora_" in n) == p["trains"] for n, p in parameters.items())
+    rest = {p["dtype"] for n, p in parameters.items() if n not in packed and not p["trains"]}
+    assert rest == {"torch.bfloat16"}
+
+
+def test_training_lowers_the_loss_and_follows_the_scheduler(one_rank):
+    steps = one_rank[1]["steps"]
+    assert [s["lr"] for s in steps] == pytest.approx([2.5e-3, 5e-3, 7.5e-3, 1e-2])
+    assert all(s["grad_norm"] > 0 for s in steps)
+    assert one_rank[1]["optimizer_steps"] == [4]
+
+
+def test_a_checkpoint_holds_adapter_optimizer_and_scheduler_but_not_the_base(one_rank):
+    folder = one_rank[0] / "ckpt" / "actor"
+    state = torch.load(folder / "model_world_size_1_rank_0.pt", weights_only=False)
+    assert state and all("lora_" in name for name in state)
+    optimizer = torch.load(folder / "optim_world_size_1_rank_0.pt", weights_only=False)
+    assert len(optimizer["state"]) == len(state)
+    extra = torch.load(folder / "extra_state_world_size_1_rank_0.pt", weights_only=False)
+    assert extra["lr_scheduler"]["last_epoch"] == 2
+    adapter = load_file(folder / "lora_adapter" / "adapter_model.safetensors")
+    assert sorted(adapter) == one_rank[1]["adapter_names"]
+    config = json.loads((folder / "lora_adapter" / "adapter_config.json").read_text())
+    assert config["peft_type"] == "LORA" and config["r"] == 8 and "q_proj" in config["target_modules"]
+
+
+def test_resuming_continues_bit_for_bit(one_rank, nvfp4_checkpoint, tmp_path):
+    folder, unbroken = one_rank
+    resumed = run_engine(
+        nvfp4_checkpoint, tmp_path / "r", steps=4, first_step=2, randomize=False, load=str(folder / "ckpt" / "actor")
+    )[0]
+    assert resumed["loaded"] == unbroken["saved"] != unbroken["adapter"]
+    assert resumed["steps"] == unbroken["steps"][2:]
+    assert resumed["adapter"] == unbroken["adapter"] and resumed["optimizer_steps"] == [4]
+
+
+def test_an_adapter_of_another_rank_is_refused(one_rank, nvfp4_checkpoint, tmp_path):
+    with pytest.raises(AssertionError, match="size mismatch|shape"):
+        run_engine(nvfp4_checkpoint, tmp_path / "r", steps=1, lora_rank=4, load=str(one_rank[0] / "ckpt" / "actor"))
+
+
+def test_training_goes_on_from_an_adapter_folder(one_rank, nvfp4_checkpoint, tmp_path):
+    adapter = one_rank[0] / "ckpt" / "actor" / "lora_adapter"
+    report = run_engine(
+        nvfp4_checkpoint, tmp_path / "r", steps=0, lora_adapter_path=str(adapter)
+    )[0]  # fmt: skip
+    assert {p["dtype"] for p in report["parameters"].values() if p["trains"]} == {"torch.float32"}
+
+
+def test_two_ranks_shard_the_bytes_and_train_the_same_adapter(one_rank, nvfp4_checkpoint, tmp_path):
+    reports = run_engine(nvfp4_checkpoint, tmp_path / "r", world=2, steps=4)
+    for name, p in reports[0]["parameters"].items():
+        if name.endswith((".weight_packed", ".weight_scale")):
+            assert p["dtype"] == "torch.uint8" and p["local_bytes"] * 2 == p["bytes"], name
+    assert reports[0]["adapter"] == reports[1]["adapter"]
+    for found, expected in zip(reports[0]["steps"], one_rank[1]["steps"], strict=True):
+        assert found["loss"] == pytest.approx(expected["loss"], rel=2e-3)
+        assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=3e-2)
+    ours, theirs = torch.load(f"{tmp_path}/r.adapter.pt"), torch.load(one_rank[0] / "r.adapter.pt")
+    difference = sum((ours[n] - theirs[n]).square().sum() for n in ours) ** 0.5
+    moved = sum(t.square().sum() for t in theirs.values()) ** 0.5
+    assert difference / moved < 3e-2
+
+
+def test_building_never_holds_the_model_in_16_bits(model_factory, tmp_path):
+    from qerl_verl.nvfp4.checkpoint import quantize_checkpoint
+
+    shape = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=12, num_attention_heads=8)
+    source = model_factory(tmp_path / "source", **shape)
+    quantize_checkpoint(source, tmp_path / "packed", progress=False)
+    report = run_engine(tmp_path / "packed", tmp_path / "r")[0]
+    frozen = sum(p["bytes"] for p in report["parameters"].values() if not p["trains"])
+    in_16_bits = sum(f.stat().st_size for f in source.glob("*.safetensors"))
+    assert in_16_bits > 300e6 and frozen < 0.31 * in_16_bits
+    # Two copies of the packed model: FSDP2 shards a copy while verl still holds the whole state dict to broadcast it.
+    assert report["peak_growth"] < 0.8 * in_16_bits, f"{report['peak_growth'] / 1e6:.0f} of {in_16_bits / 1e6:.0f} MB"
+    print(f"peak growth {report['peak_growth'] / 1e6:.0f} MB, packed {frozen / 1e6:.0f}, 16 bits {in_16_bits / 1e6:.0f}")
