@@ -91,6 +91,10 @@ __device__ __forceinline__ uint32_t opaque(uint32_t v) {
   asm volatile("" : "+r"(v));
   return v;
 }
+__device__ __forceinline__ void hold(const uint32_t (&a)[4][4]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) asm volatile("" ::"r"(a[i][0]), "r"(a[i][1]), "r"(a[i][2]), "r"(a[i][3]));
+}
 // K-major operand in shared memory with 128-byte rows and swizzle: groups of 8 rows are 1024 bytes apart.
 __device__ __forceinline__ uint64_t operand_descriptor(uint32_t address) {
   return (static_cast<uint64_t>(1) << 62) | (static_cast<uint64_t>(1024 >> 4) << 32) | (static_cast<uint64_t>(1) << 16) |
@@ -121,6 +125,7 @@ struct Config {
   static constexpr int CONSUMER_REGS_FREE = (LAUNCH_REGS * (NWG + 1) - PRODUCER_REGS) / NWG / 8 * 8;
   static constexpr int CONSUMER_REGS = CONSUMER_REGS_FREE > 240 ? 240 : CONSUMER_REGS_FREE;
   static constexpr int ACC = BT / 2;
+  static_assert(MW * KB % 2 == 0, "fragment sets alternate within a stage");
   static_assert(SHARED * BLOCKS_PER_SM + BLOCKS_PER_SM * 1024 <= 228 * 1024, "stages do not fit");
 };
 
@@ -212,6 +217,9 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM)
     int stage = 0;
     uint32_t parity = 0;
     bool first_result = true;
+    // Two sets of fragments: the tensor cores read one while the other is decoded. `hold` after the wait for a product
+    // keeps the compiler from reusing the registers that the product still reads.
+    uint32_t a[2][4][4] = {};
     for (int unit = begin; unit < end;) {
       const int tile = unit / p.k_steps;
       const int k_begin = unit - tile * p.k_steps;
@@ -240,13 +248,24 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM)
             asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
                          : "=r"(s.x), "=r"(s.y)
                          : "r"(s_mine + stage * C::S_BYTES + (m * C::KB + kb) * kUnitScaleBytes));
-            uint32_t a[4][4];
-            decode_unit(q, s, a);
+            constexpr int kSets = 2;
+            const int set = (kb * C::MW + m) % kSets;
+#ifdef EXP_NODECODE
+            for (int j = 0; j < 4; ++j) { a[set][j][0] = q.x + j; a[set][j][1] = q.y; a[set][j][2] = q.z + s.x; a[set][j][3] = q.w + s.y; }
+#else
+            decode_unit(q, s, a[set]);
+#endif
             wgmma_fence();
 #pragma unroll
-            for (int j = 0; j < 4; ++j) Wgmma<C::BT>::mma(acc[m], a[j], x_operand + j * 2);
+            for (int j = 0; j < 4; ++j)
+#ifdef EXP_NOMMA
+              for (int i = 0; i < 4; ++i) acc[m][i] += __uint_as_float(a[set][j][i]);
+#else
+              Wgmma<C::BT>::mma(acc[m], a[set][j], x_operand + j * 2);
+#endif
             wgmma_commit();
             wgmma_wait<1>();
+            hold(a[set ^ 1]);
             if (kb == 0 && m == 0 && release >= 0 && tid == 0) barrier_arrive(empty_base + release * 8);
           }
         }
@@ -406,12 +425,12 @@ const Entry entries[] = {
     entry<Config<32, 2, 1, 2, 6, 2>>(),     // 7
     entry<Config<32, 2, 2, 1, 8, 2>>(),     // 8
     entry<Config<64, 4, 1, 2, 6, 1>>(),     // 9
-    entry<Config<64, 2, 1, 1, 8, 2>>(),     // 10
+    entry<Config<64, 2, 1, 2, 4, 2>>(),     // 10
     entry<Config<64, 2, 2, 1, 11, 1>>(),    // 11
     entry<Config<128, 2, 2, 1, 8, 1>>(),    // 12
-    entry<Config<128, 2, 1, 1, 10, 1>>(),   // 13
-    entry<Config<128, 4, 1, 1, 8, 1>>(),    // 14
-    entry<Config<256, 2, 1, 1, 6, 1>>(),    // 15
+    entry<Config<128, 2, 1, 2, 5, 1>>(),    // 13
+    entry<Config<128, 4, 1, 2, 4, 1>>(),    // 14
+    entry<Config<256, 2, 1, 2, 3, 1>>(),    // 15
 };
 constexpr int kEntries = sizeof(entries) / sizeof(entries[0]);
 

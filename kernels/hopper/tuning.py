@@ -32,12 +32,12 @@ CONFIGS = (
     Config(32, 2, 1, 2, 6, 2),
     Config(32, 2, 2, 1, 8, 2),
     Config(64, 4, 1, 2, 6, 1),
-    Config(64, 2, 1, 1, 8, 2),
+    Config(64, 2, 1, 2, 4, 2),
     Config(64, 2, 2, 1, 11, 1),
     Config(128, 2, 2, 1, 8, 1),
-    Config(128, 2, 1, 1, 10, 1),
-    Config(128, 4, 1, 1, 8, 1),
-    Config(256, 2, 1, 1, 6, 1),
+    Config(128, 2, 1, 2, 5, 1),
+    Config(128, 4, 1, 2, 4, 1),
+    Config(256, 2, 1, 2, 3, 1),
 )
 
 
@@ -75,5 +75,5 @@ def choose(m: int, n: int, k: int, sms: int) -> Plan:
     if m > 512:
         return DEQUANTIZE
     order = [i for i in (0, 2, 3, 5, 6, 8, 9, 11, 12, 15) if k % (64 * CONFIGS[i].k_units) == 0]
-    config = next(i for i in order if CONFIGS[i].tokens >= m or i == 15)
+    config = next(i for i in order if CONFIGS[i].tokens >= m or i == order[-1])
     return plan(config, sms * CONFIGS[config].blocks_per_sm, m, n, k)

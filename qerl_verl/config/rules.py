@@ -187,8 +187,8 @@ def find_problems(config: DictConfig) -> list[str]:
         get(f"{ROLLOUT}.quantization"),
         f"{ROLLOUT}.quantization={get(f'{ROLLOUT}.quantization')}: the rollout already runs the NVFP4 checkpoint; remove it",
     )
-    for key in (f"{ACTOR}.fsdp_config.qat.enable", f"{ROLLOUT}.qat.enable"):
-        refuse(get(key), f"{key}=True: QAT trains the weights that QeRL keeps frozen in 4 bits; remove it")
+    qat = next((k for k in (f"{ACTOR}.fsdp_config.qat.enable", f"{ROLLOUT}.qat.enable") if get(k)), None)
+    refuse(qat, f"{qat}=True: QAT trains the weights that QeRL keeps frozen in 4 bits; remove it")
     refuse(
         get(f"{ROLLOUT}.checkpoint_engine.backend") not in ("naive", None),
         f"{ROLLOUT}.checkpoint_engine.backend={get(f'{ROLLOUT}.checkpoint_engine.backend')}: it sends whole models; use naive",

@@ -86,7 +86,7 @@ class QeRLSettings:
                 out.append(
                     f"qerl.aqn.{name}={value}: must be a positive number; to run without noise set qerl.aqn.enable=False"
                 )
-        if aqn.sigma_end > aqn.sigma_start:
+        if 0 < aqn.sigma_start < aqn.sigma_end:
             out.append(
                 f"qerl.aqn.sigma_end={aqn.sigma_end} is above qerl.aqn.sigma_start={aqn.sigma_start}: the noise decays, "
                 "so sigma_end must be at most sigma_start"

@@ -1,0 +1,136 @@
+"""What the switch sets, what it leaves alone and what it refuses, on verl's real configuration."""
+
+import os
+
+import pytest
+import verl
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from qerl_verl.config import rules
+from qerl_verl.config.callback import user_keys
+
+VERL_CONFIG = os.path.join(os.path.dirname(verl.__file__), "trainer", "config")
+
+
+def switched(*overrides, on_cpu=False):
+    """verl's configuration with the switch, after the rules; the lines that the user sees; the problems."""
+    overrides = ["algorithm.adv_estimator=grpo", *overrides]
+    with initialize_config_dir(VERL_CONFIG, version_base=None):
+        config = compose("ppo_trainer", overrides=["+qerl=nvfp4", *overrides])
+    lines: list[str] = []
+    rules.apply_rules(config, user_keys(overrides), on_cpu=on_cpu, notify=lines.append)
+    return config, lines, rules.find_problems(config)
+
+
+def test_a_stock_grpo_run_gets_what_qerl_needs_and_has_no_problem():
+    config, lines, problems = switched()
+    assert problems == []
+    model, rollout = config.actor_rollout_ref.model, config.actor_rollout_ref.rollout
+    assert (model.lora_rank, model.lora_alpha, model.target_modules) == (32, 32, "all-linear")
+    assert rollout.name == "vllm" and rollout.load_format == "safetensors"
+    assert rollout.engine_kwargs.vllm.worker_extension_cls == rules.WORKER_EXTENSION
+    assert config.actor_rollout_ref.actor.strategy == config.actor_rollout_ref.actor.fsdp_config.strategy == "fsdp2"
+    assert config.actor_rollout_ref.actor.checkpoint.save_lora_only is True
+    assert config.algorithm.rollout_correction.rollout_is == "token"
+    assert config.trainer.v1.trainer_mode == "qerl_sync"
+    assert dict(config.ray_kwargs.ray_init.runtime_env.env_vars) == {
+        "QERL_SWITCH": "nvfp4",
+        "VERL_ENGINE_VENDOR": "qerl",
+    }
+    assert any(line.startswith("actor_rollout_ref.model.lora_rank: 0 -> 32") for line in lines)
+
+
+def test_the_users_values_win():
+    config, lines, problems = switched(
+        "actor_rollout_ref.model.lora_rank=64",
+        "algorithm.rollout_correction.rollout_is=sequence",
+        "+actor_rollout_ref.model.override_config.attn_implementation=eager",
+        "actor_rollout_ref.model.use_remove_padding=False",
+        "actor_rollout_ref.rollout.enforce_eager=False",
+        "actor_rollout_ref.rollout.agent.num_workers=8",
+        on_cpu=True,
+    )
+    assert problems == []
+    assert config.actor_rollout_ref.model.lora_rank == 64
+    assert config.actor_rollout_ref.model.lora_alpha == 16  # verl's own, since the rank is the user's
+    assert config.algorithm.rollout_correction.rollout_is == "sequence"
+    assert config.actor_rollout_ref.model.override_config.attn_implementation == "eager"
+    assert config.actor_rollout_ref.rollout.enforce_eager is False  # said on the command line, though verl's default
+    assert config.actor_rollout_ref.rollout.agent.num_workers == 8
+    assert not any("agent.num_workers" in line or "enforce_eager" in line for line in lines)
+
+
+def test_a_value_of_a_recipe_wins_too():
+    config, _, _ = switched("actor_rollout_ref.rollout.load_format=auto", "actor_rollout_ref.model.lora_alpha=128")
+    assert config.actor_rollout_ref.rollout.load_format == "auto"
+    assert config.actor_rollout_ref.model.lora_alpha == 128
+
+
+def test_bypass_mode_is_left_alone():
+    config, _, problems = switched("algorithm.rollout_correction.bypass_mode=True")
+    assert problems == [] and config.algorithm.rollout_correction.rollout_is is None
+
+
+def test_the_cpu_gets_its_platform_and_sizes():
+    config, _, problems = switched(on_cpu=True)
+    assert problems == []
+    assert config.trainer.device == "cpu" and config.trainer.n_gpus_per_node == 1
+    assert config.actor_rollout_ref.rollout.tensor_model_parallel_size == 1
+    assert config.ray_kwargs.ray_init.num_gpus == 1
+    assert config.ray_kwargs.ray_init.runtime_env.env_vars.VERL_PLATFORM == "cpu"
+
+
+def test_environment_variables_of_the_user_stay():
+    config, _, _ = switched("+ray_kwargs.ray_init.runtime_env.env_vars={NCCL_DEBUG: INFO}")
+    environment = config.ray_kwargs.ray_init.runtime_env.env_vars
+    assert environment.NCCL_DEBUG == "INFO" and environment.QERL_SWITCH == "nvfp4"
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "cure"),
+    [
+        ("actor_rollout_ref.model.lora.merge=True", "actor_rollout_ref.model.lora.merge=True", "remove it"),
+        ("actor_rollout_ref.model.lora_rank=0", "actor_rollout_ref.model.lora_rank=0", "positive rank"),
+        ("actor_rollout_ref.model.lora.rank=16", "actor_rollout_ref.model.lora.rank=16", "lora_rank"),
+        ("actor_rollout_ref.rollout.name=sglang", "actor_rollout_ref.rollout.name=sglang", "vllm"),
+        ("actor_rollout_ref.rollout.quantization=fp8", "rollout.quantization=fp8", "remove it"),
+        ("actor_rollout_ref.actor.fsdp_config.qat.enable=True", "qat.enable=True", "remove it"),
+        ("actor_rollout_ref.actor.fsdp_config.strategy=fsdp2 actor_rollout_ref.actor.strategy=fsdp_turbo",
+         "actor_rollout_ref.actor.strategy=fsdp_turbo", "fsdp2"),
+        ("trainer.v1.trainer_mode=separate_async", "trainer.v1.trainer_mode=separate_async", "sync and colocate_async"),
+        ("trainer.use_v1=False", "trainer.use_v1=False", "remove"),
+        ("actor_rollout_ref.rollout.checkpoint_engine.backend=nccl", "checkpoint_engine.backend=nccl", "naive"),
+        ("actor_rollout_ref.model.use_liger=True", "use_liger=True", "remove it"),
+        ("actor_rollout_ref.model.mtp.enable=True", "mtp.enable=True", "remove it"),
+        ("algorithm.adv_estimator=gae", "algorithm.adv_estimator=gae", "grpo"),
+    ],
+)  # fmt: skip
+def test_what_cannot_work_is_refused_with_the_key_and_the_cure(override, key, cure):
+    _, _, problems = switched(*override.split())
+    assert len(problems) == 1, problems
+    assert key in problems[0] and cure in problems[0]
+
+
+def test_megatron_is_refused():
+    with initialize_config_dir(VERL_CONFIG, version_base=None):
+        config = compose(
+            "ppo_trainer", overrides=["+qerl=nvfp4", "algorithm.adv_estimator=grpo", "model_engine=megatron"]
+        )
+    rules.apply_rules(config, {"model_engine"}, on_cpu=False, notify=lambda line: None)
+    assert any("strategy=megatron" in p and "fsdp2" in p for p in rules.find_problems(config))
+
+
+def test_several_problems_are_reported_together():
+    _, _, problems = switched("actor_rollout_ref.model.lora_rank=0", "actor_rollout_ref.rollout.name=sglang")
+    assert len(problems) == 2
+
+
+def test_every_default_names_a_key_of_verls_configuration_with_its_stock_value():
+    """Fails when verl renames a key or changes a default that a rule replaces."""
+    with initialize_config_dir(VERL_CONFIG, version_base=None):
+        config = compose("ppo_trainer")
+    for rule in rules.DEFAULTS + rules.CPU_DEFAULTS:
+        if rule.stock is None and rule.key.endswith((".name", ".enable_sleep_mode")):
+            continue  # mandatory or absent in verl's files
+        assert OmegaConf.select(config, rule.key, throw_on_missing=True) == rule.stock, rule.key

@@ -1,0 +1,58 @@
+"""The user's settings: every field's range, and errors that name the key and the cure."""
+
+import subprocess
+import sys
+
+import pytest
+
+from qerl_verl.config.settings import AQNSettings, QeRLSettings, SettingsError
+
+
+def problems_of(**values):
+    with pytest.raises(SettingsError) as caught:
+        QeRLSettings.from_mapping(values)
+    return caught.value.problems
+
+
+def test_defaults_are_the_papers():
+    settings = QeRLSettings.from_mapping({})
+    assert settings.aqn == AQNSettings(
+        enable=True, sigma_start=1e-2, sigma_end=5e-4, num_stages=10, schedule="exponential", seed=42
+    )
+    assert settings.platform == "auto" and settings.cache_dir is None
+
+
+def test_values_are_taken_over():
+    settings = QeRLSettings.from_mapping({"cache_dir": "/x", "aqn": {"sigma_start": 1, "num_stages": 2}})
+    assert settings.cache_dir == "/x" and settings.aqn.sigma_start == 1.0 and settings.aqn.num_stages == 2
+
+
+@pytest.mark.parametrize(
+    ("values", "key", "cure"),
+    [
+        ({"sigma_stat": 1}, "qerl.sigma_stat", "known under qerl: platform, cache_dir, aqn"),
+        ({"aqn": {"sigma": 1}}, "qerl.aqn.sigma", "sigma_start"),
+        ({"aqn": {"sigma_start": 0}}, "qerl.aqn.sigma_start=0", "qerl.aqn.enable=False"),
+        ({"aqn": {"sigma_end": -1e-3}}, "qerl.aqn.sigma_end=-0.001", "positive"),
+        ({"aqn": {"sigma_start": float("nan")}}, "qerl.aqn.sigma_start=nan", "positive"),
+        ({"aqn": {"sigma_start": 1e-4, "sigma_end": 1e-3}}, "qerl.aqn.sigma_end=0.001", "at most sigma_start"),
+        ({"aqn": {"num_stages": 1}}, "qerl.aqn.num_stages=1", "At least 2".lower()),
+        ({"aqn": {"schedule": "step"}}, "qerl.aqn.schedule=step", "cosine"),
+        ({"aqn": {"num_stages": 2.5}}, "qerl.aqn.num_stages=2.5", "expected int"),
+        ({"aqn": {"enable": "yes"}}, "qerl.aqn.enable='yes'", "expected bool"),
+        ({"aqn": 3}, "qerl.aqn=3", "group of settings"),
+        ({"platform": "tpu"}, "qerl.platform=tpu", "cuda"),
+    ],
+)
+def test_a_bad_value_is_named_with_its_cure(values, key, cure):
+    (problem,) = problems_of(**values)
+    assert key in problem and cure in problem
+
+
+def test_all_problems_are_reported_at_once():
+    assert len(problems_of(nope=1, aqn={"sigma": 1, "num_stages": "a"})) == 3
+
+
+def test_importing_the_settings_needs_no_torch():
+    code = "import qerl_verl.config.settings, qerl_verl.config.rules, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

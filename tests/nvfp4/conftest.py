@@ -1,0 +1,44 @@
+"""Tiny checkpoints of every supported architecture, written by transformers."""
+
+import shutil
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
+SIZES = dict(
+    vocab_size=96, hidden_size=64, intermediate_size=112, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+)
+CONFIGS = {
+    "Qwen2ForCausalLM": Qwen2Config,
+    "Qwen3ForCausalLM": Qwen3Config,
+    "LlamaForCausalLM": LlamaConfig,
+    "MistralForCausalLM": MistralConfig,
+}
+
+
+@pytest.fixture(scope="session")
+def _built(tmp_path_factory):
+    return tmp_path_factory.mktemp("checkpoints"), {}
+
+
+@pytest.fixture
+def make_checkpoint(_built, tmp_path):
+    """``make_checkpoint(architecture, name="src", dtype=..., shards=False, **config)``: a fresh copy of the folder."""
+    root, cache = _built
+
+    def make(architecture="Qwen2ForCausalLM", name="src", *, dtype=torch.bfloat16, shards=False, **kwargs):
+        key = (architecture, dtype, shards, *sorted(kwargs.items()))
+        if key not in cache:
+            torch.manual_seed(len(architecture))
+            sizes = SIZES | ({"head_dim": 16} if architecture == "Qwen3ForCausalLM" else {}) | kwargs
+            model = AutoModelForCausalLM.from_config(CONFIGS[architecture](**sizes), dtype=dtype)
+            for parameter in model.parameters():  # norms and biases too: no two tensors alike
+                torch.nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.05)
+            cache[key] = root / str(len(cache))
+            model.save_pretrained(cache[key], max_shard_size="10KB" if shards else "5GB")
+            (cache[key] / "tokenizer.json").write_text('{"made": "up"}')
+            (cache[key] / "chat_template.jinja").write_text("{{ messages }}\n")
+        return shutil.copytree(cache[key], tmp_path / name)
+
+    return make

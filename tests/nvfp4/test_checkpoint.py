@@ -1,0 +1,533 @@
+"""quantize_checkpoint, read_quantization, validate_nvfp4_checkpoint.
+
+What is written is compared with compressed-tensors: its configuration, its decompressor, and (through transformers)
+its loading of the whole model.
+"""
+
+import errno
+import hashlib
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from collections import namedtuple
+
+import pytest
+import torch
+from compressed_tensors.compressors import ModelCompressor
+from compressed_tensors.compressors.nvfp4 import NVFP4PackedCompressor
+from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus, preset_name_to_scheme
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from qerl_verl.kernels.nvfp4_dequantize import dequantize_nvfp4
+from qerl_verl.kernels.nvfp4_quantize import nvfp4_global_scale, quantize_nvfp4
+from qerl_verl.nvfp4 import checkpoint as checkpoint_module
+from qerl_verl.nvfp4.architectures import UnsupportedArchitecture, get_architecture, supported_architectures
+from qerl_verl.nvfp4.checkpoint import (
+    FORMAT,
+    QUANTIZATION_CONFIG,
+    quantize_checkpoint,
+    read_quantization,
+    validate_nvfp4_checkpoint,
+)
+from qerl_verl.nvfp4.errors import CheckpointError
+from qerl_verl.nvfp4.safetensors_stream import HashedFile
+
+Q0 = "model.layers.0.self_attn.q_proj"
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+def load(folder):
+    tensors = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors |= load_file(file)
+    return tensors
+
+
+def edit_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    config |= changes
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))
+
+
+def edit_weights(folder, change):
+    """Rewrite model.safetensors after ``change(tensors)``."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def quantized(make_checkpoint, tmp_path, *args, **kwargs):
+    src, dst = make_checkpoint(*args, **kwargs), tmp_path / "dst"
+    quantize_checkpoint(src, dst, progress=False)
+    return src, dst
+
+
+def assert_nothing_left(dst):
+    assert not dst.exists()
+    assert not list(dst.parent.glob(f"{dst.name}.tmp-*"))
+
+
+# --- what is written -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("architecture", supported_architectures())
+def test_tensors(make_checkpoint, tmp_path, architecture, tied):
+    src, dst = quantized(make_checkpoint, tmp_path, architecture, tie_word_embeddings=tied)
+    source, output = load(src), load(dst)
+    assert ("lm_head.weight" in source) is not tied
+    linears = {
+        f"model.layers.{i}.{linear}" for i in range(2) for linear in get_architecture({"architectures": [architecture]}).linears
+    }
+    assert len(linears) == 14
+    for linear in linears:
+        weight = source.pop(f"{linear}.weight")
+        parent, _, name = linear.rpartition(".")
+        group = next((group for group in FUSED if name in group), (name,))
+        amax = max(load_file(src / "model.safetensors")[f"{parent}.{member}.weight"].abs().max() for member in group)
+        global_scale = output.pop(f"{linear}.weight_global_scale")
+        assert torch.equal(global_scale, nvfp4_global_scale(amax))
+        packed, scale = quantize_nvfp4(weight, global_scale)
+        assert torch.equal(output.pop(f"{linear}.weight_packed"), packed)
+        written_scale = output.pop(f"{linear}.weight_scale")
+        assert written_scale.dtype == torch.float8_e4m3fn
+        assert torch.equal(written_scale.view(torch.uint8), scale.view(torch.uint8))
+    assert output.keys() == source.keys()
+    for name, tensor in source.items():
+        assert output[name].dtype == torch.bfloat16 and torch.equal(output[name], tensor)
+    validate_nvfp4_checkpoint(dst)
+
+
+def test_decompressed_by_compressed_tensors(make_checkpoint, tmp_path):
+    _, dst = quantized(make_checkpoint, tmp_path)
+    output = load(dst)
+    names = ("weight_packed", "weight_scale", "weight_global_scale")
+    packed, scale, global_scale = (output[f"{Q0}.{name}"] for name in names)
+    state = dict(zip(names, (packed, scale, global_scale), strict=True))
+    weight = NVFP4PackedCompressor.decompress(state, preset_name_to_scheme("NVFP4A16", ["Linear"]))["weight"]
+    assert weight.dtype == torch.bfloat16
+    ours = dequantize_nvfp4(packed, scale, global_scale)
+    # they round scale / global_scale to float32 before the product, we the product alone: at most the last bit differs
+    assert (weight.view(torch.int16) - ours.view(torch.int16)).abs().max() <= 1
+    assert (weight == ours).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("architecture, tied", [("Qwen2ForCausalLM", True), ("LlamaForCausalLM", False)])
+def test_model_loaded_by_transformers(make_checkpoint, tmp_path, architecture, tied):
+    """Logits of the loaded NVFP4 model are those of the 16-bit model with quantized and dequantized weights."""
+    src, dst = quantized(make_checkpoint, tmp_path, architecture, tie_word_embeddings=tied)
+    tokens = torch.arange(20).view(2, 10)
+    reference = AutoModelForCausalLM.from_pretrained(src, dtype=torch.bfloat16)
+    original = reference(tokens).logits.float()
+    output = load(dst)
+    for name, module in reference.named_modules():
+        if f"{name}.weight_packed" in output:
+            parts = (output[f"{name}.{part}"] for part in ("weight_packed", "weight_scale", "weight_global_scale"))
+            module.weight.data = dequantize_nvfp4(*parts)
+    want = reference(tokens).logits.float()
+    loaded = AutoModelForCausalLM.from_pretrained(dst, dtype=torch.bfloat16)
+    got = loaded(tokens).logits.float()
+    assert (got - want).norm() < 0.01 * want.norm()
+    assert (original - want).norm() > 0.02 * want.norm()  # quantization does show, so the line above means something
+
+
+def test_configuration_is_what_compressed_tensors_writes(make_checkpoint, tmp_path):
+    src, dst = quantized(make_checkpoint, tmp_path)
+    scheme = preset_name_to_scheme("NVFP4A16", ["Linear"])
+    scheme.format = FORMAT
+    reference = QuantizationConfig(
+        config_groups={"group_0": scheme},
+        format=FORMAT,
+        ignore=["lm_head"],
+        quantization_status=QuantizationStatus.COMPRESSED,
+    )
+    shutil.copy(src / "config.json", tmp_path / "config.json")
+    ModelCompressor(quantization_config=reference).update_config(tmp_path)
+    want = json.loads((tmp_path / "config.json").read_text())
+    got = json.loads((dst / "config.json").read_text())
+    assert got == want
+    assert got["dtype"] == "bfloat16"
+
+
+def test_other_files_are_copied_and_weights_are_not(make_checkpoint, tmp_path):
+    src = make_checkpoint()
+    (src / "original").mkdir()
+    (src / "original" / "params.json").write_text("{}")
+    (src / "original" / "consolidated.00.pth").write_bytes(b"weights")
+    for name in ("pytorch_model.bin", "consolidated.safetensors", "model.gguf", "training_args.bin"):
+        (src / name).write_bytes(b"weights")
+    (src / ".cache").mkdir()
+    (src / ".cache" / "lock").write_text("")
+    records = quantize_checkpoint(src, tmp_path / "dst", progress=False)
+    copied = {"chat_template.jinja", "generation_config.json", "original/params.json", "tokenizer.json"}
+    files = {p.relative_to(tmp_path / "dst").as_posix() for p in (tmp_path / "dst").rglob("*") if p.is_file()}
+    assert files == copied | {"config.json", "model.safetensors", "qerl_manifest.json"}
+    for name in copied:
+        assert (tmp_path / "dst" / name).read_bytes() == (src / name).read_bytes()
+    manifest = json.loads((tmp_path / "dst" / "qerl_manifest.json").read_text())
+    assert records.keys() == manifest["files"].keys() == files - {"qerl_manifest.json"}
+    for name, record in records.items():
+        data = (tmp_path / "dst" / name).read_bytes()
+        assert (record.size, record.sha256) == (len(data), hashlib.sha256(data).hexdigest())
+        assert manifest["files"][name] == {"size": record.size, "sha256": record.sha256}
+
+
+def test_shards_in_and_out(make_checkpoint, tmp_path):
+    """The same tensors come out, however source and output are cut, even where a fused group spans files."""
+    single, shards = make_checkpoint(name="single"), make_checkpoint(name="shards", shards=True)
+    weight_map = json.loads((shards / "model.safetensors.index.json").read_text())["weight_map"]
+    assert len({weight_map[f"model.layers.0.self_attn.{n}_proj.weight"] for n in "qkv"}) > 1
+    quantize_checkpoint(single, tmp_path / "a", progress=False)
+    quantize_checkpoint(shards, tmp_path / "b", progress=False, max_shard_bytes=30_000)
+    a, b = load(tmp_path / "a"), load(tmp_path / "b")
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[n].view(torch.uint8), b[n].view(torch.uint8)) for n in a)
+
+    index = json.loads((tmp_path / "b" / "model.safetensors.index.json").read_text())
+    files = sorted(p.name for p in (tmp_path / "b").glob("*.safetensors"))
+    assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in b.values())
+    assert index["weight_map"].keys() == b.keys()
+    for name, file in index["weight_map"].items():
+        with safe_open(tmp_path / "b" / file, "pt") as opened:
+            assert name in opened.keys()
+            assert opened.metadata() == {"format": "pt"}
+    assert all((tmp_path / "b" / f).stat().st_size < 32_000 for f in files)
+    validate_nvfp4_checkpoint(tmp_path / "b")
+
+
+def test_float32_source(make_checkpoint, tmp_path):
+    """Linears are quantized from float32, everything else is rounded to bfloat16, and the config says so."""
+    src, dst = quantized(make_checkpoint, tmp_path, dtype=torch.float32)
+    edit_config(src, dtype="float32")
+    source, output = load(src), load(dst)
+    down = "model.layers.1.mlp.down_proj"
+    weight = source[f"{down}.weight"]
+    packed, _ = quantize_nvfp4(weight, output[f"{down}.weight_global_scale"])
+    rounded, _ = quantize_nvfp4(weight.bfloat16(), output[f"{down}.weight_global_scale"])
+    assert torch.equal(output[f"{down}.weight_packed"], packed) and not torch.equal(packed, rounded)
+    for name in ("model.norm.weight", "model.embed_tokens.weight", f"{Q0}.bias"):
+        assert source[name].dtype == torch.float32
+        assert torch.equal(output[name], source[name].bfloat16())
+    assert json.loads((dst / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_float16_source_stays_float16(make_checkpoint, tmp_path):
+    src, dst = quantized(make_checkpoint, tmp_path, dtype=torch.float16)
+    source, output = load(src), load(dst)
+    assert torch.equal(output["lm_head.weight"], source["lm_head.weight"])
+    assert output["model.norm.weight"].dtype == torch.float16
+    assert json.loads((dst / "config.json").read_text())["dtype"] == "float16"
+
+
+def test_all_zero_weights(make_checkpoint, tmp_path):
+    src = make_checkpoint()
+    edit_weights(src, lambda t: t[f"{Q0[:-6]}o_proj.weight"].zero_())
+    quantize_checkpoint(src, tmp_path / "dst", progress=False)
+    output = load(tmp_path / "dst")
+    assert output[f"{Q0[:-6]}o_proj.weight_packed"].eq(0).all()
+    assert output[f"{Q0[:-6]}o_proj.weight_global_scale"].item() == 1.0
+
+
+def test_rotary_buffers_of_old_checkpoints_stay_float32(make_checkpoint, tmp_path):
+    src = make_checkpoint()
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    edit_weights(src, lambda t: t.__setitem__(name, torch.rand(8)))
+    quantize_checkpoint(src, tmp_path / "dst", progress=False)
+    assert torch.equal(load(tmp_path / "dst")[name], load(src)[name])
+
+
+def test_torch_threads_are_given_back(make_checkpoint, tmp_path):
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        quantized(make_checkpoint, tmp_path)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_memory_is_that_of_a_layer(tmp_path):
+    """Peak memory of a process that quantizes, above that of one that has imported everything, for a model of 12 layers."""
+    src = tmp_path / "src"
+    src.mkdir()
+    hidden, inner, layers = 1024, 4096, 12
+    config = dict(vocab_size=16384, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers)
+    config |= dict(num_attention_heads=8, num_key_value_heads=8, tie_word_embeddings=True, dtype="bfloat16")
+    config |= dict(architectures=["LlamaForCausalLM"], model_type="llama")
+    (src / "config.json").write_text(json.dumps(config))
+    shapes = get_architecture(config).tensor_shapes(LlamaConfig(**config))
+    save_file({n: torch.full(s, 0.02).bfloat16() for n, s in shapes.items()}, src / "model.safetensors")
+    layer_bytes = 2 * (4 * hidden * hidden + 3 * hidden * inner)
+    assert (src / "model.safetensors").stat().st_size > 12 * layer_bytes
+
+    script = """if True:
+        import resource, sys
+        from pathlib import Path
+        from qerl_verl.nvfp4.checkpoint import _hf_config, quantize_checkpoint
+        src, dst = map(Path, sys.argv[1:])
+        _hf_config(src)  # imports transformers
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        quantize_checkpoint(src, dst, progress=False)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    """
+    out = subprocess.run([sys.executable, "-c", script, src, tmp_path / "dst"], capture_output=True, text=True, check=True)
+    print(f"peak {int(out.stdout) * 1024 / layer_bytes:.2f} layers")
+    assert int(out.stdout) * 1024 < 1.5 * layer_bytes
+    validate_nvfp4_checkpoint(tmp_path / "dst")
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+def refused(src, tmp_path, *named, error=CheckpointError):
+    with pytest.raises(error) as caught:
+        quantize_checkpoint(src, tmp_path / "dst", progress=False)
+    for text in named:
+        assert text in str(caught.value)
+    assert_nothing_left(tmp_path / "dst")
+
+
+@pytest.mark.parametrize("name", [f"{Q0}.weight", "model.layers.1.mlp.down_proj.weight", "model.norm.weight"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_nan_or_inf(make_checkpoint, tmp_path, name, value):
+    src = make_checkpoint()
+    edit_weights(src, lambda t: t[name].view(-1)[7:8].fill_(value))
+    refused(src, tmp_path, name, "NaN or Inf", "model.safetensors")
+
+
+def test_input_channels_not_divisible(make_checkpoint, tmp_path):
+    refused(make_checkpoint(intermediate_size=100), tmp_path, "down_proj.weight", "100 input channels", "multiple of 16")
+
+
+def test_missing_tensor(make_checkpoint, tmp_path):
+    src = make_checkpoint()
+    edit_weights(src, lambda t: t.pop("model.layers.1.mlp.up_proj.weight"))
+    refused(src, tmp_path, "model.layers.1.mlp.up_proj.weight", "missing")
+
+
+def test_wrong_shape(make_checkpoint, tmp_path):
+    src = make_checkpoint()
+    edit_weights(src, lambda t: t.__setitem__(f"{Q0}.bias", torch.zeros(63, dtype=torch.bfloat16)))
+    refused(src, tmp_path, f"{Q0}.bias", "[63]", "[64]")
+
+
+def test_unexpected_dtype(make_checkpoint, tmp_path):
+    src = make_checkpoint()
+    edit_weights(src, lambda t: t.__setitem__(f"{Q0}.weight", t[f"{Q0}.weight"].to(torch.float8_e4m3fn)))
+    refused(src, tmp_path, f"{Q0}.weight", "F8_E4M3", "BF16")
+
+
+def test_missing_shard(make_checkpoint, tmp_path):
+    src = make_checkpoint(shards=True)
+    shard = sorted(src.glob("*.safetensors"))[1]
+    shard.unlink()
+    refused(src, tmp_path, shard.name, "missing", "index.json")
+
+
+def test_tensor_missing_from_its_shard(make_checkpoint, tmp_path):
+    src = make_checkpoint(shards=True)
+    shard = next(f for f in src.glob("*.safetensors") if len(load_file(f)) > 1)
+    tensors = load_file(shard)
+    name, _ = tensors.popitem()
+    save_file(tensors, shard)
+    refused(src, tmp_path, name, shard.name, "missing")
+
+
+@pytest.mark.parametrize("keep", [0, 5, 300, -1])
+def test_truncated_file(make_checkpoint, tmp_path, keep):
+    src = make_checkpoint()
+    data = (src / "model.safetensors").read_bytes()
+    (src / "model.safetensors").write_bytes(data[:keep])
+    refused(src, tmp_path, "model.safetensors", "fetch it again")
+
+
+@pytest.mark.parametrize("data", [b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", b"\x04\0\0\0\0\0\0\0null"])
+def test_not_safetensors(make_checkpoint, tmp_path, data):
+    src = make_checkpoint()
+    (src / "model.safetensors").write_bytes(data)
+    refused(src, tmp_path, "model.safetensors", "fetch it again")
+
+
+def test_pickles_only(make_checkpoint, tmp_path):
+    src = make_checkpoint()
+    (src / "model.safetensors").rename(src / "pytorch_model.bin")
+    refused(src, tmp_path, ".bin", "save_pretrained")
+    (src / "pytorch_model.bin").unlink()
+    refused(src, tmp_path, "holds no weights")
+
+
+def test_no_model_folder(tmp_path):
+    refused(tmp_path / "nowhere", tmp_path, "nowhere", "not a folder")
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "empty", tmp_path, "config.json", "no such file")
+    (tmp_path / "empty" / "config.json").write_text("{")
+    refused(tmp_path / "empty", tmp_path, "config.json", "not valid JSON")
+
+
+def test_mixture_of_experts(make_checkpoint, tmp_path):
+    src = make_checkpoint()
+    edit_config(src, architectures=["Qwen3MoeForCausalLM"], model_type="qwen3_moe")
+    refused(src, tmp_path, "Qwen3MoeForCausalLM", "LlamaForCausalLM", error=UnsupportedArchitecture)
+
+
+def test_quantized_already(make_checkpoint, tmp_path):
+    _, dst = quantized(make_checkpoint, tmp_path)
+    with pytest.raises(CheckpointError, match="NVFP4 checkpoint already"):
+        quantize_checkpoint(dst, tmp_path / "again", progress=False)
+    assert_nothing_left(tmp_path / "again")
+
+
+def test_destination_in_use(make_checkpoint, tmp_path):
+    src = make_checkpoint()
+    (tmp_path / "dst").mkdir()
+    (tmp_path / "dst" / "mine").write_text("keep me")
+    with pytest.raises(CheckpointError, match="not an empty folder"):
+        quantize_checkpoint(src, tmp_path / "dst", progress=False)
+    assert (tmp_path / "dst" / "mine").read_text() == "keep me"
+    (tmp_path / "dst" / "mine").unlink()
+    quantize_checkpoint(src, tmp_path / "dst", progress=False)  # empty is fine
+    validate_nvfp4_checkpoint(tmp_path / "dst")
+
+
+def test_disk_too_small(make_checkpoint, tmp_path, monkeypatch):
+    src, want = quantized(make_checkpoint, tmp_path)
+    shutil.move(want, tmp_path / "want")
+    total = sum(f.stat().st_size for f in (tmp_path / "want").iterdir())
+    usage = namedtuple("usage", "total used free")
+    asked = []
+
+    def disk_usage(path):
+        asked.append(path)
+        return usage(10**9, 0, total // 2)
+
+    monkeypatch.setattr(checkpoint_module.shutil, "disk_usage", disk_usage)
+    refused(src, tmp_path, "dst", "free", "GB")
+    assert asked == [tmp_path]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_disk_full_in_the_middle(make_checkpoint, tmp_path, monkeypatch, code):
+    write, count = HashedFile.write, []
+
+    def full(self, data):
+        count.append(len(data))
+        if sum(count) > 50_000:
+            raise OSError(code, os.strerror(code))
+        write(self, data)
+
+    monkeypatch.setattr(HashedFile, "write", full)
+    refused(make_checkpoint(), tmp_path, "was full", "dst")
+    assert sum(count) > 50_000
+
+
+def test_really_full_disk(make_checkpoint, tmp_path, monkeypatch):
+    """A file system of 64 KiB, and a free-space check that is told otherwise."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if os.getuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", disk], stderr=-3).returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    try:
+        monkeypatch.setattr(checkpoint_module, "_check_space", lambda dst, needed: None)
+        with pytest.raises(CheckpointError, match="was full"):
+            quantize_checkpoint(make_checkpoint(), disk / "dst", progress=False)
+        assert list(disk.iterdir()) == []
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+# --- recognising and checking ----------------------------------------------------------------------------------------
+
+
+def with_quantization(tmp_path, quantization):
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": quantization}))
+    return tmp_path
+
+
+def changed(*path, value):
+    config = json.loads(json.dumps(QUANTIZATION_CONFIG))
+    node = config
+    for key in path[:-1]:
+        node = node[key]
+    node[path[-1]] = value
+    return config
+
+
+def test_read_quantization(tmp_path):
+    assert read_quantization(with_quantization(tmp_path, None)) == "none"
+    assert read_quantization(with_quantization(tmp_path, QUANTIZATION_CONFIG)) == "nvfp4"
+    scheme = preset_name_to_scheme("NVFP4", ["Linear"])  # with activations
+    w4a4 = QuantizationConfig(config_groups={"group_0": scheme}, format=FORMAT, ignore=["lm_head"])
+    assert read_quantization(with_quantization(tmp_path, w4a4.model_dump(mode="json"))) == "nvfp4"
+
+
+@pytest.mark.parametrize(
+    "quantization, named",
+    [
+        ({"quant_method": "gptq", "bits": 4}, "gptq"),
+        ({"quant_method": "awq"}, "awq"),
+        ({"quant_method": "fp8"}, "fp8"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
+        ({"bits": 4}, "unknown"),
+        (changed("format", value="pack-quantized"), "pack-quantized"),
+        (changed("format", value="mixed-precision"), "mixed-precision"),
+        (changed("config_groups", "group_0", "weights", "group_size", value=32), "group_0"),
+        (changed("config_groups", "group_0", "weights", "type", value="int"), "group_0"),
+        (changed("config_groups", "group_0", "weights", value=None), "group_0"),
+        (changed("transform_config", value={"config_groups": {"R1": {"type": "hadamard"}}}), "transform_config"),
+        (changed("sparsity_config", value={"format": "sparse-bitmask"}), "sparsity_config"),
+    ],
+)
+def test_other_quantizations_are_refused(tmp_path, quantization, named):
+    with pytest.raises(CheckpointError) as error:
+        read_quantization(with_quantization(tmp_path, quantization))
+    assert named in str(error.value) and "original checkpoint" in str(error.value)
+
+
+def test_modelopt_is_refused(tmp_path):
+    with_quantization(tmp_path, None)
+    (tmp_path / "hf_quant_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="modelopt"):
+        read_quantization(tmp_path)
+
+
+def test_validate_accepts_activation_scales_and_scalars(make_checkpoint, tmp_path):
+    """As other tools write it: input_global_scale beside the weights, global scales without a dimension."""
+    _, dst = quantized(make_checkpoint, tmp_path)
+
+    def change(tensors):
+        for name in [n for n in tensors if n.endswith("weight_global_scale")]:
+            tensors[name] = tensors[name].reshape(())
+            tensors[name.replace("weight_", "input_")] = torch.ones(1)
+
+    edit_weights(dst, change)
+    validate_nvfp4_checkpoint(dst)
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        (lambda t: t.pop(f"{Q0}.weight_scale"), f"{Q0}.weight_scale"),
+        (lambda t: t.pop("model.layers.1.input_layernorm.weight"), "model.layers.1.input_layernorm.weight"),
+        (lambda t: t.__setitem__(f"{Q0}.weight_packed", t[f"{Q0}.weight_packed"][:-1].clone()), "shape [63, 32]"),
+        (lambda t: t.__setitem__(f"{Q0}.weight_scale", t[f"{Q0}.weight_scale"].bfloat16()), "BF16"),
+        (lambda t: t.__setitem__(f"{Q0}.weight", torch.zeros(64, 64).bfloat16()), f"{Q0} is not quantized"),
+        (lambda t: t[f"{Q0}.weight_global_scale"].mul_(2), "k_proj.weight_global_scale"),
+    ],
+)
+def test_validate_names_what_is_wrong(make_checkpoint, tmp_path, change, named):
+    _, dst = quantized(make_checkpoint, tmp_path)
+    edit_weights(dst, change)
+    with pytest.raises(CheckpointError) as error:
+        validate_nvfp4_checkpoint(dst)
+    assert named in str(error.value)
+
+
+def test_validate_refuses_16_bit(make_checkpoint):
+    with pytest.raises(CheckpointError, match="qerl quantize"):
+        validate_nvfp4_checkpoint(make_checkpoint())

@@ -1,0 +1,137 @@
+"""The switch from outside: real processes of `python -m verl.trainer.main_ppo`, stopped before Ray or printing only."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+MAIN = [sys.executable, "-m", "verl.trainer.main_ppo"]
+STATE = """
+import verl, sys
+import verl.workers.engine, verl.trainer.ppo.v1
+from verl.workers.engine.base import EngineRegistry
+from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
+from verl.plugin.platform.platform_manager import PlatformRegistry
+from verl.workers.rollout.vllm_rollout import vllm_async_server
+from vllm.plugins import load_general_plugins
+load_general_plugins()
+from vllm.model_executor.layers.quantization import get_quantization_config
+print(sorted((m, b, str(k), c.__module__) for m, bs in EngineRegistry._engines.items() for b, ks in bs.items() for k, c in ks.items()))
+print(sorted((k, c.__module__) for k, c in TRAINER_REGISTRY.items()))
+print(PlatformRegistry.registered_names())
+print(get_quantization_config("compressed-tensors").__module__)
+print(sorted(m for m in sys.modules if m.startswith("qerl_verl")) if "qerl" not in sys.argv else "")
+"""
+
+
+def run(command, cwd, **environment):
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=cwd, env={**os.environ, **environment}, timeout=300
+    )
+
+
+def test_without_the_switch_the_configuration_is_byte_identical(tmp_path):
+    with_plugin = run([*MAIN, "--cfg", "job"], tmp_path)
+    without = run([*MAIN, "--cfg", "job"], tmp_path, VERL_USE_EXTERNAL_PLUGINS="none")
+    assert with_plugin.returncode == without.returncode == 0
+    assert "actor_rollout_ref" in without.stdout and with_plugin.stdout == without.stdout
+
+
+def test_without_the_switch_no_class_of_verl_or_vllm_is_replaced(tmp_path):
+    stock = run([sys.executable, "-c", STATE], tmp_path, VERL_USE_EXTERNAL_PLUGINS="none", VLLM_PLUGINS="")
+    ours = run([sys.executable, "-c", STATE], tmp_path)
+    assert stock.returncode == ours.returncode == 0, stock.stderr + ours.stderr
+    stock, ours = stock.stdout.splitlines()[-5:], ours.stdout.splitlines()[-5:]
+    assert "PPOTrainer" not in stock[0] and "verl.workers.engine.fsdp" in stock[0]
+    assert ours[:4] == stock[:4]
+
+
+def test_with_the_switch_a_worker_registers_all_four_and_replaces_nothing(tmp_path):
+    stock = run([sys.executable, "-c", STATE], tmp_path, VERL_USE_EXTERNAL_PLUGINS="none", VLLM_PLUGINS="")
+    ours = run([sys.executable, "-c", STATE, "qerl"], tmp_path, QERL_SWITCH="nvfp4")
+    assert ours.returncode == 0, ours.stderr
+    stock, ours = ([eval(line) if line[0] in "[(" else line for line in o.stdout.splitlines()[-5:-1]] for o in (stock, ours))
+    added = set(ours[0]) - set(stock[0])
+    assert set(stock[0]) < set(ours[0]) and {(m, b, d) for m, b, d, _ in added} == {
+        ("language_model", "fsdp2", "('cuda', 'qerl')"),
+        ("language_model", "fsdp2", "('cpu', 'qerl')"),
+    }
+    assert set(ours[1]) - set(stock[1]) == {
+        ("qerl_sync", "qerl_verl.trainer.ppo"),
+        ("qerl_colocate_async", "qerl_verl.trainer.ppo"),
+    }
+    assert set(ours[2]) - set(stock[2]) == {"cpu"}
+    assert ours[3] == "qerl_verl.rollout.quantization"
+
+
+def refused(tmp_path, *overrides, **environment):
+    result = run([*MAIN, "+qerl=nvfp4", "algorithm.adv_estimator=grpo", *overrides], tmp_path, **environment)
+    assert result.returncode != 0, result.stdout
+    assert "ray init kwargs" not in result.stdout and "Started a local Ray" not in result.stderr
+    return result.stderr
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["actor_rollout_ref.model.lora.merge=True"], "actor_rollout_ref.model.lora.merge=True"),
+        (["+qerl.aqn.sigmas=3"], "qerl.aqn.sigmas: no such setting"),
+        (["qerl.aqn.num_stages=1"], "qerl.aqn.num_stages=1: at least 2"),
+        (["actor_rollout_ref.model.path=/nowhere"], "/nowhere"),
+    ],
+)
+def test_a_refused_run_stops_before_ray_and_says_why(tmp_path, overrides, expected):
+    stderr = refused(tmp_path, *overrides)
+    assert "[qerl] The run was not started:" in stderr and expected in stderr
+
+
+def test_an_unsupported_architecture_is_refused(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(
+        '{"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_embd": 8}'
+    )
+    stderr = refused(tmp_path, f"actor_rollout_ref.model.path={tmp_path}/model")
+    assert "GPT2LMHeadModel" in stderr and "Qwen2ForCausalLM" in stderr
+
+
+def test_multirun_is_refused(tmp_path):
+    result = run([*MAIN, "--multirun", "+qerl=nvfp4", "actor_rollout_ref.rollout.n=1,2"], tmp_path)
+    assert result.returncode != 0 and "--multirun" in result.stderr
+
+
+def test_a_plugin_that_fails_to_load_ends_the_run_and_says_why(tmp_path):
+    (tmp_path / "wrapt.py").write_text("raise ImportError('planted')")
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys, importlib.abc\n"
+        "class Block(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name == 'qerl_verl.config.search_path':\n"
+        "            raise ImportError('planted')\n"
+        "sys.meta_path.insert(0, Block())\n"
+    )
+    result = run([*MAIN, "+qerl=nvfp4", "--cfg", "job"], tmp_path, PYTHONPATH=str(tmp_path))
+    assert result.returncode != 0
+    assert "the plugin qerl_verl could not be loaded" in result.stderr and "planted" in result.stderr
+    stock = run([*MAIN, "--cfg", "job"], tmp_path, PYTHONPATH=str(tmp_path))
+    assert stock.returncode == 0 and "actor_rollout_ref" in stock.stdout
+
+
+def test_running_from_the_repository_root_leaves_hugging_faces_kernels_alone(tmp_path):
+    """transformers asks for a package called kernels; the folder of that name must not answer, nor hide a real one."""
+    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    ask = "from transformers.utils import is_kernels_available as a; import kernels; print(a(), kernels.__file__)"
+    import_ours = "from qerl_verl.kernels.nvfp4_linear import nvfp4_linear"
+    alone = run([sys.executable, "-c", f"{ask}; {import_ours}"], root)
+    assert alone.returncode == 0 and alone.stdout.startswith("False"), alone.stderr
+
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("__version__ = '9.9.9'\nfrom kernels.inner import get_kernel\n")
+    (tmp_path / "kernels" / "inner.py").write_text("get_kernel = 'the real one'\n")
+    (tmp_path / "kernels-9.9.9.dist-info").mkdir()
+    (tmp_path / "kernels-9.9.9.dist-info" / "METADATA").write_text("Name: kernels\nVersion: 9.9.9\n")
+    (tmp_path / "kernels-9.9.9.dist-info" / "top_level.txt").write_text("kernels\n")
+    ask += "; from kernels import get_kernel; print(get_kernel)"
+    real = run([sys.executable, "-c", f"{ask}; {import_ours}"], root, PYTHONPATH=str(tmp_path))
+    assert real.returncode == 0, real.stderr
+    assert real.stdout.startswith(f"True {tmp_path}") and "the real one" in real.stdout
