@@ -11,11 +11,11 @@ from accelerate import init_empty_weights
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch import nn
 from verl.models.transformers.monkey_patch import apply_monkey_patch
-from verl.utils.config import omega_conf_to_dataclass  # noqa: F401  (re-exported by verl's engines)
 from verl.utils.fs import copy_to_local
 from verl.utils.fsdp_utils import collect_lora_params
 from verl.utils.model import get_hf_auto_model_class
 from verl.utils.py_functional import convert_to_regular_types
+from verl.utils.torch_dtypes import PrecisionType
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from qerl_verl.lora.peft import linear_names, register_nvfp4, save_adapter
@@ -47,7 +47,7 @@ class NVFP4EngineWithLMHead(FSDPEngineWithLMHead):
                 config, dtype=dtype, trust_remote_code=self.model_config.trust_remote_code
             )
         packed = packed_linear_names(path)
-        swap_linears(module, packed, dtype)
+        swap_linears(module, packed, dtype, storage_dtype=self._fsdp_param_dtype())
         module.requires_grad_(False)
         if self.rank == 0:
             load_tensors(module, path, dtype)
@@ -68,6 +68,11 @@ class NVFP4EngineWithLMHead(FSDPEngineWithLMHead):
         if self.model_config.enable_gradient_checkpointing:
             module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         return module
+
+    def _fsdp_param_dtype(self) -> torch.dtype:
+        """The dtype that FSDP2's mixed precision casts to, read as verl reads it (_build_fsdp_module)."""
+        settings = self.engine_config.mixed_precision
+        return torch.bfloat16 if settings is None else PrecisionType.to_dtype(settings.get("param_dtype", "bf16"))
 
     @staticmethod
     def _device_type() -> str:

@@ -15,28 +15,45 @@ class NVFP4Linear(nn.Module):
     Tensor names and bytes are those of the compressed-tensors format ``nvfp4-pack-quantized``.
 
     Attributes:
-        weight_packed: ``[out_features, in_features / 2]`` uint8.
-        weight_scale: ``[out_features, in_features / 16]`` uint8, the bytes of the E4M3 scales. Bytes, since FSDP2's
-            mixed precision would cast a floating-point parameter to bfloat16 for its all-gather, and integers pass as they are
-            (torch/distributed/fsdp/_fully_shard/_fsdp_param.py, init_dtype_attrs).
+        weight_packed: the bytes ``[out_features, in_features / 2]``, two E2M1 codes each, in ``storage_dtype``.
+        weight_scale: the bytes ``[out_features, in_features / 16]`` of the E4M3 scales, in ``storage_dtype``.
         weight_global_scale: ``[1]`` float32 buffer, the divisor; a buffer, since FSDP2 casts no buffers.
         bias: ``[out_features]`` or None, frozen.
 
+    Args:
+        storage_dtype: what the two byte tensors are declared as; only ever copied, never computed with. uint8 by itself.
+            FSDP2 wants the ``param_dtype`` of its mixed precision here: it casts parameters of any other floating-point
+            type for the all-gather, and up to PyTorch 2.11 takes no integer parameters at all
+            (torch/distributed/fsdp/_fully_shard/_fsdp_param.py, _init_sharded_param and init_dtype_attrs).
+
     Raises:
-        ValueError: ``in_features`` is not a multiple of 16.
+        ValueError: ``in_features`` is not a multiple of 16, or a row of scales does not fill whole ``storage_dtype`` items.
     """
 
-    def __init__(self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype, device=None):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        dtype: torch.dtype,
+        device=None,
+        storage_dtype: torch.dtype = torch.uint8,
+    ):
         super().__init__()
-        if in_features % BLOCK_SIZE:
-            raise ValueError(f"in_features={in_features} is not a multiple of {BLOCK_SIZE}, the NVFP4 block")
+        block = BLOCK_SIZE * storage_dtype.itemsize
+        if in_features % block:
+            raise ValueError(
+                f"in_features={in_features} is not a multiple of {block}: {BLOCK_SIZE}, the NVFP4 block, times the "
+                f"{storage_dtype.itemsize} bytes of {storage_dtype}"
+            )
         self.in_features, self.out_features = in_features, out_features
 
         def frozen(*shape: int, dtype: torch.dtype) -> nn.Parameter:
             return nn.Parameter(torch.empty(*shape, dtype=dtype, device=device), requires_grad=False)
 
-        self.weight_packed = frozen(out_features, in_features // 2, dtype=torch.uint8)
-        self.weight_scale = frozen(out_features, in_features // BLOCK_SIZE, dtype=torch.uint8)
+        items = in_features // storage_dtype.itemsize
+        self.weight_packed = frozen(out_features, items // 2, dtype=storage_dtype)
+        self.weight_scale = frozen(out_features, items // BLOCK_SIZE, dtype=storage_dtype)
         self.register_buffer("weight_global_scale", torch.empty(1, dtype=torch.float32, device=device))
         self.bias = frozen(out_features, dtype=dtype) if bias else None
         self._alpha: float | None = None
@@ -52,11 +69,15 @@ class NVFP4Linear(nn.Module):
         """Args: x: ``[..., in_features]`` floating point. Returns: ``[..., out_features]`` in autocast's dtype, or x's."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        return nvfp4_linear(x, self.weight_packed, self.weight_scale, self.alpha, self.bias)
+        return nvfp4_linear(x, *self._bytes(), self.alpha, self.bias)
+
+    def _bytes(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views of the packed values and of the scales, both uint8."""
+        return self.weight_packed.view(torch.uint8), self.weight_scale.view(torch.uint8)
 
     def dequantize(self, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         """The weight, ``[out_features, in_features]`` in ``dtype``."""
-        return dequantize_nvfp4(self.weight_packed, self.weight_scale, self.weight_global_scale, dtype)
+        return dequantize_nvfp4(*self._bytes(), self.weight_global_scale, dtype)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

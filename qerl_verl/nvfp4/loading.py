@@ -44,13 +44,16 @@ def packed_linear_names(path: str | Path) -> set[str]:
     return names
 
 
-def swap_linears(model: nn.Module, names: set[str], dtype: torch.dtype) -> None:
+def swap_linears(
+    model: nn.Module, names: set[str], dtype: torch.dtype, storage_dtype: torch.dtype = torch.uint8
+) -> None:
     """Replace the named ``nn.Linear`` modules by empty :class:`NVFP4Linear` modules on the same device.
 
     Args:
         model: built from the checkpoint's configuration, usually on the meta device.
         names: see :func:`packed_linear_names`.
         dtype: of the biases.
+        storage_dtype: see :class:`NVFP4Linear`.
 
     Raises:
         ValueError: a name that is no linear layer of the model.
@@ -61,9 +64,17 @@ def swap_linears(model: nn.Module, names: set[str], dtype: torch.dtype) -> None:
         if not isinstance(linear, nn.Linear):
             raise ValueError(f"the checkpoint holds {name} in NVFP4, but the model has no linear layer of that name")
         parent, _, child = name.rpartition(".")
-        new = NVFP4Linear(
-            linear.in_features, linear.out_features, linear.bias is not None, dtype, device=linear.weight.device
-        )
+        try:
+            new = NVFP4Linear(
+                linear.in_features,
+                linear.out_features,
+                linear.bias is not None,
+                dtype,
+                device=linear.weight.device,
+                storage_dtype=storage_dtype,
+            )
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
         setattr(modules[parent], child, new)
 
 
@@ -88,13 +99,13 @@ def load_tensors(model: nn.Module, path: str | Path, dtype: torch.dtype, new_mod
         if name not in persistent:
             unexpected.append(name)
             continue
-        if name.endswith(".weight_scale"):
-            tensor = tensor.view(torch.uint8)
+        target = expected[name]
+        if name.endswith((".weight_packed", ".weight_scale")):
+            tensor = tensor.view(torch.uint8).view(target.dtype)
         elif name.endswith(".weight_global_scale"):
             tensor = tensor.to(torch.float32).reshape(1)
         elif tensor.is_floating_point():
             tensor = tensor.to(dtype)
-        target = expected[name]
         if tensor.shape != target.shape:
             raise ValueError(
                 f"{name} of {path} has shape {tuple(tensor.shape)}, the model expects {tuple(target.shape)}"
@@ -115,6 +126,6 @@ def _assign(model: nn.Module, name: str, tensor: torch.Tensor, requires_grad: bo
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
     if leaf in module._parameters:
-        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=requires_grad and tensor.is_floating_point())
+        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=requires_grad)
     else:
         module._buffers[leaf] = tensor

@@ -116,13 +116,21 @@ def test_merging_and_what_reads_the_weight_raises_with_the_reason():
 def test_an_input_width_off_the_block_is_refused():
     with pytest.raises(ValueError, match="in_features=72"):
         NVFP4Linear(72, 16, False, torch.float32)
+    with pytest.raises(ValueError, match="in_features=48 .* multiple of 32"):
+        NVFP4Linear(48, 16, False, torch.float32, storage_dtype=torch.bfloat16)
 
 
-def build(folder) -> nn.Module:
+def test_the_storage_dtype_changes_no_number(nvfp4_checkpoint):
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        assert torch.equal(build(nvfp4_checkpoint)(ids).logits, build(nvfp4_checkpoint, torch.bfloat16)(ids).logits)
+
+
+def build(folder, storage_dtype=torch.uint8) -> nn.Module:
     config = AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    swap_linears(model, packed_linear_names(folder), torch.float32)
+    swap_linears(model, packed_linear_names(folder), torch.float32, storage_dtype)
     load_tensors(model, folder, torch.float32)
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
     return model.requires_grad_(False)
