@@ -18,9 +18,9 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=[*find_packages(include=["qerl_verl", "qerl_verl.*"]), "qerl_verl.kernels", "hydra_plugins"],
-    package_dir={"qerl_verl.kernels": "kernels", "hydra_plugins": "qerl_verl/config/hydra_plugins"},
-    package_data={"qerl_verl": ["config/**/*.yaml"], "qerl_verl.kernels": ["*.cu", "*.cuh"]},
+    packages=[*find_packages(include=["qerl_verl", "qerl_verl.*"]), "qerl_verl.kernels", "qerl_verl.recipes", "hydra_plugins"],
+    package_dir={"qerl_verl.kernels": "kernels", "qerl_verl.recipes": "recipes", "hydra_plugins": "qerl_verl/config/hydra_plugins"},
+    package_data={"qerl_verl": ["config/**/*.yaml"], "qerl_verl.kernels": ["hopper/*.cu", "hopper/*.cuh"], "qerl_verl.recipes": ["*"]},
     install_requires=[
         "verl>=0.9.1,<0.10",
         "hydra-core>=1.3,<1.4",

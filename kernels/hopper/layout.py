@@ -29,6 +29,25 @@ _ROTATION = (  # right rotation that brings a bit of pair p to its place in bflo
 )
 
 
+GROUP = 4
+"""Units that lie together: a group is 4 units in N (the last group may have fewer), by K first."""
+
+
+def _group(units: torch.Tensor) -> torch.Tensor:
+    """``[N / 64, K / 64, bytes]`` in row-major order of units to the order of groups, flat."""
+    full = units.shape[0] // GROUP * GROUP
+    parts = [units[:full].unflatten(0, (-1, GROUP)).transpose(1, 2).reshape(-1), units[full:].transpose(0, 1).reshape(-1)]
+    return torch.cat(parts)
+
+
+def _ungroup(flat: torch.Tensor, n: int, k: int, unit_bytes: int) -> torch.Tensor:
+    rows, full = n // UNIT, n // UNIT // GROUP * GROUP
+    split = full * (k // UNIT) * unit_bytes
+    head = flat[:split].view(-1, k // UNIT, GROUP, unit_bytes).transpose(1, 2).reshape(full, k // UNIT, unit_bytes)
+    tail = flat[split:].view(k // UNIT, rows - full, unit_bytes).transpose(0, 1)
+    return torch.cat((head, tail))
+
+
 @functools.lru_cache(maxsize=None)
 def word_bits() -> tuple[tuple[int, int, int], ...]:
     """For each bit of a word that holds code ``i = 2 * pair + half``: ``(i, bit of the code, bit of the word)``."""
@@ -89,7 +108,7 @@ def prepack(packed: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, to
         scale, memory_format=torch.contiguous_format
     )
     to_code, _ = _scale_tables(packed.device)
-    rows = max(1, (1 << 24) // (UNIT * k)) * UNIT  # bounds the temporary memory
+    rows = max(1, (1 << 24) // (UNIT * GROUP * k)) * UNIT * GROUP  # bounds the temporary memory
     for begin in range(0, n, rows):
         end = min(n, begin + rows)
         b = packed[begin:end]
@@ -104,21 +123,21 @@ def prepack(packed: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, to
         words = torch.zeros_like(codes[:, 0])
         for i, code_bit, word_bit in word_bits():
             words |= ((codes[:, i] >> code_bit) & 1) << word_bit
-        packed_out[begin:end] = words.view(torch.uint8).view(end - begin, k // 2)
+        packed_out[begin:end] = _group(words.view(torch.uint8).view(-1, k // UNIT, 2048)).view(end - begin, k // 2)
         s = to_code[scale[begin:end].int()].view(-1, 4, 2, 8, k // UNIT, 4)
-        scale_out[begin:end] = s.permute(0, 4, 1, 3, 5, 2).reshape(end - begin, k // 16)
+        scale_out[begin:end] = _group(s.permute(0, 4, 1, 3, 5, 2).reshape(-1, k // UNIT, 256)).view(end - begin, k // 16)
     return packed_out, scale_out
 
 
 def unpack(packed_p: torch.Tensor, scale_p: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The inverse of :func:`prepack`: ``(packed, scale)`` as uint8 in the checkpoint's layout."""
     n, k = packed_p.shape[0], packed_p.shape[1] * 2
-    words = packed_p.contiguous().view(torch.int32).view(-1)
+    words = _ungroup(packed_p.reshape(-1), n, k, 2048).reshape(-1).view(torch.int32)
     codes = torch.zeros((words.numel(), 8), dtype=torch.uint8, device=words.device)
     for i, code_bit, word_bit in word_bits():
         codes[:, i] |= (((words >> word_bit) & 1) << code_bit).to(torch.uint8)
     codes = codes.view(n // UNIT, k // UNIT, 4, 8, 4, 4, 2, 2, 2)  # unit, k unit, warp, g, t, j, hk, h, e
     codes = codes.permute(0, 2, 7, 3, 1, 5, 6, 4, 8).reshape(n, k)
     _, back = _scale_tables(packed_p.device)
-    s = back[scale_p.int()].view(n // UNIT, k // UNIT, 4, 8, 4, 2).permute(0, 2, 5, 3, 1, 4).reshape(n, k // 16)
+    s = back[_ungroup(scale_p.reshape(-1), n, k, 256).int()].view(n // UNIT, k // UNIT, 4, 8, 4, 2).permute(0, 2, 5, 3, 1, 4).reshape(n, k // 16)
     return codes[:, ::2] | (codes[:, 1::2] << 4), s.contiguous()

@@ -11,7 +11,7 @@ constexpr int kUnitsPerWarp = 4;  // 16 rows x 64 columns each, neighbours in k:
 
 __global__ void __launch_bounds__(kWarps * 32) dequantize_kernel(const uint8_t* __restrict__ packed,
                                                                 const uint8_t* __restrict__ scale,
-                                                                __nv_bfloat16* __restrict__ out, int k_units, int groups,
+                                                                __nv_bfloat16* __restrict__ out, int row_units, int k_units, int groups,
                                                                 int k, int total) {
   __shared__ __align__(128) uint8_t tile_store[kWarps][16 * 128];
   const int lane = threadIdx.x & 31;
@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(kWarps * 32) dequantize_kernel(const uint8_t* 
 #pragma unroll
   for (int u = 0; u < kUnitsPerWarp; ++u) {
     if (first + u < k_units) {
-      const size_t unit = static_cast<size_t>(row_block) * k_units + first + u;
+      const size_t unit = unit_index(row_block, first + u, row_units, k_units);
       q[u] = __ldcs(reinterpret_cast<const uint4*>(packed + unit * kUnitCodeBytes + quarter * 512) + lane);
       s[u] = __ldcs(reinterpret_cast<const uint2*>(scale + unit * kUnitScaleBytes + quarter * 64) + (lane >> 2));
     }
@@ -75,7 +75,7 @@ extern "C" int qerl_nvfp4_dequantize(const void* packed, const void* scale, void
   const int groups = (k_units + kUnitsPerWarp - 1) / kUnitsPerWarp;
   const int total = n / kUnit * 4 * groups;
   dequantize_kernel<<<(total + kWarps - 1) / kWarps, kWarps * 32, 0, stream>>>(
-      static_cast<const uint8_t*>(packed), static_cast<const uint8_t*>(scale), static_cast<__nv_bfloat16*>(out), k_units,
-      groups, k, total);
+      static_cast<const uint8_t*>(packed), static_cast<const uint8_t*>(scale), static_cast<__nv_bfloat16*>(out), n / kUnit,
+      k_units, groups, k, total);
   return cudaGetLastError();
 }

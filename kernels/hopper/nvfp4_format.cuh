@@ -1,7 +1,7 @@
 // The prepacked NVFP4 layout and its arithmetic; kernels/hopper/layout.py is the same thing in PyTorch.
 //
-// A unit is 64 output channels x 64 input channels: 2048 bytes of codes and 256 bytes of scales, units in [N / 64][K / 64]
-// order. Inside a unit, warp w of a warpgroup owns channels 16 w .. 16 w + 15 and lane l = 4 g + t owns 16 bytes, one
+// A unit is 64 output channels x 64 input channels: 2048 bytes of codes and 256 bytes of scales. Units lie in groups of 4
+// in N (256 channels; the last group may have fewer), in a group by K first: [N / 256][K / 64][4]. Inside a unit, warp w of a warpgroup owns channels 16 w .. 16 w + 15 and lane l = 4 g + t owns 16 bytes, one
 // 32-bit word for each of the four 16-wide steps in k: the eight codes that the lane holds as a wgmma A fragment.
 // A word's four pairs (two neighbouring k of one channel) are scattered over its bits such that at most two
 // shifted copies and one or two masks bring a pair's sign, exponent and mantissa bits to where bfloat16 has them.
@@ -15,6 +15,14 @@ namespace qerl {
 constexpr int kUnit = 64;             // rows and columns of a unit
 constexpr int kUnitCodeBytes = 2048;  // 64 * 64 / 2
 constexpr int kUnitScaleBytes = 256;  // 64 * 64 / 16
+
+constexpr int kGroupUnits = 4;
+
+__device__ __forceinline__ size_t unit_index(int row_unit, int k_unit, int row_units, int k_units) {
+  const int first = row_unit / kGroupUnits * kGroupUnits;
+  const int rows = row_units - first < kGroupUnits ? row_units - first : kGroupUnits;
+  return static_cast<size_t>(first) * k_units + static_cast<size_t>(k_unit) * rows + (row_unit - first);
+}
 
 // The fragments come out as e2m1 * scale * 2^-7; 2^-7 is undone on the accumulator.
 constexpr float kFragmentUnit = 128.0f;

@@ -68,10 +68,11 @@ __device__ __forceinline__ void bulk_load(uint32_t dst, const void* src, int byt
       "l"(src), "r"(bytes), "r"(bar), "l"(policy)
       : "memory");
 }
-__device__ __forceinline__ void tensor_load(uint32_t dst, const CUtensorMap* map, int k, int token, uint32_t bar) {
+// KB slabs of BT tokens x 64 columns
+__device__ __forceinline__ void tensor_load(uint32_t dst, const CUtensorMap* map, int token, int k_unit, uint32_t bar) {
   asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(dst),
-      "l"(map), "r"(k), "r"(token), "r"(bar)
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(dst),
+      "l"(map), "r"(0), "r"(token), "r"(k_unit), "r"(bar)
       : "memory");
 }
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -91,9 +92,12 @@ __device__ __forceinline__ uint32_t opaque(uint32_t v) {
   asm volatile("" : "+r"(v));
   return v;
 }
+__device__ __forceinline__ void hold(const uint32_t (&a)[4]) {
+  asm volatile("" ::"r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]));
+}
 __device__ __forceinline__ void hold(const uint32_t (&a)[4][4]) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) asm volatile("" ::"r"(a[i][0]), "r"(a[i][1]), "r"(a[i][2]), "r"(a[i][3]));
+  for (int i = 0; i < 4; ++i) hold(a[i]);
 }
 // K-major operand in shared memory with 128-byte rows and swizzle: groups of 8 rows are 1024 bytes apart.
 __device__ __forceinline__ uint64_t operand_descriptor(uint32_t address) {
@@ -110,8 +114,11 @@ __device__ __forceinline__ int share_owner(int unit, int total, int blocks) {
 
 // ------------------------------------------------------------------------------------------------------ kernel
 // BT tokens a tile, NWG consumer warpgroups of MW * 64 channels each, KB * 64 columns and one barrier pair a stage.
-template <int BT_, int NWG_, int MW_, int KB_, int STAGES_, int BLOCKS_PER_SM_>
+// FINE commits every wgmma by itself and keeps three in flight while the next fragment is decoded; otherwise the four of a
+// unit go together and two units alternate.
+template <int BT_, int NWG_, int MW_, int KB_, int STAGES_, int BLOCKS_PER_SM_, bool FINE_ = false>
 struct Config {
+  static constexpr bool FINE = FINE_;
   static constexpr int BT = BT_, NWG = NWG_, MW = MW_, KB = KB_, STAGES = STAGES_, BLOCKS_PER_SM = BLOCKS_PER_SM_;
   static constexpr int ROW_UNITS = NWG * MW;
   static constexpr int X_BYTES = KB * BT * 128;
@@ -125,8 +132,13 @@ struct Config {
   static constexpr int CONSUMER_REGS_FREE = (LAUNCH_REGS * (NWG + 1) - PRODUCER_REGS) / NWG / 8 * 8;
   static constexpr int CONSUMER_REGS = CONSUMER_REGS_FREE > 240 ? 240 : CONSUMER_REGS_FREE;
   static constexpr int ACC = BT / 2;
-  static_assert(MW * KB % 2 == 0, "fragment sets alternate within a stage");
+  static_assert(ROW_UNITS <= kGroupUnits && kGroupUnits % ROW_UNITS == 0, "a tile lies in one group of rows");
   static_assert(SHARED * BLOCKS_PER_SM + BLOCKS_PER_SM * 1024 <= 228 * 1024, "stages do not fit");
+};
+
+template <int V>
+struct Constant {
+  static constexpr int value = V;
 };
 
 template <typename C>
@@ -143,6 +155,7 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM)
 
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0);  // known to be the same in all lanes
   if (threadIdx.x == 0) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(&x_map) : "memory");
     for (int i = 0; i < C::STAGES; ++i) {
       barrier_init(full_base + i * 8, 1);
       barrier_init(empty_base + i * 8, C::NWG);
@@ -172,21 +185,27 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM)
         const uint32_t full = full_base + stage * 8;
         const int rows = min(C::ROW_UNITS, p.row_units - row_unit);
         barrier_expect(full, C::X_BYTES + rows * C::KB * (kUnitCodeBytes + kUnitScaleBytes));
-        for (int i = 0; i < rows; ++i) {
-          const size_t u = static_cast<size_t>(row_unit + i) * p.k_units + kb;
-          bulk_load(w_base + stage * C::W_BYTES + i * C::KB * kUnitCodeBytes, p.packed + u * kUnitCodeBytes,
-                    C::KB * kUnitCodeBytes, full, policy);
-          bulk_load(s_base + stage * C::S_BYTES + i * C::KB * kUnitScaleBytes, p.scale + u * kUnitScaleBytes,
-                    C::KB * kUnitScaleBytes, full, policy);
+        const int group = min(kGroupUnits, p.row_units - row_unit / kGroupUnits * kGroupUnits);
+        const size_t u = unit_index(row_unit, kb, p.row_units, p.k_units);
+        const uint32_t w = w_base + stage * C::W_BYTES;
+        const uint32_t s = s_base + stage * C::S_BYTES;
+        if (C::ROW_UNITS == kGroupUnits && group == kGroupUnits) {  // the copy engine likes few large copies
+          bulk_load(w, p.packed + u * kUnitCodeBytes, C::W_BYTES, full, policy);
+          bulk_load(s, p.scale + u * kUnitScaleBytes, C::S_BYTES, full, policy);
+        } else {
+#pragma unroll 1
+          for (int i = 0; i < C::KB; ++i) {
+            bulk_load(w + i * C::ROW_UNITS * kUnitCodeBytes, p.packed + (u + i * group) * kUnitCodeBytes, rows * kUnitCodeBytes,
+                      full, policy);
+            bulk_load(s + i * C::ROW_UNITS * kUnitScaleBytes, p.scale + (u + i * group) * kUnitScaleBytes,
+                      rows * kUnitScaleBytes, full, policy);
+          }
         }
       };
       auto load_tokens = [&](int unit, int stage) {
         const int tile = unit / p.k_steps;
         const int kb = (unit - tile * p.k_steps) * C::KB;
-        const int token = tile % p.token_tiles * C::BT;
-#pragma unroll
-        for (int i = 0; i < C::KB; ++i)
-          tensor_load(x_base + stage * C::X_BYTES + i * C::BT * 128, &x_map, (kb + i) * kUnit, token, full_base + stage * 8);
+        tensor_load(x_base + stage * C::X_BYTES, &x_map, tile % p.token_tiles * C::BT, kb, full_base + stage * 8);
       };
 
       // The weights of the first stages do not depend on the kernel before this one; the activations do.
@@ -211,15 +230,15 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM)
     const int lane = threadIdx.x & 31;
     const int g = lane >> 2;
     const int t = lane & 3;
-    const uint32_t w_mine = opaque(w_base + wg * C::MW * C::KB * kUnitCodeBytes + tid * 16);
-    const uint32_t s_mine = opaque(s_base + wg * C::MW * C::KB * kUnitScaleBytes + (warp & 3) * 64 + g * 8);
+    const uint32_t w_mine = opaque(w_base + wg * C::MW * kUnitCodeBytes + tid * 16);
+    const uint32_t s_mine = opaque(s_base + wg * C::MW * kUnitScaleBytes + (warp & 3) * 64 + g * 8);
 
     int stage = 0;
     uint32_t parity = 0;
     bool first_result = true;
     // Two sets of fragments: the tensor cores read one while the other is decoded. `hold` after the wait for a product
     // keeps the compiler from reusing the registers that the product still reads.
-    uint32_t a[2][4][4] = {};
+    uint32_t a[C::FINE ? 1 : 2][4][4] = {};
     for (int unit = begin; unit < end;) {
       const int tile = unit / p.k_steps;
       const int k_begin = unit - tile * p.k_steps;
@@ -233,44 +252,83 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM)
         for (int i = 0; i < C::ACC; ++i) acc[m][i] = 0.0f;
 
       int release = -1;
-      for (int step = k_begin; step < k_end; ++step) {
+      auto load = [&](int kb, int m, uint4& q, uint2& s) {
+        asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(q.x), "=r"(q.y), "=r"(q.z), "=r"(q.w)
+                     : "r"(w_mine + stage * C::W_BYTES + (kb * C::ROW_UNITS + m) * kUnitCodeBytes));
+        asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
+                     : "=r"(s.x), "=r"(s.y)
+                     : "r"(s_mine + stage * C::S_BYTES + (kb * C::ROW_UNITS + m) * kUnitScaleBytes));
+      };
+      auto x_operand = [&](int kb) { return operand_descriptor(x_base + stage * C::X_BYTES + kb * C::BT * 128); };
+      auto release_previous = [&] {
+        if (release >= 0 && tid == 0) barrier_arrive(empty_base + release * 8);
+      };
+      auto next_stage = [&] {
+        release = stage;
+        if (++stage == C::STAGES) stage = 0, parity ^= 1;
+      };
+      // One stage, beginning with fragment set FIRST.
+      auto consume = [&](auto first) {
         barrier_wait(full_base + stage * 8, parity);
 #pragma unroll
         for (int kb = 0; kb < C::KB; ++kb) {
-          const uint64_t x_operand = operand_descriptor(x_base + stage * C::X_BYTES + kb * C::BT * 128);
+          const uint64_t operand = x_operand(kb);
 #pragma unroll
           for (int m = 0; m < C::MW; ++m) {
             uint4 q;
             uint2 s;
-            asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                         : "=r"(q.x), "=r"(q.y), "=r"(q.z), "=r"(q.w)
-                         : "r"(w_mine + stage * C::W_BYTES + (m * C::KB + kb) * kUnitCodeBytes));
-            asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
-                         : "=r"(s.x), "=r"(s.y)
-                         : "r"(s_mine + stage * C::S_BYTES + (m * C::KB + kb) * kUnitScaleBytes));
-            constexpr int kSets = 2;
-            const int set = (kb * C::MW + m) % kSets;
-#ifdef EXP_NODECODE
-            for (int j = 0; j < 4; ++j) { a[set][j][0] = q.x + j; a[set][j][1] = q.y; a[set][j][2] = q.z + s.x; a[set][j][3] = q.w + s.y; }
-#else
+            load(kb, m, q, s);
+            const int set = (decltype(first)::value + kb * C::MW + m) % 2;
             decode_unit(q, s, a[set]);
-#endif
             wgmma_fence();
 #pragma unroll
-            for (int j = 0; j < 4; ++j)
-#ifdef EXP_NOMMA
-              for (int i = 0; i < 4; ++i) acc[m][i] += __uint_as_float(a[set][j][i]);
-#else
-              Wgmma<C::BT>::mma(acc[m], a[set][j], x_operand + j * 2);
-#endif
+            for (int j = 0; j < 4; ++j) Wgmma<C::BT>::mma(acc[m], a[set][j], operand + j * 2);
             wgmma_commit();
             wgmma_wait<1>();
             hold(a[set ^ 1]);
-            if (kb == 0 && m == 0 && release >= 0 && tid == 0) barrier_arrive(empty_base + release * 8);
+            if (kb == 0 && m == 0) release_previous();
           }
         }
-        release = stage;
-        if (++stage == C::STAGES) stage = 0, parity ^= 1;
+        next_stage();
+      };
+      auto consume_fine = [&] {
+        barrier_wait(full_base + stage * 8, parity);
+#pragma unroll
+        for (int kb = 0; kb < C::KB; ++kb) {
+          const uint64_t operand = x_operand(kb);
+#pragma unroll
+          for (int m = 0; m < C::MW; ++m) {
+            uint4 q;
+            uint2 s;
+            load(kb, m, q, s);
+            const uint32_t words[4] = {q.x, q.y, q.z, q.w};
+            const uint32_t scales[4] = {scale_pair<0>(s.x), scale_pair<1>(s.x), scale_pair<0>(s.y), scale_pair<1>(s.y)};
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+              wgmma_wait<3>();
+              hold(a[0][j]);
+              if (kb == 0 && m == 0 && j == 3) release_previous();
+              decode8(words[j], scales[j], a[0][j]);
+              wgmma_fence();
+              Wgmma<C::BT>::mma(acc[m], a[0][j], operand + j * 2);
+              wgmma_commit();
+            }
+          }
+        }
+        next_stage();
+      };
+      if constexpr (C::FINE) {
+        for (int step = k_begin; step < k_end; ++step) consume_fine();
+      } else if constexpr (C::KB * C::MW % 2 == 0) {
+        for (int step = k_begin; step < k_end; ++step) consume(Constant<0>());
+      } else {
+        int step = k_begin;
+        for (; step + 1 < k_end; step += 2) {
+          consume(Constant<0>());
+          consume(Constant<1>());
+        }
+        if (step < k_end) consume(Constant<0>());
       }
       wgmma_wait<0>();
       if (tid == 0) barrier_arrive(empty_base + release * 8);
@@ -297,13 +355,12 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM)
           const float* a = &acc[v * 4 / C::ACC][v * 4 % C::ACC];
           __stcg(mine + v * 128, make_float4(a[0], a[1], a[2], a[3]));
         }
-        __threadfence();
         named_barrier(1 + wg);
-        if (tid == 0) {
-          const bool last = atomicAdd(counter, 1u) == others;
-          if (last) *counter = 0;
-          last_flag[wg] = last;
-          __threadfence();
+        if (tid == 0) {  // release: what the barrier collected; acquire: the other blocks' pieces
+          unsigned int arrived;
+          asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;" : "=r"(arrived) : "l"(counter) : "memory");
+          if (arrived == others) *counter = 0;
+          last_flag[wg] = arrived == others;
         }
         named_barrier(1 + wg);
         if (!last_flag[wg]) continue;
@@ -382,11 +439,11 @@ int launch(const void* x, Params p, int blocks, int pdl, cudaStream_t stream) {
   p.keep_weights = p.token_tiles > 1;
 
   CUtensorMap map;
-  const cuuint64_t dims[2] = {static_cast<cuuint64_t>(p.k), static_cast<cuuint64_t>(p.m)};
-  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(p.k) * 2};
-  const cuuint32_t box[2] = {kUnit, static_cast<cuuint32_t>(C::BT)};
-  const cuuint32_t steps[2] = {1, 1};
-  if (encode_tiled(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void*>(x), dims, strides, box, steps,
+  const cuuint64_t dims[3] = {kUnit, static_cast<cuuint64_t>(p.m), static_cast<cuuint64_t>(p.k_units)};
+  const cuuint64_t strides[2] = {static_cast<cuuint64_t>(p.k) * 2, kUnit * 2};
+  const cuuint32_t box[3] = {kUnit, static_cast<cuuint32_t>(C::BT), static_cast<cuuint32_t>(C::KB)};
+  const cuuint32_t steps[3] = {1, 1, 1};
+  if (encode_tiled(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, const_cast<void*>(x), dims, strides, box, steps,
                    CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                    CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) != CUDA_SUCCESS)
     return -2;
@@ -405,32 +462,44 @@ int launch(const void* x, Params p, int blocks, int pdl, cudaStream_t stream) {
 }
 
 struct Entry {
-  int bt, nwg, mw, kb, stages, blocks_per_sm;
+  int bt, nwg, mw, kb, stages, blocks_per_sm, fine;
   int (*prepare)();
   int (*launch)(const void*, Params, int, int, cudaStream_t);
 };
 template <typename C>
 constexpr Entry entry() {
-  return {C::BT, C::NWG, C::MW, C::KB, C::STAGES, C::BLOCKS_PER_SM, prepare<C>, launch<C>};
+  return {C::BT, C::NWG, C::MW, C::KB, C::STAGES, C::BLOCKS_PER_SM, C::FINE, prepare<C>, launch<C>};
 }
 const Entry entries[] = {
-    // BT, NWG, MW, KB, stages, blocks per SM
-    entry<Config<8, 4, 1, 2, 10, 1>>(),     // 0
-    entry<Config<8, 2, 1, 2, 9, 2>>(),      // 1
-    entry<Config<8, 2, 2, 1, 10, 2>>(),     // 2
-    entry<Config<16, 4, 1, 2, 10, 1>>(),    // 3
-    entry<Config<16, 2, 1, 2, 8, 2>>(),     // 4
-    entry<Config<16, 2, 2, 1, 9, 2>>(),     // 5
-    entry<Config<32, 4, 1, 2, 8, 1>>(),     // 6
-    entry<Config<32, 2, 1, 2, 6, 2>>(),     // 7
-    entry<Config<32, 2, 2, 1, 8, 2>>(),     // 8
-    entry<Config<64, 4, 1, 2, 6, 1>>(),     // 9
-    entry<Config<64, 2, 1, 2, 4, 2>>(),     // 10
-    entry<Config<64, 2, 2, 1, 11, 1>>(),    // 11
-    entry<Config<128, 2, 2, 1, 8, 1>>(),    // 12
-    entry<Config<128, 2, 1, 2, 5, 1>>(),    // 13
-    entry<Config<128, 4, 1, 2, 4, 1>>(),    // 14
-    entry<Config<256, 2, 1, 2, 3, 1>>(),    // 15
+    // BT, NWG, MW, KB, stages, blocks per SM, FINE
+    entry<Config<8, 4, 1, 2, 10, 1, false>>(),    // 0
+    entry<Config<8, 4, 1, 4, 5, 1, false>>(),     // 1
+    entry<Config<8, 2, 1, 2, 9, 2, false>>(),     // 2
+    entry<Config<8, 2, 2, 2, 5, 2, false>>(),     // 3
+    entry<Config<8, 4, 1, 4, 5, 1, true>>(),      // 4
+    entry<Config<8, 2, 2, 2, 5, 2, true>>(),      // 5
+    entry<Config<16, 4, 1, 4, 5, 1, false>>(),    // 6
+    entry<Config<16, 2, 1, 2, 8, 2, false>>(),    // 7
+    entry<Config<16, 2, 2, 2, 5, 2, false>>(),    // 8
+    entry<Config<16, 4, 1, 4, 5, 1, true>>(),     // 9
+    entry<Config<32, 4, 1, 2, 8, 1, false>>(),    // 10
+    entry<Config<32, 2, 1, 2, 6, 2, false>>(),    // 11
+    entry<Config<32, 4, 1, 2, 8, 1, true>>(),     // 12
+    entry<Config<32, 2, 1, 2, 6, 2, true>>(),     // 13
+    entry<Config<32, 2, 2, 2, 4, 2, true>>(),     // 14
+    entry<Config<64, 4, 1, 2, 6, 1, false>>(),    // 15
+    entry<Config<64, 2, 1, 2, 4, 2, false>>(),    // 16
+    entry<Config<64, 4, 1, 2, 6, 1, true>>(),     // 17
+    entry<Config<64, 2, 1, 2, 4, 2, true>>(),     // 18
+    entry<Config<64, 2, 2, 2, 6, 1, true>>(),     // 19
+    entry<Config<128, 2, 2, 2, 4, 1, false>>(),   // 20
+    entry<Config<128, 2, 1, 2, 5, 1, false>>(),   // 21
+    entry<Config<128, 4, 1, 1, 8, 1, true>>(),    // 22
+    entry<Config<128, 2, 2, 2, 4, 1, true>>(),    // 23
+    entry<Config<128, 2, 2, 1, 8, 1, true>>(),    // 24
+    entry<Config<128, 2, 1, 2, 5, 1, true>>(),    // 25
+    entry<Config<256, 2, 1, 1, 6, 1, false>>(),   // 26
+    entry<Config<256, 2, 1, 1, 6, 1, true>>(),    // 27
 };
 constexpr int kEntries = sizeof(entries) / sizeof(entries[0]);
 
@@ -454,11 +523,11 @@ extern "C" int qerl_nvfp4_prepare() {
 
 extern "C" int qerl_nvfp4_config_count() { return qerl::kEntries; }
 
-// BT, NWG, MW, KB, stages, blocks per SM
+// BT, NWG, MW, KB, stages, blocks per SM, FINE
 extern "C" void qerl_nvfp4_config(int index, int* out) {
   const qerl::Entry& e = qerl::entries[index];
-  const int v[6] = {e.bt, e.nwg, e.mw, e.kb, e.stages, e.blocks_per_sm};
-  for (int i = 0; i < 6; ++i) out[i] = v[i];
+  const int v[7] = {e.bt, e.nwg, e.mw, e.kb, e.stages, e.blocks_per_sm, e.fine};
+  for (int i = 0; i < 7; ++i) out[i] = v[i];
 }
 
 extern "C" int qerl_nvfp4_gemm(const void* x, const void* packed, const void* scale, float alpha, const void* bias, void* y,

@@ -15,6 +15,7 @@ class Config(NamedTuple):
     k_units: int  # 64-column units a pipeline stage
     stages: int
     blocks_per_sm: int
+    fine: bool  # every wgmma committed by itself
 
     @property
     def row_units(self) -> int:
@@ -22,22 +23,34 @@ class Config(NamedTuple):
 
 
 CONFIGS = (
-    Config(8, 4, 1, 2, 10, 1),
-    Config(8, 2, 1, 2, 9, 2),
-    Config(8, 2, 2, 1, 10, 2),
-    Config(16, 4, 1, 2, 10, 1),
-    Config(16, 2, 1, 2, 8, 2),
-    Config(16, 2, 2, 1, 9, 2),
-    Config(32, 4, 1, 2, 8, 1),
-    Config(32, 2, 1, 2, 6, 2),
-    Config(32, 2, 2, 1, 8, 2),
-    Config(64, 4, 1, 2, 6, 1),
-    Config(64, 2, 1, 2, 4, 2),
-    Config(64, 2, 2, 1, 11, 1),
-    Config(128, 2, 2, 1, 8, 1),
-    Config(128, 2, 1, 2, 5, 1),
-    Config(128, 4, 1, 2, 4, 1),
-    Config(256, 2, 1, 2, 3, 1),
+    Config(8, 4, 1, 2, 10, 1, False),
+    Config(8, 4, 1, 4, 5, 1, False),
+    Config(8, 2, 1, 2, 9, 2, False),
+    Config(8, 2, 2, 2, 5, 2, False),
+    Config(8, 4, 1, 4, 5, 1, True),
+    Config(8, 2, 2, 2, 5, 2, True),
+    Config(16, 4, 1, 4, 5, 1, False),
+    Config(16, 2, 1, 2, 8, 2, False),
+    Config(16, 2, 2, 2, 5, 2, False),
+    Config(16, 4, 1, 4, 5, 1, True),
+    Config(32, 4, 1, 2, 8, 1, False),
+    Config(32, 2, 1, 2, 6, 2, False),
+    Config(32, 4, 1, 2, 8, 1, True),
+    Config(32, 2, 1, 2, 6, 2, True),
+    Config(32, 2, 2, 2, 4, 2, True),
+    Config(64, 4, 1, 2, 6, 1, False),
+    Config(64, 2, 1, 2, 4, 2, False),
+    Config(64, 4, 1, 2, 6, 1, True),
+    Config(64, 2, 1, 2, 4, 2, True),
+    Config(64, 2, 2, 2, 6, 1, True),
+    Config(128, 2, 2, 2, 4, 1, False),
+    Config(128, 2, 1, 2, 5, 1, False),
+    Config(128, 4, 1, 1, 8, 1, True),
+    Config(128, 2, 2, 2, 4, 1, True),
+    Config(128, 2, 2, 1, 8, 1, True),
+    Config(128, 2, 1, 2, 5, 1, True),
+    Config(256, 2, 1, 1, 6, 1, False),
+    Config(256, 2, 1, 1, 6, 1, True),
 )
 
 
@@ -74,6 +87,6 @@ def plan(config: int, blocks: int, m: int, n: int, k: int) -> Plan:
 def choose(m: int, n: int, k: int, sms: int) -> Plan:
     if m > 512:
         return DEQUANTIZE
-    order = [i for i in (0, 2, 3, 5, 6, 8, 9, 11, 12, 15) if k % (64 * CONFIGS[i].k_units) == 0]
+    order = [i for i in (1, 4, 6, 10, 15, 24, 26) if k % (64 * CONFIGS[i].k_units) == 0]
     config = next(i for i in order if CONFIGS[i].tokens >= m or i == order[-1])
     return plan(config, sms * CONFIGS[config].blocks_per_sm, m, n, k)

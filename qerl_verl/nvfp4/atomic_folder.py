@@ -12,6 +12,8 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+from qerl_verl.nvfp4.errors import CheckpointError
+
 _FOREIGN_SECONDS = 24 * 3600.0  # age at which an unfinished folder of another host is taken for dead
 
 
@@ -25,7 +27,7 @@ def atomic_folder(dst: Path) -> Iterator[Path]:
         dst: absent, or an empty folder.
 
     Raises:
-        OSError: ``dst`` is not empty any more when the rename is due, or cannot be replaced.
+        CheckpointError: ``dst`` is not empty any more when the rename is due, or cannot be replaced.
     """
     dst.parent.mkdir(parents=True, exist_ok=True)
     for leftover in dst.parent.glob(f"{dst.name}.tmp-*"):
@@ -35,7 +37,13 @@ def atomic_folder(dst: Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        temporary.rename(dst)
+        try:
+            temporary.rename(dst)
+        except OSError as error:
+            raise CheckpointError(
+                f"{dst} cannot be put in place ({error.strerror}): something else wrote to it meanwhile, or it is a mount "
+                "point. Choose another folder."
+            ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

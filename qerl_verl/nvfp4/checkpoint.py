@@ -99,7 +99,7 @@ def quantize_checkpoint(
     The q, k, v, o, gate, up and down projections are packed; q/k/v share one global scale per layer, and so do
     gate/up. lm_head, embeddings, norms and biases stay in bfloat16 or float16; float32 ones become bfloat16. Tokenizer,
     generation config and every other file that is not a weight are copied. Tensors are read once, one
-    group of linears that share a scale at a time, so that host memory stays below one decoder layer.
+    group of linears that share a scale at a time, so that host memory stays at about one decoder layer.
 
     Args:
         src: folder with config.json and safetensors in float32, bfloat16 or float16 (one file, or shards with an index).
@@ -151,10 +151,6 @@ def quantize_checkpoint(
             raise CheckpointError(
                 f"{dst}: the disk (or the quota) was full before all of the {_gb(written)} were written. What had been "
                 "written is removed. Free some space, or choose a folder on another disk."
-            ) from error
-        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.EBUSY):
-            raise CheckpointError(
-                f"{dst}: something else wrote to it meanwhile, or it is a mount point. Choose another folder."
             ) from error
         raise
     return records

@@ -33,7 +33,7 @@ TORCH_DTYPES = {
     "BOOL": torch.bool,
 }
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
-_PIECE_ELEMENTS = 1 << 23
+_PIECE_ELEMENTS = 1 << 21
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The task of the quickstart: sums and differences of two small numbers, ``12+9=`` -> ``21``.
 
 The problems, the files that verl reads and the reward. It imports no torch: verl's reward workers load
-:func:`compute_score` from here (``reward.custom_reward_function.path: pkg://qerl_verl.quickstart.arithmetic``).
+:func:`compute_score` from here (``reward.custom_reward_function.path``).
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from typing import Any
 
 DATA_SOURCE = "qerl/arithmetic"
 LARGEST_OPERAND = 29
-HELD_OUT_FRACTION = 0.2
 
 
 @dataclass(frozen=True)
@@ -31,3 +30,47 @@ class Problem:
     @property
     def answer(self) -> str:
         return str(self.a + self.b if self.op == "+" else self.a - self.b)
+
+
+def all_problems() -> list[Problem]:
+    """Every problem there is, in a fixed order."""
+    operands = range(LARGEST_OPERAND + 1)
+    sums = [Problem(a, "+", b) for a in operands for b in operands]
+    return sums + [Problem(a, "-", b) for a in operands for b in operands if a >= b]
+
+
+def split(seed: int, held_out: int = 128) -> tuple[list[Problem], list[Problem]]:
+    """Training and validation problems; the latter are never trained on, neither by supervision nor by reward."""
+    problems = all_problems()
+    random.Random(seed).shuffle(problems)
+    return problems[held_out:], problems[:held_out]
+
+
+def messages(problem: Problem) -> list[dict[str, str]]:
+    """The chat that asks a problem."""
+    return [{"role": "user", "content": problem.question}]
+
+
+def write_parquet(problems: list[Problem], path: Path) -> None:
+    """A file of prompts as verl's RLHFDataset reads it (verl/utils/dataset/rl_dataset.py)."""
+    import pandas
+
+    rows = [
+        {
+            "data_source": DATA_SOURCE,
+            "prompt": messages(problem),
+            "ability": "math",
+            "reward_model": {"style": "rule", "ground_truth": problem.answer},
+            "extra_info": {"index": index},
+        }
+        for index, problem in enumerate(problems)
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pandas.DataFrame(rows).to_parquet(path)
+
+
+def compute_score(
+    data_source: str, solution_str: str, ground_truth: str, extra_info: dict[str, Any] | None = None, **kwargs
+) -> float:
+    """1.0 for exactly the right number, else 0.0 (signature: verl/utils/reward_score/__init__.py)."""
+    return float(solution_str.strip() == ground_truth)

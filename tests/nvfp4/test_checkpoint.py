@@ -197,7 +197,7 @@ def test_shards_in_and_out(make_checkpoint, tmp_path):
         with safe_open(tmp_path / "b" / file, "pt") as opened:
             assert name in opened.keys()
             assert opened.metadata() == {"format": "pt"}
-    assert all((tmp_path / "b" / f).stat().st_size < 32_000 for f in files)
+    assert all(sum(t.nbytes for t in load_file(tmp_path / "b" / f).values()) <= 30_000 for f in files)
     validate_nvfp4_checkpoint(tmp_path / "b")
 
 
@@ -252,33 +252,39 @@ def test_torch_threads_are_given_back(make_checkpoint, tmp_path):
         torch.set_num_threads(before)
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="peak memory is read from Linux's /proc")
 def test_memory_is_that_of_a_layer(tmp_path):
-    """Peak memory of a process that quantizes, above that of one that has imported everything, for a model of 12 layers."""
+    """Peak memory of a process that quantizes, above that of one that has imported everything, for a model of 4 layers
+    and an embedding larger than one of them."""
     src = tmp_path / "src"
     src.mkdir()
-    hidden, inner, layers = 1024, 4096, 12
-    config = dict(vocab_size=16384, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers)
+    hidden, inner, layers, vocabulary = 2048, 4096, 4, 32768
+    config = dict(vocab_size=vocabulary, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers)
     config |= dict(num_attention_heads=8, num_key_value_heads=8, tie_word_embeddings=True, dtype="bfloat16")
     config |= dict(architectures=["LlamaForCausalLM"], model_type="llama")
     (src / "config.json").write_text(json.dumps(config))
     shapes = get_architecture(config).tensor_shapes(LlamaConfig(**config))
-    save_file({n: torch.full(s, 0.02).bfloat16() for n, s in shapes.items()}, src / "model.safetensors")
+    save_file({n: torch.full(s, 0.02, dtype=torch.bfloat16) for n, s in shapes.items()}, src / "model.safetensors")
     layer_bytes = 2 * (4 * hidden * hidden + 3 * hidden * inner)
-    assert (src / "model.safetensors").stat().st_size > 12 * layer_bytes
+    assert (src / "model.safetensors").stat().st_size > 5 * layer_bytes
 
     script = """if True:
-        import resource, sys
+        import re, sys
         from pathlib import Path
         from qerl_verl.nvfp4.checkpoint import _hf_config, quantize_checkpoint
         src, dst = map(Path, sys.argv[1:])
         _hf_config(src)  # imports transformers
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        def kibibytes(key):  # not getrusage: its peak is inherited from the parent process
+            return int(re.search(key + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+        before = kibibytes("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
         quantize_checkpoint(src, dst, progress=False)
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+        print(kibibytes("VmHWM") - before)
     """
     out = subprocess.run([sys.executable, "-c", script, src, tmp_path / "dst"], capture_output=True, text=True, check=True)
-    print(f"peak {int(out.stdout) * 1024 / layer_bytes:.2f} layers")
-    assert int(out.stdout) * 1024 < 1.5 * layer_bytes
+    peak = int(out.stdout) * 1024 / layer_bytes
+    print(f"peak memory: {peak:.2f} layers")
+    assert 0.5 < peak < 1.5  # a fused group has to be there; all of the model would be 5
     validate_nvfp4_checkpoint(tmp_path / "dst")
 
 

@@ -1,0 +1,96 @@
+"""``python -m qerl_verl.data.gsm8k --out DIR``: GSM8K as ``train.parquet`` and ``test.parquet`` for verl.
+
+The data source is named ``openai/gsm8k``, by which verl chooses its own reward (verl/utils/reward_score/gsm8k.py): 1 if
+the last ``#### <number>`` in the last 300 characters of a response is the answer, else 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from qerl_verl.data.prompts import prompt_row, write_parquet
+
+DATA_SOURCE = "openai/gsm8k"
+SPLITS = ("train", "test")
+INSTRUCTION = "Work through the problem step by step. Finish with a line that holds only `####`, a space and the number."
+
+_FINAL_ANSWER = re.compile(r"####\s*(-?\d[\d,]*(?:\.\d+)?)\s*\Z")
+
+
+def final_answer(solution: str) -> str | None:
+    """The number after ``####`` that ends a GSM8K solution, without thousands separators; None if there is none."""
+    found = _FINAL_ANSWER.search(solution)
+    return found.group(1).replace(",", "") if found else None
+
+
+def rows(examples: Iterable[tuple[str, Any]], split: str) -> Iterator[dict[str, Any]]:
+    """Rows of verl's parquet.
+
+    Args:
+        examples: pairs of a place to name in errors (``file:line``) and what stands there.
+        split: ``train`` or ``test``.
+
+    Raises:
+        ValueError: an example is not ``{"question": text, "answer": text that ends with #### number}``.
+    """
+    for index, (place, example) in enumerate(examples):
+        if not isinstance(example, dict):
+            raise ValueError(f"{place}: expected an object with `question` and `answer`, got {type(example).__name__}")
+        for key in ("question", "answer"):
+            if not isinstance(example.get(key), str) or not example[key].strip():
+                raise ValueError(f"{place}: `{key}` must be a text that is not empty, got {example.get(key)!r}")
+        answer = final_answer(example["answer"])
+        if answer is None:
+            raise ValueError(f"{place}: `answer` must end with `#### <number>`, it ends with {example['answer'][-40:]!r}")
+        question = f"{example['question'].strip()}\n\n{INSTRUCTION}"
+        yield prompt_row(DATA_SOURCE, question, answer, split=split, index=index, solution=example["answer"])
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
+    """Place and content of each line that is not blank."""
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            place = f"{path}:{number}"
+            try:
+                yield place, json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{place}: not JSON: {error}") from None
+
+
+def read_hub(name: str, split: str) -> Iterator[tuple[str, Any]]:
+    """Place and content of each row of a data set on the Hugging Face hub, in its configuration ``main``."""
+    from datasets import load_dataset
+
+    for number, example in enumerate(load_dataset(name, "main", split=split)):
+        yield f"{name}/{split}[{number}]", example
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m qerl_verl.data.gsm8k", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder for train.parquet and test.parquet")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--local-dir", type=Path, help="folder with train.jsonl and test.jsonl")
+    source.add_argument("--hub", default=DATA_SOURCE, help="data set on the Hugging Face hub (default: %(default)s)")
+    arguments = parser.parse_args(argv)
+    for split in SPLITS:
+        source_file = arguments.local_dir and arguments.local_dir / f"{split}.jsonl"
+        try:
+            examples = read_jsonl(source_file) if source_file else read_hub(arguments.hub, split)
+            count = write_parquet(rows(examples, split), arguments.out / f"{split}.parquet")
+        except (ValueError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+        print(f"{arguments.out / f'{split}.parquet'}: {count} problems")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,169 @@
+"""``python -m qerl_verl.quickstart``: a whole QeRL run on a machine without a GPU, from nothing to a table and a plot."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from importlib.resources import files
+from pathlib import Path
+
+from qerl_verl.quickstart.arithmetic import split, write_parquet
+from qerl_verl.quickstart.report import ENTROPY, REWARD, SIGMA, Run, plot, summarize, table
+
+MILESTONES = (
+    ("[qerl] platform:", "configuration checked"),
+    ("[qerl] model:", "model quantized to NVFP4; starting Ray"),
+    ("Started a local Ray", "Ray is up; starting verl's trainer"),
+    ("kernel: actor", "actor: NVFP4 base and LoRA adapters are built; starting vLLM"),
+    ("kernel: rollout", "rollout: vLLM loads the NVFP4 base"),
+    ("[qerl] AQN sigma", "rollout is ready; first validation"),
+    ("Initial validation", "training"),
+)
+"""Text in verl's log and what to tell the user when it appears."""
+
+
+class _Clock:
+    """Seconds by phase, and a line for each."""
+
+    def __init__(self):
+        self.start = self.mark = time.monotonic()
+        self.seconds: dict[str, float] = {}
+
+    def phase(self, name: str) -> None:
+        now = time.monotonic()
+        self.seconds[name] = now - self.mark
+        self.mark = now
+
+    def say(self, text: str) -> None:
+        print(f"[{time.monotonic() - self.start:5.0f} s] {text}", flush=True)
+
+
+def make_inputs(out: Path, seed: int, clock: _Clock) -> None:
+    """Model, training and validation data under ``out``."""
+    clock.say("making a tiny Qwen2 model and giving it a short supervised start on arithmetic (under a minute)")
+    from qerl_verl.quickstart.tiny_model import make_tiny_model
+
+    train, validation = split(seed)
+    write_parquet(train, out / "data" / "train.parquet")
+    write_parquet(validation, out / "data" / "validation.parquet")
+
+    def report(step: int, accuracy: float) -> None:
+        if step % 100 == 0:
+            clock.say(f"  supervised step {step}: sampled answers are right {accuracy:.0%} of the time")
+
+    accuracy = make_tiny_model(out / "model", train, seed=seed, report=report)
+    clock.phase("model")
+    clock.say(f"model made: sampled answers are right {accuracy:.0%} of the time; {len(train)} problems to train on")
+
+
+def run_verl(out: Path, overrides: list[str], clock: _Clock) -> int:
+    """``python -m verl.trainer.main_ppo`` with the recipe, its log in ``train.log``. Returns its exit code."""
+    command = [sys.executable, "-m", "verl.trainer.main_ppo"]
+    command += ["--config-path", str(files("qerl_verl.recipes")), "--config-name", "quickstart_cpu"]
+    command += [f"quickstart.out={out}", *overrides]
+    clock.say("$ " + " ".join(command))
+    environment = os.environ | {"VERL_FILE_LOGGER_PATH": str(out / "metrics.jsonl"), "HYDRA_FULL_ERROR": "1"}
+    environment |= {"PYTHONUNBUFFERED": "1", "RAY_USAGE_STATS_ENABLED": "0", "VLLM_NO_USAGE_STATS": "1"}
+    with open(out / "train.log", "wb") as log:
+        process = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
+        try:
+            _follow(process, out, clock)
+        except BaseException:
+            _kill(process)
+            raise
+    return process.returncode
+
+
+def _follow(process: subprocess.Popen, out: Path, clock: _Clock) -> None:
+    """Show milestones and steps as they come, until the process ends."""
+    waiting, shown = list(MILESTONES), 0
+    heartbeat = time.monotonic()
+    while True:
+        ended = process.poll() is not None
+        if waiting:
+            text = (out / "train.log").read_text(errors="replace")
+            while waiting and waiting[0][0] in text:
+                clock.say(waiting.pop(0)[1])
+                heartbeat = time.monotonic()
+                if not waiting:
+                    clock.phase("start-up")
+        run = Run.read(out / "metrics.jsonl")
+        for step in run.training[shown:]:
+            m = run.steps[step]
+            clock.say(
+                f"step {step}: reward {m[REWARD]:.3f}, entropy {m[ENTROPY]:.3f}, sigma {m[SIGMA]:.2g}, "
+                f"{m['timing_s/step']:.1f} s"
+            )
+            shown += 1
+            heartbeat = time.monotonic()
+        if ended:
+            return
+        if time.monotonic() - heartbeat > 30:
+            clock.say("...")
+            heartbeat = time.monotonic()
+        time.sleep(0.5)
+
+
+def _kill(process: subprocess.Popen) -> None:
+    """End the driver and with it Ray and every worker."""
+    for sign in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
+        if process.poll() is not None:
+            break
+        os.killpg(process.pid, sign)
+        try:
+            process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m qerl_verl.quickstart", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="folder of the run; replaced")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("overrides", nargs="*", help="Hydra overrides, e.g. trainer.total_training_steps=10")
+    arguments = parser.parse_args(argv)
+    out = arguments.out.resolve()
+    if out.exists() and any(out.iterdir()) and not (out / "train.log").exists():
+        parser.error(f"{out} is not empty and not a quickstart's; choose another --out")
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    clock = _Clock()
+    make_inputs(out, arguments.seed, clock)
+    try:
+        code = run_verl(out, arguments.overrides, clock)
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; the log is {out / 'train.log'}", file=sys.stderr)
+        return 130
+    clock.phase("training and end")
+    log = (out / "train.log").read_text(errors="replace")
+    run = Run.read(out / "metrics.jsonl")
+    if code != 0 or not run.training:
+        print("\n".join(log.splitlines()[-40:]), file=sys.stderr)
+        print(f"\nthe run ended with code {code}; the whole log is {out / 'train.log'}", file=sys.stderr)
+        return code or 1
+    samples = _samples_per_step(out)
+    summary = summarize(run, samples, clock.seconds, log)
+    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    plot(run, out / "curves.png")
+    print(f"\n{table(summary)}\n\n  {out / 'curves.png'}\n  {out / 'summary.json'}\n  {out / 'train.log'}")
+    return 0
+
+
+def _samples_per_step(out: Path) -> int:
+    """Prompts times samples, from the configuration that ran."""
+    from omegaconf import OmegaConf
+
+    config = OmegaConf.load(out / "hydra" / ".hydra" / "config.yaml")
+    return config.data.train_batch_size * config.actor_rollout_ref.rollout.n
+
+
+if __name__ == "__main__":
+    sys.exit(main())

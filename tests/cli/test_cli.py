@@ -1,0 +1,137 @@
+"""The qerl command: results on stdout, one line on stderr and exit code 2 for what the user can put right."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from qerl_verl.cli.main import main
+from qerl_verl.nvfp4 import cache, checkpoint
+from qerl_verl.nvfp4.checkpoint import validate_nvfp4_checkpoint
+
+
+@pytest.fixture
+def src(bf16_checkpoint, tmp_path):
+    return shutil.copytree(bf16_checkpoint, tmp_path / "src")
+
+
+def failed(capsys, *arguments):
+    """The one line of an error."""
+    assert main([str(a) for a in arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("qerl: ") and err.count("\n") == 1 and err.endswith("\n")
+    return err
+
+
+def test_quantize(src, tmp_path, capsys):
+    assert main(["quantize", str(src), str(tmp_path / "dst")]) == 0
+    out, err = capsys.readouterr()
+    assert out == f"{tmp_path / 'dst'}\n"
+    assert "Quantizing to NVFP4" in err and "100%" in err
+    validate_nvfp4_checkpoint(tmp_path / "dst")
+
+
+def test_quantize_refuses_a_folder_in_use(src, tmp_path, capsys):
+    dst = tmp_path / "dst"
+    assert main(["quantize", str(src), str(dst)]) == 0
+    capsys.readouterr()
+    (dst / "model.safetensors").write_text("mine")
+    assert "not an empty folder" in failed(capsys, "quantize", src, dst)
+    assert (dst / "model.safetensors").read_text() == "mine"
+
+    assert main(["quantize", str(src), str(dst), "--force"]) == 0
+    validate_nvfp4_checkpoint(dst)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["dst", "src"]
+
+
+def test_force_keeps_the_old_checkpoint_if_the_new_one_fails(src, tmp_path, capsys):
+    dst = tmp_path / "dst"
+    assert main(["quantize", str(src), str(dst)]) == 0
+    capsys.readouterr()
+    (src / "model.safetensors").write_bytes(b"")
+    assert "model.safetensors" in failed(capsys, "quantize", src, dst, "--force")
+    validate_nvfp4_checkpoint(dst)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["dst", "src"]
+
+
+def test_force_replaces_nothing_but_a_checkpoint(src, tmp_path, capsys):
+    documents = tmp_path / "documents"
+    documents.mkdir()
+    (documents / "thesis.txt").write_text("years of work")
+    assert "is no checkpoint" in failed(capsys, "quantize", src, documents, "--force")
+    assert (documents / "thesis.txt").read_text() == "years of work"
+    assert "SRC lies in it" in failed(capsys, "quantize", src, src, "--force")
+    (tmp_path / "config.json").write_text("{}")
+    assert "SRC lies in it" in failed(capsys, "quantize", src, tmp_path, "--force")
+    assert (src / "model.safetensors").exists()
+
+
+def test_resolve(src, tmp_path, capsys):
+    arguments = ["resolve", str(src), "--cache-dir", str(tmp_path / "cache")]
+    assert main(arguments) == 0
+    out, err = capsys.readouterr()
+    (entry,) = (p for p in (tmp_path / "cache").iterdir() if p.is_dir())
+    assert out == f"{entry}\n" and "Quantizing" in err
+    assert main(arguments) == 0
+    assert capsys.readouterr() == (out, "")
+    assert main(["resolve", str(entry)]) == 0
+    assert capsys.readouterr() == (out, "")
+
+
+def test_resolve_uses_the_environment(src, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("QERL_CACHE", str(tmp_path / "elsewhere"))
+    assert main(["resolve", str(src)]) == 0
+    assert capsys.readouterr().out.startswith(str(tmp_path / "elsewhere"))
+
+
+@pytest.mark.parametrize(
+    "config, named",
+    [
+        ({"architectures": ["Qwen3MoeForCausalLM"]}, "Qwen3MoeForCausalLM"),
+        ({"architectures": ["Qwen2ForCausalLM"], "quantization_config": {"quant_method": "awq"}}, "awq"),
+    ],
+)
+@pytest.mark.parametrize("command", ["quantize", "resolve"])
+def test_unusable_models(src, tmp_path, capsys, command, config, named):
+    (src / "config.json").write_text(json.dumps(config))
+    where = [tmp_path / "dst"] if command == "quantize" else ["--cache-dir", tmp_path / "cache"]
+    assert named in failed(capsys, command, src, *where)
+    assert not (tmp_path / "dst").exists()
+
+
+def test_operating_system_errors_are_one_line_too(src, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert f"File exists: '{tmp_path / 'file'}'" in failed(capsys, "quantize", src, tmp_path / "file" / "dst")
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    with pytest.raises(checkpoint.CheckpointError):
+        main(["quantize", str(tmp_path / "nowhere"), str(tmp_path / "dst"), "--debug"])
+
+
+def test_a_bug_is_not_disguised(monkeypatch, tmp_path):
+    monkeypatch.setattr(cache, "resolve_checkpoint", lambda *a: {}["missing"])
+    with pytest.raises(KeyError):
+        main(["resolve", str(tmp_path)])
+
+
+def test_interrupted(src, tmp_path, capsys, monkeypatch):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "_write_weights", interrupt)
+    assert main(["quantize", str(src), str(tmp_path / "dst")]) == 130
+    assert capsys.readouterr().err == "qerl: interrupted\n"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["src"]
+
+
+def test_usage_without_importing_torch():
+    """As a process, the way the entry point calls it. Help has to come at once."""
+    script = "import sys; from qerl_verl.cli.main import main\ntry: main(sys.argv[1:])\nfinally: print('torch' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", script, "--help"], capture_output=True, text=True, check=True).stdout
+    assert "quantize" in out and "resolve" in out and out.endswith("False\n")
+    wrong = subprocess.run([sys.executable, "-m", "qerl_verl.cli.main", "quantise"], capture_output=True, text=True)
+    assert wrong.returncode == 2 and "invalid choice: 'quantise'" in wrong.stderr

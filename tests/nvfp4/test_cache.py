@@ -1,0 +1,383 @@
+"""resolve_checkpoint: once, by one process, whole or not at all."""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import uuid
+
+import huggingface_hub
+import pytest
+
+from qerl_verl.nvfp4 import cache as cache_module
+from qerl_verl.nvfp4 import checkpoint as checkpoint_module
+from qerl_verl.nvfp4.architectures import UnsupportedArchitecture
+from qerl_verl.nvfp4.atomic_folder import atomic_folder, host_name
+from qerl_verl.nvfp4.cache import default_cache_dir, resolve_checkpoint
+from qerl_verl.nvfp4.checkpoint import quantize_checkpoint, validate_nvfp4_checkpoint
+from qerl_verl.nvfp4.errors import CheckpointError
+
+# What another process does: it says "ready", resolves `model` into `cache` (while it quantizes, it says "quantizing" and
+# waits until the file `gate` appears), and says the folder.
+PROCESS = """
+import sys, time
+from qerl_verl.nvfp4 import cache as c, checkpoint
+sys.stderr = open(stderr, "w", buffering=1)
+c._REMARK_SECONDS = 0.2
+write = checkpoint._write_packed
+def slow_write(*args):
+    write(*args)
+    say.send("quantizing")
+    while not gate.exists():
+        time.sleep(0.01)
+checkpoint._write_packed = slow_write
+say.send("ready")
+say.send(c.resolve_checkpoint(model, cache, progress=False).path)
+"""
+
+
+class Process:
+    """A real process, forked from a server that has imported everything (so that it starts at once)."""
+
+    _context = multiprocessing.get_context("forkserver")
+    _context.set_forkserver_preload(["qerl_verl.nvfp4.cache", "transformers.models.auto.configuration_auto"])
+
+    def __init__(self, model, cache, gate):
+        self._stderr = gate.with_name(f"stderr-{uuid.uuid4().hex}")
+        self._hear, say = self._context.Pipe(duplex=False)
+        names = dict(model=model, cache=cache, gate=gate, stderr=self._stderr, say=say)
+        self.process = self._context.Process(target=exec, args=(PROCESS, names), daemon=True)
+        self.process.start()
+        say.close()
+        assert self.hear() == "ready"
+
+    def hear(self):
+        assert self._hear.poll(60), "nothing heard for a minute"
+        return self._hear.recv()
+
+    def stderr(self, lines):
+        """The first lines of its stderr, once there are that many."""
+        deadline = time.monotonic() + 60
+        while (text := self._stderr.read_text() if self._stderr.exists() else "").count("\n") < lines:
+            assert time.monotonic() < deadline, text
+            time.sleep(0.01)
+        return text.splitlines()[:lines]
+
+    def end(self):
+        self.process.join(60)
+        return self.process.exitcode
+
+
+def entries(cache):
+    return [p for p in cache.iterdir() if p.is_dir()]
+
+
+@pytest.fixture
+def count_quantizations(monkeypatch):
+    calls = []
+
+    def counted(src, dst, **kwargs):
+        calls.append(dst)
+        return quantize_checkpoint(src, dst, **kwargs)
+
+    monkeypatch.setattr(cache_module, "quantize_checkpoint", counted)
+    return calls
+
+
+# --- once ------------------------------------------------------------------------------------------------------------
+
+
+def test_quantized_once_then_found(make_checkpoint, tmp_path, count_quantizations, monkeypatch):
+    src, cache = make_checkpoint(), tmp_path / "cache"
+    first = resolve_checkpoint(src, cache, progress=False)
+    assert (first.kind, first.source, first.path.parent) == ("quantized", str(src), cache)
+    validate_nvfp4_checkpoint(first.path)
+    # the second time neither is the source hashed nor anything quantized
+    sha256, hashed = hashlib.sha256, []
+    monkeypatch.setattr(hashlib, "sha256", lambda *data: hashed.append(data) or sha256(*data))
+    assert resolve_checkpoint(str(src), cache, progress=False) == first
+    assert len(count_quantizations) == 1
+    assert len(hashed) == 1  # the key itself
+
+
+def test_same_content_elsewhere_is_the_same_entry(make_checkpoint, tmp_path, count_quantizations):
+    first = resolve_checkpoint(make_checkpoint(name="here"), tmp_path / "cache", progress=False)
+    second = resolve_checkpoint(make_checkpoint(name="there"), tmp_path / "cache", progress=False)
+    assert second.path == first.path and len(count_quantizations) == 1
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "chat_template.jinja"])
+def test_changed_content_is_another_entry(make_checkpoint, tmp_path, file):
+    src = make_checkpoint()
+    first = resolve_checkpoint(src, tmp_path / "cache", progress=False)
+    data = (src / file).read_bytes()
+    stat = (src / file).stat()
+    # one character more, or for the weights one byte of the last tensor: same size, another modification time
+    data = data[:-1] + bytes([data[-1] ^ 1]) if file == "model.safetensors" else data + b" "
+    (src / file).write_bytes(data)
+    os.utime(src / file, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1000))
+    second = resolve_checkpoint(src, tmp_path / "cache", progress=False)
+    assert second.path != first.path
+    assert first.path.exists() and second.path.exists()
+
+
+def test_another_format_version_is_another_entry(make_checkpoint, tmp_path, monkeypatch):
+    src = make_checkpoint()
+    first = resolve_checkpoint(src, tmp_path / "cache", progress=False)
+    monkeypatch.setattr(cache_module, "FORMAT_VERSION", 10**6)
+    assert resolve_checkpoint(src, tmp_path / "cache", progress=False).path != first.path
+
+
+def test_lost_digests_only_cost_time(make_checkpoint, tmp_path, count_quantizations):
+    src, cache = make_checkpoint(), tmp_path / "cache"
+    first = resolve_checkpoint(src, cache, progress=False)
+    for content in ("not json", "[1]", json.dumps({str(src / "config.json"): "nonsense"})):
+        (cache / "digests.json").write_text(content)
+        assert resolve_checkpoint(src, cache, progress=False) == first
+    assert len(count_quantizations) == 1
+    assert len(json.loads((cache / "digests.json").read_text())) == 5
+
+
+def test_nvfp4_is_used_as_it_is(make_checkpoint, tmp_path):
+    quantize_checkpoint(make_checkpoint(), tmp_path / "nvfp4", progress=False)
+    resolved = resolve_checkpoint(tmp_path / "nvfp4", tmp_path / "cache", progress=False)
+    assert (resolved.kind, resolved.path) == ("as_is", tmp_path / "nvfp4")
+    assert not (tmp_path / "cache").exists()
+    (tmp_path / "nvfp4" / "model.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="fetch it again"):
+        resolve_checkpoint(tmp_path / "nvfp4", tmp_path / "cache", progress=False)
+
+
+def test_default_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("QERL_CACHE", str(tmp_path / "elsewhere"))
+    assert default_cache_dir() == tmp_path / "elsewhere"
+    monkeypatch.delenv("QERL_CACHE")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert default_cache_dir() == tmp_path / ".cache" / "qerl_verl"
+
+
+# --- processes -------------------------------------------------------------------------------------------------------
+
+
+def test_concurrent_processes(make_checkpoint, tmp_path):
+    """One quantizes; the others wait for it, say for whom, and get the same folder."""
+    src, cache, gate = make_checkpoint(), tmp_path / "cache", tmp_path / "gate"
+    worker = Process(src, cache, gate)
+    assert worker.hear() == "quantizing"
+    waiting = [Process(src, cache, gate) for _ in range(3)]
+    for process in waiting:
+        first, second = process.stderr(2)
+        for line in (first, second):
+            assert f"waiting for process {worker.process.pid} on {host_name()}" in line and "s so far" in line
+    gate.touch()
+    paths = {process.hear() for process in waiting}  # none of them says "quantizing"
+    while (path := worker.hear()) == "quantizing":
+        pass
+    assert [process.end() for process in (worker, *waiting)] == [0, 0, 0, 0]
+    assert {path} == paths == set(entries(cache))
+    validate_nvfp4_checkpoint(path)
+
+
+def test_killed_while_quantizing(make_checkpoint, tmp_path):
+    """kill -9 leaves nothing that would be used; who waited takes over, cleans up and gets a whole result."""
+    src, cache, gate = make_checkpoint(), tmp_path / "cache", tmp_path / "gate"
+    victim = Process(src, cache, gate)
+    assert victim.hear() == "quantizing"
+    (temporary,) = entries(cache)
+    assert ".tmp-" in temporary.name and any(temporary.iterdir())
+    heir = Process(src, cache, gate)
+    assert f"waiting for process {victim.process.pid}" in heir.stderr(1)[0]
+    victim.process.kill()
+    assert victim.end() == -signal.SIGKILL
+    assert heir.hear() == "quantizing"
+    assert temporary not in entries(cache)
+    gate.touch()
+    while (path := heir.hear()) == "quantizing":
+        pass
+    assert heir.end() == 0
+    assert entries(cache) == [path]
+    quantize_checkpoint(src, tmp_path / "undisturbed", progress=False)
+    for file in (tmp_path / "undisturbed").iterdir():
+        assert (path / file.name).read_bytes() == file.read_bytes()
+
+
+def test_leftovers(tmp_path):
+    """Those of dead processes here, and old ones of other hosts, go; nothing else does."""
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    day = 24 * 3600
+
+    def folder(name, age=0.0):
+        (tmp_path / name).mkdir()
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+        return name
+
+    gone = {
+        folder(f"m.tmp-{host_name()}-{dead.pid}-00000000"),
+        folder(f"m.tmp-other-host-{os.getpid()}-00000000", age=2 * day),
+    }
+    kept = {
+        folder(f"m.tmp-{host_name()}-{os.getpid()}-00000000", age=2 * day),
+        folder(f"m.tmp-other-host-{dead.pid}-00000000"),
+        folder("m.tmp-", age=2 * day),
+        folder("m.tmp-mine", age=2 * day),
+        folder(f"n.tmp-{host_name()}-{dead.pid}-00000000"),
+    }
+    with atomic_folder(tmp_path / "m") as temporary:
+        assert {p.name for p in tmp_path.iterdir()} - {temporary.name} == kept
+        assert not (tmp_path / "m").exists() and gone
+        (temporary / "file").touch()
+    assert {p.name for p in tmp_path.iterdir()} == kept | {"m"}
+
+
+def test_another_node_was_faster(make_checkpoint, tmp_path, monkeypatch):
+    """Without working locks two nodes quantize at once: the later rename fails, and the entry of the first is used."""
+    src, cache = make_checkpoint(), tmp_path / "cache"
+    write = checkpoint_module._write_weights
+
+    def interrupted(*args):
+        monkeypatch.setattr(checkpoint_module, "_write_weights", write)
+        (entry,) = entries(cache)
+        quantize_checkpoint(src, cache / entry.name.partition(".tmp-")[0], progress=False)
+        return write(*args)
+
+    monkeypatch.setattr(checkpoint_module, "_write_weights", interrupted)
+    resolved = resolve_checkpoint(src, cache, progress=False)
+    assert entries(cache) == [resolved.path]
+    validate_nvfp4_checkpoint(resolved.path)
+
+
+def test_failure_leaves_nothing_and_can_be_repeated(make_checkpoint, tmp_path, monkeypatch):
+    src, cache = make_checkpoint(), tmp_path / "cache"
+    monkeypatch.setattr(checkpoint_module, "_copy", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left")))
+    with pytest.raises(CheckpointError, match="was full"):
+        resolve_checkpoint(src, cache, progress=False)
+    assert entries(cache) == []
+    monkeypatch.undo()
+    validate_nvfp4_checkpoint(resolve_checkpoint(src, cache, progress=False).path)
+
+
+# --- integrity -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json"])
+@pytest.mark.parametrize("damage", ["truncated", "missing"])
+def test_damaged_entry(make_checkpoint, tmp_path, file, damage):
+    src, cache = make_checkpoint(), tmp_path / "cache"
+    entry = resolve_checkpoint(src, cache, progress=False).path
+    if damage == "truncated":
+        os.truncate(entry / file, (entry / file).stat().st_size - 1)
+    else:
+        (entry / file).unlink()
+    with pytest.raises(CheckpointError) as error:
+        resolve_checkpoint(src, cache, progress=False)
+    assert str(entry / file) in str(error.value) and f"delete the folder {entry}" in str(error.value)
+    shutil.rmtree(entry)  # the cure
+    assert resolve_checkpoint(src, cache, progress=False).path == entry
+
+
+@pytest.mark.parametrize("content", [None, "", "{}", '{"files": {"config.json": 3}}'])
+def test_damaged_manifest(make_checkpoint, tmp_path, content):
+    src, cache = make_checkpoint(), tmp_path / "cache"
+    entry = resolve_checkpoint(src, cache, progress=False).path
+    (entry / "qerl_manifest.json").unlink() if content is None else (entry / "qerl_manifest.json").write_text(content)
+    with pytest.raises(CheckpointError, match=f"delete the folder {entry}"):
+        resolve_checkpoint(src, cache, progress=False)
+
+
+# --- sources ---------------------------------------------------------------------------------------------------------
+
+
+def test_unusable_sources_fail_before_they_are_hashed(make_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(cache_module, "_content_key", lambda *a: pytest.fail("hashed"))
+    moe = make_checkpoint(name="moe")
+    config = json.loads((moe / "config.json").read_text()) | {"architectures": ["Qwen3MoeForCausalLM"]}
+    (moe / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedArchitecture, match="Qwen3MoeForCausalLM"):
+        resolve_checkpoint(moe, tmp_path / "cache")
+    broken = make_checkpoint(name="broken", shards=True)
+    next(broken.glob("*.safetensors")).unlink()
+    with pytest.raises(CheckpointError, match="missing"):
+        resolve_checkpoint(broken, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("model", ["/no/such/folder", "./nowhere", "a/b/c", "../up"])
+def test_a_path_is_not_looked_up_on_the_hub(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: pytest.fail("asked the hub"))
+    with pytest.raises(CheckpointError, match="there is no such folder"):
+        resolve_checkpoint(model, tmp_path)
+
+
+def hub_folder(root, model):
+    """The hub's cache layout: blobs named by their hash, and a snapshot of links."""
+    base = root / "models--made--up"
+    snapshot = base / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (base / "blobs").mkdir()
+    (base / "refs").mkdir()
+    (base / "refs" / "main").write_text("0" * 40)
+    for file in model.iterdir():
+        data = file.read_bytes()
+        large = file.suffix == ".safetensors"
+        name = (hashlib.sha256 if large else hashlib.sha1)(data).hexdigest()
+        (base / "blobs" / name).write_bytes(data)
+        (snapshot / file.name).symlink_to(base / "blobs" / name)
+    return base
+
+
+OFFLINE = """
+import sys
+from qerl_verl.nvfp4 import cache
+for name in sys.argv[2:]:
+    try:
+        resolved = cache.resolve_checkpoint(name, sys.argv[1], progress=False)
+        print(resolved.kind, (resolved.path / "tokenizer.json").read_text())
+    except cache.CheckpointError as error:
+        print(error)
+"""
+
+
+def test_hub_name_offline(make_checkpoint, tmp_path):
+    hub_folder(tmp_path / "hub", make_checkpoint())
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "hub")}
+    arguments = [sys.executable, "-c", OFFLINE, str(tmp_path / "cache"), "made/up", "made/up-not"]
+    found, missing, *_ = subprocess.run(
+        arguments, env=environment, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    assert found == 'quantized {"made": "up"}'
+    assert missing.startswith("made/up-not: no such folder") and "HF_HUB_OFFLINE is set" in missing
+    digests = json.loads((tmp_path / "cache" / "digests.json").read_text())
+    assert len(digests) == 4  # of five files: the name of the large one is its hash
+    assert len(entries(tmp_path / "cache")) == 1
+
+
+def test_hub_downloads_only_what_is_needed(make_checkpoint, tmp_path, monkeypatch):
+    src = make_checkpoint()
+    asked = []
+
+    def snapshot_download(model, allow_patterns, ignore_patterns=()):
+        asked.append((model, list(allow_patterns), list(ignore_patterns)))
+        return str(src)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    resolved = resolve_checkpoint("made/up", tmp_path / "cache", progress=False)
+    assert resolved.source == "made/up" and resolved.kind == "quantized"
+    (first, first_patterns, _), (second, patterns, ignored) = asked
+    assert first == second == "made/up" and first_patterns == ["config.json"]
+    assert {"*.safetensors", "*.json", "*.jinja"} <= set(patterns) and "*.bin" not in patterns
+    assert "consolidated*" in ignored
+
+
+def test_an_unusable_hub_model_is_not_downloaded(make_checkpoint, tmp_path, monkeypatch):
+    src = make_checkpoint()
+    (src / "config.json").write_text(json.dumps({"architectures": ["MixtralForCausalLM"]}))
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: asked.append(k) or str(src))
+    with pytest.raises(UnsupportedArchitecture):
+        resolve_checkpoint("made/up", tmp_path / "cache")
+    assert asked == [{"allow_patterns": ["config.json"]}]
