@@ -98,6 +98,9 @@ def candidates(m: int, n: int, k: int, sms: int):
         for blocks in sorted(choice):
             if blocks <= count * tuning.steps(config, k):
                 yield tuning.plan(config, blocks, m, n, k)
+        for cluster in range(2, 9):
+            if slots * 0.6 <= count * cluster <= slots and tuning.steps(config, k) >= cluster:
+                yield tuning.plan(config, 0, m, n, k, cluster)
 
 
 def environment() -> dict:
@@ -180,7 +183,7 @@ def main() -> None:
                 us = time_calls(
                     lambda i: hopper.run_plan(x, *weights[i], ALPHA, None, plan, args.pdl), copies, floor / 2, 3 if args.sweep else 7
                 )
-                row = {"shape": name, "n": n, "k": k, "m": m, "plan": plan[:2], "us": us, "cublas_us": cublas, "error": error}
+                row = {"shape": name, "n": n, "k": k, "m": m, "plan": plan[:3], "us": us, "cublas_us": cublas, "error": error}
                 if not error < args.max_error:
                     print("ERROR", row, flush=True)
                     row["wrong"] = True
@@ -195,7 +198,7 @@ def main() -> None:
             if args.json:
                 args.json.write_text(json.dumps(result, indent=1))
         mine = [r for r in result["gemm"] if r["shape"] == name]
-        print("  " + " ".join(f"{r['m']}:{r['us']:.1f}/{r['ratio']:.2f}x c{r['plan'][0]}b{r['plan'][1]}" for r in mine), flush=True)
+        print("  " + " ".join(f"{r['m']}:{r['us']:.1f}/{r['ratio']:.2f}x c{r['plan'][0]}b{r['plan'][1]}{'s%d' % r['plan'][2] if r['plan'][2] else ''}" for r in mine), flush=True)
         del weights, dense
         torch.cuda.empty_cache()
 

@@ -69,7 +69,7 @@ def initialize() -> None:
     _prepare(torch.cuda.current_device())
 
 
-def run_plan(x, packed_p, scale_p, alpha, bias, plan: tuning.Plan, pdl: int = 0, out=None) -> torch.Tensor:
+def run_plan(x, packed_p, scale_p, alpha, bias, plan: tuning.Plan, pdl: int = 1, out=None) -> torch.Tensor:
     """:func:`gemm` with ``x`` [M, K] and an explicit plan."""
     n, k = packed_p.shape[0], packed_p.shape[1] * 2
     m = x.shape[0]
@@ -84,7 +84,7 @@ def run_plan(x, packed_p, scale_p, alpha, bias, plan: tuning.Plan, pdl: int = 0,
     slot = _slots.setdefault((x.device.index, stream), len(_slots) % _COUNTER_SLOTS)
     error = load_library().qerl_nvfp4_gemm(
         x.data_ptr(), packed_p.data_ptr(), scale_p.data_ptr(), alpha, None if bias is None else bias.data_ptr(), y.data_ptr(),
-        m, n, k, plan.config, plan.blocks, None if workspace is None else workspace.data_ptr(), slot, pdl, stream,
+        m, n, k, plan.config, plan.blocks, plan.cluster, None if workspace is None else workspace.data_ptr(), slot, pdl, stream,
     )  # fmt: skip
     if error:
         raise RuntimeError(f"the NVFP4 kernel failed with error {error} for M, N, K = {m}, {n}, {k} and {plan}")

@@ -80,7 +80,7 @@ def load_library() -> ctypes.CDLL:
     pointer, integer = ctypes.c_void_p, ctypes.c_int
     library.qerl_nvfp4_gemm.argtypes = [
         pointer, pointer, pointer, ctypes.c_float, pointer, pointer,  # x, packed, scale, alpha, bias, y
-        integer, integer, integer, integer, integer, pointer, integer, integer,  # m, n, k, config, blocks, workspace, slot, pdl
+        *[integer] * 6, pointer, integer, integer,  # m, n, k, config, blocks, cluster, workspace, slot, pdl
         pointer,
     ]  # fmt: skip
     library.qerl_nvfp4_dequantize.argtypes = [pointer, pointer, pointer, integer, integer, pointer]

@@ -116,16 +116,15 @@ def prepack(packed: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, to
         s = scale[begin:end].unsqueeze(-1)
         codes = codes ^ ((s >> 7) << 3)
         codes = codes * ((s & 0x7F) != 0)
-        # row = (row unit, warp, h, g), k = (k unit, step j, half hk, t, e)
-        codes = codes.view(-1, 4, 2, 8, k // UNIT, 4, 2, 4, 2)
-        #                   0  1  2  3     4       5  6  7  8
-        codes = codes.permute(0, 4, 1, 3, 7, 5, 6, 2, 8).reshape(-1, 8).int()  # words of (hk, h, e)
+        # row = (row unit, warp, g // 2, h, g % 2), k = (k unit, step j, half hk, t, e)
+        codes = codes.view(-1, 4, 4, 2, 2, k // UNIT, 4, 2, 4, 2)
+        codes = codes.permute(0, 5, 1, 2, 4, 8, 6, 7, 3, 9).reshape(-1, 8).int()  # words of (hk, h, e)
         words = torch.zeros_like(codes[:, 0])
         for i, code_bit, word_bit in word_bits():
             words |= ((codes[:, i] >> code_bit) & 1) << word_bit
         packed_out[begin:end] = _group(words.view(torch.uint8).view(-1, k // UNIT, 2048)).view(end - begin, k // 2)
-        s = to_code[scale[begin:end].int()].view(-1, 4, 2, 8, k // UNIT, 4)
-        scale_out[begin:end] = _group(s.permute(0, 4, 1, 3, 5, 2).reshape(-1, k // UNIT, 256)).view(end - begin, k // 16)
+        s = to_code[scale[begin:end].int()].view(-1, 4, 4, 2, 2, k // UNIT, 4)
+        scale_out[begin:end] = _group(s.permute(0, 5, 1, 2, 4, 6, 3).reshape(-1, k // UNIT, 256)).view(end - begin, k // 16)
     return packed_out, scale_out
 
 
@@ -136,8 +135,8 @@ def unpack(packed_p: torch.Tensor, scale_p: torch.Tensor) -> tuple[torch.Tensor,
     codes = torch.zeros((words.numel(), 8), dtype=torch.uint8, device=words.device)
     for i, code_bit, word_bit in word_bits():
         codes[:, i] |= (((words >> word_bit) & 1) << code_bit).to(torch.uint8)
-    codes = codes.view(n // UNIT, k // UNIT, 4, 8, 4, 4, 2, 2, 2)  # unit, k unit, warp, g, t, j, hk, h, e
-    codes = codes.permute(0, 2, 7, 3, 1, 5, 6, 4, 8).reshape(n, k)
+    codes = codes.view(n // UNIT, k // UNIT, 4, 4, 2, 4, 4, 2, 2, 2)  # unit, k unit, warp, g // 2, g % 2, t, j, hk, h, e
+    codes = codes.permute(0, 2, 3, 8, 4, 1, 6, 7, 5, 9).reshape(n, k)
     _, back = _scale_tables(packed_p.device)
-    s = back[_ungroup(scale_p.reshape(-1), n, k, 256).int()].view(n // UNIT, k // UNIT, 4, 8, 4, 2).permute(0, 2, 5, 3, 1, 4).reshape(n, k // 16)
+    s = back[_ungroup(scale_p.reshape(-1), n, k, 256).int()].view(n // UNIT, k // UNIT, 4, 4, 2, 4, 2).permute(0, 2, 3, 6, 4, 1, 5).reshape(n, k // 16)
     return codes[:, ::2] | (codes[:, 1::2] << 4), s.contiguous()

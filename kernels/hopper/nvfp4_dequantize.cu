@@ -9,6 +9,9 @@ namespace {
 constexpr int kWarps = 8;
 constexpr int kUnitsPerWarp = 4;  // 16 rows x 64 columns each, neighbours in k: 16-byte loads in flight before the first use
 
+// Different for the eight rows that one matrix of stmatrix writes.
+__device__ __forceinline__ int swizzle(int row) { return (row >> 2) * 2 + (row & 1); }
+
 __global__ void __launch_bounds__(kWarps * 32) dequantize_kernel(const uint8_t* __restrict__ packed,
                                                                 const uint8_t* __restrict__ scale,
                                                                 __nv_bfloat16* __restrict__ out, int row_units, int k_units, int groups,
@@ -36,8 +39,8 @@ __global__ void __launch_bounds__(kWarps * 32) dequantize_kernel(const uint8_t* 
 
   uint8_t* tile = tile_store[warp];
   const uint32_t tile_address = static_cast<uint32_t>(__cvta_generic_to_shared(tile));
-  // stmatrix: lane l gives the address of row l % 8 of matrix l / 8; matrix i is a[i]: rows 8 (i & 1), 16-byte column i >> 1
-  const int st_row = (lane & 7) + ((lane >> 3) & 1) * 8;
+  // stmatrix: lane l gives the address of row l % 8 of matrix l / 8; matrix i is a[i]: half i & 1, 16-byte column i >> 1
+  const int st_row = fragment_channel(lane & 7, (lane >> 3) & 1);
   const int st_chunk = lane >> 4;
   const int ld_chunk = lane & 7;
   const int row0 = row_block * kUnit + quarter * 16;
@@ -51,7 +54,7 @@ __global__ void __launch_bounds__(kWarps * 32) dequantize_kernel(const uint8_t* 
     for (int j = 0; j < 4; ++j) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) a[j][i] = mul_bf16x2(a[j][i], 0x43004300u);  // 2^7
-      const uint32_t address = tile_address + st_row * 128 + (((2 * j + st_chunk) ^ (st_row & 7)) << 4);
+      const uint32_t address = tile_address + st_row * 128 + (((2 * j + st_chunk) ^ swizzle(st_row)) << 4);
       asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a[j][0]),
                    "r"(a[j][1]), "r"(a[j][2]), "r"(a[j][3])
                    : "memory");
@@ -60,7 +63,7 @@ __global__ void __launch_bounds__(kWarps * 32) dequantize_kernel(const uint8_t* 
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
       const int row = r * 4 + (lane >> 3);
-      const uint4 v = *reinterpret_cast<const uint4*>(tile + row * 128 + ((ld_chunk ^ (row & 7)) << 4));
+      const uint4 v = *reinterpret_cast<const uint4*>(tile + row * 128 + ((ld_chunk ^ swizzle(row)) << 4));
       __stcs(reinterpret_cast<uint4*>(out + static_cast<size_t>(row0 + row) * k + (first + u) * kUnit) + ld_chunk, v);
     }
   }

@@ -24,6 +24,10 @@ __device__ __forceinline__ size_t unit_index(int row_unit, int k_unit, int row_u
   return static_cast<size_t>(first) * k_units + static_cast<size_t>(k_unit) * rows + (row_unit - first);
 }
 
+// Rows g and g + 8 of a fragment hold these of its 16 channels, so that four neighbouring channels of the result, two from
+// each half, meet in one lane after the transposition.
+__device__ __forceinline__ int fragment_channel(int g, int half) { return 4 * (g >> 1) + 2 * half + (g & 1); }
+
 // The fragments come out as e2m1 * scale * 2^-7; 2^-7 is undone on the accumulator.
 constexpr float kFragmentUnit = 128.0f;
 

@@ -37,6 +37,7 @@ struct Params {
   int k_steps;      // k / (64 * KB)
   int total;        // tiles * k_steps
   int keep_weights; // tiles of several token ranges read them again
+  int cluster;      // blocks of a cluster that share a tile, 0: no clusters
 };
 
 // ---------------------------------------------------------------------------------------------- instructions
@@ -82,6 +83,19 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 __device__ __forceinline__ void named_barrier(int id) { asm volatile("bar.sync %0, 128;" ::"r"(id) : "memory"); }
+__device__ __forceinline__ void cluster_barrier() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+__device__ __forceinline__ float4 load_from_block(uint32_t address, int rank) {
+  float4 v;
+  uint32_t remote;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "r"(remote)
+               : "memory");
+  return v;
+}
 __device__ __forceinline__ uint32_t transpose8x8(uint32_t v) {
   uint32_t d;
   asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(v));
@@ -338,32 +352,95 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM)
         first_result = false;
       }
 
+      const int token0 = tile % p.token_tiles * C::BT;
+      const int row_unit = tile / p.token_tiles * C::ROW_UNITS + wg * C::MW;
+      // Eight tokens of unit m: fragment rows g and g + 8 of tokens 2 t, 2 t + 1 -> channels 4 t .. 4 t + 3 of token g
+      auto store = [&](int m, int i, float4 v) {
+        if (row_unit + m >= p.row_units) return;
+        const int channel = (row_unit + m) * kUnit + (warp & 3) * 16;
+        float bias0 = 0.0f, bias1 = 0.0f;
+        if (p.bias != nullptr) {
+          bias0 = __bfloat162float(p.bias[channel + fragment_channel(g, 0)]);
+          bias1 = __bfloat162float(p.bias[channel + fragment_channel(g, 1)]);
+        }
+        __nv_bfloat162 lo = __floats2bfloat162_rn(fmaf(v.x, p.alpha, bias0), fmaf(v.y, p.alpha, bias0));
+        __nv_bfloat162 hi = __floats2bfloat162_rn(fmaf(v.z, p.alpha, bias1), fmaf(v.w, p.alpha, bias1));
+        const uint32_t out_lo = transpose8x8(*reinterpret_cast<uint32_t*>(&lo));
+        const uint32_t out_hi = transpose8x8(*reinterpret_cast<uint32_t*>(&hi));
+        const int token = token0 + i * 8 + g;
+        if (token < p.m)
+          *reinterpret_cast<uint2*>(p.y + static_cast<size_t>(token) * p.n + channel + 4 * t) = make_uint2(out_lo, out_hi);
+      };
+      constexpr int kVectors = C::MW * C::ACC / 4;
+
+      // ------------------------------------------------------------- a tile shared by the blocks of a cluster
+      if (p.cluster) {
+        // Every block leaves its part in its shared memory, where the stages were, and adds up one share of the tile.
+        static_assert(C::NWG * kVectors * 2048 <= C::STAGES * (C::X_BYTES + C::W_BYTES), "no room for the part");
+        asm volatile("bar.sync 8, %0;" ::"n"(C::NWG * 128) : "memory");
+        const uint32_t part = base + (wg * kVectors * 128 + tid) * 16;
+#pragma unroll
+        for (int v = 0; v < kVectors; ++v) {
+          const float* from = &acc[v * 4 / C::ACC][v * 4 % C::ACC];
+          asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(part + v * 2048), "f"(from[0]), "f"(from[1]),
+                       "f"(from[2]), "f"(from[3])
+                       : "memory");
+        }
+        cluster_barrier();
+        const int rank = blockIdx.x % p.cluster;
+#pragma unroll 2
+        for (int v = rank; v < kVectors; v += p.cluster) {
+          float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll 4
+          for (int r = 0; r < p.cluster; ++r) {
+            const float4 add = load_from_block(part + v * 2048, r);
+            sum.x += add.x, sum.y += add.y, sum.z += add.z, sum.w += add.w;
+          }
+          store(v / (C::BT / 8), v % (C::BT / 8), sum);
+        }
+        cluster_barrier();  // no block leaves while others read from it
+        break;
+      }
+
       // ------------------------------------------------------------------------------- partial tiles
       if (k_begin != 0 || k_end != p.k_steps) {
         const int first_block = share_owner(tile * p.k_steps, p.total, gridDim.x);
         const int last_block = share_owner(tile * p.k_steps + p.k_steps - 1, p.total, gridDim.x);
         const unsigned int others = last_block - first_block;
         unsigned int* counter = p.counter + first_block * C::NWG + wg;
-        constexpr int kVectors = C::MW * C::ACC / 4;
         auto slot = [&](int block) {  // a block's piece that begins its tile has slot 1, any other slot 0
           return reinterpret_cast<float4*>(p.workspace) +
                  (static_cast<size_t>(2 * block + (block == first_block)) * C::NWG + wg) * kVectors * 128 + tid;
         };
-        float4* mine = slot(blockIdx.x);
+        // A big part is not worth writing if all others are there already; for a small one asking costs more.
+        bool last = false;
+        if constexpr (kVectors >= 8) {
+          if (tid == 0) {
+            unsigned int arrived;
+            asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(arrived) : "l"(counter) : "memory");
+            if (arrived == others) *counter = 0;
+            last_flag[wg] = arrived == others;
+          }
+          named_barrier(1 + wg);
+          last = last_flag[wg];
+        }
+        if (!last) {
+          float4* mine = slot(blockIdx.x);
 #pragma unroll
-        for (int v = 0; v < kVectors; ++v) {
-          const float* a = &acc[v * 4 / C::ACC][v * 4 % C::ACC];
-          __stcg(mine + v * 128, make_float4(a[0], a[1], a[2], a[3]));
+          for (int v = 0; v < kVectors; ++v) {
+            const float* from = &acc[v * 4 / C::ACC][v * 4 % C::ACC];
+            __stcg(mine + v * 128, make_float4(from[0], from[1], from[2], from[3]));
+          }
+          named_barrier(1 + wg);
+          if (tid == 0) {  // release: what the barrier collected; acquire: the other blocks' parts
+            unsigned int arrived;
+            asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;" : "=r"(arrived) : "l"(counter) : "memory");
+            if (arrived == others) *counter = 0;
+            last_flag[wg] = arrived == others;
+          }
+          named_barrier(1 + wg);
+          if (!last_flag[wg]) continue;
         }
-        named_barrier(1 + wg);
-        if (tid == 0) {  // release: what the barrier collected; acquire: the other blocks' pieces
-          unsigned int arrived;
-          asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;" : "=r"(arrived) : "l"(counter) : "memory");
-          if (arrived == others) *counter = 0;
-          last_flag[wg] = arrived == others;
-        }
-        named_barrier(1 + wg);
-        if (!last_flag[wg]) continue;
         constexpr int kGroup = kVectors < 4 ? kVectors : 4;
 #pragma unroll
         for (int v0 = 0; v0 < kVectors; v0 += kGroup) {
@@ -375,8 +452,10 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM)
             const float4* other = slot(block) + v0 * 128;
 #pragma unroll
             for (int v = 0; v < kGroup; ++v) {
-              const float4 part = __ldcg(other + v * 128);
-              sum[v].x += part.x, sum[v].y += part.y, sum[v].z += part.z, sum[v].w += part.w;
+              const float* own = &acc[(v0 + v) * 4 / C::ACC][(v0 + v) * 4 % C::ACC];
+              float4 add = make_float4(own[0], own[1], own[2], own[3]);
+              if (block != blockIdx.x) add = __ldcg(other + v * 128);
+              sum[v].x += add.x, sum[v].y += add.y, sum[v].z += add.z, sum[v].w += add.w;
             }
           }
 #pragma unroll
@@ -388,33 +467,10 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM)
       }
 
       // --------------------------------------------------------------------------------------- output
-      const int token0 = tile % p.token_tiles * C::BT;
-      const int row_unit = tile / p.token_tiles * C::ROW_UNITS + wg * C::MW;
 #pragma unroll
-      for (int m = 0; m < C::MW; ++m) {
-        if (row_unit + m >= p.row_units) break;
-        const int channel = (row_unit + m) * kUnit + (warp & 3) * 16;
-        float bias0 = 0.0f, bias1 = 0.0f;
-        if (p.bias != nullptr) {
-          bias0 = __bfloat162float(p.bias[channel + g]);
-          bias1 = __bfloat162float(p.bias[channel + g + 8]);
-        }
+      for (int m = 0; m < C::MW; ++m)
 #pragma unroll
-        for (int i = 0; i < C::BT / 8; ++i) {
-          // channels g and g + 8 of tokens 2 t, 2 t + 1 -> channels 2 t, 2 t + 1 (and + 8) of token g
-          const float* a = &acc[m][i * 4];
-          __nv_bfloat162 lo = __floats2bfloat162_rn(fmaf(a[0], p.alpha, bias0), fmaf(a[1], p.alpha, bias0));
-          __nv_bfloat162 hi = __floats2bfloat162_rn(fmaf(a[2], p.alpha, bias1), fmaf(a[3], p.alpha, bias1));
-          const uint32_t out_lo = transpose8x8(*reinterpret_cast<uint32_t*>(&lo));
-          const uint32_t out_hi = transpose8x8(*reinterpret_cast<uint32_t*>(&hi));
-          const int token = token0 + i * 8 + g;
-          if (token < p.m) {
-            uint32_t* dst = reinterpret_cast<uint32_t*>(p.y + static_cast<size_t>(token) * p.n + channel);
-            dst[t] = out_lo;
-            dst[t + 4] = out_hi;
-          }
-        }
-      }
+        for (int i = 0; i < C::BT / 8; ++i) store(m, i, make_float4(acc[m][i * 4], acc[m][i * 4 + 1], acc[m][i * 4 + 2], acc[m][i * 4 + 3]));
     }
   }
 }
@@ -433,10 +489,12 @@ int prepare() {
 
 template <typename C>
 int launch(const void* x, Params p, int blocks, int pdl, cudaStream_t stream) {
+  if (p.cluster && p.k / (kUnit * C::KB) < p.cluster) return -3;
   p.k_steps = p.k / (kUnit * C::KB);
   p.token_tiles = (p.m + C::BT - 1) / C::BT;
   p.total = (p.row_units + C::ROW_UNITS - 1) / C::ROW_UNITS * p.token_tiles * p.k_steps;
   p.keep_weights = p.token_tiles > 1;
+  if (p.cluster && static_cast<long long>(blocks) * p.k_steps != static_cast<long long>(p.total) * p.cluster) return -3;
 
   CUtensorMap map;
   const cuuint64_t dims[3] = {kUnit, static_cast<cuuint64_t>(p.m), static_cast<cuuint64_t>(p.k_units)};
@@ -453,11 +511,18 @@ int launch(const void* x, Params p, int blocks, int pdl, cudaStream_t stream) {
   config.blockDim = dim3(C::THREADS);
   config.dynamicSmemBytes = C::SHARED;
   config.stream = stream;
-  cudaLaunchAttribute attribute[1];
-  attribute[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute[0].val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attribute[2];
   config.attrs = attribute;
-  config.numAttrs = pdl ? 1 : 0;
+  if (pdl) {
+    attribute[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (p.cluster) {
+    attribute[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+    attribute[config.numAttrs].val.clusterDim.x = p.cluster;
+    attribute[config.numAttrs].val.clusterDim.y = 1;
+    attribute[config.numAttrs++].val.clusterDim.z = 1;
+  }
   return cudaLaunchKernelEx(&config, gemm_kernel<C>, map, p);
 }
 
@@ -531,10 +596,10 @@ extern "C" void qerl_nvfp4_config(int index, int* out) {
 }
 
 extern "C" int qerl_nvfp4_gemm(const void* x, const void* packed, const void* scale, float alpha, const void* bias, void* y,
-                               int m, int n, int k, int config, int blocks, void* workspace, int counter_slot, int pdl,
-                               cudaStream_t stream) {
+                               int m, int n, int k, int config, int blocks, int cluster, void* workspace, int counter_slot,
+                               int pdl, cudaStream_t stream) {
   using namespace qerl;
-  if (config < 0 || config >= kEntries || counter_slot < 0 || counter_slot >= kCounterSlots) return -1;
+  if (config < 0 || config >= kEntries || counter_slot < 0 || counter_slot >= kCounterSlots || cluster > 8) return -1;
   if (n % kUnit || k % (kUnit * entries[config].kb) || blocks * entries[config].nwg > kCountersPerSlot * (workspace ? 1 : 1 << 12))
     return -1;
   Params p = {};
@@ -546,6 +611,7 @@ extern "C" int qerl_nvfp4_gemm(const void* x, const void* packed, const void* sc
   p.counter = counter_base + counter_slot * kCountersPerSlot;
   p.alpha = alpha * kFragmentUnit;
   p.m = m, p.n = n, p.k = k;
+  p.cluster = cluster > 1 ? cluster : 0;
   p.row_units = n / kUnit;
   p.k_units = k / kUnit;
   return entries[config].launch(x, p, blocks, pdl, stream);

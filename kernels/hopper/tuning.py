@@ -59,10 +59,11 @@ class Plan(NamedTuple):
 
     config: int
     blocks: int
+    cluster: int  # blocks that share each tile through their shared memory, 0: shares of equal length, see nvfp4_gemm.cu
     workspace: int  # bytes
 
 
-DEQUANTIZE = Plan(-1, 0, 0)
+DEQUANTIZE = Plan(-1, 0, 0, 0)
 
 
 def tiles(config: int, m: int, n: int) -> int:
@@ -74,13 +75,15 @@ def steps(config: int, k: int) -> int:
     return k // (64 * CONFIGS[config].k_units)
 
 
-def plan(config: int, blocks: int, m: int, n: int, k: int) -> Plan:
-    """The plan of a configuration with a given number of thread blocks (at most one for each step of each tile)."""
+def plan(config: int, blocks: int, m: int, n: int, k: int, cluster: int = 0) -> Plan:
+    """The plan of a configuration with a number of thread blocks, or of blocks in a cluster for each tile."""
     count = tiles(config, m, n)
+    if cluster:
+        return Plan(config, count * cluster, cluster, 0)
     blocks = min(blocks, count * steps(config, k))
     c = CONFIGS[config]
     cut = count % blocks != 0
-    return Plan(config, blocks, 2 * blocks * 64 * c.row_units * c.tokens * 4 if cut else 0)
+    return Plan(config, blocks, 0, 2 * blocks * 64 * c.row_units * c.tokens * 4 if cut else 0)
 
 
 @functools.lru_cache(maxsize=4096)

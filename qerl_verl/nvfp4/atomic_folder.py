@@ -31,8 +31,9 @@ def atomic_folder(dst: Path) -> Iterator[Path]:
     """
     dst.parent.mkdir(parents=True, exist_ok=True)
     for leftover in dst.parent.glob(f"{dst.name}.tmp-*"):
-        if _is_dead(leftover):
-            shutil.rmtree(leftover, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):  # someone else removes it too
+            if _is_dead(leftover):
+                shutil.rmtree(leftover, ignore_errors=True)
     temporary = dst.with_name(f"{dst.name}.tmp-{host_name()}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
     temporary.mkdir()
     try:

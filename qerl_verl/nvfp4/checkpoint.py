@@ -87,7 +87,7 @@ _WEIGHT_FILES = (
     *("*.h5", "*.msgpack", "*.gguf", "*.onnx", "*.onnx_data", "*.ot"),
 )
 _WEIGHT_DTYPES = ("F32", "BF16", "F16")
-_SLAB_ELEMENTS = 1 << 20  # rows that one thread quantizes at a time
+_SLAB_ELEMENTS = 1 << 20  # of a weight, what one thread quantizes at a time
 _UNTOUCHED = "rotary_emb.inv_freq"  # a float32 buffer in checkpoints of old; loaders ignore it
 
 
@@ -267,21 +267,24 @@ def read_headers(path: Path) -> dict[str, TensorInfo]:
 
 def _weight_files(path: Path) -> dict[str, list[str]]:
     """File name -> the tensors that the index places there."""
-    if (path / SINGLE_FILE).exists():  # takes precedence over an index in transformers too
-        return {SINGLE_FILE: []}
-    if not (path / INDEX_FILE).exists():
+    single, index = path / SINGLE_FILE, path / INDEX_FILE
+    if not index.exists():
+        if single.exists():
+            return {SINGLE_FILE: []}
         if any(path.glob("*.bin")) or any(path.glob("*.pth")):
             raise CheckpointError(
                 f"{path} holds PyTorch pickles (.bin, .pth) and no {SINGLE_FILE} or {INDEX_FILE}. Convert it: load it "
                 "with transformers' from_pretrained and write it with save_pretrained."
             )
         raise CheckpointError(f"{path} holds no weights: neither {SINGLE_FILE} nor {INDEX_FILE} is there.")
-    weight_map = _read_json(path / INDEX_FILE, "Fetch it again.").get("weight_map")
+    weight_map = _read_json(index, "Fetch it again.").get("weight_map")
     if not isinstance(weight_map, dict):
-        raise CheckpointError(f"{path / INDEX_FILE}: no weight_map. Fetch it again.")
+        raise CheckpointError(f"{index}: no weight_map. Fetch it again.")
     files = {}
     for name, file in weight_map.items():
         files.setdefault(file, []).append(name)
+    if single.exists() and SINGLE_FILE not in files:  # transformers would load the one, vLLM the other
+        raise CheckpointError(f"{path} holds both {SINGLE_FILE} and {INDEX_FILE} with other files: remove one of them.")
     return files
 
 

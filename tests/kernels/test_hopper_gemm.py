@@ -161,6 +161,18 @@ class TestOnHopper:
                 y = hopper.run_plan(x, packed_p, scale_p, ALPHA, bias, plan, out=out)
                 assert self.error(y, expected) < MAX_ERROR
 
+    @pytest.mark.parametrize("config", range(len(tuning.CONFIGS)))
+    @pytest.mark.parametrize("cluster", [2, 3, 5, 8])
+    def test_every_configuration_with_clusters(self, config, cluster):
+        hopper.initialize()
+        n, k = 64 * 11, 256 * 9
+        for m in (1, 13, 200):
+            x, packed_p, scale_p, bias, expected = self.case(m, n, k, bias=True)
+            plan = tuning.plan(config, 0, m, n, k, cluster)
+            out = torch.full((m, n), float("nan"), dtype=torch.bfloat16, device="cuda")
+            y = hopper.run_plan(x, packed_p, scale_p, ALPHA, bias, plan, out=out)
+            assert self.error(y, expected) < MAX_ERROR
+
     @pytest.mark.parametrize("m", [1, 3, 8, 16, 24, 32, 64, 100, 128, 256, 384, 640, 1024])
     def test_chosen_kernel(self, m):
         x, packed_p, scale_p, bias, expected = self.case(m, 1152, 1792, bias=m % 2 == 1)

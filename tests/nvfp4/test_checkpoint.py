@@ -336,6 +336,12 @@ def test_missing_shard(make_checkpoint, tmp_path):
     refused(src, tmp_path, shard.name, "missing", "index.json")
 
 
+def test_two_sets_of_weights(make_checkpoint, tmp_path):
+    src = make_checkpoint(shards=True)
+    shutil.copy(next(src.glob("*.safetensors")), src / "model.safetensors")
+    refused(src, tmp_path, "model.safetensors and model.safetensors.index.json", "remove one")
+
+
 def test_tensor_missing_from_its_shard(make_checkpoint, tmp_path):
     src = make_checkpoint(shards=True)
     shard = next(f for f in src.glob("*.safetensors") if len(load_file(f)) > 1)

@@ -1,0 +1,215 @@
+"""`python -m verl.trainer.main_ppo` with the switch, in real processes: verl, Ray, vLLM.
+
+One run trains four steps, validates and saves; a second one starts from its checkpoint of step 2 and has to arrive where the
+first one did. A third runs the GSM8K recipe through verl's own reward.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from qerl_verl.aqn.schedule import AQNSchedule
+from qerl_verl.config.settings import AQNSettings
+from qerl_verl.quickstart.arithmetic import split, write_parquet
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
+
+HERE = Path(__file__).parent
+STEPS = 4
+RECIPE = [
+    "+qerl=nvfp4",
+    "qerl.aqn.num_stages=4",
+    "qerl.aqn.sigma_start=0.05",
+    "qerl.aqn.sigma_end=0.005",
+    "algorithm.adv_estimator=grpo",
+    "data.train_batch_size=8",
+    "data.max_prompt_length=32",
+    "data.max_response_length=8",
+    "actor_rollout_ref.model.lora_rank=8",
+    "actor_rollout_ref.rollout.n=4",
+    "actor_rollout_ref.rollout.max_model_len=64",
+    "actor_rollout_ref.actor.ppo_mini_batch_size=4",
+    "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=16",
+    "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=32",
+    "actor_rollout_ref.actor.optim.lr=1e-2",
+    "actor_rollout_ref.actor.optim.lr_warmup_steps=8",
+    f"reward.custom_reward_function.path={HERE / 'digit_reward.py'}",
+    "trainer.logger=[console,file]",
+    f"trainer.total_training_steps={STEPS}",
+    "trainer.total_epochs=10",
+    "trainer.save_freq=2",
+    "trainer.test_freq=2",
+]
+
+
+def train(folder: Path, *overrides: str) -> tuple[dict[int, dict], str]:
+    """Run main_ppo in ``folder``; metrics by step, and the log."""
+    folder.mkdir(exist_ok=True)
+    environment = os.environ | {"VERL_FILE_LOGGER_PATH": str(folder / "metrics.jsonl"), "HYDRA_FULL_ERROR": "1"}
+    result = subprocess.run(
+        [sys.executable, "-m", "verl.trainer.main_ppo", *overrides],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=600,
+    )
+    (folder / "log").write_text(result.stdout)
+    assert result.returncode == 0, result.stdout[-6000:]
+    metrics: dict[int, dict] = {}
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        entry = json.loads(line)
+        metrics.setdefault(entry["step"], {}).update(entry["data"])
+    return metrics, result.stdout
+
+
+def validation(metrics: dict) -> float:
+    (value,) = (v for k, v in metrics.items() if k.startswith("val-core/") and "/mean" in k)
+    return value
+
+
+@pytest.fixture(scope="module")
+def common(tmp_path_factory, bf16_checkpoint):
+    folder = tmp_path_factory.mktemp("main_ppo")
+    training, held_out = split(seed=0, held_out=16)
+    write_parquet(training[:64], folder / "train.parquet")
+    write_parquet(held_out, folder / "validation.parquet")
+    return folder, [
+        *RECIPE,
+        f"data.train_files={folder / 'train.parquet'}",
+        f"data.val_files={folder / 'validation.parquet'}",
+        f"actor_rollout_ref.model.path={bf16_checkpoint}",
+        f"qerl.cache_dir={folder / 'cache'}",
+    ]
+
+
+@pytest.fixture(scope="module")
+def unbroken(common):
+    folder, overrides = common
+    metrics, log = train(folder / "unbroken", *overrides, f"trainer.default_local_dir={folder / 'checkpoints'}")
+    return folder / "checkpoints", metrics, log
+
+
+@pytest.fixture(scope="module")
+def resumed(common, unbroken):
+    folder, overrides = common
+    (folder / "again").mkdir()
+    shutil.copytree(unbroken[0] / "global_step_2", folder / "again" / "global_step_2")
+    (folder / "again" / "latest_checkpointed_iteration.txt").write_text("2")
+    metrics, log = train(folder / "resumed", *overrides, f"trainer.default_local_dir={folder / 'again'}")
+    return folder / "again", metrics, log
+
+
+SCHEDULE = AQNSchedule(AQNSettings(sigma_start=0.05, sigma_end=0.005, num_stages=4), STEPS)
+
+
+def test_trains_under_the_noise_schedule_and_logs_it(unbroken):
+    _, metrics, _ = unbroken
+    for step in range(1, STEPS + 1):
+        m = metrics[step]
+        assert m["qerl/aqn_stage"] == step - 1 and m["qerl/aqn_sigma"] == pytest.approx(SCHEDULE.sigma(step))
+        assert m["actor/entropy"] > 0 and m["actor/grad_norm"] > 0
+        assert m["actor/lr"] == pytest.approx(1e-2 * step / 8)
+    assert metrics[1]["qerl/aqn_sigma"] == 0 and metrics[STEPS]["qerl/aqn_sigma"] == 0.005
+
+
+def test_rollout_and_training_agree_without_noise_and_part_with_it(unbroken):
+    """Both run the same NVFP4 base, so without noise they differ by bfloat16's rounding alone."""
+    _, metrics, _ = unbroken
+    difference = {step: metrics[step]["training/rollout_probs_diff_mean"] for step in range(1, STEPS + 1)}
+    assert difference[1] < 2e-3
+    assert difference[2] > 2 * difference[1]  # sigma 0.05
+    assert metrics[1]["rollout_corr/rollout_is_mean"] == pytest.approx(1.0, abs=0.05)
+
+
+def test_names_the_kernels_that_ran(unbroken):
+    log = unbroken[2]
+    assert "[qerl] kernel: actor NVFP4 linear = PyTorch reference" in log
+    assert "[qerl] kernel: rollout NVFP4 linear = PyTorch reference" in log
+    assert "[qerl] platform: cpu" in log
+
+
+def test_a_checkpoint_is_small_and_its_adapter_is_pefts(unbroken):
+    from safetensors.torch import load_file
+
+    actor = unbroken[0] / "global_step_4" / "actor"
+    state = torch.load(actor / "model_world_size_1_rank_0.pt", weights_only=False)
+    assert state and all("lora_" in name for name in state)
+    adapter = load_file(actor / "lora_adapter" / "adapter_model.safetensors")
+    assert any(t.abs().max() > 0 for n, t in adapter.items() if "lora_B" in n)
+
+
+def test_resuming_restores_adapter_optimizer_scheduler_data_and_noise(unbroken, resumed):
+    _, before, _ = unbroken
+    folder, after, _ = resumed
+    assert sorted(s for s in after if "actor/lr" in after[s]) == [3, 4]
+    # greedy validation right after the resume is that of the unbroken run at step 2: same adapter in the rollout, no noise
+    assert validation(after[2]) == validation(before[2])
+    assert validation(before[2]) != validation(before[0])
+    for step in (3, 4):
+        for name in ("qerl/aqn_sigma", "qerl/aqn_stage", "actor/lr"):
+            assert after[step][name] == before[step][name], (step, name)
+        assert after[step]["prompt_length/mean"] == before[step]["prompt_length/mean"]  # the same prompts
+    actor = folder / "global_step_4" / "actor"
+    optimizer = torch.load(actor / "optim_world_size_1_rank_0.pt", weights_only=False)
+    assert {int(s["step"]) for s in optimizer["state"].values()} == {2 * STEPS}  # two mini-batches a step
+    extra = torch.load(actor / "extra_state_world_size_1_rank_0.pt", weights_only=False)
+    assert extra["lr_scheduler"]["last_epoch"] == STEPS
+
+
+def test_the_second_run_takes_the_checkpoint_from_the_cache(common, resumed):
+    entries = [p for p in (common[0] / "cache").iterdir() if p.is_dir()]
+    assert len(entries) == 1 and f"[qerl] model: {entries[0]}" in resumed[2]
+
+
+GSM8K = [
+    {"question": f"Ann has {a} apples and buys {b} more. How many has she?", "answer": f"{a}+{b}={a + b}\n#### {a + b}"}
+    for a, b in ((3, 4), (10, 2), (6, 6), (8, 1))
+]
+
+
+def test_the_gsm8k_recipe_runs_through_verls_own_reward(tmp_path, bf16_checkpoint):
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    if os.environ.get("QERL_GSM8K"):
+        raw = Path(os.environ["QERL_GSM8K"])
+    else:
+        for name in ("train", "test"):
+            (raw / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in GSM8K))
+    data = tmp_path / "data"
+    subprocess.run(
+        [sys.executable, "-m", "qerl_verl.data.gsm8k", "--out", data, "--local-dir", raw], check=True, timeout=120
+    )
+    metrics, _ = train(
+        tmp_path / "run",
+        "--config-path=pkg://qerl_verl.recipes",
+        "--config-name=gsm8k_grpo",
+        f"actor_rollout_ref.model.path={bf16_checkpoint}",
+        f"qerl.cache_dir={tmp_path / 'cache'}",
+        f"data.train_files={data / 'train.parquet'}",
+        f"data.val_files={data / 'test.parquet'}",
+        "data.train_batch_size=4",
+        "data.val_max_samples=4",
+        "data.max_prompt_length=400",
+        "data.max_response_length=16",
+        "actor_rollout_ref.rollout.max_model_len=448",
+        "actor_rollout_ref.rollout.max_num_batched_tokens=2048",
+        "actor_rollout_ref.rollout.n=2",
+        "actor_rollout_ref.actor.ppo_mini_batch_size=2",
+        "trainer.n_gpus_per_node=1",
+        "trainer.logger=[console,file]",
+        "trainer.total_training_steps=2",
+        "trainer.save_freq=-1",
+        "trainer.resume_mode=disable",
+    )
+    assert {1, 2} <= set(metrics)
+    assert all(0 <= metrics[s]["critic/score/mean"] <= 1 for s in (1, 2))
+    assert metrics[2]["qerl/aqn_sigma"] > 0
+    assert any(k.startswith("val-core/openai/gsm8k/") for m in metrics.values() for k in m)
