@@ -412,9 +412,10 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM)
           return reinterpret_cast<float4*>(p.workspace) +
                  (static_cast<size_t>(2 * block + (block == first_block)) * C::NWG + wg) * kVectors * 128 + tid;
         };
-        // A big part is not worth writing if all others are there already; for a small one asking costs more.
+        // Of two parts the later one need not be written, and their order does not matter. A block that comes second to
+        // a small part does not ask first: that costs more than the writing.
         bool last = false;
-        if constexpr (kVectors >= 8) {
+        if (kVectors >= 8 && others == 1) {
           if (tid == 0) {
             unsigned int arrived;
             asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(arrived) : "l"(counter) : "memory");
@@ -442,26 +443,39 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM)
           if (!last_flag[wg]) continue;
         }
         constexpr int kGroup = kVectors < 4 ? kVectors : 4;
+        if (others == 1) {
+          const float4* other = slot(first_block + last_block - blockIdx.x);
 #pragma unroll
-        for (int v0 = 0; v0 < kVectors; v0 += kGroup) {
-          float4 sum[kGroup];
+          for (int v0 = 0; v0 < kVectors; v0 += kGroup) {
+            float4 add[kGroup];
 #pragma unroll
-          for (int v = 0; v < kGroup; ++v) sum[v] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll 2
-          for (int block = first_block; block <= last_block; ++block) {
-            const float4* other = slot(block) + v0 * 128;
+            for (int v = 0; v < kGroup; ++v) add[v] = __ldcg(other + (v0 + v) * 128);
 #pragma unroll
             for (int v = 0; v < kGroup; ++v) {
-              const float* own = &acc[(v0 + v) * 4 / C::ACC][(v0 + v) * 4 % C::ACC];
-              float4 add = make_float4(own[0], own[1], own[2], own[3]);
-              if (block != blockIdx.x) add = __ldcg(other + v * 128);
-              sum[v].x += add.x, sum[v].y += add.y, sum[v].z += add.z, sum[v].w += add.w;
+              float* to = &acc[(v0 + v) * 4 / C::ACC][(v0 + v) * 4 % C::ACC];
+              to[0] += add[v].x, to[1] += add[v].y, to[2] += add[v].z, to[3] += add[v].w;
             }
           }
+        } else {
 #pragma unroll
-          for (int v = 0; v < kGroup; ++v) {
-            float* a = &acc[(v0 + v) * 4 / C::ACC][(v0 + v) * 4 % C::ACC];
-            a[0] = sum[v].x, a[1] = sum[v].y, a[2] = sum[v].z, a[3] = sum[v].w;
+          for (int v0 = 0; v0 < kVectors; v0 += kGroup) {
+            float4 sum[kGroup];
+#pragma unroll
+            for (int v = 0; v < kGroup; ++v) sum[v] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll 2
+            for (int block = first_block; block <= last_block; ++block) {
+              const float4* other = slot(block) + v0 * 128;
+#pragma unroll
+              for (int v = 0; v < kGroup; ++v) {
+                const float4 add = __ldcg(other + v * 128);
+                sum[v].x += add.x, sum[v].y += add.y, sum[v].z += add.z, sum[v].w += add.w;
+              }
+            }
+#pragma unroll
+            for (int v = 0; v < kGroup; ++v) {
+              float* to = &acc[(v0 + v) * 4 / C::ACC][(v0 + v) * 4 % C::ACC];
+              to[0] = sum[v].x, to[1] = sum[v].y, to[2] = sum[v].z, to[3] = sum[v].w;
+            }
           }
         }
       }

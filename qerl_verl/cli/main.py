@@ -1,4 +1,4 @@
-"""The ``qerl`` command: ``qerl quantize SRC DST`` and ``qerl resolve MODEL``.
+"""The ``qerl`` command: ``qerl quantize SRC DST``, ``qerl resolve MODEL`` and ``qerl doctor``.
 
 A subcommand is a function ``_add_<name>(subparsers, common)`` that declares its arguments and sets ``run``, listed in
 ``_COMMANDS``. ``run(arguments)`` returns the exit code. What the user can put right is raised as CheckpointError or
@@ -66,14 +66,25 @@ def _resolve(arguments: argparse.Namespace) -> int:
     return 0
 
 
-_COMMANDS = (_add_quantize, _add_resolve)
+def _add_doctor(subparsers, common: argparse.ArgumentParser) -> None:
+    parser = subparsers.add_parser("doctor", parents=[common], help="check that the switch works on this installation")
+    parser.set_defaults(run=_doctor)
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from qerl_verl.cli.doctor import doctor
+
+    return doctor()
+
+
+_COMMANDS = (_add_quantize, _add_resolve, _add_doctor)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    parser = argparse.ArgumentParser(prog="qerl", description="QeRL for verl: NVFP4 checkpoints.")
+    parser = argparse.ArgumentParser(prog="qerl", description="QeRL for verl: NVFP4 checkpoints and the installation.")
     parser.add_argument("--version", action="version", version=f"qerl {qerl_verl.__version__}")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     for add in _COMMANDS:

@@ -7,6 +7,11 @@ from pathlib import Path
 from typing import Any
 
 
+def user_turn(text: str) -> list[dict[str, str]]:
+    """A chat of one user turn."""
+    return [{"role": "user", "content": text}]
+
+
 def prompt_row(data_source: str, question: str, ground_truth: str, **extra_info: Any) -> dict[str, Any]:
     """One prompt with the answer that a rule compares with.
 
@@ -18,7 +23,7 @@ def prompt_row(data_source: str, question: str, ground_truth: str, **extra_info:
     """
     return {
         "data_source": data_source,
-        "prompt": [{"role": "user", "content": question}],
+        "prompt": user_turn(question),
         "ability": "math",
         "reward_model": {"style": "rule", "ground_truth": ground_truth},
         "extra_info": extra_info,

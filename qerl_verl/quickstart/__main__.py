@@ -13,7 +13,8 @@ import time
 from importlib.resources import files
 from pathlib import Path
 
-from qerl_verl.quickstart.arithmetic import split, write_parquet
+from qerl_verl.data.prompts import write_parquet
+from qerl_verl.quickstart.arithmetic import rows, split
 from qerl_verl.quickstart.report import ENTROPY, REWARD, SIGMA, Run, plot, summarize, table
 
 MILESTONES = (
@@ -50,16 +51,10 @@ def make_inputs(out: Path, seed: int, clock: _Clock) -> None:
     from qerl_verl.quickstart.tiny_model import make_tiny_model
 
     train, validation = split(seed)
-    write_parquet(train, out / "data" / "train.parquet")
-    write_parquet(validation, out / "data" / "validation.parquet")
-
-    def report(step: int, accuracy: float) -> None:
-        if step % 100 == 0:
-            clock.say(f"  supervised step {step}: sampled answers are right {accuracy:.0%} of the time")
-
-    accuracy = make_tiny_model(out / "model", train, seed=seed, report=report)
+    write_parquet(rows(train), out / "data" / "train.parquet")
+    write_parquet(rows(validation), out / "data" / "validation.parquet")
+    make_tiny_model(out / "model", train, seed=seed, report=clock.say)
     clock.phase("model")
-    clock.say(f"model made: sampled answers are right {accuracy:.0%} of the time; {len(train)} problems to train on")
 
 
 def run_verl(out: Path, overrides: list[str], clock: _Clock) -> int:

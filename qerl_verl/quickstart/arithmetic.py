@@ -1,6 +1,6 @@
 """The task of the quickstart: sums and differences of two small numbers, ``12+9=`` -> ``21``.
 
-The problems, the files that verl reads and the reward. It imports no torch: verl's reward workers load
+The problems, the rows that verl reads and the reward. It imports no torch: verl's reward workers load
 :func:`compute_score` from here (``reward.custom_reward_function.path``).
 """
 
@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from qerl_verl.data.prompts import prompt_row
+
 DATA_SOURCE = "qerl/arithmetic"
-LARGEST_OPERAND = 29
+LARGEST_OPERAND = 19
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,16 @@ class Problem:
         return f"{self.a}{self.op}{self.b}="
 
     @property
+    def result(self) -> int:
+        return self.a + self.b if self.op == "+" else self.a - self.b
+
+    @property
     def answer(self) -> str:
-        return str(self.a + self.b if self.op == "+" else self.a - self.b)
+        return str(self.result)
+
+    def slips(self) -> list[str]:
+        """Answers of someone who is careless: one or ten too many or too few."""
+        return [str(self.result + error) for error in (-10, -1, 1, 10) if self.result + error >= 0]
 
 
 def all_problems() -> list[Problem]:
@@ -46,27 +55,9 @@ def split(seed: int, held_out: int = 128) -> tuple[list[Problem], list[Problem]]
     return problems[held_out:], problems[:held_out]
 
 
-def messages(problem: Problem) -> list[dict[str, str]]:
-    """The chat that asks a problem."""
-    return [{"role": "user", "content": problem.question}]
-
-
-def write_parquet(problems: list[Problem], path: Path) -> None:
-    """A file of prompts as verl's RLHFDataset reads it (verl/utils/dataset/rl_dataset.py)."""
-    import pandas
-
-    rows = [
-        {
-            "data_source": DATA_SOURCE,
-            "prompt": messages(problem),
-            "ability": "math",
-            "reward_model": {"style": "rule", "ground_truth": problem.answer},
-            "extra_info": {"index": index},
-        }
-        for index, problem in enumerate(problems)
-    ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pandas.DataFrame(rows).to_parquet(path)
+def rows(problems: list[Problem]) -> list[dict[str, Any]]:
+    """Rows of verl's parquet."""
+    return [prompt_row(DATA_SOURCE, p.question, p.answer, index=index) for index, p in enumerate(problems)]
 
 
 def compute_score(

@@ -1,12 +1,14 @@
 """A Qwen2 model small enough to train on two cores, made on the spot.
 
 ``make_tiny_model`` builds the tokenizer and the network, gives it a short supervised start on the quickstart's
-arithmetic and saves a Hugging Face checkpoint. The start is cut short on purpose: reinforcement learning needs answers
-that are sometimes right and sometimes wrong.
+arithmetic and saves a Hugging Face checkpoint. The start has two parts: right answers, from which the model learns to
+calculate, and then a few steps on answers of which most are a little wrong, from which it learns to be careless. So it
+samples right and wrong answers to the same problem, and reinforcement learning has something to choose from.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,8 @@ import torch.nn.functional as F
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-from qerl_verl.quickstart.arithmetic import Problem, messages
+from qerl_verl.data.prompts import user_turn
+from qerl_verl.quickstart.arithmetic import Problem
 
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 WHOLE_WORDS = ("system", "user", "assistant")
@@ -35,7 +38,7 @@ class Shape:
     """The network. Input sizes are multiples of 128, which every NVFP4 kernel can take, not only of the block of 16."""
 
     hidden: int = 128
-    intermediate: int = 256
+    intermediate: int = 128
     layers: int = 2
     heads: int = 4
     kv_heads: int = 2
@@ -44,14 +47,14 @@ class Shape:
 
 @dataclass(frozen=True)
 class SupervisedStart:
-    """The supervised start: AdamW until the model is right this often, or ``max_steps``."""
+    """AdamW in float32, with a learning rate that falls to zero in each of the two parts."""
 
-    accuracy: float = 0.4
-    max_steps: int = 1500
-    batch: int = 128
+    steps: int = 800
     lr: float = 2e-3
-    warmup: int = 20
-    check_every: int = 20
+    careless_steps: int = 40
+    careless_lr: float = 1e-3
+    careless_fraction: float = 0.7
+    batch: int = 64
 
 
 def build_tokenizer() -> Qwen2Tokenizer:
@@ -79,13 +82,14 @@ def build_tokenizer() -> Qwen2Tokenizer:
     return tokenizer
 
 
-def _encode(
-    problems: Sequence[Problem], tokenizer: Qwen2Tokenizer
+def encode(
+    problems: Sequence[Problem], answers: Sequence[str], tokenizer: Qwen2Tokenizer
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``input_ids`` and ``labels``, both ``[problem, position]``; only the answer and the end of the turn are labels."""
-    prompts = [tokenizer.apply_chat_template(messages(p), add_generation_prompt=True, tokenize=False) for p in problems]
+    chats = [user_turn(p.question) for p in problems]
+    prompts = [tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) for chat in chats]
     prompt_ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
-    answer_ids = tokenizer([p.answer + TURN_END for p in problems], add_special_tokens=False)["input_ids"]
+    answer_ids = tokenizer([answer + TURN_END for answer in answers], add_special_tokens=False)["input_ids"]
     length = max(len(q) + len(a) for q, a in zip(prompt_ids, answer_ids, strict=True))
     input_ids = torch.full((len(problems), length), tokenizer.pad_token_id)
     labels = torch.full((len(problems), length), -100)
@@ -96,15 +100,11 @@ def _encode(
     return input_ids, labels
 
 
-def answer_probability(model: Qwen2ForCausalLM, input_ids: torch.Tensor, labels: torch.Tensor) -> float:
-    """Mean probability of the right answer, which is the expected accuracy of sampling at temperature 1.
-
-    Args:
-        model: any causal language model.
-        input_ids, labels: see :func:`_encode`.
-    """
-    with torch.no_grad():
-        log_probs = model(input_ids=input_ids).logits[:, :-1].float().log_softmax(-1)
+@torch.no_grad()
+def sampled_accuracy(model: Qwen2ForCausalLM, problems: Sequence[Problem], tokenizer: Qwen2Tokenizer) -> float:
+    """Mean probability of the right answer: the accuracy to expect from sampling at temperature 1."""
+    input_ids, labels = encode(problems, [p.answer for p in problems], tokenizer)
+    log_probs = model(input_ids=input_ids).logits[:, :-1].float().log_softmax(-1)
     targets = labels[:, 1:]
     token = log_probs.gather(-1, targets.clamp(min=0)[..., None])[..., 0] * (targets >= 0)
     return token.sum(-1).exp().mean().item()
@@ -117,7 +117,7 @@ def make_tiny_model(
     shape: Shape = Shape(),
     start: SupervisedStart = SupervisedStart(),
     seed: int = 0,
-    report: Callable[[int, float], None] = lambda step, accuracy: None,
+    report: Callable[[str], None] = lambda text: None,
 ) -> float:
     """Build, train and save the model in bfloat16.
 
@@ -125,14 +125,35 @@ def make_tiny_model(
         folder: gets a Hugging Face checkpoint with tokenizer and chat template.
         train: problems of the supervised start.
         shape, start, seed: as named.
-        report: called every ``start.check_every`` steps with the step and the accuracy so far.
+        report: called with a line of progress now and then.
 
     Returns:
-        The accuracy reached: expected, of sampling at temperature 1, on the training problems.
+        :func:`sampled_accuracy` on the training problems.
     """
     torch.manual_seed(seed)
+    draw = random.Random(seed)
     tokenizer = build_tokenizer()
-    config = Qwen2Config(
+    model = Qwen2ForCausalLM(_config(shape, tokenizer))
+
+    problems = draw.choices(train, k=start.steps * start.batch)
+    data = encode(problems, [p.answer for p in problems], tokenizer)
+    _supervise(model, data, start.lr, start.batch, lambda step: report(f"supervised step {step} of {start.steps}"))
+    report(f"right answers learned: {sampled_accuracy(model, train, tokenizer):.0%} of samples are right")
+
+    problems = draw.choices(train, k=start.careless_steps * start.batch)
+    answers = [draw.choice(p.slips()) if draw.random() < start.careless_fraction else p.answer for p in problems]
+    _supervise(model, encode(problems, answers, tokenizer), start.careless_lr, start.batch)
+    accuracy = sampled_accuracy(model, train, tokenizer)
+    report(f"made careless: {accuracy:.0%} of samples are right")
+
+    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return accuracy
+
+
+def _config(shape: Shape, tokenizer: Qwen2Tokenizer) -> Qwen2Config:
+    return Qwen2Config(
         # as many rows as tokens: verl forbids the engine to sample any others, which the trainer does not know of
         vocab_size=len(tokenizer),
         hidden_size=shape.hidden,
@@ -146,27 +167,28 @@ def make_tiny_model(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    model = Qwen2ForCausalLM(config)
-    input_ids, labels = _encode(train, tokenizer)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=start.lr, weight_decay=0.01)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / start.warmup))
-    accuracy = 0.0
-    for step in range(start.max_steps):
-        rows = torch.randint(len(train), (start.batch,))
+
+
+def _supervise(
+    model: Qwen2ForCausalLM,
+    data: tuple[torch.Tensor, torch.Tensor],
+    lr: float,
+    batch: int,
+    report: Callable[[int], None] = lambda step: None,
+) -> None:
+    """One pass over ``data``, in order, with a short warm-up and a linear decay."""
+    input_ids, labels = data
+    steps = len(input_ids) // batch
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / 20, 1.0) * (1 - step / steps))
+    for step in range(steps):
+        rows = slice(step * batch, (step + 1) * batch)
         logits = model(input_ids=input_ids[rows]).logits[:, :-1]
         loss = F.cross_entropy(logits.flatten(0, 1), labels[rows, 1:].flatten(), ignore_index=-100)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        scheduler.step()
-        if (step + 1) % start.check_every == 0:
-            probe = torch.arange(0, len(train), max(1, len(train) // 256))
-            accuracy = answer_probability(model, input_ids[probe], labels[probe])
-            report(step + 1, accuracy)
-            if accuracy >= start.accuracy:
-                break
-    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    model.to(torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return accuracy
+        schedule.step()
+        if (step + 1) % 200 == 0:
+            report(step + 1)

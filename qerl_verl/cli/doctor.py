@@ -1,0 +1,59 @@
+"""``qerl doctor``: does the switch work on this installation?"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.metadata import entry_points, version
+
+_COMPOSE = """
+import verl, os, sys
+from hydra import compose, initialize_config_dir
+with initialize_config_dir(os.path.join(os.path.dirname(verl.__file__), "trainer", "config"), version_base=None):
+    config = compose("ppo_trainer", overrides=["+qerl=nvfp4"])
+sys.exit(0 if "qerl_verl.plugin" in sys.modules and "aqn" in config.qerl else 3)
+"""
+
+
+def checks() -> list[tuple[str, str]]:
+    """What was looked at and what is wrong with it; an empty text means nothing is."""
+    from qerl_verl.versions import SUPPORTED, version_problems
+
+    results = [("versions of " + ", ".join(SUPPORTED), "; ".join(version_problems()))]
+    for group in ("verl.plugins", "vllm.general_plugins"):
+        found = any(e.name == "qerl" for e in entry_points(group=group))
+        results.append((f"entry point {group}", "" if found else "not installed: reinstall qerl-verl with pip"))
+    policy = os.environ.get("VERL_USE_EXTERNAL_PLUGINS", "auto")
+    allowed = policy == "auto" or "qerl" in policy.split(",")
+    cure = f"VERL_USE_EXTERNAL_PLUGINS={policy} keeps verl from loading the plugin; unset it or add qerl to its list"
+    results.append(("verl's plugin policy", "" if allowed else cure))
+    run = subprocess.run([sys.executable, "-c", _COMPOSE], capture_output=True, text=True)
+    failed = run.stderr.strip().splitlines()[-1:] or [f"exit code {run.returncode}"]
+    results.append(("Hydra composes +qerl=nvfp4", "" if run.returncode == 0 else failed[0]))
+    results.append(("device", "" if _device_matches_vllm() else _device_problem()))
+    return results
+
+
+def _gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _device_matches_vllm() -> bool:
+    return _gpu() == ("cpu" not in version("vllm"))
+
+
+def _device_problem() -> str:
+    if _gpu():
+        return "a GPU is visible, but vLLM is its CPU build; install the extra [gpu]"
+    return "no GPU is visible, but vLLM is a CUDA build; only a Ray cluster with GPUs can run it"
+
+
+def doctor() -> int:
+    """Print each check; exit code 1 if one failed."""
+    results = checks()
+    for name, problem in results:
+        print(f"{'FAIL' if problem else ' ok '} {name}{': ' + problem if problem else ''}")
+    return int(any(problem for _, problem in results))
