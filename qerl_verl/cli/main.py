@@ -26,7 +26,7 @@ def _add_quantize(subparsers, common: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("src", type=Path, help="folder with config.json and safetensors")
     parser.add_argument("dst", type=Path, help="folder to write, absent or empty")
-    parser.add_argument("--force", action="store_true", help="replace the checkpoint in DST, once the new one is complete")
+    parser.add_argument("--force", action="store_true", help="replace the checkpoint in DST once the new one is there")
     parser.set_defaults(run=_quantize)
 
 

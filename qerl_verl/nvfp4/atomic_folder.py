@@ -19,7 +19,7 @@ _FOREIGN_SECONDS = 24 * 3600.0  # age at which an unfinished folder of another h
 
 @contextlib.contextmanager
 def atomic_folder(dst: Path) -> Iterator[Path]:
-    """Give a new folder beside ``dst`` to write to. On leaving the block it is renamed to ``dst``, or removed on an error.
+    """Give a new folder beside ``dst`` to write to. At the end of the block it becomes ``dst``; on an error it goes.
 
     What killed processes left of earlier attempts at ``dst`` is removed first.
 
@@ -42,8 +42,8 @@ def atomic_folder(dst: Path) -> Iterator[Path]:
             temporary.rename(dst)
         except OSError as error:
             raise CheckpointError(
-                f"{dst} cannot be put in place ({error.strerror}): something else wrote to it meanwhile, or it is a mount "
-                "point. Choose another folder."
+                f"{dst} cannot be put in place ({error.strerror}): something else wrote to it meanwhile, or it is a "
+                "mount point. Choose another folder."
             ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -200,8 +200,8 @@ def _exclusive(entry: Path) -> Iterator[None]:
             lock.acquire(timeout=timeout)
             break
         except Timeout:
-            waited = time.monotonic() - started
-            print(f"qerl: waiting for {_describe(owner)} to quantize {entry.name} ({waited:.0f} s so far)", file=sys.stderr)
+            waited = f"{time.monotonic() - started:.0f} s so far"
+            print(f"qerl: waiting for {_describe(owner)} to quantize {entry.name} ({waited})", file=sys.stderr)
             timeout = _REMARK_SECONDS
     try:
         with contextlib.suppress(OSError):  # it only informs

@@ -102,7 +102,7 @@ def quantize_checkpoint(
     group of linears that share a scale at a time, so that host memory stays at about one decoder layer.
 
     Args:
-        src: folder with config.json and safetensors in float32, bfloat16 or float16 (one file, or shards with an index).
+        src: folder with config.json and safetensors (one file, or shards and an index) in float32, bfloat16 or float16.
         dst: folder to write, absent or empty. It appears when it is complete; on an error nothing is left.
         progress: show a progress bar on stderr.
         max_shard_bytes: size of a safetensors file above which the next one is begun.
@@ -470,7 +470,7 @@ def _check_space(dst: Path, needed: int) -> None:
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise CheckpointError(
-            f"{dst}: needs {_gb(needed)}, but {_gb(free)} are free on this disk. Free some space, or choose another disk."
+            f"{dst}: needs {_gb(needed)}, but {_gb(free)} are free on its disk. Make room or choose another disk."
         )
 
 

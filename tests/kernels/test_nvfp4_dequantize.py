@@ -26,7 +26,7 @@ def e4m3(byte):
 
 
 def everything():
-    """packed [254, 256]: each row all bytes; scale [254, 32]: each row one of the finite E4M3 values; values [254, 512]."""
+    """packed [254, 256]: each row all bytes; scale [254, 32]: each row one finite E4M3 value; values [254, 512]."""
     scales = [byte for byte in range(256) if byte & 0x7F != 0x7F]
     packed = torch.arange(256, dtype=torch.uint8).repeat(len(scales), 1)
     scale = torch.tensor(scales, dtype=torch.uint8).view(-1, 1).repeat(1, 32).view(torch.float8_e4m3fn)

@@ -6,9 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-SIZES = dict(
-    vocab_size=96, hidden_size=64, intermediate_size=112, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
-)
+SIZES = dict(vocab_size=96, hidden_size=64, intermediate_size=112, num_hidden_layers=2)
+SIZES |= dict(num_attention_heads=4, num_key_value_heads=2)
 CONFIGS = {
     "Qwen2ForCausalLM": Qwen2Config,
     "Qwen3ForCausalLM": Qwen3Config,

@@ -9,9 +9,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2
 from qerl_verl.nvfp4.architectures import UnsupportedArchitecture, get_architecture, supported_architectures
 from qerl_verl.nvfp4.errors import CheckpointError
 
-SIZES = dict(
-    vocab_size=48, hidden_size=32, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
-)
+SIZES = dict(vocab_size=48, hidden_size=32, intermediate_size=80, num_hidden_layers=2)
+SIZES |= dict(num_attention_heads=4, num_key_value_heads=2)
 CONFIGS = {
     "Qwen2ForCausalLM": lambda **kw: Qwen2Config(**SIZES, **kw),
     "Qwen3ForCausalLM": lambda **kw: Qwen3Config(**SIZES, head_dim=16, **kw),

@@ -22,8 +22,8 @@ from qerl_verl.nvfp4.cache import default_cache_dir, resolve_checkpoint
 from qerl_verl.nvfp4.checkpoint import quantize_checkpoint, validate_nvfp4_checkpoint
 from qerl_verl.nvfp4.errors import CheckpointError
 
-# What another process does: it says "ready", resolves `model` into `cache` (while it quantizes, it says "quantizing" and
-# waits until the file `gate` appears), and says the folder.
+# What another process does: it says "ready", resolves `model` into `cache`, and says the folder. While it quantizes, it
+# says "quantizing" and waits until the file `gate` appears.
 PROCESS = """
 import sys, time
 from qerl_verl.nvfp4 import cache as c, checkpoint

@@ -81,9 +81,8 @@ def test_tensors(make_checkpoint, tmp_path, architecture, tied):
     src, dst = quantized(make_checkpoint, tmp_path, architecture, tie_word_embeddings=tied)
     source, output = load(src), load(dst)
     assert ("lm_head.weight" in source) is not tied
-    linears = {
-        f"model.layers.{i}.{linear}" for i in range(2) for linear in get_architecture({"architectures": [architecture]}).linears
-    }
+    names = get_architecture({"architectures": [architecture]}).linears
+    linears = {f"model.layers.{i}.{name}" for i in range(2) for name in names}
     assert len(linears) == 14
     for linear in linears:
         weight = source.pop(f"{linear}.weight")
@@ -254,11 +253,11 @@ def test_torch_threads_are_given_back(make_checkpoint, tmp_path):
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="peak memory is read from Linux's /proc")
 def test_memory_is_that_of_a_layer(tmp_path):
-    """Peak memory of a process that quantizes, above that of one that has imported everything, for a model of 4 layers
+    """Peak memory of a process that quantizes, above that of one that has imported everything, for a model of 2 layers
     and an embedding larger than one of them."""
     src = tmp_path / "src"
     src.mkdir()
-    hidden, inner, layers, vocabulary = 2048, 4096, 4, 32768
+    hidden, inner, layers, vocabulary = 2048, 4096, 2, 24576
     config = dict(vocab_size=vocabulary, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers)
     config |= dict(num_attention_heads=8, num_key_value_heads=8, tie_word_embeddings=True, dtype="bfloat16")
     config |= dict(architectures=["LlamaForCausalLM"], model_type="llama")
@@ -266,7 +265,7 @@ def test_memory_is_that_of_a_layer(tmp_path):
     shapes = get_architecture(config).tensor_shapes(LlamaConfig(**config))
     save_file({n: torch.full(s, 0.02, dtype=torch.bfloat16) for n, s in shapes.items()}, src / "model.safetensors")
     layer_bytes = 2 * (4 * hidden * hidden + 3 * hidden * inner)
-    assert (src / "model.safetensors").stat().st_size > 5 * layer_bytes
+    assert (src / "model.safetensors").stat().st_size > 3 * layer_bytes
 
     script = """if True:
         import re, sys
@@ -281,10 +280,11 @@ def test_memory_is_that_of_a_layer(tmp_path):
         quantize_checkpoint(src, dst, progress=False)
         print(kibibytes("VmHWM") - before)
     """
-    out = subprocess.run([sys.executable, "-c", script, src, tmp_path / "dst"], capture_output=True, text=True, check=True)
+    arguments = [sys.executable, "-c", script, src, tmp_path / "dst"]
+    out = subprocess.run(arguments, capture_output=True, text=True, check=True)
     peak = int(out.stdout) * 1024 / layer_bytes
     print(f"peak memory: {peak:.2f} layers")
-    assert 0.5 < peak < 1.5  # a fused group has to be there; all of the model would be 5
+    assert 0.5 < peak < 1.5  # a fused group has to be there; all of the model would be 3
     validate_nvfp4_checkpoint(tmp_path / "dst")
 
 
@@ -308,7 +308,8 @@ def test_nan_or_inf(make_checkpoint, tmp_path, name, value):
 
 
 def test_input_channels_not_divisible(make_checkpoint, tmp_path):
-    refused(make_checkpoint(intermediate_size=100), tmp_path, "down_proj.weight", "100 input channels", "multiple of 16")
+    src = make_checkpoint(intermediate_size=100)
+    refused(src, tmp_path, "down_proj.weight", "100 input channels", "multiple of 16")
 
 
 def test_missing_tensor(make_checkpoint, tmp_path):
@@ -359,7 +360,7 @@ def test_truncated_file(make_checkpoint, tmp_path, keep):
     refused(src, tmp_path, "model.safetensors", "fetch it again")
 
 
-@pytest.mark.parametrize("data", [b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", b"\x04\0\0\0\0\0\0\0null"])
+@pytest.mark.parametrize("data", [b"version https://git-lfs.github.com/spec/v1\n", b"\x04\0\0\0\0\0\0\0null"])
 def test_not_safetensors(make_checkpoint, tmp_path, data):
     src = make_checkpoint()
     (src / "model.safetensors").write_bytes(data)
