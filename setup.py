@@ -9,6 +9,13 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
+ELSEWHERE = {
+    "qerl_verl.kernels": "kernels",
+    "qerl_verl.kernels.hopper": "kernels/hopper",
+    "qerl_verl.recipes": "recipes",
+    "hydra_plugins": "qerl_verl/config/hydra_plugins",
+}
+"""Packages whose folders do not lie where their names say."""
 
 setup(
     name="qerl-verl",
@@ -18,9 +25,13 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=[*find_packages(include=["qerl_verl", "qerl_verl.*"]), "qerl_verl.kernels", "qerl_verl.recipes", "hydra_plugins"],
-    package_dir={"qerl_verl.kernels": "kernels", "qerl_verl.recipes": "recipes", "hydra_plugins": "qerl_verl/config/hydra_plugins"},
-    package_data={"qerl_verl": ["config/**/*.yaml"], "qerl_verl.kernels": ["hopper/*.cu", "hopper/*.cuh"], "qerl_verl.recipes": ["*"]},
+    packages=[*find_packages(include=["qerl_verl", "qerl_verl.*"]), *ELSEWHERE],
+    package_dir=ELSEWHERE,
+    package_data={
+        "qerl_verl": ["config/**/*.yaml"],
+        "qerl_verl.kernels.hopper": ["*.cu", "*.cuh"],
+        "qerl_verl.recipes": ["*.yaml", "*.sh"],
+    },
     install_requires=[
         "verl>=0.9.1,<0.10",
         "hydra-core>=1.3,<1.4",

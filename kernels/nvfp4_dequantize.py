@@ -58,7 +58,7 @@ def block_values_nvfp4(packed: torch.Tensor, scale: torch.Tensor, dtype: torch.d
 def dequantize_nvfp4(
     packed: torch.Tensor, scale: torch.Tensor, global_scale: torch.Tensor, dtype: torch.dtype = torch.bfloat16
 ) -> torch.Tensor:
-    """The weight itself, ``e2m1 * scale / global_scale``, rounded once to ``dtype``.
+    """The weight itself, ``e2m1 * scale / global_scale``, divided in float32 (float64 for float64) and rounded to ``dtype``.
 
     Args:
         packed, scale: see :func:`block_values_nvfp4`.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 
@@ -23,34 +24,18 @@ class Config(NamedTuple):
 
 
 CONFIGS = (
-    Config(8, 4, 1, 2, 10, 1, False),
-    Config(8, 4, 1, 4, 5, 1, False),
-    Config(8, 2, 1, 2, 9, 2, False),
-    Config(8, 2, 2, 2, 5, 2, False),
-    Config(8, 4, 1, 4, 5, 1, True),
-    Config(8, 2, 2, 2, 5, 2, True),
-    Config(16, 4, 1, 4, 5, 1, False),
-    Config(16, 2, 1, 2, 8, 2, False),
-    Config(16, 2, 2, 2, 5, 2, False),
-    Config(16, 4, 1, 4, 5, 1, True),
-    Config(32, 4, 1, 2, 8, 1, False),
-    Config(32, 2, 1, 2, 6, 2, False),
-    Config(32, 4, 1, 2, 8, 1, True),
-    Config(32, 2, 1, 2, 6, 2, True),
-    Config(32, 2, 2, 2, 4, 2, True),
-    Config(64, 4, 1, 2, 6, 1, False),
-    Config(64, 2, 1, 2, 4, 2, False),
-    Config(64, 4, 1, 2, 6, 1, True),
-    Config(64, 2, 1, 2, 4, 2, True),
-    Config(64, 2, 2, 2, 6, 1, True),
-    Config(128, 2, 2, 2, 4, 1, False),
-    Config(128, 2, 1, 2, 5, 1, False),
-    Config(128, 4, 1, 1, 8, 1, True),
-    Config(128, 2, 2, 2, 4, 1, True),
-    Config(128, 2, 2, 1, 8, 1, True),
-    Config(128, 2, 1, 2, 5, 1, True),
-    Config(256, 2, 1, 1, 6, 1, False),
-    Config(256, 2, 1, 1, 6, 1, True),
+    Config(8, 2, 1, 2, 9, 2, False),  # 0
+    Config(8, 2, 2, 2, 5, 2, False),  # 1
+    Config(16, 2, 1, 2, 8, 2, False),  # 2
+    Config(16, 2, 2, 2, 5, 2, False),  # 3
+    Config(32, 4, 1, 2, 8, 1, False),  # 4
+    Config(32, 2, 1, 2, 6, 2, False),  # 5
+    Config(64, 4, 1, 2, 6, 1, False),  # 6
+    Config(64, 2, 1, 2, 4, 2, True),  # 7
+    Config(128, 2, 2, 2, 4, 1, False),  # 8
+    Config(128, 2, 1, 2, 5, 1, True),  # 9
+    Config(256, 2, 1, 1, 6, 1, False),  # 10
+    Config(64, 4, 1, 1, 12, 1, False),  # 11
 )
 
 
@@ -86,10 +71,70 @@ def plan(config: int, blocks: int, m: int, n: int, k: int, cluster: int = 0) -> 
     return Plan(config, blocks, 0, 2 * blocks * 64 * c.row_units * c.tokens * 4 if cut else 0)
 
 
+# The fastest measured (configuration, thread blocks, cluster) on an H200 with 132 multiprocessors, by weight (N, K) and by
+# the number of tokens up to which it applies (TOKENS). benchmarks/bench_gemm.py --sweep measures all candidates.
+TOKENS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+MEASURED_MULTIPROCESSORS = 132
+MEASURED = {
+    (4608, 3584): (
+        (0, 216, 0), (2, 216, 0), (5, 216, 0), (7, 216, 6), (9, 108, 3),
+        (10, 108, 3), (9, 132, 0), (10, 132, 0), (10, 132, 0),
+    ),
+    (3584, 3584): (
+        (0, 224, 0), (2, 224, 0), (5, 224, 8), (7, 224, 8), (9, 112, 4),
+        (9, 112, 0), (9, 112, 0), (10, 112, 0), (10, 112, 0),
+    ),
+    (37888, 3584): (
+        (1, 264, 0), (3, 264, 0), (4, 132, 0), (6, 132, 0), (8, 132, 0),
+        (10, 132, 0), (10, 132, 0), (10, 132, 0), (10, 132, 0),
+    ),
+    (3584, 18944): (
+        (1, 238, 0), (2, 224, 0), (5, 252, 0), (7, 224, 8), (9, 112, 4),
+        (10, 112, 4), (10, 112, 2), (10, 112, 0), (10, 132, 0),
+    ),
+    (7168, 5120): (
+        (0, 224, 0), (2, 224, 0), (5, 224, 0), (7, 224, 4), (9, 112, 0),
+        (9, 112, 0), (10, 112, 0), (10, 132, 0), (10, 132, 0),
+    ),
+    (5120, 5120): (
+        (0, 240, 0), (2, 240, 0), (5, 240, 0), (7, 200, 5), (9, 120, 0),
+        (9, 132, 0), (9, 132, 0), (10, 132, 0), (8, 132, 0),
+    ),
+    (55296, 5120): (
+        (1, 264, 0), (3, 264, 0), (4, 132, 0), (6, 132, 0), (8, 132, 0),
+        (10, 132, 0), (10, 132, 0), (10, 132, 0), (10, 132, 0),
+    ),
+    (5120, 27648): (
+        (1, 260, 0), (3, 260, 0), (4, 120, 0), (7, 264, 0), (9, 120, 0),
+        (10, 120, 0), (10, 132, 0), (10, 132, 0), (8, 132, 0),
+    ),
+}
+DEQUANTIZE_FROM = 3072
+"""More tokens than this: dequantize once and leave the product to cuBLAS."""
+
+
+def adapt(config: int, blocks: int, cluster: int, measured_tiles: int, m: int, n: int, k: int, sms: int) -> Plan:
+    """A measured choice carried over to another shape: the same configuration and way of dividing the work."""
+    if k % (64 * CONFIGS[config].k_units):
+        config, cluster = (11 if m <= 256 else 10), 0
+    count, slots = tiles(config, m, n), sms * CONFIGS[config].blocks_per_sm
+    parts = min(8, slots // count, steps(config, k))
+    if cluster and parts >= 2:
+        return plan(config, 0, m, n, k, parts)
+    if blocks % measured_tiles == 0 or cluster:  # every tile in the same number of parts
+        return plan(config, count * max(1, slots // count), m, n, k)
+    return plan(config, slots, m, n, k)
+
+
 @functools.lru_cache(maxsize=4096)
 def choose(m: int, n: int, k: int, sms: int) -> Plan:
-    if m > 512:
+    """The plan for ``m`` tokens: measured for the shapes in MEASURED, adapted from the nearest of them for others."""
+    if m > DEQUANTIZE_FROM:
         return DEQUANTIZE
-    order = [i for i in (1, 4, 6, 10, 15, 24, 26) if k % (64 * CONFIGS[i].k_units) == 0]
-    config = next(i for i in order if CONFIGS[i].tokens >= m or i == order[-1])
-    return plan(config, sms * CONFIGS[config].blocks_per_sm, m, n, k)
+    column = next((i for i, limit in enumerate(TOKENS) if m <= limit), len(TOKENS) - 1)
+    shape = min(MEASURED, key=lambda s: abs(math.log(s[0] / n)) + abs(math.log(s[1] / k)))
+    config, blocks, cluster = MEASURED[shape][column]
+    measured_tiles = tiles(config, TOKENS[column], shape[0])
+    if shape == (n, k) and sms == MEASURED_MULTIPROCESSORS and tiles(config, m, n) == measured_tiles:
+        return plan(config, blocks, m, n, k, cluster)
+    return adapt(config, blocks, cluster, measured_tiles, m, n, k, sms)

@@ -9,7 +9,8 @@ samples right and wrong answers to the same problem, and reinforcement learning 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -130,6 +131,11 @@ def make_tiny_model(
     Returns:
         :func:`sampled_accuracy` on the training problems.
     """
+    with _one_thread():
+        return _make(folder, train, shape, start, seed, report)
+
+
+def _make(folder, train, shape, start, seed, report) -> float:
     torch.manual_seed(seed)
     draw = random.Random(seed)
     tokenizer = build_tokenizer()
@@ -150,6 +156,17 @@ def make_tiny_model(
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return accuracy
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """One thread for PyTorch. At this size a second one gains a third, and loses tenfold when the cores are busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _config(shape: Shape, tokenizer: Qwen2Tokenizer) -> Qwen2Config:
