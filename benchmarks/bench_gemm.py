@@ -27,7 +27,7 @@ SHAPES = {
     "7B qkv": (4608, 3584), "7B o": (3584, 3584), "7B gate_up": (37888, 3584), "7B down": (3584, 18944),
     "32B qkv": (7168, 5120), "32B o": (5120, 5120), "32B gate_up": (55296, 5120), "32B down": (5120, 27648),
 }  # fmt: skip
-TOKENS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 8192)
+TOKENS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 ROTATE_BYTES = 256 << 20
 ALPHA = 1 / 640.0
 
@@ -142,7 +142,7 @@ def main() -> None:
     parser.add_argument("--sweep", action="store_true", help="time every configuration, not only the chosen one")
     parser.add_argument("--tokens", type=int, nargs="*", default=TOKENS)
     parser.add_argument("--shapes", nargs="*", default=list(SHAPES))
-    parser.add_argument("--pdl", type=int, default=0, help="1: programmatic dependent launch")
+    parser.add_argument("--pdl", type=int, default=1, help="0: without programmatic dependent launch, which is the default")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--max-error", type=float, default=2.6e-3)
     args = parser.parse_args()

@@ -21,7 +21,7 @@ E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """Magnitudes of the eight E2M1 codes; bit 3 of a code is the sign."""
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _byte_table(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     """``[256, 2]``: the two E2M1 values of each packed byte, low nibble first."""
     code = torch.tensor([*E2M1_VALUES, *(-v for v in E2M1_VALUES)], dtype=dtype)

@@ -70,7 +70,11 @@ def initialize() -> None:
 
 
 def run_plan(x, packed_p, scale_p, alpha, bias, plan: tuning.Plan, pdl: int = 1, out=None) -> torch.Tensor:
-    """:func:`gemm` with ``x`` [M, K] and an explicit plan."""
+    """:func:`gemm` with ``x`` [M, K] and an explicit plan.
+
+    ``pdl``: launch with programmatic dependent launch, so that a launch sets up and fetches its first weights (which no
+    kernel writes) while the kernel before it drains; activations and results wait for that kernel's end.
+    """
     n, k = packed_p.shape[0], packed_p.shape[1] * 2
     m = x.shape[0]
     if plan.config < 0:

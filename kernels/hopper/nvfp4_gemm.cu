@@ -458,23 +458,24 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM)
             }
           }
         } else {
-          constexpr int kGroup = kVectors < 2 ? kVectors : 2;
+          constexpr int kGroup = kVectors >= 8 ? 4 : kVectors < 2 ? kVectors : 2;
+          constexpr int kAtOnce = kVectors >= 8 ? 2 : kParts;
 #pragma unroll
           for (int v0 = 0; v0 < kVectors; v0 += kGroup) {
             float4 sum[kGroup];
 #pragma unroll
             for (int v = 0; v < kGroup; ++v) sum[v] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-            for (int block = first_block; block <= last_block; block += kParts) {
-              float4 add[kParts][kGroup];  // all loads before the first use
+            for (int block = first_block; block <= last_block; block += kAtOnce) {
+              float4 add[kAtOnce][kGroup];  // all loads before the first use
 #pragma unroll
-              for (int i = 0; i < kParts; ++i) {
+              for (int i = 0; i < kAtOnce; ++i) {
                 const float4* other = slot(block + i) + v0 * 128;
 #pragma unroll
                 for (int v = 0; v < kGroup; ++v)
                   add[i][v] = block + i <= last_block ? __ldcg(other + v * 128) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
               }
 #pragma unroll
-              for (int i = 0; i < kParts; ++i)
+              for (int i = 0; i < kAtOnce; ++i)
 #pragma unroll
                 for (int v = 0; v < kGroup; ++v)
                   sum[v].x += add[i][v].x, sum[v].y += add[i][v].y, sum[v].z += add[i][v].z, sum[v].w += add[i][v].w;

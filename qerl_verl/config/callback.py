@@ -6,6 +6,7 @@ leaves as SystemExit.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from typing import NoReturn
@@ -67,8 +68,11 @@ def prepare(config: DictConfig, keys: set[str]) -> None:
 
     if problems := version_problems() + _plugin_problems():
         raise SettingsError(problems)
+    if OmegaConf.select(config, "actor_rollout_ref") is None:
+        raise SettingsError(["qerl=nvfp4 is a switch for `python -m verl.trainer.main_ppo`; this is another program"])
     settings = QeRLSettings.from_mapping(OmegaConf.to_container(config.qerl, resolve=True))
     platform = choose_platform(settings, config)
+    _adopt_adapter(config, keys)
     apply_rules(config, keys, on_cpu=platform == "cpu", notify=say)
     if problems := find_problems(config):
         raise SettingsError(problems)
@@ -153,4 +157,27 @@ def _replace_models(config: DictConfig, settings: QeRLSettings) -> None:
     with open_dict(config):
         config.qerl.source_model = OmegaConf.select(config, f"{MODEL}.path")
         model = config.actor_rollout_ref.model
-        model.path = str(resolved.path)
+        model.path = str(resolved.path.absolute())
+
+
+def _adopt_adapter(config: DictConfig, keys: set[str]) -> None:
+    """Take rank and alpha from the adapter that training goes on from; verl and vLLM size their buffers by the setting.
+
+    Raises:
+        SettingsError: no adapter there, or one of another rank than the user set.
+    """
+    path = OmegaConf.select(config, f"{MODEL}.lora_adapter_path")
+    if path is None or "://" in path:
+        return
+    file = os.path.join(os.path.expanduser(path), "adapter_config.json")
+    if not os.path.exists(file):
+        raise SettingsError(
+            [f"{MODEL}.lora_adapter_path={path}: no adapter_config.json there; give a PEFT adapter's folder"]
+        )
+    with open(file) as handle:
+        adapter = json.load(handle)
+    for key, found in ((f"{MODEL}.lora_rank", adapter["r"]), (f"{MODEL}.lora_alpha", adapter["lora_alpha"])):
+        if key in keys and OmegaConf.select(config, key) != found:
+            wanted = OmegaConf.select(config, key)
+            raise SettingsError([f"{key}={wanted}, but the adapter {path} has {found}; remove the setting"])
+        OmegaConf.update(config, key, found)

@@ -13,8 +13,10 @@ Importable without torch, verl or vLLM.
 from __future__ import annotations
 
 import importlib.util
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Callable
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
@@ -127,7 +129,7 @@ def force(config: DictConfig, on_cpu: bool, notify: Callable[[str], None]) -> No
         environment |= CPU_ENVIRONMENT
         slots = _get(config, "trainer.n_gpus_per_node")
         _set(config, "trainer.device", "cpu", "no GPU", notify)
-        if _get(config, "ray_kwargs.ray_init.address") is None:
+        if _get(config, "ray_kwargs.ray_init.address") is None and not os.environ.get("RAY_ADDRESS"):
             _set(config, "ray_kwargs.ray_init.num_gpus", slots, "slots for workers, not GPUs", notify)
             if _get(config, "ray_kwargs.ray_init.num_cpus") is None:
                 _set(config, "ray_kwargs.ray_init.num_cpus", 8 + 8 * slots, "verl reserves logical CPUs", notify)
@@ -198,7 +200,8 @@ def find_problems(config: DictConfig) -> list[str]:
         f"{ROLLOUT}.disaggregation.enabled=True: not supported with QeRL; remove it",
     )
     refuse(
-        get(f"{MODEL}.mtp.enable"), f"{MODEL}.mtp.enable=True: multi-token prediction layers are not quantized; remove it"
+        get(f"{MODEL}.mtp.enable"),
+        f"{MODEL}.mtp.enable=True: multi-token prediction layers are not quantized; remove it",
     )
     refuse(get(f"{MODEL}.use_liger"), f"{MODEL}.use_liger=True: not supported on NVFP4 layers; remove it")
     refuse(
@@ -209,7 +212,8 @@ def find_problems(config: DictConfig) -> list[str]:
         get(f"{ACTOR}.freeze_vision_tower"), f"{ACTOR}.freeze_vision_tower=True: only dense text models are supported"
     )
     refuse(
-        get("distillation.enabled"), "distillation.enabled=True: on-policy distillation is not supported with QeRL; remove it"
+        get("distillation.enabled"),
+        "distillation.enabled=True: on-policy distillation is not supported with QeRL; remove it",
     )
     refuse(
         get("algorithm.adv_estimator") == "gae",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Mapping
+from typing import Any
 
 PLATFORMS = ("auto", "cuda", "cpu")
 SCHEDULES = ("exponential", "linear", "cosine", "logarithmic")

@@ -51,7 +51,11 @@ def linear_names(model: nn.Module) -> list[str]:
     """
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     return sorted(
-        {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear | NVFP4Linear) and m is not output}
+        {
+            n.rpartition(".")[2]
+            for n, m in model.named_modules()
+            if isinstance(m, nn.Linear | NVFP4Linear) and m is not output
+        }
     )
 
 
@@ -72,7 +76,9 @@ def save_adapter(folder: str | Path, tensors: dict[str, torch.Tensor], config: L
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    config = LoraConfig.from_peft_type(**{**config.to_dict(), "base_model_name_or_path": base_model, "inference_mode": True})
+    config = LoraConfig.from_peft_type(
+        **{**config.to_dict(), "base_model_name_or_path": base_model, "inference_mode": True}
+    )
     staging = folder / ".adapter_model.safetensors.tmp"
     save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, staging, metadata={"format": "pt"})
     staging.replace(folder / "adapter_model.safetensors")

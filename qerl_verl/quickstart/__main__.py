@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,15 +19,14 @@ from qerl_verl.quickstart.arithmetic import rows, split
 from qerl_verl.quickstart.report import ENTROPY, REWARD, SIGMA, Run, plot, summarize, table
 
 MILESTONES = (
-    ("[qerl] platform:", "configuration checked"),
-    ("[qerl] model:", "model quantized to NVFP4; starting Ray"),
-    ("Started a local Ray", "Ray is up; starting verl's trainer"),
-    ("kernel: actor", "actor: NVFP4 base and LoRA adapters are built; starting vLLM"),
-    ("kernel: rollout", "rollout: vLLM loads the NVFP4 base"),
-    ("[qerl] AQN sigma", "rollout is ready; first validation"),
-    ("Initial validation", "training"),
+    ("[qerl] platform:", "configuration", "configuration checked"),
+    ("[qerl] model:", "quantization", "model quantized to NVFP4; starting Ray"),
+    ("Started a local Ray", "Ray", "Ray is up; starting verl's trainer"),
+    ("kernel: actor", "actor", "actor: NVFP4 base and LoRA adapters are built; starting vLLM"),
+    ("[qerl] AQN sigma", "rollout", "rollout: vLLM runs the NVFP4 base; first validation"),
+    ("Initial validation", "first validation", "training"),
 )
-"""Text in verl's log and what to tell the user when it appears."""
+"""Text in verl's log, the phase that ends when it appears, and what to tell the user then."""
 
 
 class _Clock:
@@ -50,6 +50,9 @@ def make_inputs(out: Path, seed: int, clock: _Clock) -> None:
     clock.say("making a tiny Qwen2 model and giving it a short supervised start on arithmetic (under a minute)")
     from qerl_verl.quickstart.tiny_model import make_tiny_model
 
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     train, validation = split(seed)
     write_parquet(rows(train), out / "data" / "train.parquet")
     write_parquet(rows(validation), out / "data" / "validation.parquet")
@@ -84,12 +87,12 @@ def _follow(process: subprocess.Popen, out: Path, clock: _Clock) -> None:
     while True:
         ended = process.poll() is not None
         if waiting:
-            text = (out / "train.log").read_text(errors="replace")
-            while waiting and waiting[0][0] in text:
-                clock.say(waiting.pop(0)[1])
+            log = (out / "train.log").read_text(errors="replace")
+            while waiting and waiting[0][0] in log:
+                _, phase, text = waiting.pop(0)
+                clock.phase(phase)
+                clock.say(text)
                 heartbeat = time.monotonic()
-                if not waiting:
-                    clock.phase("start-up")
         run = Run.read(out / "metrics.jsonl")
         for step in run.training[shown:]:
             m = run.steps[step]
@@ -104,7 +107,7 @@ def _follow(process: subprocess.Popen, out: Path, clock: _Clock) -> None:
         if time.monotonic() - heartbeat > 30:
             clock.say("...")
             heartbeat = time.monotonic()
-        time.sleep(0.5)
+        time.sleep(1)
 
 
 def _kill(process: subprocess.Popen) -> None:
@@ -137,11 +140,13 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\ninterrupted; the log is {out / 'train.log'}", file=sys.stderr)
         return 130
-    clock.phase("training and end")
+    clock.phase("steps, last validation and end")
     log = (out / "train.log").read_text(errors="replace")
     run = Run.read(out / "metrics.jsonl")
     if code != 0 or not run.training:
         print("\n".join(log.splitlines()[-40:]), file=sys.stderr)
+        for error in re.findall(r"^.*?\b\w+(?:Error|Exception)\b: .*$", log, re.MULTILINE)[-1:]:
+            print(f"\n{error}", file=sys.stderr)
         print(f"\nthe run ended with code {code}; the whole log is {out / 'train.log'}", file=sys.stderr)
         return code or 1
     samples = _samples_per_step(out)

@@ -15,7 +15,7 @@ SIGMA = "qerl/aqn_sigma"
 STAGE = "qerl/aqn_stage"
 PHASES = ("gen", "old_log_prob", "adv", "update_actor", "update_weights", "step")
 EDGE = 5
-"""Steps at either end that the table averages over."""
+"""Steps at either end that the table averages over; half of a run of fewer than ten."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def summarize(run: Run, samples_per_step: int, seconds: dict[str, float], log: s
     training = run.training
     if not training:
         raise ValueError("the run logged no training step")
-    edge = min(EDGE, len(training))
+    edge = max(1, min(EDGE, len(training) // 2))
     first, last = training[:edge], training[-edge:]
     return {
         "steps": len(training),

@@ -160,7 +160,7 @@ def _make(folder, train, shape, start, seed, report) -> float:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """One thread for PyTorch. At this size a second one gains a third, and loses tenfold when the cores are busy."""
+    """One thread for PyTorch: so small a network gains little from more, which on busy cores wait for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -26,7 +26,7 @@ QUANT_FORMAT = "qerl-nvfp4-pack-quantized"
 then keeps the first adapter for ever (verl/workers/rollout/vllm_rollout/utils.py, vLLMColocateWorkerExtension)."""
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _say(text: str) -> None:
     """Once a process, past vLLM's log level, which verl sets to WARN."""
     print(f"[qerl] {text}", flush=True)
@@ -63,7 +63,9 @@ class NVFP4ReferenceScheme(CompressedTensorsScheme):
         )
         layer.register_parameter(
             "weight_scale",
-            GroupQuantScaleParameter(data=torch.empty(rows, columns // BLOCK_SIZE, dtype=torch.float8_e4m3fn), **matrix),
+            GroupQuantScaleParameter(
+                data=torch.empty(rows, columns // BLOCK_SIZE, dtype=torch.float8_e4m3fn), **matrix
+            ),
         )
         for name in ("weight_global_scale", "input_global_scale"):
             layer.register_parameter(
@@ -109,7 +111,9 @@ class QeRLCompressedTensorsConfig(CompressedTensorsConfig):
             return NVFP4ReferenceScheme()
         scheme = super()._get_scheme_from_parts(weight_quant, None, *args, **kwargs)
         kernel = getattr(scheme, "kernel", None)
-        _say(f"kernel: rollout NVFP4 linear = vLLM's {type(kernel or scheme).__name__} on {current_platform.device_name}")
+        _say(
+            f"kernel: rollout NVFP4 linear = vLLM's {type(kernel or scheme).__name__} on {current_platform.device_name}"
+        )
         return scheme
 
     @staticmethod

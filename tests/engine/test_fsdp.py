@@ -131,4 +131,6 @@ def test_building_never_holds_the_model_in_16_bits(model_factory, tmp_path):
     assert in_16_bits > 300e6 and frozen < 0.31 * in_16_bits
     # Two copies of the packed model: FSDP2 shards a copy while verl still holds the whole state dict to broadcast it.
     assert report["peak_growth"] < 0.8 * in_16_bits, f"{report['peak_growth'] / 1e6:.0f} of {in_16_bits / 1e6:.0f} MB"
-    print(f"peak growth {report['peak_growth'] / 1e6:.0f} MB, packed {frozen / 1e6:.0f}, 16 bits {in_16_bits / 1e6:.0f}")
+    print(
+        f"peak growth {report['peak_growth'] / 1e6:.0f} MB, packed {frozen / 1e6:.0f}, 16 bits {in_16_bits / 1e6:.0f}"
+    )

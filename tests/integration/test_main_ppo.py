@@ -16,7 +16,8 @@ import torch
 
 from qerl_verl.aqn.schedule import AQNSchedule
 from qerl_verl.config.settings import AQNSettings
-from qerl_verl.quickstart.arithmetic import split, write_parquet
+from qerl_verl.data.prompts import write_parquet
+from qerl_verl.quickstart.arithmetic import rows, split
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 
@@ -79,8 +80,8 @@ def validation(metrics: dict) -> float:
 def common(tmp_path_factory, bf16_checkpoint):
     folder = tmp_path_factory.mktemp("main_ppo")
     training, held_out = split(seed=0, held_out=16)
-    write_parquet(training[:64], folder / "train.parquet")
-    write_parquet(held_out, folder / "validation.parquet")
+    write_parquet(rows(training[:64]), folder / "train.parquet")
+    write_parquet(rows(held_out), folder / "validation.parquet")
     return folder, [
         *RECIPE,
         f"data.train_files={folder / 'train.parquet'}",

@@ -199,13 +199,39 @@ class TestOnHopper:
         assert torch.equal(hopper.gemm(wide[:, 3:515], packed_p, scale_p, ALPHA), got.view(12, -1))
         assert hopper.gemm(x[:0], packed_p, scale_p, ALPHA).shape == (0, 256)
 
+    @pytest.mark.parametrize("m", [4, 64, 200])
+    def test_a_launch_waits_for_the_one_before(self, m):
+        """Launches overlap (programmatic dependent launch); a chain of products still sees finished inputs."""
+        n = 3584
+        x, first_p, first_s, _, _ = self.case(m, n, n, seed=1)
+        _, second_p, second_s, _, _ = self.case(m, n, n, seed=2)
+
+        def chain(x, synchronize=False):
+            for weight in ((first_p, first_s), (second_p, second_s)) * 4:
+                x = hopper.gemm(x, *weight, 1 / 32768)
+                if synchronize:
+                    torch.cuda.synchronize()
+            return x
+
+        expected = chain(x, synchronize=True)
+        assert expected.isfinite().all() and expected.abs().max() > 0
+        for _ in range(10):
+            assert torch.equal(chain(x), expected)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = chain(x)
+        for _ in range(3):
+            graph.replay()
+            assert torch.equal(y, expected)
+
     def test_cuda_graph(self):
         x, packed_p, scale_p, _, expected = self.case(16, 3584, 3584)
         hopper.initialize()
         graph = torch.cuda.CUDAGraph()
-        static = torch.zeros_like(x)
+        static, copy = torch.zeros_like(x), torch.zeros_like(x)
         with torch.cuda.graph(graph):
-            y = hopper.gemm(static, packed_p, scale_p, ALPHA)
+            copy.copy_(static)
+            y = hopper.gemm(copy, packed_p, scale_p, ALPHA)
         for factor in (1.0, -2.0):
             static.copy_(x * factor)
             graph.replay()

@@ -13,7 +13,7 @@ from qerl_verl.platform.cpu import PlatformCPU
 
 def test_implements_the_whole_interface():
     platform = PlatformCPU()
-    assert not getattr(PlatformCPU, "__abstractmethods__")
+    assert not PlatformCPU.__abstractmethods__
     assert platform.device_name == "cpu" and platform.ray_resource_name() == "GPU"
     assert isinstance(platform, PlatformBase) and platform.is_available()
 

@@ -51,7 +51,9 @@ def test_with_the_switch_a_worker_registers_all_four_and_replaces_nothing(tmp_pa
     stock = run([sys.executable, "-c", STATE], tmp_path, VERL_USE_EXTERNAL_PLUGINS="none", VLLM_PLUGINS="")
     ours = run([sys.executable, "-c", STATE, "qerl"], tmp_path, QERL_SWITCH="nvfp4")
     assert ours.returncode == 0, ours.stderr
-    stock, ours = ([eval(line) if line[0] in "[(" else line for line in o.stdout.splitlines()[-5:-1]] for o in (stock, ours))
+    stock, ours = (
+        [eval(line) if line[0] in "[(" else line for line in o.stdout.splitlines()[-5:-1]] for o in (stock, ours)
+    )
     added = set(ours[0]) - set(stock[0])
     assert set(stock[0]) < set(ours[0]) and {(m, b, d) for m, b, d, _ in added} == {
         ("language_model", "fsdp2", "('cuda', 'qerl')"),

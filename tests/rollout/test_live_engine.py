@@ -99,9 +99,7 @@ def adapters(tmp_path_factory, nvfp4_checkpoint):
                 prefix = f"base_model.model.model.layers.{layer}.{name}"
                 tensors[f"{prefix}.lora_A.weight"] = torch.randn(8, inputs) * 0.2
                 tensors[f"{prefix}.lora_B.weight"] = torch.randn(outputs, 8) * 0.2
-        config = LoraConfig(
-            task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules=[n.split(".")[1] for n in shapes]
-        )
+        config = LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules=[n.split(".")[1] for n in shapes])
         save_adapter(folder / f"adapter{number}", tensors, config, str(nvfp4_checkpoint))
         paths.append(str(folder / f"adapter{number}"))
     return paths
@@ -141,7 +139,9 @@ def test_adapters_a_b_a_give_a_again_and_the_base_never_changes(engine, adapters
 
 def test_noise_is_on_the_right_norms_drawn_from_seed_step_and_layer(engine, nvfp4_checkpoint):
     checkpoint = load_file(next(nvfp4_checkpoint.glob("*.safetensors")))
-    expected_names = {f"model.layers.{i}.{n}" for i in range(2) for n in ("input_layernorm", "post_attention_layernorm")}
+    expected_names = {
+        f"model.layers.{i}.{n}" for i in range(2) for n in ("input_layernorm", "post_attention_layernorm")
+    }
     digest = engine.collective_rpc("qerl_base_digest")
     for step in (3, 4, 3):
         set_noise(engine, seed=5, step=step, sigma=0.02)
