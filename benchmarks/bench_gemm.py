@@ -64,8 +64,10 @@ def make_weight(n: int, k: int):
 def reference_error(y, x, packed, scale, bias=None, rows: int = 4096) -> float:
     """Relative error against float64 on up to ``rows`` output channels (taken from both ends)."""
     n = packed.shape[0]
-    index = torch.arange(n, device="cuda") if n <= rows else torch.cat(
-        (torch.arange(rows // 2, device="cuda"), torch.arange(n - rows // 2, n, device="cuda"))
+    index = (
+        torch.arange(n, device="cuda")
+        if n <= rows
+        else torch.cat((torch.arange(rows // 2, device="cuda"), torch.arange(n - rows // 2, n, device="cuda")))
     )
     weight = block_values_nvfp4(packed[index], scale[index], torch.float64)
     expected = x.double() @ weight.t() * ALPHA
@@ -142,7 +144,9 @@ def main() -> None:
     parser.add_argument("--sweep", action="store_true", help="time every configuration, not only the chosen one")
     parser.add_argument("--tokens", type=int, nargs="*", default=TOKENS)
     parser.add_argument("--shapes", nargs="*", default=list(SHAPES))
-    parser.add_argument("--pdl", type=int, default=1, help="0: without programmatic dependent launch, which is the default")
+    parser.add_argument(
+        "--pdl", type=int, default=1, help="0: without programmatic dependent launch, which is the default"
+    )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--max-error", type=float, default=2.6e-3)
     args = parser.parse_args()
@@ -150,7 +154,13 @@ def main() -> None:
     torch.manual_seed(0)
     hopper.initialize()
     sms = torch.cuda.get_device_properties(0).multi_processor_count
-    result = {"environment": environment(), "copy_TB_per_s": copy_bandwidth(), "gemm": [], "dequantize": [], "sweep": []}
+    result = {
+        "environment": environment(),
+        "copy_TB_per_s": copy_bandwidth(),
+        "gemm": [],
+        "dequantize": [],
+        "sweep": [],
+    }
     print(f"copy {result['copy_TB_per_s']:.2f} TB/s", flush=True)
 
     for name in args.shapes:
@@ -166,7 +176,10 @@ def main() -> None:
         result["dequantize"].append(
             {"shape": name, "n": n, "k": k, "us": us, "TB_per_s": rate, "of_copy": rate / result["copy_TB_per_s"]}
         )
-        print(f"{name:12} dequantize {us:7.1f} us {rate:.2f} TB/s ({rate / result['copy_TB_per_s']:.0%} of copy)", flush=True)
+        print(
+            f"{name:12} dequantize {us:7.1f} us {rate:.2f} TB/s ({rate / result['copy_TB_per_s']:.0%} of copy)",
+            flush=True,
+        )
         del out
         for m in args.tokens:
             x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
@@ -181,9 +194,21 @@ def main() -> None:
                 y = hopper.run_plan(x, packed_p, scale_p, ALPHA, None, plan, args.pdl)
                 error = reference_error(y, x, packed, scale, rows=512 if args.sweep else 4096)
                 us = time_calls(
-                    lambda i: hopper.run_plan(x, *weights[i], ALPHA, None, plan, args.pdl), copies, floor / 2, 3 if args.sweep else 7
+                    lambda i: hopper.run_plan(x, *weights[i], ALPHA, None, plan, args.pdl),
+                    copies,
+                    floor / 2,
+                    3 if args.sweep else 7,
                 )
-                row = {"shape": name, "n": n, "k": k, "m": m, "plan": plan[:3], "us": us, "cublas_us": cublas, "error": error}
+                row = {
+                    "shape": name,
+                    "n": n,
+                    "k": k,
+                    "m": m,
+                    "plan": plan[:3],
+                    "us": us,
+                    "cublas_us": cublas,
+                    "error": error,
+                }
                 if not error < args.max_error:
                     print("ERROR", row, flush=True)
                     row["wrong"] = True
@@ -198,7 +223,14 @@ def main() -> None:
             if args.json:
                 args.json.write_text(json.dumps(result, indent=1))
         mine = [r for r in result["gemm"] if r["shape"] == name]
-        print("  " + " ".join(f"{r['m']}:{r['us']:.1f}/{r['ratio']:.2f}x c{r['plan'][0]}b{r['plan'][1]}{'s%d' % r['plan'][2] if r['plan'][2] else ''}" for r in mine), flush=True)
+        print(
+            "  "
+            + " ".join(
+                f"{r['m']}:{r['us']:.1f}/{r['ratio']:.2f}x c{r['plan'][0]}b{r['plan'][1]}{'s%d' % r['plan'][2] if r['plan'][2] else ''}"
+                for r in mine
+            ),
+            flush=True,
+        )
         del weights, dense
         torch.cuda.empty_cache()
 

@@ -33,5 +33,5 @@ echo "[setup] $(grep -c == "$here/cpu.txt") pinned packages (about 3 GB; a few m
 # --no-deps: the list is complete, and the resolver would add CUDA builds of torchvision, torchaudio and torchcodec
 $pip install -q --no-deps --no-build-isolation -r "$here/cpu.txt"
 $pip install -q --no-deps --no-build-isolation "$here/vllm-alias"
-$pip install -q --no-deps --no-build-isolation -e "$here/.."
+PYTHONWARNINGS=ignore $pip install -q --no-deps --no-build-isolation -e "$here/.."
 echo "[setup] done in $((SECONDS - start)) s: $(du -sh "$venv" | cut -f1) in $venv"

@@ -27,7 +27,7 @@ _COUNTER_SLOTS = 64
 _slots: dict[tuple[int, int], int] = {}
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def availability(device: int | None = None) -> str | None:
     """Why the kernels cannot run on CUDA device ``device`` (default: the current one), or None if they can."""
     if not torch.cuda.is_available():
@@ -51,7 +51,7 @@ def check(n: int, k: int, dtype: torch.dtype = torch.bfloat16) -> str | None:
     return check_shape(n, k)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _prepare(device: int) -> int:
     """Loads the kernels on a device; returns its number of multiprocessors."""
     with torch.cuda.device(device):

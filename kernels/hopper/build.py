@@ -70,7 +70,7 @@ def compile_library(path: Path) -> None:
         os.replace(output, path)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def load_library() -> ctypes.CDLL:
     """The loaded library with typed functions; compiles it if the cache does not have it."""
     path = library_path()

@@ -36,7 +36,10 @@ GROUP = 4
 def _group(units: torch.Tensor) -> torch.Tensor:
     """``[N / 64, K / 64, bytes]`` in row-major order of units to the order of groups, flat."""
     full = units.shape[0] // GROUP * GROUP
-    parts = [units[:full].unflatten(0, (-1, GROUP)).transpose(1, 2).reshape(-1), units[full:].transpose(0, 1).reshape(-1)]
+    parts = [
+        units[:full].unflatten(0, (-1, GROUP)).transpose(1, 2).reshape(-1),
+        units[full:].transpose(0, 1).reshape(-1),
+    ]
     return torch.cat(parts)
 
 
@@ -48,7 +51,7 @@ def _ungroup(flat: torch.Tensor, n: int, k: int, unit_bytes: int) -> torch.Tenso
     return torch.cat((head, tail))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def word_bits() -> tuple[tuple[int, int, int], ...]:
     """For each bit of a word that holds code ``i = 2 * pair + half``: ``(i, bit of the code, bit of the word)``."""
     bits = []
@@ -61,7 +64,7 @@ def word_bits() -> tuple[tuple[int, int, int], ...]:
     return tuple(bits)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _scale_tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """E4M3 byte (sign ignored) to the five-exponent-bit byte, and back."""
     value = torch.arange(128, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
@@ -100,12 +103,15 @@ def prepack(packed: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, to
     if reason:
         raise ValueError(reason)
     if tuple(scale.shape) != (n, k // 16):
-        raise ValueError(f"scales of shape ({n}, {k // 16}) belong to packed {tuple(packed.shape)}; got {tuple(scale.shape)}")
+        raise ValueError(
+            f"scales of shape ({n}, {k // 16}) belong to packed {tuple(packed.shape)}; got {tuple(scale.shape)}"
+        )
     scale = scale.view(torch.uint8)
     if ((scale & 0x7F) == 0x7F).any():
         raise ValueError("a block scale is NaN")
-    packed_out, scale_out = torch.empty_like(packed, memory_format=torch.contiguous_format), torch.empty_like(
-        scale, memory_format=torch.contiguous_format
+    packed_out, scale_out = (
+        torch.empty_like(packed, memory_format=torch.contiguous_format),
+        torch.empty_like(scale, memory_format=torch.contiguous_format),
     )
     to_code, _ = _scale_tables(packed.device)
     rows = max(1, (1 << 24) // (UNIT * GROUP * k)) * UNIT * GROUP  # bounds the temporary memory
@@ -124,7 +130,9 @@ def prepack(packed: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, to
             words |= ((codes[:, i] >> code_bit) & 1) << word_bit
         packed_out[begin:end] = _group(words.view(torch.uint8).view(-1, k // UNIT, 2048)).view(end - begin, k // 2)
         s = to_code[scale[begin:end].int()].view(-1, 4, 4, 2, 2, k // UNIT, 4)
-        scale_out[begin:end] = _group(s.permute(0, 5, 1, 2, 4, 6, 3).reshape(-1, k // UNIT, 256)).view(end - begin, k // 16)
+        scale_out[begin:end] = _group(s.permute(0, 5, 1, 2, 4, 6, 3).reshape(-1, k // UNIT, 256)).view(
+            end - begin, k // 16
+        )
     return packed_out, scale_out
 
 
@@ -135,8 +143,15 @@ def unpack(packed_p: torch.Tensor, scale_p: torch.Tensor) -> tuple[torch.Tensor,
     codes = torch.zeros((words.numel(), 8), dtype=torch.uint8, device=words.device)
     for i, code_bit, word_bit in word_bits():
         codes[:, i] |= (((words >> word_bit) & 1) << code_bit).to(torch.uint8)
-    codes = codes.view(n // UNIT, k // UNIT, 4, 4, 2, 4, 4, 2, 2, 2)  # unit, k unit, warp, g // 2, g % 2, t, j, hk, h, e
+    codes = codes.view(
+        n // UNIT, k // UNIT, 4, 4, 2, 4, 4, 2, 2, 2
+    )  # unit, k unit, warp, g // 2, g % 2, t, j, hk, h, e
     codes = codes.permute(0, 2, 3, 8, 4, 1, 6, 7, 5, 9).reshape(n, k)
     _, back = _scale_tables(packed_p.device)
-    s = back[_ungroup(scale_p.reshape(-1), n, k, 256).int()].view(n // UNIT, k // UNIT, 4, 4, 2, 4, 2).permute(0, 2, 3, 6, 4, 1, 5).reshape(n, k // 16)
+    s = (
+        back[_ungroup(scale_p.reshape(-1), n, k, 256).int()]
+        .view(n // UNIT, k // UNIT, 4, 4, 2, 4, 2)
+        .permute(0, 2, 3, 6, 4, 1, 5)
+        .reshape(n, k // 16)
+    )
     return codes[:, ::2] | (codes[:, 1::2] << 4), s.contiguous()

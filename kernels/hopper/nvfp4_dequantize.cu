@@ -1,4 +1,5 @@
-// Prepacked NVFP4 -> row-major bfloat16 [N, K], exactly e2m1 * scale. Bound by memory: 0.56 bytes read and 2 written a weight.
+// Prepacked NVFP4 -> row-major bfloat16 [N, K], exactly e2m1 * scale. Bound by memory: 0.56 bytes read and 2 written for
+// each weight.
 #include <cuda_runtime.h>
 
 #include "nvfp4_format.cuh"
@@ -14,8 +15,8 @@ __device__ __forceinline__ int swizzle(int row) { return (row >> 2) * 2 + (row &
 
 __global__ void __launch_bounds__(kWarps * 32) dequantize_kernel(const uint8_t* __restrict__ packed,
                                                                 const uint8_t* __restrict__ scale,
-                                                                __nv_bfloat16* __restrict__ out, int row_units, int k_units, int groups,
-                                                                int k, int total) {
+                                                                __nv_bfloat16* __restrict__ out, int row_units, int k_units,
+                                                                int groups, int k, int total) {
   __shared__ __align__(128) uint8_t tile_store[kWarps][16 * 128];
   const int lane = threadIdx.x & 31;
   const int warp = threadIdx.x >> 5;

@@ -1,8 +1,9 @@
 // The prepacked NVFP4 layout and its arithmetic; kernels/hopper/layout.py is the same thing in PyTorch.
 //
 // A unit is 64 output channels x 64 input channels: 2048 bytes of codes and 256 bytes of scales. Units lie in groups of 4
-// in N (256 channels; the last group may have fewer), in a group by K first: [N / 256][K / 64][4]. Inside a unit, warp w of a warpgroup owns channels 16 w .. 16 w + 15 and lane l = 4 g + t owns 16 bytes, one
-// 32-bit word for each of the four 16-wide steps in k: the eight codes that the lane holds as a wgmma A fragment.
+// in N (256 channels; the last group may have fewer), in a group by K first: [N / 256][K / 64][4]. Inside a unit, warp w
+// of a warpgroup owns channels 16 w .. 16 w + 15 and lane l = 4 g + t owns 16 bytes, one 32-bit word for each of the four
+// 16-wide steps in k: the eight codes that the lane holds as a wgmma A fragment.
 // A word's four pairs (two neighbouring k of one channel) are scattered over its bits such that at most two
 // shifted copies and one or two masks bring a pair's sign, exponent and mantissa bits to where bfloat16 has them.
 #pragma once

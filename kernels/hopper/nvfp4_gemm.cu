@@ -493,7 +493,10 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM)
 #pragma unroll
       for (int m = 0; m < C::MW; ++m)
 #pragma unroll
-        for (int i = 0; i < C::BT / 8; ++i) store(m, i, make_float4(acc[m][i * 4], acc[m][i * 4 + 1], acc[m][i * 4 + 2], acc[m][i * 4 + 3]));
+        for (int i = 0; i < C::BT / 8; ++i) {
+          const float* v = &acc[m][i * 4];
+          store(m, i, make_float4(v[0], v[1], v[2], v[3]));
+        }
     }
   }
 }

@@ -88,16 +88,17 @@ def _follow(process: subprocess.Popen, out: Path, clock: _Clock) -> None:
         ended = process.poll() is not None
         if waiting:
             log = (out / "train.log").read_text(errors="replace")
-            while waiting and waiting[0][0] in log:
-                _, phase, text = waiting.pop(0)
+            for milestone in [m for m in waiting if m[0] in log]:
+                _, phase, text = milestone
                 clock.phase(phase)
                 clock.say(text)
+                del waiting[: waiting.index(milestone) + 1]
                 heartbeat = time.monotonic()
         run = Run.read(out / "metrics.jsonl")
         for step in run.training[shown:]:
             m = run.steps[step]
             clock.say(
-                f"step {step}: reward {m[REWARD]:.3f}, entropy {m[ENTROPY]:.3f}, sigma {m[SIGMA]:.2g}, "
+                f"step {step}: reward {m[REWARD]:.3f}, entropy {m[ENTROPY]:.3f}, sigma {m.get(SIGMA, 0.0):.2g}, "
                 f"{m['timing_s/step']:.1f} s"
             )
             shown += 1
