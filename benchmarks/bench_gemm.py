@@ -139,6 +139,71 @@ def geomean(values) -> float:
     return math.exp(sum(map(math.log, values)) / len(values))
 
 
+def measure_shape(name: str, args: argparse.Namespace, result: dict) -> None:
+    """Adds the times of one weight shape to ``result`` and prints them."""
+    n, k = SHAPES[name]
+    sms = torch.cuda.get_device_properties(0).multi_processor_count
+    packed, scale, packed_p, scale_p = make_weight(n, k)
+    copies = max(2, math.ceil(ROTATE_BYTES / (n * k * 9 / 16)))
+    weights = [(packed_p, scale_p)] + [(packed_p.clone(), scale_p.clone()) for _ in range(copies - 1)]
+    dense_copies = max(2, math.ceil(ROTATE_BYTES / (n * k * 2)))
+    dense = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) for _ in range(dense_copies)]
+
+    us = time_calls(lambda i: hopper.dequantize(*weights[i]), copies, n * k * 2.56 / 4e6)
+    rate = n * k * (2 + 9 / 16) / us * 1e-6
+    of_copy = rate / result["copy_TB_per_s"]
+    result["dequantize"].append({"shape": name, "n": n, "k": k, "us": us, "TB_per_s": rate, "of_copy": of_copy})
+    print(f"{name:12} dequantize {us:7.1f} us {rate:.2f} TB/s ({of_copy:.0%} of copy)", flush=True)
+
+    def measure_plan(x, plan, floor):
+        y = hopper.run_plan(x, packed_p, scale_p, ALPHA, None, plan, args.pdl)
+        error = reference_error(y, x, packed, scale, rows=512 if args.sweep else 4096)
+        us = time_calls(
+            lambda i: hopper.run_plan(x, *weights[i], ALPHA, None, plan, args.pdl),
+            copies,
+            floor,
+            3 if args.sweep else 7,
+        )
+        return us, error
+
+    def measure_cublas(x, floor):
+        return time_calls(lambda i: torch.mm(x, dense[i].t()), dense_copies, floor)
+
+    line = []
+    for m in args.tokens:
+        x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+        floor = max(n * k * 2 / 4.0e6, 2 * m * n * k / 7e8)
+        cublas = measure_cublas(x, floor)
+        plans = [tuning.choose(m, n, k, sms)]
+        if args.sweep:
+            plans = [*candidates(m, n, k, sms), *([tuning.DEQUANTIZE] if m >= 256 else [])]
+        rows = []
+        for plan in plans:
+            us, error = measure_plan(x, plan, floor / 2)
+            row = {
+                "shape": name,
+                "n": n,
+                "k": k,
+                "m": m,
+                "plan": plan[:3],
+                "us": us,
+                "cublas_us": cublas,
+                "error": error,
+            }
+            if error < args.max_error:
+                rows.append(row)
+            else:
+                print("ERROR", row, flush=True)
+        if args.sweep:
+            result["sweep"] += rows
+        if rows:
+            best = min(rows, key=lambda row: row["us"])
+            best["ratio"] = cublas / best["us"]
+            result["gemm"].append(best)
+            line.append(f"{m}:{best['us']:.1f}/{best['ratio']:.2f}x {best['plan']}")
+    print("  " + "  ".join(line), flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sweep", action="store_true", help="time every configuration, not only the chosen one")
@@ -153,7 +218,6 @@ def main() -> None:
 
     torch.manual_seed(0)
     hopper.initialize()
-    sms = torch.cuda.get_device_properties(0).multi_processor_count
     result = {
         "environment": environment(),
         "copy_TB_per_s": copy_bandwidth(),
@@ -162,76 +226,8 @@ def main() -> None:
         "sweep": [],
     }
     print(f"copy {result['copy_TB_per_s']:.2f} TB/s", flush=True)
-
     for name in args.shapes:
-        n, k = SHAPES[name]
-        packed, scale, packed_p, scale_p = make_weight(n, k)
-        copies = max(2, math.ceil(ROTATE_BYTES / (n * k * 9 / 16)))
-        weights = [(packed_p, scale_p)] + [(packed_p.clone(), scale_p.clone()) for _ in range(copies - 1)]
-        dense_copies = max(2, math.ceil(ROTATE_BYTES / (n * k * 2)))
-        dense = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) for _ in range(dense_copies)]
-        out = torch.empty(n, k, device="cuda", dtype=torch.bfloat16)
-        us = time_calls(lambda i: hopper.dequantize(*weights[i]), copies, n * k * 2.56 / 4e6)
-        rate = n * k * (2 + 9 / 16) / us * 1e-6
-        result["dequantize"].append(
-            {"shape": name, "n": n, "k": k, "us": us, "TB_per_s": rate, "of_copy": rate / result["copy_TB_per_s"]}
-        )
-        print(
-            f"{name:12} dequantize {us:7.1f} us {rate:.2f} TB/s ({rate / result['copy_TB_per_s']:.0%} of copy)",
-            flush=True,
-        )
-        del out
-        for m in args.tokens:
-            x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
-            floor = max(n * k * 2 / 4.0e6, 2 * m * n * k / 7e8)
-            cublas = time_calls(lambda i: torch.mm(x, dense[i].t()), dense_copies, floor)
-            chosen = tuning.choose(m, n, k, sms)
-            plans = [chosen]
-            if args.sweep:
-                plans = [p for p in candidates(m, n, k, sms)] + ([tuning.DEQUANTIZE] if m >= 256 else [])
-            best = None
-            for plan in plans:
-                y = hopper.run_plan(x, packed_p, scale_p, ALPHA, None, plan, args.pdl)
-                error = reference_error(y, x, packed, scale, rows=512 if args.sweep else 4096)
-                us = time_calls(
-                    lambda i: hopper.run_plan(x, *weights[i], ALPHA, None, plan, args.pdl),
-                    copies,
-                    floor / 2,
-                    3 if args.sweep else 7,
-                )
-                row = {
-                    "shape": name,
-                    "n": n,
-                    "k": k,
-                    "m": m,
-                    "plan": plan[:3],
-                    "us": us,
-                    "cublas_us": cublas,
-                    "error": error,
-                }
-                if not error < args.max_error:
-                    print("ERROR", row, flush=True)
-                    row["wrong"] = True
-                elif best is None or us < best["us"]:
-                    best = row
-                if args.sweep:
-                    result["sweep"].append(row)
-            if best is None:
-                continue
-            best["ratio"] = cublas / best["us"]
-            result["gemm"].append(best)
-            if args.json:
-                args.json.write_text(json.dumps(result, indent=1))
-        mine = [r for r in result["gemm"] if r["shape"] == name]
-        print(
-            "  "
-            + " ".join(
-                f"{r['m']}:{r['us']:.1f}/{r['ratio']:.2f}x c{r['plan'][0]}b{r['plan'][1]}{'s%d' % r['plan'][2] if r['plan'][2] else ''}"
-                for r in mine
-            ),
-            flush=True,
-        )
-        del weights, dense
+        measure_shape(name, args, result)
         torch.cuda.empty_cache()
 
     summary = {}

@@ -9,19 +9,9 @@ verl logs a plugin's exceptions at DEBUG and goes on (``verl/__init__.py``), whi
 installation into a run without QeRL, so a failure here ends the process whenever QeRL was asked for.
 """
 
-import os
 import sys
 
-SWITCH_ENV = "QERL_SWITCH"
-"""Set in every process of a job that runs with the switch; the value is the name of the chosen config."""
-
-ENGINE_VENDOR = "qerl"
-"""``VERL_ENGINE_VENDOR`` of such a job: what the engines are registered under in verl's EngineRegistry."""
-
-
-def switched_on() -> bool:
-    """Whether this process belongs to a job that runs with the switch."""
-    return bool(os.environ.get(SWITCH_ENV))
+from qerl_verl.switch import switched_on
 
 
 def _is_ray_worker() -> bool:

@@ -20,6 +20,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from qerl_verl.switch import ENGINE_VENDOR, SWITCH_ENV
+
 WORKER_EXTENSION = "qerl_verl.rollout.worker.QeRLWorkerExtension"
 TRAINER_MODES = {"sync": "qerl_sync", "colocate_async": "qerl_colocate_async"}
 """verl's trainer modes that run with QeRL, and the names our trainers are registered under."""
@@ -81,28 +83,25 @@ def apply_rules(config: DictConfig, user_keys: set[str], on_cpu: bool, notify: C
         on_cpu: whether the run takes place on the CPU platform.
         notify: called with one line for each value set.
     """
-    defaults = DEFAULTS + (_attention_defaults(config, user_keys) + CPU_DEFAULTS if on_cpu else
-                           _attention_defaults(config, user_keys))  # fmt: skip
+    defaults = DEFAULTS + _attention_defaults() + (CPU_DEFAULTS if on_cpu else ())
     if f"{MODEL}.lora_rank" in user_keys or OmegaConf.select(config, f"{MODEL}.lora_rank") != 0:
         defaults = tuple(d for d in defaults if d.key != f"{MODEL}.lora_alpha")
     if OmegaConf.select(config, "algorithm.rollout_correction.bypass_mode"):
         defaults = tuple(d for d in defaults if d.key != "algorithm.rollout_correction.rollout_is")
     with open_dict(config):
         for rule in defaults:
-            if rule.key not in user_keys and _get(config, rule.key) == rule.stock:
+            set_by_user = any(rule.key == key or rule.key.startswith(f"{key}.") for key in user_keys)
+            if not set_by_user and _get(config, rule.key) == rule.stock:
                 _set(config, rule.key, rule.value, rule.why, notify)
         force(config, on_cpu, notify)
 
 
-def _attention_defaults(config: DictConfig, user_keys: set[str]) -> tuple[Default, ...]:
-    """verl's default is flash_attention_2; where that is not installed, PyTorch's SDPA."""
+def _attention_defaults() -> tuple[Default, ...]:
+    """verl's default is flash_attention_2; where that is not installed, PyTorch's SDPA, which takes packed sequences too."""
     if importlib.util.find_spec("flash_attn") is not None:
         return ()
-    out = []
-    for model in (MODEL, "critic.model"):
-        key = f"{model}.override_config.attn_implementation"
-        out.append(Default(key, None, "sdpa", "flash-attn is not installed"))
-    return tuple(out)
+    keys = (f"{model}.override_config.attn_implementation" for model in (MODEL, "critic.model"))
+    return tuple(Default(key, None, "sdpa", "flash-attn is not installed") for key in keys)
 
 
 def force(config: DictConfig, on_cpu: bool, notify: Callable[[str], None]) -> None:
@@ -115,18 +114,18 @@ def force(config: DictConfig, on_cpu: bool, notify: Callable[[str], None]) -> No
         _set(config, f"{ROLLOUT}.load_format", "safetensors", "the frozen base is read from disk, not synced", notify)
     if _get(config, f"{ROLLOUT}.engine_kwargs.vllm") is None:
         _set(config, f"{ROLLOUT}.engine_kwargs.vllm", {}, "room for the worker extension", notify)
-    _set(config, f"{ROLLOUT}.engine_kwargs.vllm.worker_extension_cls", WORKER_EXTENSION, "the NVFP4 rollout", notify)
+    extension = f"{ROLLOUT}.engine_kwargs.vllm.worker_extension_cls"
+    if _get(config, extension) is None:
+        _set(config, extension, WORKER_EXTENSION, "the noise in the engine", notify)
     for checkpoint in (f"{ACTOR}.checkpoint", "critic.checkpoint"):
         if _get(config, checkpoint) is not None:
             _set(config, f"{checkpoint}.save_lora_only", True, "the base is frozen and lies in the cache", notify)
     mode = _get(config, "trainer.v1.trainer_mode")
     if mode in TRAINER_MODES:
         _set(config, "trainer.v1.trainer_mode", TRAINER_MODES[mode], "verl's trainer with the noise schedule", notify)
-    from qerl_verl.plugin import ENGINE_VENDOR, SWITCH_ENV
-
-    environment = {SWITCH_ENV: "nvfp4", "VERL_ENGINE_VENDOR": ENGINE_VENDOR}
+    environment = {}
     if on_cpu:
-        environment |= CPU_ENVIRONMENT
+        environment |= {name: os.environ.get(name, value) for name, value in CPU_ENVIRONMENT.items()}
         slots = _get(config, "trainer.n_gpus_per_node")
         _set(config, "trainer.device", "cpu", "no GPU", notify)
         if _get(config, "ray_kwargs.ray_init.address") is None and not os.environ.get("RAY_ADDRESS"):
@@ -194,6 +193,11 @@ def find_problems(config: DictConfig) -> list[str]:
     refuse(
         get(f"{ROLLOUT}.checkpoint_engine.backend") not in ("naive", None),
         f"{ROLLOUT}.checkpoint_engine.backend={get(f'{ROLLOUT}.checkpoint_engine.backend')}: it sends whole models; use naive",
+    )
+    extension = get(f"{ROLLOUT}.engine_kwargs.vllm.worker_extension_cls")
+    refuse(
+        extension != WORKER_EXTENSION,
+        f"{ROLLOUT}.engine_kwargs.vllm.worker_extension_cls={extension}: QeRL needs its own, {WORKER_EXTENSION}; remove the setting",
     )
     refuse(
         get(f"{ROLLOUT}.disaggregation.enabled"),

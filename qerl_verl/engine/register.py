@@ -10,7 +10,7 @@ def register_engines(engine_package=None) -> None:
     from verl.workers.engine.base import EngineRegistry
 
     from qerl_verl.engine.fsdp import NVFP4EngineWithLMHead
-    from qerl_verl.plugin import ENGINE_VENDOR
+    from qerl_verl.switch import ENGINE_VENDOR
 
     registered = EngineRegistry._engines.get("language_model", {}).get("fsdp2", {})
     if ("cuda", ENGINE_VENDOR) not in registered:

@@ -61,6 +61,17 @@ def test_the_users_values_win():
     assert not any("agent.num_workers" in line or "enforce_eager" in line for line in lines)
 
 
+def test_a_whole_group_that_the_user_gave_is_left_alone():
+    config, _, _ = switched("actor_rollout_ref.rollout.agent={num_workers: 8}", on_cpu=True)
+    assert config.actor_rollout_ref.rollout.agent.num_workers == 8
+
+
+def test_environment_variables_of_the_shell_reach_the_workers(monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "7")
+    config, _, _ = switched(on_cpu=True)
+    assert config.ray_kwargs.ray_init.runtime_env.env_vars.VLLM_CPU_KVCACHE_SPACE == "7"
+
+
 def test_a_value_of_a_recipe_wins_too():
     config, _, _ = switched("actor_rollout_ref.rollout.load_format=auto", "actor_rollout_ref.model.lora_alpha=128")
     assert config.actor_rollout_ref.rollout.load_format == "auto"
@@ -101,6 +112,7 @@ def test_environment_variables_of_the_user_stay():
         ("trainer.v1.trainer_mode=separate_async", "trainer.v1.trainer_mode=separate_async", "sync and colocate_async"),
         ("trainer.use_v1=False", "trainer.use_v1=False", "remove"),
         ("actor_rollout_ref.rollout.checkpoint_engine.backend=nccl", "checkpoint_engine.backend=nccl", "naive"),
+        ("+actor_rollout_ref.rollout.engine_kwargs.vllm.worker_extension_cls=a.B", "worker_extension_cls=a.B", "remove"),
         ("actor_rollout_ref.model.use_liger=True", "use_liger=True", "remove it"),
         ("actor_rollout_ref.model.mtp.enable=True", "mtp.enable=True", "remove it"),
         ("algorithm.adv_estimator=gae", "algorithm.adv_estimator=gae", "grpo"),

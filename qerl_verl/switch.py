@@ -1,0 +1,14 @@
+"""How the processes of a job tell that it runs with the switch."""
+
+import os
+
+SWITCH_ENV = "QERL_SWITCH"
+"""Set in every process of such a job, through Ray's runtime environment; the value is the name of the chosen config."""
+
+ENGINE_VENDOR = "qerl"
+"""``VERL_ENGINE_VENDOR`` of such a job: what the engines are registered under in verl's EngineRegistry."""
+
+
+def switched_on() -> bool:
+    """Whether this process belongs to a job that runs with the switch."""
+    return bool(os.environ.get(SWITCH_ENV))
