@@ -54,7 +54,7 @@ class SupervisedStart:
     lr: float = 2e-3
     careless_steps: int = 40
     careless_lr: float = 1e-3
-    careless_fraction: float = 0.8
+    careless_fraction: float = 0.75
     batch: int = 64
 
 

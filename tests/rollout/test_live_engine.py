@@ -11,7 +11,10 @@ from transformers import AutoModelForCausalLM
 from qerl_verl.aqn.noise import draw_noise
 from qerl_verl.lora.peft import save_adapter
 
-pytestmark = pytest.mark.engine
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="drives vLLM's CPU engine inside pytest"),
+]
 
 SYNCED = "simon_lora_path"  # VLLM_LORA_PATH of verl/workers/rollout/vllm_rollout/utils.py
 PROMPTS = [list(range(5 + i, 25 + i)) for i in range(4)]
@@ -27,8 +30,6 @@ def engine(nvfp4_checkpoint):
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "true",
     }
-    if torch.cuda.is_available():
-        environment = {k: v for k, v in environment.items() if "CPU" not in k and k != "VERL_PLATFORM"}
     before = {k: os.environ.get(k) for k in environment}
     os.environ.update(environment)
     from vllm import LLM
@@ -37,9 +38,9 @@ def engine(nvfp4_checkpoint):
         str(nvfp4_checkpoint),
         skip_tokenizer_init=True,
         enforce_eager=True,
+        distributed_executor_backend="mp",  # as verl starts it
         dtype="bfloat16",
         max_model_len=128,
-        gpu_memory_utilization=0.2,
         worker_extension_cls="qerl_verl.rollout.worker.QeRLWorkerExtension",
         enable_lora=True,
         max_loras=1,
