@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 
 import torch
+from torch import library
 
 from . import tuning
 from .build import find_nvcc, library_path, load_library
@@ -120,20 +121,20 @@ def _dequantize_cuda(packed_p, scale_p):
     return out
 
 
-torch.library.define(
+library.define(
     "qerl_hopper::nvfp4_gemm", "(Tensor x, Tensor packed_p, Tensor scale_p, float alpha, Tensor? bias=None) -> Tensor"
 )
-torch.library.define("qerl_hopper::nvfp4_dequantize", "(Tensor packed_p, Tensor scale_p) -> Tensor")
-torch.library.impl("qerl_hopper::nvfp4_gemm", "CUDA", _gemm_cuda)
-torch.library.impl("qerl_hopper::nvfp4_dequantize", "CUDA", _dequantize_cuda)
+library.define("qerl_hopper::nvfp4_dequantize", "(Tensor packed_p, Tensor scale_p) -> Tensor")
+library.impl("qerl_hopper::nvfp4_gemm", "CUDA", _gemm_cuda)
+library.impl("qerl_hopper::nvfp4_dequantize", "CUDA", _dequantize_cuda)
 
 
-@torch.library.register_fake("qerl_hopper::nvfp4_gemm")
+@library.register_fake("qerl_hopper::nvfp4_gemm")
 def _(x, packed_p, scale_p, alpha, bias=None):
     return x.new_empty((*x.shape[:-1], packed_p.shape[0]))
 
 
-@torch.library.register_fake("qerl_hopper::nvfp4_dequantize")
+@library.register_fake("qerl_hopper::nvfp4_dequantize")
 def _(packed_p, scale_p):
     return packed_p.new_empty((packed_p.shape[0], packed_p.shape[1] * 2), dtype=torch.bfloat16)
 
