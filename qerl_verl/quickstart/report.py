@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,7 +92,9 @@ def summarize(run: Run, samples_per_step: int, seconds: dict[str, float], log: s
         "sigma_by_stage": run.by_stage(SIGMA),
         "rollout_probs_diff_by_stage": run.by_stage(DIFFERENCE),
         "seconds": {k: round(v, 1) for k, v in seconds.items()},
-        "seconds_per_step": {p: round(run.mean(f"timing_s/{p}", training), 3) for p in PHASES},
+        "seconds_per_step": {
+            phase: round(mean, 3) for phase in PHASES if not math.isnan(mean := run.mean(f"timing_s/{phase}", training))
+        },
         "kernels": kernels(log),
     }
 

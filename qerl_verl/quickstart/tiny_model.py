@@ -52,9 +52,9 @@ class SupervisedStart:
 
     steps: int = 800
     lr: float = 2e-3
-    careless_steps: int = 40
+    careless_steps: int = 80
     careless_lr: float = 1e-3
-    careless_fraction: float = 0.75
+    careless_fraction: float = 0.65
     batch: int = 64
 
 
@@ -111,6 +111,18 @@ def sampled_accuracy(model: Qwen2ForCausalLM, problems: Sequence[Problem], token
     return token.sum(-1).exp().mean().item()
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """One thread for PyTorch: so small a network gains little from more, which on busy cores wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@_one_thread()
 def make_tiny_model(
     folder: Path,
     train: Sequence[Problem],
@@ -131,11 +143,6 @@ def make_tiny_model(
     Returns:
         :func:`sampled_accuracy` on the training problems.
     """
-    with _one_thread():
-        return _make(folder, train, shape, start, seed, report)
-
-
-def _make(folder, train, shape, start, seed, report) -> float:
     torch.manual_seed(seed)
     draw = random.Random(seed)
     tokenizer = build_tokenizer()
@@ -156,17 +163,6 @@ def _make(folder, train, shape, start, seed, report) -> float:
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return accuracy
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """One thread for PyTorch: so small a network gains little from more, which on busy cores wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _config(shape: Shape, tokenizer: Qwen2Tokenizer) -> Qwen2Config:

@@ -1,7 +1,6 @@
 """From metrics to the table, and what `python -m qerl_verl.quickstart` does when verl fails."""
 
 import json
-import math
 
 import pytest
 
@@ -50,8 +49,7 @@ def test_the_numbers_of_the_summary(metrics):
     assert summary["sigma_by_stage"] == pytest.approx({0: 0.0, 1: 0.01, 2: 0.005})
     assert summary["rollout_probs_diff_by_stage"] == pytest.approx({0: 0.0, 1: 0.1, 2: 0.2})
     assert summary["seconds"] == {"model": 30.0}
-    assert summary["seconds_per_step"]["gen"] == 2.0 and summary["seconds_per_step"]["step"] == 3.5
-    assert math.isnan(summary["seconds_per_step"]["update_actor"])
+    assert summary["seconds_per_step"] == {"gen": 2.0, "step": 3.5}
     assert summary["kernels"] == ["actor NVFP4 linear = A", "rollout NVFP4 linear = B"]
 
 
