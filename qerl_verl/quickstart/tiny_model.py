@@ -52,9 +52,9 @@ class SupervisedStart:
 
     steps: int = 800
     lr: float = 2e-3
-    careless_steps: int = 80
+    careless_steps: int = 60
     careless_lr: float = 1e-3
-    careless_fraction: float = 0.65
+    careless_fraction: float = 0.7
     batch: int = 64
 
 

@@ -62,6 +62,13 @@ def test_an_epoch_has_at_least_one_batch(config):
     assert len(split(seed=0)[0]) >= config.data.train_batch_size
 
 
+def test_every_batch_splits_into_whole_micro_batches(config):
+    """verl refuses anything else, but only once the first step is under way (engine/utils.py, prepare_micro_batches)."""
+    actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
+    assert config.data.train_batch_size * rollout.n % rollout.log_prob_micro_batch_size_per_gpu == 0
+    assert actor.ppo_mini_batch_size * rollout.n % actor.ppo_micro_batch_size_per_gpu == 0
+
+
 def test_the_recipes_reward_is_one_for_exactly_the_right_number(config):
     reward = get_custom_reward_fn(config)
     problem = Problem(12, "+", 9)
