@@ -112,7 +112,7 @@ def choose_platform(settings: QeRLSettings, config: DictConfig) -> str:
     if platform == "cpu" and not cpu_vllm:
         raise SettingsError([
             "no GPU is visible and the installed vLLM is a CUDA build: run where a GPU is, set RAY_ADDRESS to join a cluster "
-            "that has them, or install vLLM's CPU build (see README, 'Without a GPU')"
+            "that has them, or install vLLM's CPU build (see README, 'Try it without a GPU')"
         ])  # fmt: skip
     if platform == "cuda" and cpu_vllm:
         raise SettingsError([
