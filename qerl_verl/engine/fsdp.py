@@ -1,23 +1,27 @@
-"""FSDP2 engine of verl with an NVFP4 base and LoRA adapters (verl/workers/engine/fsdp/transformer_impl.py)."""
+"""FSDP2 engines of verl with an NVFP4 base and LoRA adapters (verl/workers/engine/fsdp/transformer_impl.py)."""
 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from accelerate import init_empty_weights
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch import nn
+from transformers import AutoModelForTokenClassification
 from verl.models.transformers.monkey_patch import apply_monkey_patch
-from verl.utils.fs import copy_to_local
-from verl.utils.fsdp_utils import collect_lora_params
+from verl.utils.fs import copy_to_local, local_mkdir_safe
+from verl.utils.fsdp_utils import load_fsdp_model_to_gpu
 from verl.utils.model import get_hf_auto_model_class
 from verl.utils.py_functional import convert_to_regular_types
 from verl.utils.torch_dtypes import PrecisionType
-from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
+from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead, FSDPEngineWithValueHead
 
+from qerl_verl.engine.finite import NonFiniteError, first_nonfinite, gather_first, gradient_norms, named_tensors
 from qerl_verl.lora.peft import linear_names, register_nvfp4, save_adapter
 from qerl_verl.nvfp4.loading import load_tensors, packed_linear_names, swap_linears
 
@@ -25,14 +29,36 @@ logger = logging.getLogger(__name__)
 logger.setLevel(os.getenv("VERL_LOGGING_LEVEL", "INFO"))
 
 ADAPTER_FOLDER = "lora_adapter"
-"""Folder of a checkpoint's ``actor`` folder that holds the adapter in PEFT's format."""
+"""Folder of a checkpoint's ``actor`` or ``critic`` folder that holds the adapter in PEFT's format."""
+
+VALUE_HEAD = "score"
+"""The value head's name in transformers' token classification models (transformers/modeling_layers.py,
+GenericForTokenClassification): ``[1, hidden_size]`` and a bias."""
 
 
-class NVFP4EngineWithLMHead(FSDPEngineWithLMHead):
-    """Actor and reference policy: NVFP4 base, frozen, sharded as bytes; LoRA adapters in float32.
+class NVFP4EngineMixin:
+    """What the actor's and the critic's engine share; stands in front of one of verl's FSDP engines.
 
-    The model path must be a folder in the format ``nvfp4-pack-quantized``; the switch sees to that.
+    The base is NVFP4, frozen, sharded as bytes; LoRA adapters are float32. The model path must be a folder in the format
+    ``nvfp4-pack-quantized``; the switch sees to that.
+
+    Raises:
+        NonFiniteError: a NaN or Inf in a loss (:meth:`forward_step`), in a gradient norm (:meth:`optimizer_step`) or in an
+            adapter that is about to be sent or saved (:meth:`get_per_tensor_param`, :meth:`save_checkpoint`).
     """
+
+    role: str
+    """As in verl's metrics: actor or critic."""
+
+    task_type: TaskType
+    """PEFT's; decides which class wraps the model, and which modules beside the adapters train."""
+
+    new_modules: tuple[str, ...] = ()
+    """Modules that the checkpoint does not have."""
+
+    def _empty_module(self, config, dtype: torch.dtype) -> nn.Module:
+        """The model in ``dtype`` on the meta device. ``new_modules`` are real on rank 0."""
+        raise NotImplementedError
 
     def _build_module(self) -> nn.Module:
         """The base on the CPU of the mesh's first rank and on the meta device of the others, as verl does it.
@@ -41,18 +67,14 @@ class NVFP4EngineWithLMHead(FSDPEngineWithLMHead):
         """
         config, path = self.model_config.hf_config, self.model_config.local_path
         dtype = torch.bfloat16
-        with init_empty_weights(include_buffers=False), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            module = get_hf_auto_model_class(hf_config=config).from_config(
-                config, dtype=dtype, trust_remote_code=self.model_config.trust_remote_code
-            )
+        module = self._empty_module(config, dtype)
         packed = packed_linear_names(path)
         swap_linears(module, packed, dtype, storage_dtype=self._fsdp_param_dtype())
         module.requires_grad_(False)
         if self.rank == 0:
-            load_tensors(module, path, dtype)
+            load_tensors(module, path, dtype, new_modules=self.new_modules)
             print(
-                f"[qerl] kernel: actor NVFP4 linear = PyTorch reference (dequantize to {dtype}, matrix product) on "
+                f"[qerl] kernel: {self.role} NVFP4 linear = PyTorch reference (dequantize to {dtype}, matrix product) on "
                 f"{self._device_type()}, {len(packed)} layers, attention {config._attn_implementation}",
                 flush=True,
             )
@@ -88,18 +110,19 @@ class NVFP4EngineWithLMHead(FSDPEngineWithLMHead):
             folder = copy_to_local(adapter, use_shm=self.model_config.use_shm)
             config = LoraConfig.from_pretrained(folder)
             config.inference_mode = False
+            config.task_type = self.task_type
             module = PeftModel.from_pretrained(
                 module, folder, is_trainable=True, config=register_nvfp4(config), autocast_adapter_dtype=True
             )
-            if isinstance(module.peft_config["default"].task_type, str):
-                module.peft_config["default"].task_type = TaskType.CAUSAL_LM
         else:
             targets = convert_to_regular_types(self.model_config.target_modules)
+            if targets == "all-linear":
+                targets = [name for name in linear_names(module) if name not in self.new_modules]
             config = LoraConfig(
-                task_type=TaskType.CAUSAL_LM,
+                task_type=self.task_type,
                 r=self.model_config.lora_rank,
                 lora_alpha=self.model_config.lora_alpha,
-                target_modules=linear_names(module) if targets == "all-linear" else targets,
+                target_modules=targets,
                 exclude_modules=convert_to_regular_types(self.model_config.exclude_modules),
                 bias="none",
             )
@@ -110,20 +133,164 @@ class NVFP4EngineWithLMHead(FSDPEngineWithLMHead):
         return module
 
     def _build_optimizer(self, module: nn.Module):
-        """The optimizer sees the adapters alone: neither its state nor its checkpoint knows the base."""
+        """The optimizer sees what trains alone: neither its state nor its checkpoint knows the base."""
         from verl.workers.config.optimizer import build_optimizer
 
         return build_optimizer([p for p in module.parameters() if p.requires_grad], self.optimizer_config)
 
+    def _at_step(self) -> str:
+        """For messages. verl advances the scheduler once per training step, and restores it on resume."""
+        scheduler = getattr(self, "lr_scheduler", None)
+        return self.role if scheduler is None else f"{self.role}, step {scheduler.last_epoch + 1}"
+
+    def forward_step(self, micro_batch, loss_function, forward_only):
+        """verl's forward pass of one micro-batch; a loss that is not finite ends the run.
+
+        Raises:
+            NonFiniteError: naming the loss and the first tensor with a NaN or Inf among the model's output and its input.
+        """
+        loss, output = super().forward_step(micro_batch, loss_function, forward_only)
+        if not math.isfinite(output["loss"]):
+            tensors = named_tensors(("output", output["model_output"]), ("batch", micro_batch))
+            name = first_nonfinite(tensors)
+            cause = f"; the first tensor that is not finite is {name}" if name else "; what went into it is finite"
+            raise NonFiniteError(f"[qerl] {self._at_step()}: the loss is {output['loss']}{cause}. The run stops here.")
+        return loss, output
+
+    def optimizer_step(self) -> float:
+        """verl's clipping and update; where verl skips an update whose gradient norm is not finite, the run ends.
+
+        With float16's loss scaling, such updates are part of the method and are skipped as in verl.
+
+        Returns:
+            The norm of the gradients before clipping.
+
+        Raises:
+            NonFiniteError: on every rank, naming the first parameter whose gradient norm is not finite. Parameters are as
+                they were before the step.
+        """
+        names, norms = gradient_norms(self.module)
+        grad_norm = super().optimizer_step()
+        if self.scaler is None and not math.isfinite(grad_norm):
+            bad = [] if norms is None else [n for n, finite in zip(names, norms.isfinite().tolist()) if not finite]
+            name = gather_first(bad[0] if bad else None) or "no single one of them"
+            raise NonFiniteError(
+                f"[qerl] {self._at_step()}: the gradient norm is {grad_norm}; not finite: gradient of {name}. "
+                "The run stops here, the weights are those before the step."
+            )
+        return grad_norm
+
+    def get_per_tensor_param(self, layered_summon: bool = False, base_sync_done: bool = False, **kwargs):
+        """verl's parameters for the rollout: with ``base_sync_done`` the adapter, full float32 tensors on the host.
+
+        Raises:
+            NonFiniteError: naming the first tensor of the adapter with a NaN or Inf.
+        """
+        tensors, config = super().get_per_tensor_param(
+            layered_summon=layered_summon, base_sync_done=base_sync_done, **kwargs
+        )
+        if config is not None and base_sync_done:
+            tensors = list(tensors)
+            if name := first_nonfinite(tensors):
+                raise NonFiniteError(f"[qerl] {self._at_step()}: {name} is not finite; it is neither sent nor saved.")
+        return tensors, config
+
     def save_checkpoint(self, local_path: str, hdfs_path=None, global_step: int = 0, max_ckpt_to_keep=None, **kwargs):
-        """verl's checkpoint (adapter, optimizer, scheduler, random state), and the adapter in PEFT's format beside it."""
+        """verl's checkpoint (adapter, optimizer, scheduler, random state), and the adapter in PEFT's format beside it.
+
+        Raises:
+            NonFiniteError: nothing is written then.
+        """
+        tensors, _ = self.get_per_tensor_param(base_sync_done=True)
         super().save_checkpoint(local_path, hdfs_path, global_step, max_ckpt_to_keep, **kwargs)
-        tensors = collect_lora_params(module=self.module, layered_summon=False, base_sync_done=True)
         if self.rank == 0:
             save_adapter(
                 os.path.join(local_path, ADAPTER_FOLDER),
-                tensors,
+                dict(tensors),
                 self.module.peft_config["default"],
                 base_model=self.model_config.path,
             )
         torch.distributed.barrier()
+
+
+class NVFP4EngineWithLMHead(NVFP4EngineMixin, FSDPEngineWithLMHead):
+    """Actor, and with the adapter off the reference policy (verl/workers/engine/fsdp/transformer_impl.py)."""
+
+    role = "actor"
+    task_type = TaskType.CAUSAL_LM
+
+    def _empty_module(self, config, dtype: torch.dtype) -> nn.Module:
+        with init_empty_weights(include_buffers=False), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return get_hf_auto_model_class(hf_config=config).from_config(
+                config, dtype=dtype, trust_remote_code=self.model_config.trust_remote_code
+            )
+
+
+class NVFP4EngineWithValueHead(NVFP4EngineMixin, FSDPEngineWithValueHead):
+    """Critic (verl/workers/engine/fsdp/transformer_impl.py, FSDPEngineWithValueHead).
+
+    transformers' token classification model with one label, as verl builds it (verl/utils/model.py, load_valuehead_model).
+    The value head is in float32 and trains beside the adapters as one of PEFT's ``modules_to_save``, so it is part of the
+    adapter that is saved. verl's ``save_lora_only`` knows LoRA tensors alone, so the head has a file of its own in a
+    checkpoint, one a rank like verl's.
+    """
+
+    role = "critic"
+    task_type = TaskType.TOKEN_CLS
+    new_modules = (VALUE_HEAD,)
+
+    def _empty_module(self, config, dtype: torch.dtype) -> nn.Module:
+        config.num_labels, config.classifier_dropout = 1, 0.0
+        with init_empty_weights(include_buffers=False), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            module = AutoModelForTokenClassification.from_config(
+                config, dtype=dtype, trust_remote_code=self.model_config.trust_remote_code
+            )
+        head = getattr(module, VALUE_HEAD).float()
+        if self.rank == 0:
+            # as transformers initializes it, but from the engine's seed
+            head.to_empty(device="cpu")
+            generator = torch.Generator().manual_seed(self.engine_config.seed)
+            nn.init.normal_(head.weight, std=config.initializer_range, generator=generator)
+            nn.init.zeros_(head.bias)
+        return module
+
+    def disable_adapter(self) -> AbstractContextManager:
+        """Nothing: a critic has no reference. verl's trainer leaves the reference policy's ``no_lora_adapter`` in the batch
+        (verl/trainer/ppo/v1/trainer_base.py, _compute_ref_log_prob), and values without adapter and trained head would
+        be the result."""
+        return nullcontext()
+
+    def _head_file(self, folder: str) -> str:
+        world_size = torch.distributed.get_world_size()
+        return os.path.join(folder, f"value_head_world_size_{world_size}_rank_{self.rank}.pt")
+
+    def _on_device(self) -> None:
+        if self._is_offload_param:  # verl's own save and load move it back
+            load_fsdp_model_to_gpu(self.module)
+
+    def save_checkpoint(self, local_path: str, hdfs_path=None, global_step: int = 0, max_ckpt_to_keep=None, **kwargs):
+        """As the actor's, and ``value_head_world_size_W_rank_R.pt``: this rank's shards, float32."""
+        super().save_checkpoint(local_path, hdfs_path, global_step, max_ckpt_to_keep, **kwargs)
+        if self.checkpoint_manager.should_save_model:
+            trained = {n for n, p in self.module.named_parameters() if p.requires_grad and "lora_" not in n}
+            self._on_device()
+            state = {n: p for n, p in self.module.state_dict().items() if n in trained}
+            torch.save(state, self._head_file(local_mkdir_safe(local_path)))
+            self.to("cpu", model=self._is_offload_param, optimizer=False, grad=False)
+        torch.distributed.barrier()
+
+    def load_checkpoint(self, local_path: str, hdfs_path=None, del_local_after_load: bool = True, **kwargs):
+        """verl's, and the value head.
+
+        Raises:
+            ValueError: a head that is not this model's.
+        """
+        if self.checkpoint_manager.should_load_model and local_path is not None:
+            self._on_device()
+            state = torch.load(copy_to_local(self._head_file(local_path)), weights_only=False)
+            result = self.module.load_state_dict(state, strict=False)
+            if not state or result.unexpected_keys:
+                raise ValueError(f"{self._head_file(local_path)}: unexpected {result.unexpected_keys or 'empty file'}")
+        super().load_checkpoint(local_path, hdfs_path, del_local_after_load, **kwargs)

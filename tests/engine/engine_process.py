@@ -1,12 +1,17 @@
-"""Runs in a process of its own, one per rank: builds the engine, trains a few steps, writes what it saw as JSON.
+"""Runs in a process of its own, one per rank: builds engines, trains a few steps, writes what it saw as JSON.
 
 Usage: engine_process.py CHECKPOINT OUT RANK WORLD_SIZE PORT JSON_SETTINGS
+
+``variants`` in the settings: several engines one after the other, through verl's own path (train_batch, infer_batch).
+``poison``: what makes the engine stop. Else one engine, and the steps of :func:`train_step`.
 """
 
 import hashlib
 import json
 import os
 import sys
+from functools import partial
+from types import SimpleNamespace
 
 checkpoint, out, rank, world, port, settings = sys.argv[1:]
 rank, world, settings = int(rank), int(world), json.loads(settings)
@@ -15,34 +20,52 @@ os.environ |= {"MASTER_PORT": port, "QERL_SWITCH": "nvfp4", "VERL_PLATFORM": "cp
 
 import torch  # noqa: E402
 import verl  # noqa: E402, F401  (loads the plugin)
-from torch.distributed.tensor import DTensor  # noqa: E402
+from torch.distributed.tensor import DTensor, distribute_tensor  # noqa: E402
 from verl.trainer.config import CheckpointConfig  # noqa: E402
+from verl.utils import tensordict_utils as tu  # noqa: E402
 from verl.utils.distributed import initialize_global_process_group_ray  # noqa: E402
-from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig  # noqa: E402
+from verl.workers.config import (  # noqa: E402
+    FSDPActorConfig,
+    FSDPEngineConfig,
+    FSDPOptimizerConfig,
+    HFModelConfig,
+)
 from verl.workers.engine import EngineRegistry  # noqa: E402
+from verl.workers.utils.losses import ppo_loss, value_loss  # noqa: E402
 
 initialize_global_process_group_ray()
 torch.manual_seed(0)
 torch.set_num_threads(1)
 
 
-def make_engine():
+def make_engine(**variant):
+    get = {**settings, **variant}.get
+    model_type = get("model_type", "language_model")
     model = HFModelConfig(
         path=checkpoint,
-        lora_rank=settings.get("lora_rank", 8),
+        model_type=model_type,
+        lora_rank=get("lora_rank", 8),
         lora_alpha=16,
-        lora_adapter_path=settings.get("lora_adapter_path"),
-        enable_gradient_checkpointing=settings.get("gradient_checkpointing", True),
+        lora_adapter_path=get("lora_adapter_path"),
+        enable_gradient_checkpointing=get("gradient_checkpointing", True),
         override_config={"attn_implementation": "sdpa"},
+        use_remove_padding=get("use_remove_padding", False),
     )
     engine = EngineRegistry.new(
-        model_type="language_model",
+        model_type=model_type,
         backend="fsdp2",
         model_config=model,
         engine_config=FSDPEngineConfig(
-            strategy="fsdp2", use_torch_compile=False, param_offload=settings.get("offload", False)
+            strategy="fsdp2",
+            use_torch_compile=get("use_torch_compile", False),
+            param_offload=get("param_offload", False),
+            optimizer_offload=get("optimizer_offload", False),
+            offload_policy=get("offload_policy", False),
+            mixed_precision=get("mixed_precision"),
         ),
-        optimizer_config=FSDPOptimizerConfig(lr=1e-2, lr_warmup_steps=4, total_training_steps=10),
+        optimizer_config=FSDPOptimizerConfig(
+            lr=1e-2, lr_warmup_steps=get("lr_warmup_steps", 4), total_training_steps=10
+        ),
         checkpoint_config=CheckpointConfig(
             save_contents=["model", "optimizer", "extra"],
             load_contents=["model", "optimizer", "extra"],
@@ -64,8 +87,6 @@ def randomize_adapters(engine):
         if parameter.requires_grad:
             value = torch.randn(full(parameter).shape, generator=generator) * 0.05
             if isinstance(parameter, DTensor):
-                from torch.distributed.tensor import distribute_tensor
-
                 parameter.data.copy_(distribute_tensor(value, parameter.device_mesh, parameter.placements))
             else:
                 parameter.data.copy_(value)
@@ -80,13 +101,126 @@ def train_step(engine, step):
         engine.optimizer_zero_grad()
         with torch.autocast("cpu", torch.bfloat16):
             logits = engine.module(input_ids=mine, use_cache=False).logits.float()
-        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), mine[:, 1:].flatten())
+        if logits.shape[-1] == 1:  # values
+            loss = (logits.squeeze(-1) - mine / 200).square().mean()
+        else:
+            loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), mine[:, 1:].flatten())
         loss.backward()
         grad_norm = engine.optimizer_step()
         lr = engine.lr_scheduler_step()
     total = loss.detach().clone()
     torch.distributed.all_reduce(total)
     return {"loss": total.item() / world, "grad_norm": grad_norm, "lr": lr}
+
+
+def verl_batch(step, **extra):
+    """Eight sequences of unequal length as verl's trainer sends them to a worker, and what a PPO loss wants to know."""
+    generator = torch.Generator().manual_seed(200 + step)
+    prompts = [3, 6, 4, 5, 2, 7, 3, 4]
+    responses = [9, 4, 7, 12, 5, 3, 10, 6]
+    ids = [torch.randint(3, 200, (p + r,), generator=generator) for p, r in zip(prompts, responses)]
+
+    def jagged(rows):
+        return torch.nested.as_nested_tensor(list(rows), layout=torch.jagged)
+
+    def drawn():
+        return jagged(torch.randn(r, generator=generator) for r in responses)
+
+    tensors = {
+        "input_ids": jagged(ids),
+        "position_ids": jagged(torch.arange(len(i)) for i in ids),
+        "prompts": jagged(i[:p] for i, p in zip(ids, prompts)),
+        "responses": jagged(i[p:] for i, p in zip(ids, prompts)),
+        "loss_mask": jagged(torch.ones(r) for r in responses),
+        "response_mask": jagged(torch.ones(r) for r in responses),
+        "advantages": drawn(),
+        "returns": drawn(),
+        "values": drawn(),
+        "old_log_probs": jagged(torch.randn(r, generator=generator) * 0.1 - 5 for r in responses),
+    }
+    return tu.get_tensordict(tensors, {"temperature": 1.0, "global_batch_size": 8, **extra})
+
+
+def loss_function():
+    if settings.get("model_type") == "value_model":
+        config = SimpleNamespace(cliprange_value=0.5, loss_agg_mode="token-mean", loss_scale_factor=None)
+        return partial(value_loss, config=config)
+    config = FSDPActorConfig(strategy="fsdp2", rollout_n=1, ppo_micro_batch_size_per_gpu=4, use_torch_compile=False)
+    return partial(ppo_loss, config=config)
+
+
+def run_variant(name, variant):
+    """Two steps of verl's train_batch; with ``reference``, log-probabilities without the adapter before each of them."""
+    engine = make_engine(**variant)
+    seen = {"fresh": infer(engine)} if variant.get("reference") else {}
+    with engine.train_mode():
+        randomize_adapters(engine)
+    torch.save(adapter(engine)[0], f"{out}.start.pt")
+    seen |= {"loss": [], "grad_norm": []}
+    for step in range(2):
+        if variant.get("reference"):
+            with engine.disable_adapter():
+                seen["without"] = infer(engine)
+            seen["with"] = infer(engine)
+        data = verl_batch(
+            step,
+            use_remove_padding=variant.get("use_remove_padding", False),
+            use_dynamic_bsz=variant.get("use_dynamic_bsz", False),
+            max_token_len_per_gpu=32,
+            micro_batch_size_per_gpu=4,
+        )
+        with engine.train_mode():
+            output = engine.train_batch(data, loss_function())
+            engine.lr_scheduler_step()
+        seen["loss"].append(sum(output["loss"]))
+        seen["micro_batches"] = len(output["loss"])
+        seen["grad_norm"].append(output["metrics"]["grad_norm"])
+    tensors, _ = engine.get_per_tensor_param(base_sync_done=True, layered_summon=variant.get("layered_summon", False))
+    torch.save(dict(tensors), f"{out}.{name}.pt")
+    return seen
+
+
+def infer(engine):
+    """Log-probabilities or values of step 0's batch, flat, as a list."""
+    data = verl_batch(0, use_remove_padding=False, use_dynamic_bsz=False, micro_batch_size_per_gpu=8)
+    with engine.eval_mode():
+        output = engine.infer_batch(data)["model_output"]
+    return output["values" if "values" in output else "log_probs"].values().float().tolist()
+
+
+def poisoned(what):
+    """The error of an engine whose ``what`` is not finite, and whether the weights are those before the step."""
+    engine = make_engine()
+    randomize_adapters(engine)
+    engine.lr_scheduler_step()
+    engine.lr_scheduler_step()
+    before = digest(adapter(engine)[0])
+    batch = {"use_remove_padding": False, "use_dynamic_bsz": False, "micro_batch_size_per_gpu": 4}
+    parameters = dict(engine.module.named_parameters())
+    name = next(n for n in parameters if "layers.1.self_attn.q_proj.lora_A" in n)
+    try:
+        if what == "loss":
+            data = verl_batch(0, **batch)
+            data["returns" if settings.get("model_type") == "value_model" else "advantages"].values()[40] = float("nan")
+            with engine.train_mode():
+                engine.train_batch(data, loss_function())
+        elif what == "gradient":  # of one rank alone
+            with engine.train_mode():
+                engine.optimizer_zero_grad()
+                engine.forward_backward_batch(verl_batch(0, **batch), loss_function())
+                if rank == world - 1:
+                    parameters[name].grad.to_local()[0, 0] = float("inf")
+                engine.optimizer_step()
+        else:
+            parameters[name].data.to_local()[0, 0] = float("nan")
+            if what == "sync":
+                engine.get_per_tensor_param(base_sync_done=True)
+            else:
+                engine.save_checkpoint(settings["save"], global_step=1)
+    except ArithmeticError as error:
+        unchanged = what in ("sync", "save") or digest(adapter(engine)[0]) == before
+        return {"error": f"{type(error).__name__}: {error}", "unchanged": unchanged}
+    return {"error": None}
 
 
 def adapter(engine):
@@ -107,39 +241,50 @@ def memory(field):
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith(field))
 
 
-report = {}
-with open("/proc/self/clear_refs", "w") as file:
-    file.write("5")  # forget the peak so far
-before = memory("VmRSS")
-engine = make_engine()
-report["peak_growth"] = memory("VmHWM") - before
-report["class"] = type(engine).__name__
-report["parameters"] = {
-    name: {
-        "dtype": str(p.dtype),
-        "local_bytes": (p.to_local() if isinstance(p, DTensor) else p).numel() * p.element_size(),
-        "bytes": p.numel() * p.element_size(),
-        "trains": p.requires_grad,
+def run_steps():
+    report = {}
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # forget the peak so far
+    before = memory("VmRSS")
+    engine = make_engine()
+    report["peak_growth"] = memory("VmHWM") - before
+    report["class"] = type(engine).__name__
+    report["parameters"] = {
+        name: {
+            "dtype": str(p.dtype),
+            "local_bytes": (p.to_local() if isinstance(p, DTensor) else p).numel() * p.element_size(),
+            "bytes": p.numel() * p.element_size(),
+            "trains": p.requires_grad,
+        }
+        for name, p in engine.module.named_parameters()
     }
-    for name, p in engine.module.named_parameters()
-}
-if settings.get("steps"):
-    if settings.get("randomize", True):
-        randomize_adapters(engine)
-    if settings.get("load"):
-        engine.load_checkpoint(settings["load"], del_local_after_load=False)
-        report["loaded"] = digest(adapter(engine)[0])
-    report["steps"] = []
-    for step in range(settings.get("first_step", 0), settings["steps"]):
-        report["steps"].append(train_step(engine, step))
-        if step + 1 == settings.get("save_after"):
-            engine.save_checkpoint(settings["save"], global_step=step + 1)
-            report["saved"] = digest(adapter(engine)[0])
-    tensors, config = adapter(engine)
-    report["adapter"] = digest(tensors)
-    report["adapter_names"] = sorted(tensors)
-    report["optimizer_steps"] = sorted({int(s["step"]) for s in engine.optimizer.state_dict()["state"].values()})
-    torch.save(tensors, f"{out}.adapter.pt") if rank == 0 else None
+    report["built"] = digest(adapter(engine)[0])
+    if settings.get("steps"):
+        if settings.get("randomize", True):
+            randomize_adapters(engine)
+        if settings.get("load"):
+            engine.load_checkpoint(settings["load"], del_local_after_load=False)
+            report["loaded"] = digest(adapter(engine)[0])
+        report["steps"] = []
+        for step in range(settings.get("first_step", 0), settings["steps"]):
+            report["steps"].append(train_step(engine, step))
+            if step + 1 == settings.get("save_after"):
+                engine.save_checkpoint(settings["save"], global_step=step + 1)
+                report["saved"] = digest(adapter(engine)[0])
+        tensors, config = adapter(engine)
+        report["adapter"] = digest(tensors)
+        report["adapter_names"] = sorted(tensors)
+        report["optimizer_steps"] = sorted({int(s["step"]) for s in engine.optimizer.state_dict()["state"].values()})
+        torch.save(tensors, f"{out}.adapter.pt") if rank == 0 else None
+    return report
+
+
+if settings.get("variants"):
+    report = {name: run_variant(name, variant) for name, variant in settings["variants"].items()}
+elif settings.get("poison"):
+    report = {what: poisoned(what) for what in settings["poison"]}
+else:
+    report = run_steps()
 with open(f"{out}.{rank}.json", "w") as file:
     json.dump(report, file)
 torch.distributed.barrier()

@@ -2,39 +2,14 @@
 
 import itertools
 import json
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-SCRIPT = Path(__file__).parent / "engine_process.py"
-
-
-def run_engine(checkpoint, out: Path, world: int = 1, **settings) -> list[dict]:
-    """Build and train an engine on ``world`` ranks; returns each rank's report."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, SCRIPT, checkpoint, out, str(rank), str(world), str(port), json.dumps(settings)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(world)
-    ]
-    outputs = [r.communicate(timeout=300)[0] for r in ranks]
-    assert all(r.returncode == 0 for r in ranks), "\n".join(o[-4000:] for o in outputs)
-    return [json.loads(Path(f"{out}.{rank}.json").read_text()) for rank in range(world)]
-
 
 @pytest.fixture(scope="module")
-def one_rank(tmp_path_factory, nvfp4_checkpoint):
+def one_rank(run_engine, tmp_path_factory, nvfp4_checkpoint):
     """Four steps on one rank, saved after the second."""
     folder = tmp_path_factory.mktemp("one")
     report = run_engine(nvfp4_checkpoint, folder / "r", steps=4, save_after=2, save=str(folder / "ckpt" / "actor"))[0]
@@ -81,7 +56,7 @@ def test_a_checkpoint_holds_adapter_optimizer_and_scheduler_but_not_the_base(one
     assert config["peft_type"] == "LORA" and config["r"] == 8 and "q_proj" in config["target_modules"]
 
 
-def test_resuming_continues_bit_for_bit(one_rank, nvfp4_checkpoint, tmp_path):
+def test_resuming_continues_bit_for_bit(run_engine, one_rank, nvfp4_checkpoint, tmp_path):
     folder, unbroken = one_rank
     resumed = run_engine(
         nvfp4_checkpoint, tmp_path / "r", steps=4, first_step=2, randomize=False, load=str(folder / "ckpt" / "actor")
@@ -91,20 +66,19 @@ def test_resuming_continues_bit_for_bit(one_rank, nvfp4_checkpoint, tmp_path):
     assert resumed["adapter"] == unbroken["adapter"] and resumed["optimizer_steps"] == [4]
 
 
-def test_an_adapter_of_another_rank_is_refused(one_rank, nvfp4_checkpoint, tmp_path):
+def test_an_adapter_of_another_rank_is_refused(run_engine, one_rank, nvfp4_checkpoint, tmp_path):
     with pytest.raises(AssertionError, match="size mismatch|shape"):
         run_engine(nvfp4_checkpoint, tmp_path / "r", steps=1, lora_rank=4, load=str(one_rank[0] / "ckpt" / "actor"))
 
 
-def test_training_goes_on_from_an_adapter_folder(one_rank, nvfp4_checkpoint, tmp_path):
+def test_training_goes_on_from_an_adapter_folder(run_engine, one_rank, nvfp4_checkpoint, tmp_path):
     adapter = one_rank[0] / "ckpt" / "actor" / "lora_adapter"
-    report = run_engine(
-        nvfp4_checkpoint, tmp_path / "r", steps=0, lora_adapter_path=str(adapter)
-    )[0]  # fmt: skip
+    report = run_engine(nvfp4_checkpoint, tmp_path / "r", lora_adapter_path=str(adapter))[0]
+    assert report["built"] == one_rank[1]["saved"]
     assert {p["dtype"] for p in report["parameters"].values() if p["trains"]} == {"torch.float32"}
 
 
-def test_two_ranks_shard_the_bytes_and_train_the_same_adapter(one_rank, nvfp4_checkpoint, tmp_path):
+def test_two_ranks_shard_the_bytes_and_train_the_same_adapter(run_engine, one_rank, nvfp4_checkpoint, tmp_path):
     reports = run_engine(nvfp4_checkpoint, tmp_path / "r", world=2, steps=4)
     for name, p in reports[0]["parameters"].items():
         if name.endswith((".weight_packed", ".weight_scale")):
@@ -119,7 +93,7 @@ def test_two_ranks_shard_the_bytes_and_train_the_same_adapter(one_rank, nvfp4_ch
     assert difference / moved < 3e-2
 
 
-def test_building_never_holds_the_model_in_16_bits(model_factory, tmp_path):
+def test_building_never_holds_the_model_in_16_bits(run_engine, model_factory, tmp_path):
     from qerl_verl.nvfp4.checkpoint import quantize_checkpoint
 
     shape = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=12, num_attention_heads=8)

@@ -58,6 +58,8 @@ def test_with_the_switch_a_worker_registers_all_four_and_replaces_nothing(tmp_pa
     assert set(stock[0]) < set(ours[0]) and {(m, b, d) for m, b, d, _ in added} == {
         ("language_model", "fsdp2", "('cuda', 'qerl')"),
         ("language_model", "fsdp2", "('cpu', 'qerl')"),
+        ("value_model", "fsdp2", "('cuda', 'qerl')"),
+        ("value_model", "fsdp2", "('cpu', 'qerl')"),
     }
     assert set(ours[1]) - set(stock[1]) == {
         ("qerl_sync", "qerl_verl.trainer.ppo"),

@@ -1,0 +1,60 @@
+"""Stop a run at the first NaN or Inf, by name, before it reaches the weights, a checkpoint or the rollout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+
+class NonFiniteError(FloatingPointError):
+    """A loss, a gradient or an adapter tensor is NaN or Inf. The message names the role, the step and the tensor."""
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a DTensor; any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def first_nonfinite(tensors: Iterable[tuple[str, Any]]) -> str | None:
+    """Name of the first floating-point tensor with a NaN or an Inf in it (of a DTensor: in this rank's part).
+
+    Args:
+        tensors: names and values; a value that is no floating-point tensor is passed over, of a jagged one the values count.
+    """
+    for name, value in tensors:
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+            continue
+        value = local(value.values() if value.is_nested else value)
+        if value.numel() and not torch.isfinite(value).all():
+            return name
+    return None
+
+
+def gradient_norms(module: torch.nn.Module) -> tuple[list[str], torch.Tensor | None]:
+    """Names of the parameters with a gradient, and the norms of this rank's parts, ``[names]`` float32 on their device.
+
+    Nothing is copied to the host. None instead of the norms where this rank holds no gradient.
+    """
+    named = [(n, local(p.grad)) for n, p in module.named_parameters() if p.grad is not None]
+    named = [(n, g) for n, g in named if g.numel()]
+    if not named:
+        return [], None
+    norms = torch._foreach_norm([g for _, g in named])
+    return [n for n, _ in named], torch.stack([n.float() for n in norms])
+
+
+def gather_first(name: str | None, group=None) -> str | None:
+    """The first name that any rank of a group found. A collective call."""
+    names: list[str | None] = [None] * torch.distributed.get_world_size(group)
+    torch.distributed.all_gather_object(names, name, group=group)
+    return next((n for n in names if n is not None), None)
+
+
+def named_tensors(*groups: tuple[str, Mapping[str, Any]]) -> Iterable[tuple[str, Any]]:
+    """``("batch", {"returns": t})`` gives ``("batch.returns", t)``."""
+    for prefix, group in groups:
+        for name in group.keys():
+            yield f"{prefix}.{name}", group[name]

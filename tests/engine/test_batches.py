@@ -1,0 +1,75 @@
+"""verl's own training path (train_batch, infer_batch) under the settings of its example scripts, for actor and critic.
+
+Offloading and layered summoning move bytes and must change none. Packing and another split into micro-batches change the
+order of sums: in float32 the loss agrees to 1e-5, the gradient norm to 1e-4 of it, two updates of the adapter to 1e-3 of
+their length (Adam's first updates are the gradients' signs, so the smallest gradients count like the largest).
+"""
+
+import pytest
+import torch
+
+EXACT = {
+    "param_offload": {"param_offload": True},
+    "optimizer_offload": {"optimizer_offload": True},
+    "both_offloads": {"param_offload": True, "optimizer_offload": True},
+    "layered_summon": {"layered_summon": True},
+    "reference": {"reference": True},
+}
+IN_FLOAT32 = {"mixed_precision": {"param_dtype": "fp32", "reduce_dtype": "fp32"}}
+CLOSE = {
+    "use_dynamic_bsz": {"use_dynamic_bsz": True},
+    "use_remove_padding": {"use_remove_padding": True},
+    "remove_padding_and_dynamic_bsz": {"use_remove_padding": True, "use_dynamic_bsz": True},
+}
+
+
+@pytest.fixture(scope="module", params=["language_model", "value_model"])
+def variants(request, run_engine, tmp_path_factory, nvfp4_checkpoint):
+    folder = tmp_path_factory.mktemp(request.param)
+    settings = {"plain": {}, **EXACT, "plain_float32": IN_FLOAT32}
+    settings |= {name: variant | IN_FLOAT32 for name, variant in CLOSE.items()}
+    if request.param == "value_model":
+        del settings["layered_summon"]  # a way to send an adapter to the rollout
+    (report,) = run_engine(
+        nvfp4_checkpoint, folder / "r", model_type=request.param, lr_warmup_steps=0, variants=settings
+    )
+    adapters = {name: torch.load(folder / f"r.{name}.pt") for name in ("start", *report)}
+    return request.param, report, adapters
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_moving_bytes_changes_none(variants, name):
+    _, report, adapters = variants
+    if name not in report:
+        pytest.skip("a setting of the rollout")
+    for quantity in ("loss", "grad_norm"):
+        assert report[name][quantity] == report["plain"][quantity]
+    assert adapters[name].keys() == adapters["plain"].keys()
+    assert all(torch.equal(adapters[name][n], t) for n, t in adapters["plain"].items())
+
+
+def distance(a, b):
+    return sum((a[n] - b[n]).square().sum() for n in b).sqrt()
+
+
+@pytest.mark.parametrize("name", CLOSE)
+def test_packing_and_splitting_leave_loss_and_update_alone(variants, name):
+    _, report, adapters = variants
+    found, plain = report[name], report["plain_float32"]
+    assert found["loss"] == pytest.approx(plain["loss"], abs=1e-5)
+    assert found["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-4)
+    moved = distance(adapters["plain_float32"], adapters["start"])
+    assert distance(adapters[name], adapters["plain_float32"]) < 1e-3 * moved
+    if "dynamic_bsz" in name:
+        assert found["micro_batches"] > plain["micro_batches"]
+
+
+def test_the_reference_is_the_base_without_the_adapter(variants):
+    """A fresh adapter adds nothing, so the first log-probabilities are the base's; a critic has no reference."""
+    model_type, report, _ = variants
+    seen = report["reference"]
+    assert seen["with"] != seen["fresh"]
+    if model_type == "language_model":
+        assert seen["without"] == seen["fresh"]
+    else:
+        assert seen["without"] == seen["with"]

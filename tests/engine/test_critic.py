@@ -1,0 +1,103 @@
+"""The critic's engine: value head, checkpoints, two ranks."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForTokenClassification
+
+HEAD = {"base_model.model.score.weight", "base_model.model.score.bias"}
+
+
+@pytest.fixture(scope="module")
+def critic(run_engine, tmp_path_factory, nvfp4_checkpoint):
+    """Four steps on one rank, saved after the second."""
+    folder = tmp_path_factory.mktemp("critic")
+    save = str(folder / "ckpt" / "critic")
+    report = run_engine(nvfp4_checkpoint, folder / "r", model_type="value_model", steps=4, save_after=2, save=save)[0]
+    return folder, report
+
+
+def test_an_nvfp4_base_trains_adapters_and_a_value_head_in_float32(critic):
+    parameters = critic[1]["parameters"]
+    assert critic[1]["class"] == "NVFP4EngineWithValueHead"
+    packed = [n for n in parameters if n.endswith(".weight_packed")]
+    assert len(packed) == 2 * 7 and not any(parameters[n]["trains"] for n in packed)
+    trained = {n: p for n, p in parameters.items() if p["trains"]}
+    head = {n: p for n, p in trained.items() if "lora_" not in n}
+    assert sorted(p["bytes"] for p in head.values()) == [4, 4 * 128] and all(".score." in n for n in head)
+    assert {p["dtype"] for p in trained.values()} == {"torch.float32"}
+    assert not any("score" in n for n in trained if "lora_" in n)  # no adapter on the head
+
+
+def test_training_lowers_the_loss_and_moves_the_head(critic):
+    steps = critic[1]["steps"]
+    assert steps[-1]["loss"] < 0.9 * steps[0]["loss"] and all(s["grad_norm"] > 0 for s in steps)
+    folder = critic[0]
+    at_two = load_file(folder / "ckpt" / "critic" / "lora_adapter" / "adapter_model.safetensors")
+    at_four = torch.load(f"{folder}/r.adapter.pt")
+    assert HEAD < set(at_two) == set(at_four)
+    for name in HEAD:
+        assert at_two[name].dtype == torch.float32 and not torch.equal(at_two[name], at_four[name])
+
+
+def test_a_checkpoint_holds_adapter_and_head_and_optimizer_of_both(critic):
+    folder = critic[0] / "ckpt" / "critic"
+    state = torch.load(folder / "model_world_size_1_rank_0.pt", weights_only=False)
+    head = torch.load(folder / "value_head_world_size_1_rank_0.pt", weights_only=False)
+    assert state and all("lora_" in name for name in state)
+    assert len(head) == 2 and all("score" in name for name in head)
+    optimizer = torch.load(folder / "optim_world_size_1_rank_0.pt", weights_only=False)
+    assert len(optimizer["state"]) == len(state) + len(head)
+
+
+def test_resuming_restores_the_head_and_continues_bit_for_bit(run_engine, critic, nvfp4_checkpoint, tmp_path):
+    folder, unbroken = critic
+    resumed = run_engine(
+        nvfp4_checkpoint,
+        tmp_path / "r",
+        model_type="value_model",
+        steps=4,
+        first_step=2,
+        load=str(folder / "ckpt" / "critic"),
+    )[0]
+    assert resumed["loaded"] == unbroken["saved"] != unbroken["adapter"]
+    assert resumed["steps"] == unbroken["steps"][2:] and resumed["adapter"] == unbroken["adapter"]
+
+
+def test_a_checkpoint_without_its_head_is_refused(run_engine, critic, nvfp4_checkpoint, tmp_path):
+    shutil.copytree(critic[0] / "ckpt" / "critic", tmp_path / "critic")
+    (tmp_path / "critic" / "value_head_world_size_1_rank_0.pt").unlink()
+    with pytest.raises(AssertionError, match="value_head_world_size_1_rank_0.pt"):
+        run_engine(nvfp4_checkpoint, tmp_path / "r", model_type="value_model", steps=1, load=str(tmp_path / "critic"))
+
+
+def test_two_ranks_train_the_same_critic(run_engine, critic, nvfp4_checkpoint, tmp_path):
+    reports = run_engine(nvfp4_checkpoint, tmp_path / "r", world=2, model_type="value_model", steps=4)
+    assert reports[0]["adapter"] == reports[1]["adapter"] and reports[0]["built"] == reports[1]["built"]
+    for found, expected in zip(reports[0]["steps"], critic[1]["steps"], strict=True):
+        assert found["loss"] == pytest.approx(expected["loss"], rel=2e-2)
+        assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=3e-2)
+
+
+def test_the_head_starts_from_the_seed_alone(run_engine, critic, nvfp4_checkpoint, tmp_path):
+    """And training goes on from a critic's adapter folder, head included."""
+    adapter = critic[0] / "ckpt" / "critic" / "lora_adapter"
+    report = run_engine(nvfp4_checkpoint, tmp_path / "r", model_type="value_model", lora_adapter_path=str(adapter))[0]
+    assert report["built"] == critic[1]["saved"]
+
+
+def test_stock_peft_loads_the_critics_adapter(critic, dequantized_checkpoint):
+    adapter = critic[0] / "ckpt" / "critic" / "lora_adapter"
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert config["task_type"] == "TOKEN_CLS" and "score" in config["modules_to_save"]
+    base = AutoModelForTokenClassification.from_pretrained(dequantized_checkpoint, num_labels=1)
+    model = PeftModel.from_pretrained(base, adapter)
+    saved = load_file(adapter / "adapter_model.safetensors")
+    head = model.base_model.model.score.modules_to_save["default"]
+    assert torch.equal(head.weight, saved["base_model.model.score.weight"])
+    values = model(input_ids=torch.arange(3, 11)[None]).logits
+    assert values.shape == (1, 8, 1) and values.isfinite().all()
