@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import os
 import sys
+from pathlib import Path
 from typing import NoReturn
 
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from qerl_verl.config.rules import MODEL, apply_rules, find_problems
+from qerl_verl.config.rules import CRITIC, MODEL, apply_rules, find_problems, trained_models
 from qerl_verl.config.settings import QeRLSettings, SettingsError
 
 
@@ -72,13 +73,16 @@ def prepare(config: DictConfig, keys: set[str]) -> None:
         raise SettingsError(["qerl=nvfp4 is a switch for `python -m verl.trainer.main_ppo`; this is another program"])
     settings = QeRLSettings.from_mapping(OmegaConf.to_container(config.qerl, resolve=True))
     platform = choose_platform(settings, config)
-    _adopt_adapter(config, keys)
+    adapters = {model: _adopt_adapter(config, keys, model) for model in trained_models(config)}
     apply_rules(config, keys, on_cpu=platform == "cpu", notify=say)
     if problems := find_problems(config):
         raise SettingsError(problems)
     if platform == "cpu":
         _use_cpu_in_this_process()
     _replace_models(config, settings)
+    problems = [p for model, adapter in adapters.items() if adapter for p in _adapter_problems(config, model, adapter)]
+    if problems:
+        raise SettingsError(problems)
 
 
 def _plugin_problems() -> list[str]:
@@ -144,40 +148,129 @@ def _use_cpu_in_this_process() -> None:
 
 
 def _replace_models(config: DictConfig, settings: QeRLSettings) -> None:
-    """Replace model paths by NVFP4 checkpoints, quantizing what is not yet."""
+    """Replace model paths by NVFP4 checkpoints, quantizing what is not yet. The same model twice is the same checkpoint."""
+    models = trained_models(config)
+    sources = {model: OmegaConf.select(config, f"{model}.path") for model in models}  # before one may refer to another
+    paths: dict[str, str] = {}
+    for model, source in sources.items():
+        if source not in paths:
+            paths[source] = _resolve(f"{model}.path", source, settings)
+    with open_dict(config):
+        config.qerl.source_model = sources[MODEL]
+        for model, source in sources.items():
+            OmegaConf.update(config, f"{model}.path", paths[source])
+    if CRITIC in models:
+        say("critic: the same checkpoint" if sources[CRITIC] == sources[MODEL] else "critic: a checkpoint of its own")
+
+
+def _resolve(key: str, path: str, settings: QeRLSettings) -> str:
+    """The NVFP4 folder of a model path, said aloud.
+
+    Raises:
+        SettingsError: the model cannot be had or cannot be quantized; names ``key``.
+    """
     from verl.utils.fs import copy_to_local
 
     from qerl_verl.nvfp4.cache import resolve_checkpoint
+    from qerl_verl.nvfp4.errors import CheckpointError
 
-    path = OmegaConf.select(config, f"{MODEL}.path")
-    if "://" in path:  # hdfs and the like: verl knows how
-        path = copy_to_local(path)
-    resolved = resolve_checkpoint(os.path.expanduser(path), settings.cache_dir)
+    local = copy_to_local(path) if "://" in path else os.path.expanduser(path)  # hdfs and the like: verl knows how
+    try:
+        resolved = resolve_checkpoint(local, settings.cache_dir)
+    except CheckpointError as error:
+        raise SettingsError([f"{key}={path}: {error}"]) from error
     say(f"model: {resolved.path} (NVFP4, {resolved.kind})")
-    with open_dict(config):
-        config.qerl.source_model = OmegaConf.select(config, f"{MODEL}.path")
-        model = config.actor_rollout_ref.model
-        model.path = str(resolved.path.absolute())
+    return str(resolved.path.absolute())
 
 
-def _adopt_adapter(config: DictConfig, keys: set[str]) -> None:
+_STOCK = {"lora_rank": 0, "lora_alpha": 16, "target_modules": "all-linear"}
+"""verl's values of what an adapter brings with it."""
+
+
+def _adopt_adapter(config: DictConfig, keys: set[str], model: str = MODEL) -> dict | None:
     """Take rank and alpha from the adapter that training goes on from; verl and vLLM size their buffers by the setting.
 
+    Args:
+        model: key of the model, actor's or critic's.
+
+    Returns:
+        The content of adapter_config.json and, under ``wanted``, what the user set; None where there is no adapter to read.
+
     Raises:
-        SettingsError: no adapter there, or one of another rank than the user set.
+        SettingsError: no adapter there, or one of another rank or alpha than the user set.
     """
-    path = OmegaConf.select(config, f"{MODEL}.lora_adapter_path")
+    path = OmegaConf.select(config, f"{model}.lora_adapter_path")
     if path is None or "://" in path:
-        return
+        return None
     file = os.path.join(os.path.expanduser(path), "adapter_config.json")
     if not os.path.exists(file):
         raise SettingsError(
-            [f"{MODEL}.lora_adapter_path={path}: no adapter_config.json there; give a PEFT adapter's folder"]
+            [f"{model}.lora_adapter_path={path}: no adapter_config.json there; give a PEFT adapter's folder"]
         )
     with open(file) as handle:
         adapter = json.load(handle)
-    for key, found in ((f"{MODEL}.lora_rank", adapter["r"]), (f"{MODEL}.lora_alpha", adapter["lora_alpha"])):
-        if key in keys and OmegaConf.select(config, key) != found:
-            wanted = OmegaConf.select(config, key)
-            raise SettingsError([f"{key}={wanted}, but the adapter {path} has {found}; remove the setting"])
-        OmegaConf.update(config, key, found)
+    wanted = {}
+    for name, stock in _STOCK.items():
+        value = OmegaConf.select(config, f"{model}.{name}")
+        if f"{model}.{name}" in keys or value not in (stock, None):
+            wanted[name] = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+    for name, found in (("lora_rank", adapter["r"]), ("lora_alpha", adapter["lora_alpha"])):
+        if wanted.get(name, found) != found:
+            raise SettingsError(
+                [
+                    f"{model}.{name}={wanted[name]}, but the adapter {path} has {found}; remove the setting, or set {found}"
+                ]
+            )
+        OmegaConf.update(config, f"{model}.{name}", found)
+    return {**adapter, "wanted": wanted}
+
+
+def _adapter_problems(config: DictConfig, model: str, adapter: dict) -> list[str]:
+    """What keeps an adapter from going on on the resolved base: other layers, other shapes, more than LoRA tensors."""
+    from safetensors import safe_open
+
+    from qerl_verl.nvfp4.checkpoint import read_headers
+
+    folder, base = OmegaConf.select(config, f"{model}.lora_adapter_path"), OmegaConf.select(config, f"{model}.path")
+    where, out = f"{model}.lora_adapter_path={folder}", []
+    headers = {name: tuple(info.shape) for name, info in read_headers(Path(base)).items()}
+    layers = {
+        n.removesuffix(".weight_packed"): (s[0], 2 * s[1]) for n, s in headers.items() if n.endswith(".weight_packed")
+    }
+
+    extra = [key for key in ("modules_to_save", "use_dora", "lora_bias") if adapter.get(key)]
+    extra += ["bias"] if adapter.get("bias", "none") != "none" else []
+    if model == MODEL and extra:
+        out.append(
+            f"{where}: {extra[0]}={adapter[extra[0]]} in its adapter_config.json; the rollout takes plain LoRA tensors alone"
+        )
+
+    found, wanted = adapter.get("target_modules"), adapter["wanted"].get("target_modules")
+    if wanted == "all-linear":
+        wanted = sorted({name.rpartition(".")[2] for name in layers})
+    as_set = lambda names: {names} if isinstance(names, str) else set(names or ())  # noqa: E731
+    if wanted is not None and as_set(wanted) != as_set(found):
+        out.append(
+            f"{model}.target_modules={adapter['wanted']['target_modules']}, but the adapter {folder} has "
+            f"{found if isinstance(found, str) else sorted(found)}; remove the setting"
+        )
+
+    file = os.path.join(os.path.expanduser(folder), "adapter_model.safetensors")
+    if not os.path.exists(file):
+        return out
+    trained_on = (
+        f"the adapter was trained on {adapter.get('base_model_name_or_path')}, not on {config.qerl.source_model}"
+    )
+    with safe_open(file, framework="pt") as tensors:
+        for name in tensors.keys():
+            layer, _, part = name.removeprefix("base_model.model.").rpartition(".lora_")
+            if part not in ("A.weight", "B.weight"):
+                continue
+            rows, columns = tensors.get_slice(name).get_shape()
+            expected = layers.get(layer) or headers.get(f"{layer}.weight")
+            if expected is None:
+                return [*out, f"{where}: {trained_on}: the model has no layer {layer}"]
+            size, needed = (columns, expected[1]) if part == "A.weight" else (rows, expected[0])
+            if size != needed:
+                return [*out, f"{where}: {trained_on}: {name} has {size} where the model needs {needed}"]
+    return out

@@ -27,6 +27,7 @@ TRAINER_MODES = {"sync": "qerl_sync", "colocate_async": "qerl_colocate_async"}
 """verl's trainer modes that run with QeRL, and the names our trainers are registered under."""
 
 MODEL = "actor_rollout_ref.model"
+CRITIC = "critic.model"
 ROLLOUT = "actor_rollout_ref.rollout"
 ACTOR = "actor_rollout_ref.actor"
 
@@ -48,6 +49,20 @@ DEFAULTS = (
     Default("algorithm.rollout_correction.rollout_is", None, "token", "samples come from the noised policy: truncated "
             "importance sampling, token by token"),
 )  # fmt: skip
+
+CRITIC_DEFAULTS = (
+    Default(f"{CRITIC}.lora_rank", 0, 32, "the critic's base is NVFP4 too: it trains LoRA adapters and the value head"),
+    Default(f"{CRITIC}.lora_alpha", 16, 32, "scaling 1 at rank 32"),
+)
+
+UNCOMPUTED = {
+    "remax": "the reward of a greedy response (reward_baselines)",
+    "optimal_token_baseline": "sum_pi_squared",
+    "tir_optimal_token_baseline": "sum_pi_squared",
+    "gdpo": "the attention mask that splits the reward into its parts",
+}
+"""Estimators that verl 0.9.1 itself cannot run in its V1 trainer, and what it would have to compute (trainer/ppo/v1,
+trainer_base.py, _compute_advantage)."""
 
 CPU_DEFAULTS = (
     Default("trainer.n_gpus_per_node", 8, 1, "one slot on the CPU"),
@@ -83,9 +98,12 @@ def apply_rules(config: DictConfig, user_keys: set[str], on_cpu: bool, notify: C
         on_cpu: whether the run takes place on the CPU platform.
         notify: called with one line for each value set.
     """
-    defaults = DEFAULTS + _attention_defaults() + (CPU_DEFAULTS if on_cpu else ())
-    if f"{MODEL}.lora_rank" in user_keys or OmegaConf.select(config, f"{MODEL}.lora_rank") != 0:
-        defaults = tuple(d for d in defaults if d.key != f"{MODEL}.lora_alpha")
+    models = trained_models(config)
+    defaults = DEFAULTS + (CRITIC_DEFAULTS if CRITIC in models else ())
+    defaults += _attention_defaults(models) + (CPU_DEFAULTS if on_cpu else ())
+    for model in models:
+        if f"{model}.lora_rank" in user_keys or OmegaConf.select(config, f"{model}.lora_rank") != 0:
+            defaults = tuple(d for d in defaults if d.key != f"{model}.lora_alpha")
     if OmegaConf.select(config, "algorithm.rollout_correction.bypass_mode"):
         defaults = tuple(d for d in defaults if d.key != "algorithm.rollout_correction.rollout_is")
     with open_dict(config):
@@ -96,11 +114,19 @@ def apply_rules(config: DictConfig, user_keys: set[str], on_cpu: bool, notify: C
         force(config, on_cpu, notify)
 
 
-def _attention_defaults() -> tuple[Default, ...]:
+def trained_models(config: DictConfig) -> tuple[str, ...]:
+    """Keys of the models that a run trains: the actor's, and with a critic (verl/trainer/ppo/utils.py, need_critic) its."""
+    critic = _get(config, "critic.enable")
+    if critic is None:
+        critic = _get(config, "algorithm.adv_estimator") == "gae"
+    return (MODEL, CRITIC) if critic else (MODEL,)
+
+
+def _attention_defaults(models: tuple[str, ...]) -> tuple[Default, ...]:
     """verl's default is flash_attention_2; where that is not installed, PyTorch's SDPA, which takes packed sequences too."""
     if importlib.util.find_spec("flash_attn") is not None:
         return ()
-    keys = (f"{model}.override_config.attn_implementation" for model in (MODEL, "critic.model"))
+    keys = (f"{model}.override_config.attn_implementation" for model in models)
     return tuple(Default(key, None, "sdpa", "flash-attn is not installed") for key in keys)
 
 
@@ -163,7 +189,8 @@ def find_problems(config: DictConfig) -> list[str]:
         get(f"{ROLLOUT}.name") != "vllm",
         f"{ROLLOUT}.name={get(f'{ROLLOUT}.name')}: the NVFP4 rollout runs in vLLM; set it to vllm",
     )
-    for role in (ACTOR, "critic"):
+    models = trained_models(config)
+    for role in (ACTOR, "critic")[: len(models)]:
         strategy = get(f"{role}.strategy")
         refuse(
             strategy != "fsdp2",
@@ -174,21 +201,12 @@ def find_problems(config: DictConfig) -> list[str]:
         f"{MODEL}.lora.merge=True: a LoRA delta is lost when it is rounded to 4 bits; remove it, the rollout applies the "
         "adapter beside the base",
     )
-    rank = get(f"{MODEL}.lora_rank")
-    refuse(
-        not isinstance(rank, int) or rank <= 0,
-        f"{MODEL}.lora_rank={rank}: the NVFP4 base is frozen, so there would be nothing to train; remove the "
-        "setting (32 is then used) or give a positive rank",
-    )
-    refuse(
-        get(f"{MODEL}.lora.rank"),
-        f"{MODEL}.lora.rank={get(f'{MODEL}.lora.rank')}: that is Megatron's setting; use {MODEL}.lora_rank",
-    )
     refuse(
         get(f"{ROLLOUT}.quantization"),
         f"{ROLLOUT}.quantization={get(f'{ROLLOUT}.quantization')}: the rollout already runs the NVFP4 checkpoint; remove it",
     )
-    qat = next((k for k in (f"{ACTOR}.fsdp_config.qat.enable", f"{ROLLOUT}.qat.enable") if get(k)), None)
+    qat_keys = (f"{ACTOR}.fsdp_config.qat.enable", f"{ROLLOUT}.qat.enable", "critic.fsdp.qat.enable")
+    qat = next((k for k in qat_keys if get(k)), None)
     refuse(qat, f"{qat}=True: QAT trains the weights that QeRL keeps frozen in 4 bits; remove it")
     refuse(
         get(f"{ROLLOUT}.checkpoint_engine.backend") not in ("naive", None),
@@ -204,34 +222,42 @@ def find_problems(config: DictConfig) -> list[str]:
         f"{ROLLOUT}.disaggregation.enabled=True: not supported with QeRL; remove it",
     )
     refuse(
-        get(f"{MODEL}.mtp.enable"),
-        f"{MODEL}.mtp.enable=True: multi-token prediction layers are not quantized; remove it",
-    )
-    refuse(get(f"{MODEL}.use_liger"), f"{MODEL}.use_liger=True: not supported on NVFP4 layers; remove it")
-    refuse(
-        get(f"{MODEL}.target_parameters"),
-        f"{MODEL}.target_parameters: LoRA on bare parameters needs 16-bit weights; use {MODEL}.target_modules",
-    )
-    refuse(
         get(f"{ACTOR}.freeze_vision_tower"), f"{ACTOR}.freeze_vision_tower=True: only dense text models are supported"
     )
     refuse(
         get("distillation.enabled"),
         "distillation.enabled=True: on-policy distillation is not supported with QeRL; remove it",
     )
+    estimator = get("algorithm.adv_estimator")
     refuse(
-        get("algorithm.adv_estimator") == "gae",
-        "algorithm.adv_estimator=gae: a critic on the NVFP4 base is not supported yet; use grpo or another estimator "
-        "without a critic",
+        estimator in UNCOMPUTED,
+        f"algorithm.adv_estimator={estimator}: verl's V1 trainer, on which QeRL runs, does not compute what it needs, "
+        f"{UNCOMPUTED.get(estimator)}, so a run without QeRL fails as well; use grpo, rloo or another estimator",
     )
-    if get(f"{MODEL}.use_remove_padding") and get("trainer.device") != "cpu":
-        attention = get(f"{MODEL}.override_config.attn_implementation")
-        refuse(
-            attention in ("eager",),
-            f"{MODEL}.use_remove_padding=True with override_config.attn_implementation={attention}: packed sequences need "
-            "flash_attention_2 or sdpa",
-        )
+    for model in models:
+        for problem in _model_problems(config, model):
+            refuse(True, problem)
     return out
+
+
+def _model_problems(config: DictConfig, model: str) -> list[str]:
+    """What holds for the actor's model and for the critic's alike."""
+    get = lambda name: _get(config, f"{model}.{name}")  # noqa: E731
+    rank, attention = get("lora_rank"), get("override_config.attn_implementation")
+    packed = get("use_remove_padding") and _get(config, "trainer.device") != "cpu"
+    found = {
+        f"lora_rank={rank}: the NVFP4 base is frozen, so there would be nothing to train; remove the setting (32 is then "
+        "used) or give a positive rank": not isinstance(rank, int) or rank <= 0,
+        f"lora.rank={get('lora.rank')}: that is Megatron's setting; use {model}.lora_rank": get("lora.rank"),
+        "mtp.enable=True: multi-token prediction layers are not quantized; remove it": get("mtp.enable"),
+        "use_liger=True: not supported on NVFP4 layers; remove it": get("use_liger"),
+        f"target_parameters: LoRA on bare parameters needs 16-bit weights; use {model}.target_modules": get(
+            "target_parameters"
+        ),
+        f"use_remove_padding=True with override_config.attn_implementation={attention}: packed sequences need "
+        "flash_attention_2 or sdpa": packed and attention == "eager",
+    }
+    return [f"{model}.{text}" for text, applies in found.items() if applies]
 
 
 def _get(config: DictConfig, key: str) -> Any:

@@ -4,10 +4,13 @@ import json
 
 import pytest
 from omegaconf import OmegaConf
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from qerl_verl.config import callback
-from qerl_verl.config.rules import MODEL
+from qerl_verl.config.rules import CRITIC, MODEL
 from qerl_verl.config.settings import SettingsError
+from qerl_verl.nvfp4.checkpoint import quantize_checkpoint
 
 
 def with_adapter(tmp_path, **model):
@@ -30,6 +33,96 @@ def test_a_rank_that_is_not_the_adapters_is_refused(tmp_path):
 def test_a_folder_without_an_adapter_is_refused(tmp_path):
     with pytest.raises(SettingsError, match="no adapter_config.json there"):
         callback._adopt_adapter(with_adapter(tmp_path, lora_adapter_path=str(tmp_path / "nowhere")), set())
+
+
+def test_a_rank_of_a_recipe_that_is_not_the_adapters_is_refused_too(tmp_path):
+    with pytest.raises(SettingsError, match="lora_rank=8, but the adapter .* has 64"):
+        callback._adopt_adapter(with_adapter(tmp_path, lora_rank=8), set())
+
+
+def test_a_critics_adapter_is_read_as_well(tmp_path):
+    config = with_adapter(tmp_path)
+    config.critic = {"model": config.actor_rollout_ref.model}
+    callback._adopt_adapter(config, set(), CRITIC)
+    assert config.critic.model.lora_rank == 64 and config.actor_rollout_ref.model.lora_rank == 0
+
+
+@pytest.fixture
+def adapter(tmp_path, bf16_checkpoint):
+    """An adapter of the tiny model's q_proj and v_proj, as PEFT saves it."""
+    model = AutoModelForCausalLM.from_pretrained(bf16_checkpoint)
+    model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]))
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def problems_of(adapter, base, keys=(), **model):
+    model = {
+        "lora_rank": 0,
+        "lora_alpha": 16,
+        "target_modules": "all-linear",
+        "lora_adapter_path": str(adapter),
+        **model,
+    }
+    node = {"model": {**model, "path": str(base)}}
+    config = OmegaConf.create({"actor_rollout_ref": node, "qerl": {"source_model": "Qwen/there"}})
+    return callback._adapter_problems(config, MODEL, callback._adopt_adapter(config, set(keys)))
+
+
+def test_an_adapter_that_fits_is_taken(adapter, nvfp4_checkpoint):
+    assert problems_of(adapter, nvfp4_checkpoint) == []
+    assert problems_of(adapter, nvfp4_checkpoint, target_modules=["v_proj", "q_proj"]) == []
+
+
+def test_an_adapter_of_another_base_is_refused(adapter, model_factory, tmp_path):
+    for name, shape in (("wide", {"hidden_size": 256}), ("short", {"num_hidden_layers": 1})):
+        source = model_factory(tmp_path / name, **shape)
+        quantize_checkpoint(source, tmp_path / f"{name}.nvfp4", progress=False)
+        (problem,) = problems_of(adapter, tmp_path / f"{name}.nvfp4")
+        assert problem.startswith(f"{MODEL}.lora_adapter_path={adapter}: the adapter was trained on ")
+        assert "not on Qwen/there" in problem
+        expected = "model.layers.1" if name == "short" else "lora_A.weight has 128 where the model needs 256"
+        assert expected in problem
+
+
+@pytest.mark.parametrize("keys", [(), (f"{MODEL}.target_modules",)])
+def test_another_target_set_is_refused(adapter, nvfp4_checkpoint, keys):
+    wanted = "all-linear" if keys else ["q_proj"]
+    (problem,) = problems_of(adapter, nvfp4_checkpoint, keys, target_modules=wanted)
+    assert problem.startswith(f"{MODEL}.target_modules={wanted}, but the adapter") and "remove the setting" in problem
+
+
+def test_an_adapter_with_more_than_lora_tensors_is_refused(adapter, nvfp4_checkpoint):
+    content = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**content, "modules_to_save": ["embed_tokens"]}))
+    (problem,) = problems_of(adapter, nvfp4_checkpoint)
+    assert "lora_adapter_path" in problem and "modules_to_save=['embed_tokens']" in problem
+
+
+def models(folder, actor, critic):
+    config = {"actor_rollout_ref": {"model": {"path": actor}}, "critic": {"model": {"path": critic}, "enable": True}}
+    return OmegaConf.create({**config, "algorithm": {"adv_estimator": "gae"}, "qerl": {"source_model": None}})
+
+
+@pytest.mark.parametrize("critic", ["same", "${actor_rollout_ref.model.path}", "other"])
+def test_one_model_is_one_checkpoint_and_another_is_quantized_too(
+    tmp_path, bf16_checkpoint, model_factory, capsys, critic
+):
+    path = model_factory(tmp_path / "other", num_hidden_layers=1) if critic == "other" else bf16_checkpoint
+    config = models(tmp_path, str(bf16_checkpoint), critic if "$" in critic else str(path))
+    callback._replace_models(config, callback.QeRLSettings(cache_dir=str(tmp_path / "cache")))
+    entries = [p for p in (tmp_path / "cache").iterdir() if p.is_dir()]
+    assert len(entries) == (2 if critic == "other" else 1)
+    assert (config.actor_rollout_ref.model.path == config.critic.model.path) is (critic != "other")
+    assert config.qerl.source_model == str(bf16_checkpoint)
+    assert {config.actor_rollout_ref.model.path, config.critic.model.path} == {str(e) for e in entries}
+    assert ("critic: a checkpoint of its own" in capsys.readouterr().out) is (critic == "other")
+
+
+def test_a_model_that_cannot_be_had_is_named_with_its_key(tmp_path, bf16_checkpoint):
+    config = models(tmp_path, str(bf16_checkpoint), "/nowhere")
+    with pytest.raises(SettingsError, match="critic.model.path=/nowhere: .*no such folder"):
+        callback._replace_models(config, callback.QeRLSettings(cache_dir=str(tmp_path / "cache")))
 
 
 def test_another_program_of_verls_is_refused():

@@ -1,11 +1,15 @@
 """What the switch sets, what it leaves alone and what it refuses, on verl's real configuration."""
 
 import os
+import re
+from pathlib import Path
 
 import pytest
 import verl
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY, AdvantageEstimator
+from verl.trainer.ppo.utils import need_critic
 
 from qerl_verl.config import rules
 from qerl_verl.config.callback import user_keys
@@ -15,11 +19,12 @@ VERL_CONFIG = os.path.join(os.path.dirname(verl.__file__), "trainer", "config")
 
 def switched(*overrides, on_cpu=False):
     """verl's configuration with the switch, after the rules; the lines that the user sees; the problems."""
-    overrides = ["algorithm.adv_estimator=grpo", *overrides]
+    if not any(o.startswith("algorithm.adv_estimator=") for o in overrides):
+        overrides = ("algorithm.adv_estimator=grpo", *overrides)
     with initialize_config_dir(VERL_CONFIG, version_base=None):
         config = compose("ppo_trainer", overrides=["+qerl=nvfp4", *overrides])
     lines: list[str] = []
-    rules.apply_rules(config, user_keys(overrides), on_cpu=on_cpu, notify=lines.append)
+    rules.apply_rules(config, user_keys(list(overrides)), on_cpu=on_cpu, notify=lines.append)
     return config, lines, rules.find_problems(config)
 
 
@@ -115,13 +120,100 @@ def test_environment_variables_of_the_user_stay():
         ("+actor_rollout_ref.rollout.engine_kwargs.vllm.worker_extension_cls=a.B", "worker_extension_cls=a.B", "remove"),
         ("actor_rollout_ref.model.use_liger=True", "use_liger=True", "remove it"),
         ("actor_rollout_ref.model.mtp.enable=True", "mtp.enable=True", "remove it"),
-        ("algorithm.adv_estimator=gae", "algorithm.adv_estimator=gae", "grpo"),
+        ("algorithm.adv_estimator=remax", "algorithm.adv_estimator=remax", "use grpo, rloo or another"),
+        ("algorithm.adv_estimator=gdpo", "algorithm.adv_estimator=gdpo", "use grpo, rloo or another"),
+        ("algorithm.adv_estimator=gae critic.model.lora_rank=0", "critic.model.lora_rank=0", "positive rank"),
+        ("algorithm.adv_estimator=gae critic.model.lora.rank=8", "critic.model.lora.rank=8", "critic.model.lora_rank"),
+        ("algorithm.adv_estimator=gae critic.model.use_liger=True", "critic.model.use_liger=True", "remove it"),
+        ("algorithm.adv_estimator=gae critic.strategy=fsdp_turbo", "critic.strategy=fsdp_turbo", "fsdp2"),
+        ("algorithm.adv_estimator=gae critic.fsdp.qat.enable=True", "critic.fsdp.qat.enable=True", "remove it"),
     ],
 )  # fmt: skip
 def test_what_cannot_work_is_refused_with_the_key_and_the_cure(override, key, cure):
     _, _, problems = switched(*override.split())
     assert len(problems) == 1, problems
     assert key in problems[0] and cure in problems[0]
+
+
+def test_a_critic_gets_what_the_actor_gets():
+    config, lines, problems = switched("algorithm.adv_estimator=gae", on_cpu=True)
+    assert problems == []
+    critic = config.critic
+    assert (critic.model.lora_rank, critic.model.lora_alpha, critic.model.target_modules) == (32, 32, "all-linear")
+    assert critic.strategy == critic.fsdp.strategy == "fsdp2" and critic.checkpoint.save_lora_only is True
+    assert critic.model.override_config == config.actor_rollout_ref.model.override_config
+    assert critic.fsdp.use_torch_compile is False
+    assert any(line.startswith("critic.model.lora_rank: 0 -> 32") for line in lines)
+
+
+def test_the_users_values_of_the_critic_win():
+    config, lines, problems = switched("algorithm.adv_estimator=gae", "critic.model.lora_rank=8")
+    assert problems == [] and (config.critic.model.lora_rank, config.critic.model.lora_alpha) == (8, 16)
+    assert not any("critic.model.lora" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "critic"),
+    [
+        (["algorithm.adv_estimator=grpo"], False),
+        (["algorithm.adv_estimator=gae"], True),
+        (["algorithm.adv_estimator=grpo", "critic.enable=True"], True),
+        (["algorithm.adv_estimator=gae", "critic.enable=False"], False),
+    ],
+)
+def test_a_critic_is_there_when_verl_says_so(overrides, critic):
+    config, _, _ = switched(*overrides)
+    assert (rules.CRITIC in rules.trained_models(config)) is critic is need_critic(config)
+    assert config.critic.model.lora_rank == (32 if critic else 0)
+
+
+@pytest.mark.parametrize("estimator", [e.value for e in AdvantageEstimator])
+def test_every_estimator_of_verls_runs_or_says_why_not(estimator):
+    _, _, problems = switched(f"algorithm.adv_estimator={estimator}")
+    assert len(problems) == (estimator in rules.UNCOMPUTED), problems
+
+
+def test_the_estimators_that_are_refused_cannot_run_in_verls_v1_trainer_either():
+    """Fails when a new verl computes what they need."""
+    v1 = Path(verl.__file__).parent / "trainer" / "ppo" / "v1"
+    source = "\n".join(f.read_text() for f in v1.glob("*.py"))
+    assert "reward_baselines" not in source and "sum_pi_squared" not in source
+    fields = re.search(r"def _compute_advantage.*?fields = (\[.*?\])", source, re.S)[1]
+    assert "rm_scores" in fields and "prompts" not in fields and "attention_mask" not in fields  # gdpo's
+
+
+@pytest.mark.parametrize("loss", sorted(POLICY_LOSS_REGISTRY))
+def test_every_policy_loss_of_verls_passes(loss):
+    config, _, problems = switched(f"actor_rollout_ref.actor.policy_loss.loss_mode={loss}")
+    assert problems == [] and config.actor_rollout_ref.actor.policy_loss.loss_mode == loss
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["actor_rollout_ref.model.use_remove_padding=True"],
+        ["actor_rollout_ref.actor.use_dynamic_bsz=True"],
+        ["actor_rollout_ref.actor.fsdp_config.param_offload=True", "actor_rollout_ref.actor.fsdp_config.optimizer_offload=True"],
+        ["actor_rollout_ref.actor.use_kl_loss=True", "actor_rollout_ref.ref.fsdp_config.param_offload=True"],
+        ["algorithm.use_kl_in_reward=True"],
+        ["actor_rollout_ref.rollout.layered_summon=True", "actor_rollout_ref.rollout.load_format=safetensors"],
+        ["actor_rollout_ref.actor.use_torch_compile=True"],
+        ["actor_rollout_ref.actor.entropy_checkpointing=True"],
+    ],
+)  # fmt: skip
+def test_settings_of_verls_example_scripts_stay_as_they_are(overrides):
+    config, _, problems = switched(*overrides, on_cpu=True)
+    assert problems == []
+    for key, _, value in (o.partition("=") for o in overrides):
+        assert str(OmegaConf.select(config, key)) == value, key
+
+
+def test_fsdp1_becomes_fsdp2_and_the_user_reads_it():
+    config, lines, problems = switched("actor_rollout_ref.actor.strategy=fsdp", "critic.strategy=fsdp")
+    assert problems == []
+    roles = config.actor_rollout_ref
+    assert roles.actor.strategy == roles.ref.strategy == roles.actor.fsdp_config.strategy == "fsdp2"
+    assert any(line.startswith("actor_rollout_ref.actor.strategy: fsdp -> fsdp2") for line in lines)
 
 
 def test_megatron_is_refused():
@@ -142,7 +234,7 @@ def test_every_default_names_a_key_of_verls_configuration_with_its_stock_value()
     """Fails when verl renames a key or changes a default that a rule replaces."""
     with initialize_config_dir(VERL_CONFIG, version_base=None):
         config = compose("ppo_trainer")
-    for rule in rules.DEFAULTS + rules.CPU_DEFAULTS:
+    for rule in rules.DEFAULTS + rules.CRITIC_DEFAULTS + rules.CPU_DEFAULTS:
         if rule.stock is None and rule.key.endswith((".name", ".enable_sleep_mode")):
             continue  # mandatory or absent in verl's files
         assert OmegaConf.select(config, rule.key, throw_on_missing=True) == rule.stock, rule.key
