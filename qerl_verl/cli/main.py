@@ -1,8 +1,8 @@
-"""The ``qerl`` command: ``qerl quantize SRC DST``, ``qerl resolve MODEL`` and ``qerl doctor``.
+"""The ``qerl`` command: ``quantize SRC DST``, ``resolve MODEL``, ``explain NAME``, ``cluster`` and ``doctor``.
 
 A subcommand is a function ``_add_<name>(subparsers, common)`` that declares its arguments and sets ``run``, listed in
-``_COMMANDS``. ``run(arguments)`` returns the exit code. What the user can put right is raised as CheckpointError or
-OSError and ends in one line on stderr and exit code 2; ``--debug`` shows the traceback.
+``_COMMANDS``. ``run(arguments)`` returns the exit code. What the user can put right is raised as CheckpointError,
+ExplainError or OSError and ends in one line on stderr and exit code 2; ``--debug`` shows the traceback.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import qerl_verl
+from qerl_verl.cli.explain import ExplainError
 from qerl_verl.nvfp4.errors import CheckpointError
 
 EXIT_ERROR = 2
@@ -77,14 +78,52 @@ def _doctor(arguments: argparse.Namespace) -> int:
     return doctor()
 
 
-_COMMANDS = (_add_quantize, _add_resolve, _add_doctor)
+def _add_explain(subparsers, common: argparse.ArgumentParser) -> None:
+    parser = subparsers.add_parser(
+        "explain",
+        parents=[common],
+        help="print what a recipe and the switch set in verl's configuration, and what cannot run; starts nothing",
+    )
+    parser.add_argument("name", help="recipe, as in --config-name; or ppo_trainer with +qerl=nvfp4 among the overrides")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as on verl's command line")
+    parser.add_argument("--config-path", help="folder or pkg://package of NAME (default: QeRL's recipes, then verl's)")
+    parser.add_argument("--platform", choices=("cuda", "cpu"), default="cuda", help="default: %(default)s")
+    parser.set_defaults(run=_explain)
+
+
+def _explain(arguments: argparse.Namespace) -> int:
+    from qerl_verl.cli.explain import explain
+
+    return explain(arguments.name, arguments.overrides, arguments.config_path, arguments.platform)
+
+
+def _add_cluster(subparsers, common: argparse.ArgumentParser) -> None:
+    parser = subparsers.add_parser(
+        "cluster", parents=[common], help="wait until a Ray cluster has so many nodes and GPUs"
+    )
+    parser.add_argument("--nodes", type=int, required=True)
+    parser.add_argument("--gpus", type=int, required=True, help="of all nodes together")
+    parser.add_argument("--timeout", type=float, default=600, help="seconds (default: %(default)s)")
+    parser.add_argument("--address", help="default: $RAY_ADDRESS, or the cluster on this machine")
+    parser.set_defaults(run=_cluster)
+
+
+def _cluster(arguments: argparse.Namespace) -> int:
+    from qerl_verl.cli.cluster import wait_for_cluster
+
+    return wait_for_cluster(arguments.nodes, arguments.gpus, arguments.timeout, arguments.address)
+
+
+_COMMANDS = (_add_quantize, _add_resolve, _add_explain, _add_cluster, _add_doctor)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    parser = argparse.ArgumentParser(prog="qerl", description="QeRL for verl: NVFP4 checkpoints and the installation.")
+    parser = argparse.ArgumentParser(
+        prog="qerl", description="QeRL for verl: NVFP4 checkpoints, recipes and the installation."
+    )
     parser.add_argument("--version", action="version", version=f"qerl {qerl_verl.__version__}")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     for add in _COMMANDS:
@@ -92,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         return arguments.run(arguments)
-    except (CheckpointError, OSError) as error:
+    except (CheckpointError, ExplainError, OSError) as error:
         if arguments.debug:
             raise
         print(f"qerl: {' '.join(str(error).split())}", file=sys.stderr)

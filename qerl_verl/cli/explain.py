@@ -1,0 +1,149 @@
+"""``qerl explain NAME [key=value ...]``: the configuration that a run would have, without starting anything.
+
+Composes a recipe as verl's ``main_ppo`` would and applies the rules of the switch. Nothing is downloaded, quantized or
+written, and no GPU is needed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+RECIPES = "pkg://qerl_verl.recipes"
+VERL = "pkg://verl.trainer.config"
+STOCK = "ppo_trainer"
+
+
+class ExplainError(ValueError):
+    """The configuration cannot be composed."""
+
+
+def compose(name: str, overrides: list[str], config_path: str | None = None) -> DictConfig:
+    """The composed configuration.
+
+    Args:
+        name: a recipe, as in ``--config-name``.
+        overrides: as on verl's command line.
+        config_path: folder, or ``pkg://package``, in which the recipe lies; None looks in QeRL's recipes and then among
+            verl's own configurations.
+
+    Raises:
+        ExplainError: no such recipe, or Hydra refuses it.
+    """
+    import hydra
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException, MissingConfigException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from qerl_verl.plugin import register_search_path
+
+    register_search_path()
+    path = config_path or (RECIPES if _is_recipe(name) else VERL)
+    if path.startswith("pkg://"):
+        context = hydra.initialize_config_module(path.removeprefix("pkg://"), version_base=None)
+    else:
+        folder = Path(path).expanduser().absolute()
+        if not folder.is_dir():
+            raise ExplainError(f"--config-path {path}: there is no such folder")
+        context = hydra.initialize_config_dir(str(folder), version_base=None)
+    try:
+        with context:
+            return hydra.compose(name.removesuffix(".yaml"), overrides=overrides)
+    except MissingConfigException as error:
+        if error.missing_cfg_file != name.removesuffix(".yaml"):
+            raise ExplainError(f"{name}: {error}") from error
+        cure = "" if config_path else f" QeRL's: {', '.join(recipes())}. Give --config-path for one of yours."
+        raise ExplainError(f"{name}: there is no such recipe in {path}.{cure}") from error
+    except (HydraException, OmegaConfBaseException) as error:
+        cause = f": {error.__cause__}" if error.__cause__ else ""
+        raise ExplainError(f"{name}: {error}{cause}") from error
+    finally:
+        GlobalHydra.instance().clear()
+
+
+def recipes() -> list[str]:
+    """Names of the recipes that come with QeRL."""
+    from importlib.resources import files
+
+    named = (entry for entry in files("qerl_verl.recipes").iterdir() if entry.name.endswith(".yaml"))
+    return sorted(e.name.removesuffix(".yaml") for e in named if "\ndefaults:" in e.read_text(encoding="utf-8"))
+
+
+def _is_recipe(name: str) -> bool:
+    return name.removesuffix(".yaml") in recipes()
+
+
+def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted keys of a configuration and their values, interpolations as they are written."""
+    if isinstance(node, DictConfig):
+        node = OmegaConf.to_container(node, resolve=False)
+    if not isinstance(node, dict) or not node:
+        return {prefix: node}
+    out = {}
+    for key, value in node.items():
+        out |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    return out
+
+
+def explain(name: str, overrides: list[str], config_path: str | None = None, platform: str = "cuda") -> int:
+    """Print what the recipe sets, what the switch sets and what cannot run; exit code 2 if something cannot.
+
+    Raises:
+        ExplainError: the configuration cannot be composed.
+    """
+    from omegaconf.errors import OmegaConfBaseException
+
+    from qerl_verl.config.callback import user_keys
+    from qerl_verl.config.settings import SettingsError
+
+    stock = compose(STOCK, [], VERL)
+    config = compose(name, overrides, config_path)
+    before, composed = flatten(stock), flatten(config)
+    changed = {k: v for k, v in composed.items() if not k.startswith("qerl.") and before.get(k, _ABSENT) != v}
+    print(f"{name} on {platform}\n\nset by the recipe and the command line (verl's {STOCK} -> here):")
+    for key, value in changed.items():
+        print(f"  {key}: {before[key]} -> {value}" if key in before else f"  {key}: {value}")
+
+    set_by_switch: list[str] = []
+    try:
+        if without_value := [k for k, v in composed.items() if v == "???" and before.get(k) != v]:
+            problems = [f"{key}: no value yet; add {key}=..." for key in without_value]
+        else:
+            problems = _apply(config, user_keys(overrides), platform, set_by_switch.append)
+    except SettingsError as error:
+        problems = error.problems
+    except OmegaConfBaseException as error:
+        problems = [str(error).splitlines()[0]]
+    print("\nset by the switch:")
+    for line in set_by_switch or ["nothing"]:
+        print(f"  {line}")
+    if "qerl" in config:
+        print("\nthe switch's own settings:")
+        for key, value in flatten(config.qerl, "qerl").items():
+            print(f"  {key}: {value}")
+    print(f"\nproblems: {'none' if not problems else ''}".rstrip())
+    for problem in problems:
+        print(f"  - {problem}")
+    return 2 if problems else 0
+
+
+_ABSENT = object()
+
+
+def _apply(config: DictConfig, keys: set[str], platform: str, notify) -> list[str]:
+    """What the switch's callback does to a configuration before it quantizes the model. Returns the problems."""
+    from qerl_verl.config.callback import _adopt_adapter
+    from qerl_verl.config.rules import apply_rules, find_problems, trained_models
+    from qerl_verl.config.settings import QeRLSettings
+
+    if "qerl" not in config:
+        return ["the switch is off: add +qerl=nvfp4, or `- qerl: nvfp4` to the recipe's defaults list"]
+    if "actor_rollout_ref" not in config:
+        return ["qerl=nvfp4 is a switch for `python -m verl.trainer.main_ppo`; this is another program's configuration"]
+    QeRLSettings.from_mapping(OmegaConf.to_container(config.qerl, resolve=True))
+    for model in trained_models(config):
+        _adopt_adapter(config, keys, model)
+    apply_rules(config, keys, on_cpu=platform == "cpu", notify=notify)
+    return find_problems(config)
