@@ -238,11 +238,13 @@ def _adapter_problems(config: DictConfig, model: str, adapter: dict) -> list[str
         n.removesuffix(".weight_packed"): (s[0], 2 * s[1]) for n, s in headers.items() if n.endswith(".weight_packed")
     }
 
-    extra = [key for key in ("modules_to_save", "use_dora", "lora_bias") if adapter.get(key)]
+    heads = {"classifier", "score"} if model == CRITIC else set()  # what PEFT saves of a token classification model
+    extra = ["modules_to_save"] if set(adapter.get("modules_to_save") or ()) - heads else []
+    extra += [key for key in ("use_dora", "lora_bias") if adapter.get(key)]
     extra += ["bias"] if adapter.get("bias", "none") != "none" else []
-    if model == MODEL and extra:
+    if extra:
         out.append(
-            f"{where}: {extra[0]}={adapter[extra[0]]} in its adapter_config.json; the rollout takes plain LoRA tensors alone"
+            f"{where}: {extra[0]}={adapter[extra[0]]} in its adapter_config.json; plain LoRA tensors alone, and a critic's head, can go on"
         )
 
     found, wanted = adapter.get("target_modules"), adapter["wanted"].get("target_modules")
@@ -262,6 +264,11 @@ def _adapter_problems(config: DictConfig, model: str, adapter: dict) -> list[str
         f"the adapter was trained on {adapter.get('base_model_name_or_path')}, not on {config.qerl.source_model}"
     )
     with safe_open(file, framework="pt") as tensors:
+        if model == CRITIC and "base_model.model.score.weight" not in tensors.keys():
+            return [
+                *out,
+                f"{where}: no value head in it; give the adapter of a critic (global_step_N/critic/lora_adapter)",
+            ]
         for name in tensors.keys():
             layer, _, part = name.removeprefix("base_model.model.").rpartition(".lora_")
             if part not in ("A.weight", "B.weight"):

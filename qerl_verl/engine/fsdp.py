@@ -110,7 +110,8 @@ class NVFP4EngineMixin:
             folder = copy_to_local(adapter, use_shm=self.model_config.use_shm)
             config = LoraConfig.from_pretrained(folder)
             config.inference_mode = False
-            config.task_type = self.task_type
+            # PEFT adds the modules that the task trains, to those that the folder names once more
+            config.task_type, config.modules_to_save = self.task_type, None
             module = PeftModel.from_pretrained(
                 module, folder, is_trainable=True, config=register_nvfp4(config), autocast_adapter_dtype=True
             )

@@ -5,7 +5,7 @@ import json
 import pytest
 from omegaconf import OmegaConf
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
 from qerl_verl.config import callback
 from qerl_verl.config.rules import CRITIC, MODEL
@@ -56,7 +56,7 @@ def adapter(tmp_path, bf16_checkpoint):
     return tmp_path / "adapter"
 
 
-def problems_of(adapter, base, keys=(), **model):
+def problems_of(adapter, base, keys=(), role=MODEL, **model):
     model = {
         "lora_rank": 0,
         "lora_alpha": 16,
@@ -65,8 +65,8 @@ def problems_of(adapter, base, keys=(), **model):
         **model,
     }
     node = {"model": {**model, "path": str(base)}}
-    config = OmegaConf.create({"actor_rollout_ref": node, "qerl": {"source_model": "Qwen/there"}})
-    return callback._adapter_problems(config, MODEL, callback._adopt_adapter(config, set(keys)))
+    config = OmegaConf.create({role.partition(".")[0]: node, "qerl": {"source_model": "Qwen/there"}})
+    return callback._adapter_problems(config, role, callback._adopt_adapter(config, set(keys), role))
 
 
 def test_an_adapter_that_fits_is_taken(adapter, nvfp4_checkpoint):
@@ -97,6 +97,20 @@ def test_an_adapter_with_more_than_lora_tensors_is_refused(adapter, nvfp4_checkp
     (adapter / "adapter_config.json").write_text(json.dumps({**content, "modules_to_save": ["embed_tokens"]}))
     (problem,) = problems_of(adapter, nvfp4_checkpoint)
     assert "lora_adapter_path" in problem and "modules_to_save=['embed_tokens']" in problem
+
+
+def test_an_actors_adapter_is_none_for_a_critic(adapter, nvfp4_checkpoint):
+    (problem,) = problems_of(adapter, nvfp4_checkpoint, role=CRITIC)
+    assert problem.startswith(f"{CRITIC}.lora_adapter_path={adapter}: no value head in it")
+
+
+def test_a_critics_adapter_is_none_for_an_actor(tmp_path, nvfp4_checkpoint, bf16_checkpoint):
+    model = AutoModelForTokenClassification.from_pretrained(bf16_checkpoint, num_labels=1)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="TOKEN_CLS")
+    get_peft_model(model, config).save_pretrained(tmp_path / "critic")
+    assert problems_of(tmp_path / "critic", nvfp4_checkpoint, role=CRITIC) == []
+    (problem,) = problems_of(tmp_path / "critic", nvfp4_checkpoint)
+    assert "modules_to_save" in problem and "plain LoRA tensors alone, and a critic's head, can go on" in problem
 
 
 def models(folder, actor, critic):

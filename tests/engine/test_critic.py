@@ -77,17 +77,20 @@ def test_a_checkpoint_without_its_head_is_refused(run_engine, critic, nvfp4_chec
 
 def test_two_ranks_train_the_same_critic(run_engine, critic, nvfp4_checkpoint, tmp_path):
     reports = run_engine(nvfp4_checkpoint, tmp_path / "r", world=2, model_type="value_model", steps=4)
-    assert reports[0]["adapter"] == reports[1]["adapter"] and reports[0]["built"] == reports[1]["built"]
+    assert reports[0]["adapter"] == reports[1]["adapter"]
+    assert reports[0]["built"] == reports[1]["built"] == critic[1]["built"]  # the head starts from the seed alone
     for found, expected in zip(reports[0]["steps"], critic[1]["steps"], strict=True):
         assert found["loss"] == pytest.approx(expected["loss"], rel=2e-2)
         assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=3e-2)
 
 
-def test_the_head_starts_from_the_seed_alone(run_engine, critic, nvfp4_checkpoint, tmp_path):
-    """And training goes on from a critic's adapter folder, head included."""
+def test_training_goes_on_from_a_critics_adapter_folder_head_included(run_engine, critic, nvfp4_checkpoint, tmp_path):
     adapter = critic[0] / "ckpt" / "critic" / "lora_adapter"
-    report = run_engine(nvfp4_checkpoint, tmp_path / "r", model_type="value_model", lora_adapter_path=str(adapter))[0]
-    assert report["built"] == critic[1]["saved"]
+    settings = {"model_type": "value_model", "lora_adapter_path": str(adapter)}
+    for report in run_engine(nvfp4_checkpoint, tmp_path / "r", world=2, **settings):
+        assert report["built"] == critic[1]["saved"]
+        trained = [n for n, p in report["parameters"].items() if p["trains"] and "lora_" not in n]
+        assert len(trained) == 2 and all(".score." in n for n in trained)
 
 
 def test_stock_peft_loads_the_critics_adapter(critic, dequantized_checkpoint):
