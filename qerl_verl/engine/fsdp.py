@@ -139,10 +139,14 @@ class NVFP4EngineMixin:
 
         return build_optimizer([p for p in module.parameters() if p.requires_grad], self.optimizer_config)
 
-    def _at_step(self) -> str:
-        """For messages. verl advances the scheduler once per training step, and restores it on resume."""
+    def _at_step(self, after: bool = False) -> str:
+        """For messages. verl advances the scheduler once per training step, at its end, and restores it on resume.
+
+        Args:
+            after: the step's updates are over.
+        """
         scheduler = getattr(self, "lr_scheduler", None)
-        return self.role if scheduler is None else f"{self.role}, step {scheduler.last_epoch + 1}"
+        return self.role if scheduler is None else f"{self.role}, step {scheduler.last_epoch + (not after)}"
 
     def forward_step(self, micro_batch, loss_function, forward_only):
         """verl's forward pass of one micro-batch; a loss that is not finite ends the run.
@@ -193,7 +197,9 @@ class NVFP4EngineMixin:
         if config is not None and base_sync_done:
             tensors = list(tensors)
             if name := first_nonfinite(tensors):
-                raise NonFiniteError(f"[qerl] {self._at_step()}: {name} is not finite; it is neither sent nor saved.")
+                raise NonFiniteError(
+                    f"[qerl] {self._at_step(after=True)}: {name} is not finite; it is neither sent nor saved."
+                )
         return tensors, config
 
     def save_checkpoint(self, local_path: str, hdfs_path=None, global_step: int = 0, max_ckpt_to_keep=None, **kwargs):
