@@ -3,6 +3,12 @@
     python benchmarks/bench_gemm.py --json benchmarks/results/gemm_h200.json   # the shipped choice of kernels
     python benchmarks/bench_gemm.py --sweep --json sweep.json                  # every configuration (to tune tuning.py)
 
+    python benchmarks/bench_gemm.py --lora --json benchmarks/results/lora_gemm_h200.json    # with an adapter of rank 32
+
+With --lora the NVFP4 product includes the term of one adapter (an A and a B for each fused projection), and the baseline is
+cuBLAS bf16 for the base, for x A^T and, added in place, for the products with B. With vLLM installed, its Marlin kernel
+(no adapter) is timed as well.
+
 Times are of CUDA graphs of many calls that rotate through copies of the weight, so that no copy is left in the L2 cache;
 the median over graph replays. A ratio is cuBLAS time / NVFP4 time: above 1 the NVFP4 kernel is the faster one.
 """
@@ -27,6 +33,13 @@ SHAPES = {
     "7B qkv": (4608, 3584), "7B o": (3584, 3584), "7B gate_up": (37888, 3584), "7B down": (3584, 18944),
     "32B qkv": (7168, 5120), "32B o": (5120, 5120), "32B gate_up": (55296, 5120), "32B down": (5120, 27648),
 }  # fmt: skip
+ENDS = {
+    "7B qkv": (3584, 4096, 4608),
+    "7B gate_up": (18944, 37888),
+    "32B qkv": (5120, 6144, 7168),
+    "32B gate_up": (27648, 55296),
+}
+RANK = 32
 TOKENS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 ROTATE_BYTES = 256 << 20
 ALPHA = 1 / 640.0
@@ -61,7 +74,7 @@ def make_weight(n: int, k: int):
     return packed, scale, *hopper.prepack(packed, scale)
 
 
-def reference_error(y, x, packed, scale, bias=None, rows: int = 4096) -> float:
+def reference_error(y, x, packed, scale, bias=None, rows: int = 4096, adapter=None) -> float:
     """Relative error against float64 on up to ``rows`` output channels (taken from both ends)."""
     n = packed.shape[0]
     index = (
@@ -73,8 +86,57 @@ def reference_error(y, x, packed, scale, bias=None, rows: int = 4096) -> float:
     expected = x.double() @ weight.t() * ALPHA
     if bias is not None:
         expected += bias[index].double()
+    if adapter is not None:
+        expected += adapter.term(x, index)
     got = y[:, index].double()
     return ((got - expected).norm() / expected.norm()).item()
+
+
+class Adapter:
+    """An adapter of rank 32 on a weight, for the kernel and for cuBLAS."""
+
+    def __init__(self, name: str, n: int, k: int):
+        self.ends = ENDS.get(name, (n,))
+        self.a = torch.randn(len(self.ends) * RANK, k, device="cuda", dtype=torch.bfloat16) / k**0.5
+        self.b = torch.randn(n, RANK, device="cuda", dtype=torch.bfloat16) * 0.1
+        self.lora = (self.a, hopper.prepack_lora_b(self.b), self.ends, 1.0)
+
+    def cublas(self, x, weight):
+        y = torch.mm(x, weight.t())
+        u = torch.mm(x, self.a.t())
+        begin = 0
+        for i, end in enumerate(self.ends):
+            y[:, begin:end].addmm_(u[:, i * RANK : (i + 1) * RANK], self.b[begin:end].t())
+            begin = end
+        return y
+
+    def term(self, x, index):
+        u = (x.double() @ self.a.double().t()).bfloat16().double()
+        full = torch.cat([
+            u[:, i * RANK : (i + 1) * RANK] @ self.b[begin:end].double().t()
+            for i, (begin, end) in enumerate(zip((0, *self.ends), self.ends))
+        ], dim=1)  # fmt: skip
+        return full[:, index]
+
+
+def marlin_call(packed, scale, n: int, k: int):
+    """``call(x)`` with vLLM's Marlin on the same weight, or None without vLLM."""
+    try:
+        from vllm.model_executor.layers.quantization.utils.marlin_utils_fp4 import (
+            apply_fp4_marlin_linear,
+            prepare_fp4_layer_for_marlin,
+        )
+    except ImportError:
+        return None
+    layer = torch.nn.Module()
+    layer.output_size_per_partition, layer.input_size_per_partition, layer.params_dtype = n, k, torch.bfloat16
+    layer.weight = torch.nn.Parameter(packed.clone(), requires_grad=False)
+    layer.weight_scale = torch.nn.Parameter(scale.clone().view(torch.float8_e4m3fn), requires_grad=False)
+    layer.weight_global_scale = torch.nn.Parameter(torch.tensor(ALPHA, device="cuda"), requires_grad=False)
+    prepare_fp4_layer_for_marlin(layer)
+    return lambda x: apply_fp4_marlin_linear(
+        x, layer.weight, layer.weight_scale, layer.weight_global_scale, layer.workspace, n, k
+    )
 
 
 def candidates(m: int, n: int, k: int, sms: int):
@@ -156,17 +218,23 @@ def measure_shape(name: str, args: argparse.Namespace, result: dict) -> None:
     print(f"{name:12} dequantize {us:7.1f} us {rate:.2f} TB/s ({of_copy:.0%} of copy)", flush=True)
 
     def measure_plan(x, plan, floor):
-        y = hopper.run_plan(x, packed_p, scale_p, ALPHA, None, plan, args.pdl)
-        error = reference_error(y, x, packed, scale, rows=512 if args.sweep else 4096)
+        lora = adapter.lora if adapter else None
+        y = hopper.run_plan(x, packed_p, scale_p, ALPHA, None, plan, args.pdl, lora=lora)
+        error = reference_error(y, x, packed, scale, rows=512 if args.sweep else 4096, adapter=adapter)
         us = time_calls(
-            lambda i: hopper.run_plan(x, *weights[i], ALPHA, None, plan, args.pdl),
+            lambda i: hopper.run_plan(x, *weights[i], ALPHA, None, plan, args.pdl, lora=lora),
             copies,
             floor,
             3 if args.sweep else 7,
         )
         return us, error
 
+    adapter = Adapter(name, n, k) if args.lora else None
+    marlins = [marlin_call(packed, scale, n, k) for _ in range(copies if args.marlin else 0)]
+
     def measure_cublas(x, floor):
+        if adapter:
+            return time_calls(lambda i: adapter.cublas(x, dense[i]), dense_copies, floor)
         return time_calls(lambda i: torch.mm(x, dense[i].t()), dense_copies, floor)
 
     line = []
@@ -174,7 +242,10 @@ def measure_shape(name: str, args: argparse.Namespace, result: dict) -> None:
         x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
         floor = max(n * k * 2 / 4.0e6, 2 * m * n * k / 7e8)
         cublas = measure_cublas(x, floor)
-        plans = [tuning.choose(m, n, k, sms)]
+        plans = [tuning.choose(m, n, k, sms, tuning.ANY_ALIGNMENT if args.lora else 0)]
+        marlin = None
+        if marlins:
+            marlin = time_calls(lambda i, x=x: marlins[i](x), copies, floor / 2)
         if args.sweep:
             plans = [*candidates(m, n, k, sms), *([tuning.DEQUANTIZE] if m >= 256 else [])]
         rows = []
@@ -188,6 +259,7 @@ def measure_shape(name: str, args: argparse.Namespace, result: dict) -> None:
                 "plan": plan[:3],
                 "us": us,
                 "cublas_us": cublas,
+                "marlin_us": marlin,
                 "error": error,
             }
             if error < args.max_error:
@@ -200,7 +272,8 @@ def measure_shape(name: str, args: argparse.Namespace, result: dict) -> None:
             best = min(rows, key=lambda row: row["us"])
             best["ratio"] = cublas / best["us"]
             result["gemm"].append(best)
-            line.append(f"{m}:{best['us']:.1f}/{best['ratio']:.2f}x {best['plan']}")
+            than_marlin = f" marlin {marlin / best['us']:.2f}x" if marlin else ""
+            line.append(f"{m}:{best['us']:.1f}/{best['ratio']:.2f}x{than_marlin} {best['plan']}")
     print("  " + "  ".join(line), flush=True)
 
 
@@ -212,6 +285,8 @@ def main() -> None:
     parser.add_argument(
         "--pdl", type=int, default=1, help="0: without programmatic dependent launch, which is the default"
     )
+    parser.add_argument("--lora", action="store_true", help="with an adapter of rank 32")
+    parser.add_argument("--marlin", action="store_true", help="time vLLM's Marlin too; needs vLLM")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--max-error", type=float, default=2.6e-3)
     args = parser.parse_args()

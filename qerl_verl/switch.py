@@ -8,6 +8,9 @@ SWITCH_ENV = "QERL_SWITCH"
 ENGINE_VENDOR = "qerl"
 """``VERL_ENGINE_VENDOR`` of such a job: what the engines are registered under in verl's EngineRegistry."""
 
+KERNEL_ENV = "QERL_KERNEL"
+"""``qerl.kernel`` for the training workers, which see no settings of ours."""
+
 
 def switched_on() -> bool:
     """Whether this process belongs to a job that runs with the switch."""

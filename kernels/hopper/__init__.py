@@ -1,30 +1,37 @@
-"""NVFP4 weights on Hopper GPUs: ``y = alpha x (e2m1 * scale)^T + bias`` for any number of tokens, and dequantization.
+"""NVFP4 weights on Hopper GPUs: ``y = alpha x (e2m1 * scale)^T + bias``, with the term of one LoRA adapter if wanted, for any
+number of tokens, and dequantization.
 
 The weight is permuted once (:func:`prepack`; same size) and then serves decoding, prefill and training alike:
 
 * :func:`gemm` decodes it on its way to the tensor cores, or, for many tokens, into a temporary bfloat16 weight for cuBLAS;
+* :func:`lora_gemm` adds ``scaling (x A^T) B^T`` inside the same kernel, for fused projections with an A and a B each;
 * :func:`dequantize` writes that row-major bfloat16 weight, exactly ``e2m1 * scale``; also what the backward pass needs.
 
-Both are registered with PyTorch as ``torch.ops.qerl_hopper.nvfp4_gemm`` and ``nvfp4_dequantize``, can be captured into CUDA
+All are registered with PyTorch as ``torch.ops.qerl_hopper.nvfp4_gemm``, ``nvfp4_lora_gemm`` and ``nvfp4_dequantize``, can be captured into CUDA
 graphs (call :func:`initialize` before) and never synchronize.
 """
 
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import library
 
 from . import tuning
 from .build import find_nvcc, library_path, load_library
-from .layout import check_shape, prepack, unpack
+from .layout import LORA_UNIT, UNIT, check_shape, prepack, prepack_lora_b, unpack, unpack_lora_b
 
 __all__ = [
-    "availability", "check", "dequantize", "gemm", "initialize", "is_available", "prepack", "unpack",
+    "availability", "check", "check_lora", "dequantize", "gemm", "initialize", "is_available", "lora_gemm",
+    "prepack", "prepack_lora_b", "unpack", "unpack_lora_b",
 ]  # fmt: skip
 
 _COUNTER_SLOTS = 64
+FRAGMENT_UNIT = 128.0
+"""The kernel's accumulator is that of weights times 1 / 128 (``kFragmentUnit`` of nvfp4_format.cuh)."""
 _slots: dict[tuple[int, int], int] = {}
 
 
@@ -52,6 +59,17 @@ def check(n: int, k: int, dtype: torch.dtype = torch.bfloat16) -> str | None:
     return check_shape(n, k)
 
 
+def check_lora(n: int, k: int, rank: int, ends: Sequence[int]) -> str | None:
+    """Why an adapter on an ``[n, k]`` weight is not served by :func:`lora_gemm`, or None if it is."""
+    if rank % LORA_UNIT or rank < LORA_UNIT:
+        return f"the rank has to be a multiple of {LORA_UNIT}, got {rank}"
+    if not 1 <= len(ends) <= 3 or list(ends) != sorted(ends) or ends[-1] != n:
+        return f"one to three projections that end at row {n} are possible, got {list(ends)}"
+    if len(ends) > 1 and any(end % (2 * UNIT) for end in ends):
+        return f"projections have to end at multiples of {2 * UNIT} rows, got {list(ends)}"
+    return None
+
+
 @functools.cache
 def _prepare(device: int) -> int:
     """Loads the kernels on a device; returns its number of multiprocessors."""
@@ -70,8 +88,28 @@ def initialize() -> None:
     _prepare(torch.cuda.current_device())
 
 
-def run_plan(x, packed_p, scale_p, alpha, bias, plan: tuning.Plan, pdl: int = 1, out=None) -> torch.Tensor:
+def shrink(x, lora_a, factor: float, pdl: int = 1, early: bool = True) -> tuple[torch.Tensor, bool]:
+    """``factor x A^T`` [M, rows of A], and whether ``lora_shrink.cu`` computed it (cuBLAS otherwise)."""
+    m, k = x.shape
+    rows = lora_a.shape[0]
+    if m > tuning.SHRINK_LIMIT:
+        return torch.addmm(x.new_empty(rows), x, lora_a.t(), beta=0, alpha=factor), False
+    u = torch.empty((m, rows), dtype=x.dtype, device=x.device)
+    error = load_library().qerl_lora_shrink(
+        x.data_ptr(), lora_a.data_ptr(), u.data_ptr(), factor, m, k, rows, tuning.shrink_cluster(m, rows, _prepare(x.device.index)),
+        int(early), pdl, torch.cuda.current_stream(x.device).cuda_stream,
+    )  # fmt: skip
+    if error:
+        raise RuntimeError(f"the LoRA kernel failed with error {error} for M, K, rows = {m}, {k}, {rows}")
+    return u, True
+
+
+def run_plan(
+    x, packed_p, scale_p, alpha, bias, plan: tuning.Plan, pdl: int = 1, out=None, lora=None, early=None
+) -> torch.Tensor:
     """:func:`gemm` with ``x`` [M, K] and an explicit plan.
+
+    ``lora``: ``(lora_a, lora_b_p, ends, scaling)`` as for :func:`lora_gemm`, for plans with a kernel of ours.
 
     ``pdl``: launch with programmatic dependent launch, so that a launch sets up and fetches its first weights (which no
     kernel writes) while the kernel before it drains; activations and results wait for that kernel's end.
@@ -84,30 +122,64 @@ def run_plan(x, packed_p, scale_p, alpha, bias, plan: tuning.Plan, pdl: int = 1,
             return torch.addmm(x.new_empty(n), x, weight.t(), beta=0, alpha=alpha)
         return torch.addmm(bias, x, weight.t(), alpha=alpha)
     y = torch.empty((m, n), dtype=x.dtype, device=x.device) if out is None else out
+    u, lora_b, rank, shards, ends, x_ready = None, None, 0, 0, (0, 0), 0
+    if lora is not None:
+        lora_a, lora_b, all_ends, scaling = lora
+        shards = len(all_ends)
+        rank = lora_a.shape[0] // shards
+        early = tuning.starts_with_shrink(m, n) if early is None else early
+        u, ours = shrink(x, lora_a, scaling / (alpha * FRAGMENT_UNIT), pdl, early)
+        x_ready = ours and not early
+        ends = (*all_ends[:-1], 0, 0)[:2]
     workspace = torch.empty(plan.workspace, dtype=torch.uint8, device=x.device) if plan.workspace else None
     stream = torch.cuda.current_stream(x.device).cuda_stream
     slot = _slots.setdefault((x.device.index, stream), len(_slots) % _COUNTER_SLOTS)
     error = load_library().qerl_nvfp4_gemm(
         x.data_ptr(), packed_p.data_ptr(), scale_p.data_ptr(), alpha, None if bias is None else bias.data_ptr(), y.data_ptr(),
-        m, n, k, plan.config, plan.blocks, plan.cluster, None if workspace is None else workspace.data_ptr(), slot, pdl, stream,
+        None if u is None else u.data_ptr(), None if lora_b is None else lora_b.data_ptr(), rank, shards, *ends,
+        int(x_ready and pdl), m, n, k, plan.config, plan.blocks, plan.cluster, None if workspace is None else workspace.data_ptr(), slot, pdl, stream,
     )  # fmt: skip
     if error:
         raise RuntimeError(f"the NVFP4 kernel failed with error {error} for M, N, K = {m}, {n}, {k} and {plan}")
     return y
 
 
-def _gemm_cuda(x, packed_p, scale_p, alpha, bias=None):
-    n, k = packed_p.shape[0], packed_p.shape[1] * 2
+def _rows_of(x: torch.Tensor, k: int) -> torch.Tensor:
     if x.dtype != torch.bfloat16 or x.shape[-1] != k:
         raise ValueError(f"x has to be bfloat16 [..., {k}], got {x.dtype} {tuple(x.shape)}")
     rows = x.reshape(-1, k).contiguous()
-    if rows.data_ptr() % 16:
-        rows = rows.clone()
+    return rows.clone() if rows.data_ptr() % 16 else rows
+
+
+def _gemm_cuda(x, packed_p, scale_p, alpha, bias=None):
+    n, k = packed_p.shape[0], packed_p.shape[1] * 2
+    rows = _rows_of(x, k)
     if rows.shape[0] == 0:
         return x.new_empty((*x.shape[:-1], n))
     bias = None if bias is None else bias.to(x.dtype).contiguous()
     plan = tuning.choose(rows.shape[0], n, k, _prepare(x.device.index))
     return run_plan(rows, packed_p, scale_p, alpha, bias, plan).view(*x.shape[:-1], n)
+
+
+def _lora_gemm_cuda(x, packed_p, scale_p, alpha, bias, lora_a, lora_b_p, ends, scaling):
+    n, k = packed_p.shape[0], packed_p.shape[1] * 2
+    rows = _rows_of(x, k)
+    if rows.shape[0] == 0:
+        return x.new_empty((*x.shape[:-1], n))
+    rank = lora_a.shape[0] // len(ends)
+    if reason := check_lora(n, k, rank, ends):
+        raise ValueError(reason)
+    if tuple(lora_a.shape) != (len(ends) * rank, k) or tuple(lora_b_p.shape) != (n, rank):
+        raise ValueError(
+            f"LoRA of {tuple(lora_a.shape)} and {tuple(lora_b_p.shape)} does not fit {n} x {k} and ends {ends}"
+        )
+    bias = None if bias is None else bias.to(x.dtype).contiguous()
+    align = math.gcd(*(end // UNIT for end in ends))
+    plan = tuning.choose(
+        rows.shape[0], n, k, _prepare(x.device.index), align if len(ends) > 1 else tuning.ANY_ALIGNMENT
+    )
+    lora = (lora_a.contiguous(), lora_b_p.contiguous(), tuple(ends), scaling)
+    return run_plan(rows, packed_p, scale_p, alpha, bias, plan, lora=lora).view(*x.shape[:-1], n)
 
 
 def _dequantize_cuda(packed_p, scale_p):
@@ -124,13 +196,24 @@ def _dequantize_cuda(packed_p, scale_p):
 library.define(
     "qerl_hopper::nvfp4_gemm", "(Tensor x, Tensor packed_p, Tensor scale_p, float alpha, Tensor? bias=None) -> Tensor"
 )
+library.define(
+    "qerl_hopper::nvfp4_lora_gemm",
+    "(Tensor x, Tensor packed_p, Tensor scale_p, float alpha, Tensor? bias, Tensor lora_a, Tensor lora_b_p, int[] ends, "
+    "float scaling) -> Tensor",
+)
 library.define("qerl_hopper::nvfp4_dequantize", "(Tensor packed_p, Tensor scale_p) -> Tensor")
 library.impl("qerl_hopper::nvfp4_gemm", "CUDA", _gemm_cuda)
+library.impl("qerl_hopper::nvfp4_lora_gemm", "CUDA", _lora_gemm_cuda)
 library.impl("qerl_hopper::nvfp4_dequantize", "CUDA", _dequantize_cuda)
 
 
 @library.register_fake("qerl_hopper::nvfp4_gemm")
 def _(x, packed_p, scale_p, alpha, bias=None):
+    return x.new_empty((*x.shape[:-1], packed_p.shape[0]))
+
+
+@library.register_fake("qerl_hopper::nvfp4_lora_gemm")
+def _(x, packed_p, scale_p, alpha, bias, lora_a, lora_b_p, ends, scaling):
     return x.new_empty((*x.shape[:-1], packed_p.shape[0]))
 
 
@@ -154,6 +237,37 @@ def gemm(
         ``[..., N]`` bfloat16. No autograd: the training layer calls :func:`dequantize` for its backward pass.
     """
     return torch.ops.qerl_hopper.nvfp4_gemm(x, packed_p, scale_p, alpha, bias)
+
+
+def lora_gemm(
+    x: torch.Tensor,
+    packed_p: torch.Tensor,
+    scale_p: torch.Tensor,
+    alpha: float,
+    bias: torch.Tensor | None,
+    lora_a: torch.Tensor,
+    lora_b_p: torch.Tensor,
+    ends: Sequence[int],
+    scaling: float,
+) -> torch.Tensor:
+    """:func:`gemm` plus the term of one adapter, ``scaling (x A_i^T) B_i^T`` for the rows of each fused projection ``i``.
+
+    Args:
+        x, packed_p, scale_p, alpha, bias: as for :func:`gemm`.
+        lora_a: ``[projections * rank, K]`` bfloat16, the A of each projection in turn.
+        lora_b_p: ``[N, rank]`` bfloat16, the B of each projection in turn, from :func:`prepack_lora_b`.
+        ends: the row at which each projection ends; the last is N. At most three.
+        scaling: lora_alpha / rank, a number of the host.
+
+    Returns:
+        ``[..., N]`` bfloat16, rounded once; ``x A^T`` is rounded to bfloat16 in between. No autograd.
+
+    Raises:
+        ValueError: shapes that :func:`check_lora` refuses.
+    """
+    return torch.ops.qerl_hopper.nvfp4_lora_gemm(
+        x, packed_p, scale_p, alpha, bias, lora_a, lora_b_p, list(ends), scaling
+    )
 
 
 def dequantize(packed_p: torch.Tensor, scale_p: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 ARCH = "sm_90a"
-SOURCES = ("nvfp4_gemm.cu", "nvfp4_dequantize.cu")
+SOURCES = ("nvfp4_gemm.cu", "nvfp4_dequantize.cu", "lora_shrink.cu")
 HEADERS = ("nvfp4_format.cuh", "wgmma.cuh")
 FLAGS = ("-O3", "-std=c++17", "--shared", "-Xcompiler", "-fPIC", "-gencode=arch=compute_90a,code=sm_90a")
 _HERE = Path(__file__).parent
@@ -80,8 +80,12 @@ def load_library() -> ctypes.CDLL:
     pointer, integer = ctypes.c_void_p, ctypes.c_int
     library.qerl_nvfp4_gemm.argtypes = [
         pointer, pointer, pointer, ctypes.c_float, pointer, pointer,  # x, packed, scale, alpha, bias, y
+        pointer, pointer, *[integer] * 5,  # u, lora_b, rank, shards, shard_end0, shard_end1, x_ready
         *[integer] * 6, pointer, integer, integer,  # m, n, k, config, blocks, cluster, workspace, slot, pdl
         pointer,
+    ]  # fmt: skip
+    library.qerl_lora_shrink.argtypes = [
+        pointer, pointer, pointer, ctypes.c_float, *[integer] * 6, pointer,  # x, a, u, factor, m, k, rows, cluster, early, pdl
     ]  # fmt: skip
     library.qerl_nvfp4_dequantize.argtypes = [pointer, pointer, pointer, integer, integer, pointer]
     library.qerl_nvfp4_config.argtypes = [integer, ctypes.POINTER(integer)]

@@ -155,3 +155,32 @@ def unpack(packed_p: torch.Tensor, scale_p: torch.Tensor) -> tuple[torch.Tensor,
         .reshape(n, k // 16)
     )
     return codes[:, ::2] | (codes[:, 1::2] << 4), s.contiguous()
+
+
+LORA_UNIT = 16
+"""Columns of a LoRA B in one tensor core step; a rank has to be a multiple."""
+
+
+def prepack_lora_b(b: torch.Tensor) -> torch.Tensor:
+    """A LoRA B ``[N, rank]`` in the order in which the kernel reads it: fragments of 64 x 16, in groups like the weight's units.
+
+    Returns:
+        A new tensor of the same shape and dtype; only its size means what the shape says.
+
+    Raises:
+        ValueError: N is not a multiple of 64, or the rank not one of 16.
+    """
+    n, rank = b.shape
+    if n % UNIT or rank % LORA_UNIT:
+        raise ValueError(f"B has to be [multiple of {UNIT}, multiple of {LORA_UNIT}], got {tuple(b.shape)}")
+    # row = (row unit, warp, g // 2, h, g % 2), column = (step j, half hk, t, e)
+    units = b.reshape(-1, 4, 4, 2, 2, rank // LORA_UNIT, 2, 4, 2).permute(0, 5, 1, 2, 4, 7, 6, 3, 8)
+    return _group(units.reshape(n // UNIT, rank // LORA_UNIT, UNIT * LORA_UNIT)).view(n, rank)
+
+
+def unpack_lora_b(b_p: torch.Tensor) -> torch.Tensor:
+    """The inverse of :func:`prepack_lora_b`."""
+    n, rank = b_p.shape
+    units = _ungroup(b_p.reshape(-1), n, rank // LORA_UNIT * UNIT, UNIT * LORA_UNIT)
+    units = units.view(-1, rank // LORA_UNIT, 4, 4, 2, 4, 2, 2, 2)  # unit, j, warp, g // 2, g % 2, t, hk, h, e
+    return units.permute(0, 2, 3, 7, 4, 1, 6, 5, 8).reshape(n, rank)

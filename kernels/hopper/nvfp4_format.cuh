@@ -16,6 +16,7 @@ namespace qerl {
 constexpr int kUnit = 64;             // rows and columns of a unit
 constexpr int kUnitCodeBytes = 2048;  // 64 * 64 / 2
 constexpr int kUnitScaleBytes = 256;  // 64 * 64 / 16
+constexpr int kUnitLoraBytes = 2048;  // 64 output channels x 16 columns of a LoRA B, bfloat16 fragments
 
 constexpr int kGroupUnits = 4;
 

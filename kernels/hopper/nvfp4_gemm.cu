@@ -1,4 +1,5 @@
-// y = alpha x (e2m1 * scale)^T + bias on Hopper: bfloat16 activations, prepacked NVFP4 weight (nvfp4_format.cuh).
+// y = alpha (x (e2m1 * scale)^T + u B^T) + bias on Hopper: bfloat16 activations, prepacked NVFP4 weight (nvfp4_format.cuh), and
+// optionally the second half of one LoRA adapter: u = x A^T from lora_shrink.cu, B in bfloat16 fragments.
 //
 // The product is computed transposed, y^T = W x^T: 64 output channels are the M of a wgmma and the tokens its N, so the
 // weight is the register operand. It goes from shared memory to registers once, is decoded there, two weights an
@@ -9,6 +10,10 @@
 // Work is divided into equal shares of consecutive (tile, step along k) pairs, one share a thread block, whatever the
 // shape. A tile that is cut by a border between shares is finished by the block that comes last, which adds the
 // other blocks' float32 partial tiles in a fixed order: the result does not depend on timing.
+//
+// The adapter's B is the end of the inner dimension: after the steps along k a tile has a few more, whose weights are
+// loaded as they are. Output channels of fused projections (q, k, v) each have an A of their own, so a tile takes its own
+// columns of u.
 #include <cuda.h>
 #include <cuda_runtime.h>
 
@@ -25,6 +30,7 @@ __device__ unsigned int counters[kCounterSlots * kCountersPerSlot];  // zero bet
 struct Params {
   const uint8_t* packed;
   const uint8_t* scale;
+  const uint8_t* lora_b;  // null: no adapter
   const __nv_bfloat16* bias;
   __nv_bfloat16* y;
   float* workspace;
@@ -34,8 +40,12 @@ struct Params {
   int row_units;    // n / 64
   int k_units;      // k / 64
   int token_tiles;  // innermost in the tile order
-  int k_steps;      // k / (64 * KB)
+  int w_steps;      // k / (64 * KB)
+  int k_steps;      // w_steps and the steps of the adapter
   int total;        // tiles * k_steps
+  int lora_units;   // rank / 16
+  int shard_end[2]; // row units where the second and the third of fused projections begin
+  int x_ready;      // the kernel before this one does not write x (it is the one that writes u)
   int keep_weights; // tiles of several token ranges read them again
   int cluster;      // blocks of a cluster that share a tile, 0: no clusters
 };
@@ -69,11 +79,12 @@ __device__ __forceinline__ void bulk_load(uint32_t dst, const void* src, int byt
       "l"(src), "r"(bytes), "r"(bar), "l"(policy)
       : "memory");
 }
-// KB slabs of BT tokens x 64 columns
-__device__ __forceinline__ void tensor_load(uint32_t dst, const CUtensorMap* map, int token, int k_unit, uint32_t bar) {
+// Slabs of BT tokens x 64 columns, as many as the map's box has
+__device__ __forceinline__ void tensor_load(uint32_t dst, const CUtensorMap* map, int column, int token, int k_unit,
+                                            uint32_t bar) {
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(dst),
-      "l"(map), "r"(0), "r"(token), "r"(k_unit), "r"(bar)
+      "l"(map), "r"(column), "r"(token), "r"(k_unit), "r"(bar)
       : "memory");
 }
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -157,7 +168,7 @@ struct Constant {
 
 template <typename C>
 __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM)
-    gemm_kernel(const __grid_constant__ CUtensorMap x_map, const Params p) {
+    gemm_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap u_map, const Params p) {
   extern __shared__ uint8_t shared_raw[];
   __shared__ int last_flag[C::NWG];
   const uint32_t base = opaque((shared_address(shared_raw) + 1023u) & ~1023u);
@@ -194,10 +205,23 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM)
 
       auto load_weights = [&](int unit, int stage) {
         const int tile = unit / p.k_steps;
-        const int kb = (unit - tile * p.k_steps) * C::KB;
+        const int step = unit - tile * p.k_steps;
+        const int kb = step * C::KB;
         const int row_unit = tile / p.token_tiles * C::ROW_UNITS;
         const uint32_t full = full_base + stage * 8;
         const int rows = min(C::ROW_UNITS, p.row_units - row_unit);
+        if (step >= p.w_steps) {
+          const int first = (step - p.w_steps) * C::KB;
+          const int count = min(C::KB, p.lora_units - first);
+          const int group = min(kGroupUnits, p.row_units - row_unit / kGroupUnits * kGroupUnits);
+          const size_t u = unit_index(row_unit, first, p.row_units, p.lora_units);
+          barrier_expect(full, C::BT * 128 + rows * count * kUnitLoraBytes);
+#pragma unroll 1
+          for (int i = 0; i < count; ++i)
+            bulk_load(w_base + stage * C::W_BYTES + i * C::ROW_UNITS * kUnitLoraBytes, p.lora_b + (u + i * group) * kUnitLoraBytes,
+                      rows * kUnitLoraBytes, full, policy);
+          return;
+        }
         barrier_expect(full, C::X_BYTES + rows * C::KB * (kUnitCodeBytes + kUnitScaleBytes));
         const int group = min(kGroupUnits, p.row_units - row_unit / kGroupUnits * kGroupUnits);
         const size_t u = unit_index(row_unit, kb, p.row_units, p.k_units);
@@ -216,16 +240,30 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM)
           }
         }
       };
+      bool waited = false;
+      auto wait_for_kernel_before = [&] {
+        if (!waited) asm volatile("griddepcontrol.wait;" ::: "memory");
+        waited = true;
+      };
       auto load_tokens = [&](int unit, int stage) {
         const int tile = unit / p.k_steps;
-        const int kb = (unit - tile * p.k_steps) * C::KB;
-        tensor_load(x_base + stage * C::X_BYTES, &x_map, tile % p.token_tiles * C::BT, kb, full_base + stage * 8);
+        const int step = unit - tile * p.k_steps;
+        const int token = tile % p.token_tiles * C::BT;
+        if (step >= p.w_steps) {
+          wait_for_kernel_before();
+          const int row_unit = tile / p.token_tiles * C::ROW_UNITS;
+          const int shard = (row_unit >= p.shard_end[0]) + (row_unit >= p.shard_end[1]);
+          const int column = (shard * p.lora_units + (step - p.w_steps) * C::KB) * 16;
+          tensor_load(x_base + stage * C::X_BYTES, &u_map, column, token, 0, full_base + stage * 8);
+        } else {
+          tensor_load(x_base + stage * C::X_BYTES, &x_map, 0, token, step * C::KB, full_base + stage * 8);
+        }
       };
 
       // The weights of the first stages do not depend on the kernel before this one; the activations do.
       const int ahead = min(end - begin, C::STAGES);
       for (int i = 0; i < ahead; ++i) load_weights(begin + i, i);
-      asm volatile("griddepcontrol.wait;" ::: "memory");
+      if (!p.x_ready) wait_for_kernel_before();
       for (int i = 0; i < ahead; ++i) load_tokens(begin + i, i);
       int stage = 0;
       uint32_t parity = 0;
@@ -332,18 +370,47 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM)
         }
         next_stage();
       };
+      // One stage of the adapter: up to KB fragments of 16 columns for each unit, nothing to decode.
+      auto consume_lora = [&](int count) {
+        wgmma_wait<0>();
+        release_previous();
+        barrier_wait(full_base + stage * 8, parity);
+        const uint64_t operand = x_operand(0);
+#pragma unroll
+        for (int kb = 0; kb < C::KB; ++kb) {
+          if (kb < count) {
+#pragma unroll
+            for (int m = 0; m < C::MW; ++m) {
+              uint32_t(&b)[4] = a[0][m];
+              asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                           : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3])
+                           : "r"(w_mine + stage * C::W_BYTES + (kb * C::ROW_UNITS + m) * kUnitLoraBytes));
+            }
+            wgmma_fence();
+#pragma unroll
+            for (int m = 0; m < C::MW; ++m) Wgmma<C::BT>::mma(acc[m], a[0][m], operand + kb * 2);
+            wgmma_commit();
+            wgmma_wait<0>();
+            hold(a[0]);
+          }
+        }
+        next_stage();
+      };
+      const int w_end = min(k_end, p.w_steps);
       if constexpr (C::FINE) {
-        for (int step = k_begin; step < k_end; ++step) consume_fine();
+        for (int step = k_begin; step < w_end; ++step) consume_fine();
       } else if constexpr (C::KB * C::MW % 2 == 0) {
-        for (int step = k_begin; step < k_end; ++step) consume(Constant<0>());
+        for (int step = k_begin; step < w_end; ++step) consume(Constant<0>());
       } else {
         int step = k_begin;
-        for (; step + 1 < k_end; step += 2) {
+        for (; step + 1 < w_end; step += 2) {
           consume(Constant<0>());
           consume(Constant<1>());
         }
-        if (step < k_end) consume(Constant<0>());
+        if (step < w_end) consume(Constant<0>());
       }
+      for (int step = max(k_begin, p.w_steps); step < k_end; ++step)
+        consume_lora(p.lora_units - (step - p.w_steps) * C::KB);
       wgmma_wait<0>();
       if (tid == 0) barrier_arrive(empty_base + release * 8);
 
@@ -514,9 +581,12 @@ int prepare() {
 }
 
 template <typename C>
-int launch(const void* x, Params p, int blocks, int pdl, cudaStream_t stream) {
+int launch(const void* x, const void* u, int u_columns, Params p, int blocks, int pdl, cudaStream_t stream) {
   if (p.cluster && p.k / (kUnit * C::KB) < p.cluster) return -3;
-  p.k_steps = p.k / (kUnit * C::KB);
+  p.w_steps = p.k / (kUnit * C::KB);
+  p.k_steps = p.w_steps + (p.lora_units + C::KB - 1) / C::KB;
+  for (int end : p.shard_end)  // a tile lies in one of the fused projections
+    if (p.lora_units && end < p.row_units && end % C::ROW_UNITS) return -4;
   p.token_tiles = (p.m + C::BT - 1) / C::BT;
   p.total = (p.row_units + C::ROW_UNITS - 1) / C::ROW_UNITS * p.token_tiles * p.k_steps;
   p.keep_weights = p.token_tiles > 1;
@@ -531,6 +601,16 @@ int launch(const void* x, Params p, int blocks, int pdl, cudaStream_t stream) {
                    CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                    CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) != CUDA_SUCCESS)
     return -2;
+  CUtensorMap u_map = map;
+  if (p.lora_units) {
+    const cuuint64_t u_dims[3] = {static_cast<cuuint64_t>(u_columns), static_cast<cuuint64_t>(p.m), 1};
+    const cuuint64_t u_strides[2] = {static_cast<cuuint64_t>(u_columns) * 2, static_cast<cuuint64_t>(u_columns) * p.m * 2};
+    const cuuint32_t u_box[3] = {kUnit, static_cast<cuuint32_t>(C::BT), 1};
+    if (encode_tiled(&u_map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, const_cast<void*>(u), u_dims, u_strides, u_box, steps,
+                     CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                     CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) != CUDA_SUCCESS)
+      return -2;
+  }
 
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(blocks);
@@ -549,13 +629,13 @@ int launch(const void* x, Params p, int blocks, int pdl, cudaStream_t stream) {
     attribute[config.numAttrs].val.clusterDim.y = 1;
     attribute[config.numAttrs++].val.clusterDim.z = 1;
   }
-  return cudaLaunchKernelEx(&config, gemm_kernel<C>, map, p);
+  return cudaLaunchKernelEx(&config, gemm_kernel<C>, map, u_map, p);
 }
 
 struct Entry {
   int bt, nwg, mw, kb, stages, blocks_per_sm, fine;
   int (*prepare)();
-  int (*launch)(const void*, Params, int, int, cudaStream_t);
+  int (*launch)(const void*, const void*, int, Params, int, int, cudaStream_t);
 };
 template <typename C>
 constexpr Entry entry() {
@@ -605,9 +685,12 @@ extern "C" void qerl_nvfp4_config(int index, int* out) {
   for (int i = 0; i < 7; ++i) out[i] = v[i];
 }
 
+// u [m, shards * rank] and lora_b: null without an adapter. shard_end: rows where the second and third projection begin.
+// x_ready: the kernel before this one is qerl_lora_shrink, which reads x and writes u.
 extern "C" int qerl_nvfp4_gemm(const void* x, const void* packed, const void* scale, float alpha, const void* bias, void* y,
-                               int m, int n, int k, int config, int blocks, int cluster, void* workspace, int counter_slot,
-                               int pdl, cudaStream_t stream) {
+                               const void* u, const void* lora_b, int rank, int shards, int shard_end0, int shard_end1,
+                               int x_ready, int m, int n, int k, int config, int blocks, int cluster, void* workspace, int counter_slot, int pdl,
+                               cudaStream_t stream) {
   using namespace qerl;
   if (config < 0 || config >= kEntries || counter_slot < 0 || counter_slot >= kCounterSlots || cluster > 8) return -1;
   if (n % kUnit || k % (kUnit * entries[config].kb) || blocks * entries[config].nwg > kCountersPerSlot * (workspace ? 1 : 1 << 12))
@@ -624,5 +707,14 @@ extern "C" int qerl_nvfp4_gemm(const void* x, const void* packed, const void* sc
   p.cluster = cluster > 1 ? cluster : 0;
   p.row_units = n / kUnit;
   p.k_units = k / kUnit;
-  return entries[config].launch(x, p, blocks, pdl, stream);
+  p.shard_end[0] = p.shard_end[1] = p.row_units;
+  if (lora_b != nullptr) {
+    if (rank % 16 || rank < 16 || shards < 1 || shards > 3 || shard_end0 % kUnit || shard_end1 % kUnit) return -4;
+    p.lora_b = static_cast<const uint8_t*>(lora_b);
+    p.lora_units = rank / 16;
+    if (shards > 1) p.shard_end[0] = shard_end0 / kUnit;
+    if (shards > 2) p.shard_end[1] = shard_end1 / kUnit;
+    p.x_ready = x_ready;
+  }
+  return entries[config].launch(x, u, rank * shards, p, blocks, pdl, stream);
 }

@@ -50,6 +50,7 @@ class Plan(NamedTuple):
     workspace: int  # bytes
 
 
+ANY_ALIGNMENT = 1 << 10  # 64-row units: no border between projections to respect
 DEQUANTIZE = Plan(-1, 0, 0, 0)
 
 
@@ -125,16 +126,35 @@ def adapt(config: int, blocks: int, cluster: int, measured_tiles: int, m: int, n
     parts = min(8, slots // count, steps(config, k))
     if cluster and parts >= 2:
         return plan(config, 0, m, n, k, parts)
-    if blocks % measured_tiles == 0 or cluster:  # every tile in the same number of parts
+    if blocks and blocks % measured_tiles == 0 or cluster:  # every tile in the same number of parts
         return plan(config, count * max(1, slots // count), m, n, k)
     return plan(config, slots, m, n, k)
 
 
 @functools.lru_cache(maxsize=4096)
-def choose(m: int, n: int, k: int, sms: int) -> Plan:
-    """The plan for ``m`` tokens: measured for the shapes in MEASURED, adapted from the nearest of them for others."""
-    if m > DEQUANTIZE_FROM:
+def choose(m: int, n: int, k: int, sms: int, align: int = 0) -> Plan:
+    """The plan for ``m`` tokens: measured for the shapes in MEASURED, adapted from the nearest of them for others.
+
+    Args:
+        align: with an adapter, the 64-row units in which every border between fused projections can be counted; a tile
+            must not lie across one (``ANY_ALIGNMENT`` without borders). 0: no adapter.
+    """
+    if m > DEQUANTIZE_FROM and not align:
         return DEQUANTIZE
+    chosen = _choose(m, n, k, sms)
+    if align and align % CONFIGS[chosen.config].row_units:
+        config = next(
+            i
+            for i, c in enumerate(CONFIGS)
+            if align % c.row_units == 0
+            and k % (64 * c.k_units) == 0
+            and (c.tokens >= min(CONFIGS[chosen.config].tokens, m) or c.tokens == 256)
+        )
+        return adapt(config, 0, chosen.cluster, 1, m, n, k, sms)
+    return chosen
+
+
+def _choose(m: int, n: int, k: int, sms: int) -> Plan:
     column = next((i for i, limit in enumerate(TOKENS) if m <= limit), len(TOKENS) - 1)
     shape = min(MEASURED, key=lambda s: abs(math.log(s[0] / n)) + abs(math.log(s[1] / k)))
     config, blocks, cluster = MEASURED[shape][column]
@@ -142,3 +162,19 @@ def choose(m: int, n: int, k: int, sms: int) -> Plan:
     if shape == (n, k) and sms == MEASURED_MULTIPROCESSORS and tiles(config, m, n) == measured_tiles:
         return plan(config, blocks, m, n, k, cluster)
     return adapt(config, blocks, cluster, measured_tiles, m, n, k, sms)
+
+
+SHRINK_LIMIT = 1024
+"""Up to this many tokens ``lora_shrink.cu`` computes x A^T, beyond it cuBLAS."""
+
+
+def shrink_cluster(m: int, rows: int, sms: int) -> int:
+    """Blocks that share the inner dimension of one tile of x A^T."""
+    count = -(-m // (32 if m > 64 else 16)) * -(-rows // 32)
+    return next((c for c in (8, 4, 2) if count * c <= 2 * sms), 1)
+
+
+def starts_with_shrink(m: int, n: int) -> bool:
+    """Whether the product starts together with x A^T, to fetch weights, and waits for its end. Otherwise it starts when what
+    comes before x A^T has ended, and works on the base while x A^T is computed. Measured on an H200."""
+    return 64 <= m <= 512 and n > 16384

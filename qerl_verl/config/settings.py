@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+KERNELS = ("auto", "hopper", "triton", "pytorch")
+ROLLOUT_KERNELS = (*KERNELS, "marlin")
+LORA_PATHS = ("inline", "punica")
 PLATFORMS = ("auto", "cuda", "cpu")
 SCHEDULES = ("exponential", "linear", "cosine", "logarithmic")
 
@@ -42,6 +45,23 @@ class AQNSettings:
 
 
 @dataclass(frozen=True)
+class RolloutSettings:
+    """The NVFP4 layers of the rollout engine.
+
+    Attributes:
+        kernel: ``auto`` (hopper on Hopper GPUs, vLLM's Marlin on others, PyTorch on the CPU), or one of ``hopper``,
+            ``triton``, ``pytorch`` and ``marlin``.
+        lora: ``inline``, the adapter is part of the layer; ``punica``, vLLM's own LoRA path.
+        sleep_level: what the engine keeps of the packed base while the actor trains: 1, in host memory; 2, nothing, it is
+            read from disk again.
+    """
+
+    kernel: str = "auto"
+    lora: str = "inline"
+    sleep_level: int = 1
+
+
+@dataclass(frozen=True)
 class QeRLSettings:
     """Everything under ``qerl.*``.
 
@@ -50,11 +70,16 @@ class QeRLSettings:
             (``RAY_ADDRESS``, ``ray_kwargs.ray_init.address``), else cpu.
         cache_dir: folder of quantized checkpoints; None is ``$QERL_CACHE``, else ``~/.cache/qerl_verl``. On several nodes,
             a folder that all of them see.
+        kernel: of the NVFP4 layers in actor and critic: ``auto`` (the first of hopper, triton, pytorch that the device has) or
+            one of these.
+        rollout: the NVFP4 layers of the rollout engine.
         aqn: the noise.
     """
 
     platform: str = "auto"
     cache_dir: str | None = None
+    kernel: str = "auto"
+    rollout: RolloutSettings = field(default_factory=RolloutSettings)
     aqn: AQNSettings = field(default_factory=AQNSettings)
 
     @classmethod
@@ -79,6 +104,19 @@ class QeRLSettings:
         aqn, out = self.aqn, []
         if self.platform not in PLATFORMS:
             out.append(f"qerl.platform={self.platform}: choose one of {', '.join(PLATFORMS)}")
+        if self.kernel not in KERNELS:
+            out.append(f"qerl.kernel={self.kernel}: choose one of {', '.join(KERNELS)}")
+        rollout = self.rollout
+        if rollout.kernel not in ROLLOUT_KERNELS:
+            out.append(f"qerl.rollout.kernel={rollout.kernel}: choose one of {', '.join(ROLLOUT_KERNELS)}")
+        if rollout.lora not in LORA_PATHS:
+            out.append(f"qerl.rollout.lora={rollout.lora}: choose one of {', '.join(LORA_PATHS)}")
+        if rollout.sleep_level not in (1, 2):
+            out.append(f"qerl.rollout.sleep_level={rollout.sleep_level}: choose 1 or 2")
+        if rollout.sleep_level == 2 and rollout.lora == "punica":
+            out.append(
+                "qerl.rollout.sleep_level=2: vLLM's own LoRA path loses its adapter slots then; use 1, or lora=inline"
+            )
         if aqn.schedule not in SCHEDULES:
             out.append(f"qerl.aqn.schedule={aqn.schedule}: choose one of {', '.join(SCHEDULES)}")
         for name in ("sigma_start", "sigma_end"):
@@ -100,6 +138,7 @@ class QeRLSettings:
         return out
 
 
+_GROUPS = {"AQNSettings": AQNSettings, "RolloutSettings": RolloutSettings}
 _TYPES = {"bool": bool, "int": int, "float": (int, float), "str": str, "str | None": (str, type(None))}
 
 
@@ -112,8 +151,8 @@ def _build(cls, values, path: str, problems: list[str]):
     for key, value in values.items():
         if key not in fields:
             problems.append(f"{path}.{key}: no such setting; known under {path}: {', '.join(fields)}")
-        elif fields[key].type == "AQNSettings":
-            arguments[key] = _build(AQNSettings, value, f"{path}.{key}", problems)
+        elif fields[key].type in _GROUPS:
+            arguments[key] = _build(_GROUPS[fields[key].type], value, f"{path}.{key}", problems)
         else:
             expected = _TYPES[fields[key].type]
             if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):

@@ -10,14 +10,16 @@ from peft.tuners.lora import Linear
 from safetensors.torch import save_file
 from torch import nn
 
+from qerl_verl.kernels.nvfp4_lora_linear import nvfp4_lora_linear
 from qerl_verl.nvfp4.linear import NVFP4Linear
 
 
 class NVFP4LoraLinear(Linear):
     """y = base(x) + B A x * alpha / r with a frozen NVFP4 base.
 
-    Forward, adapters and state are PEFT's own (peft/tuners/lora/layer.py, Linear); what would need the weight in 16 bits
-    raises, with the reason.
+    Adapters and state are PEFT's own (peft/tuners/lora/layer.py, Linear). So is the forward pass in every case but the plain
+    one, a single adapter without dropout, which is one autograd function; what would need the weight in 16 bits raises,
+    with the reason.
     """
 
     def __init__(self, base_layer: NVFP4Linear, adapter_name: str, config: LoraConfig, **kwargs):
@@ -30,6 +32,27 @@ class NVFP4LoraLinear(Linear):
             if getattr(config, variant, None):
                 raise ValueError(f"{variant} is not supported on an NVFP4 base; plain LoRA and rsLoRA are")
         super().__init__(base_layer, adapter_name, config=config, **kwargs)
+
+    def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        """Args: x: ``[..., in_features]`` floating point. Returns: ``[..., out_features]`` in autocast's dtype, or x's."""
+        adapter = self._plain_adapter()
+        if adapter is None or args or kwargs:
+            return super().forward(x, *args, **kwargs)
+        base = self.get_base_layer()
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+        scaling = self.scaling[adapter]
+        return nvfp4_lora_linear(x, *base.weight_bytes(), base.alpha, base.bias, a, b, scaling, base.backend)
+
+    def _plain_adapter(self) -> str | None:
+        """The one active adapter, if the layer computes base + scaling B A x and nothing else."""
+        if self.disable_adapters or self.merged or len(self.active_adapters) != 1:
+            return None
+        name = self.active_adapters[0]
+        if name not in self.lora_A or name in self.lora_variant or self.lora_bias[name]:
+            return None
+        return name if isinstance(self.lora_dropout[name], nn.Identity) else None
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
         return module.in_features, module.out_features

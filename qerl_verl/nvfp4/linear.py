@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from qerl_verl.kernels.backends import Backend, backend_for, get_backend
 from qerl_verl.kernels.nvfp4_dequantize import BLOCK_SIZE, dequantize_nvfp4
 from qerl_verl.kernels.nvfp4_linear import nvfp4_linear
 
@@ -12,13 +13,15 @@ from qerl_verl.kernels.nvfp4_linear import nvfp4_linear
 class NVFP4Linear(nn.Module):
     """y = x W^T + b with W = e2m1 * block_scale / global_scale, frozen.
 
-    Tensor names and bytes are those of the compressed-tensors format ``nvfp4-pack-quantized``.
+    Tensor names are those of the compressed-tensors format ``nvfp4-pack-quantized``, and so are the bytes until
+    :meth:`use_backend` or :func:`qerl_verl.nvfp4.loading.prepack_linears` puts them into the layout of a faster kernel.
 
     Attributes:
         weight_packed: the bytes ``[out_features, in_features / 2]``, two E2M1 codes each, in ``storage_dtype``.
         weight_scale: the bytes ``[out_features, in_features / 16]`` of the E4M3 scales, in ``storage_dtype``.
         weight_global_scale: ``[1]`` float32 buffer, the divisor; a buffer, since FSDP2 casts no buffers.
         bias: ``[out_features]`` or None, frozen.
+        backend: whose kernels compute the layer, and in whose layout the two byte tensors are.
 
     Args:
         storage_dtype: what the two byte tensors are declared as; only ever copied, never computed with. uint8 by itself.
@@ -57,6 +60,7 @@ class NVFP4Linear(nn.Module):
         self.register_buffer("weight_global_scale", torch.empty(1, dtype=torch.float32, device=device))
         self.bias = frozen(out_features, dtype=dtype) if bias else None
         self._alpha: float | None = None
+        self.backend: Backend = get_backend("pytorch")
 
     @property
     def alpha(self) -> float:
@@ -69,15 +73,33 @@ class NVFP4Linear(nn.Module):
         """Args: x: ``[..., in_features]`` floating point. Returns: ``[..., out_features]`` in autocast's dtype, or x's."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        return nvfp4_linear(x, *self._bytes(), self.alpha, self.bias)
+        return nvfp4_linear(x, *self.weight_bytes(), self.alpha, self.bias, self.backend)
 
-    def _bytes(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Views of the packed values and of the scales, both uint8."""
+    def use_backend(self, device: torch.device, wanted: str = "auto", dtype: torch.dtype = torch.bfloat16) -> None:
+        """Choose the kernels for ``device``; where the layer has data, put its bytes into their layout, on that device.
+
+        Args:
+            device: where the layer will compute; its tensors stay where they are.
+            wanted: see :func:`qerl_verl.kernels.backends.choose_backend`.
+            dtype: of the activations.
+        """
+        chosen = backend_for(device, self.out_features, self.in_features, dtype, wanted)
+        if chosen is self.backend:
+            return
+        if not self.weight_packed.is_meta:
+            packed, scale = self.backend.unpack(*(t.to(device) for t in self.weight_bytes()))
+            packed, scale = chosen.prepack(packed, scale)
+            for parameter, new in ((self.weight_packed, packed), (self.weight_scale, scale)):
+                parameter.data.copy_(new.view(parameter.dtype).view(parameter.shape))
+        self.backend = chosen
+
+    def weight_bytes(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views of the packed values and of the scales, both uint8, in the backend's layout."""
         return self.weight_packed.view(torch.uint8), self.weight_scale.view(torch.uint8)
 
     def dequantize(self, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         """The weight, ``[out_features, in_features]`` in ``dtype``."""
-        return dequantize_nvfp4(*self._bytes(), self.weight_global_scale, dtype)
+        return dequantize_nvfp4(*self.backend.unpack(*self.weight_bytes()), self.weight_global_scale, dtype)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

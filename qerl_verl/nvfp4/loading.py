@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from qerl_verl.kernels.backends import choose_backend
 from qerl_verl.nvfp4.linear import NVFP4Linear
 
 _PACKED_SUFFIX = ".weight_packed"
@@ -120,6 +121,31 @@ def load_tensors(model: nn.Module, path: str | Path, dtype: torch.dtype, new_mod
         raise ValueError(
             f"{path} does not fit {type(model).__name__}: missing {sorted(missing)[:5]}, unexpected {unexpected[:5]}"
         )
+
+
+def prepack_linears(
+    model: nn.Module, device: torch.device, wanted: str = "auto", dtype: torch.dtype = torch.bfloat16
+) -> str:
+    """Choose the kernels of every :class:`NVFP4Linear` and put the weights into their layout, layer by layer on ``device``.
+
+    Args:
+        model: its tensors stay where they are; layers on the meta device get the kernels and no data.
+        device: where the model will compute.
+        wanted: ``qerl.kernel``.
+        dtype: of the activations.
+
+    Returns:
+        A sentence that says what was chosen, and how many layers it does not serve.
+
+    Raises:
+        ValueError: a wanted kernel that cannot run here.
+    """
+    chosen, text = choose_backend(device, wanted)
+    layers = [m for m in model.modules() if isinstance(m, NVFP4Linear)]
+    for layer in layers:
+        layer.use_backend(device, wanted, dtype)
+    others = sum(layer.backend is not chosen for layer in layers)
+    return text + (f"; {others} of {len(layers)} layers, whose shape it does not serve, in PyTorch" if others else "")
 
 
 def _assign(model: nn.Module, name: str, tensor: torch.Tensor, requires_grad: bool) -> None:

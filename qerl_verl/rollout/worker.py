@@ -1,23 +1,18 @@
-"""Extension of vLLM's worker: verl's own, plus the noise."""
+"""Extension of vLLM's worker: verl's own, plus the adapter in the layers and the noise."""
 
 from __future__ import annotations
 
 import hashlib
 
 import torch
+from verl.utils.device import get_device_name
 from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
 
 from qerl_verl.aqn.noise import NoiseInjector, find_noise_targets
 from qerl_verl.nvfp4.architectures import get_architecture
+from qerl_verl.rollout.lora import FUSED, AdapterStore, adapter_scaling, lora_settings
 
-FUSED = {
-    "self_attn.q_proj": "self_attn.qkv_proj",
-    "self_attn.k_proj": "self_attn.qkv_proj",
-    "self_attn.v_proj": "self_attn.qkv_proj",
-    "mlp.gate_proj": "mlp.gate_up_proj",
-    "mlp.up_proj": "mlp.gate_up_proj",
-}
-"""How vLLM's models fuse the linears of a checkpoint (packed_modules_mapping of vllm/model_executor/models/qwen2.py)."""
+NOISE_FUSED = {plain: fused for plain, (fused, _) in FUSED.items()}
 
 
 class QeRLWorkerExtension(vLLMColocateWorkerExtension):
@@ -29,8 +24,71 @@ class QeRLWorkerExtension(vLLMColocateWorkerExtension):
         if injector is None:
             model = self.model_runner.get_model()
             architecture = get_architecture(self.model_runner.vllm_config.model_config.hf_config)
-            injector = self._qerl_injector = NoiseInjector(find_noise_targets(model, architecture, FUSED))
+            injector = self._qerl_injector = NoiseInjector(find_noise_targets(model, architecture, NOISE_FUSED))
         return injector
+
+    def update_weights_from_ipc(self, peft_config: dict = None, base_sync_done=False, use_shm: bool = False):
+        """An adapter goes into the layers where they have room for one; everything else is verl's business.
+
+        The transport is verl's (verl/workers/rollout/vllm_rollout/utils.py, update_weights_from_ipc).
+
+        Raises:
+            ValueError: an adapter that does not fit, or with a value that is not finite; the layers keep the one they have.
+        """
+        if (
+            not (peft_config and base_sync_done)
+            or lora_settings(self.model_runner.vllm_config.additional_config) is None
+        ):
+            return super().update_weights_from_ipc(peft_config, base_sync_done, use_shm)
+        from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import BucketedWeightReceiver
+
+        if self.device is None:
+            self.device = torch.device(get_device_name(), self.local_rank)
+        receiver = BucketedWeightReceiver(zmq_handle=self._get_zmq_handle(), device=self.device, use_shm=use_shm)
+        tensors: dict[str, torch.Tensor] = {}
+
+        def on_bucket_received(weights: list[tuple[str, torch.Tensor]], is_last: bool) -> None:
+            tensors.update((name, tensor.clone()) for name, tensor in weights)  # the bucket is used again
+
+        receiver.receive_weights(on_bucket_received=on_bucket_received)
+        self.qerl_load_adapter(tensors, adapter_scaling(peft_config))
+
+    def qerl_load_adapter(self, tensors: dict[str, torch.Tensor], scaling: float) -> int:
+        """Overwrite the adapter in the layers, see :meth:`qerl_verl.rollout.lora.AdapterStore.load`."""
+        for name, tensor in tensors.items():
+            if not tensor.isfinite().all():
+                raise ValueError(
+                    f"the adapter's {name} holds a value that is not finite; the rollout keeps the one before"
+                )
+        store = getattr(self, "_qerl_adapter_store", None)
+        if store is None:
+            from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+
+            store = self._qerl_adapter_store = AdapterStore(
+                self.model_runner.get_model(), get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+            )
+        return store.load(tensors.items(), scaling)
+
+    def qerl_load_adapter_folder(self, folder: str) -> int:
+        """:meth:`qerl_load_adapter` from a folder in PEFT's format that this worker can read."""
+        from peft import LoraConfig
+        from safetensors.torch import load_file
+
+        scaling = adapter_scaling(LoraConfig.from_pretrained(folder))
+        return self.qerl_load_adapter(load_file(f"{folder}/adapter_model.safetensors"), scaling)
+
+    def qerl_reload_base(self) -> None:
+        """Read the base from disk into the memory that a sleep at level 2 left empty. Norms come back without noise."""
+        self.model_runner.reload_weights()
+
+    def qerl_adapter_digest(self) -> str:
+        """SHA-256 over the adapter in this worker's layers."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.model_runner.get_model().named_buffers()):
+            if "qerl_lora_" in name:
+                digest.update(name.encode())
+                digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
     def qerl_set_noise(self, seed: int, step: int, sigma: float) -> None:
         """Put the noise of a training step on the norms of this worker's part of the model; ``sigma`` 0 takes it off.

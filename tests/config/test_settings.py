@@ -30,7 +30,7 @@ def test_values_are_taken_over():
 @pytest.mark.parametrize(
     ("values", "key", "cure"),
     [
-        ({"sigma_stat": 1}, "qerl.sigma_stat", "known under qerl: platform, cache_dir, aqn"),
+        ({"sigma_stat": 1}, "qerl.sigma_stat", "known under qerl: platform, cache_dir, kernel, rollout, aqn"),
         ({"aqn": {"sigma": 1}}, "qerl.aqn.sigma", "sigma_start"),
         ({"aqn": {"sigma_start": 0}}, "qerl.aqn.sigma_start=0", "qerl.aqn.enable=False"),
         ({"aqn": {"sigma_end": -1e-3}}, "qerl.aqn.sigma_end=-0.001", "positive"),
@@ -42,6 +42,11 @@ def test_values_are_taken_over():
         ({"aqn": {"enable": "yes"}}, "qerl.aqn.enable='yes'", "expected bool"),
         ({"aqn": 3}, "qerl.aqn=3", "group of settings"),
         ({"platform": "tpu"}, "qerl.platform=tpu", "cuda"),
+        ({"kernel": "marlin"}, "qerl.kernel=marlin", "hopper"),
+        ({"rollout": {"kernel": "cutlass"}}, "qerl.rollout.kernel=cutlass", "marlin"),
+        ({"rollout": {"lora": "merged"}}, "qerl.rollout.lora=merged", "punica"),
+        ({"rollout": {"sleep_level": 3}}, "qerl.rollout.sleep_level=3", "choose 1 or 2"),
+        ({"rollout": {"sleep_level": 2, "lora": "punica"}}, "qerl.rollout.sleep_level=2", "lora=inline"),
     ],
 )
 def test_a_bad_value_is_named_with_its_cure(values, key, cure):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -112,6 +114,33 @@ def test_fake_implementations():
     assert w.shape == (128, 128) and w.dtype == torch.bfloat16
 
 
+def test_prepack_lora_b_and_back():
+    for n, rank in ((64, 16), (320, 32), (1152, 48)):
+        b = torch.randn(n, rank).bfloat16()
+        packed = hopper.prepack_lora_b(b)
+        assert packed.shape == b.shape and not torch.equal(packed, b)
+        assert torch.equal(hopper.unpack_lora_b(packed), b)
+    with pytest.raises(ValueError, match="multiple of 16"):
+        hopper.prepack_lora_b(torch.zeros(64, 8))
+
+
+def test_check_lora():
+    assert hopper.check_lora(1152, 896, 32, [896, 1024, 1152]) is None
+    assert hopper.check_lora(64, 64, 16, [64]) is None
+    assert "multiple of 16" in hopper.check_lora(256, 64, 8, [256])
+    assert "multiples of 128" in hopper.check_lora(256, 64, 16, [192, 256])
+    assert "end at row 256" in hopper.check_lora(256, 64, 16, [128])
+
+
+def test_no_tile_lies_across_two_projections():
+    for n, ends in ((1152, (896, 1024, 1152)), (4608, (3584, 4096, 4608)), (9728, (4864, 9728))):
+        align = math.gcd(*(e // 64 for e in ends))
+        for m in (1, 9, 17, 40, 100, 200, 3000, 9000):
+            chosen = tuning.choose(m, n, 896, 132, align)
+            assert chosen.config >= 0 and align % tuning.CONFIGS[chosen.config].row_units == 0
+            assert 896 % (64 * tuning.CONFIGS[chosen.config].k_units) == 0
+
+
 # ----------------------------------------------------------------------------------------------------- kernels
 class TestOnHopper:
     pytestmark = on_hopper
@@ -177,6 +206,93 @@ class TestOnHopper:
     def test_chosen_kernel(self, m):
         x, packed_p, scale_p, bias, expected = self.case(m, 1152, 1792, bias=m % 2 == 1)
         assert self.error(hopper.gemm(x, packed_p, scale_p, ALPHA, bias), expected) < MAX_ERROR
+
+    @staticmethod
+    def lora_case(m, n, k, rank, ends, seed=3):
+        torch.manual_seed(seed)
+        a = torch.randn(len(ends) * rank, k, device="cuda", dtype=torch.bfloat16) / k**0.5
+        b = torch.randn(n, rank, device="cuda", dtype=torch.bfloat16)
+
+        def term(x, scaling):
+            parts, begin = [], 0
+            for i, end in enumerate(ends):
+                u = x.double() @ a[i * rank : (i + 1) * rank].double().t()
+                parts.append(u @ b[begin:end].double().t() * scaling)
+                begin = end
+            return torch.cat(parts, dim=1)
+
+        return a, hopper.prepack_lora_b(b), term
+
+    @pytest.mark.parametrize("config", range(len(tuning.CONFIGS)))
+    @pytest.mark.parametrize("blocks,cluster", [(3, 0), (132, 0), (264, 0), (0, 3), (0, 8)])
+    @pytest.mark.parametrize("rank", [16, 32, 64])
+    def test_every_configuration_with_an_adapter(self, config, blocks, cluster, rank):
+        hopper.initialize()
+        n, k, ends = 64 * 12, 256 * 9, (256, 512, 768)
+        a, b_p, term = self.lora_case(1, n, k, rank, ends)
+        for m in (1, 13, 200):
+            x, packed_p, scale_p, bias, expected = self.case(m, n, k, bias=True)
+            expected = expected + term(x, 0.5)
+            plan = tuning.plan(config, blocks, m, n, k, cluster)
+            for pdl in (1, 0):
+                out = torch.full((m, n), float("nan"), dtype=torch.bfloat16, device="cuda")
+                y = hopper.run_plan(x, packed_p, scale_p, ALPHA, bias, plan, pdl, out=out, lora=(a, b_p, ends, 0.5))
+                assert self.error(y, expected) < MAX_ERROR
+
+    @pytest.mark.parametrize(
+        "n,k,ends",
+        [(1152, 896, (896, 1024, 1152)), (3584, 3584, (3584,)), (9728, 896, (4864, 9728)), (192, 64, (192,))],
+    )
+    @pytest.mark.parametrize("m", [1, 8, 33, 128, 300, 1500])
+    def test_chosen_kernel_with_an_adapter(self, n, k, ends, m):
+        a, b_p, term = self.lora_case(m, n, k, 32, ends)
+        x, packed_p, scale_p, bias, expected = self.case(m, n, k, bias=True)
+        got = hopper.lora_gemm(x.view(1, m, k), packed_p, scale_p, ALPHA, bias, a, b_p, ends, 2.0)
+        assert got.shape == (1, m, n)
+        assert self.error(got[0], expected + term(x, 2.0)) < MAX_ERROR
+
+    def test_an_adapter_of_zeros_changes_nothing(self):
+        a, b_p, _ = self.lora_case(40, 1024, 1024, 32, (1024,))
+        x, packed_p, scale_p, bias, _ = self.case(40, 1024, 1024, bias=True)
+        got = hopper.lora_gemm(x, packed_p, scale_p, ALPHA, bias, a, torch.zeros_like(b_p), (1024,), 1.0)
+        assert torch.equal(got, hopper.gemm(x, packed_p, scale_p, ALPHA, bias))
+
+    @pytest.mark.parametrize("m", [4, 64, 200])
+    def test_a_chain_with_adapters_in_a_cuda_graph(self, m):
+        """Shrink and product overlap with each other and with the neighbours; the adapter is overwritten in place."""
+        n = 3584
+        a, b_p, _ = self.lora_case(m, n, n, 32, (n,))
+        x, packed_p, scale_p, _, _ = self.case(m, n, n, seed=1)
+
+        def chain(x, synchronize=False):
+            for _ in range(6):
+                x = hopper.lora_gemm(x, packed_p, scale_p, 1 / 32768, None, a, b_p, (n,), 0.1)
+                if synchronize:
+                    torch.cuda.synchronize()
+            return x
+
+        expected = chain(x, synchronize=True)
+        assert expected.isfinite().all() and expected.abs().max() > 0
+        for _ in range(10):
+            assert torch.equal(chain(x), expected)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = chain(x)
+        for _ in range(3):
+            graph.replay()
+            assert torch.equal(y, expected)
+        b_p.mul_(-3.0)
+        expected = chain(x, synchronize=True)
+        graph.replay()
+        assert torch.equal(y, expected)
+
+    def test_an_adapter_that_does_not_fit_is_refused(self):
+        a, b_p, _ = self.lora_case(1, 256, 128, 32, (128, 256))
+        x, packed_p, scale_p, _, _ = self.case(1, 256, 128)
+        with pytest.raises(ValueError, match="multiples of 128"):
+            hopper.lora_gemm(x, packed_p, scale_p, ALPHA, None, a, b_p, (64, 256), 1.0)
+        with pytest.raises(ValueError, match="does not fit"):
+            hopper.lora_gemm(x, packed_p, scale_p, ALPHA, None, a[:, :64], b_p, (128, 256), 1.0)
 
     def test_small_activations_keep_their_precision(self):
         x, packed_p, scale_p, _, expected = self.case(16, 512, 1024)

@@ -1,0 +1,165 @@
+"""Rollout speed in vLLM: NVFP4 with the adapter in the layers, against stock bf16 with vLLM's LoRA, in one run.
+
+    python benchmarks/bench_rollout.py --shape 7B --json benchmarks/results/rollout_7b_h200.json
+
+Random weights, LoRA rank 32 on every linear layer, prompts of 256 random tokens, 256 generated, CUDA graphs as verl sets them.
+Each variant is a process of its own; tokens/s counts generated tokens over the whole call, prefill included, the better of
+two calls after a warm-up. Prefill is 32 prompts of 256 tokens with one token generated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+PROMPT, GENERATED, PREFILL = 256, 256, 8192
+VARIANTS = {
+    "bf16": {"base": "bf16", "lora": None},
+    "bf16_lora": {"base": "bf16", "lora": "punica"},
+    "nvfp4_lora": {"base": "nvfp4", "lora": "inline", "kernel": "auto"},
+    "nvfp4_lora_noise": {"base": "nvfp4", "lora": "inline", "kernel": "auto", "noise": True},
+    "nvfp4_punica": {"base": "nvfp4", "lora": "punica", "kernel": "auto"},
+    "nvfp4_marlin_lora": {"base": "nvfp4", "lora": "inline", "kernel": "marlin"},
+    "nvfp4_marlin_punica": {"base": "nvfp4", "lora": "punica", "kernel": "marlin"},
+}
+
+
+def run_variant(name: str, args: argparse.Namespace) -> dict:
+    """Inside the process of one variant."""
+    settings = VARIANTS[name]
+    sys.path.insert(0, str(HERE))
+    import torch
+    from shapes import RANK, write_adapter, write_config, write_nvfp4
+
+    work = Path(args.work)
+    quantized = settings["base"] == "nvfp4"
+    model = work / f"{args.shape}-{settings['base']}"
+    if not (model / "config.json").exists():
+        (write_nvfp4 if quantized else lambda f, s: write_config(f, s, False))(model, args.shape)
+    adapter = work / f"{args.shape}-adapter"
+    if settings["lora"] and not (adapter / "adapter_config.json").exists():
+        write_adapter(adapter, args.shape, str(model))
+    torch.cuda.empty_cache()
+
+    from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    extra = {}
+    if quantized:
+        inline = settings["lora"] == "inline"
+        lora = {"rank": RANK, "alpha": RANK} if inline else None
+        extra["additional_config"] = {"qerl": {"kernel": settings["kernel"], "lora": lora}}
+        extra["worker_extension_cls"] = "qerl_verl.rollout.worker.QeRLWorkerExtension"
+    else:
+        extra["load_format"] = "dummy"
+    if settings["lora"] == "punica":
+        extra |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": RANK}
+    begin = time.perf_counter()
+    llm = LLM(
+        model=str(model), skip_tokenizer_init=True, max_model_len=1024, max_num_seqs=max(args.sequences),
+        max_num_batched_tokens=PREFILL, enable_prefix_caching=False, gpu_memory_utilization=0.85, seed=0,
+        compilation_config={"cudagraph_mode": "FULL_AND_PIECEWISE", "cudagraph_capture_sizes": sorted({1, 2, 4, *args.sequences})},
+        **extra,
+    )  # fmt: skip
+    start_s = time.perf_counter() - begin
+    request = LoRARequest("policy", 1, str(adapter)) if settings["lora"] == "punica" else None
+    if settings["lora"] == "inline":
+        llm.collective_rpc("qerl_load_adapter_folder", args=(str(adapter),))
+    if settings.get("noise"):
+        llm.collective_rpc("qerl_set_noise", args=(42, 1, 1e-2))
+
+    generator = torch.Generator().manual_seed(0)
+
+    def call(sequences: int, prompt: int, generated: int) -> float:
+        prompts = [
+            {"prompt_token_ids": torch.randint(100, 150000, (prompt,), generator=generator).tolist()}
+            for _ in range(sequences)
+        ]
+        parameters = SamplingParams(
+            temperature=1.0, max_tokens=generated, min_tokens=generated, ignore_eos=True, detokenize=False
+        )
+        begin = time.perf_counter()
+        outputs = llm.generate(prompts, parameters, lora_request=request, use_tqdm=False)
+        seconds = time.perf_counter() - begin
+        assert sum(len(o.outputs[0].token_ids) for o in outputs) == sequences * generated
+        return seconds
+
+    result = {"variant": name, "start_s": start_s, "decode": {}, "settings": settings}
+    for sequences in args.sequences:
+        call(sequences, PROMPT, 16)
+        seconds = min(call(sequences, PROMPT, GENERATED) for _ in range(2))
+        result["decode"][sequences] = {"tokens_per_s": sequences * GENERATED / seconds, "seconds": seconds}
+    call(PREFILL // PROMPT, PROMPT, 1)
+    result["prefill_s"] = min(call(PREFILL // PROMPT, PROMPT, 1) for _ in range(3))
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="7B")
+    parser.add_argument("--variants", nargs="*", default=["bf16_lora", "nvfp4_lora"], choices=VARIANTS)
+    parser.add_argument("--sequences", type=int, nargs="*", default=[1, 8, 64, 256])
+    parser.add_argument("--work", default="/tmp/qerl-bench", help="where the random models are written")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--variant", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.variant:
+        print("RESULT " + json.dumps(run_variant(args.variant, args)), flush=True)
+        return
+
+    import torch
+
+    out = {
+        "command": "python benchmarks/bench_rollout.py " + " ".join(sys.argv[1:]),
+        "shape": args.shape,
+        "gpu": torch.cuda.get_device_name(),
+        "versions": {p: version(p) for p in ("vllm", "torch", "verl", "transformers")},
+        "runs": [],
+    }
+    for name in args.variants:
+        environment = {**os.environ, "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR")}
+        environment["VLLM_PLUGINS"] = "qerl"
+        environment.pop("QERL_SWITCH", None)
+        if VARIANTS[name]["base"] == "nvfp4":
+            environment["QERL_SWITCH"] = "nvfp4"
+        command = [sys.executable, __file__, "--variant", name, "--shape", args.shape, "--work", args.work]
+        command += ["--sequences", *map(str, args.sequences)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
+        lines = done.stdout.splitlines()
+        print("\n".join(line for line in lines if "[qerl]" in line), flush=True)
+        found = [line for line in lines if line.startswith("RESULT ")]
+        if done.returncode or not found:
+            print("\n".join(lines[-20:]), f"{name} failed with {done.returncode}", flush=True)
+            out["runs"].append({"variant": name, "failed": done.returncode})
+            continue
+        run = json.loads(found[0].removeprefix("RESULT "))
+        out["runs"].append(run)
+        speeds = "  ".join(f"{s}: {d['tokens_per_s']:.0f}" for s, d in run["decode"].items())
+        print(
+            f"{name:20} start {run['start_s']:.0f} s  tokens/s {speeds}  prefill {run['prefill_s'] * 1e3:.1f} ms",
+            flush=True,
+        )
+    runs = {r["variant"]: r for r in out["runs"] if "decode" in r}
+    if base := runs.get("bf16_lora"):
+        out["ratio_to_bf16_lora"] = {
+            name: {
+                **{s: d["tokens_per_s"] / base["decode"][s]["tokens_per_s"] for s, d in run["decode"].items()},
+                "prefill": base["prefill_s"] / run["prefill_s"],
+            }
+            for name, run in runs.items()
+        }
+        for name, ratios in out["ratio_to_bf16_lora"].items():
+            print(f"{name:20} " + "  ".join(f"{k}: {v:.2f}x" for k, v in ratios.items()), flush=True)
+    if args.json:
+        args.json.write_text(json.dumps(out, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""Random models of the shapes that the benchmarks use, written to disk: an NVFP4 checkpoint, a bf16 configuration, an adapter.
+
+Kernels run at the speed of real weights on random ones; on zeros they would be faster. Nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+SHAPES = {
+    # Qwen2.5-7B
+    "7B": {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
+           "num_key_value_heads": 4, "vocab_size": 152064, "tie_word_embeddings": False},
+    # Qwen2.5-32B, half of its 64 layers
+    "32B-32": {"hidden_size": 5120, "intermediate_size": 27648, "num_hidden_layers": 32, "num_attention_heads": 40,
+               "num_key_value_heads": 8, "vocab_size": 152064, "tie_word_embeddings": False},
+    "0.5B": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
+             "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True},
+}  # fmt: skip
+RANK = 32
+
+
+def config(shape: str) -> dict:
+    """Qwen2's ``config.json`` in bfloat16."""
+    return {
+        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu", "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6, "max_position_embeddings": 32768, "torch_dtype": "bfloat16", "bos_token_id": 1, "eos_token_id": 2,
+        "use_sliding_window": False, **SHAPES[shape],
+    }  # fmt: skip
+
+
+def linears(shape: str) -> dict[str, tuple[int, int]]:
+    """Name within a layer and ``(rows, columns)`` of each linear."""
+    c = SHAPES[shape]
+    hidden, inner = c["hidden_size"], c["intermediate_size"]
+    kv = hidden // c["num_attention_heads"] * c["num_key_value_heads"]
+    return {
+        "self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (kv, hidden), "self_attn.v_proj": (kv, hidden),
+        "self_attn.o_proj": (hidden, hidden), "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+    }  # fmt: skip
+
+
+def write_config(folder: Path, shape: str, quantized: bool) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    content = config(shape)
+    if quantized:
+        from qerl_verl.nvfp4.checkpoint import QUANTIZATION_CONFIG
+
+        content["quantization_config"] = QUANTIZATION_CONFIG
+    (folder / "config.json").write_text(json.dumps(content, indent=1))
+    return folder
+
+
+def write_nvfp4(folder: Path, shape: str, device: str = "cuda") -> Path:
+    """An NVFP4 checkpoint with random codes and scales and weights of a plausible size."""
+    write_config(folder, shape, quantized=True)
+    c = SHAPES[shape]
+    hidden = c["hidden_size"]
+    torch.manual_seed(0)
+    map_: dict[str, str] = {}
+
+    def save(name: str, tensors: dict) -> None:
+        save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, folder / name, metadata={"format": "pt"})
+        map_.update(dict.fromkeys(tensors, name))
+
+    def normal(*size: int, std: float = 0.02) -> torch.Tensor:
+        return torch.randn(*size, device=device, dtype=torch.bfloat16) * std
+
+    ends = {"model.embed_tokens.weight": normal(c["vocab_size"], hidden), "model.norm.weight": 1 + normal(hidden)}
+    if not c["tie_word_embeddings"]:
+        ends["lm_head.weight"] = normal(c["vocab_size"], hidden)
+    save("model-ends.safetensors", ends)
+    for layer in range(c["num_hidden_layers"]):
+        tensors = {}
+        prefix = f"model.layers.{layer}."
+        for name, (rows, columns) in linears(shape).items():
+            tensors[f"{prefix}{name}.weight_packed"] = torch.randint(
+                0, 256, (rows, columns // 2), dtype=torch.uint8, device=device
+            )
+            scale = torch.rand(rows, columns // 16, device=device) * 300 + 20
+            tensors[f"{prefix}{name}.weight_scale"] = scale.to(torch.float8_e4m3fn)
+            tensors[f"{prefix}{name}.weight_global_scale"] = torch.full((1,), 1.5e4 * (columns / 3584) ** 0.5)
+            if name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
+                tensors[f"{prefix}{name}.bias"] = normal(rows)
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"{prefix}{norm}.weight"] = 1 + normal(hidden)
+        save(f"model-{layer:02}.safetensors", tensors)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": map_}))
+    return folder
+
+
+def write_bf16(folder: Path, nvfp4: Path, shape: str) -> Path:
+    """The same model as an NVFP4 checkpoint of :func:`write_nvfp4`, unpacked to bfloat16."""
+    from qerl_verl.kernels.nvfp4_dequantize import dequantize_nvfp4
+
+    write_config(folder, shape, quantized=False)
+    map_: dict[str, str] = {}
+    for file in sorted(nvfp4.glob("*.safetensors")):
+        source, tensors = load_file(file, device="cuda"), {}
+        for name, tensor in source.items():
+            base, _, kind = name.rpartition(".")
+            if kind == "weight_packed":
+                scale = source[f"{base}.weight_scale"].view(torch.uint8)
+                tensors[f"{base}.weight"] = dequantize_nvfp4(tensor, scale, source[f"{base}.weight_global_scale"]).cpu()
+            elif not kind.startswith("weight_"):
+                tensors[name] = tensor.cpu()
+        save_file(tensors, folder / file.name, metadata={"format": "pt"})
+        map_.update(dict.fromkeys(tensors, file.name))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": map_}))
+    return folder
+
+
+def write_adapter(folder: Path, shape: str, base: str, device: str = "cuda") -> Path:
+    """A PEFT adapter of rank 32 on every linear layer, A and B both random."""
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(1)
+    tensors = {}
+    for layer in range(SHAPES[shape]["num_hidden_layers"]):
+        for name, (rows, columns) in linears(shape).items():
+            prefix = f"base_model.model.model.layers.{layer}.{name}."
+            tensors[prefix + "lora_A.weight"] = torch.randn(RANK, columns, device=device) / columns**0.5
+            tensors[prefix + "lora_B.weight"] = torch.randn(rows, RANK, device=device) * 0.01
+    save_file({k: v.bfloat16().cpu().contiguous() for k, v in tensors.items()}, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(
+        json.dumps({
+            "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": RANK, "lora_dropout": 0.0, "bias": "none",
+            "target_modules": sorted({n.split(".")[-1] for n in linears(shape)}), "base_model_name_or_path": base,
+        })
+    )  # fmt: skip
+    return folder

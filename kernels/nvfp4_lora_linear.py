@@ -1,0 +1,98 @@
+"""An NVFP4 linear layer with one LoRA adapter: y = alpha x W^T + b + scaling (x A^T) B^T.
+
+Two forms of the same thing:
+
+* :func:`add_lora_reference`, the term of the adapter for fused projections, as the rollout engine has them (an A and a B for
+  each of q, k and v on one weight);
+* :func:`nvfp4_lora_linear`, forward and backward as one autograd function, for training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from qerl_verl.kernels.nvfp4_linear import own_tensor, scaled_mm
+
+
+def add_lora_reference(
+    y: torch.Tensor, x: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, ends: Sequence[int], scaling: float
+) -> torch.Tensor:
+    """``y`` plus, for the rows of each fused projection ``i``, ``scaling (x A_i^T) B_i^T``; ``y`` is overwritten.
+
+    Args:
+        y: ``[..., N]``.
+        x: ``[..., K]``, of the same dtype.
+        lora_a: ``[projections * rank, K]``, the A of each projection in turn.
+        lora_b: ``[N, rank]``, the B of each projection in turn.
+        ends: the row at which each projection ends; the last is N.
+    """
+    rank = lora_b.shape[1]
+    rows = y.view(-1, y.shape[-1])
+    u = x.reshape(-1, x.shape[-1]) @ lora_a.t()
+    begin = 0
+    for i, end in enumerate(ends):
+        rows[:, begin:end].addmm_(u[:, i * rank : (i + 1) * rank], lora_b[begin:end].t(), alpha=scaling)
+        begin = end
+    return y
+
+
+class _NVFP4LoraLinear(torch.autograd.Function):
+    """Saves x, the packed weight, A, B and x A^T; nothing of the base in 16 bits."""
+
+    @staticmethod
+    def forward(ctx, x, packed, scale, alpha, bias, lora_a, lora_b, scaling, backend):
+        rows = x.reshape(-1, x.shape[-1])
+        bias = None if bias is None else bias.to(x.dtype)
+        a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
+        y = backend.linear(rows, packed, scale, alpha, bias)
+        u = rows @ a.t()
+        y.addmm_(u, b.t(), alpha=scaling)
+        ctx.save_for_backward(rows, packed, scale, a, b, u)
+        ctx.alpha, ctx.scaling, ctx.backend, ctx.shape = alpha, scaling, backend, x.shape
+        ctx.dtypes = lora_a.dtype, lora_b.dtype
+        return own_tensor(y.view(*x.shape[:-1], y.shape[-1]))
+
+    @staticmethod
+    def backward(ctx, grad):
+        rows, packed, scale, a, b, u = ctx.saved_tensors
+        grad = grad.reshape(-1, grad.shape[-1])
+        grad_u = grad @ b * ctx.scaling
+        grad_x = grad_a = grad_b = None
+        if ctx.needs_input_grad[0]:
+            weight = ctx.backend.block_values(packed, scale, grad.dtype)
+            grad_x = scaled_mm(grad, weight, ctx.alpha, None).addmm_(grad_u, a).view(ctx.shape)
+        if ctx.needs_input_grad[5]:
+            grad_a = (grad_u.t() @ rows).to(ctx.dtypes[0])
+        if ctx.needs_input_grad[6]:
+            grad_b = (grad.t() @ u).mul_(ctx.scaling).to(ctx.dtypes[1])
+        grad_bias = grad.sum(0) if ctx.needs_input_grad[4] else None
+        return grad_x, None, None, None, grad_bias, grad_a, grad_b, None, None
+
+
+def nvfp4_lora_linear(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    scale: torch.Tensor,
+    alpha: float,
+    bias: torch.Tensor | None,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    scaling: float,
+    backend,
+) -> torch.Tensor:
+    """``alpha x W^T + bias + scaling (x A^T) B^T``, differentiable in ``x``, ``bias``, ``lora_a`` and ``lora_b``.
+
+    Args:
+        x: ``[..., K]``.
+        packed, scale, alpha, bias: as for :func:`qerl_verl.kernels.nvfp4_linear.nvfp4_linear`.
+        lora_a: ``[rank, K]``; cast to ``x.dtype``, its gradient comes in its own dtype.
+        lora_b: ``[N, rank]``, likewise.
+        scaling: lora_alpha / rank.
+        backend: of :mod:`qerl_verl.kernels.backends`, whose layout the weight is in.
+
+    Returns:
+        ``[..., N]`` in ``x.dtype``.
+    """
+    return _NVFP4LoraLinear.apply(x, packed, scale, alpha, bias, lora_a, lora_b, scaling, backend)

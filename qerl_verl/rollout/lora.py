@@ -1,0 +1,197 @@
+"""The adapter inside the NVFP4 linears of vLLM: static buffers of each layer, overwritten in place by a weight sync.
+
+One policy has one adapter. vLLM's own LoRA path (punica) serves many at once and pays for it at every decoding step; here
+the adapter is part of the layer, captured by CUDA graphs, and needs no LoRA request. Tensor parallelism divides
+it like the weight: B by rows in column-parallel layers, A by columns in row-parallel layers, whose partial results vLLM
+sums anyway.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from qerl_verl.kernels.backends import Backend
+
+ADDITIONAL_CONFIG = "qerl"
+"""Our key in vLLM's ``additional_config``."""
+
+FUSED = {
+    "self_attn.q_proj": ("self_attn.qkv_proj", 0),
+    "self_attn.k_proj": ("self_attn.qkv_proj", 1),
+    "self_attn.v_proj": ("self_attn.qkv_proj", 2),
+    "mlp.gate_proj": ("mlp.gate_up_proj", 0),
+    "mlp.up_proj": ("mlp.gate_up_proj", 1),
+}
+"""Where vLLM's models put the linears of a checkpoint (packed_modules_mapping of vllm/model_executor/models/qwen2.py)."""
+
+_NAME = re.compile(r"^(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<part>[AB])(?:\.default)?\.weight$")
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """What the buffers need to know before the first sync.
+
+    Attributes:
+        rank: of the adapter; the buffers are padded to the backend's multiple with zeros.
+        alpha: lora_alpha; the term is scaled by alpha / rank.
+    """
+
+    rank: int
+    alpha: float
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / self.rank
+
+
+def lora_settings(additional_config) -> LoraSettings | None:
+    """From vLLM's ``additional_config``; None when the adapter is served by vLLM's own path or there is none."""
+    node = (additional_config or {}).get(ADDITIONAL_CONFIG, {}).get("lora")
+    return LoraSettings(int(node["rank"]), float(node["alpha"])) if node else None
+
+
+def attach_adapter(
+    layer: torch.nn.Module, settings: LoraSettings, backend: Backend, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Give a layer the buffers ``qerl_lora_a`` [projections * rank, K] and ``qerl_lora_b`` [N, rank], all zero.
+
+    Args:
+        layer: with vLLM's ``logical_widths`` (the rows of each fused projection on this rank) and
+            ``input_size_per_partition``.
+    """
+    multiple = backend.lora_rank_multiple
+    rank = -(-settings.rank // multiple) * multiple
+    widths = list(layer.logical_widths)
+    a = torch.zeros(len(widths) * rank, layer.input_size_per_partition, dtype=dtype, device=device)
+    b = torch.zeros(sum(widths), rank, dtype=dtype, device=device)
+    layer.register_buffer("qerl_lora_a", a, persistent=False)
+    layer.register_buffer("qerl_lora_b", b, persistent=False)
+    layer.qerl_lora_ends = [sum(widths[: i + 1]) for i in range(len(widths))]
+    layer.qerl_lora_scaling = settings.scaling
+    layer.qerl_lora_backend = backend
+
+
+def shard(tensor: torch.Tensor, dim: int, size: int, tp_rank: int, tp_size: int) -> torch.Tensor:
+    """This rank's part of a full tensor, which has ``size`` entries along ``dim``.
+
+    A dimension that is not divided stays whole; one divided into fewer parts than ranks (the few key and value heads of
+    grouped-query attention) is repeated, neighbours sharing a part (vllm/model_executor/layers/linear.py,
+    QKVParallelLinear).
+    """
+    parts = tensor.shape[dim] // size
+    if parts * size != tensor.shape[dim] or (parts > 1 and tp_size % parts):
+        raise ValueError(
+            f"{tuple(tensor.shape)} cannot be divided into parts of {size} along {dim} for {tp_size} ranks"
+        )
+    if parts == 1:
+        return tensor
+    return tensor.narrow(dim, tp_rank // (tp_size // parts) * size, size)
+
+
+class AdapterStore:
+    """Writes adapters into the layers of one worker's model."""
+
+    def __init__(self, model: torch.nn.Module, tp_rank: int, tp_size: int):
+        self.layers = {n: m for n, m in model.named_modules() if hasattr(m, "qerl_lora_a")}
+        self.tp_rank, self.tp_size = tp_rank, tp_size
+
+    def locate(self, name: str) -> tuple[str, int, str]:
+        """Of an adapter's tensor: the layer's name in vLLM, which of its projections, and ``A`` or ``B``.
+
+        Raises:
+            ValueError: no layer of the model takes the tensor.
+        """
+        match = _NAME.match(name)
+        if match:
+            module = match["module"]
+            for candidate in (module, module.removeprefix("model."), f"model.{module}"):
+                if candidate in self.layers:
+                    return candidate, 0, match["part"]
+                for plain, (fused, index) in FUSED.items():
+                    if candidate.endswith(plain) and candidate.removesuffix(plain) + fused in self.layers:
+                        return candidate.removesuffix(plain) + fused, index, match["part"]
+        raise ValueError(f"the adapter has a tensor {name}, for which the rollout model has no NVFP4 layer")
+
+    @torch.no_grad()
+    def load(self, tensors: Iterable[tuple[str, torch.Tensor]], scaling: float) -> int:
+        """Overwrite the buffers of every layer; what the adapter does not have becomes zero.
+
+        Args:
+            tensors: full tensors, names as PEFT gives them.
+            scaling: the adapter's own lora_alpha / rank (or over its root, for rsLoRA).
+
+        Returns:
+            How many tensors were taken.
+
+        Raises:
+            ValueError: a tensor without a place or of a shape that does not fit, a rank above the buffers', or an A without
+                its B. Nothing has been written then.
+        """
+        found: dict[str, dict[tuple[int, str], torch.Tensor]] = {}
+        count = 0
+        for name, tensor in tensors:
+            layer, index, part = self.locate(name)
+            found.setdefault(layer, {})[index, part] = tensor
+            count += 1
+        for layer, parts in found.items():
+            self._check(layer, parts)
+        for name, layer in self.layers.items():
+            self._write(layer, found.get(name, {}), scaling)
+        return count
+
+    def _check(self, name: str, parts: dict) -> None:
+        layer = self.layers[name]
+        room, ends = layer.qerl_lora_b.shape[1], [0, *layer.qerl_lora_ends]
+        for index, _ in parts:
+            a, b = parts.get((index, "A")), parts.get((index, "B"))
+            if a is None or b is None:
+                raise ValueError(f"the adapter has one of A and B of {name}, projection {index}, but not the other")
+            if a.shape[0] != b.shape[1] or a.shape[0] > room:
+                raise ValueError(
+                    f"the adapter's {name} has A {tuple(a.shape)} and B {tuple(b.shape)}; the rollout has room for rank {room}: "
+                    "set actor_rollout_ref.model.lora_rank to the adapter's rank"
+                )
+            try:
+                shard(a, 1, layer.qerl_lora_a.shape[1], self.tp_rank, self.tp_size)
+                shard(b, 0, ends[index + 1] - ends[index], self.tp_rank, self.tp_size)
+            except ValueError as error:
+                raise ValueError(f"the adapter's {name}, projection {index}, does not fit the rollout model: {error}") from error
+
+    def _write(self, layer: torch.nn.Module, parts: dict, scaling: float) -> None:
+        a_buffer, b_buffer = layer.qerl_lora_a, layer.qerl_lora_b
+        room = b_buffer.shape[1]
+        a_new, b_new = torch.zeros_like(a_buffer), torch.zeros_like(b_buffer)
+        begin = 0
+        for index, end in enumerate(layer.qerl_lora_ends):
+            if (index, "A") in parts:
+                a = parts[index, "A"].to(a_buffer.device)
+                b = parts[index, "B"].to(b_buffer.device)
+                a = shard(a, 1, a_buffer.shape[1], self.tp_rank, self.tp_size)
+                b = shard(b, 0, end - begin, self.tp_rank, self.tp_size)
+                if scaling != layer.qerl_lora_scaling:  # that one is part of captured graphs
+                    b = b.float() * (scaling / layer.qerl_lora_scaling)
+                a_new[index * room : index * room + a.shape[0]] = a
+                b_new[begin:end, : b.shape[1]] = b
+            begin = end
+        a_buffer.copy_(a_new)
+        b_buffer.copy_(layer.qerl_lora_backend.prepack_lora_b(b_new))
+
+
+def adapter_scaling(peft_config) -> float:
+    """lora_alpha / rank of a PEFT configuration (object or mapping), or over the root of the rank for rsLoRA.
+
+    Raises:
+        ValueError: ranks or alphas that differ from layer to layer.
+    """
+    get = (
+        peft_config.get if hasattr(peft_config, "get") else lambda key, default=None: getattr(peft_config, key, default)
+    )
+    for pattern in ("rank_pattern", "alpha_pattern"):
+        if get(pattern):
+            raise ValueError(f"{pattern} of the adapter is not supported with qerl.rollout.lora=inline; use punica")
+    rank = get("r")
+    return get("lora_alpha") / (rank**0.5 if get("use_rslora") else rank)

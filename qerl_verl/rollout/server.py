@@ -1,0 +1,56 @@
+"""verl's vLLM server for a rollout whose adapter lives in the layers: no LoRA requests, and sleep at either level.
+
+Registered under verl's name ``vllm`` through its RolloutReplicaRegistry, in QeRL's jobs only. A server whose engine was given no
+adapter of ours (vLLM's own LoRA path, a reward model) behaves as verl's.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import ray
+from verl.workers.rollout.replica import RolloutMode
+from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, vLLMReplica
+
+from qerl_verl.rollout.lora import ADDITIONAL_CONFIG, lora_settings
+
+
+class QeRLHttpServer(vLLMHttpServer):
+    """One server of a rollout replica (verl/workers/rollout/vllm_rollout/vllm_async_server.py)."""
+
+    def _qerl(self) -> dict:
+        engine = (self.config.get("engine_kwargs", {}) or {}).get("vllm", {}) or {}
+        return engine.get("additional_config") or {}
+
+    def _init_model_config(self, model_config):
+        """verl starts vLLM with its LoRA path when the model has a rank; where the layers hold the adapter it has none."""
+        model_config = super()._init_model_config(model_config)
+        if lora_settings(self._qerl()) is None:
+            return model_config
+        model_config = copy.copy(model_config)
+        for name, value in (("lora_rank", 0), ("lora", {})):
+            object.__setattr__(
+                model_config, name, value
+            )  # past verl's frozen fields; replace() would load everything again
+        return model_config
+
+    def _resolve_sleep_level(self) -> int:
+        """1 keeps the packed base in host memory; 2 drops it and reads it from disk again (``qerl.rollout.sleep_level``)."""
+        node = self._qerl().get(ADDITIONAL_CONFIG)
+        return int(node.get("sleep_level", 1)) if node else super()._resolve_sleep_level()
+
+    async def wake_up(self, tags: list[str] | None = None):
+        """Level 2: the memory comes back empty, so the base is loaded into it; the adapter follows with the weight sync."""
+        await super().wake_up(tags)
+        sleeps = self.node_rank == 0 and self.rollout_mode == RolloutMode.HYBRID  # the others never sleep at level 2
+        if sleeps and self._qerl().get(ADDITIONAL_CONFIG) and self._resolve_sleep_level() == 2:
+            if "weights" in (tags or self._get_wake_up_tags()):
+                await self.engine.collective_rpc("qerl_reload_base")
+
+
+class QeRLReplica(vLLMReplica):
+    """A rollout replica of :class:`QeRLHttpServer`."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.server_class = ray.remote(QeRLHttpServer)
