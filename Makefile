@@ -15,7 +15,12 @@ $(VENV)/.ready: requirements/cpu.txt requirements/vllm-alias/setup.py setup.py r
 quickstart: setup
 	$(BIN)/python -m qerl_verl.quickstart --out "$(OUT)"
 
-test: setup
+# --no-deps: no test may change the set that the quickstart runs with
+$(VENV)/.ready-test: $(VENV)/.ready requirements/test.txt
+	$(BIN)/python -m pip --disable-pip-version-check install -q --no-deps -r requirements/test.txt
+	touch $@
+
+test: setup $(VENV)/.ready-test
 	$(BIN)/python -m pytest $(ARGS)
 
 clean:

@@ -12,6 +12,7 @@ HERE = Path(__file__).parent
 ELSEWHERE = {
     "qerl_verl.kernels": "kernels",
     "qerl_verl.kernels.hopper": "kernels/hopper",
+    "qerl_verl.kernels.portable": "kernels/portable",
     "qerl_verl.recipes": "recipes",
     "hydra_plugins": "qerl_verl/config/hydra_plugins",
 }

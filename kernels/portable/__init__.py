@@ -1,0 +1,257 @@
+"""NVFP4 weights in Triton, for every NVIDIA GPU from Ampere on: quantize, dequantize, and the matrix product.
+
+The weights are in the layout of the checkpoint (compressed-tensors ``nvfp4-pack-quantized``), so nothing has to be
+repacked: ``packed`` ``[N, K / 2]`` uint8, two E2M1 codes a byte, the even input channel in the low nibble; ``scale``
+``[N, K / 16]`` E4M3; and one divisor for the tensor, ``weight_global_scale``.
+
+The functions are registered with PyTorch as ``torch.ops.qerl_portable.nvfp4_dequantize``, ``nvfp4_quantize`` and
+``nvfp4_gemm``, with shapes for torch.compile. They never synchronize and run on the current stream of the tensors'
+device. Triton compiles a kernel on its first call for a dtype and tile, so call each once before capturing a CUDA
+graph. No autograd: the training layer calls :func:`dequantize` for its backward pass.
+
+Importing this package needs PyTorch only. Without Triton or a GPU, :func:`availability` says so and every function raises
+a RuntimeError. With TRITON_INTERPRET=1 set before Triton is imported, they run on a CPU in Triton's interpreter,
+slowly, for tests.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+
+import torch
+from torch import library
+
+from ..nvfp4_dequantize import BLOCK_SIZE
+from .tuning import Plan, choose
+
+__all__ = ["Plan", "availability", "check", "choose", "dequantize", "gemm", "is_available", "quantize"]
+
+MIN_CAPABILITY = (8, 0)
+"""The least compute capability that Triton compiles for and that multiplies bfloat16."""
+
+
+@functools.cache
+def _triton_problem() -> str | None:
+    try:
+        import triton  # noqa: F401
+    except Exception as error:  # an installation for another system raises more than ImportError
+        return f"Triton cannot be imported ({type(error).__name__}: {error})."
+    return None
+
+
+def _interpreter() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+def availability(device: int | None = None) -> str | None:
+    """Why the kernels cannot run on CUDA device ``device`` (default: the current one), a sentence, or None if they can.
+
+    Triton's interpreter (TRITON_INTERPRET=1) needs no device.
+    """
+    reason = _triton_problem()
+    if reason or _interpreter():
+        return reason
+    if not torch.cuda.is_available():
+        return "There is no CUDA device, and TRITON_INTERPRET=1 is not set."
+    capability = torch.cuda.get_device_capability(device)
+    if torch.version.hip or capability < MIN_CAPABILITY:
+        return (
+            "The kernels are for NVIDIA GPUs of compute capability {}.{} (Ampere) or later, ".format(*MIN_CAPABILITY)
+            + f"this device is {torch.cuda.get_device_name(device)} ({capability[0]}.{capability[1]})."
+        )
+    return None
+
+
+def is_available(device: int | None = None) -> bool:
+    """Whether :func:`availability` has nothing to say."""
+    return availability(device) is None
+
+
+def check(n: int, k: int, dtype: torch.dtype = torch.bfloat16) -> str | None:
+    """Why :func:`gemm` does not serve an ``[n, k]`` weight with ``dtype`` activations, or None if it does."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"Activations have to be bfloat16 or float16, got {dtype}."
+    if k % 64 or k <= 0:
+        return f"The number of input channels has to be a multiple of 64, got {k}."
+    return None
+
+
+def _require(*tensors: torch.Tensor | None) -> None:
+    """Raises what stands in the way of a launch on these tensors."""
+    devices = {t.device for t in tensors if t is not None}
+    if len(devices) > 1:
+        raise ValueError(f"the tensors have to be on one device, got {sorted(map(str, devices))}")
+    (device,) = devices
+    reason = availability(device.index if device.type == "cuda" else None)
+    if reason is None and device.type != "cuda" and not _interpreter():
+        reason = f"The kernels need tensors on a CUDA device, got {device}."
+    if reason:
+        raise RuntimeError(f"The portable NVFP4 kernels cannot run. {reason}")
+
+
+def _check_weight(packed: torch.Tensor, scale: torch.Tensor) -> None:
+    if packed.ndim != 2 or packed.dtype != torch.uint8:
+        raise ValueError(f"packed has to be uint8 [N, K / 2], got {packed.dtype} {tuple(packed.shape)}")
+    n, k = packed.shape[0], packed.shape[1] * 2
+    if scale.shape != (n, k // BLOCK_SIZE) or k % BLOCK_SIZE:
+        raise ValueError(
+            f"packed {tuple(packed.shape)} holds {k} input channels, which need scales of shape ({n}, {k // BLOCK_SIZE}) "
+            f"and a multiple of {BLOCK_SIZE}; got {tuple(scale.shape)}"
+        )
+    if scale.dtype not in (torch.uint8, torch.float8_e4m3fn):
+        raise ValueError(f"scale has to be float8_e4m3fn, or the same bytes as uint8, got {scale.dtype}")
+
+
+def _dequantize(packed, scale, dtype, transposed=False):
+    _check_weight(packed, scale)
+    if dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"dtype has to be bfloat16 or float16, got {dtype}")
+    _require(packed, scale)
+    from .nvfp4_dequantize import nvfp4_dequantize
+
+    return nvfp4_dequantize(packed, scale, dtype, transposed)
+
+
+def _quantize(weight, global_scale):
+    if weight.ndim != 2 or weight.shape[1] % BLOCK_SIZE:
+        raise ValueError(f"weight must be [N, K] with K a multiple of {BLOCK_SIZE}, got {tuple(weight.shape)}")
+    if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"weight must be float32, bfloat16 or float16, got {weight.dtype}")
+    if global_scale.numel() != 1 or global_scale.dtype != torch.float32:
+        raise ValueError(f"global_scale must be one float32, got {global_scale.dtype} {tuple(global_scale.shape)}")
+    _require(weight, global_scale)
+    from .nvfp4_quantize import nvfp4_quantize
+
+    return nvfp4_quantize(weight, global_scale)
+
+
+def _gemm(x, packed, scale, alpha, bias=None, u=None, lora_b=None):
+    _check_weight(packed, scale)
+    n, k = packed.shape[0], packed.shape[1] * 2
+    reason = check(n, k, x.dtype)
+    if reason:
+        raise ValueError(reason)
+    if x.ndim == 0 or x.shape[-1] != k:
+        raise ValueError(f"x has to be [..., {k}], got {tuple(x.shape)}")
+    if bias is not None and bias.shape != (n,):
+        raise ValueError(f"bias has to be [{n}], got {tuple(bias.shape)}")
+    if (u is None) != (lora_b is None):
+        raise ValueError("u and lora_b have to be given together")
+    if u is not None:
+        rank = u.shape[-1] if u.ndim else 0
+        if u.shape[:-1] != x.shape[:-1] or rank % 16 or rank == 0 or lora_b.shape != (n, rank):
+            raise ValueError(
+                f"u has to be {(*x.shape[:-1], 'R')} and lora_b ({n}, R), R a multiple of 16; "
+                f"got {tuple(u.shape)} and {tuple(lora_b.shape)}"
+            )
+        if u.dtype != x.dtype or lora_b.dtype != x.dtype:
+            raise ValueError(f"u and lora_b have to be {x.dtype} as x is, got {u.dtype} and {lora_b.dtype}")
+    _require(x, packed, scale, bias, u, lora_b)
+    from .nvfp4_gemm import nvfp4_gemm
+
+    return nvfp4_gemm(x, packed, scale, alpha, bias, u, lora_b)
+
+
+library.define(
+    "qerl_portable::nvfp4_dequantize",
+    "(Tensor packed, Tensor scale, ScalarType dtype, bool transposed=False) -> Tensor",
+)
+library.define("qerl_portable::nvfp4_quantize", "(Tensor weight, Tensor global_scale) -> (Tensor, Tensor)")
+library.define(
+    "qerl_portable::nvfp4_gemm",
+    "(Tensor x, Tensor packed, Tensor scale, float alpha, Tensor? bias=None, Tensor? u=None, Tensor? lora_b=None) -> Tensor",
+)
+for _name, _function in (("dequantize", _dequantize), ("quantize", _quantize), ("gemm", _gemm)):
+    library.impl(f"qerl_portable::nvfp4_{_name}", ("cpu", "cuda"), _function)
+
+
+@library.register_fake("qerl_portable::nvfp4_dequantize")
+def _(packed, scale, dtype, transposed=False):
+    n, k = packed.shape[0], packed.shape[1] * 2
+    return packed.new_empty((k, n) if transposed else (n, k), dtype=dtype)
+
+
+@library.register_fake("qerl_portable::nvfp4_quantize")
+def _(weight, global_scale):
+    n, k = weight.shape
+    packed = weight.new_empty((n, k // 2), dtype=torch.uint8)
+    return packed, weight.new_empty((n, k // BLOCK_SIZE), dtype=torch.float8_e4m3fn)
+
+
+@library.register_fake("qerl_portable::nvfp4_gemm")
+def _(x, packed, scale, alpha, bias=None, u=None, lora_b=None):
+    return x.new_empty((*x.shape[:-1], packed.shape[0]))
+
+
+def dequantize(
+    packed: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = torch.bfloat16, transposed: bool = False
+) -> torch.Tensor:
+    """``e2m1 * scale``, exactly: the weight without its per-tensor divisor.
+
+    Args:
+        packed: ``[N, K / 2]`` uint8, K a multiple of 16.
+        scale: ``[N, K / 16]`` float8_e4m3fn, or the same bytes as uint8; finite, of either sign.
+        dtype: bfloat16 or float16.
+        transposed: write ``[K, N]``.
+
+    Returns:
+        ``[N, K]``, or ``[K, N]``, row-major, in ``dtype``.
+
+    Raises:
+        ValueError: shapes or dtypes other than the above, or tensors on several devices.
+        RuntimeError: :func:`availability` has a reason, or the tensors are not on a CUDA device.
+    """
+    return torch.ops.qerl_portable.nvfp4_dequantize(packed, scale, dtype, transposed)
+
+
+def quantize(weight: torch.Tensor, global_scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round ``weight`` to NVFP4 under a given global scale, to the bytes of ``quantize_nvfp4``.
+
+    Args:
+        weight: ``[N, K]`` float32, bfloat16 or float16, finite, K a multiple of 16.
+        global_scale: one float32 on the same device, see :func:`qerl_verl.kernels.nvfp4_quantize.nvfp4_global_scale`.
+
+    Returns:
+        ``packed`` ``[N, K / 2]`` uint8 and ``scale`` ``[N, K / 16]`` float8_e4m3fn.
+
+    Raises:
+        ValueError: shapes or dtypes other than the above, or tensors on several devices.
+        RuntimeError: :func:`availability` has a reason, or the tensors are not on a CUDA device.
+    """
+    return torch.ops.qerl_portable.nvfp4_quantize(weight, global_scale)
+
+
+def gemm(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    scale: torch.Tensor,
+    alpha: float,
+    bias: torch.Tensor | None = None,
+    u: torch.Tensor | None = None,
+    lora_b: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``alpha * x (e2m1 * scale)^T + bias + u lora_b^T``, summed in float32.
+
+    :func:`choose` tells the path. For many tokens it is a temporary weight in 16 bits and torch.addmm; then the LoRA term
+    is added to a result already rounded to ``x.dtype``. Everywhere else the output is rounded once. The same call
+    on the same kind of GPU sums in the same order each time.
+
+    Args:
+        x: ``[..., K]`` bfloat16 or float16, K a multiple of 64.
+        packed: ``[N, K / 2]`` uint8.
+        scale: ``[N, K / 16]`` float8_e4m3fn, or the same bytes as uint8; finite, of either sign.
+        alpha: 1 / ``weight_global_scale``, applied to the float32 accumulator of the first term.
+        bias: ``[N]`` or None; taken in ``x.dtype``.
+        u: ``[..., R]`` in ``x.dtype`` or None: ``x`` times the transposed LoRA A, with LoRA's scaling in it. R is a
+            multiple of 16.
+        lora_b: ``[N, R]`` in ``x.dtype``, given if ``u`` is.
+
+    Returns:
+        ``[..., N]`` in ``x.dtype``.
+
+    Raises:
+        ValueError: shapes or dtypes other than the above, or tensors on several devices.
+        RuntimeError: :func:`availability` has a reason, or the tensors are not on a CUDA device.
+    """
+    return torch.ops.qerl_portable.nvfp4_gemm(x, packed, scale, alpha, bias, u, lora_b)

@@ -1,0 +1,406 @@
+"""The portable kernels against their references. ``test_portable.py`` runs this file in processes of its own.
+
+In Triton's interpreter (TRITON_INTERPRET=1) on a CPU, or on a GPU. The group ``compile`` needs neither.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from qerl_verl.kernels import portable
+from qerl_verl.kernels.nvfp4_dequantize import block_values_nvfp4
+from qerl_verl.kernels.nvfp4_quantize import nvfp4_global_scale, quantize_nvfp4
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda"
+DTYPES = [torch.bfloat16, torch.float16]
+ALPHA = 1 / 640.0
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def random_weight(n, k, scales=(1, 127)):
+    packed = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8)
+    return packed, torch.randint(*scales, (n, k // 16), dtype=torch.uint8)
+
+
+def every_value(k):
+    """254 rows, one for each finite E4M3 byte, with all sixteen E2M1 codes in low and in high nibbles."""
+    code = torch.arange(16, dtype=torch.uint8)
+    both = torch.cat((code | code.flip(0) << 4, code << 4 | code.flip(0)))  # 64 input channels
+    scale = torch.tensor([b for b in range(256) if b & 0x7F != 0x7F], dtype=torch.uint8)
+    return both.repeat(254, k // 64), scale[:, None].repeat(1, k // 16)
+
+
+def same_bits(a, b):
+    return a.dtype == b.dtype and torch.equal(a.cpu().contiguous().view(torch.int16), b.contiguous().view(torch.int16))
+
+
+def on_device(*tensors):
+    return [None if t is None else t.to(DEVICE) for t in tensors]
+
+
+# -------------------------------------------------------------------------------------------------- dequantize
+class TestDequantize:
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("transposed", [False, True])
+    def test_every_code_and_scale(self, dtype, transposed):
+        packed, scale = every_value(64)
+        expected = block_values_nvfp4(packed, scale, dtype)
+        got = portable.dequantize(*on_device(packed, scale), dtype, transposed)
+        assert got.is_contiguous()
+        assert same_bits(got, expected.t() if transposed else expected)  # signs of zeros, too
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("transposed", [False, True])
+    @pytest.mark.parametrize("n, k", [(1, 16), (3, 48), (33, 80), (37, 64), (64, 128), (129, 272)])
+    def test_shapes(self, dtype, transposed, n, k):
+        packed, scale = random_weight(n, k)
+        expected = block_values_nvfp4(packed, scale, dtype)
+        got = portable.dequantize(*on_device(packed, scale.view(torch.float8_e4m3fn)), dtype, transposed)
+        assert same_bits(got, expected.t() if transposed else expected)
+
+    def test_power_of_two_factor(self):
+        from qerl_verl.kernels.portable.nvfp4_dequantize import nvfp4_dequantize
+        from qerl_verl.kernels.portable.nvfp4_gemm import FLOAT16_FACTOR
+
+        packed, scale = every_value(64)
+        got = nvfp4_dequantize(*on_device(packed, scale), torch.float16, factor=FLOAT16_FACTOR)
+        expected = block_values_nvfp4(packed, scale, torch.float64) * FLOAT16_FACTOR
+        assert torch.equal(got.cpu().double(), expected)
+
+    def test_not_contiguous(self):
+        packed, scale = random_weight(32, 128)
+        expected = block_values_nvfp4(packed[::2, 8:40], scale[::2, 1:5], torch.bfloat16)
+        packed, scale = on_device(packed, scale)
+        assert same_bits(portable.dequantize(packed[::2, 8:40], scale[::2, 1:5]), expected)
+
+    def test_empty(self):
+        assert portable.dequantize(*on_device(*random_weight(0, 64))).shape == (0, 64)
+
+
+# ---------------------------------------------------------------------------------------------------- quantize
+def assert_same_bytes(weight, global_scale):
+    packed, scale = portable.quantize(*on_device(weight, global_scale))
+    expected, expected_scale = quantize_nvfp4(weight, global_scale)
+    assert scale.dtype == torch.float8_e4m3fn
+    assert torch.equal(scale.cpu().view(torch.uint8), expected_scale.view(torch.uint8))
+    assert torch.equal(packed.cpu(), expected)
+
+
+class TestQuantize:
+    @pytest.mark.parametrize("dtype", [*DTYPES, torch.float32])
+    @pytest.mark.parametrize("n, k", [(1, 16), (3, 48), (17, 80), (64, 512)])
+    def test_random(self, dtype, n, k):
+        weight = (torch.randn(n, k) * 0.02).to(dtype)
+        assert_same_bytes(weight, nvfp4_global_scale(weight.abs().max()))
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("order", ["sorted", "shuffled"])
+    @pytest.mark.parametrize("global_scale", [1.0, 3.7, 2688 / 0.19, 1e-3])
+    def test_every_16_bit_weight(self, dtype, order, global_scale):
+        values = torch.arange(1 << 16).to(torch.int16).view(dtype)
+        values = values[torch.isfinite(values)]
+        values = values.sort().values if order == "sorted" else values[torch.randperm(len(values))]
+        assert_same_bytes(values[: len(values) // 16 * 16].view(-1, 16), torch.tensor([global_scale]))
+
+    @pytest.mark.parametrize("global_scale", [1.0, 3.7, 1e-3, 1e30])
+    def test_float32_of_every_magnitude(self, global_scale):
+        weight = torch.randint(-(2**31), 2**31, (1024, 32)).to(torch.int32).view(torch.float32)
+        weight = torch.where(torch.isfinite(weight), weight, 0.0)
+        assert_same_bytes(weight, torch.tensor([global_scale]))
+        exponent = torch.randint(-20, 20, (1024, 2, 1)).float()
+        assert_same_bytes((torch.randn(1024, 2, 16) * 2**exponent).view(1024, 32), torch.tensor([global_scale]))
+
+    @pytest.mark.parametrize("dtype", [*DTYPES, torch.float32])
+    def test_ties(self, dtype):
+        ties = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
+        assert_same_bytes(torch.cat([torch.tensor([6.0, 0.0]), ties, -ties]).view(1, 16).to(dtype), torch.ones(1))
+
+    def test_both_sides_of_every_tie(self):
+        ties = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
+        below, above = torch.nextafter(ties, torch.zeros(7)), torch.nextafter(ties, torch.full((7,), 9.0))
+        for sign in (1, -1):
+            assert_same_bytes(sign * torch.cat([below, above, torch.tensor([6.0, -0.0])]).view(1, 16), torch.ones(1))
+
+    def test_every_block_scale_and_its_midpoints(self):
+        """Scales at the E4M3 values, halfway between, and next to both."""
+        grid = torch.arange(0, 127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+        middle = (grid[1:] + grid[:-1]) / 2
+        value = torch.cat([grid, middle])
+        value = torch.cat(
+            [value, torch.nextafter(value, torch.zeros(1)), torch.nextafter(value, torch.full((1,), 1e9))]
+        )
+        weight = torch.zeros(len(value), 16)
+        weight[:, 3] = value * 6
+        assert_same_bytes(weight, torch.ones(1))
+
+    def test_zero_and_vanishing_blocks(self):
+        weight = torch.zeros(4, 16)
+        weight[1] = -0.0
+        weight[2] = -1e-30
+        weight[3, 0] = 1.0
+        assert_same_bytes(weight, nvfp4_global_scale(weight.abs().max()))
+
+    def test_block_scale_saturates(self):
+        assert_same_bytes(torch.full((1, 16), 6.0), torch.tensor([1000.0]))
+
+    def test_not_contiguous(self):
+        assert_same_bytes(torch.randn(64, 48).t()[:, :32], torch.tensor([900.0]))
+
+
+# -------------------------------------------------------------------------------------------------------- gemm
+def check_product(x, packed, scale, bias, u, lora_b, y):
+    """Against float64: half a step of the output, and float32 sums. More where a 16-bit result is added to."""
+    assert y.dtype == x.dtype and y.shape == (*x.shape[:-1], packed.shape[0])
+    weight = block_values_nvfp4(packed, scale, torch.float64)
+    expected = ALPHA * (x.double() @ weight.t())
+    size = ALPHA * (x.double().abs() @ weight.abs().t())
+    if u is not None:
+        expected = expected + u.double() @ lora_b.double().t()
+        size = size + u.double().abs() @ lora_b.double().abs().t()
+    if bias is not None:
+        expected = expected + bias.double()
+    error = (y.cpu().double() - expected).abs()
+    eps = torch.finfo(x.dtype).eps
+    if portable.choose(x.numel() // x.shape[-1], *weight.shape).path == "dequantize":
+        assert error.norm() <= 0.75 * eps * expected.norm()
+    else:
+        assert (error <= 0.501 * eps * expected.abs() + 2e-6 * size + 1e-7).all(), error.max()
+
+
+def arguments(m, n, k, dtype, bias=True, rank=32, scales=(1, 127)):
+    packed, scale = random_weight(n, k, scales)
+    u, lora_b = (torch.randn(m, rank).to(dtype), torch.randn(n, rank).to(dtype)) if rank else (None, None)
+    return torch.randn(m, k).to(dtype), packed, scale, torch.randn(n).to(dtype) if bias else None, u, lora_b
+
+
+def call(x, packed, scale, bias, u, lora_b):
+    x, packed, scale, bias, u, lora_b = on_device(x, packed, scale, bias, u, lora_b)
+    return portable.gemm(x, packed, scale, ALPHA, bias, u, lora_b)
+
+
+class TestGemm:
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("bias, rank", [(False, 0), (True, 0), (False, 16), (True, 48), (True, 64)])
+    @pytest.mark.parametrize("m, n, k", [(1, 130, 64), (3, 65, 192), (17, 64, 512), (33, 7, 128), (129, 200, 64)])
+    def test_product(self, dtype, bias, rank, m, n, k):
+        args = arguments(m, n, k, dtype, bias, rank)
+        check_product(*args, call(*args))
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("bias, rank", [(False, 0), (True, 32)])
+    def test_many_tokens(self, dtype, bias, rank):
+        args = arguments(513, 33, 128, dtype, bias, rank)
+        assert portable.choose(513, 33, 128).path == "dequantize"
+        check_product(*args, call(*args))
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_every_code_and_scale(self, dtype):
+        """The product with the identity is the weight itself."""
+        packed, scale = every_value(64)
+        y = portable.gemm(torch.eye(64, dtype=dtype, device=DEVICE), *on_device(packed, scale), 1.0)
+        assert torch.equal(y.cpu(), block_values_nvfp4(packed, scale, dtype).t())
+
+    def test_every_input_channel(self):
+        packed, scale = random_weight(70, 320)
+        for plan_k in (64, 320):  # one tile, and several
+            y = portable.gemm(
+                torch.eye(320, dtype=torch.bfloat16, device=DEVICE)[:, :plan_k],
+                *on_device(packed[:, : plan_k // 2], scale[:, : plan_k // 16]),
+                1.0,
+            )
+            expected = block_values_nvfp4(packed, scale, torch.bfloat16).t()
+            assert torch.equal(y.cpu()[:plan_k], expected[:plan_k])
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("split", [1, 2, 3, 8])
+    def test_split(self, dtype, split):
+        """Parts of equal and unequal length, with bias and LoRA added once; the same bits each time."""
+        from qerl_verl.kernels.portable.nvfp4_gemm import run_plan
+
+        args = arguments(5, 67, 512, dtype, rank=16)
+        x, packed, scale, bias, u, lora_b = on_device(*args)
+        plan = portable.Plan("fused", 16, 64, 64, split, 4, 3)
+        y = run_plan(x, packed, scale, ALPHA, bias, u, lora_b, plan)
+        check_product(*args, y)
+        assert torch.equal(y, run_plan(x, packed, scale, ALPHA, bias, u, lora_b, plan))
+
+    @pytest.mark.parametrize("m", [1, 20, 40, 70])
+    def test_every_tile(self, m):
+        args = arguments(m, 129, 256, torch.bfloat16)
+        check_product(*args, call(*args))
+
+    def test_chosen_split(self):
+        args = arguments(4, 40, 2048, torch.bfloat16)
+        assert portable.choose(4, 40, 2048).split_k > 1
+        check_product(*args, call(*args))
+
+    def test_negative_scales(self):
+        packed, scale = random_weight(64, 128)
+        scale = scale | torch.where(torch.rand(scale.shape) < 0.5, 0x80, 0).to(torch.uint8)
+        args = torch.randn(3, 128).bfloat16(), packed, scale, None, None, None
+        check_product(*args, call(*args))
+
+    def test_leading_dimensions_and_strides(self):
+        x, packed, scale, bias, u, lora_b = arguments(12, 32, 64, torch.bfloat16)
+        x = torch.cat((x, x), -1).view(3, 4, 128)[..., 1:65]  # neither contiguous nor aligned
+        u = u.view(3, 4, -1)
+        check_product(x, packed, scale, bias, u, lora_b, call(x, packed, scale, bias, u, lora_b))
+
+    def test_no_tokens(self):
+        args = arguments(0, 32, 64, torch.bfloat16)
+        assert call(*args).shape == (0, 32)
+
+
+# --------------------------------------------------------------------------------------------------------- ops
+class TestOps:
+    def test_available(self):
+        assert portable.availability() is None and portable.is_available()
+
+    @pytest.mark.parametrize("lora", [False, True])
+    def test_opcheck(self, lora):
+        x, packed, scale, bias, u, lora_b = on_device(*arguments(3, 33, 64, torch.bfloat16, rank=16))
+        ops, checks = torch.ops.qerl_portable, ("test_schema", "test_faketensor")
+        last = (bias, u, lora_b) if lora else ()
+        torch.library.opcheck(ops.nvfp4_gemm, (x, packed, scale, ALPHA, *last), test_utils=checks)
+        torch.library.opcheck(ops.nvfp4_gemm, (x.view(1, 3, 64), packed, scale, ALPHA), test_utils=checks)
+        for transposed in (False, True):
+            torch.library.opcheck(ops.nvfp4_dequantize, (packed, scale, torch.float16, transposed), test_utils=checks)
+        weight = torch.randn(5, 32, device=DEVICE)
+        one = torch.ones(1, device=DEVICE)
+        fake = torch.library.opcheck(ops.nvfp4_quantize, (weight, one), test_utils=("test_schema",))
+        assert set(fake.values()) == {"SUCCESS"}
+        with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            got = ops.nvfp4_quantize(mode.from_tensor(weight), mode.from_tensor(one))
+        for a, b in zip(got, ops.nvfp4_quantize(weight, one)):
+            assert a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
+
+    def test_compiled(self):
+        """One graph, for any number of tokens, without a break."""
+        x, packed, scale, bias, u, lora_b = on_device(*arguments(6, 33, 64, torch.bfloat16, rank=16))
+
+        def layer(x, u):
+            return portable.gemm(x * 2, packed, scale, ALPHA, bias, u, lora_b) + 1
+
+        compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
+        for m in (6, 2):
+            assert torch.equal(compiled(x[:m], u[:m]), layer(x[:m], u[:m]))
+
+    @pytest.mark.skipif(DEVICE != "cuda", reason="CUDA graphs need a GPU")
+    def test_cuda_graph(self):
+        for m in (3, 600):
+            x, packed, scale, bias, u, lora_b = on_device(*arguments(m, 40, 2048, torch.bfloat16))
+            expected = portable.gemm(x, packed, scale, ALPHA, bias, u, lora_b)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                y = portable.gemm(x, packed, scale, ALPHA, bias, u, lora_b)
+            y.zero_()
+            graph.replay()
+            assert torch.equal(y, expected)
+
+    def test_refuses(self):
+        x, packed, scale, bias, u, lora_b = on_device(*arguments(3, 32, 64, torch.bfloat16, rank=16))
+        cases = [
+            ("bfloat16 or float16", lambda: portable.gemm(x.float(), packed, scale, ALPHA)),
+            (r"\[\.\.\., 64\]", lambda: portable.gemm(x[:, :32], packed, scale, ALPHA)),
+            ("multiple of 64", lambda: portable.gemm(x[:, :32], packed[:, :16], scale[:, :2], ALPHA)),
+            ("need scales of shape", lambda: portable.gemm(x, packed, scale[:-1], ALPHA)),
+            ("bias has to be", lambda: portable.gemm(x, packed, scale, ALPHA, bias[:-1])),
+            ("together", lambda: portable.gemm(x, packed, scale, ALPHA, bias, u)),
+            ("multiple of 16", lambda: portable.gemm(x, packed, scale, ALPHA, None, u[:, :8], lora_b[:, :8])),
+            ("as x is", lambda: portable.gemm(x, packed, scale, ALPHA, None, u.half(), lora_b)),
+            ("uint8", lambda: portable.dequantize(packed.int(), scale)),
+            ("same bytes", lambda: portable.dequantize(packed, scale.float())),
+            ("bfloat16 or float16", lambda: portable.dequantize(packed, scale, torch.float32)),
+            ("multiple of 16", lambda: portable.quantize(x[:, :24], torch.ones(1, device=DEVICE))),
+            ("one float32", lambda: portable.quantize(x, torch.ones(2, device=DEVICE))),
+            ("float32, bfloat16 or", lambda: portable.quantize(x.double(), torch.ones(1, device=DEVICE))),
+        ]
+        for message, attempt in cases:
+            with pytest.raises(ValueError, match=message):
+                attempt()
+
+
+# ----------------------------------------------------------------------------------------------------- compile
+CAPABILITIES = (80, 90, 120)  # 8.6 and 8.9 get the code of 8.0, in the shared memory of 12.0
+SHARED_MEMORY = {80: 163, 90: 227, 120: 99}
+"""KiB that a thread block can have."""
+
+
+def compile_kernel(kernel, types, constants, capability, **options):
+    """Through ptxas, for a GPU that need not be there."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if types.get(n, "")[:1] == "*"}
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("capability", CAPABILITIES)
+class TestCompile:
+    @pytest.mark.parametrize("dtype, tiles", [("bf16", slice(None)), ("fp16", slice(1))])
+    def test_gemm(self, capability, dtype, tiles):
+        import triton.language as tl
+
+        from qerl_verl.kernels.portable import tuning
+        from qerl_verl.kernels.portable.nvfp4_gemm import nvfp4_gemm_kernel
+
+        x, integers = f"*{dtype}", dict.fromkeys(("m", "n", "k", "k_64", "rank", "steps"), "i32")
+        types = dict(x=x, packed="*u8", scale="*u8", alpha="fp32", **integers)
+        dot = tl.bfloat16 if dtype == "bf16" else tl.float16
+        for _, block_m, block_n, block_k, warps, stages in tuning.TILES[tiles]:
+            blocks = dict(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_R=32, DOT=dot)
+            for more, constants in (
+                (dict(bias=x, u=x, lora_b=x, out=x), dict(blocks, SPLIT=1)),
+                (dict(out="*fp32"), dict(blocks, SPLIT=4, bias=None, u=None, lora_b=None)),
+            ):
+                compiled = compile_kernel(
+                    nvfp4_gemm_kernel, types | more, constants, capability, num_warps=warps, num_stages=stages
+                )
+                assert compiled.metadata.shared <= SHARED_MEMORY[capability] * 1024
+                assert ".ftz" not in compiled.asm["ptx"]  # subnormal numbers count
+                assert "mma" in compiled.asm["ptx"]
+
+    def test_others(self, capability):
+        from qerl_verl.kernels.portable import nvfp4_dequantize, nvfp4_gemm, nvfp4_quantize
+
+        sources = [
+            compile_kernel(
+                nvfp4_gemm.nvfp4_gemm_reduce_kernel,
+                dict(parts="*fp32", bias="*bf16", out="*bf16", n="i32", count="i32"),
+                dict(SPLIT=3, BLOCK=nvfp4_gemm.REDUCE_BLOCK),
+                capability,
+            )
+        ]
+        for transposed in (False, True):
+            integers = dict.fromkeys(("n", "half_k", "groups", "stride_n", "stride_k"), "i32")
+            sources.append(
+                compile_kernel(
+                    nvfp4_dequantize.nvfp4_dequantize_kernel,
+                    dict(packed="*u8", scale="*u8", out="*bf16", factor="fp32", **integers),
+                    dict(BLOCK_N=32, BLOCK_GROUPS=8, TRANSPOSED=transposed),
+                    capability,
+                )
+            )
+        for dtype in ("bf16", "fp16", "fp32"):
+            sources.append(
+                compile_kernel(
+                    nvfp4_quantize.nvfp4_quantize_kernel,
+                    dict(weight=f"*{dtype}", global_scale="*fp32", packed="*u8", scale="*u8", count="i32"),
+                    dict(BLOCKS=nvfp4_quantize.BLOCKS),
+                    capability,
+                )
+            )
+            assert "div.rn.f32" in sources[-1].asm["ptx"] and "div.full" not in sources[-1].asm["ptx"]
+        assert all(".ftz" not in s.asm["ptx"] for s in sources)
