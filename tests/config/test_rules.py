@@ -152,6 +152,7 @@ def test_the_users_values_of_the_critic_win():
     assert not any("critic.model.lora" in line for line in lines)
 
 
+@pytest.mark.filterwarnings("ignore:Disabled critic")
 @pytest.mark.parametrize(
     ("overrides", "critic"),
     [

@@ -1,7 +1,9 @@
 """`python -m verl.trainer.main_ppo` with the switch, in real processes: verl, Ray, vLLM.
 
-One run trains four steps, validates and saves; a second one starts from its checkpoint of step 2 and has to arrive where the
-first one did. A third runs the GSM8K recipe through verl's own reward.
+One run trains four steps with GRPO, validates and saves; a second one starts from its checkpoint of step 2 and has to arrive
+where the first one did; it goes on with RLOO, a KL loss and settings of verl's example scripts, on which nothing depends that
+it must restore. A third runs the GSM8K recipe, with REINFORCE++ and CISPO's loss, through verl's own reward. PPO with a
+critic trains two steps and is resumed after the first.
 """
 
 import json
@@ -46,6 +48,19 @@ RECIPE = [
     "trainer.total_epochs=10",
     "trainer.save_freq=2",
     "trainer.test_freq=2",
+]
+
+
+EXAMPLE_SCRIPTS = [
+    "algorithm.adv_estimator=rloo",
+    "actor_rollout_ref.actor.strategy=fsdp",
+    "actor_rollout_ref.model.use_remove_padding=True",
+    "actor_rollout_ref.actor.use_dynamic_bsz=True",
+    "actor_rollout_ref.actor.use_kl_loss=True",
+    "actor_rollout_ref.actor.fsdp_config.param_offload=True",
+    "actor_rollout_ref.actor.fsdp_config.optimizer_offload=True",
+    "actor_rollout_ref.ref.fsdp_config.param_offload=True",
+    "actor_rollout_ref.rollout.layered_summon=True",
 ]
 
 
@@ -104,7 +119,9 @@ def resumed(common, unbroken):
     (folder / "again").mkdir()
     shutil.copytree(unbroken[0] / "global_step_2", folder / "again" / "global_step_2")
     (folder / "again" / "latest_checkpointed_iteration.txt").write_text("2")
-    metrics, log = train(folder / "resumed", *overrides, f"trainer.default_local_dir={folder / 'again'}")
+    metrics, log = train(
+        folder / "resumed", *overrides, *EXAMPLE_SCRIPTS, f"trainer.default_local_dir={folder / 'again'}"
+    )
     return folder / "again", metrics, log
 
 
@@ -132,8 +149,8 @@ def test_rollout_and_training_agree_without_noise_and_part_with_it(unbroken):
 
 def test_names_the_kernels_that_ran(unbroken):
     log = unbroken[2]
-    assert "[qerl] kernel: actor NVFP4 linear = PyTorch reference" in log
-    assert "[qerl] kernel: rollout NVFP4 linear = PyTorch reference" in log
+    assert "[qerl] kernel: actor NVFP4 linear = PyTorch" in log
+    assert "[qerl] kernel: rollout NVFP4 linear = PyTorch" in log
     assert "[qerl] platform: cpu" in log
 
 
@@ -165,9 +182,85 @@ def test_resuming_restores_adapter_optimizer_scheduler_data_and_noise(unbroken, 
     assert extra["lr_scheduler"]["last_epoch"] == STEPS
 
 
+def test_rloo_and_a_kl_loss_run_under_the_settings_of_verls_example_scripts(resumed):
+    _, metrics, log = resumed
+    for step in (3, 4):
+        assert metrics[step]["actor/grad_norm"] > 0
+        assert metrics[step]["actor/kl_loss"] > 0  # the reference is the base without the adapter
+        assert metrics[step]["critic/advantages/min"] < 0 < metrics[step]["critic/advantages/max"]
+    assert log.count("[qerl] kernel: actor NVFP4 linear") == 1  # and no second model
+    assert "[qerl] actor_rollout_ref.actor.strategy: fsdp -> fsdp2" in log
+
+
 def test_the_second_run_takes_the_checkpoint_from_the_cache(common, resumed):
     entries = [p for p in (common[0] / "cache").iterdir() if p.is_dir()]
     assert len(entries) == 1 and f"[qerl] model: {entries[0]}" in resumed[2]
+
+
+PPO = [
+    "algorithm.adv_estimator=gae",
+    "algorithm.use_kl_in_reward=True",
+    "critic.model.lora_rank=8",
+    "critic.optim.lr=1e-2",
+    "critic.ppo_micro_batch_size_per_gpu=16",
+    "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=32",
+    "actor_rollout_ref.actor.optim.lr_warmup_steps=0",
+    "actor_rollout_ref.rollout.seed=1",
+    "trainer.total_training_steps=2",
+    "trainer.save_freq=1",
+    "trainer.test_freq=-1",
+    "trainer.val_before_train=False",
+]
+
+
+@pytest.fixture(scope="module")
+def ppo(common, bf16_checkpoint):
+    """Two steps of PPO with a critic, saved after each, and a second run from the checkpoint of the first."""
+    folder, overrides = common
+    overrides = [*overrides, *PPO, f"critic.model.path={bf16_checkpoint}"]
+    first = folder / "ppo_checkpoints"
+    metrics, log = train(folder / "ppo", *overrides, f"trainer.default_local_dir={first}")
+    again = folder / "ppo_again"
+    again.mkdir()
+    shutil.copytree(first / "global_step_1", again / "global_step_1")
+    (again / "latest_checkpointed_iteration.txt").write_text("1")
+    after, _ = train(folder / "ppo_resumed", *overrides, f"trainer.default_local_dir={again}")
+    return first, metrics, log, again, after
+
+
+def test_ppo_trains_a_critic_on_the_actors_checkpoint(common, ppo):
+    _, metrics, log, _, _ = ppo
+    for step in (1, 2):
+        m = metrics[step]
+        assert m["critic/grad_norm"] > 0 and m["critic/lr"] == pytest.approx(1e-2) and m["actor/grad_norm"] > 0
+        assert m["critic/vf_loss"] > 0
+    assert abs(metrics[2]["critic/values/mean"] - metrics[1]["critic/values/mean"]) > 0.05  # adapter and head are on
+    assert "[qerl] kernel: critic NVFP4 linear" in log and "[qerl] critic: the same checkpoint" in log
+    assert len([p for p in (common[0] / "cache").iterdir() if p.is_dir()]) == 1
+
+
+def test_the_reference_is_the_actor_without_its_adapter(ppo):
+    """At the first step the adapter adds nothing, so the penalty is 0; and no second actor was built."""
+    _, metrics, log, _, _ = ppo
+    assert metrics[1]["actor/reward_kl_penalty"] == 0 and metrics[2]["actor/reward_kl_penalty"] != 0
+    assert log.count("[qerl] kernel: actor NVFP4 linear") == 1
+
+
+def test_resuming_ppo_restores_critic_adapter_head_optimizer_and_scheduler(ppo):
+    first, metrics, _, again, after = ppo
+    assert sorted(s for s in after if "critic/lr" in after[s]) == [2]
+    # other samples of the same prompts: the values are those of the trained critic, not of a fresh one
+    fresh, trained, resumed = (m["critic/values/mean"] for m in (metrics[1], metrics[2], after[2]))
+    assert abs(resumed - trained) < 0.3 * abs(trained - fresh)
+    for folder in (first, again):
+        critic = folder / "global_step_2" / "critic"
+        head = torch.load(critic / "value_head_world_size_1_rank_0.pt", weights_only=False)
+        optimizer = torch.load(critic / "optim_world_size_1_rank_0.pt", weights_only=False)
+        assert len(head) == 2 and {int(s["step"]) for s in optimizer["state"].values()} == {
+            4
+        }  # two mini-batches a step
+        extra = torch.load(critic / "extra_state_world_size_1_rank_0.pt", weights_only=False)
+        assert extra["lr_scheduler"]["last_epoch"] == 2
 
 
 GSM8K = [
@@ -192,6 +285,8 @@ def test_the_gsm8k_recipe_runs_through_verls_own_reward(tmp_path, bf16_checkpoin
         tmp_path / "run",
         "--config-path=pkg://qerl_verl.recipes",
         "--config-name=gsm8k_grpo",
+        "algorithm.adv_estimator=reinforce_plus_plus",
+        "actor_rollout_ref.actor.policy_loss.loss_mode=cispo",
         f"actor_rollout_ref.model.path={bf16_checkpoint}",
         f"qerl.cache_dir={tmp_path / 'cache'}",
         f"data.train_files={data / 'train.parquet'}",
@@ -212,5 +307,5 @@ def test_the_gsm8k_recipe_runs_through_verls_own_reward(tmp_path, bf16_checkpoin
     )
     assert {1, 2} <= set(metrics)
     assert all(0 <= metrics[s]["critic/score/mean"] <= 1 for s in (1, 2))
-    assert metrics[2]["qerl/aqn_sigma"] > 0
+    assert metrics[2]["qerl/aqn_sigma"] > 0 and metrics[2]["actor/grad_norm"] >= 0
     assert any(k.startswith("val-core/openai/gsm8k/") for m in metrics.values() for k in m)
