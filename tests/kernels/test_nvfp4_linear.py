@@ -74,6 +74,15 @@ def test_no_gradient_that_nobody_wants():
     assert not nvfp4_linear(x.detach(), packed, scale, alpha, b.detach()).requires_grad
 
 
+def test_the_output_may_be_changed_in_place():
+    """Model code does that to the output of an nn.Linear, too."""
+    x, packed, scale, alpha, b, _ = problem(torch.float32, (2, 3))
+    y = nvfp4_linear(x, packed, scale, alpha, b)
+    y += x.mean()
+    y.sum().backward()
+    assert x.grad is not None
+
+
 def test_input_and_gradient_need_not_be_contiguous():
     x, packed, scale, alpha, b, _ = problem(torch.float32, (6, 4))
     want = nvfp4_linear(x, packed, scale, alpha, b)

@@ -93,6 +93,82 @@ def test_gradient_checkpointing_gives_the_same_gradients():
     assert all(torch.equal(p, q) for p, q in zip(plain, again, strict=True))
 
 
+def calls(monkeypatch) -> list:
+    """Records each call of the fused function of the plain case."""
+    from qerl_verl.lora import peft
+
+    found, fused = [], peft.nvfp4_lora_linear
+    monkeypatch.setattr(peft, "nvfp4_lora_linear", lambda *args: found.append(args) or fused(*args))
+    return found
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"init_lora_weights": "gaussian"}])
+def test_the_plain_case_is_fused_and_equals_pefts_own_forward(monkeypatch, settings):
+    found, model = calls(monkeypatch), wrap(**settings)
+    randomize(model)
+    layer, x = model.base_model.model.proj, torch.randn(3, 7, 64, requires_grad=True)
+    wanted = [x, layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+    ours, upstream = model(x), torch.randn(3, 7, 48)
+    theirs = super(NVFP4LoraLinear, layer).forward(x)
+    assert len(found) == 1
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    grads = (torch.autograd.grad(y, wanted, upstream) for y in (ours, theirs))
+    for got, want in zip(*grads, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-4)
+
+
+def _two_adapters(model):
+    model.add_adapter("other", register_nvfp4(LoraConfig(r=2, target_modules=["proj"])))
+    model.base_model.set_adapter(["default", "other"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "prepare"),
+    [
+        ({"lora_dropout": 0.1}, lambda model: None),
+        ({"lora_bias": True}, lambda model: None),
+        ({}, _two_adapters),
+        ({}, lambda model: model.base_model.disable_adapter_layers()),
+    ],
+    ids=["dropout", "lora_bias", "two adapters", "disabled"],
+)
+def test_every_other_case_is_pefts(monkeypatch, settings, prepare):
+    found, model = calls(monkeypatch), wrap(**settings)
+    prepare(model)
+    randomize(model)
+    layer, x = model.base_model.model.proj.eval(), torch.randn(5, 64)
+    assert torch.equal(layer(x), super(NVFP4LoraLinear, layer).forward(x))
+    w = layer.base_layer.dequantize(torch.float32)
+    expected = x @ w.t() + layer.base_layer.bias
+    for name in () if layer.disable_adapters else layer.active_adapters:
+        expected = expected + layer.lora_B[name](layer.lora_A[name](x)) * layer.scaling[name]
+    torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
+    assert found == []
+
+
+def test_an_adapter_for_each_row_of_a_batch_is_pefts(monkeypatch):
+    found, model = calls(monkeypatch), wrap()
+    _two_adapters(model)
+    randomize(model)
+    model.eval()
+    x = torch.randn(2, 3, 64)
+    layer = model.base_model.model.proj
+    y = layer(x, adapter_names=["default", "__base__"])
+    torch.testing.assert_close(y[1], layer.base_layer(x[1]), rtol=1e-5, atol=1e-5)
+    assert (y[0] - layer.base_layer(x[0])).abs().max() > 0.1 and found == []
+
+
+def test_a_change_of_adapter_is_seen(monkeypatch):
+    found, model = calls(monkeypatch), wrap()
+    _two_adapters(model)
+    randomize(model)
+    x = torch.randn(5, 64)
+    model.set_adapter("default")
+    first = model(x)
+    model.set_adapter("other")
+    assert len(found) == 1 and not torch.equal(model(x), first) and len(found) == 2
+
+
 def test_only_the_adapter_trains_and_disabling_it_gives_the_base():
     model = wrap()
     randomize(model)

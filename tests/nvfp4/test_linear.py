@@ -1,0 +1,100 @@
+"""A layer's weight in the layout of a backend: the same weight, in every storage dtype and on the meta device."""
+
+import pytest
+import torch
+from torch import nn
+
+from qerl_verl.kernels import backends
+from qerl_verl.kernels.nvfp4_quantize import nvfp4_global_scale, quantize_nvfp4
+from qerl_verl.nvfp4.linear import NVFP4Linear
+from qerl_verl.nvfp4.loading import prepack_linears
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def hopper_is_there(monkeypatch):
+    """Its layout is made in plain PyTorch, so all but the matrix product works on the CPU."""
+    monkeypatch.setattr(backends, "unavailable", lambda name, device: None)
+
+
+def layer(n=128, k=192, storage_dtype=torch.uint8, device=None):
+    torch.manual_seed(0)
+    weight = torch.randn(n, k)
+    scale = nvfp4_global_scale(weight.abs().max())
+    packed, block = quantize_nvfp4(weight, scale)
+    made = NVFP4Linear(k, n, True, torch.bfloat16, device=device, storage_dtype=storage_dtype)
+    if not made.weight_packed.is_meta:
+        made.weight_packed.data = packed.view(storage_dtype)
+        made.weight_scale.data = block.view(torch.uint8).view(storage_dtype)
+        made.weight_global_scale.copy_(scale)
+        nn.init.normal_(made.bias)
+    return made
+
+
+@pytest.mark.parametrize("storage_dtype", [torch.uint8, torch.bfloat16, torch.float32])
+def test_another_layout_is_the_same_weight(hopper_is_there, storage_dtype):
+    made = layer(storage_dtype=storage_dtype)
+    before, weight = [t.clone() for t in made.weight_bytes()], made.dequantize()
+    places = made.weight_packed.data_ptr(), made.weight_scale.data_ptr()
+    made.use_backend(CPU, "hopper")
+    assert made.backend.name == "hopper" and not torch.equal(made.weight_bytes()[0], before[0])
+    assert torch.equal(made.dequantize(), weight)
+    assert (made.weight_packed.dtype, made.weight_scale.dtype) == (storage_dtype, storage_dtype)
+    assert (made.weight_packed.data_ptr(), made.weight_scale.data_ptr()) == places  # in place
+    made.use_backend(CPU, "pytorch")
+    assert all(torch.equal(t, b) for t, b in zip(made.weight_bytes(), before, strict=True))
+
+
+def test_choosing_the_same_backend_again_changes_nothing(hopper_is_there):
+    made = layer()
+    made.use_backend(CPU, "hopper")
+    before = made.weight_packed.clone()
+    made.use_backend(CPU, "hopper")
+    assert torch.equal(made.weight_packed, before)
+
+
+def test_a_layer_without_data_gets_the_kernels_and_receives_prepacked_bytes(hopper_is_there):
+    """As on every rank but the first: the bytes come from rank 0, which has prepacked them."""
+    source, empty = layer(), layer(device="meta")
+    weight = source.dequantize()
+    for made in (source, empty):
+        made.use_backend(CPU, "hopper")
+    assert empty.backend is source.backend and empty.weight_packed.is_meta
+    empty.to_empty(device="cpu").load_state_dict(source.state_dict())
+    assert torch.equal(empty.dequantize(), weight)
+
+
+def test_the_forward_pass_calls_the_backend_with_its_own_layout(hopper_is_there, monkeypatch):
+    made, x = layer(), torch.randn(3, 192, dtype=torch.bfloat16)
+    expected = made(x)
+    made.use_backend(CPU, "hopper")
+    reference, seen = backends.get_backend("pytorch"), []
+
+    def gemm(x, packed, scale, alpha, bias):
+        seen.append(packed)
+        return reference.linear(x, *made.backend.unpack(packed, scale), alpha, bias)
+
+    monkeypatch.setattr(backends.hopper, "gemm", gemm)
+    assert torch.equal(made(x), expected)
+    assert seen[0].data_ptr() == made.weight_packed.data_ptr()
+
+
+def test_the_sentence_names_what_was_chosen_and_the_layers_it_does_not_serve(hopper_is_there):
+    model = nn.Sequential(layer(), layer(k=80), nn.Linear(4, 4), layer(n=100))
+    weights = [m.dequantize() for m in model if isinstance(m, NVFP4Linear)]
+    text = prepack_linears(model, CPU)
+    assert text == ("Hopper W4A16 (WGMMA, CUDA C++) on cpu; 2 of 3 layers, whose shape it does not serve, in PyTorch")
+    layers = [m for m in model if isinstance(m, NVFP4Linear)]
+    assert [m.backend.name for m in layers] == ["hopper", "pytorch", "pytorch"]
+    assert all(torch.equal(m.dequantize(), w) for m, w in zip(layers, weights, strict=True))
+    assert (
+        prepack_linears(nn.Sequential(layer()), CPU, "hopper") == "Hopper W4A16 (WGMMA, CUDA C++) on cpu (qerl.kernel)"
+    )
+
+
+def test_on_the_cpu_the_sentence_says_why_pytorch():
+    text = prepack_linears(nn.Sequential(layer()), CPU)
+    assert text.startswith("PyTorch (dequantize, matrix product) on cpu (not hopper: ") and "; not triton: " in text
+    with pytest.raises(ValueError, match="qerl.kernel=hopper cannot run on cpu"):
+        prepack_linears(nn.Sequential(layer()), CPU, "hopper")
