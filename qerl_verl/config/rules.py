@@ -20,7 +20,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from qerl_verl.switch import ENGINE_VENDOR, SWITCH_ENV
+from qerl_verl.switch import ENGINE_VENDOR, KERNEL_ENV, SWITCH_ENV
 
 WORKER_EXTENSION = "qerl_verl.rollout.worker.QeRLWorkerExtension"
 TRAINER_MODES = {"sync": "qerl_sync", "colocate_async": "qerl_colocate_async"}
@@ -143,6 +143,13 @@ def force(config: DictConfig, on_cpu: bool, notify: Callable[[str], None]) -> No
     extension = f"{ROLLOUT}.engine_kwargs.vllm.worker_extension_cls"
     if _get(config, extension) is None:
         _set(config, extension, WORKER_EXTENSION, "the noise in the engine", notify)
+    _set(
+        config,
+        f"{ROLLOUT}.engine_kwargs.vllm.additional_config.qerl",
+        rollout_layers(config),
+        "the NVFP4 layers",
+        notify,
+    )
     for checkpoint in (f"{ACTOR}.checkpoint", "critic.checkpoint"):
         if _get(config, checkpoint) is not None:
             _set(config, f"{checkpoint}.save_lora_only", True, "the base is frozen and lies in the cache", notify)
@@ -160,9 +167,20 @@ def force(config: DictConfig, on_cpu: bool, notify: Callable[[str], None]) -> No
                 _set(config, "ray_kwargs.ray_init.num_cpus", 8 + 8 * slots, "verl reserves logical CPUs", notify)
             if _get(config, "ray_kwargs.ray_init.include_dashboard") is None:
                 _set(config, "ray_kwargs.ray_init.include_dashboard", False, "a faster start", notify)
+    if _get(config, "qerl.kernel") not in (None, "auto"):
+        environment[KERNEL_ENV] = _get(config, "qerl.kernel")
     user_environment = _get(config, "ray_kwargs.ray_init.runtime_env.env_vars") or {}
     merged = {**environment, **user_environment, SWITCH_ENV: "nvfp4", "VERL_ENGINE_VENDOR": ENGINE_VENDOR}
     _set(config, "ray_kwargs.ray_init.runtime_env.env_vars", merged, "every process learns of the switch", notify)
+
+
+def rollout_layers(config: DictConfig) -> dict[str, Any]:
+    """What every process of the rollout engine learns through vLLM's ``additional_config``, see rollout/quantization.py."""
+    settings = OmegaConf.to_container(_get(config, "qerl.rollout") or OmegaConf.create(), resolve=True)
+    lora = None
+    if settings.get("lora", "inline") == "inline":
+        lora = {"rank": _get(config, f"{MODEL}.lora_rank"), "alpha": _get(config, f"{MODEL}.lora_alpha")}
+    return {"kernel": settings.get("kernel", "auto"), "lora": lora, "sleep_level": settings.get("sleep_level", 1)}
 
 
 def find_problems(config: DictConfig) -> list[str]:

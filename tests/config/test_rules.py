@@ -46,6 +46,47 @@ def test_a_stock_grpo_run_gets_what_qerl_needs_and_has_no_problem():
     assert any(line.startswith("actor_rollout_ref.model.lora_rank: 0 -> 32") for line in lines)
 
 
+def in_engine(config):
+    """What the rollout engine learns."""
+    return OmegaConf.to_container(config.actor_rollout_ref.rollout.engine_kwargs.vllm.additional_config)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], {"kernel": "auto", "lora": {"rank": 32, "alpha": 32}, "sleep_level": 1}),
+        (
+            ["actor_rollout_ref.model.lora_rank=8"],
+            {"kernel": "auto", "lora": {"rank": 8, "alpha": 16}, "sleep_level": 1},
+        ),
+        (["qerl.rollout.lora=punica"], {"kernel": "auto", "lora": None, "sleep_level": 1}),
+        (
+            ["qerl.rollout.kernel=marlin", "qerl.rollout.sleep_level=2"],
+            {"kernel": "marlin", "lora": {"rank": 32, "alpha": 32}, "sleep_level": 2},
+        ),
+    ],
+)
+def test_the_rollout_learns_kernel_adapter_and_sleep_level(overrides, expected):
+    config, lines, problems = switched(*overrides)
+    assert problems == [] and in_engine(config) == {"qerl": expected}
+    assert rules.rollout_layers(config) == expected
+    assert any("additional_config.qerl" in line and "the NVFP4 layers" in line for line in lines)
+
+
+def test_an_additional_config_of_the_user_stays():
+    theirs = "+actor_rollout_ref.rollout.engine_kwargs.vllm.additional_config={theirs: {a: 1}}"
+    config, _, problems = switched(theirs)
+    assert problems == [] and in_engine(config) == {"theirs": {"a": 1}, "qerl": rules.rollout_layers(config)}
+
+
+@pytest.mark.parametrize(("kernel", "expected"), [("auto", None), ("triton", "triton"), ("pytorch", "pytorch")])
+def test_the_training_workers_learn_of_a_chosen_kernel(kernel, expected):
+    config, _, problems = switched(f"qerl.kernel={kernel}")
+    assert problems == []
+    assert config.ray_kwargs.ray_init.runtime_env.env_vars.get("QERL_KERNEL") == expected
+    assert in_engine(config)["qerl"]["kernel"] == "auto"  # that is qerl.rollout.kernel
+
+
 def test_the_users_values_win():
     config, lines, problems = switched(
         "actor_rollout_ref.model.lora_rank=64",
