@@ -159,7 +159,9 @@ class AdapterStore:
                 shard(a, 1, layer.qerl_lora_a.shape[1], self.tp_rank, self.tp_size)
                 shard(b, 0, ends[index + 1] - ends[index], self.tp_rank, self.tp_size)
             except ValueError as error:
-                raise ValueError(f"the adapter's {name}, projection {index}, does not fit the rollout model: {error}") from error
+                raise ValueError(
+                    f"the adapter's {name}, projection {index}, does not fit the rollout model: {error}"
+                ) from error
 
     def _write(self, layer: torch.nn.Module, parts: dict, scaling: float) -> None:
         a_buffer, b_buffer = layer.qerl_lora_a, layer.qerl_lora_b

@@ -78,8 +78,17 @@ class QeRLWorkerExtension(vLLMColocateWorkerExtension):
         return self.qerl_load_adapter(load_file(f"{folder}/adapter_model.safetensors"), scaling)
 
     def qerl_reload_base(self) -> None:
-        """Read the base from disk into the memory that a sleep at level 2 left empty. Norms come back without noise."""
+        """Read the base from disk into the memory that a sleep at level 2 left empty. Norms come back without noise.
+
+        The attention's scales are parameters, which vLLM's sleep does not save, but no part of the checkpoint
+        (vllm/.../compressed_tensors.py, CompressedTensorsKVCacheMethod): they come from vLLM's copies on the host.
+        """
         self.model_runner.reload_weights()
+        for module in self.model_runner.get_model().modules():
+            for name in ("_q_scale", "_k_scale", "_v_scale"):
+                scale = getattr(module, name, None)
+                if isinstance(scale, torch.nn.Parameter):
+                    scale.data.fill_(getattr(module, f"{name}_float"))
 
     def qerl_adapter_digest(self) -> str:
         """SHA-256 over the adapter in this worker's layers."""

@@ -1,11 +1,14 @@
 """A real vLLM engine on the NVFP4 base: adapters come and go, noise goes on and off, the base stays."""
 
+import contextlib
 import os
+import re
+import shutil
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from qerl_verl.aqn.noise import draw_noise
@@ -16,35 +19,38 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="drives vLLM's CPU engine inside pytest"),
 ]
 
-SYNCED = "simon_lora_path"  # VLLM_LORA_PATH of verl/workers/rollout/vllm_rollout/utils.py
 PROMPTS = [list(range(5 + i, 25 + i)) for i in range(4)]
+RANK, ALPHA = 8, 16
+FILE = "adapter_model.safetensors"
+IN_LAYER = {"additional_config": {"qerl": {"kernel": "auto", "lora": {"rank": RANK, "alpha": ALPHA}, "sleep_level": 1}}}
+PUNICA = {"enable_lora": True, "max_loras": 1, "max_lora_rank": RANK}
 
 
-@pytest.fixture(scope="module")
-def engine(nvfp4_checkpoint):
+@contextlib.contextmanager
+def running(checkpoint, **settings):
+    """A vLLM engine as verl starts it."""
     environment = {
         "QERL_SWITCH": "nvfp4",
         "VERL_PLATFORM": "cpu",
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_LOGGING_LEVEL": "ERROR",
-        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "true",
+        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # a test sends a function to the worker
+        "VERL_RAY_JOB_ID": str(os.getpid()),  # part of the name of verl's socket
     }
     before = {k: os.environ.get(k) for k in environment}
     os.environ.update(environment)
     from vllm import LLM
 
     llm = LLM(
-        str(nvfp4_checkpoint),
+        str(checkpoint),
         skip_tokenizer_init=True,
         enforce_eager=True,
-        distributed_executor_backend="mp",  # as verl starts it
+        distributed_executor_backend="mp",
         dtype="bfloat16",
         max_model_len=128,
         worker_extension_cls="qerl_verl.rollout.worker.QeRLWorkerExtension",
-        enable_lora=True,
-        max_loras=1,
-        max_lora_rank=8,
+        **settings,
     )
     yield llm
     llm.llm_engine.engine_core.shutdown()
@@ -52,25 +58,40 @@ def engine(nvfp4_checkpoint):
         os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
 
 
-def generate(engine, adapter=None):
-    """Greedy tokens and their log-probabilities, with an adapter folder or SYNCED, the one of the last weight sync."""
+@pytest.fixture(scope="module")
+def engine(nvfp4_checkpoint):
+    """With the adapter in the layers."""
+    with running(nvfp4_checkpoint, **IN_LAYER) as llm:
+        yield llm
+
+
+def generate(engine, lora_request=None):
+    """Greedy tokens and their log-probabilities."""
     from vllm import SamplingParams
-    from vllm.lora.request import LoRARequest
 
     engine.reset_prefix_cache()
-    request = None
-    if adapter == SYNCED:
-        request = LoRARequest("123", 123, SYNCED)
-    elif adapter:
-        request = LoRARequest(os.path.basename(adapter), int(adapter[-1]), adapter)
     parameters = SamplingParams(max_tokens=6, temperature=0, logprobs=0, detokenize=False, ignore_eos=True)
     outputs = engine.generate(
-        [{"prompt_token_ids": p} for p in PROMPTS], parameters, lora_request=request, use_tqdm=False
+        [{"prompt_token_ids": p} for p in PROMPTS], parameters, lora_request=lora_request, use_tqdm=False
     )
     return [
         (tuple(o.outputs[0].token_ids), tuple(next(iter(p.values())).logprob for p in o.outputs[0].logprobs))
         for o in outputs
     ]
+
+
+def load(engine, adapter=None):
+    """Put the adapter of a folder, or none, into the layers."""
+    if adapter:
+        (count,) = engine.collective_rpc("qerl_load_adapter_folder", args=(adapter,))
+        assert count == 28
+    else:
+        engine.collective_rpc("qerl_load_adapter", args=({}, ALPHA / RANK))
+
+
+def digests(engine):
+    """Of the base and of the adapter."""
+    return engine.collective_rpc("qerl_base_digest"), engine.collective_rpc("qerl_adapter_digest")
 
 
 def norms(engine):
@@ -98,44 +119,71 @@ def adapters(tmp_path_factory, nvfp4_checkpoint):
         for layer in range(2):
             for name, (inputs, outputs) in shapes.items():
                 prefix = f"base_model.model.model.layers.{layer}.{name}"
-                tensors[f"{prefix}.lora_A.weight"] = torch.randn(8, inputs) * 0.2
-                tensors[f"{prefix}.lora_B.weight"] = torch.randn(outputs, 8) * 0.2
-        config = LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules=[n.split(".")[1] for n in shapes])
+                tensors[f"{prefix}.lora_A.weight"] = torch.randn(RANK, inputs) * 0.2
+                tensors[f"{prefix}.lora_B.weight"] = torch.randn(outputs, RANK) * 0.2
+        targets = [n.split(".")[1] for n in shapes]
+        config = LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=ALPHA, target_modules=targets)
         save_adapter(folder / f"adapter{number}", tensors, config, str(nvfp4_checkpoint))
         paths.append(str(folder / f"adapter{number}"))
     return paths
 
 
+def log_probabilities(model, prompt, tokens):
+    """Of the tokens that an engine chose, and of the best at each place, according to a transformers model."""
+    with torch.no_grad():
+        logits = model(torch.tensor([[*prompt, *tokens]])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+    return logits.gather(-1, torch.tensor(tokens)[:, None])[:, 0], logits.max(-1).values
+
+
 def test_runs_the_nvfp4_base(engine, dequantized_checkpoint):
     """Tokens and log-probabilities agree with transformers on the dequantized weights, within bfloat16."""
     model = AutoModelForCausalLM.from_pretrained(dequantized_checkpoint, dtype=torch.float32)
+    load(engine)
     for prompt, (tokens, found) in zip(PROMPTS, generate(engine), strict=True):
-        ids = torch.tensor([[*prompt, *tokens]])
-        with torch.no_grad():
-            logits = model(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
-        expected = logits.gather(-1, torch.tensor(tokens)[:, None])[:, 0]
+        expected, best = log_probabilities(model, prompt, tokens)
         np.testing.assert_allclose(found, expected, atol=0.08)
-        assert (logits.max(-1).values - expected).max() < 0.08  # greedy, up to ties within rounding
+        assert (best - expected).max() < 0.08  # greedy, up to ties within rounding
 
 
 def test_adapters_a_b_a_give_a_again_and_the_base_never_changes(engine, adapters, dequantized_checkpoint):
-    a, b = adapters
-    base_digest, base = engine.collective_rpc("qerl_base_digest"), generate(engine)
-    first, second, third = generate(engine, a), generate(engine, b), generate(engine, a)
-    assert first == third
-    assert first != second and first != base and second != base
-    assert generate(engine) == base
-    assert engine.collective_rpc("qerl_base_digest") == base_digest
+    load(engine)
+    base, (base_digest, no_adapter) = generate(engine), digests(engine)
+    results, seen = [], [no_adapter]
+    for adapter in (*adapters, adapters[0]):
+        load(engine, adapter)
+        results.append(generate(engine))
+        digest, adapter_digest = digests(engine)
+        assert digest == base_digest
+        seen.append(adapter_digest)
+    first, second, third = results
+    assert first == third and seen[1] == seen[3]
+    assert first != second and first != base and second != base and len({str(d) for d in seen}) == 3
+    load(engine)
+    assert generate(engine) == base and digests(engine) == (base_digest, no_adapter)
 
     from peft import PeftModel
 
     stock = AutoModelForCausalLM.from_pretrained(dequantized_checkpoint, dtype=torch.float32)
-    model = PeftModel.from_pretrained(stock, a)
-    tokens, found = first[0]
-    ids = torch.tensor([[*PROMPTS[0], *tokens]])
-    with torch.no_grad():
-        logits = model(ids).logits[0, len(PROMPTS[0]) - 1 : -1].log_softmax(-1)
-    np.testing.assert_allclose(found, logits.gather(-1, torch.tensor(tokens)[:, None])[:, 0], atol=0.15)
+    model = PeftModel.from_pretrained(stock, adapters[0])
+    for prompt, (tokens, found) in zip(PROMPTS, first, strict=True):
+        np.testing.assert_allclose(found, log_probabilities(model, prompt, tokens)[0], atol=0.15)
+
+
+def test_vllms_own_lora_path_says_the_same(engine, adapters, nvfp4_checkpoint):
+    """qerl.rollout.lora=punica, the reference: without an adapter bit for bit, with one within bfloat16."""
+    from vllm.lora.request import LoRARequest
+
+    ours = []
+    for adapter in (None, *adapters):
+        load(engine, adapter)
+        ours.append(generate(engine))
+    with running(nvfp4_checkpoint, **PUNICA) as other:
+        assert generate(other) == ours[0]
+        theirs = [generate(other, LoRARequest(os.path.basename(a), int(a[-1]), a)) for a in adapters]
+    for (tokens, found), (their_tokens, expected) in zip(ours[1] + ours[2], theirs[0] + theirs[1], strict=True):
+        same = next((i for i, (t, u) in enumerate(zip(tokens, their_tokens, strict=True)) if t != u), len(tokens))
+        assert same >= 1
+        np.testing.assert_allclose(found[: same + 1], expected[: same + 1], atol=0.15)  # a tie may part them
 
 
 def test_noise_is_on_the_right_norms_drawn_from_seed_step_and_layer(engine, nvfp4_checkpoint):
@@ -157,20 +205,22 @@ def test_noise_is_on_the_right_norms_drawn_from_seed_step_and_layer(engine, nvfp
 
 
 def test_noise_changes_what_is_generated_and_sigma_zero_restores_it_bit_for_bit(engine, adapters):
-    clean_norms, clean = norms(engine), generate(engine, adapters[0])
+    load(engine, adapters[0])
+    clean_norms, clean = norms(engine), generate(engine)
     set_noise(engine, step=2, sigma=0.1)
-    assert generate(engine, adapters[0]) != clean
+    assert generate(engine) != clean
     set_noise(engine, step=7, sigma=0.05)
     set_noise(engine, sigma=0.0)
     for name, weight in norms(engine).items():
         np.testing.assert_array_equal(weight, clean_norms[name])
-    assert generate(engine, adapters[0]) == clean
+    assert generate(engine) == clean
 
 
 def test_noise_survives_a_change_of_adapter(engine, adapters):
     set_noise(engine, step=2, sigma=0.05)
     noised = norms(engine)
-    generate(engine, adapters[1])
+    load(engine, adapters[1])
+    generate(engine)
     for name, weight in norms(engine).items():
         np.testing.assert_array_equal(weight, noised[name])
     set_noise(engine)
@@ -194,13 +244,13 @@ def sync(engine, adapter):
     from peft import LoraConfig
     from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import BucketedWeightSender
 
-    tensors = load_file(f"{adapter}/adapter_model.safetensors")
+    tensors = load_file(f"{adapter}/{FILE}")
     config = LoraConfig.from_pretrained(adapter)
     wanted = ("peft_type", "task_type", "r", "lora_alpha", "lora_dropout", "bias")
     peft_config = {k: v for k, v in config.to_dict().items() if k in wanted}
     peft_config["target_modules"] = list(config.target_modules)
     sender = BucketedWeightSender(
-        zmq_handle="ipc:///tmp/rl-colocate-zmq-0-replica-0-rank-0.sock", bucket_size_mb=1, use_shm=True
+        zmq_handle=f"ipc:///tmp/rl-colocate-zmq-{os.getpid()}-replica-0-rank-0.sock", bucket_size_mb=1, use_shm=True
     )
     with ThreadPoolExecutor(1) as thread:
         sending = thread.submit(lambda: asyncio.run(sender.async_send_weights(iter(tensors.items()))))
@@ -215,10 +265,67 @@ def test_weight_syncs_a_b_a_replace_the_adapter_and_leave_base_and_noise_alone(e
     results = []
     for adapter in (*adapters, adapters[0]):
         sync(engine, adapter)
-        results.append(generate(engine, SYNCED))
-    assert results[0] == results[2] != results[1]
-    assert results[0] == generate(engine, adapters[0])
+        results.append((generate(engine), digests(engine)))
+    assert results[0] == results[2] and results[0][0] != results[1][0]
+    load(engine, adapters[0])
+    assert results[0] == (generate(engine), digests(engine))
     assert engine.collective_rpc("qerl_base_digest") == digest
     for name, weight in norms(engine).items():
         np.testing.assert_array_equal(weight, noised[name])
+    set_noise(engine)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_an_adapter_that_is_not_finite_is_refused_by_name_and_the_old_one_stays(
+    engine, adapters, cpu_platform, tmp_path, value
+):
+    sync(engine, adapters[0])
+    before, state = generate(engine), digests(engine)
+    bad = shutil.copytree(adapters[1], tmp_path / "bad")
+    tensors = load_file(bad / FILE)
+    name = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
+    tensors[name][3, 2] = value
+    save_file(tensors, bad / FILE)
+    with pytest.raises(Exception, match=re.escape(f"{name} holds a value that is not finite")):
+        sync(engine, str(bad))
+    assert (generate(engine), digests(engine)) == (before, state)
+    sync(engine, adapters[1])  # and the next sync works
+    assert generate(engine) != before
+
+
+def test_an_adapter_that_does_not_fit_is_refused_and_the_old_one_stays(engine, adapters, cpu_platform, tmp_path):
+    sync(engine, adapters[0])
+    state = digests(engine)
+    bad = shutil.copytree(adapters[1], tmp_path / "bad")
+    tensors = {name: torch.cat((t, t), int(".lora_B." in name)) for name, t in load_file(bad / FILE).items()}
+    save_file(tensors, bad / FILE)
+    with pytest.raises(Exception, match="room for rank 8: set actor_rollout_ref.model.lora_rank"):
+        sync(engine, str(bad))
+    assert digests(engine) == state
+
+
+def test_the_base_can_be_read_from_disk_again(engine, adapters):
+    """What follows a sleep at level 2. The norms come back clean; adapter and noise can be set as before."""
+
+    def lose(worker):
+        for parameter in worker.model_runner.get_model().parameters():
+            parameter.data.zero_()
+
+    load(engine, adapters[0])
+    (base_digest, adapter_digest), clean = digests(engine), generate(engine)
+    clean_norms = norms(engine)
+    set_noise(engine, step=2, sigma=0.05)
+    noised_norms, noised = norms(engine), generate(engine)
+    engine.collective_rpc(lose)
+    assert digests(engine)[0] != base_digest and generate(engine) != noised
+    engine.collective_rpc("qerl_reload_base")
+    load(engine, adapters[0])
+    assert digests(engine) == (base_digest, adapter_digest)
+    for name, weight in norms(engine).items():
+        np.testing.assert_array_equal(weight, clean_norms[name])
+    assert generate(engine) == clean
+    set_noise(engine, step=2, sigma=0.05)
+    for name, weight in norms(engine).items():
+        np.testing.assert_array_equal(weight, noised_norms[name])
+    assert generate(engine) == noised
     set_noise(engine)

@@ -1,0 +1,115 @@
+"""QeRL's vLLM server around fake engines: what it hides from verl, and when the base is read again."""
+
+import asyncio
+
+import pytest
+from verl.workers.config import HFModelConfig
+from verl.workers.rollout.replica import RolloutMode
+from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer
+
+from qerl_verl.rollout.server import QeRLHttpServer, QeRLReplica
+
+PATHS = {
+    "inline": {"additional_config": {"qerl": {"lora": {"rank": 8, "alpha": 16}, "sleep_level": 1}, "theirs": 1}},
+    "punica": {"additional_config": {"qerl": {"lora": None, "sleep_level": 1}}},
+    "no config of ours": {},
+}
+
+
+class Engine:
+    """Records what the server asks of vLLM."""
+
+    def __init__(self):
+        self.calls = []
+
+    async def wake_up(self, tags=None):
+        self.calls.append(("wake_up", *tags))
+
+    async def sleep(self, level):
+        self.calls.append(("sleep", level))
+
+    async def collective_rpc(self, method):
+        self.calls.append((method,))
+
+    async def reset_prefix_cache(self, **kwargs): ...
+
+    async def reset_encoder_cache(self): ...
+
+
+def server(vllm=None, level=None, mode=RolloutMode.HYBRID, node_rank=0, config=None):
+    """A server as verl has it after its constructor's first lines."""
+    made = QeRLHttpServer.__new__(QeRLHttpServer)
+    if level:
+        vllm = {"additional_config": {"qerl": {"lora": {"rank": 8, "alpha": 16}, "sleep_level": level}}}
+    made.config = {"engine_kwargs": {"vllm": vllm}} if config is None else config
+    made.rollout_mode, made.node_rank, made.engine = mode, node_rank, Engine()
+    return made
+
+
+@pytest.fixture(scope="module")
+def model_config(nvfp4_checkpoint):
+    return HFModelConfig(path=str(nvfp4_checkpoint), lora_rank=8, lora={"type": "lora"})
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_the_rank_is_hidden_from_vllms_lora_path_only_where_the_layers_hold_the_adapter(model_config, path):
+    made = server(PATHS[path])
+    made.model_config = made._init_model_config(model_config)
+    hidden = path == "inline"
+    assert made.model_config.lora_rank == (0 if hidden else 8)
+    assert made.lora_as_adapter is not hidden  # decides about enable_lora and about LoRA requests
+    assert made.model_config.hf_config is model_config.hf_config and made.model_config.path == model_config.path
+    assert model_config.lora_rank == 8 and model_config.lora == {"type": "lora"}  # the caller's stays
+
+
+@pytest.mark.parametrize("config", [{}, {"engine_kwargs": None}, {"engine_kwargs": {"vllm": None}}])
+def test_a_server_without_engine_arguments_is_verls(model_config, config):
+    made = server(config=config)
+    assert made._init_model_config(model_config).lora_rank == 8
+
+
+def test_the_sleep_level_is_ours_where_there_is_a_node_of_ours(model_config):
+    assert [server(level=level)._resolve_sleep_level() for level in (1, 2)] == [1, 2]
+    assert server({"additional_config": {"qerl": {"lora": None}}})._resolve_sleep_level() == 1
+    for lora_rank, level in ((8, 1), (0, 2)):  # verl's own rule
+        made = server({})
+        made.config = type("Config", (dict,), {"mtp": None})(made.config)
+        made.model_config = type("Model", (), {"lora_rank": lora_rank, "lora": {}})()
+        assert made._resolve_sleep_level() == vLLMHttpServer._resolve_sleep_level(made) == level
+
+
+@pytest.mark.parametrize(
+    ("level", "tags", "reloads"),
+    [(2, ["weights"], True), (2, None, True), (2, ["kv_cache"], False), (1, ["weights"], False), (1, None, False)],
+)
+def test_the_base_is_read_again_exactly_when_its_memory_comes_back_empty(level, tags, reloads):
+    made = server(level=level)
+    asyncio.run(made._sleep_hybrid())
+    asyncio.run(made.wake_up(tags))
+    expected = [("sleep", level), ("wake_up", *(tags or ("kv_cache", "weights")))]
+    assert made.engine.calls == expected + [("qerl_reload_base",)] * reloads
+
+
+@pytest.mark.parametrize(
+    ("mode", "node_rank"),
+    [(RolloutMode.HYBRID, 1), (RolloutMode.COLOCATED, 0), (RolloutMode.STANDALONE, 0)],
+)
+def test_a_server_that_does_not_sleep_at_level_2_reads_nothing(mode, node_rank):
+    made = server(level=2, mode=mode, node_rank=node_rank)
+    asyncio.run(made.wake_up())
+    assert ("qerl_reload_base",) not in made.engine.calls
+
+
+def test_another_servers_engine_is_left_alone():
+    """A reward model, whose engine has no arguments of ours."""
+    made = server({})
+    asyncio.run(made.wake_up())
+    assert made.engine.calls == [("wake_up", "kv_cache", "weights")]
+
+
+def test_the_replica_starts_our_server(nvfp4_checkpoint):
+    from verl.workers.config import RolloutConfig
+
+    config = RolloutConfig(name="vllm", mode="async", tensor_model_parallel_size=1)
+    replica = QeRLReplica(0, config, HFModelConfig(path=str(nvfp4_checkpoint)), gpus_per_node=1)
+    assert replica.server_class.__ray_metadata__.modified_class.__mro__[1:3] == (QeRLHttpServer, vLLMHttpServer)
