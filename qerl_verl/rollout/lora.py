@@ -114,7 +114,10 @@ class AdapterStore:
                 for plain, (fused, index) in FUSED.items():
                     if candidate.endswith(plain) and candidate.removesuffix(plain) + fused in self.layers:
                         return candidate.removesuffix(plain) + fused, index, match["part"]
-        raise ValueError(f"the adapter has a tensor {name}, for which the rollout model has no NVFP4 layer")
+        raise ValueError(
+            f"the adapter has a tensor {name}, for which the rollout model has no NVFP4 layer: take its module out of "
+            "actor_rollout_ref.model.target_modules, or set qerl.rollout.lora=punica"
+        )
 
     @torch.no_grad()
     def load(self, tensors: Iterable[tuple[str, torch.Tensor]], scaling: float) -> int:

@@ -164,7 +164,10 @@ def test_the_adapters_own_scaling_counts(scaling):
 
 PREFIX = "base_model.model.model.layers.0"
 BAD = {
-    "no such layer": ({f"{PREFIX}.mlp.router.lora_A.weight": torch.zeros(RANK, HIDDEN)}, "mlp.router.lora_A.weight"),
+    "no such layer": (
+        {f"{PREFIX}.mlp.router.lora_A.weight": torch.zeros(RANK, HIDDEN)},
+        "has no NVFP4 layer: take its module out of",
+    ),
     "no LoRA tensor": ({f"{PREFIX}.mlp.down_proj.lora_magnitude_vector": torch.zeros(1)}, "lora_magnitude_vector"),
     "A without B": ({f"{PREFIX}.mlp.up_proj.lora_B.weight": None}, "mlp.gate_up_proj, projection 1, but not the other"),
     "B without A": ({f"{PREFIX}.mlp.up_proj.lora_A.weight": None}, "mlp.gate_up_proj, projection 1, but not the other"),
