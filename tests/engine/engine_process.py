@@ -262,6 +262,11 @@ def run_steps():
     if settings.get("steps"):
         if settings.get("randomize", True):
             randomize_adapters(engine)
+        if settings.get("refused"):
+            try:
+                engine.load_checkpoint(settings["refused"], del_local_after_load=False)
+            except Exception as error:
+                report["refused"] = f"{type(error).__name__}: {error}"
         if settings.get("load"):
             engine.load_checkpoint(settings["load"], del_local_after_load=False)
             report["loaded"] = digest(adapter(engine)[0])

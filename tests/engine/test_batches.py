@@ -41,7 +41,7 @@ def variants(request, run_engine, tmp_path_factory, nvfp4_checkpoint):
 def test_moving_bytes_changes_none(variants, name):
     _, report, adapters = variants
     if name not in report:
-        pytest.skip("a setting of the rollout")
+        pytest.skip("a critic sends nothing to the rollout")
     for quantity in ("loss", "grad_norm"):
         assert report[name][quantity] == report["plain"][quantity]
     assert adapters[name].keys() == adapters["plain"].keys()
