@@ -14,6 +14,7 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch import nn
 from transformers import AutoModelForTokenClassification
 from verl.models.transformers.monkey_patch import apply_monkey_patch
+from verl.utils.device import get_device_id
 from verl.utils.fs import copy_to_local, local_mkdir_safe
 from verl.utils.fsdp_utils import load_fsdp_model_to_gpu
 from verl.utils.model import get_hf_auto_model_class
@@ -23,7 +24,8 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead, FSDP
 
 from qerl_verl.engine.finite import NonFiniteError, first_nonfinite, gather_first, gradient_norms, named_tensors
 from qerl_verl.lora.peft import linear_names, register_nvfp4, save_adapter
-from qerl_verl.nvfp4.loading import load_tensors, packed_linear_names, swap_linears
+from qerl_verl.nvfp4.loading import load_tensors, packed_linear_names, prepack_linears, swap_linears
+from qerl_verl.switch import KERNEL_ENV
 
 logger = logging.getLogger(__name__)
 logger.setLevel(os.getenv("VERL_LOGGING_LEVEL", "INFO"))
@@ -73,13 +75,16 @@ class NVFP4EngineMixin:
         module.requires_grad_(False)
         if self.rank == 0:
             load_tensors(module, path, dtype, new_modules=self.new_modules)
-            print(
-                f"[qerl] kernel: {self.role} NVFP4 linear = PyTorch reference (dequantize to {dtype}, matrix product) on "
-                f"{self._device_type()}, {len(packed)} layers, attention {config._attn_implementation}",
-                flush=True,
-            )
         else:
             module.tie_weights()
+        device = torch.device(self._device_type(), get_device_id() if self._device_type() == "cuda" else None)
+        kernel = prepack_linears(module, device, os.environ.get(KERNEL_ENV, "auto"), self._fsdp_param_dtype())
+        if self.rank == 0:
+            print(
+                f"[qerl] kernel: {self.role} NVFP4 linear = {kernel}, {len(packed)} layers, attention "
+                f"{config._attn_implementation}",
+                flush=True,
+            )
         apply_monkey_patch(
             model=module,
             use_remove_padding=self.use_remove_padding,
