@@ -149,6 +149,8 @@ def _use_cpu_in_this_process() -> None:
 
 def _replace_models(config: DictConfig, settings: QeRLSettings) -> None:
     """Replace model paths by NVFP4 checkpoints, quantizing what is not yet. The same model twice is the same checkpoint."""
+    from qerl_verl.nvfp4.cache import fingerprint
+
     models = trained_models(config)
     sources = {model: OmegaConf.select(config, f"{model}.path") for model in models}  # before one may refer to another
     paths: dict[str, str] = {}
@@ -157,6 +159,10 @@ def _replace_models(config: DictConfig, settings: QeRLSettings) -> None:
             paths[source] = _resolve(f"{model}.path", source, settings)
     with open_dict(config):
         config.qerl.source_model = sources[MODEL]
+        config.qerl.base_fingerprint = {
+            "critic" if model == CRITIC else "actor": fingerprint(paths[source], settings.cache_dir)
+            for model, source in sources.items()
+        }
         for model, source in sources.items():
             OmegaConf.update(config, f"{model}.path", paths[source])
     if CRITIC in models:

@@ -22,6 +22,7 @@ from verl.utils.py_functional import convert_to_regular_types
 from verl.utils.torch_dtypes import PrecisionType
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead, FSDPEngineWithValueHead
 
+from qerl_verl.engine.checkpoint_errors import reading, writing
 from qerl_verl.engine.finite import NonFiniteError, first_nonfinite, gather_first, gradient_norms, named_tensors
 from qerl_verl.lora.peft import linear_names, register_nvfp4, save_adapter
 from qerl_verl.nvfp4.loading import load_tensors, packed_linear_names, prepack_linears, swap_linears
@@ -132,7 +133,11 @@ class NVFP4EngineMixin:
                 exclude_modules=convert_to_regular_types(self.model_config.exclude_modules),
                 bias="none",
             )
-            module = get_peft_model(module, register_nvfp4(config))
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(
+                    self.engine_config.seed
+                )  # verl seeds nothing: two runs would begin with other adapters
+                module = get_peft_model(module, register_nvfp4(config))
         for parameter in module.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
@@ -212,17 +217,28 @@ class NVFP4EngineMixin:
 
         Raises:
             NonFiniteError: nothing is written then.
+            CheckpointError: the disk is full, or the like.
         """
         tensors, _ = self.get_per_tensor_param(base_sync_done=True)
-        super().save_checkpoint(local_path, hdfs_path, global_step, max_ckpt_to_keep, **kwargs)
-        if self.rank == 0:
-            save_adapter(
-                os.path.join(local_path, ADAPTER_FOLDER),
-                dict(tensors),
-                self.module.peft_config["default"],
-                base_model=self.model_config.path,
-            )
+        with writing(local_path, self._at_step(after=True)):
+            super().save_checkpoint(local_path, hdfs_path, global_step, max_ckpt_to_keep, **kwargs)
+            if self.rank == 0:
+                save_adapter(
+                    os.path.join(local_path, ADAPTER_FOLDER),
+                    dict(tensors),
+                    self.module.peft_config["default"],
+                    base_model=self.model_config.path,
+                )
         torch.distributed.barrier()
+
+    def load_checkpoint(self, local_path: str, hdfs_path=None, del_local_after_load: bool = True, **kwargs):
+        """verl's.
+
+        Raises:
+            CheckpointError: a file is missing, damaged, or another number of ranks saved it.
+        """
+        with reading(local_path, self.role, torch.distributed.get_world_size()):
+            super().load_checkpoint(local_path, hdfs_path, del_local_after_load, **kwargs)
 
 
 class NVFP4EngineWithLMHead(NVFP4EngineMixin, FSDPEngineWithLMHead):
@@ -289,7 +305,8 @@ class NVFP4EngineWithValueHead(NVFP4EngineMixin, FSDPEngineWithValueHead):
             trained = {n for n, p in self.module.named_parameters() if p.requires_grad and "lora_" not in n}
             self._on_device()
             state = {n: p for n, p in self.module.state_dict().items() if n in trained}
-            torch.save(state, self._head_file(local_mkdir_safe(local_path)))
+            with writing(local_path, self._at_step(after=True)):
+                torch.save(state, self._head_file(local_mkdir_safe(local_path)))
             self.to("cpu", model=self._is_offload_param, optimizer=False, grad=False)
         torch.distributed.barrier()
 
@@ -297,12 +314,15 @@ class NVFP4EngineWithValueHead(NVFP4EngineMixin, FSDPEngineWithValueHead):
         """verl's, and the value head.
 
         Raises:
-            ValueError: a head that is not this model's.
+            CheckpointError: as the actor's, or a head that is not this model's.
         """
         if self.checkpoint_manager.should_load_model and local_path is not None:
             self._on_device()
-            state = torch.load(copy_to_local(self._head_file(local_path)), weights_only=False)
-            result = self.module.load_state_dict(state, strict=False)
-            if not state or result.unexpected_keys:
-                raise ValueError(f"{self._head_file(local_path)}: unexpected {result.unexpected_keys or 'empty file'}")
+            with reading(local_path, self.role, torch.distributed.get_world_size()):
+                state = torch.load(copy_to_local(self._head_file(local_path)), weights_only=False)
+                result = self.module.load_state_dict(state, strict=False)
+                if not state or result.unexpected_keys:
+                    raise ValueError(
+                        f"{self._head_file(local_path)}: unexpected {result.unexpected_keys or 'empty file'}"
+                    )
         super().load_checkpoint(local_path, hdfs_path, del_local_after_load, **kwargs)

@@ -101,6 +101,27 @@ def resolve_checkpoint(
     return ResolvedCheckpoint(entry, source, "quantized")
 
 
+def fingerprint(folder: str | Path, cache_dir: str | Path | None = None) -> str:
+    """Of the weights of an NVFP4 folder: the same bytes have the same one, wherever they lie.
+
+    A folder of ours has the hashes in its manifest. Another one's files are hashed, once for as long as they stay the same.
+
+    Args:
+        folder: see :attr:`ResolvedCheckpoint.path`.
+        cache_dir: as for :func:`resolve_checkpoint`; remembers the hashes.
+    """
+    folder = Path(folder)
+    try:
+        files = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))["files"]
+        hashes = {name: record["sha256"] for name, record in files.items() if name.endswith(".safetensors")}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        cache = Path(cache_dir) if cache_dir is not None else default_cache_dir()
+        digests = _Digests(cache.expanduser().absolute() / _DIGESTS_FILE)
+        hashes = {name: digests.of(folder / name) for name in source_files(folder) if name.endswith(".safetensors")}
+        digests.save()
+    return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def _fill(entry: Path, folder: Path, progress: bool) -> None:
     try:
         quantize_checkpoint(folder, entry, progress=progress)

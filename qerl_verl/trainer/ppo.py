@@ -4,13 +4,28 @@ from __future__ import annotations
 
 import logging
 import os
+import time
+from contextlib import contextmanager
+from pathlib import Path
 
 import ray
+import transfer_queue as tq
 from omegaconf import DictConfig, OmegaConf, open_dict
 from verl.trainer.ppo.v1 import PPOTrainerColocateAsync, PPOTrainerSync, register_trainer
 
 from qerl_verl.aqn.schedule import AQNSchedule
+from qerl_verl.config.callback import say
 from qerl_verl.config.settings import QeRLSettings
+from qerl_verl.nvfp4.errors import CheckpointError
+from qerl_verl.trainer.checkpoints import (
+    RECORD_FILE,
+    check_base,
+    find_damage,
+    find_resumable,
+    prune,
+    read_record,
+    write_record,
+)
 
 logger = logging.getLogger(__name__)
 logger.setLevel(os.getenv("VERL_LOGGING_LEVEL", "INFO"))
@@ -36,12 +51,111 @@ class _NoisyCheckpointManager:
         return result
 
 
-class AQNTrainerMixin:
+class _RecordingCallback:
+    """verl's checkpoint callback (verl/trainer/ppo/checkpoint_callback.py), after the record that makes a checkpoint whole.
+
+    verl calls it when everything of a save is written, so the user's own callback finds the record in the folder.
+    """
+
+    def __init__(self, callback, after_save):
+        self._callback = callback
+        self._after_save = after_save
+
+    def __getattr__(self, name):
+        return getattr(self._callback, name)
+
+    def on_save(self, **kwargs):
+        self._after_save(Path(kwargs["checkpoint_dir"]))
+        self._callback.on_save(**kwargs)
+
+
+class WholeCheckpointsMixin:
+    """Resumes from whole checkpoints only, see :mod:`qerl_verl.trainer.checkpoints`."""
+
+    def __init__(self, config: DictConfig):
+        super().__init__(config)
+        self._base: dict[str, str] = OmegaConf.to_container(config.qerl).get("base_fingerprint") or {}
+        self._saved: list[Path] = []  # by this run, and the one that it resumed from
+        self.checkpoint_callback = _RecordingCallback(self.checkpoint_callback, self._after_save)
+
+    def _load_checkpoint(self):
+        """verl's, from the checkpoint that is chosen here.
+
+        Raises:
+            CheckpointError: none is whole, or the base has changed since.
+        """
+        trainer = self.config.trainer
+        if trainer.resume_mode == "auto":
+            folder = find_resumable(Path(trainer.default_local_dir).absolute(), say)
+        elif trainer.resume_mode == "resume_path" and isinstance(trainer.resume_from_path, str):
+            folder = Path(trainer.resume_from_path).absolute()
+            problem = find_damage(folder)
+            if problem and (read_record(folder) or not folder.is_dir()):
+                raise CheckpointError(f"trainer.resume_from_path={folder}: {problem}. Give another checkpoint.")
+            if problem:
+                say(f"{folder} is taken as it is: {problem}")
+        else:
+            return super()._load_checkpoint()
+        if folder is None:
+            with self._trainer_setting(resume_mode="disable"):
+                return super()._load_checkpoint()
+        check_base(folder, self._base)
+        say(f"resuming from {folder}")
+        self._saved = [folder]
+        with self._trainer_setting(resume_mode="resume_path", resume_from_path=str(folder)):
+            return super()._load_checkpoint()
+
+    def _save_checkpoint(self):
+        """verl's; old checkpoints go when the new one is whole.
+
+        Raises:
+            CheckpointError: the disk or the quota is full, or the folder cannot be written to.
+        """
+        trainer, folder = (
+            self.config.trainer,
+            f"{self.config.trainer.default_local_dir}/global_step_{self.global_steps}",
+        )
+        only_last = trainer.get("remove_previous_ckpt_in_save", False)
+        self._keep = {role: 1 if only_last else trainer.get(f"max_{role}_ckpt_to_keep") for role in ("actor", "critic")}
+        kept = {f"max_{role}_ckpt_to_keep": None for role in self._keep}
+        with self._trainer_setting(remove_previous_ckpt_in_save=False, **kept):
+            try:
+                Path(folder, RECORD_FILE).unlink(
+                    missing_ok=True
+                )  # of a run before, which went further than this one's start
+                super()._save_checkpoint()
+            except OSError as error:
+                raise CheckpointError(
+                    f"step {self.global_steps}: {folder} could not be written ({error}). The checkpoints before it are as "
+                    "they were: free some space and start the same command again."
+                ) from error
+
+    def _after_save(self, folder: Path) -> None:
+        write_record(folder, self._base)
+        self._saved = [*(f for f in self._saved if f != folder.absolute()), folder.absolute()]
+        for role, keep in self._keep.items():
+            prune(self._saved, role, keep)
+
+    @contextmanager
+    def _trainer_setting(self, **values):
+        """``trainer.*`` with other values for a while."""
+        before = {name: self.config.trainer.get(name) for name in values}
+        with open_dict(self.config):
+            self.config.trainer.update(values)
+        try:
+            yield
+        finally:
+            with open_dict(self.config):
+                self.config.trainer.update(before)
+
+
+class AQNTrainerMixin(WholeCheckpointsMixin):
     """Drives the noise of the rollout engines from the trainer's clock.
 
     A sync at ``global_steps`` = s puts on the noise under which step s + 1 samples; so does the first sync after a
-    resume at s. Validation runs on the clean policy. Metrics: ``qerl/aqn_sigma`` and ``qerl/aqn_stage`` of the step that
-    was sampled.
+    resume at s. Validation runs on the clean policy. Metrics: ``qerl/aqn_sigma`` and ``qerl/aqn_stage`` of the step, and
+    ``qerl/aqn_sigma_of_samples/*``, what the samples that the step trains on were drawn under. The two differ where an
+    asynchronous trainer trains on samples of an earlier step.
     """
 
     verl_mode: str
@@ -51,11 +165,13 @@ class AQNTrainerMixin:
         with open_dict(config):
             config.trainer.v1.trainer_mode = self.verl_mode
         node = OmegaConf.to_container(config.qerl, resolve=True)
-        node.pop("source_model", None)
+        for written_by_the_callback in ("source_model", "base_fingerprint"):
+            node.pop(written_by_the_callback, None)
         self.qerl_settings = QeRLSettings.from_mapping(node)
         self._noise_step: int | None = None  # the step whose noise is on, None: clean
         self._sampling_step = 1
         self._validating = False
+        self._training = False
         super().__init__(config)
 
     def _setup(self):
@@ -89,8 +205,14 @@ class AQNTrainerMixin:
         ray.get([s.collective_rpc.remote("qerl_set_noise", kwargs=arguments) for s in servers])
         ray.get([s.clear_kv_cache.remote() for s in servers])
 
+    def on_train_begin(self):
+        super().on_train_begin()
+        self._training = True
+
     def on_validate_begin(self):
         super().on_validate_begin()
+        if self._training:
+            self._wait_for_samples_in_flight()
         self._validating = True
         self._push(self._sampling_step, 0.0)
 
@@ -99,11 +221,29 @@ class AQNTrainerMixin:
         self._apply_noise()
         super().on_validate_end()
 
+    def _wait_for_samples_in_flight(self) -> None:
+        """Until nothing is being sampled for training: validation takes the noise off for all that the engines generate."""
+
     def step(self, metrics: dict, timing_raw: dict):
         batch = super().step(metrics, timing_raw)
         metrics["qerl/aqn_sigma"] = self.aqn_schedule.sigma(self.global_steps)
         metrics["qerl/aqn_stage"] = self.aqn_schedule.stage(self.global_steps)
+        sigmas = self._sigmas_of_samples(batch.tags)
+        if sigmas:
+            metrics["qerl/aqn_sigma_of_samples/mean"] = sum(sigmas) / len(sigmas)
+            metrics["qerl/aqn_sigma_of_samples/min"] = min(sigmas)
+            metrics["qerl/aqn_sigma_of_samples/max"] = max(sigmas)
         return batch
+
+    def _sigmas_of_samples(self, tags: list[dict]) -> list[float]:
+        """Sigma at a sample's first and at its last token; the samples' versions count the syncs, see :meth:`_after_sync`."""
+        versions = [
+            tag[key]
+            for tag in tags
+            for key in ("min_global_steps", "max_global_steps")
+            if not tag.get("is_padding") and tag.get(key) is not None
+        ]
+        return [self.aqn_schedule.sigma(min(version + 1, self.total_training_steps)) for version in versions]
 
 
 @register_trainer("qerl_sync")
@@ -118,3 +258,11 @@ class QeRLTrainerColocateAsync(AQNTrainerMixin, PPOTrainerColocateAsync):
     """verl's colocated asynchronous trainer with AQN."""
 
     verl_mode = "colocate_async"
+
+    def _wait_for_samples_in_flight(self) -> None:
+        """verl leaves unfinished prompts of the next step running beside the validation; with them, it waits here."""
+        while True:
+            tags = (tq.kv_list("train") or {}).get("train", {}).values()
+            if not any(tag.get("is_prompt") and tag.get("status") in ("pending", "running") for tag in tags):
+                return
+            time.sleep(0.1)

@@ -131,6 +131,10 @@ def test_one_model_is_one_checkpoint_and_another_is_quantized_too(
     assert config.qerl.source_model == str(bf16_checkpoint)
     assert {config.actor_rollout_ref.model.path, config.critic.model.path} == {str(e) for e in entries}
     assert ("critic: a checkpoint of its own" in capsys.readouterr().out) is (critic == "other")
+    fingerprints = config.qerl.base_fingerprint
+    assert set(fingerprints) == {"actor", "critic"} and (fingerprints.actor == fingerprints.critic) is (
+        critic != "other"
+    )
 
 
 def test_a_model_that_cannot_be_had_is_named_with_its_key(tmp_path, bf16_checkpoint):

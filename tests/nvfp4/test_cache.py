@@ -18,7 +18,7 @@ from qerl_verl.nvfp4 import cache as cache_module
 from qerl_verl.nvfp4 import checkpoint as checkpoint_module
 from qerl_verl.nvfp4.architectures import UnsupportedArchitecture
 from qerl_verl.nvfp4.atomic_folder import atomic_folder, host_name
-from qerl_verl.nvfp4.cache import default_cache_dir, resolve_checkpoint
+from qerl_verl.nvfp4.cache import default_cache_dir, fingerprint, resolve_checkpoint
 from qerl_verl.nvfp4.checkpoint import quantize_checkpoint, validate_nvfp4_checkpoint
 from qerl_verl.nvfp4.errors import CheckpointError
 
@@ -288,6 +288,23 @@ def test_damaged_manifest(make_checkpoint, tmp_path, content):
     (entry / "qerl_manifest.json").unlink() if content is None else (entry / "qerl_manifest.json").write_text(content)
     with pytest.raises(CheckpointError, match=f"delete the folder {entry}"):
         resolve_checkpoint(src, cache, progress=False)
+
+
+def test_fingerprint_follows_the_weights_and_nothing_else(make_checkpoint, tmp_path):
+    src, cache = make_checkpoint(), tmp_path / "cache"
+    entry = resolve_checkpoint(src, cache, progress=False).path
+    before = fingerprint(entry, cache)
+    copy = shutil.copytree(entry, tmp_path / "moved")
+    (copy / "tokenizer.json").write_text("{}")
+    assert fingerprint(copy, cache) == before
+    (copy / "qerl_manifest.json").unlink()  # as a checkpoint of llm-compressor's: its files are hashed
+    assert fingerprint(copy, cache) == before
+    with (copy / "model.safetensors").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last[0] ^ 1]))
+    assert fingerprint(copy, cache) != before
 
 
 # --- sources ---------------------------------------------------------------------------------------------------------

@@ -7,7 +7,12 @@ import ray
 from omegaconf import OmegaConf
 
 from qerl_verl.aqn.schedule import AQNSchedule
-from qerl_verl.trainer.ppo import AQNTrainerMixin, QeRLTrainerColocateAsync, QeRLTrainerSync
+from qerl_verl.trainer.ppo import (
+    AQNTrainerMixin,
+    QeRLTrainerColocateAsync,
+    QeRLTrainerSync,
+    WholeCheckpointsMixin,
+)
 
 TOTAL = 4
 
@@ -38,11 +43,17 @@ class Manager:
 class Base:
     """The order of calls of verl/trainer/ppo/v1/trainer_base.py, fit(), without the work."""
 
+    staleness = 0
+
     def __init__(self, config):
         assert config.trainer.v1.trainer_mode == "sync"
         self.config = config
+        self.checkpoint_callback = None
         self.total_training_steps = TOTAL
         self.events = []
+
+    def on_train_begin(self):
+        self.events.append("train")
 
     def _setup(self):
         self.checkpoint_manager = Manager(self.events)
@@ -55,15 +66,18 @@ class Base:
 
     def step(self, metrics, timing_raw):
         self.events.append(f"step {self.global_steps}")
-        return "batch"
+        newest = self.global_steps - 1 - self.staleness
+        sample = {"min_global_steps": max(0, newest - self.staleness), "max_global_steps": max(0, newest)}
+        return SimpleNamespace(tags=[sample, {"is_padding": True, "min_global_steps": 0, "max_global_steps": 0}])
 
     def fit(self, first_step):
         self._setup()
         self.checkpoint_manager.update_weights(first_step - 1)
+        self.on_train_begin()
         self.logged = {}
         for self.global_steps in range(first_step, TOTAL + 1):
             metrics = {}
-            assert self.step(metrics, {}) == "batch"
+            assert self.step(metrics, {}).tags
             self.logged[self.global_steps] = metrics
             self.checkpoint_manager.update_weights(self.global_steps)
             if self.global_steps == 2:
@@ -88,7 +102,7 @@ def test_each_sync_brings_the_noise_of_the_next_step_and_validation_is_clean(tra
     trainer.fit(first_step=1)
     noise = {1: (6, 1, 0.0), 2: (6, 2, 0.04), 3: (6, 3, 0.02), 4: (6, 4, 0.01)}
     assert trainer.events == [
-        *("sync 0", noise[1], "clear", "step 1"),
+        *("sync 0", noise[1], "clear", "train", "step 1"),
         *("sync 1", noise[2], "clear", "step 2"),
         *("sync 2", noise[3], "clear"),
         *("validate", (6, 3, 0.0), "clear", "sync None", noise[3], "clear", "validated"),
@@ -100,13 +114,48 @@ def test_each_sync_brings_the_noise_of_the_next_step_and_validation_is_clean(tra
 
 def test_a_resumed_run_has_the_noise_of_its_step_from_the_start(trainer):
     trainer.fit(first_step=3)
-    assert trainer.events[:4] == ["sync 2", (6, 3, 0.02), "clear", "step 3"]
+    assert trainer.events[:5] == ["sync 2", (6, 3, 0.02), "clear", "train", "step 3"]
 
 
 def test_metrics_tell_the_noise_that_the_step_sampled_under(trainer):
     trainer.fit(first_step=1)
     assert {s: m["qerl/aqn_stage"] for s, m in trainer.logged.items()} == {1: 0, 2: 1, 3: 2, 4: 3}
     assert [round(m["qerl/aqn_sigma"], 6) for m in trainer.logged.values()] == [0.0, 0.04, 0.02, 0.01]
+
+
+def test_metrics_tell_the_noise_that_stale_samples_were_drawn_under(trainer):
+    """Samples of the step before last, begun one step earlier still: the noise of the steps 2 and 1 at step 3."""
+    trainer.staleness = 1
+    trainer.fit(first_step=1)
+    of_samples = {s: {k.rpartition("/")[2]: round(v, 6) for k, v in m.items() if "of_samples" in k}
+                  for s, m in trainer.logged.items()}  # fmt: skip
+    assert of_samples[3] == {"mean": 0.02, "min": 0.0, "max": 0.04}
+    assert of_samples[4] == {"mean": 0.03, "min": 0.02, "max": 0.04}
+    assert round(trainer.logged[4]["qerl/aqn_sigma"], 6) == 0.01
+
+
+def test_an_asynchronous_trainer_validates_when_nothing_is_being_sampled_for_training(monkeypatch):
+    """Else the samples of the next step would be drawn without noise."""
+    from qerl_verl.trainer import ppo
+
+    running = {"is_prompt": True, "status": "running"}
+    answers = [{"a": running, "a_0_0": {"status": "success"}}, {"a": {**running, "status": "finished"}, "b": running}]
+    answers = [{"train": a} for a in answers] + [{"train": {"b": {**running, "status": "failure"}}}]
+    monkeypatch.setattr(ppo.tq, "kv_list", lambda partition: answers.pop(0))
+    monkeypatch.setattr(ppo.time, "sleep", lambda seconds: None)
+    QeRLTrainerColocateAsync._wait_for_samples_in_flight(None)
+    assert answers == []
+
+
+def test_the_first_validation_does_not_wait_for_prompts_that_a_resumed_run_has_yet_to_issue(trainer, monkeypatch):
+    monkeypatch.setattr(trainer, "_wait_for_samples_in_flight", lambda: trainer.events.append("waited"))
+    trainer._setup()
+    trainer.on_validate_begin()
+    assert "waited" not in trainer.events
+    trainer.on_validate_end()
+    trainer.on_train_begin()
+    trainer.on_validate_begin()
+    assert trainer.events.index("waited") < len(trainer.events) - 1  # before the noise goes
 
 
 def test_every_replica_is_told(trainer):
@@ -130,5 +179,5 @@ def test_our_trainers_are_verls_with_the_mixin_in_front():
         ("qerl_sync", QeRLTrainerSync, PPOTrainerSync),
         ("qerl_colocate_async", QeRLTrainerColocateAsync, PPOTrainerColocateAsync),
     ):
-        assert get_trainer_cls(name) is ours and ours.__mro__[1:3] == (AQNTrainerMixin, theirs)
+        assert get_trainer_cls(name) is ours and ours.__mro__[1:4] == (AQNTrainerMixin, WholeCheckpointsMixin, theirs)
         assert get_trainer_cls(ours.verl_mode) is theirs

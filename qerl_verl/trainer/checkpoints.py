@@ -1,0 +1,163 @@
+"""Whole checkpoints and halves of them: which folder a run may go on from.
+
+verl writes ``global_step_N/`` file by file and then overwrites ``latest_checkpointed_iteration.txt`` in place
+(verl/trainer/ppo/v1/trainer_base.py, _save_checkpoint). A run that dies meanwhile leaves a folder that looks like a
+checkpoint, or an empty tracker. After everything else the trainer therefore writes ``qerl_checkpoint.json`` into the folder:
+name and size of each file, and what base the adapter was trained on. A folder without it, or that does not match it, is not
+resumed from by itself.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from verl.utils.checkpoint.checkpoint_manager import get_checkpoint_tracker_filename
+
+from qerl_verl.nvfp4.errors import CheckpointError
+
+RECORD_FILE = "qerl_checkpoint.json"
+_PREFIX = "global_step_"
+
+
+def write_record(folder: str | Path, base: dict[str, str]) -> None:
+    """Declare a checkpoint whole. Its files are on the disk when this returns.
+
+    Args:
+        folder: ``global_step_N``.
+        base: role -> fingerprint of the NVFP4 base, see :func:`qerl_verl.nvfp4.cache.fingerprint`.
+    """
+    folder = Path(folder)
+    files = {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != RECORD_FILE}
+    for path in files.values():
+        _sync(path)
+    record = {"base": base, "files": {name: path.stat().st_size for name, path in files.items()}}
+    staging = folder / f".{RECORD_FILE}.tmp"
+    staging.write_text(json.dumps(record, indent=1))
+    _sync(staging)
+    staging.replace(folder / RECORD_FILE)
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def read_record(folder: str | Path) -> dict | None:
+    """The record of a checkpoint, None where there is none to read."""
+    try:
+        record = json.loads((Path(folder) / RECORD_FILE).read_text())
+        return record if isinstance(record["files"], dict) and isinstance(record["base"], dict) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def find_damage(folder: str | Path) -> str | None:
+    """Why a checkpoint is not whole; None if it is. Reads sizes, not contents."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        return "there is no such folder"
+    record = read_record(folder)
+    if record is None:
+        return f"{RECORD_FILE}, which is written last, is missing or unreadable"
+    for name, size in record["files"].items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} is {path.stat().st_size} bytes long and was {size}"
+    return None
+
+
+def checkpoint_step(folder: str | Path) -> int:
+    return int(Path(folder).name.removeprefix(_PREFIX))
+
+
+def list_checkpoints(root: str | Path) -> list[Path]:
+    """All ``global_step_N`` under ``root``, whole or not, the newest first."""
+    root = Path(root)
+    found = [p for p in root.glob(f"{_PREFIX}*") if p.name.removeprefix(_PREFIX).isdigit() and p.is_dir()]
+    return sorted(found, key=checkpoint_step, reverse=True)
+
+
+def find_resumable(root: str | Path, notify) -> Path | None:
+    """What ``trainer.resume_mode=auto`` goes on from: the checkpoint that verl's tracker names, or the newest whole one before it.
+
+    Args:
+        root: ``trainer.default_local_dir``.
+        notify: called with one line for each folder that is passed over.
+
+    Returns:
+        A whole ``global_step_N``; None to start from scratch, where nothing was ever saved to its end.
+
+    Raises:
+        CheckpointError: something had been saved, but nothing of it is whole.
+    """
+    root = Path(root)
+    candidates = list_checkpoints(root)
+    tracker = Path(get_checkpoint_tracker_filename(str(root)))
+    if not tracker.exists():  # as verl does it
+        for folder in candidates:
+            notify(f"{folder} is passed over: there is no {tracker.name}, so no save came to its end; from scratch")
+        return None
+    damage: dict[Path, str] = {}
+    text = tracker.read_bytes().decode(errors="replace").strip()
+    if text.isdigit():
+        named = root / f"{_PREFIX}{int(text)}"
+        candidates = [c for c in candidates if checkpoint_step(c) <= int(text)]
+        if named not in candidates:
+            damage[named] = f"there is no such folder, but {tracker.name} names it"
+    else:
+        damage[tracker] = f"it should hold a step and holds {text!r}"
+    for folder in candidates:
+        problem = find_damage(folder)
+        if problem is None:
+            for other, why in damage.items():
+                notify(f"{other} is passed over: {why}")
+            return folder
+        damage[folder] = problem
+    listed = "".join(f"\n  {folder}: {why}" for folder, why in damage.items())
+    raise CheckpointError(
+        f"no checkpoint in {root} is whole:{listed}\nRestore one of them; or take one as it is with trainer.resume_mode="
+        "resume_path trainer.resume_from_path=FOLDER; or begin anew with trainer.resume_mode=disable and another "
+        "trainer.default_local_dir."
+    )
+
+
+def check_base(folder: str | Path, base: dict[str, str]) -> None:
+    """Refuse to put an adapter on a base that it was not trained on.
+
+    Args:
+        folder: a checkpoint; one without a record is let through.
+        base: role -> fingerprint in this run.
+
+    Raises:
+        CheckpointError: naming the role.
+    """
+    record = read_record(folder)
+    for role, before in (record or {"base": {}})["base"].items():
+        now = base.get(role)
+        if now is not None and now != before:
+            raise CheckpointError(
+                f"{folder}: its {role} was trained on another base than the one that this run reads now (fingerprint "
+                f"{before} then, {now} now): the model's files have changed since. Restore them, or begin anew with "
+                "trainer.resume_mode=disable and another trainer.default_local_dir; nothing was changed."
+            )
+
+
+def prune(saved: list[Path], role: str, keep: int | None) -> None:
+    """Remove ``role``'s part of old checkpoints, as verl does it, but after the newest is whole, not before.
+
+    Args:
+        saved: the checkpoints of this run in the order of their steps, the newest last.
+        role: actor or critic.
+        keep: ``trainer.max_{role}_ckpt_to_keep``; None keeps all.
+    """
+    if not keep or keep < 0:
+        return
+    for folder in saved[:-keep]:
+        if (folder / role).is_dir():
+            (folder / RECORD_FILE).unlink(missing_ok=True)
+            shutil.rmtree(folder / role, ignore_errors=True)

@@ -1,0 +1,246 @@
+"""Which checkpoint a run goes on from, when the last save was cut off anywhere."""
+
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from qerl_verl.nvfp4.errors import CheckpointError
+from qerl_verl.trainer.checkpoints import RECORD_FILE, check_base, find_damage, find_resumable, read_record
+from qerl_verl.trainer.ppo import WholeCheckpointsMixin
+
+TRACKER = "latest_checkpointed_iteration.txt"
+ACTOR_FILES = ("model_world_size_1_rank_0.pt", "optim_world_size_1_rank_0.pt", "lora_adapter/adapter_model.safetensors")
+
+
+class Base:
+    """Saves and loads in the order of verl/trainer/ppo/v1/trainer_base.py. ``dies_before``: a file's name, or "callback"."""
+
+    def __init__(self, config):
+        self.config, self.checkpoint_callback, self.dies_before = config, self, None
+        self.uploaded = []
+
+    def _file(self, path, content):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.name == self.dies_before:
+            path.write_bytes(b"")  # opened, not written
+            raise KeyboardInterrupt
+        path.write_bytes(content)
+
+    def _save_checkpoint(self):
+        trainer, root = self.config.trainer, self.root
+        folder = root / f"global_step_{self.global_steps}"
+        for name in ACTOR_FILES:
+            self._file(folder / "actor" / name, f"{name} of {self.global_steps}".encode())
+        keep = trainer.max_actor_ckpt_to_keep
+        assert keep is None, "verl would remove the whole checkpoint before this one is whole"
+        self._file(folder / "data.pt", b"position")
+        self._file(root / TRACKER, str(self.global_steps).encode())
+        if self.dies_before == "callback":
+            raise KeyboardInterrupt
+        self.checkpoint_callback.on_save(trainer=self, global_step=self.global_steps, checkpoint_dir=str(folder))
+
+    def on_save(self, checkpoint_dir, **kwargs):
+        self.uploaded.append((checkpoint_dir, find_damage(checkpoint_dir)))
+
+    def _load_checkpoint(self):
+        self.loaded = self.config.trainer.resume_from_path if self.config.trainer.resume_mode == "resume_path" else None
+
+
+class Trainer(WholeCheckpointsMixin, Base):
+    def __init__(self, root, base="b1", **trainer):
+        settings = {"default_local_dir": str(root), "resume_mode": "auto", "resume_from_path": None}
+        settings |= {"max_actor_ckpt_to_keep": None, "max_critic_ckpt_to_keep": None} | trainer
+        self.root = root
+        super().__init__(OmegaConf.create({"trainer": settings, "qerl": {"base_fingerprint": {"actor": base}}}))
+
+    def save(self, *steps):
+        for self.global_steps in steps:
+            self._save_checkpoint()
+        return self
+
+    def resume(self):
+        self._load_checkpoint()
+        return self.loaded and self.loaded.rpartition("/")[2]
+
+
+def start(root, **settings):
+    return Trainer(root, **settings)
+
+
+def test_goes_on_from_the_last_checkpoint(tmp_path):
+    start(tmp_path).save(1, 2)
+    assert start(tmp_path).resume() == "global_step_2"
+
+
+def test_nothing_saved_is_a_start_from_scratch(tmp_path, capsys):
+    assert start(tmp_path / "absent").resume() is None
+    with pytest.raises(KeyboardInterrupt):
+        trainer = start(tmp_path)
+        trainer.dies_before = "data.pt"
+        trainer.save(1)
+    assert start(tmp_path).resume() is None
+    assert "global_step_1 is passed over" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("keep", [None, 1, 2])
+@pytest.mark.parametrize(
+    "where", ["optim_world_size_1_rank_0.pt", "adapter_model.safetensors", "data.pt", TRACKER, "callback"]
+)
+def test_a_save_that_is_cut_off_anywhere_leaves_the_one_before(tmp_path, capsys, where, keep):
+    trainer = start(tmp_path, max_actor_ckpt_to_keep=keep).save(1, 2, 3)
+    trainer.dies_before = where
+    with pytest.raises(KeyboardInterrupt):
+        trainer.save(4)
+    again = start(tmp_path, max_actor_ckpt_to_keep=keep)
+    assert again.resume() == "global_step_3"
+    if where in (TRACKER, "callback"):  # else verl's tracker names the third itself
+        assert "is passed over" in capsys.readouterr().out
+    again.save(4, 5)
+    assert start(tmp_path).resume() == "global_step_5"
+
+
+@pytest.mark.parametrize("file", [*(f"actor/{name}" for name in ACTOR_FILES), "data.pt", RECORD_FILE])
+@pytest.mark.parametrize("damage", ["truncated", "missing"])
+def test_a_damaged_file_of_the_last_checkpoint(tmp_path, capsys, file, damage):
+    start(tmp_path).save(1, 2)
+    path = tmp_path / "global_step_2" / file
+    path.unlink() if damage == "missing" else path.write_bytes(path.read_bytes()[:3])
+    assert start(tmp_path).resume() == "global_step_1"
+    out = capsys.readouterr().out
+    assert f"{tmp_path / 'global_step_2'} is passed over" in out and path.name in out
+
+
+@pytest.mark.parametrize("content", [b"", b"\0\0", b"2x", b"7"])
+def test_an_unreadable_tracker_or_one_that_names_nothing(tmp_path, capsys, content):
+    start(tmp_path).save(1, 2)
+    (tmp_path / TRACKER).write_bytes(content)
+    assert start(tmp_path).resume() == "global_step_2"
+    assert "is passed over" in capsys.readouterr().out
+
+
+def test_the_tracker_can_be_set_back(tmp_path):
+    start(tmp_path).save(1, 2, 3)
+    (tmp_path / TRACKER).write_text("1\n")
+    assert start(tmp_path).resume() == "global_step_1"
+
+
+def test_a_step_that_is_saved_once_more_and_cut_off_is_not_whole_through_its_old_record(tmp_path):
+    start(tmp_path).save(1, 2)
+    trainer = start(tmp_path, resume_mode="resume_path", resume_from_path=str(tmp_path / "global_step_1"))
+    trainer.resume()
+    trainer.dies_before = "callback"  # all files have the size of before
+    with pytest.raises(KeyboardInterrupt):
+        trainer.save(2)
+    assert start(tmp_path).resume() == "global_step_1"
+
+
+def test_nothing_whole_is_an_error_that_names_every_folder_and_the_cure(tmp_path):
+    start(tmp_path).save(1, 2)
+    for step in (1, 2):
+        (tmp_path / f"global_step_{step}" / "actor" / ACTOR_FILES[1]).unlink()
+    with pytest.raises(
+        CheckpointError, match=f"(?s)global_step_2: actor/{ACTOR_FILES[1]} is missing.*global_step_1.*resume_mode"
+    ):
+        start(tmp_path).resume()
+
+
+def test_a_checkpoint_given_by_its_path(tmp_path, capsys):
+    start(tmp_path).save(1, 2)
+    first = tmp_path / "global_step_1"
+    settings = {"resume_mode": "resume_path", "resume_from_path": str(first)}
+    trainer = start(tmp_path, **settings)
+    assert trainer.resume() == "global_step_1"
+    assert trainer.config.trainer.resume_mode == "resume_path"
+    (first / RECORD_FILE).unlink()  # of an earlier version, or put together by hand
+    assert start(tmp_path, **settings).resume() == "global_step_1" and "taken as it is" in capsys.readouterr().out
+    (tmp_path / "global_step_2" / "data.pt").unlink()
+    with pytest.raises(CheckpointError, match="global_step_2: data.pt is missing"):
+        start(tmp_path, resume_mode="resume_path", resume_from_path=str(tmp_path / "global_step_2")).resume()
+    with pytest.raises(CheckpointError, match="no such folder"):
+        start(tmp_path, resume_mode="resume_path", resume_from_path=str(tmp_path / "global_step_9")).resume()
+
+
+def test_a_base_that_has_changed_since_is_refused(tmp_path):
+    start(tmp_path, base="b1").save(1)
+    with pytest.raises(CheckpointError, match="global_step_1: its actor was trained on another base.*b1 then, b2 now"):
+        start(tmp_path, base="b2").resume()
+    assert start(tmp_path, base="b1").resume() == "global_step_1"
+    check_base(tmp_path, {"actor": "b2"})  # no record, nothing to compare
+
+
+def test_a_checkpoint_moved_elsewhere_is_whole(tmp_path):
+    start(tmp_path / "a").save(1)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    assert start(tmp_path / "b").resume() == "global_step_1"
+
+
+@pytest.mark.parametrize(("keep", "left"), [(None, [1, 2, 3, 4]), (1, [4]), (3, [2, 3, 4])])
+def test_old_checkpoints_go_when_the_new_one_is_whole(tmp_path, keep, left):
+    trainer = start(tmp_path, max_actor_ckpt_to_keep=keep).save(1, 2, 3, 4)
+    assert [s for s in (1, 2, 3, 4) if (tmp_path / f"global_step_{s}" / "actor").exists()] == left
+    assert trainer.config.trainer.max_actor_ckpt_to_keep == keep
+
+
+def test_the_one_that_was_resumed_from_goes_too_and_others_stay(tmp_path):
+    start(tmp_path).save(1, 2)
+    trainer = start(tmp_path, remove_previous_ckpt_in_save=True)
+    trainer.resume()
+    trainer.save(3)
+    assert [s for s in (1, 2, 3) if (tmp_path / f"global_step_{s}" / "actor").exists()] == [1, 3]
+
+
+def test_the_users_callback_finds_a_whole_checkpoint(tmp_path):
+    trainer = start(tmp_path).save(1)
+    assert trainer.uploaded == [(str(tmp_path / "global_step_1"), None)]
+    assert read_record(tmp_path / "global_step_1")["base"] == {"actor": "b1"}
+
+
+def test_a_full_disk_is_named_and_the_setting_comes_back(tmp_path):
+    trainer = start(tmp_path, max_actor_ckpt_to_keep=2).save(1)
+
+    def full(path, content):
+        raise OSError(28, "No space left on device")
+
+    trainer._file = full
+    with pytest.raises(
+        CheckpointError, match="step 2: .*global_step_2 could not be written.*No space left.*start the same"
+    ):
+        trainer.save(2)
+    assert trainer.config.trainer.max_actor_ckpt_to_keep == 2
+    assert start(tmp_path).resume() == "global_step_1"
+
+
+def test_verls_trainer_calls_the_callback_last(tmp_path, monkeypatch):
+    """The record says what verl wrote before it, so nothing may come after."""
+    from verl.trainer.ppo.v1.trainer_base import PPOTrainer
+
+    class Real(WholeCheckpointsMixin, PPOTrainer):
+        def __init__(self, config):
+            self.config = config
+            self.use_critic, self.trainer_mode, self.global_steps = False, "sync", 5
+            self._base, self._saved = {}, []
+            from qerl_verl.trainer.ppo import _RecordingCallback
+
+            self.checkpoint_callback = _RecordingCallback(
+                SimpleNamespace(on_save=lambda **kwargs: None), self._after_save
+            )
+            self.train_dataloader = SimpleNamespace(state_dict=lambda: {"position": 3})
+
+            def save(folder, *args, max_ckpt_to_keep):
+                assert max_ckpt_to_keep is None
+                (tmp_path / "global_step_5" / "actor").mkdir(parents=True)
+                torch.save({}, tmp_path / "global_step_5" / "actor" / "model.pt")
+
+            self.actor_rollout_wg = SimpleNamespace(save_checkpoint=save)
+
+        def on_step_end(self): ...
+
+        def on_sample_end(self): ...
+
+    trainer = {"default_local_dir": str(tmp_path), "default_hdfs_dir": None, "max_actor_ckpt_to_keep": 1}
+    Real(OmegaConf.create({"trainer": trainer, "actor_rollout_ref": {"actor": {}}}))._save_checkpoint()
+    assert set(read_record(tmp_path / "global_step_5")["files"]) == {"actor/model.pt", "data.pt"}
+    assert find_resumable(tmp_path, print) == tmp_path / "global_step_5"
