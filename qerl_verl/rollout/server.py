@@ -47,6 +47,11 @@ class QeRLHttpServer(vLLMHttpServer):
             if "weights" in (tags or self._get_wake_up_tags()):
                 await self.engine.collective_rpc("qerl_reload_base")
 
+    async def qerl_check_engine(self) -> None:
+        """Raises: vLLM's EngineDeadError, if the engine's process or one of its workers has ended."""
+        if self.node_rank == 0 and self.engine.errored:
+            raise self.engine.dead_error
+
 
 class QeRLReplica(vLLMReplica):
     """A rollout replica of :class:`QeRLHttpServer`."""

@@ -30,6 +30,9 @@ from qerl_verl.trainer.checkpoints import (
 logger = logging.getLogger(__name__)
 logger.setLevel(os.getenv("VERL_LOGGING_LEVEL", "INFO"))
 
+ENGINE_CHECK_SECONDS = 5.0
+"""How often a weight sync that is under way asks the rollout engines whether they live."""
+
 
 class _NoisyCheckpointManager:
     """verl's CheckpointEngineManager, followed by the noise: every weight sync ends with the sigma of the step to come.
@@ -46,9 +49,27 @@ class _NoisyCheckpointManager:
         return getattr(self._manager, name)
 
     def update_weights(self, global_steps: int | None = None):
-        result = self._manager.update_weights(global_steps)
+        result = self._update_weights(global_steps)
         self._after_sync(global_steps)
         return result
+
+    def _update_weights(self, global_steps: int | None):
+        """verl's; where actor and rollout share a GPU, with an eye on the engines meanwhile.
+
+        The actor waits without limit for the engine's worker to take a bucket (vllm_rollout/bucketed_weight_transfer.py,
+        async_send_weights): when that dies, the job would stand still for ever.
+        """
+        manager = self._manager
+        if manager.backend != "naive":
+            return manager.update_weights(global_steps)
+        pending = manager.actor_wg.update_weights(global_steps=global_steps, mode=manager.backend)
+        sent = list(pending)
+        while pending:
+            _, pending = ray.wait(pending, num_returns=len(pending), timeout=ENGINE_CHECK_SECONDS)
+            if pending:
+                ray.get([replica.server_handle.qerl_check_engine.remote() for replica in manager.replicas])
+        ray.get(sent)
+        return {}
 
 
 class _RecordingCallback:

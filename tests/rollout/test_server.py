@@ -113,3 +113,20 @@ def test_the_replica_starts_our_server(nvfp4_checkpoint):
     config = RolloutConfig(name="vllm", mode="async", tensor_model_parallel_size=1)
     replica = QeRLReplica(0, config, HFModelConfig(path=str(nvfp4_checkpoint)), gpus_per_node=1)
     assert replica.server_class.__ray_metadata__.modified_class.__mro__[1:3] == (QeRLHttpServer, vLLMHttpServer)
+
+
+def test_a_dead_engine_is_named_on_the_node_that_has_it():
+    made = server(level=1)
+    made.engine.errored, made.engine.dead_error = False, RuntimeError("dead")
+    asyncio.run(made.qerl_check_engine())
+    made.engine.errored = True
+    with pytest.raises(RuntimeError, match="dead"):
+        asyncio.run(made.qerl_check_engine())
+    made.node_rank = 1
+    asyncio.run(made.qerl_check_engine())
+
+
+def test_vllm_tells_whether_its_engine_is_dead():
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    assert isinstance(AsyncLLM.errored, property) and isinstance(AsyncLLM.dead_error, property)

@@ -23,6 +23,7 @@ class Server:
     def __init__(self, events):
         self.events = events
         self.collective_rpc = SimpleNamespace(remote=self._rpc)
+        self.qerl_check_engine = SimpleNamespace(remote=lambda: events.append("alive"))
         self.clear_kv_cache = SimpleNamespace(remote=lambda: events.append("clear"))
 
     def _rpc(self, method, kwargs):
@@ -31,13 +32,21 @@ class Server:
 
 
 class Manager:
+    backend = "naive"
+
     def __init__(self, events):
         self.events = events
         self.replicas = [SimpleNamespace(server_handle=Server(events)), SimpleNamespace(server_handle=Server([]))]
 
-    def update_weights(self, global_steps=None):
+        self.actor_wg = SimpleNamespace(update_weights=self._send)
+
+    def _send(self, global_steps, mode):
+        assert mode == "naive"
         self.events.append(f"sync {global_steps}")
-        return {"moved": 1}
+        return ["rank 0", "rank 1"]
+
+    def update_weights(self, global_steps=None):
+        return {"moved": global_steps}
 
 
 class Base:
@@ -93,6 +102,7 @@ class Trainer(AQNTrainerMixin, Base):
 @pytest.fixture
 def trainer(monkeypatch):
     monkeypatch.setattr(ray, "get", lambda futures: futures)
+    monkeypatch.setattr(ray, "wait", lambda futures, num_returns, timeout: (futures, []))
     aqn = {"sigma_start": 0.04, "sigma_end": 0.01, "num_stages": 4, "seed": 6}
     config = {"trainer": {"v1": {"trainer_mode": "qerl_sync"}}, "qerl": {"aqn": aqn, "source_model": "somewhere"}}
     return Trainer(OmegaConf.create(config))
@@ -167,9 +177,27 @@ def test_every_replica_is_told(trainer):
 
 def test_the_manager_passes_everything_else_through(trainer):
     trainer._setup()
-    assert trainer.checkpoint_manager.update_weights(0) == {"moved": 1}
+    trainer.checkpoint_manager._manager.backend = "nccl"
+    assert trainer.checkpoint_manager.update_weights(0) == {"moved": 0}
     assert len(trainer.checkpoint_manager.replicas) == 2
     assert isinstance(trainer.aqn_schedule, AQNSchedule)
+
+
+def test_a_sync_whose_engine_has_died_ends_instead_of_waiting_for_ever(trainer, monkeypatch):
+    trainer._setup()
+    waits = [(["rank 0"], ["rank 1"]), ([], ["rank 1"])]
+    monkeypatch.setattr(ray, "wait", lambda futures, num_returns, timeout: waits.pop(0))
+    checks = []
+
+    def check():
+        checks.append(1)
+        if len(checks) == 2:
+            raise RuntimeError("EngineDeadError")
+
+    trainer.checkpoint_manager.replicas[0].server_handle.qerl_check_engine.remote = check
+    with pytest.raises(RuntimeError, match="EngineDeadError"):
+        trainer.checkpoint_manager.update_weights(1)
+    assert waits == [] and trainer.events == ["sync 1"]
 
 
 def test_our_trainers_are_verls_with_the_mixin_in_front():
