@@ -1,0 +1,178 @@
+"""Kills a process of a run at each phase of a step, resumes, and compares with a run that nobody killed.
+
+    python tests/integration/crash_table.py [--cases job:update driver:save ...] [--out FOLDER]
+
+One folder of checkpoints goes through all cases: the run is killed, the same command is started again and takes three more steps,
+which have to be those of the unbroken run bit for bit (adapter, optimizer, scheduler, data position, noise, metrics); then the
+next kill. Prints a table. On two cores a case takes about two minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import logging
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+
+from repeatable import PHASES  # noqa: E402
+from tiny_job import (  # noqa: E402
+    REPEATABLE,
+    VICTIMS,
+    Job,
+    checkpoint_differences,
+    make_inputs,
+    metric_differences,
+    traces,
+)
+
+STEPS = 400  # the horizon of the noise schedule; no run goes that far
+TRACKER = "latest_checkpointed_iteration.txt"
+END_SECONDS = 60.0  # how long a job may go on after one of its processes was killed
+START_SECONDS = 300.0
+
+
+def overrides(inputs: list[str], checkpoints: Path) -> list[str]:
+    return [
+        *inputs,
+        *REPEATABLE,
+        f"trainer.total_training_steps={STEPS}",
+        f"qerl.aqn.num_stages={STEPS // 2}",
+        "trainer.save_freq=1",
+        "trainer.resume_mode=auto",
+        f"trainer.default_local_dir={checkpoints}",
+    ]
+
+
+def saved_step(checkpoints: Path) -> int:
+    from qerl_verl.trainer.checkpoints import checkpoint_step, find_resumable
+
+    folder = find_resumable(checkpoints, lambda text: None)
+    return 0 if folder is None else checkpoint_step(folder)
+
+
+def make_unbroken(folder: Path, inputs: list[str], steps: int) -> Job:
+    """A run of at least ``steps`` steps, then killed; one that is there already is taken."""
+    job = Job(folder, overrides(inputs, folder / "checkpoints"))
+    if max(job.metrics(), default=0) > steps:
+        return job
+    job.start()
+    try:
+        job.wait_until(lambda: steps + 1 in job.metrics(), START_SECONDS + 20 * steps, f"step {steps + 1}")
+    finally:
+        job.kill("job")
+        job.end()
+    return job
+
+
+def kill_at(job: Job, victim: str, phase: str, step: int) -> dict:
+    """Kill ``victim`` when the run is in a phase of a step. What happened then."""
+    job.hold(phase, step)
+    job.wait_until(job.held, START_SECONDS, f"{phase} of step {step}")
+    checkpoint = job.folder / "checkpoints" / f"global_step_{step}"
+    files = len([p for p in checkpoint.rglob("*") if p.is_file()]) if checkpoint.exists() else 0
+    job.kill(victim)
+    killed = time.monotonic()
+    time.sleep(0.5)
+    job.release()
+    code = job.wait(END_SECONDS)
+    ended = time.monotonic() - killed
+    message = next((line.strip() for line in reversed(job.tail(20000).splitlines()) if "Error" in line), "")
+    return {
+        "files": files,
+        "ended": f"{ended:.0f} s, code {code}" if code is not None else f"not within {END_SECONDS:.0f} s",
+        "outlived": [t.split()[0] for t in job.end()],
+        "message": message,
+    }
+
+
+def resume_and_compare(job: Job, unbroken: Job, start: int, steps: int = 3) -> list[str]:
+    """Start again, take ``steps`` steps; what differs from the unbroken run. The job is still running."""
+    job.start()
+    last = start + steps
+    whole = job.folder / "checkpoints" / f"global_step_{last}" / "qerl_checkpoint.json"
+    job.wait_until(lambda: last in job.metrics() and whole.exists(), START_SECONDS, f"step {last}")
+    theirs, ours = unbroken.metrics(), job.metrics()
+    differences = []
+    for step in range(start + 1, last + 1):
+        differences += [f"step {step}, {text}" for text in metric_differences(theirs[step], ours[step])]
+        folders = (j.folder / "checkpoints" / f"global_step_{step}" for j in (unbroken, job))
+        differences += [f"step {step}, {text}" for text in checkpoint_differences(*folders)]
+    return differences
+
+
+def run(cases: list[tuple[str, str]], out: Path, report) -> list[dict]:
+    """All cases, one after the other.
+
+    Args:
+        report: called with each row as soon as it is complete.
+    """
+    logging.getLogger("torch.distributed.device_mesh").setLevel(logging.ERROR)
+    inputs = make_inputs(out, model(out))
+    unbroken = make_unbroken(out / "unbroken", inputs, steps=4 + 5 * len(cases))
+    job = Job(out / "killed", overrides(inputs, out / "killed" / "checkpoints"), hold_folder=out / "hold").start()
+    rows = []
+    step = 2
+    for victim, phase in cases:
+        row = {"victim": victim, "phase": phase, "step": step} | kill_at(job, victim, phase, step)
+        start = saved_step(job.folder / "checkpoints")
+        row["lost"] = step - start
+        row["differences"] = resume_and_compare(job, unbroken, start)
+        step = max(job.metrics()) + 2
+        rows.append(row)
+        report(row)
+    job.kill("job")
+    job.end()
+    return rows
+
+
+def model(out: Path) -> Path:
+    from conftest import make_model
+
+    return make_model(out / "model")
+
+
+def line(row: dict) -> str:
+    same = (
+        "bit for bit" if not row["differences"] else f"{len(row['differences'])} differences: {row['differences'][0]}"
+    )
+    return (
+        f"| {row['victim']} | {row['phase']} | {row['step']} | {row['ended']} | {', '.join(row['outlived']) or '-'} | "
+        f"{row['files']} | {row['lost']} | {same} |"
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = [f"{v}:{p}" for p, v in itertools.product(PHASES, ("job", *VICTIMS))]
+    parser.add_argument("--cases", nargs="+", default=default, help="VICTIM:PHASE, e.g. job:update")
+    parser.add_argument("--out", type=Path, help="kept; a temporary folder otherwise")
+    arguments = parser.parse_args()
+    cases = [(v.replace("_", " "), p) for v, _, p in (case.partition(":") for case in arguments.cases)]
+    out = arguments.out.resolve() if arguments.out else Path(tempfile.mkdtemp(prefix="crash_table_"))
+    out.mkdir(parents=True, exist_ok=True)
+    before = traces()
+    print(
+        "| killed | phase | step | job ended | outlived it | files in the half checkpoint | steps lost | three steps after |"
+    )
+    print("|---|---|---|---|---|---|---|---|", flush=True)
+
+    def report(row: dict) -> None:
+        print(line(row), flush=True)
+        print(f"  {row['message'][:300]}", file=sys.stderr, flush=True)
+
+    rows = run(cases, out, report)
+    print("left behind:", ", ".join(sorted(str(p) for p in traces() - before - {out})) or "nothing")
+    if not arguments.out:
+        shutil.rmtree(out)
+    return int(any(row["differences"] for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
