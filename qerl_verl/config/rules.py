@@ -200,8 +200,10 @@ def find_problems(config: DictConfig) -> list[str]:
     mode = get("trainer.v1.trainer_mode")
     refuse(
         mode not in TRAINER_MODES.values(),
-        f"trainer.v1.trainer_mode={mode}: QeRL runs with {' and '.join(TRAINER_MODES)}. verl's separate_async sends whole "
-        "models, not adapters, to its rollout servers (engine_workers.py, update_weights), and a 4-bit base cannot take a merged one",
+        f"trainer.v1.trainer_mode={mode}: QeRL runs with {' and '.join(TRAINER_MODES)}; use colocate_async. verl's separate_async "
+        "hands the whole model, without the adapter's configuration, to a checkpoint engine (engine_workers.py, update_weights; "
+        "checkpoint_engine/base.py, CheckpointEngineWorker); a packed base cannot take that, and sending the adapter alone is "
+        "not built yet",
     )
     refuse(
         get(f"{ROLLOUT}.name") != "vllm",
