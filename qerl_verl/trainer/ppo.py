@@ -16,6 +16,7 @@ from verl.trainer.ppo.v1 import PPOTrainerColocateAsync, PPOTrainerSync, registe
 from qerl_verl.aqn.schedule import AQNSchedule
 from qerl_verl.config.callback import say
 from qerl_verl.config.settings import QeRLSettings
+from qerl_verl.engine.checkpoint_errors import writing
 from qerl_verl.nvfp4.errors import CheckpointError
 from qerl_verl.trainer.checkpoints import (
     RECORD_FILE,
@@ -63,12 +64,11 @@ class _NoisyCheckpointManager:
         if manager.backend != "naive":
             return manager.update_weights(global_steps)
         pending = manager.actor_wg.update_weights(global_steps=global_steps, mode=manager.backend)
-        sent = list(pending)
         while pending:
-            _, pending = ray.wait(pending, num_returns=len(pending), timeout=ENGINE_CHECK_SECONDS)
+            done, pending = ray.wait(pending, num_returns=len(pending), timeout=ENGINE_CHECK_SECONDS)
+            ray.get(done)
             if pending:
                 ray.get([replica.server_handle.qerl_check_engine.remote() for replica in manager.replicas])
-        ray.get(sent)
         return {}
 
 
@@ -132,24 +132,17 @@ class WholeCheckpointsMixin:
         Raises:
             CheckpointError: the disk or the quota is full, or the folder cannot be written to.
         """
-        trainer, folder = (
-            self.config.trainer,
-            f"{self.config.trainer.default_local_dir}/global_step_{self.global_steps}",
-        )
+        trainer = self.config.trainer
+        folder = Path(trainer.default_local_dir, f"global_step_{self.global_steps}")
         only_last = trainer.get("remove_previous_ckpt_in_save", False)
         self._keep = {role: 1 if only_last else trainer.get(f"max_{role}_ckpt_to_keep") for role in ("actor", "critic")}
         kept = {f"max_{role}_ckpt_to_keep": None for role in self._keep}
-        with self._trainer_setting(remove_previous_ckpt_in_save=False, **kept):
-            try:
-                Path(folder, RECORD_FILE).unlink(
-                    missing_ok=True
-                )  # of a run before, which went further than this one's start
-                super()._save_checkpoint()
-            except OSError as error:
-                raise CheckpointError(
-                    f"step {self.global_steps}: {folder} could not be written ({error}). The checkpoints before it are as "
-                    "they were: free some space and start the same command again."
-                ) from error
+        with (
+            self._trainer_setting(remove_previous_ckpt_in_save=False, **kept),
+            writing(str(folder), f"step {self.global_steps}"),
+        ):
+            (folder / RECORD_FILE).unlink(missing_ok=True)  # this step may have been saved before
+            super()._save_checkpoint()
 
     def _after_save(self, folder: Path) -> None:
         write_record(folder, self._base)

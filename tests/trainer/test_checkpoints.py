@@ -206,7 +206,8 @@ def test_a_full_disk_is_named_and_the_setting_comes_back(tmp_path):
 
     trainer._file = full
     with pytest.raises(
-        CheckpointError, match="step 2: .*global_step_2 could not be written.*No space left.*start the same"
+        CheckpointError,
+        match="step 2: the checkpoint could not be written to .*global_step_2 .*No space left.*start the same",
     ):
         trainer.save(2)
     assert trainer.config.trainer.max_actor_ckpt_to_keep == 2
