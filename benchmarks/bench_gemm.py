@@ -5,6 +5,9 @@
 
     python benchmarks/bench_gemm.py --lora --json benchmarks/results/lora_gemm_h200.json    # with an adapter of rank 32
 
+    python benchmarks/bench_gemm.py --lora --sweep --between --json sweep.json    # to tune MEASURED_WITH_ADAPTER
+
+With --between another small kernel runs before each product, as in a model, and its time is taken off.
 With --lora the NVFP4 product includes the term of one adapter (an A and a B for each fused projection), and the baseline is
 cuBLAS bf16 for the base, for x A^T and, added in place, for the products with B. With vLLM installed, its Marlin kernel
 (no adapter) is timed as well.
@@ -139,8 +142,11 @@ def marlin_call(packed, scale, n: int, k: int):
     )
 
 
-def candidates(m: int, n: int, k: int, sms: int):
-    """Configurations worth a try for a shape: ``(label, plan)``."""
+SHRINKS = [tuning.Shrink(shape, cluster) for shape in (0, 1) for cluster in (8, 4, 2)]
+
+
+def candidates(m: int, n: int, k: int, sms: int, lora: bool = False):
+    """Plans worth a try for a shape; with an adapter also some that leave multiprocessors to x A^T."""
     for config, c in enumerate(tuning.CONFIGS):
         if k % (64 * c.k_units):
             continue
@@ -150,7 +156,7 @@ def candidates(m: int, n: int, k: int, sms: int):
             continue
         count = tuning.tiles(config, m, n)
         slots = sms * c.blocks_per_sm
-        choice = {slots}
+        choice = {slots, *(slots - less for less in (8, 16, 24, 32, 48) if lora)}
         if c.blocks_per_sm == 2:
             choice.add(sms)
         if count < slots:
@@ -217,12 +223,17 @@ def measure_shape(name: str, args: argparse.Namespace, result: dict) -> None:
     result["dequantize"].append({"shape": name, "n": n, "k": k, "us": us, "TB_per_s": rate, "of_copy": of_copy})
     print(f"{name:12} dequantize {us:7.1f} us {rate:.2f} TB/s ({of_copy:.0%} of copy)", flush=True)
 
-    def measure_plan(x, plan, floor):
+    def measure_plan(x, plan, floor, how):
+        def product(i):
+            if args.between:
+                x.mul_(1.0)
+            return hopper.run_plan(x, *weights[i], ALPHA, None, plan, args.pdl, lora=lora, how=how)
+
         lora = adapter.lora if adapter else None
         y = hopper.run_plan(x, packed_p, scale_p, ALPHA, None, plan, args.pdl, lora=lora)
         error = reference_error(y, x, packed, scale, rows=512 if args.sweep else 4096, adapter=adapter)
         us = time_calls(
-            lambda i: hopper.run_plan(x, *weights[i], ALPHA, None, plan, args.pdl, lora=lora),
+            product,
             copies,
             floor,
             3 if args.sweep else 7,
@@ -240,6 +251,7 @@ def measure_shape(name: str, args: argparse.Namespace, result: dict) -> None:
     line = []
     for m in args.tokens:
         x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+        between = time_calls(lambda i, x=x: x.mul_(1.0), copies, 2.0) if args.between else 0.0
         floor = max(n * k * 2 / 4.0e6, 2 * m * n * k / 7e8)
         cublas = measure_cublas(x, floor)
         plans = [tuning.choose(m, n, k, sms, tuning.ANY_ALIGNMENT if args.lora else 0)]
@@ -247,16 +259,22 @@ def measure_shape(name: str, args: argparse.Namespace, result: dict) -> None:
         if marlins:
             marlin = time_calls(lambda i, x=x: marlins[i](x), copies, floor / 2)
         if args.sweep:
-            plans = [*candidates(m, n, k, sms), *([tuning.DEQUANTIZE] if m >= 256 else [])]
+            plans = [*candidates(m, n, k, sms, args.lora), *([tuning.DEQUANTIZE] if m >= 256 and not args.lora else [])]
+        tries = [(plan, None) for plan in plans]
+        if args.sweep and args.lora:
+            quick = sorted(plans, key=lambda plan: measure_plan(x, plan, floor / 2, None)[0])[:3]
+            tries += [(plan, how) for plan in quick for how in SHRINKS]
         rows = []
-        for plan in plans:
-            us, error = measure_plan(x, plan, floor / 2)
+        for plan, how in tries:
+            us, error = measure_plan(x, plan, floor / 2, how)
+            us -= between
             row = {
                 "shape": name,
                 "n": n,
                 "k": k,
                 "m": m,
                 "plan": plan[:3],
+                "shrink": how,
                 "us": us,
                 "cublas_us": cublas,
                 "marlin_us": marlin,
@@ -285,6 +303,7 @@ def main() -> None:
     parser.add_argument(
         "--pdl", type=int, default=1, help="0: without programmatic dependent launch, which is the default"
     )
+    parser.add_argument("--between", action="store_true", help="another kernel before each product, its time taken off")
     parser.add_argument("--lora", action="store_true", help="with an adapter of rank 32")
     parser.add_argument("--marlin", action="store_true", help="time vLLM's Marlin too; needs vLLM")
     parser.add_argument("--json", type=Path)

@@ -3,7 +3,8 @@
     python benchmarks/bench_rollout.py --shape 7B --json benchmarks/results/rollout_7b_h200.json
 
 Random weights, LoRA rank 32 on every linear layer, prompts of 256 random tokens, 256 generated, CUDA graphs as verl sets them.
-Each variant is a process of its own; tokens/s counts generated tokens over the whole call, prefill included, the better of
+Where the adapter is in the layers, the cost of the noise is measured too: one more pair of calls with it on and off, and the time
+it takes to put it on. Each variant is a process of its own; tokens/s counts generated tokens over the whole call, prefill included, the better of
 two calls after a warm-up. Prefill is 32 prompts of 256 tokens with one token generated.
 """
 
@@ -24,7 +25,6 @@ VARIANTS = {
     "bf16": {"base": "bf16", "lora": None},
     "bf16_lora": {"base": "bf16", "lora": "punica"},
     "nvfp4_lora": {"base": "nvfp4", "lora": "inline", "kernel": "auto"},
-    "nvfp4_lora_noise": {"base": "nvfp4", "lora": "inline", "kernel": "auto", "noise": True},
     "nvfp4_punica": {"base": "nvfp4", "lora": "punica", "kernel": "auto"},
     "nvfp4_marlin_lora": {"base": "nvfp4", "lora": "inline", "kernel": "marlin"},
     "nvfp4_marlin_punica": {"base": "nvfp4", "lora": "punica", "kernel": "marlin"},
@@ -72,8 +72,6 @@ def run_variant(name: str, args: argparse.Namespace) -> dict:
     request = LoRARequest("policy", 1, str(adapter)) if settings["lora"] == "punica" else None
     if settings["lora"] == "inline":
         llm.collective_rpc("qerl_load_adapter_folder", args=(str(adapter),))
-    if settings.get("noise"):
-        llm.collective_rpc("qerl_set_noise", args=(42, 1, 1e-2))
 
     generator = torch.Generator().manual_seed(0)
 
@@ -96,6 +94,19 @@ def run_variant(name: str, args: argparse.Namespace) -> dict:
         call(sequences, PROMPT, 16)
         seconds = min(call(sequences, PROMPT, GENERATED) for _ in range(2))
         result["decode"][sequences] = {"tokens_per_s": sequences * GENERATED / seconds, "seconds": seconds}
+    if settings["lora"] == "inline":
+        measured = 64 if 64 in args.sequences else args.sequences[-1]
+        call(measured, PROMPT, 16)
+        clean = min(call(measured, PROMPT, GENERATED) for _ in range(2))
+        begin = time.perf_counter()
+        llm.collective_rpc("qerl_set_noise", args=(42, 1, 1e-2))
+        first_s = time.perf_counter() - begin
+        begin = time.perf_counter()
+        llm.collective_rpc("qerl_set_noise", args=(42, 2, 1e-2))
+        set_s = time.perf_counter() - begin
+        noisy = min(call(measured, PROMPT, GENERATED) for _ in range(2))
+        result["noise"] = {"sequences": measured, "off_s": clean, "on_s": noisy, "first_set_s": first_s, "set_s": set_s}
+        llm.collective_rpc("qerl_set_noise", args=(42, 2, 0.0))
     call(PREFILL // PROMPT, PROMPT, 1)
     result["prefill_s"] = min(call(PREFILL // PROMPT, PROMPT, 1) for _ in range(3))
     return result

@@ -84,7 +84,7 @@ def write_nvfp4(folder: Path, shape: str, device: str = "cuda") -> Path:
             )
             scale = torch.rand(rows, columns // 16, device=device) * 300 + 20
             tensors[f"{prefix}{name}.weight_scale"] = scale.to(torch.float8_e4m3fn)
-            tensors[f"{prefix}{name}.weight_global_scale"] = torch.full((1,), 1.5e4 * (columns / 3584) ** 0.5)
+            tensors[f"{prefix}{name}.weight_global_scale"] = torch.full((1,), 3e4 * (columns / 3584) ** 0.5)
             if name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
                 tensors[f"{prefix}{name}.bias"] = normal(rows)
         for norm in ("input_layernorm", "post_attention_layernorm"):

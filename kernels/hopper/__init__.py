@@ -14,6 +14,7 @@ graphs (call :func:`initialize` before) and never synchronize.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -33,6 +34,7 @@ _COUNTER_SLOTS = 64
 FRAGMENT_UNIT = 128.0
 """The kernel's accumulator is that of weights times 1 / 128 (``kFragmentUnit`` of nvfp4_format.cuh)."""
 _slots: dict[tuple[int, int], int] = {}
+_launches = itertools.count()
 
 
 @functools.cache
@@ -88,16 +90,22 @@ def initialize() -> None:
     _prepare(torch.cuda.current_device())
 
 
-def shrink(x, lora_a, factor: float, pdl: int = 1, early: bool = True) -> tuple[torch.Tensor, bool]:
-    """``factor x A^T`` [M, rows of A], and whether ``lora_shrink.cu`` computed it (cuBLAS otherwise)."""
+def shrink(
+    x, lora_a, n: int, factor: float, pdl: int = 1, flag: int | None = None, how: tuning.Shrink | None = None
+) -> tuple[torch.Tensor, bool]:
+    """``factor x A^T`` [M, rows of A], and whether ``lora_shrink.cu`` computed it (cuBLAS otherwise).
+
+    ``n``: rows of the product that follows. ``flag``: address of what the kernel sets when the kernels before it are complete, or None.
+    """
     m, k = x.shape
     rows = lora_a.shape[0]
     if m > tuning.SHRINK_LIMIT:
         return torch.addmm(x.new_empty(rows), x, lora_a.t(), beta=0, alpha=factor), False
     u = torch.empty((m, rows), dtype=x.dtype, device=x.device)
+    how = tuning.choose_shrink(m, n, k, rows, _prepare(x.device.index)) if how is None else how
     error = load_library().qerl_lora_shrink(
-        x.data_ptr(), lora_a.data_ptr(), u.data_ptr(), factor, m, k, rows, tuning.shrink_cluster(m, rows, _prepare(x.device.index)),
-        int(early), pdl, torch.cuda.current_stream(x.device).cuda_stream,
+        x.data_ptr(), lora_a.data_ptr(), u.data_ptr(), factor, m, k, rows, *how,
+        flag, pdl, torch.cuda.current_stream(x.device).cuda_stream,
     )  # fmt: skip
     if error:
         raise RuntimeError(f"the LoRA kernel failed with error {error} for M, K, rows = {m}, {k}, {rows}")
@@ -105,11 +113,13 @@ def shrink(x, lora_a, factor: float, pdl: int = 1, early: bool = True) -> tuple[
 
 
 def run_plan(
-    x, packed_p, scale_p, alpha, bias, plan: tuning.Plan, pdl: int = 1, out=None, lora=None, early=None
+    x, packed_p, scale_p, alpha, bias, plan: tuning.Plan, pdl: int = 1, out=None, lora=None, overlap=True, how=None
 ) -> torch.Tensor:
     """:func:`gemm` with ``x`` [M, K] and an explicit plan.
 
-    ``lora``: ``(lora_a, lora_b_p, ends, scaling)`` as for :func:`lora_gemm`, for plans with a kernel of ours.
+    ``lora``: ``(lora_a, lora_b_p, ends, scaling)`` as for :func:`lora_gemm`, for plans with a kernel of ours. ``overlap``:
+    whether the product works on the base while x A^T is computed, or waits for it. ``how``: a choice other than
+    ``tuning.py``'s for x A^T.
 
     ``pdl``: launch with programmatic dependent launch, so that a launch sets up and fetches its first weights (which no
     kernel writes) while the kernel before it drains; activations and results wait for that kernel's end.
@@ -122,22 +132,23 @@ def run_plan(
             return torch.addmm(x.new_empty(n), x, weight.t(), beta=0, alpha=alpha)
         return torch.addmm(bias, x, weight.t(), alpha=alpha)
     y = torch.empty((m, n), dtype=x.dtype, device=x.device) if out is None else out
-    u, lora_b, rank, shards, ends, x_ready = None, None, 0, 0, (0, 0), 0
+    library = load_library()
+    stream = torch.cuda.current_stream(x.device).cuda_stream
+    slot = _slots.setdefault((x.device.index, stream), len(_slots) % _COUNTER_SLOTS)
+    u, lora_b, rank, shards, ends, flag = None, None, 0, 0, (0, 0), None
     if lora is not None:
         lora_a, lora_b, all_ends, scaling = lora
         shards = len(all_ends)
         rank = lora_a.shape[0] // shards
-        early = tuning.starts_with_shrink(m, n) if early is None else early
-        u, ours = shrink(x, lora_a, scaling / (alpha * FRAGMENT_UNIT), pdl, early)
-        x_ready = ours and not early
+        if m <= tuning.SHRINK_LIMIT and pdl and (overlap):
+            flag = library.qerl_nvfp4_flag(slot, next(_launches))
+        u, _ = shrink(x, lora_a, n, scaling / (alpha * FRAGMENT_UNIT), pdl, flag, how)
         ends = (*all_ends[:-1], 0, 0)[:2]
     workspace = torch.empty(plan.workspace, dtype=torch.uint8, device=x.device) if plan.workspace else None
-    stream = torch.cuda.current_stream(x.device).cuda_stream
-    slot = _slots.setdefault((x.device.index, stream), len(_slots) % _COUNTER_SLOTS)
-    error = load_library().qerl_nvfp4_gemm(
+    error = library.qerl_nvfp4_gemm(
         x.data_ptr(), packed_p.data_ptr(), scale_p.data_ptr(), alpha, None if bias is None else bias.data_ptr(), y.data_ptr(),
         None if u is None else u.data_ptr(), None if lora_b is None else lora_b.data_ptr(), rank, shards, *ends,
-        int(x_ready and pdl), m, n, k, plan.config, plan.blocks, plan.cluster, None if workspace is None else workspace.data_ptr(), slot, pdl, stream,
+        flag, m, n, k, plan.config, plan.blocks, plan.cluster, None if workspace is None else workspace.data_ptr(), slot, pdl, stream,
     )  # fmt: skip
     if error:
         raise RuntimeError(f"the NVFP4 kernel failed with error {error} for M, N, K = {m}, {n}, {k} and {plan}")

@@ -80,14 +80,16 @@ def load_library() -> ctypes.CDLL:
     pointer, integer = ctypes.c_void_p, ctypes.c_int
     library.qerl_nvfp4_gemm.argtypes = [
         pointer, pointer, pointer, ctypes.c_float, pointer, pointer,  # x, packed, scale, alpha, bias, y
-        pointer, pointer, *[integer] * 5,  # u, lora_b, rank, shards, shard_end0, shard_end1, x_ready
+        pointer, pointer, *[integer] * 4, pointer,  # u, lora_b, rank, shards, shard_end0, shard_end1, flag
         *[integer] * 6, pointer, integer, integer,  # m, n, k, config, blocks, cluster, workspace, slot, pdl
         pointer,
     ]  # fmt: skip
     library.qerl_lora_shrink.argtypes = [
-        pointer, pointer, pointer, ctypes.c_float, *[integer] * 6, pointer,  # x, a, u, factor, m, k, rows, cluster, early, pdl
+        pointer, pointer, pointer, ctypes.c_float, *[integer] * 5, pointer, integer, pointer,  # x, a, u, factor, m, k, rows, shape, cluster, flag, pdl
     ]  # fmt: skip
     library.qerl_nvfp4_dequantize.argtypes = [pointer, pointer, pointer, integer, integer, pointer]
+    library.qerl_nvfp4_flag.argtypes = [integer, integer]
+    library.qerl_nvfp4_flag.restype = pointer
     library.qerl_nvfp4_config.argtypes = [integer, ctypes.POINTER(integer)]
     library.qerl_nvfp4_config.restype = None
     return library

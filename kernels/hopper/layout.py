@@ -65,8 +65,11 @@ def word_bits() -> tuple[tuple[int, int, int], ...]:
 
 
 @functools.cache
-def _scale_tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """E4M3 byte (sign ignored) to the five-exponent-bit byte, and back."""
+def _scale_tables() -> tuple[torch.Tensor, torch.Tensor]:
+    """E4M3 byte (sign ignored) to the five-exponent-bit byte, and back, on the host.
+
+    Never kept on a device: an inference engine that sleeps takes its memory back, cached tensors included.
+    """
     value = torch.arange(128, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
     mantissa, exponent = torch.frexp(value)  # value = mantissa * 2**exponent, mantissa in [0.5, 1)
     code = (exponent.long() - 1 + 23) * 8 + (mantissa * 16).nan_to_num().long() - 8
@@ -75,7 +78,7 @@ def _scale_tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     to_code = torch.cat((code, code)).to(torch.uint8)
     back = torch.zeros(256, dtype=torch.uint8)
     back[code[:127]] = torch.arange(127, dtype=torch.uint8)
-    return to_code.to(device), back.to(device)
+    return to_code, back
 
 
 def check_shape(n: int, k: int) -> str | None:
@@ -113,7 +116,7 @@ def prepack(packed: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, to
         torch.empty_like(packed, memory_format=torch.contiguous_format),
         torch.empty_like(scale, memory_format=torch.contiguous_format),
     )
-    to_code, _ = _scale_tables(packed.device)
+    to_code = _scale_tables()[0].to(packed.device)
     rows = max(1, (1 << 24) // (UNIT * GROUP * k)) * UNIT * GROUP  # bounds the temporary memory
     for begin in range(0, n, rows):
         end = min(n, begin + rows)
@@ -147,7 +150,7 @@ def unpack(packed_p: torch.Tensor, scale_p: torch.Tensor) -> tuple[torch.Tensor,
         n // UNIT, k // UNIT, 4, 4, 2, 4, 4, 2, 2, 2
     )  # unit, k unit, warp, g // 2, g % 2, t, j, hk, h, e
     codes = codes.permute(0, 2, 3, 8, 4, 1, 6, 7, 5, 9).reshape(n, k)
-    _, back = _scale_tables(packed_p.device)
+    back = _scale_tables()[1].to(packed_p.device)
     s = (
         back[_ungroup(scale_p.reshape(-1), n, k, 256).int()]
         .view(n // UNIT, k // UNIT, 4, 4, 2, 4, 2)

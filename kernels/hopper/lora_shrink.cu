@@ -1,13 +1,13 @@
 // u = factor x A^T, the first half of a LoRA adapter: x [m, k] and A [rows, k] in bfloat16, rows = rank times the number of
 // fused projections, u [m, rows] in bfloat16.
 //
-// A block has 16 or 32 tokens and 32 rows of A; the inner dimension is divided among the eight warps of a block and the blocks of
+// A block has 16 or 32 tokens and 32 rows of A; the inner dimension is divided among the warps of a block and the blocks of
 // a cluster, whose float32 parts are added through shared memory in a fixed order. Operands go from global memory to
 // registers: a lane takes 8 neighbouring k of a row, which serve two tensor core steps in an order of k that x and A share.
 //
-// With programmatic dependent launch the kernel that follows may start once every block has seen the kernels before
-// this one complete, so it may read x at once and has to wait for u alone (`early` 0), or at once, to fetch what no kernel
-// writes (`early` 1).
+// With programmatic dependent launch the kernel that follows starts as soon as the blocks of this one have, and fetches
+// weights, which no kernel writes. It may read x when `flag` is set: the kernels before this one are complete then. u it has
+// to wait for.
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
@@ -16,10 +16,17 @@
 namespace qerl {
 namespace {
 
-constexpr int kWarps = 8;
 constexpr int kRows = 32;
 constexpr int kColumns = 32;  // of k, for one load of 8 by each of 4 lanes
-constexpr int kDepth = 2;     // loads in flight
+constexpr int kMaxCluster = 8;
+
+// TOKENS a block, WARPS, DEPTH loads of 32 columns in flight, BLOCKS of them that an SM's registers must hold.
+template <int TOKENS, int WARPS, int DEPTH, int BLOCKS>
+struct Shape {
+  static constexpr int kTokens = TOKENS, kWarps = WARPS, kDepth = DEPTH, kBlocks = BLOCKS, kThreads = WARPS * 32;
+};
+using Deep = Shape<16, 8, 5, 1>;  // many loads at once
+using Wide = Shape<32, 8, 2, 2>;  // many tokens
 
 __device__ __forceinline__ void mma(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
                                     uint32_t b1) {
@@ -29,16 +36,16 @@ __device__ __forceinline__ void mma(float (&d)[4], uint32_t a0, uint32_t a1, uin
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-template <int kTokens>
-__global__ void __launch_bounds__(kWarps * 32, 2) shrink_kernel(const __nv_bfloat16* x, const __nv_bfloat16* __restrict__ a,
+template <typename S>
+__global__ void __launch_bounds__(S::kThreads, S::kBlocks) shrink_kernel(const __nv_bfloat16* x, const __nv_bfloat16* __restrict__ a,
                                                             __nv_bfloat16* u, float factor, int m, int k,
-                                                            int rows, int cluster, int early) {
+                                                            int rows, int cluster, unsigned int* flag) {
+  constexpr int kTokens = S::kTokens, kWarps = S::kWarps, kDepth = S::kDepth;
   constexpr int kStride = kRows + 4;  // of a token's results in shared memory: no two lanes of a store in one bank
   __shared__ __align__(16) float parts[kWarps][kTokens * kStride];
   __shared__ __align__(16) float part[kRows * kTokens];
   constexpr int kTiles = kTokens / 8;
-  constexpr int kEach = kRows * kTokens / (kWarps * 32);  // results that a thread adds up: 2 or 4
-  if (early) asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
   const int warp = threadIdx.x >> 5;
   const int lane = threadIdx.x & 31;
   const int g = lane >> 2;
@@ -87,7 +94,8 @@ __global__ void __launch_bounds__(kWarps * 32, 2) shrink_kernel(const __nv_bfloa
 #pragma unroll
   for (int d = 0; d < kDepth; ++d) load_a(begin + d, d);
   asm volatile("griddepcontrol.wait;" ::: "memory");
-  if (!early) asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  if (flag != nullptr && blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0)
+    asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(flag) : "memory");
 #pragma unroll
   for (int d = 0; d < kDepth; ++d) load_x(begin + d, d);
 
@@ -115,64 +123,63 @@ __global__ void __launch_bounds__(kWarps * 32, 2) shrink_kernel(const __nv_bfloa
       for (int i = 0; i < 4; ++i)
         parts[warp][(n * 8 + 2 * t + (i & 1)) * kStride + r * 16 + g + (i >> 1) * 8] = acc[r][n][i];
   __syncthreads();
-  const int my_token = threadIdx.x * kEach / kRows;
-  const int my_row = threadIdx.x * kEach % kRows;
-  float sum[kEach] = {};
+  constexpr int kResults = kRows * kTokens;
+  auto address_of = [&](int result) { return result / kRows * kStride + result % kRows; };
+  auto write = [&](int result, float2 sum) {
+    const int token = token0 + result / kRows;
+    const int row = row0 + result % kRows;
+    if (token < m && row < rows)
+      *reinterpret_cast<__nv_bfloat162*>(u + static_cast<size_t>(token) * rows + row) =
+          __floats2bfloat162_rn(sum.x * factor, sum.y * factor);
+  };
 #pragma unroll
-  for (int w = 0; w < kWarps; ++w)
+  for (int result = threadIdx.x * 2; result < kResults; result += S::kThreads * 2) {
+    float2 sum = make_float2(0.0f, 0.0f);
 #pragma unroll
-    for (int e = 0; e < kEach; e += 2) {
-      const float2 v = *reinterpret_cast<const float2*>(&parts[w][my_token * kStride + my_row + e]);
-      sum[e] += v.x, sum[e + 1] += v.y;
+    for (int w = 0; w < kWarps; ++w) {
+      const float2 v = *reinterpret_cast<const float2*>(&parts[w][address_of(result)]);
+      sum.x += v.x, sum.y += v.y;
     }
+    if (cluster > 1)
+      *reinterpret_cast<float2*>(&part[result]) = sum;
+    else
+      write(result, sum);
+  }
   if (cluster > 1) {
-#pragma unroll
-    for (int e = 0; e < kEach; ++e) part[threadIdx.x * kEach + e] = sum[e];
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-    const bool mine = threadIdx.x / (kWarps * 32 / cluster) == rank;  // each block adds up one share of the tile
-    if (mine) {
-      const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(&part[threadIdx.x * kEach]));
-      float2 v[8][kEach / 2];  // all loads before the first use
+    const int share_of_block = kResults / cluster;
+    for (int i = threadIdx.x * 2; i < share_of_block; i += S::kThreads * 2) {
+      const int result = rank * share_of_block + i;
+      const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(&part[result]));
+      float2 v[kMaxCluster];  // all loads before the first use
 #pragma unroll
-      for (int r = 0; r < 8; ++r) {
+      for (int r = 0; r < kMaxCluster; ++r) {
         uint32_t remote;
         asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(r < cluster ? r : 0));
-#pragma unroll
-        for (int e = 0; e < kEach / 2; ++e)
-          asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2];" : "=f"(v[r][e].x), "=f"(v[r][e].y) : "r"(remote + e * 8));
+        asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2];" : "=f"(v[r].x), "=f"(v[r].y) : "r"(remote));
       }
+      float2 sum = make_float2(0.0f, 0.0f);
 #pragma unroll
-      for (int e = 0; e < kEach / 2; ++e) {
-        sum[2 * e] = sum[2 * e + 1] = 0.0f;
-#pragma unroll
-        for (int r = 0; r < 8; ++r)
-          if (r < cluster) sum[2 * e] += v[r][e].x, sum[2 * e + 1] += v[r][e].y;
-      }
+      for (int r = 0; r < kMaxCluster; ++r)
+        if (r < cluster) sum.x += v[r].x, sum.y += v[r].y;
+      write(result, sum);
     }
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-    if (!mine) return;
   }
-  const int token = token0 + my_token;
-  const int row = row0 + my_row;
-  if (token < m && row < rows)
-#pragma unroll
-    for (int e = 0; e < kEach; e += 2)
-      *reinterpret_cast<__nv_bfloat162*>(u + static_cast<size_t>(token) * rows + row + e) =
-          __floats2bfloat162_rn(sum[e] * factor, sum[e + 1] * factor);
 }
 
 }  // namespace
 }  // namespace qerl
 
-// rows a multiple of 16, k of 32; cluster 1, 2, 4 or 8.
-extern "C" int qerl_lora_shrink(const void* x, const void* a, void* u, float factor, int m, int k, int rows, int cluster,
-                                int early, int pdl, cudaStream_t stream) {
-  using namespace qerl;
-  if (m < 1 || rows % 16 || k % kColumns || (cluster != 1 && cluster != 2 && cluster != 4 && cluster != 8)) return -1;
+namespace qerl {
+namespace {
+
+template <typename S>
+int launch_shrink(const void* x, const void* a, void* u, float factor, int m, int k, int rows, int cluster, unsigned int* flag,
+                  int pdl, cudaStream_t stream) {
   cudaLaunchConfig_t config = {};
-  const int tokens = m > 64 ? 32 : 16;
-  config.gridDim = dim3((m + tokens - 1) / tokens * cluster, (rows + kRows - 1) / kRows);
-  config.blockDim = dim3(kWarps * 32);
+  config.gridDim = dim3((m + S::kTokens - 1) / S::kTokens * cluster, (rows + kRows - 1) / kRows);
+  config.blockDim = dim3(S::kThreads);
   config.stream = stream;
   cudaLaunchAttribute attribute[2];
   config.attrs = attribute;
@@ -184,7 +191,19 @@ extern "C" int qerl_lora_shrink(const void* x, const void* a, void* u, float fac
   attribute[config.numAttrs].val.clusterDim.x = cluster;
   attribute[config.numAttrs].val.clusterDim.y = 1;
   attribute[config.numAttrs++].val.clusterDim.z = 1;
-  return cudaLaunchKernelEx(&config, tokens == 32 ? shrink_kernel<32> : shrink_kernel<16>,
-                            static_cast<const __nv_bfloat16*>(x), static_cast<const __nv_bfloat16*>(a),
-                            static_cast<__nv_bfloat16*>(u), factor, m, k, rows, cluster, early);
+  return cudaLaunchKernelEx(&config, shrink_kernel<S>, static_cast<const __nv_bfloat16*>(x),
+                            static_cast<const __nv_bfloat16*>(a), static_cast<__nv_bfloat16*>(u), factor, m, k, rows, cluster,
+                            pdl ? flag : nullptr);
+}
+
+}  // namespace
+}  // namespace qerl
+
+// rows a multiple of 16, k of 32; cluster 1, 2, 4 or 8; shape 0 Deep, 1 Wide.
+extern "C" int qerl_lora_shrink(const void* x, const void* a, void* u, float factor, int m, int k, int rows, int shape,
+                                int cluster, unsigned int* flag, int pdl, cudaStream_t stream) {
+  using namespace qerl;
+  if (m < 1 || rows % 16 || k % kColumns || cluster < 1 || cluster > kMaxCluster || (cluster & (cluster - 1))) return -1;
+  if (shape == 0) return launch_shrink<Deep>(x, a, u, factor, m, k, rows, cluster, flag, pdl, stream);
+  return launch_shrink<Wide>(x, a, u, factor, m, k, rows, cluster, flag, pdl, stream);
 }

@@ -25,7 +25,9 @@ namespace {
 
 constexpr int kCounterSlots = 64;     // streams that may run the kernel at the same time
 constexpr int kCountersPerSlot = 2048;
+constexpr int kGenerations = 8;       // launches of a stream that may overlap, with room to spare
 __device__ unsigned int counters[kCounterSlots * kCountersPerSlot];  // zero between launches
+__device__ unsigned int flags[kCounterSlots * kGenerations * 2];         // "x is there", blocks that know; likewise zero
 
 struct Params {
   const uint8_t* packed;
@@ -45,7 +47,7 @@ struct Params {
   int total;        // tiles * k_steps
   int lora_units;   // rank / 16
   int shard_end[2]; // row units where the second and the third of fused projections begin
-  int x_ready;      // the kernel before this one does not write x (it is the one that writes u)
+  unsigned int* flag; // set by the kernel before this one, which writes u, when x is there; null: wait for that kernel's end
   int keep_weights; // tiles of several token ranges read them again
   int cluster;      // blocks of a cluster that share a tile, 0: no clusters
 };
@@ -263,7 +265,14 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM)
       // The weights of the first stages do not depend on the kernel before this one; the activations do.
       const int ahead = min(end - begin, C::STAGES);
       for (int i = 0; i < ahead; ++i) load_weights(begin + i, i);
-      if (!p.x_ready) wait_for_kernel_before();
+      if (p.flag != nullptr) {
+        unsigned int there;
+        do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(there) : "l"(p.flag) : "memory");
+        while (!there);
+        asm volatile("fence.proxy.async;" ::: "memory");  // the copy engine reads x
+      } else {
+        wait_for_kernel_before();
+      }
       for (int i = 0; i < ahead; ++i) load_tokens(begin + i, i);
       int stage = 0;
       uint32_t parity = 0;
@@ -272,6 +281,11 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM)
         load_weights(unit, stage);
         load_tokens(unit, stage);
         if (++stage == C::STAGES) stage = 0, parity ^= 1;
+      }
+      if (p.flag != nullptr) {  // the last block to have seen the flag takes it down
+        unsigned int before;
+        asm volatile("atom.inc.acq_rel.gpu.global.u32 %0, [%1], %2;" : "=r"(before) : "l"(p.flag + 1), "r"(gridDim.x - 1) : "memory");
+        if (before == gridDim.x - 1) *p.flag = 0;
       }
     }
   } else {
@@ -573,7 +587,14 @@ using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, 
                                  const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
                                  CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
 EncodeTiled encode_tiled = nullptr;
-unsigned int* counter_base = nullptr;
+constexpr int kDevices = 64;
+unsigned int* counter_base[kDevices] = {};
+unsigned int* flag_base[kDevices] = {};
+
+int current_device() {
+  int device = -1;
+  return cudaGetDevice(&device) == cudaSuccess && device >= 0 && device < kDevices ? device : -1;
+}
 
 template <typename C>
 int prepare() {
@@ -669,11 +690,21 @@ extern "C" int qerl_nvfp4_prepare() {
   int error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
   if (error != cudaSuccess) return error;
   encode_tiled = reinterpret_cast<EncodeTiled>(function);
-  error = cudaGetSymbolAddress(reinterpret_cast<void**>(&counter_base), counters);
+  const int device = current_device();
+  if (device < 0) return cudaErrorInvalidDevice;
+  error = cudaGetSymbolAddress(reinterpret_cast<void**>(&counter_base[device]), counters);
+  if (error != cudaSuccess) return error;
+  error = cudaGetSymbolAddress(reinterpret_cast<void**>(&flag_base[device]), flags);
   if (error != cudaSuccess) return error;
   for (const Entry& e : entries)
     if ((error = e.prepare()) != cudaSuccess) return error;
   return 0;
+}
+
+// The flag of a launch on the current device, by its stream's slot and its number.
+extern "C" unsigned int* qerl_nvfp4_flag(int slot, int launch) {
+  using namespace qerl;
+  return flag_base[current_device()] + (slot % kCounterSlots * kGenerations + launch % kGenerations) * 2;
 }
 
 extern "C" int qerl_nvfp4_config_count() { return qerl::kEntries; }
@@ -686,10 +717,10 @@ extern "C" void qerl_nvfp4_config(int index, int* out) {
 }
 
 // u [m, shards * rank] and lora_b: null without an adapter. shard_end: rows where the second and third projection begin.
-// x_ready: the kernel before this one is qerl_lora_shrink, which reads x and writes u.
+// flag: what qerl_lora_shrink, the kernel before this one, was given; null if something else computed u.
 extern "C" int qerl_nvfp4_gemm(const void* x, const void* packed, const void* scale, float alpha, const void* bias, void* y,
                                const void* u, const void* lora_b, int rank, int shards, int shard_end0, int shard_end1,
-                               int x_ready, int m, int n, int k, int config, int blocks, int cluster, void* workspace, int counter_slot, int pdl,
+                               unsigned int* flag, int m, int n, int k, int config, int blocks, int cluster, void* workspace, int counter_slot, int pdl,
                                cudaStream_t stream) {
   using namespace qerl;
   if (config < 0 || config >= kEntries || counter_slot < 0 || counter_slot >= kCounterSlots || cluster > 8) return -1;
@@ -701,7 +732,9 @@ extern "C" int qerl_nvfp4_gemm(const void* x, const void* packed, const void* sc
   p.bias = static_cast<const __nv_bfloat16*>(bias);
   p.y = static_cast<__nv_bfloat16*>(y);
   p.workspace = static_cast<float*>(workspace);
-  p.counter = counter_base + counter_slot * kCountersPerSlot;
+  const int device = current_device();
+  if (device < 0 || counter_base[device] == nullptr) return -1;
+  p.counter = counter_base[device] + counter_slot * kCountersPerSlot;
   p.alpha = alpha * kFragmentUnit;
   p.m = m, p.n = n, p.k = k;
   p.cluster = cluster > 1 ? cluster : 0;
@@ -714,7 +747,7 @@ extern "C" int qerl_nvfp4_gemm(const void* x, const void* packed, const void* sc
     p.lora_units = rank / 16;
     if (shards > 1) p.shard_end[0] = shard_end0 / kUnit;
     if (shards > 2) p.shard_end[1] = shard_end1 / kUnit;
-    p.x_ready = x_ready;
+    p.flag = pdl ? flag : nullptr;
   }
   return entries[config].launch(x, u, rank * shards, p, blocks, pdl, stream);
 }

@@ -113,6 +113,42 @@ MEASURED = {
         (10, 120, 0), (10, 132, 0), (10, 132, 0), (8, 132, 0), (8, 132, 0),
     ),
 }
+# The same with an adapter of rank 32, for the first of TOKENS, and how x A^T is computed (shape and cluster of Shrink). Measured
+# with another kernel before each product, as in a model.
+MEASURED_WITH_ADAPTER = {
+    (4608, 3584): (
+        (0, 216, 0, 0, 4), (2, 216, 0, 0, 8), (5, 180, 5, 1, 4),
+        (6, 90, 5, 1, 2), (9, 108, 3, 0, 4), (10, 108, 3, 1, 4),
+    ),
+    (3584, 3584): (
+        (0, 196, 7, 0, 4), (2, 196, 7, 0, 4), (5, 196, 7, 1, 8),
+        (7, 196, 7, 1, 4), (9, 84, 3, 1, 2), (10, 112, 4, 0, 4),
+    ),
+    (37888, 3584): (
+        (1, 248, 0, 0, 4), (3, 248, 0, 0, 4), (4, 132, 0, 0, 8),
+        (6, 132, 0, 0, 8), (8, 132, 0, 0, 4), (10, 132, 0, 1, 8),
+    ),
+    (3584, 18944): (
+        (1, 232, 0, 0, 8), (2, 224, 0, 0, 8), (4, 112, 8, 1, 4),
+        (6, 112, 0, 1, 8), (9, 112, 0, 1, 4), (10, 112, 4, 0, 8),
+    ),
+    (7168, 5120): (
+        (1, 168, 6, 1, 8), (2, 224, 0, 1, 2), (4, 112, 4, 1, 2),
+        (6, 112, 4, 1, 2), (8, 112, 4, 0, 4), (10, 112, 0, 1, 4),
+    ),
+    (5120, 5120): (
+        (0, 200, 5, 0, 4), (2, 200, 5, 0, 4), (5, 160, 4, 1, 2),
+        (7, 200, 5, 1, 4), (8, 100, 5, 1, 2), (10, 120, 0, 0, 4),
+    ),
+    (55296, 5120): (
+        (1, 264, 0, 0, 8), (3, 264, 0, 0, 8), (4, 132, 0, 0, 8),
+        (6, 132, 0, 0, 8), (8, 132, 0, 0, 4), (8, 132, 0, 1, 8),
+    ),
+    (5120, 27648): (
+        (1, 232, 0, 0, 8), (3, 240, 0, 1, 8), (4, 120, 0, 1, 4),
+        (6, 120, 0, 1, 4), (8, 100, 5, 1, 2), (10, 120, 0, 1, 8),
+    ),
+}
 # fmt: on
 DEQUANTIZE_FROM = 6144
 """More tokens than this: dequantize once and leave the product to cuBLAS."""
@@ -141,7 +177,7 @@ def choose(m: int, n: int, k: int, sms: int, align: int = 0) -> Plan:
     """
     if m > DEQUANTIZE_FROM and not align:
         return DEQUANTIZE
-    chosen = _choose(m, n, k, sms)
+    chosen = _choose(m, n, k, sms, bool(align))
     if align and align % CONFIGS[chosen.config].row_units:
         config = next(
             i
@@ -154,10 +190,17 @@ def choose(m: int, n: int, k: int, sms: int, align: int = 0) -> Plan:
     return chosen
 
 
-def _choose(m: int, n: int, k: int, sms: int) -> Plan:
-    column = next((i for i, limit in enumerate(TOKENS) if m <= limit), len(TOKENS) - 1)
+def _measured(m: int, n: int, k: int, with_adapter: bool) -> tuple[tuple[int, int], int, tuple[int, ...]]:
+    """Of the nearest measured shape: the shape, the index into TOKENS, and the entry."""
     shape = min(MEASURED, key=lambda s: abs(math.log(s[0] / n)) + abs(math.log(s[1] / k)))
-    config, blocks, cluster = MEASURED[shape][column]
+    column = next((i for i, limit in enumerate(TOKENS) if m <= limit), len(TOKENS) - 1)
+    row = MEASURED_WITH_ADAPTER[shape] if with_adapter else ()
+    return shape, column, row[column] if column < len(row) else MEASURED[shape][column]
+
+
+def _choose(m: int, n: int, k: int, sms: int, with_adapter: bool) -> Plan:
+    shape, column, entry = _measured(m, n, k, with_adapter)
+    config, blocks, cluster = entry[:3]
     measured_tiles = tiles(config, TOKENS[column], shape[0])
     if shape == (n, k) and sms == MEASURED_MULTIPROCESSORS and tiles(config, m, n) == measured_tiles:
         return plan(config, blocks, m, n, k, cluster)
@@ -168,13 +211,16 @@ SHRINK_LIMIT = 1024
 """Up to this many tokens ``lora_shrink.cu`` computes x A^T, beyond it cuBLAS."""
 
 
-def shrink_cluster(m: int, rows: int, sms: int) -> int:
-    """Blocks that share the inner dimension of one tile of x A^T."""
-    count = -(-m // (32 if m > 64 else 16)) * -(-rows // 32)
-    return next((c for c in (8, 4, 2) if count * c <= 2 * sms), 1)
+class Shrink(NamedTuple):
+    """How ``lora_shrink.cu`` is launched."""
+
+    shape: int  # 0 Deep, 1 Wide
+    cluster: int  # blocks that share the inner dimension of a tile
 
 
-def starts_with_shrink(m: int, n: int) -> bool:
-    """Whether the product starts together with x A^T, to fetch weights, and waits for its end. Otherwise it starts when what
-    comes before x A^T has ended, and works on the base while x A^T is computed. Measured on an H200."""
-    return 64 <= m <= 512 and n > 16384
+def choose_shrink(m: int, n: int, k: int, rows: int, sms: int) -> Shrink:
+    """For x A^T with ``m`` tokens, ``k`` columns and ``rows`` rows of A, in front of a product with ``n`` rows."""
+    if m <= 256:
+        return Shrink(*_measured(m, n, k, True)[2][3:])
+    tiles = -(-m // 32) * -(-rows // 32)
+    return Shrink(1, next((c for c in (8, 4, 2) if tiles * c <= 2 * sms), 1))
