@@ -1,4 +1,4 @@
-# Two entry points: `make quickstart` and `make test`. Both set up .venv first, once.
+# Two entry points: `make quickstart` and `make test`. Both set up .venv first, once. `make bench` wants a GPU.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -22,6 +22,17 @@ $(VENV)/.ready-test: $(VENV)/.ready requirements/test.txt
 
 test: setup $(VENV)/.ready-test
 	$(BIN)/python -m pytest $(ARGS)
+
+# On a machine with a GPU, with the Python that has vLLM, verl and this package: `make bench PYTHON=python RESULTS=somewhere`.
+RESULTS ?= benchmarks/results
+bench:
+	$(PYTHON) benchmarks/bench_gemm.py --marlin --json $(RESULTS)/gemm.json
+	$(PYTHON) benchmarks/bench_gemm.py --lora --json $(RESULTS)/lora_gemm.json
+	$(PYTHON) benchmarks/bench_training.py --json $(RESULTS)/training_7b.json
+	$(PYTHON) benchmarks/bench_rollout.py --shape 7B --json $(RESULTS)/rollout_7b.json
+	$(PYTHON) benchmarks/bench_rollout.py --shape 32B-32 --sequences 8 64 256 --json $(RESULTS)/rollout_32b.json
+	$(PYTHON) benchmarks/bench_grpo_step.py --json $(RESULTS)/grpo_step_7b.json
+	$(PYTHON) benchmarks/report.py $(RESULTS)
 
 clean:
 	rm -rf $(VENV) build runs

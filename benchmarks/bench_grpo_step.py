@@ -3,9 +3,9 @@
     python benchmarks/bench_grpo_step.py --shape 7B --json benchmarks/results/grpo_step_7b_h200.json
 
 Both runs train the same random model (the bf16 checkpoint is the NVFP4 one, unpacked) on the same prompts: 16 prompts of 256
-tokens, 8 samples each, 512 generated tokens, no early end; LoRA rank 32 on all linears; one GPU; verl's fused kernels for
-log-probabilities and entropy, without which it needs flash-attn to be fast. The first step warms up and is left out; the
-numbers are the means of the others, from verl's own metrics.
+tokens, 8 samples each, 512 generated tokens, no early end; LoRA rank 32 on all linears; one GPU. Without flash-attn verl computes
+log-probabilities row by row, which takes longer than the model does, in either run. The first step warms up and is left out;
+the numbers are the means of the others, from verl's own metrics.
 """
 
 from __future__ import annotations
@@ -95,7 +95,6 @@ def command(name: str, work: Path, steps: int, extra: list[str]) -> list[str]:
         f"actor_rollout_ref.actor.ppo_mini_batch_size={PROMPTS}", "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=16",
         "actor_rollout_ref.actor.optim.lr=1e-5", "actor_rollout_ref.actor.use_kl_loss=False",
         "actor_rollout_ref.model.enable_gradient_checkpointing=True", "actor_rollout_ref.model.use_remove_padding=False",
-        "actor_rollout_ref.model.use_fused_kernels=True", "actor_rollout_ref.model.fused_kernel_options.impl_backend=torch",
         "actor_rollout_ref.rollout.agent.num_workers=4", "reward.num_workers=1",
         "transfer_queue.backend.SimpleStorage.num_data_storage_units=1",
         "trainer.logger=[console]", "trainer.n_gpus_per_node=1", "trainer.nnodes=1", f"trainer.total_training_steps={steps}",

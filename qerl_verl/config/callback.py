@@ -81,8 +81,22 @@ def prepare(config: DictConfig, keys: set[str]) -> None:
         _use_cpu_in_this_process()
     _replace_models(config, settings)
     problems = [p for model, adapter in adapters.items() if adapter for p in _adapter_problems(config, model, adapter)]
-    if problems:
+    if problems := problems + _fused_kernel_problems(config):
         raise SettingsError(problems)
+
+
+def _fused_kernel_problems(config: DictConfig) -> list[str]:
+    """verl shards an output layer that is not tied by itself under FSDP2 (verl/utils/fsdp_utils.py,
+    _select_fsdp2_wrap_targets), and its fused kernels read that weight without gathering it (models/transformers/
+    dense_common.py): the first forward pass fails, in stock verl too."""
+    if not OmegaConf.select(config, f"{MODEL}.use_fused_kernels"):
+        return []
+    path = OmegaConf.select(config, f"{MODEL}.path")
+    tied = json.loads((Path(path) / "config.json").read_text()).get("tie_word_embeddings", False)
+    return [] if tied else [
+        f"{MODEL}.use_fused_kernels=True: verl 0.9 cannot run its fused kernels under FSDP2 on a model whose output layer is "
+        "not tied to the embeddings; remove the setting"
+    ]  # fmt: skip
 
 
 def _plugin_problems() -> list[str]:
@@ -140,11 +154,13 @@ def _use_cpu_in_this_process() -> None:
     from verl.plugin.platform import set_platform
 
     from qerl_verl.config.rules import CPU_ENVIRONMENT
-    from qerl_verl.platform.cpu import PlatformCPU
+    from qerl_verl.platform.cpu import PlatformCPU, remove_dead_segments
 
     for name, value in CPU_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     set_platform(PlatformCPU())
+    if names := remove_dead_segments():
+        say(f"removed from shared memory what a killed run left: {', '.join(names)}")
 
 
 def _replace_models(config: DictConfig, settings: QeRLSettings) -> None:

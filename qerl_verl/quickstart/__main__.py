@@ -48,9 +48,9 @@ class _Clock:
 def make_inputs(out: Path, seed: int, clock: _Clock) -> None:
     """Model, training and validation data under ``out``."""
     clock.say("making a tiny Qwen2 model and giving it a short supervised start on arithmetic (under a minute)")
-    from qerl_verl.quickstart.tiny_model import make_tiny_model
-
     from transformers.utils import logging
+
+    from qerl_verl.quickstart.tiny_model import make_tiny_model
 
     logging.disable_progress_bar()
     train, validation = split(seed)

@@ -33,6 +33,12 @@ def test_prepack_keeps_sizes_and_unpack_inverts_it():
     assert torch.equal(back, packed) and torch.equal(scale_back, scale)
 
 
+def test_prepack_keeps_no_tensor_on_a_device():
+    """A cached one would lie in the engine's memory and be lost when that sleeps at level 2."""
+    hopper.unpack(*hopper.prepack(*random_weight(64, 64)))
+    assert all(table.device.type == "cpu" for table in layout._scale_tables())
+
+
 def test_prepack_takes_both_scale_dtypes():
     packed, scale = random_weight(64, 128)
     for a, b in zip(hopper.prepack(packed, scale), hopper.prepack(packed, scale.view(torch.float8_e4m3fn))):

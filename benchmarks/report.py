@@ -1,0 +1,171 @@
+"""Make docs/performance.md's tables and plot from the JSON files of the benchmarks.
+
+    python benchmarks/report.py benchmarks/results
+
+Everything between ``<!-- results -->`` and ``<!-- end of results -->`` of the page is written anew. A missing file is left out, and
+said so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "performance.md"
+PLOT = PAGE.with_name("performance.png")
+BEGIN, END = "<!-- results -->", "<!-- end of results -->"
+
+
+def load(folder: Path, stem: str) -> dict | None:
+    """The file of that stem, with or without a GPU's name behind it."""
+    found = sorted(folder.glob(f"{stem}.json")) + sorted(folder.glob(f"{stem}_h[0-9]*.json"))
+    return json.loads(found[0].read_text()) | {"file": found[0].name} if found else None
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def gemm_section(folder: Path) -> str:
+    names = {
+        "gemm": "base alone, against cuBLAS",
+        "gemm_no_pdl": "the same without programmatic dependent launch",
+        "lora_gemm": "with an adapter of rank 32, against cuBLAS for base and adapter",
+        "lora_gemm_sweep": "the same, fastest launch of all tried",
+    }
+    found = {name: data for name in names if (data := load(folder, name))}
+    tokens = sorted({int(m) for data in found.values() for m in data["geomean_by_tokens"]})
+    rows = []
+    for name, data in found.items():
+        ratios = data["geomean_by_tokens"]
+        rows.append([names[name], *(f"{ratios[str(m)]['ratio']:.2f}" if str(m) in ratios else "" for m in tokens)])
+    errors = [r["max_error"] for data in found.values() for r in data["geomean_by_tokens"].values()]
+    files = ", ".join(f"`{data['file']}`" for data in found.values())
+    head = ["time of cuBLAS bf16 / time of NVFP4, by tokens", *map(str, tokens)]
+    return f"{table(head, rows)}\n\nLargest relative error against float64: {max(errors):.2e}. Files: {files}."
+
+
+def between_section(folder: Path) -> str:
+    data = load(folder, "lora_gemm_between")
+    if not data:
+        return ""
+    shapes = list(dict.fromkeys(r["shape"] for r in data["gemm"]))
+    tokens = sorted({r["m"] for r in data["gemm"]})
+    by = {(r["shape"], r["m"]): r for r in data["gemm"]}
+    rows = [
+        [shape, *(f"{by[shape, m]['us']:.1f} / {by[shape, m]['us_without_adapter']:.1f}" for m in tokens)]
+        for shape in shapes
+    ]
+    return table(["us with / without an adapter", *map(str, tokens)], rows) + f"\n\nFile: `{data['file']}`."
+
+
+def rollout_section(folder: Path) -> str:
+    out = []
+    for stem in ("rollout_7b", "rollout_32b"):
+        data = load(folder, stem)
+        if not data:
+            out.append(f"`{stem}`: not measured.")
+            continue
+        sequences = sorted(map(int, data["runs"][0]["decode"]))
+        rows = []
+        for run in data["runs"]:
+            ratio = data["ratio_to_bf16_lora"][run["variant"]]
+            cells = [f"{run['decode'][str(s)]['tokens_per_s']:.0f} ({ratio[str(s)]:.2f}x)" for s in sequences]
+            rows.append([run["variant"], *cells, f"{run['prefill_s'] * 1e3:.0f} ms ({ratio['prefill']:.2f}x)"])
+        head = [f"{data['shape']}, tokens/s by sequences", *map(str, sequences), "prefill of 8192 tokens"]
+        text = table(head, rows)
+        for run in data["runs"]:
+            if noise := run.get("noise"):
+                cost = noise["on_s"] / noise["off_s"] - 1
+                text += (
+                    f"\n\nNoise on against off at {noise['sequences']} sequences: {cost:+.1%}; putting it on takes "
+                    f"{noise['set_s'] * 1e3:.0f} ms a step."
+                )
+        out.append(f"{text}\n\nFile: `{data['file']}`.")
+    return "\n\n".join(out)
+
+
+def training_section(folder: Path) -> str:
+    data = load(folder, "training_7b")
+    if not data:
+        return "`training_7b`: not measured."
+    rows = [
+        [name, f"{run['step_s']:.3f}", f"{run['weights_gb']:.1f}", f"{run['peak_gb']:.1f}"]
+        for name, run in data["runs"].items()
+    ]
+    ratios = "; ".join(
+        f"against {base}: {r['speed']:.2f}x the speed, {r['peak_memory']:.2f}x the peak memory"
+        for base, r in data["ratios"].items()
+    )
+    errors = ", ".join(f"{k} {v:.1e}" for k, v in data["gradient_error_against_float32"].items())
+    head = ["7B, 8192 tokens", "s a step", "weights, GiB", "peak, GiB"]
+    return (
+        f"{table(head, rows)}\n\nNVFP4 {ratios}. Error of the adapters' gradients against float32 on two layers: {errors}. "
+        f"File: `{data['file']}`."
+    )
+
+
+def step_section(folder: Path) -> str:
+    data = load(folder, "grpo_step_7b")
+    if not data or "ratio_to_bf16_lora" not in data:
+        return "`grpo_step_7b`: not measured."
+    keys = ("gen", "old_log_prob", "update_actor", "update_weights", "step")
+    rows = [[name, *(f"{run['mean'][f'timing_s/{k}']:.2f}" for k in keys)] for name, run in data["runs"].items()]
+    return table(["seconds", *keys], rows) + f"\n\nFile: `{data['file']}`."
+
+
+def plot(folder: Path) -> bool:
+    """Ratios to bf16 + LoRA of kernels and rollout, by tokens and sequences."""
+    try:
+        import matplotlib
+    except ImportError:
+        return False
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6))
+    for stem, label in (("gemm", "base"), ("lora_gemm", "base + adapter")):
+        if data := load(folder, stem):
+            points = sorted((int(m), r["ratio"]) for m, r in data["geomean_by_tokens"].items())
+            left.plot(*zip(*points, strict=True), marker="o", label=label)
+    left.set_title("matrix products, cuBLAS bf16 = 1")
+    left.set_xlabel("tokens")
+    for stem, label in (("rollout_7b", "7B"), ("rollout_32b", "32B, 32 layers")):
+        if data := load(folder, stem):
+            ratios = data["ratio_to_bf16_lora"]["nvfp4_lora"]
+            points = sorted((int(s), r) for s, r in ratios.items() if s != "prefill")
+            right.plot(*zip(*points, strict=True), marker="o", label=label)
+    right.set_title("rollout, vLLM bf16 + LoRA = 1")
+    right.set_xlabel("sequences")
+    for axis in (left, right):
+        axis.set_xscale("log", base=2)
+        axis.axhline(1.0, color="grey", linewidth=0.8)
+        axis.set_ylim(bottom=0)
+        axis.legend()
+    figure.tight_layout()
+    figure.savefig(PLOT, dpi=120)
+    return True
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, help="folder of the JSON files")
+    folder = parser.parse_args().results
+    drawn = plot(folder)
+    text = "\n\n".join([
+        "### Matrix products (`kernels/hopper/`)", gemm_section(folder),
+        "In a model another kernel runs before each product. Microseconds of a product with an adapter, and without:",
+        between_section(folder), "### Rollout", rollout_section(folder), "### A LoRA training step", training_section(folder),
+        "### One GRPO step of main_ppo", step_section(folder), *(["![ratios](performance.png)"] if drawn else []),
+    ])  # fmt: skip
+    page = PAGE.read_text()
+    before, _, rest = page.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    PAGE.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
+    print(f"wrote {PAGE}" + (f" and {PLOT}" if drawn else ", no plot: matplotlib is not installed"))
+
+
+if __name__ == "__main__":
+    main()
