@@ -7,8 +7,10 @@ rollout engine: the switch declares as many of them to Ray as the run asks for.
 from __future__ import annotations
 
 import os
+import time
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -91,6 +93,37 @@ class _CPUDeviceModule(ModuleType):
     @staticmethod
     def manual_seed_all(seed: int) -> None:
         torch.manual_seed(seed)
+
+
+SEGMENTS = Path("/dev/shm")
+DEAD_SECONDS = 600.0
+
+
+def remove_dead_segments() -> list[str]:
+    """Remove what killed runs left of verl's weight transfer in shared memory; returns the names.
+
+    On this platform an adapter goes through a segment ``verl_weights_*`` that exists during a sync
+    (vllm_rollout/bucketed_weight_transfer.py). Dead is one of this user's that is ten minutes old and that no process has mapped.
+    """
+    import psutil
+
+    def is_old_and_ours(path: Path) -> bool:
+        try:
+            status = path.stat()
+        except OSError:
+            return False
+        return status.st_uid == os.getuid() and time.time() - status.st_mtime > DEAD_SECONDS
+
+    dead = {str(path) for path in SEGMENTS.glob("verl_weights_*") if is_old_and_ours(path)}
+    if dead:
+        for process in psutil.process_iter():
+            try:
+                dead -= {mapping.path for mapping in process.memory_maps()}
+            except (psutil.Error, OSError):
+                pass
+    for path in dead:
+        Path(path).unlink(missing_ok=True)
+    return sorted(Path(path).name for path in dead)
 
 
 def _resident_bytes() -> int:

@@ -21,6 +21,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
+from long_run import by_origin  # noqa: E402
 from repeatable import PHASES  # noqa: E402
 from tiny_job import (  # noqa: E402
     REPEATABLE,
@@ -168,7 +169,7 @@ def main() -> int:
         print(f"  {row['message'][:300]}", file=sys.stderr, flush=True)
 
     rows = run(cases, out, report)
-    print("left behind:", ", ".join(sorted(str(p) for p in traces() - before - {out})) or "nothing")
+    print("left behind:", by_origin(traces() - before - {out}))
     if not arguments.out:
         shutil.rmtree(out)
     return int(any(row["differences"] for row in rows))
