@@ -51,9 +51,20 @@ def _device_problem() -> str:
     return "no GPU is visible, but vLLM is a CUDA build; only a Ray cluster with GPUs can run it"
 
 
+def kernels() -> str:
+    """Which kernels the NVFP4 layers would run on here, and why none better."""
+    import torch
+
+    from qerl_verl.kernels.backends import choose_backend
+
+    device = torch.device("cuda", torch.cuda.current_device()) if _gpu() else torch.device("cpu")
+    return choose_backend(device)[1]
+
+
 def doctor() -> int:
-    """Print each check; exit code 1 if one failed."""
+    """Print each check, and the kernels that would run; exit code 1 if a check failed."""
     results = checks()
     for name, problem in results:
         print(f"{'FAIL' if problem else ' ok '} {name}{': ' + problem if problem else ''}")
+    print(f"      kernels of actor and critic here: {kernels()}")
     return int(any(problem for _, problem in results))

@@ -196,6 +196,9 @@ def find_problems(config: DictConfig) -> list[str]:
             out.append(text)
 
     get = lambda key: _get(config, key)  # noqa: E731
+    if get("trainer.device") == "cpu":
+        for key in ("qerl.kernel", "qerl.rollout.kernel"):
+            refuse(get(key) not in (None, "auto", "pytorch"), f"{key}={get(key)}: there is no GPU; use auto or pytorch")
     refuse(get("trainer.use_v1") is False, "trainer.use_v1=False: QeRL runs on verl's V1 trainer; remove the setting")
     mode = get("trainer.v1.trainer_mode")
     refuse(

@@ -14,6 +14,7 @@ def test_this_installation_is_well():
     result = subprocess.run([sys.executable, "-m", "qerl_verl.cli.main", "doctor"], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.count(" ok ") == 6 and "FAIL" not in result.stdout
+    assert "kernels of actor and critic here: PyTorch" in result.stdout or "Hopper" in result.stdout
 
 
 def test_a_plugin_policy_that_leaves_qerl_out_is_found(monkeypatch):

@@ -46,6 +46,13 @@ def test_a_stock_grpo_run_gets_what_qerl_needs_and_has_no_problem():
     assert any(line.startswith("actor_rollout_ref.model.lora_rank: 0 -> 32") for line in lines)
 
 
+@pytest.mark.parametrize("setting", ["qerl.kernel=hopper", "qerl.rollout.kernel=marlin"])
+def test_a_gpus_kernel_is_refused_on_the_cpu(setting):
+    _, _, problems = switched(setting, on_cpu=True)
+    assert problems == [f"{setting}: there is no GPU; use auto or pytorch"]
+    assert switched(setting)[2] == []
+
+
 def in_engine(config):
     """What the rollout engine learns."""
     return OmegaConf.to_container(config.actor_rollout_ref.rollout.engine_kwargs.vllm.additional_config)
