@@ -9,6 +9,7 @@ import os
 
 import pytest
 import torch
+from torch import library
 
 from qerl_verl.kernels import portable
 from qerl_verl.kernels.nvfp4_dequantize import block_values_nvfp4
@@ -269,13 +270,13 @@ class TestOps:
         x, packed, scale, bias, u, lora_b = on_device(*arguments(3, 33, 64, torch.bfloat16, rank=16))
         ops, checks = torch.ops.qerl_portable, ("test_schema", "test_faketensor")
         last = (bias, u, lora_b) if lora else ()
-        torch.library.opcheck(ops.nvfp4_gemm, (x, packed, scale, ALPHA, *last), test_utils=checks)
-        torch.library.opcheck(ops.nvfp4_gemm, (x.view(1, 3, 64), packed, scale, ALPHA), test_utils=checks)
+        library.opcheck(ops.nvfp4_gemm, (x, packed, scale, ALPHA, *last), test_utils=checks)
+        library.opcheck(ops.nvfp4_gemm, (x.view(1, 3, 64), packed, scale, ALPHA), test_utils=checks)
         for transposed in (False, True):
-            torch.library.opcheck(ops.nvfp4_dequantize, (packed, scale, torch.float16, transposed), test_utils=checks)
+            library.opcheck(ops.nvfp4_dequantize, (packed, scale, torch.float16, transposed), test_utils=checks)
         weight = torch.randn(5, 32, device=DEVICE)
         one = torch.ones(1, device=DEVICE)
-        fake = torch.library.opcheck(ops.nvfp4_quantize, (weight, one), test_utils=("test_schema",))
+        fake = library.opcheck(ops.nvfp4_quantize, (weight, one), test_utils=("test_schema",))
         assert set(fake.values()) == {"SUCCESS"}
         with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
             got = ops.nvfp4_quantize(mode.from_tensor(weight), mode.from_tensor(one))
