@@ -34,7 +34,7 @@ ORIGINS = (
     (r"/ckpt_[0-9a-f]+\.lock$", "verl's lock of a checkpoint folder"),
     (r"/qerl", "QeRL"),
     (r"/psm_", "Python's SharedMemory: vLLM's message queue"),
-    (r"/(sem|mp)[.-]", "Python's multiprocessing"),
+    (r"/(sem|mp|pymp)[.-]", "Python's multiprocessing"),
     (r"/vllm_dist_", "vLLM"),
     (r"/[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$", "vLLM's sockets"),
     (r"/ray|/plasma", "Ray"),

@@ -83,9 +83,9 @@ class Job:
     """A running main_ppo.
 
     Args:
-        folder: working directory and log; its metrics, ``metrics.jsonl``, are appended to by each start.
+        folder: working directory and log, and ``metrics.jsonl``, which each start replaces.
         overrides: Hydra's.
-        hold: the job stops at phases that :meth:`hold` names.
+        hold_folder: where :meth:`hold` leaves its files; None for a job that is never held.
     """
 
     folder: Path
@@ -181,7 +181,7 @@ class Job:
         return titles
 
     def metrics(self) -> dict[int, dict]:
-        """By step, the last that was written."""
+        """Of the last start, by step."""
         path, out = self.folder / "metrics.jsonl", {}
         for line in path.read_text().splitlines() if path.exists() else ():
             try:
