@@ -2,8 +2,8 @@
 
 One run trains four steps with GRPO, validates and saves; a second one starts from its checkpoint of step 2 and has to arrive
 where the first one did; it goes on with RLOO, a KL loss and settings of verl's example scripts, on which nothing depends that
-it must restore. A third runs the GSM8K recipe, with REINFORCE++ and CISPO's loss, through verl's own reward. PPO with a
-critic trains two steps and is resumed after the first.
+it must restore. A third runs the GSM8K recipe, with REINFORCE++ and CISPO's loss and the asynchronous trainer, through verl's
+own reward. PPO with a critic trains two steps and is resumed after the first.
 """
 
 import json
@@ -118,7 +118,10 @@ def resumed(common, unbroken):
     folder, overrides = common
     (folder / "again").mkdir()
     shutil.copytree(unbroken[0] / "global_step_2", folder / "again" / "global_step_2")
-    (folder / "again" / "latest_checkpointed_iteration.txt").write_text("2")
+    half = folder / "again" / "global_step_3"  # as if the run had been killed while it saved that
+    shutil.copytree(unbroken[0] / "global_step_4", half)
+    (half / "actor" / "optim_world_size_1_rank_0.pt").unlink()
+    (folder / "again" / "latest_checkpointed_iteration.txt").write_text("3")
     metrics, log = train(
         folder / "resumed", *overrides, *EXAMPLE_SCRIPTS, f"trainer.default_local_dir={folder / 'again'}"
     )
@@ -180,6 +183,12 @@ def test_resuming_restores_adapter_optimizer_scheduler_data_and_noise(unbroken, 
     assert {int(s["step"]) for s in optimizer["state"].values()} == {2 * STEPS}  # two mini-batches a step
     extra = torch.load(actor / "extra_state_world_size_1_rank_0.pt", weights_only=False)
     assert extra["lr_scheduler"]["last_epoch"] == STEPS
+
+
+def test_a_half_checkpoint_is_passed_over(resumed):
+    folder, _, log = resumed
+    assert f"{folder / 'global_step_3'} is passed over: actor/optim_world_size_1_rank_0.pt is missing" in log
+    assert f"resuming from {folder / 'global_step_2'}" in log
 
 
 def test_rloo_and_a_kl_loss_run_under_the_settings_of_verls_example_scripts(resumed):
@@ -304,8 +313,13 @@ def test_the_gsm8k_recipe_runs_through_verls_own_reward(tmp_path, bf16_checkpoin
         "trainer.total_training_steps=2",
         "trainer.save_freq=-1",
         "trainer.resume_mode=disable",
+        "trainer.v1.trainer_mode=colocate_async",
     )
     assert {1, 2} <= set(metrics)
+    # the second step trains on samples that were drawn ahead, in the first, which has no noise
+    assert metrics[2]["training/off_policy/trajectory_staleness_worst/max"] == 1
+    assert metrics[2]["qerl/aqn_sigma_of_samples/min"] == 0 < metrics[2]["qerl/aqn_sigma"]
+    assert metrics[1]["qerl/aqn_sigma_of_samples/max"] == 0
     assert all(0 <= metrics[s]["critic/score/mean"] <= 1 for s in (1, 2))
     assert metrics[2]["qerl/aqn_sigma"] > 0 and metrics[2]["actor/grad_norm"] >= 0
     assert any(k.startswith("val-core/openai/gsm8k/") for m in metrics.values() for k in m)
