@@ -7,8 +7,8 @@ The weight is permuted once (:func:`prepack`; same size) and then serves decodin
 * :func:`lora_gemm` adds ``scaling (x A^T) B^T`` inside the same kernel, for fused projections with an A and a B each;
 * :func:`dequantize` writes that row-major bfloat16 weight, exactly ``e2m1 * scale``; also what the backward pass needs.
 
-All are registered with PyTorch as ``torch.ops.qerl_hopper.nvfp4_gemm``, ``nvfp4_lora_gemm`` and ``nvfp4_dequantize``, can be captured into CUDA
-graphs (call :func:`initialize` before) and never synchronize.
+All are registered with PyTorch as ``torch.ops.qerl_hopper.nvfp4_gemm``, ``nvfp4_lora_gemm`` and ``nvfp4_dequantize``, can be
+captured into CUDA graphs (call :func:`initialize` before) and never synchronize.
 """
 
 from __future__ import annotations
@@ -95,7 +95,8 @@ def shrink(
 ) -> tuple[torch.Tensor, bool]:
     """``factor x A^T`` [M, rows of A], and whether ``lora_shrink.cu`` computed it (cuBLAS otherwise).
 
-    ``n``: rows of the product that follows. ``flag``: address of what the kernel sets when the kernels before it are complete, or None.
+    ``n``: rows of the product that follows. ``flag``: address of what the kernel sets when the kernels before it are complete,
+    or None.
     """
     m, k = x.shape
     rows = lora_a.shape[0]
@@ -140,7 +141,7 @@ def run_plan(
         lora_a, lora_b, all_ends, scaling = lora
         shards = len(all_ends)
         rank = lora_a.shape[0] // shards
-        if m <= tuning.SHRINK_LIMIT and pdl and (overlap):
+        if m <= tuning.SHRINK_LIMIT and pdl and overlap:
             flag = library.qerl_nvfp4_flag(slot, next(_launches))
         u, _ = shrink(x, lora_a, n, scaling / (alpha * FRAGMENT_UNIT), pdl, flag, how)
         ends = (*all_ends[:-1], 0, 0)[:2]
