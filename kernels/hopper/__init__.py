@@ -92,8 +92,8 @@ def initialize() -> None:
 
 def shrink(
     x, lora_a, n: int, factor: float, pdl: int = 1, flag: int | None = None, how: tuning.Shrink | None = None
-) -> tuple[torch.Tensor, bool]:
-    """``factor x A^T`` [M, rows of A], and whether ``lora_shrink.cu`` computed it (cuBLAS otherwise).
+) -> torch.Tensor:
+    """``factor x A^T`` [M, rows of A], through ``lora_shrink.cu`` up to ``SHRINK_LIMIT`` tokens and cuBLAS beyond.
 
     ``n``: rows of the product that follows. ``flag``: address of what the kernel sets when the kernels before it are complete,
     or None.
@@ -101,7 +101,7 @@ def shrink(
     m, k = x.shape
     rows = lora_a.shape[0]
     if m > tuning.SHRINK_LIMIT:
-        return torch.addmm(x.new_empty(rows), x, lora_a.t(), beta=0, alpha=factor), False
+        return torch.addmm(x.new_empty(rows), x, lora_a.t(), beta=0, alpha=factor)
     u = torch.empty((m, rows), dtype=x.dtype, device=x.device)
     how = tuning.choose_shrink(m, n, k, rows, _prepare(x.device.index)) if how is None else how
     error = load_library().qerl_lora_shrink(
@@ -110,17 +110,16 @@ def shrink(
     )  # fmt: skip
     if error:
         raise RuntimeError(f"the LoRA kernel failed with error {error} for M, K, rows = {m}, {k}, {rows}")
-    return u, True
+    return u
 
 
 def run_plan(
-    x, packed_p, scale_p, alpha, bias, plan: tuning.Plan, pdl: int = 1, out=None, lora=None, overlap=True, how=None
+    x, packed_p, scale_p, alpha, bias, plan: tuning.Plan, pdl: int = 1, out=None, lora=None, how=None
 ) -> torch.Tensor:
     """:func:`gemm` with ``x`` [M, K] and an explicit plan.
 
-    ``lora``: ``(lora_a, lora_b_p, ends, scaling)`` as for :func:`lora_gemm`, for plans with a kernel of ours. ``overlap``:
-    whether the product works on the base while x A^T is computed, or waits for it. ``how``: a choice other than
-    ``tuning.py``'s for x A^T.
+    ``lora``: ``(lora_a, lora_b_p, ends, scaling)`` as for :func:`lora_gemm`, for plans with a kernel of ours. ``how``: a
+    choice other than ``tuning.py``'s for x A^T, beside which the product already works on the base.
 
     ``pdl``: launch with programmatic dependent launch, so that a launch sets up and fetches its first weights (which no
     kernel writes) while the kernel before it drains; activations and results wait for that kernel's end.
@@ -141,9 +140,9 @@ def run_plan(
         lora_a, lora_b, all_ends, scaling = lora
         shards = len(all_ends)
         rank = lora_a.shape[0] // shards
-        if m <= tuning.SHRINK_LIMIT and pdl and overlap:
+        if m <= tuning.SHRINK_LIMIT and pdl:
             flag = library.qerl_nvfp4_flag(slot, next(_launches))
-        u, _ = shrink(x, lora_a, n, scaling / (alpha * FRAGMENT_UNIT), pdl, flag, how)
+        u = shrink(x, lora_a, n, scaling / (alpha * FRAGMENT_UNIT), pdl, flag, how)
         ends = (*all_ends[:-1], 0, 0)[:2]
     workspace = torch.empty(plan.workspace, dtype=torch.uint8, device=x.device) if plan.workspace else None
     error = library.qerl_nvfp4_gemm(

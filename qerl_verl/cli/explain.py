@@ -134,7 +134,7 @@ _ABSENT = object()
 
 def _apply(config: DictConfig, keys: set[str], platform: str, notify) -> list[str]:
     """What the switch's callback does to a configuration before it quantizes the model. Returns the problems."""
-    from qerl_verl.config.callback import _adopt_adapter
+    from qerl_verl.config.callback import adopt_adapter
     from qerl_verl.config.rules import apply_rules, find_problems, trained_models
     from qerl_verl.config.settings import QeRLSettings
 
@@ -144,6 +144,6 @@ def _apply(config: DictConfig, keys: set[str], platform: str, notify) -> list[st
         return ["qerl=nvfp4 is a switch for `python -m verl.trainer.main_ppo`; this is another program's configuration"]
     QeRLSettings.from_mapping(OmegaConf.to_container(config.qerl, resolve=True))
     for model in trained_models(config):
-        _adopt_adapter(config, keys, model)
+        adopt_adapter(config, keys, model)
     apply_rules(config, keys, on_cpu=platform == "cpu", notify=notify)
     return find_problems(config)

@@ -73,7 +73,7 @@ def prepare(config: DictConfig, keys: set[str]) -> None:
         raise SettingsError(["qerl=nvfp4 is a switch for `python -m verl.trainer.main_ppo`; this is another program"])
     settings = QeRLSettings.from_mapping(OmegaConf.to_container(config.qerl, resolve=True))
     platform = choose_platform(settings, config)
-    adapters = {model: _adopt_adapter(config, keys, model) for model in trained_models(config)}
+    adapters = {model: adopt_adapter(config, keys, model) for model in trained_models(config)}
     apply_rules(config, keys, on_cpu=platform == "cpu", notify=say)
     if problems := find_problems(config):
         raise SettingsError(problems)
@@ -209,7 +209,7 @@ _STOCK = {"lora_rank": 0, "lora_alpha": 16, "target_modules": "all-linear"}
 """verl's values of what an adapter brings with it."""
 
 
-def _adopt_adapter(config: DictConfig, keys: set[str], model: str = MODEL) -> dict | None:
+def adopt_adapter(config: DictConfig, keys: set[str], model: str = MODEL) -> dict | None:
     """Take rank and alpha from the adapter that training goes on from; verl and vLLM size their buffers by the setting.
 
     Args:
@@ -262,11 +262,11 @@ def _adapter_problems(config: DictConfig, model: str, adapter: dict) -> list[str
 
     heads = {"classifier", "score"} if model == CRITIC else set()  # what PEFT saves of a token classification model
     extra = ["modules_to_save"] if set(adapter.get("modules_to_save") or ()) - heads else []
-    extra += [key for key in ("use_dora", "lora_bias") if adapter.get(key)]
+    extra += [key for key in ("use_dora", "lora_bias", "rank_pattern", "alpha_pattern") if adapter.get(key)]
     extra += ["bias"] if adapter.get("bias", "none") != "none" else []
     if extra:
         out.append(
-            f"{where}: {extra[0]}={adapter[extra[0]]} in its adapter_config.json; plain LoRA tensors alone, and a critic's head, can go on"
+            f"{where}: {extra[0]}={adapter[extra[0]]} in its adapter_config.json; plain LoRA tensors alone, of one rank, and a critic's head, can go on"
         )
 
     found, wanted = adapter.get("target_modules"), adapter["wanted"].get("target_modules")

@@ -20,6 +20,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from qerl_verl.config.settings import RolloutSettings
 from qerl_verl.switch import ENGINE_VENDOR, KERNEL_ENV, SWITCH_ENV
 
 WORKER_EXTENSION = "qerl_verl.rollout.worker.QeRLWorkerExtension"
@@ -176,11 +177,13 @@ def force(config: DictConfig, on_cpu: bool, notify: Callable[[str], None]) -> No
 
 def rollout_layers(config: DictConfig) -> dict[str, Any]:
     """What every process of the rollout engine learns through vLLM's ``additional_config``, see rollout/quantization.py."""
-    settings = OmegaConf.to_container(_get(config, "qerl.rollout") or OmegaConf.create(), resolve=True)
+    settings = RolloutSettings(
+        **OmegaConf.to_container(_get(config, "qerl.rollout") or OmegaConf.create(), resolve=True)
+    )
     lora = None
-    if settings.get("lora", "inline") == "inline":
+    if settings.lora == "inline":
         lora = {"rank": _get(config, f"{MODEL}.lora_rank"), "alpha": _get(config, f"{MODEL}.lora_alpha")}
-    return {"kernel": settings.get("kernel", "auto"), "lora": lora, "sleep_level": settings.get("sleep_level", 1)}
+    return {"kernel": settings.kernel, "lora": lora, "sleep_level": settings.sleep_level}
 
 
 def find_problems(config: DictConfig) -> list[str]:

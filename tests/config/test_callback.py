@@ -21,29 +21,29 @@ def with_adapter(tmp_path, **model):
 
 def test_rank_and_alpha_come_from_the_adapter_to_go_on_from(tmp_path):
     config = with_adapter(tmp_path)
-    callback._adopt_adapter(config, set())
+    callback.adopt_adapter(config, set())
     assert (config.actor_rollout_ref.model.lora_rank, config.actor_rollout_ref.model.lora_alpha) == (64, 128)
 
 
 def test_a_rank_that_is_not_the_adapters_is_refused(tmp_path):
     with pytest.raises(SettingsError, match="lora_rank=8, but the adapter .* has 64; remove the setting"):
-        callback._adopt_adapter(with_adapter(tmp_path, lora_rank=8), {f"{MODEL}.lora_rank"})
+        callback.adopt_adapter(with_adapter(tmp_path, lora_rank=8), {f"{MODEL}.lora_rank"})
 
 
 def test_a_folder_without_an_adapter_is_refused(tmp_path):
     with pytest.raises(SettingsError, match="no adapter_config.json there"):
-        callback._adopt_adapter(with_adapter(tmp_path, lora_adapter_path=str(tmp_path / "nowhere")), set())
+        callback.adopt_adapter(with_adapter(tmp_path, lora_adapter_path=str(tmp_path / "nowhere")), set())
 
 
 def test_a_rank_of_a_recipe_that_is_not_the_adapters_is_refused_too(tmp_path):
     with pytest.raises(SettingsError, match="lora_rank=8, but the adapter .* has 64"):
-        callback._adopt_adapter(with_adapter(tmp_path, lora_rank=8), set())
+        callback.adopt_adapter(with_adapter(tmp_path, lora_rank=8), set())
 
 
 def test_a_critics_adapter_is_read_as_well(tmp_path):
     config = with_adapter(tmp_path)
     config.critic = {"model": config.actor_rollout_ref.model}
-    callback._adopt_adapter(config, set(), CRITIC)
+    callback.adopt_adapter(config, set(), CRITIC)
     assert config.critic.model.lora_rank == 64 and config.actor_rollout_ref.model.lora_rank == 0
 
 
@@ -66,7 +66,7 @@ def problems_of(adapter, base, keys=(), role=MODEL, **model):
     }
     node = {"model": {**model, "path": str(base)}}
     config = OmegaConf.create({role.partition(".")[0]: node, "qerl": {"source_model": "Qwen/there"}})
-    return callback._adapter_problems(config, role, callback._adopt_adapter(config, set(keys), role))
+    return callback._adapter_problems(config, role, callback.adopt_adapter(config, set(keys), role))
 
 
 def test_an_adapter_that_fits_is_taken(adapter, nvfp4_checkpoint):
@@ -92,11 +92,12 @@ def test_another_target_set_is_refused(adapter, nvfp4_checkpoint, keys):
     assert problem.startswith(f"{MODEL}.target_modules={wanted}, but the adapter") and "remove the setting" in problem
 
 
-def test_an_adapter_with_more_than_lora_tensors_is_refused(adapter, nvfp4_checkpoint):
+@pytest.mark.parametrize("key, value", [("modules_to_save", ["embed_tokens"]), ("rank_pattern", {"q_proj": 8})])
+def test_an_adapter_that_is_not_one_rank_of_lora_tensors_is_refused(adapter, nvfp4_checkpoint, key, value):
     content = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps({**content, "modules_to_save": ["embed_tokens"]}))
+    (adapter / "adapter_config.json").write_text(json.dumps({**content, key: value}))
     (problem,) = problems_of(adapter, nvfp4_checkpoint)
-    assert "lora_adapter_path" in problem and "modules_to_save=['embed_tokens']" in problem
+    assert "lora_adapter_path" in problem and f"{key}={value}" in problem
 
 
 def test_an_actors_adapter_is_none_for_a_critic(adapter, nvfp4_checkpoint):
@@ -110,7 +111,7 @@ def test_a_critics_adapter_is_none_for_an_actor(tmp_path, nvfp4_checkpoint, bf16
     get_peft_model(model, config).save_pretrained(tmp_path / "critic")
     assert problems_of(tmp_path / "critic", nvfp4_checkpoint, role=CRITIC) == []
     (problem,) = problems_of(tmp_path / "critic", nvfp4_checkpoint)
-    assert "modules_to_save" in problem and "plain LoRA tensors alone, and a critic's head, can go on" in problem
+    assert "modules_to_save" in problem and "plain LoRA tensors alone, of one rank, and a critic's head, can go on" in problem
 
 
 def models(folder, actor, critic):
