@@ -111,7 +111,10 @@ def test_a_critics_adapter_is_none_for_an_actor(tmp_path, nvfp4_checkpoint, bf16
     get_peft_model(model, config).save_pretrained(tmp_path / "critic")
     assert problems_of(tmp_path / "critic", nvfp4_checkpoint, role=CRITIC) == []
     (problem,) = problems_of(tmp_path / "critic", nvfp4_checkpoint)
-    assert "modules_to_save" in problem and "plain LoRA tensors alone, of one rank, and a critic's head, can go on" in problem
+    assert (
+        "modules_to_save" in problem
+        and "plain LoRA tensors alone, of one rank, and a critic's head, can go on" in problem
+    )
 
 
 def models(folder, actor, critic):
