@@ -11,7 +11,6 @@ import json
 import os
 import sys
 from functools import partial
-from types import SimpleNamespace
 
 checkpoint, out, rank, world, port, settings = sys.argv[1:]
 rank, world, settings = int(rank), int(world), json.loads(settings)
@@ -20,18 +19,25 @@ os.environ |= {"MASTER_PORT": port, "QERL_SWITCH": "nvfp4", "VERL_PLATFORM": "cp
 
 import torch  # noqa: E402
 import verl  # noqa: E402, F401  (loads the plugin)
-from torch.distributed.tensor import DTensor, distribute_tensor  # noqa: E402
+from many_ranks import (  # noqa: E402
+    bytes_per_weight,
+    count_all_gathers,
+    full,
+    loss_function,
+    randomize_adapters,
+    use_packed_attention,
+    verl_batch,
+)
+from torch.distributed.tensor import DTensor  # noqa: E402
 from verl.trainer.config import CheckpointConfig  # noqa: E402
-from verl.utils import tensordict_utils as tu  # noqa: E402
 from verl.utils.distributed import initialize_global_process_group_ray  # noqa: E402
 from verl.workers.config import (  # noqa: E402
-    FSDPActorConfig,
     FSDPEngineConfig,
     FSDPOptimizerConfig,
     HFModelConfig,
 )
 from verl.workers.engine import EngineRegistry  # noqa: E402
-from verl.workers.utils.losses import ppo_loss, value_loss  # noqa: E402
+from verl.workers.engine.fsdp import FSDPEngineWithLMHead  # noqa: E402
 
 initialize_global_process_group_ray()
 torch.manual_seed(0)
@@ -39,29 +45,31 @@ torch.set_num_threads(1)
 
 
 def make_engine(**variant):
+    """With ``stock``, the folder of a 16-bit checkpoint, verl's own engine."""
     get = {**settings, **variant}.get
     model_type = get("model_type", "language_model")
     model = HFModelConfig(
-        path=checkpoint,
+        path=get("stock", checkpoint),
         model_type=model_type,
         lora_rank=get("lora_rank", 8),
         lora_alpha=16,
         lora_adapter_path=get("lora_adapter_path"),
         enable_gradient_checkpointing=get("gradient_checkpointing", True),
-        override_config={"attn_implementation": "sdpa"},
+        override_config={"attn_implementation": use_packed_attention() if get("packed_attention") else "sdpa"},
         use_remove_padding=get("use_remove_padding", False),
     )
-    engine = EngineRegistry.new(
-        model_type=model_type,
-        backend="fsdp2",
+    new = FSDPEngineWithLMHead if get("stock") else partial(EngineRegistry.new, model_type=model_type, backend="fsdp2")
+    engine = new(
         model_config=model,
         engine_config=FSDPEngineConfig(
             strategy="fsdp2",
+            model_dtype="bfloat16",  # verl's engine alone reads it
             use_torch_compile=get("use_torch_compile", False),
             param_offload=get("param_offload", False),
             optimizer_offload=get("optimizer_offload", False),
             offload_policy=get("offload_policy", False),
             mixed_precision=get("mixed_precision"),
+            ulysses_sequence_parallel_size=get("ulysses", 1),
         ),
         optimizer_config=FSDPOptimizerConfig(
             lr=1e-2, lr_warmup_steps=get("lr_warmup_steps", 4), total_training_steps=10
@@ -74,22 +82,6 @@ def make_engine(**variant):
     )
     engine.initialize()
     return engine
-
-
-def full(tensor):
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def randomize_adapters(engine):
-    """The same values for every world size: drawn for the full tensor, then this rank's part is taken."""
-    generator = torch.Generator().manual_seed(7)
-    for _, parameter in sorted(engine.module.named_parameters()):
-        if parameter.requires_grad:
-            value = torch.randn(full(parameter).shape, generator=generator) * 0.05
-            if isinstance(parameter, DTensor):
-                parameter.data.copy_(distribute_tensor(value, parameter.device_mesh, parameter.placements))
-            else:
-                parameter.data.copy_(value)
 
 
 def train_step(engine, step):
@@ -113,71 +105,56 @@ def train_step(engine, step):
     return {"loss": total.item() / world, "grad_norm": grad_norm, "lr": lr}
 
 
-def verl_batch(step, **extra):
-    """Eight sequences of unequal length as verl's trainer sends them to a worker, and what a PPO loss wants to know."""
-    generator = torch.Generator().manual_seed(200 + step)
-    prompts = [3, 6, 4, 5, 2, 7, 3, 4]
-    responses = [9, 4, 7, 12, 5, 3, 10, 6]
-    ids = [torch.randint(3, 200, (p + r,), generator=generator) for p, r in zip(prompts, responses)]
-
-    def jagged(rows):
-        return torch.nested.as_nested_tensor(list(rows), layout=torch.jagged)
-
-    def drawn():
-        return jagged(torch.randn(r, generator=generator) for r in responses)
-
-    tensors = {
-        "input_ids": jagged(ids),
-        "position_ids": jagged(torch.arange(len(i)) for i in ids),
-        "prompts": jagged(i[:p] for i, p in zip(ids, prompts)),
-        "responses": jagged(i[p:] for i, p in zip(ids, prompts)),
-        "loss_mask": jagged(torch.ones(r) for r in responses),
-        "response_mask": jagged(torch.ones(r) for r in responses),
-        "advantages": drawn(),
-        "returns": drawn(),
-        "values": drawn(),
-        "old_log_probs": jagged(torch.randn(r, generator=generator) * 0.1 - 5 for r in responses),
-    }
-    return tu.get_tensordict(tensors, {"temperature": 1.0, "global_batch_size": 8, **extra})
-
-
-def loss_function():
-    if settings.get("model_type") == "value_model":
-        config = SimpleNamespace(cliprange_value=0.5, loss_agg_mode="token-mean", loss_scale_factor=None)
-        return partial(value_loss, config=config)
-    config = FSDPActorConfig(strategy="fsdp2", rollout_n=1, ppo_micro_batch_size_per_gpu=4, use_torch_compile=False)
-    return partial(ppo_loss, config=config)
-
-
 def run_variant(name, variant):
     """Two steps of verl's train_batch; with ``reference``, log-probabilities without the adapter before each of them."""
     engine = make_engine(**variant)
     seen = {"fresh": infer(engine)} if variant.get("reference") else {}
     with engine.train_mode():
         randomize_adapters(engine)
-    torch.save(adapter(engine)[0], f"{out}.start.pt")
+    keep(adapter(engine)[0], "start")
     seen |= {"loss": [], "grad_norm": []}
-    for step in range(2):
+    gathers = count_all_gathers(engine.module) if variant.get("count") else {}
+    for step in range(variant.get("steps", 2)):
         if variant.get("reference"):
             with engine.disable_adapter():
                 seen["without"] = infer(engine)
             seen["with"] = infer(engine)
         data = verl_batch(
             step,
+            engine.get_data_parallel_rank(),
+            engine.get_data_parallel_size(),
             use_remove_padding=variant.get("use_remove_padding", False),
             use_dynamic_bsz=variant.get("use_dynamic_bsz", False),
             max_token_len_per_gpu=32,
-            micro_batch_size_per_gpu=4,
+            micro_batch_size_per_gpu=min(4, 8 // engine.get_data_parallel_size()),
         )
         with engine.train_mode():
-            output = engine.train_batch(data, loss_function())
+            output = engine.train_batch(data, loss_function(settings.get("model_type")))
             engine.lr_scheduler_step()
-        seen["loss"].append(sum(output["loss"]))
+            if step == 0:
+                trained = ((n, p.grad) for n, p in engine.module.named_parameters() if p.requires_grad)
+                keep({n: full(grad).clone() for n, grad in trained}, f"{name}_grad")
+        loss = torch.tensor(sum(output["loss"]), dtype=torch.float64)
+        torch.distributed.all_reduce(loss)
+        seen["loss"].append(loss.item() / world)
         seen["micro_batches"] = len(output["loss"])
-        seen["grad_norm"].append(output["metrics"]["grad_norm"])
+        seen["grad_norm"].append(
+            output["metrics"].get("grad_norm")
+        )  # of a sequence-parallel group its first rank alone
     tensors, _ = engine.get_per_tensor_param(base_sync_done=True, layered_summon=variant.get("layered_summon", False))
-    torch.save(dict(tensors), f"{out}.{name}.pt")
-    return seen
+    tensors = dict(tensors)
+    keep(tensors, name)
+    for place, calls in gathers.items():
+        if ".layers." in place:
+            layer = engine.module.get_submodule(place)
+            seen.setdefault("bytes_per_weight", []).extend(bytes_per_weight(layer, size) for size in calls)
+    return seen | {"adapter": digest(tensors)}
+
+
+def keep(tensors, name):
+    """For the test to read."""
+    if rank == 0:
+        torch.save(tensors, f"{out}.{name}.pt")
 
 
 def infer(engine):
@@ -203,11 +180,11 @@ def poisoned(what):
             data = verl_batch(0, **batch)
             data["returns" if settings.get("model_type") == "value_model" else "advantages"].values()[40] = float("nan")
             with engine.train_mode():
-                engine.train_batch(data, loss_function())
+                engine.train_batch(data, loss_function(settings.get("model_type")))
         elif what == "gradient":  # of one rank alone
             with engine.train_mode():
                 engine.optimizer_zero_grad()
-                engine.forward_backward_batch(verl_batch(0, **batch), loss_function())
+                engine.forward_backward_batch(verl_batch(0, **batch), loss_function(settings.get("model_type")))
                 if rank == world - 1:
                     parameters[name].grad.to_local()[0, 0] = float("inf")
                 engine.optimizer_step()
@@ -231,7 +208,7 @@ def adapter(engine):
 def digest(tensors):
     h = hashlib.sha256()
     for name in sorted(tensors):
-        h.update(name.encode() + tensors[name].detach().contiguous().numpy().tobytes())
+        h.update(name.encode() + tensors[name].detach().float().contiguous().numpy().tobytes())
     return h.hexdigest()
 
 

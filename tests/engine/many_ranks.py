@@ -1,0 +1,153 @@
+"""What the engine's tests and the benchmark of two GPUs share: the same batch for any number of ranks, and what ranks exchange."""
+
+from __future__ import annotations
+
+from functools import partial
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+PACKED_ATTENTION = "packed_sdpa"
+"""``attn_implementation`` after :func:`use_packed_attention`."""
+
+
+def full(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def randomize_adapters(engine, std: float = 0.05):
+    """The same values for every world size: drawn for the full tensor, then this rank's part is taken."""
+    generator = torch.Generator().manual_seed(7)
+    for _, parameter in sorted(engine.module.named_parameters()):
+        if parameter.requires_grad:
+            value = (torch.randn(full(parameter).shape, generator=generator) * std).to(parameter.device)
+            if isinstance(parameter, DTensor):
+                parameter.data.copy_(distribute_tensor(value, parameter.device_mesh, parameter.placements))
+            else:
+                parameter.data.copy_(value)
+
+
+def verl_batch(step, dp_rank=0, dp_size=1, longer=1, vocabulary=200, **extra):
+    """A data-parallel rank's part of eight sequences of unequal length as verl's trainer sends them to a worker.
+
+    Args:
+        longer: how many times as long as the shortest form, 10 to 17 tokens a sequence.
+        vocabulary: token ids are below it.
+        extra: verl's settings of a batch, ``use_remove_padding`` and the like.
+    """
+    from verl.utils import tensordict_utils as tu
+
+    generator = torch.Generator().manual_seed(200 + step)
+    prompts = [n * longer for n in (3, 6, 4, 5, 2, 7, 3, 4)]
+    responses = [n * longer for n in (9, 4, 7, 12, 5, 3, 10, 6)]
+    mine = range(8)[dp_rank * 8 // dp_size : (dp_rank + 1) * 8 // dp_size]
+    ids = [torch.randint(3, vocabulary, (p + r,), generator=generator) for p, r in zip(prompts, responses)]
+
+    def jagged(rows):
+        rows = list(rows)
+        return torch.nested.as_nested_tensor([rows[i] for i in mine], layout=torch.jagged)
+
+    def drawn():
+        return jagged(torch.randn(r, generator=generator) for r in responses)
+
+    tensors = {
+        "input_ids": jagged(ids),
+        "position_ids": jagged(torch.arange(len(i)) for i in ids),
+        "prompts": jagged(i[:p] for i, p in zip(ids, prompts)),
+        "responses": jagged(i[p:] for i, p in zip(ids, prompts)),
+        "loss_mask": jagged(torch.ones(r) for r in responses),
+        "response_mask": jagged(torch.ones(r) for r in responses),
+        "advantages": drawn(),
+        "returns": drawn(),
+        "values": drawn(),
+        "old_log_probs": jagged(torch.randn(r, generator=generator) * 0.1 - 5 for r in responses),
+    }
+    return tu.get_tensordict(tensors, {"temperature": 1.0, "global_batch_size": 8, **extra})
+
+
+def loss_function(model_type: str = "language_model"):
+    """verl's PPO loss of an actor, or of a critic (``value_model``)."""
+    from verl.workers.config import FSDPActorConfig
+    from verl.workers.utils.losses import ppo_loss, value_loss
+
+    if model_type == "value_model":
+        config = SimpleNamespace(cliprange_value=0.5, loss_agg_mode="token-mean", loss_scale_factor=None)
+        return partial(value_loss, config=config)
+    config = FSDPActorConfig(strategy="fsdp2", rollout_n=1, ppo_micro_batch_size_per_gpu=4, use_torch_compile=False)
+    return partial(ppo_loss, config=config)
+
+
+class _Counted(DefaultAllGather):
+    def __init__(self, seen: list[int]):
+        self.seen = seen
+
+    def __call__(self, output_tensor, input_tensor, group, async_op=False):
+        self.seen.append(output_tensor.numel() * output_tensor.element_size())
+        return super().__call__(output_tensor, input_tensor, group, async_op)
+
+
+def count_all_gathers(module: nn.Module) -> dict[str, list[int]]:
+    """Let every FSDP2 module note its all-gathers: by module, the bytes of the gathered tensor, one a call. The lists grow."""
+    seen = {name: [] for name, part in module.named_modules() if isinstance(part, FSDPModule)}
+    for name, calls in seen.items():
+        module.get_submodule(name).set_custom_all_gather(_Counted(calls))
+    return seen
+
+
+def bytes_per_weight(layer: nn.Module, gathered: int, itemsize: int = 2) -> float:
+    """What the frozen linears of a decoder layer cost in its all-gather, in bytes a weight.
+
+    Args:
+        layer: sharded by FSDP2 as a whole.
+        gathered: bytes of its all-gather.
+        itemsize: of the dtype in which the rest of it is gathered: norms, biases and the adapter.
+    """
+    from qerl_verl.nvfp4.linear import NVFP4Linear
+
+    weights, others = 0, sum(p.numel() for p in layer.parameters())
+    for name, linear in layer.named_modules():
+        if isinstance(linear, nn.Linear | NVFP4Linear) and "lora_" not in name:
+            weights += linear.in_features * linear.out_features
+            others -= sum(p.numel() for n, p in linear.named_parameters(recurse=False) if n != "bias")
+    return (gathered - itemsize * others) / weights
+
+
+def _packed_attention(query, key, value, attention_mask, query_length, *args, position_ids=None, **kwargs):
+    """transformers' ``_flash_attention_forward`` for causal sequences laid end to end, by PyTorch's SDPA, one after the other.
+
+    Args:
+        query: ``[1, tokens, heads, head_dim]``; key and value with their own number of heads.
+        position_ids: ``[1, tokens]``; a sequence begins at each 0.
+    """
+    assert attention_mask is None and query.shape[0] == 1 and kwargs.get("sliding_window") is None
+    starts = (position_ids[0] == 0).nonzero().flatten().tolist()
+    parts = []
+    for begin, end in zip(starts, [*starts[1:], query.shape[1]]):
+        q, k, v = (t[:, begin:end].transpose(1, 2) for t in (query, key, value))
+        y = nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=kwargs.get("softmax_scale"), enable_gqa=True
+        )
+        parts.append(y.transpose(1, 2))
+    return torch.cat(parts, dim=1)
+
+
+def use_packed_attention() -> str:
+    """Put PyTorch's SDPA where verl's Ulysses calls flash-attn. Returns the name to give as ``attn_implementation``.
+
+    verl 0.9.1 exchanges the heads in a replacement of transformers' ``_flash_attention_forward``
+    (verl/models/transformers/monkey_patch.py, apply_monkey_patch), which only an attention that goes through
+    transformers/integrations/flash_attention.py reaches, and flash-attn itself runs on GPUs only.
+    """
+    from transformers import AttentionInterface
+    from transformers.integrations.flash_attention import flash_attention_forward
+    from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
+    from verl.models.transformers import monkey_patch
+
+    AttentionInterface.register(PACKED_ATTENTION, flash_attention_forward)
+    AttentionMaskInterface.register(PACKED_ATTENTION, flash_attention_mask)
+    monkey_patch._flash_attention_forward = _packed_attention
+    return PACKED_ATTENTION

@@ -1,0 +1,67 @@
+"""Gloo ranks through verl's own training path: the bytes that they exchange, and that together they train what one rank does.
+
+Everything is compared with one rank on the same eight sequences, three steps from the same adapter. In float32, with the sums
+of FSDP2 in the order of one rank's micro-batches, two ranks differ in nothing, or in the last bits; Ulysses divides other
+sums: 1e-5 of the loss, 1e-5 of the gradient and 1e-4 of the way that the adapter went. By hand, on four ranks as well:
+
+    QERL_TEST_RANKS=4 python -m pytest tests/engine/test_many_ranks.py
+"""
+
+import os
+
+import pytest
+import torch
+
+WORLD = int(os.environ.get("QERL_TEST_RANKS", "2"))
+FLOAT32 = {
+    "use_remove_padding": True,
+    "packed_attention": True,
+    "mixed_precision": {"param_dtype": "fp32", "reduce_dtype": "fp32"},
+    "steps": 3,
+}
+VARIANTS = {"fsdp": FLOAT32, "ulysses": {**FLOAT32, "ulysses": 2}}
+
+
+@pytest.fixture(scope="module")
+def adapters_and_reports(run_engine, tmp_path_factory, nvfp4_checkpoint, bf16_checkpoint):
+    folder = tmp_path_factory.mktemp("ranks")
+    (one,) = run_engine(nvfp4_checkpoint, folder / "one", lr_warmup_steps=0, variants={"one": FLOAT32})
+    counted = {
+        "packed": {"steps": 1, "count": True},
+        "bf16": {"steps": 1, "count": True, "stock": str(bf16_checkpoint)},
+    }
+    reports = run_engine(
+        nvfp4_checkpoint, folder / "many", world=WORLD, lr_warmup_steps=0, variants={**VARIANTS, **counted}
+    )
+    adapters = {name: torch.load(folder / f"one.{name}.pt") for name in ("start", "one", "one_grad")}
+    adapters |= {name: torch.load(folder / f"many.{name}.pt") for v in VARIANTS for name in (v, f"{v}_grad")}
+    return adapters, one["one"], reports
+
+
+def distance(a, b):
+    return sum((a[n] - b[n]).square().sum() for n in b).sqrt().item()
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_three_steps_are_those_of_one_rank(adapters_and_reports, name):
+    adapters, one, reports = adapters_and_reports
+    found = reports[0][name]
+    assert len(found["loss"]) == 3 and found["loss"] == pytest.approx(one["loss"], abs=1e-5)
+    assert found["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-5)
+    nothing = {n: torch.zeros_like(t) for n, t in adapters["one_grad"].items()}
+    assert distance(adapters[f"{name}_grad"], adapters["one_grad"]) < 1e-5 * distance(nothing, adapters["one_grad"])
+    moved = distance(adapters["one"], adapters["start"])
+    assert moved > 0 and distance(adapters[name], adapters["one"]) < 1e-4 * moved
+
+
+def test_all_ranks_hold_the_same_adapter_in_the_end(adapters_and_reports):
+    _, _, reports = adapters_and_reports
+    for name in reports[0]:
+        assert len({report[name]["adapter"] for report in reports}) == 1
+
+
+def test_the_all_gather_moves_the_packed_bytes(adapters_and_reports):
+    """4 bits a value and 8 bits for each 16 of them, where bfloat16 takes 2 bytes. In forward and backward of both layers."""
+    _, _, reports = adapters_and_reports
+    assert reports[0]["packed"]["bytes_per_weight"] == [0.5625] * 4
+    assert reports[0]["bf16"]["bytes_per_weight"] == [2.0] * 4
