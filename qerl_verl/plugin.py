@@ -43,13 +43,14 @@ def register_platform() -> None:
 
 
 def register_verl() -> None:
-    """Register platform, engines, trainers and the rollout replica, all but the first when verl first imports their registries."""
+    """Register platform, engines, trainers, rollout replica and transport, all but the first when verl first imports their registries."""
     import wrapt
 
     register_platform()
     wrapt.register_post_import_hook("qerl_verl.engine.register:register_engines", "verl.workers.engine")
     wrapt.register_post_import_hook("qerl_verl.trainer.register:register_trainers", "verl.trainer.ppo.v1")
     wrapt.register_post_import_hook("qerl_verl.rollout.register:register_replica", "verl.workers.rollout.replica")
+    wrapt.register_post_import_hook("qerl_verl.rollout.register:register_transport", "verl.checkpoint_engine")
 
 
 def register_vllm() -> None:

@@ -24,8 +24,15 @@ from qerl_verl.config.settings import RolloutSettings
 from qerl_verl.switch import ENGINE_VENDOR, KERNEL_ENV, SWITCH_ENV
 
 WORKER_EXTENSION = "qerl_verl.rollout.worker.QeRLWorkerExtension"
-TRAINER_MODES = {"sync": "qerl_sync", "colocate_async": "qerl_colocate_async"}
+TRAINER_MODES = {
+    "sync": "qerl_sync",
+    "colocate_async": "qerl_colocate_async",
+    "separate_async": "qerl_separate_async",
+}
 """verl's trainer modes that run with QeRL, and the names our trainers are registered under."""
+
+TRANSPORT = "qerl"
+"""The checkpoint engine of rollout/transport.py in verl's registry."""
 
 MODEL = "actor_rollout_ref.model"
 CRITIC = "critic.model"
@@ -56,6 +63,12 @@ CRITIC_DEFAULTS = (
     Default(f"{CRITIC}.lora_alpha", 16, 32, "scaling 1 at rank 32"),
 )
 
+SEPARATE_DEFAULTS = (
+    Default(f"{ROLLOUT}.checkpoint_engine.backend", "naive", TRANSPORT, "the adapter goes to engines of their own over TCP"),
+    Default(f"{ROLLOUT}.checkpoint_engine.update_weights_bucket_megabytes", 2048, 256, "an adapter, not a model"),
+)  # fmt: skip
+"""With ``trainer.v1.trainer_mode=separate_async``."""
+
 UNCOMPUTED = {
     "remax": "the reward of a greedy response (reward_baselines)",
     "optimal_token_baseline": "sum_pi_squared",
@@ -83,6 +96,8 @@ CPU_DEFAULTS = (
     Default("critic.fsdp.use_torch_compile", True, False, "as above"),
 )
 
+SEPARATE_CPU_DEFAULTS = (Default(f"{ROLLOUT}.nnodes", 0, 1, "one slot on the CPU for a rollout engine of its own"),)
+
 CPU_ENVIRONMENT = {
     "VERL_PLATFORM": "cpu",
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
@@ -102,6 +117,8 @@ def apply_rules(config: DictConfig, user_keys: set[str], on_cpu: bool, notify: C
     models = trained_models(config)
     defaults = DEFAULTS + (CRITIC_DEFAULTS if CRITIC in models else ())
     defaults += _attention_defaults(models) + (CPU_DEFAULTS if on_cpu else ())
+    if _is_separate(config):
+        defaults += SEPARATE_DEFAULTS + (SEPARATE_CPU_DEFAULTS if on_cpu else ())
     for model in models:
         if f"{model}.lora_rank" in user_keys or OmegaConf.select(config, f"{model}.lora_rank") != 0:
             defaults = tuple(d for d in defaults if d.key != f"{model}.lora_alpha")
@@ -121,6 +138,11 @@ def trained_models(config: DictConfig) -> tuple[str, ...]:
     if critic is None:
         critic = _get(config, "algorithm.adv_estimator") == "gae"
     return (MODEL, CRITIC) if critic else (MODEL,)
+
+
+def _is_separate(config: DictConfig) -> bool:
+    """Whether engines of their own sample, before or after :func:`force`."""
+    return _get(config, "trainer.v1.trainer_mode") in ("separate_async", TRAINER_MODES["separate_async"])
 
 
 def _attention_defaults(models: tuple[str, ...]) -> tuple[Default, ...]:
@@ -161,6 +183,8 @@ def force(config: DictConfig, on_cpu: bool, notify: Callable[[str], None]) -> No
     if on_cpu:
         environment |= {name: os.environ.get(name, value) for name, value in CPU_ENVIRONMENT.items()}
         slots = _get(config, "trainer.n_gpus_per_node")
+        if _is_separate(config):
+            slots += _get(config, f"{ROLLOUT}.nnodes") * _get(config, f"{ROLLOUT}.n_gpus_per_node")
         _set(config, "trainer.device", "cpu", "no GPU", notify)
         if _get(config, "ray_kwargs.ray_init.address") is None and not os.environ.get("RAY_ADDRESS"):
             _set(config, "ray_kwargs.ray_init.num_gpus", slots, "slots for workers, not GPUs", notify)
@@ -206,10 +230,7 @@ def find_problems(config: DictConfig) -> list[str]:
     mode = get("trainer.v1.trainer_mode")
     refuse(
         mode not in TRAINER_MODES.values(),
-        f"trainer.v1.trainer_mode={mode}: QeRL runs with {' and '.join(TRAINER_MODES)}; use colocate_async. verl's separate_async "
-        "hands the whole model, without the adapter's configuration, to a checkpoint engine (engine_workers.py, update_weights; "
-        "checkpoint_engine/base.py, CheckpointEngineWorker); a packed base cannot take that, and sending the adapter alone is "
-        "not built yet",
+        f"trainer.v1.trainer_mode={mode}: QeRL runs with verl's own trainers; set {' or '.join(TRAINER_MODES)}",
     )
     refuse(
         get(f"{ROLLOUT}.name") != "vllm",
@@ -234,10 +255,15 @@ def find_problems(config: DictConfig) -> list[str]:
     qat_keys = (f"{ACTOR}.fsdp_config.qat.enable", f"{ROLLOUT}.qat.enable", "critic.fsdp.qat.enable")
     qat = next((k for k in qat_keys if get(k)), None)
     refuse(qat, f"{qat}=True: QAT trains the weights that QeRL keeps frozen in 4 bits; remove it")
-    refuse(
-        get(f"{ROLLOUT}.checkpoint_engine.backend") not in ("naive", None),
-        f"{ROLLOUT}.checkpoint_engine.backend={get(f'{ROLLOUT}.checkpoint_engine.backend')}: it sends whole models; use naive",
-    )
+    backend = get(f"{ROLLOUT}.checkpoint_engine.backend")
+    if mode == TRAINER_MODES["separate_async"]:
+        for problem in _separate_problems(config):
+            refuse(True, problem)
+    else:
+        refuse(
+            backend not in ("naive", None),
+            f"{ROLLOUT}.checkpoint_engine.backend={backend}: it is for trainer.v1.trainer_mode=separate_async; use naive",
+        )
     extension = get(f"{ROLLOUT}.engine_kwargs.vllm.worker_extension_cls")
     refuse(
         extension != WORKER_EXTENSION,
@@ -264,6 +290,34 @@ def find_problems(config: DictConfig) -> list[str]:
         for problem in _model_problems(config, model):
             refuse(True, problem)
     return out
+
+
+def _separate_problems(config: DictConfig) -> list[str]:
+    """What engines of their own cannot do with QeRL, and what verl's trainer asserts when Ray and the model's processes run
+    already (verl/trainer/ppo/v1/trainer_separate_async.py, __init__)."""
+    get = lambda key: _get(config, key)  # noqa: E731
+    engine = f"{ROLLOUT}.checkpoint_engine.backend"
+    backend, on_cpu = get(engine), get("trainer.device") == "cpu"
+    batch, updates = get("data.train_batch_size"), get("trainer.v1.separate_async.parameter_sync_step")
+    mini_batch = get(f"{ACTOR}.ppo_mini_batch_size")
+    mode = "trainer.v1.trainer_mode=separate_async"
+    found = {
+        f"{engine}={backend}: it reaches engines on the actor's own GPUs alone; use {TRANSPORT} (or nccl, on GPUs) with {mode}":
+        backend == "naive",
+        f"{engine}=delta_sharded: it sends what changed in 16-bit weights, and those do not change; use {TRANSPORT} or nccl":
+        backend == "delta_sharded",
+        f"{engine}={backend}: there is no GPU; use {TRANSPORT}":
+        on_cpu and backend not in (TRANSPORT, "naive", "delta_sharded"),
+        f"{ROLLOUT}.nnodes=0: {mode} samples on nodes of their own; give their number, and their GPUs each with "
+        f"{ROLLOUT}.n_gpus_per_node": get(f"{ROLLOUT}.nnodes") == 0,
+        f"data.train_batch_size={batch}: {mode} makes trainer.v1.separate_async.parameter_sync_step={updates} updates of "
+        f"{ACTOR}.ppo_mini_batch_size={mini_batch} prompts from a batch; set it to {updates * mini_batch}":
+        batch != updates * mini_batch,
+        f"reward.reward_model.enable=True: with {mode} a reward model needs GPUs of its own; set "
+        "reward.reward_model.enable_resource_pool=True":
+        get("reward.reward_model.enable") and not get("reward.reward_model.enable_resource_pool"),
+    }  # fmt: skip
+    return [text for text, applies in found.items() if applies]
 
 
 def _model_problems(config: DictConfig, model: str) -> list[str]:

@@ -25,6 +25,7 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead, FSDP
 from qerl_verl.engine.checkpoint_errors import reading, writing
 from qerl_verl.engine.finite import NonFiniteError, first_nonfinite, gather_first, gradient_norms, named_tensors
 from qerl_verl.lora.peft import linear_names, register_nvfp4, save_adapter
+from qerl_verl.lora.wire import CONFIG_TENSOR, pack_config
 from qerl_verl.nvfp4.loading import load_tensors, packed_linear_names, prepack_linears, swap_linears
 from qerl_verl.switch import KERNEL_ENV
 
@@ -196,20 +197,26 @@ class NVFP4EngineMixin:
         return grad_norm
 
     def get_per_tensor_param(self, layered_summon: bool = False, base_sync_done: bool = False, **kwargs):
-        """verl's parameters for the rollout: with ``base_sync_done`` the adapter, full float32 tensors on the host.
+        """The adapter for the rollout, full float32 tensors, and its configuration. The base is never sent.
+
+        Args:
+            base_sync_done: False where verl wants a whole model for one of its checkpoint engines and drops the
+                configuration (verl/workers/engine_workers.py, update_weights). The tensors are on the engine's device then,
+                else on the host, and the last one is the configuration, see :mod:`qerl_verl.lora.wire`.
 
         Raises:
             NonFiniteError: naming the first tensor of the adapter with a NaN or Inf.
         """
-        tensors, config = super().get_per_tensor_param(
-            layered_summon=layered_summon, base_sync_done=base_sync_done, **kwargs
-        )
-        if config is not None and base_sync_done:
-            tensors = list(tensors)
-            if name := first_nonfinite(tensors):
-                raise NonFiniteError(
-                    f"[qerl] {self._at_step(after=True)}: {name} is not finite; it is neither sent nor saved."
-                )
+        tensors, config = super().get_per_tensor_param(layered_summon=layered_summon, base_sync_done=True, **kwargs)
+        tensors = list(tensors)
+        if name := first_nonfinite(tensors):
+            raise NonFiniteError(
+                f"[qerl] {self._at_step(after=True)}: {name} is not finite; it is neither sent nor saved."
+            )
+        if not base_sync_done:
+            # last: a float32 tensor behind an odd number of bytes could not be viewed as one
+            tensors = [*tensors, (CONFIG_TENSOR, pack_config(config))]
+            tensors = [(name, tensor.to(get_device_id())) for name, tensor in tensors]
         return tensors, config
 
     def save_checkpoint(self, local_path: str, hdfs_path=None, global_step: int = 0, max_ckpt_to_keep=None, **kwargs):

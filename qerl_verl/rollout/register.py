@@ -1,4 +1,4 @@
-"""Put the rollout replica into verl's registry. Called when verl imports ``verl.workers.rollout.replica``."""
+"""Put the rollout replica and the transport of adapters into verl's registries. Called when verl imports those."""
 
 
 def register_replica(replica_module=None) -> None:
@@ -16,3 +16,12 @@ def _load():
     from qerl_verl.rollout.server import QeRLReplica
 
     return QeRLReplica
+
+
+def register_transport(checkpoint_engine_package=None) -> None:
+    """Import the module whose decorator registers the checkpoint engine ``qerl``. Idempotent.
+
+    Args:
+        checkpoint_engine_package: the module ``verl.checkpoint_engine`` (wrapt's post-import hook passes it).
+    """
+    import qerl_verl.rollout.transport  # noqa: F401

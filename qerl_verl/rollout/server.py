@@ -47,6 +47,17 @@ class QeRLHttpServer(vLLMHttpServer):
             if "weights" in (tags or self._get_wake_up_tags()):
                 await self.engine.collective_rpc("qerl_reload_base")
 
+    async def release_kv_cache(self):
+        """Nothing is released: verl would put the whole engine to sleep to make room for the weights of a sync
+        (vllm_async_server.py, release_kv_cache), and an adapter needs no room. At level 2 it would also lose the base."""
+        if not self._qerl().get(ADDITIONAL_CONFIG):
+            await super().release_kv_cache()
+
+    async def resume_kv_cache(self):
+        """Nothing was released; verl has dropped what was cached under the weights before (vllm_rollout.py, update_weights)."""
+        if not self._qerl().get(ADDITIONAL_CONFIG):
+            await super().resume_kv_cache()
+
     async def qerl_check_engine(self) -> None:
         """Raises: vLLM's EngineDeadError, if the engine's process or one of its workers has ended."""
         if self.node_rank == 0 and self.engine.errored:

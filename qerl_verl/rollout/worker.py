@@ -6,9 +6,10 @@ import hashlib
 
 import torch
 from verl.utils.device import get_device_name
-from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
+from verl.workers.rollout.vllm_rollout.utils import VLLM_LORA_INT_ID, vLLMColocateWorkerExtension
 
 from qerl_verl.aqn.noise import NoiseInjector, find_noise_targets
+from qerl_verl.lora.wire import take_config
 from qerl_verl.nvfp4.architectures import get_architecture
 from qerl_verl.rollout.lora import FUSED, AdapterStore, adapter_scaling, lora_settings
 
@@ -28,17 +29,16 @@ class QeRLWorkerExtension(vLLMColocateWorkerExtension):
         return injector
 
     def update_weights_from_ipc(self, peft_config: dict = None, base_sync_done=False, use_shm: bool = False):
-        """An adapter goes into the layers where they have room for one; everything else is verl's business.
+        """An adapter goes into the layers where they have room for one, else into vLLM's LoRA path.
 
-        The transport is verl's (verl/workers/rollout/vllm_rollout/utils.py, update_weights_from_ipc).
+        The transport is verl's (verl/workers/rollout/vllm_rollout/utils.py, update_weights_from_ipc). From a checkpoint engine
+        the adapter comes without arguments; its configuration is one of the tensors then, see :mod:`qerl_verl.lora.wire`.
 
         Raises:
-            ValueError: an adapter that does not fit, or with a value that is not finite; the layers keep the one they have.
+            ValueError: no adapter, one that does not fit, or with a value that is not finite; the engine keeps the one it has.
         """
-        if (
-            not (peft_config and base_sync_done)
-            or lora_settings(self.model_runner.vllm_config.additional_config) is None
-        ):
+        in_layers = lora_settings(self.model_runner.vllm_config.additional_config) is not None
+        if peft_config and not (in_layers and base_sync_done):
             return super().update_weights_from_ipc(peft_config, base_sync_done, use_shm)
         from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import BucketedWeightReceiver
 
@@ -51,7 +51,12 @@ class QeRLWorkerExtension(vLLMColocateWorkerExtension):
             tensors.update((name, tensor.clone()) for name, tensor in weights)  # the bucket is used again
 
         receiver.receive_weights(on_bucket_received=on_bucket_received)
-        self.qerl_load_adapter(tensors, adapter_scaling(peft_config))
+        peft_config = peft_config or take_config(tensors)
+        if in_layers:
+            self.qerl_load_adapter(tensors, adapter_scaling(peft_config))
+        else:
+            self.remove_lora(VLLM_LORA_INT_ID)
+            self._update_weights(list(tensors.items()), peft_config=peft_config, base_sync_done=True)
 
     def qerl_load_adapter(self, tensors: dict[str, torch.Tensor], scaling: float) -> int:
         """Overwrite the adapter in the layers, see :meth:`qerl_verl.rollout.lora.AdapterStore.load`."""

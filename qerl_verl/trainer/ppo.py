@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
+from collections.abc import Callable
+from concurrent import futures
 from contextlib import contextmanager
 from pathlib import Path
 
 import ray
 import transfer_queue as tq
 from omegaconf import DictConfig, OmegaConf, open_dict
-from verl.trainer.ppo.v1 import PPOTrainerColocateAsync, PPOTrainerSync, register_trainer
+from verl.checkpoint_engine import CheckpointEngineManager
+from verl.trainer.ppo.utils import Role
+from verl.trainer.ppo.v1 import PPOTrainerColocateAsync, PPOTrainerSeparateAsync, PPOTrainerSync, register_trainer
+from verl.trainer.ppo.v1 import trainer_separate_async as verl_separate_async
+from verl.utils.ray_utils import auto_await
 
 from qerl_verl.aqn.schedule import AQNSchedule
 from qerl_verl.config.callback import say
 from qerl_verl.config.settings import QeRLSettings
 from qerl_verl.engine.checkpoint_errors import writing
+from qerl_verl.engine.detached import AdapterDetachWorker
 from qerl_verl.nvfp4.errors import CheckpointError
 from qerl_verl.trainer.checkpoints import (
     RECORD_FILE,
@@ -35,14 +43,22 @@ ENGINE_CHECK_SECONDS = 5.0
 """How often a weight sync that is under way asks the rollout engines whether they live."""
 
 
+def _check_engines(replicas: list) -> None:
+    """Raises: vLLM's EngineDeadError, if a replica's engine has ended."""
+    ray.get([replica.server_handle.qerl_check_engine.remote() for replica in replicas])
+
+
 class _NoisyCheckpointManager:
     """verl's CheckpointEngineManager, followed by the noise: every weight sync ends with the sigma of the step to come.
 
-    Everything else is passed through. Standing here, and not in ``on_step_end``, the noise is in place before a trainer
-    resumes generation, whichever its mode.
+    For engines that share the actor's GPU. Everything else is passed through. Standing here, and not in ``on_step_end``, the
+    noise is in place before a trainer resumes generation, whichever its mode.
+
+    Args:
+        after_sync: called with the replicas and the sync's ``global_steps``.
     """
 
-    def __init__(self, manager, after_sync):
+    def __init__(self, manager: CheckpointEngineManager, after_sync: Callable[[list, int | None], None]):
         self._manager = manager
         self._after_sync = after_sync
 
@@ -50,26 +66,54 @@ class _NoisyCheckpointManager:
         return getattr(self._manager, name)
 
     def update_weights(self, global_steps: int | None = None):
-        result = self._update_weights(global_steps)
-        self._after_sync(global_steps)
-        return result
-
-    def _update_weights(self, global_steps: int | None):
-        """verl's; where actor and rollout share a GPU, with an eye on the engines meanwhile.
+        """verl's, with an eye on the engines meanwhile.
 
         The actor waits without limit for the engine's worker to take a bucket (vllm_rollout/bucketed_weight_transfer.py,
         async_send_weights): when that dies, the job would stand still for ever.
         """
         manager = self._manager
-        if manager.backend != "naive":
-            return manager.update_weights(global_steps)
         pending = manager.actor_wg.update_weights(global_steps=global_steps, mode=manager.backend)
         while pending:
             done, pending = ray.wait(pending, num_returns=len(pending), timeout=ENGINE_CHECK_SECONDS)
             ray.get(done)
             if pending:
-                ray.get([replica.server_handle.qerl_check_engine.remote() for replica in manager.replicas])
+                _check_engines(manager.replicas)
+        self._after_sync(manager.replicas, global_steps)
         return {}
+
+
+class _StandaloneCheckpointManager(CheckpointEngineManager):
+    """The same for engines of their own: verl's sync ends with resuming their generation, so the noise comes right before.
+
+    Args:
+        manager: verl's, which this one takes the place of.
+    """
+
+    def __init__(self, manager: CheckpointEngineManager, after_sync: Callable[[list, int | None], None]):
+        super().__init__(config=manager.config, actor_wg=manager.actor_wg, replicas=manager.replicas)
+        self._after_sync = after_sync
+        self._global_steps: int | None = None
+
+    def update_weights(self, global_steps: int | None = None) -> dict:
+        """verl's, in a thread, with an eye on the engines; the thread is left behind when one has died, as the job ends."""
+        self._global_steps = global_steps
+        sync, result = super().update_weights, futures.Future()
+
+        def run() -> None:
+            try:
+                result.set_result(sync(global_steps))
+            except BaseException as error:
+                result.set_exception(error)
+
+        threading.Thread(target=run, name="weight sync", daemon=True).start()
+        while not futures.wait([result], ENGINE_CHECK_SECONDS).done:
+            _check_engines(self.replicas)
+        return result.result()
+
+    @auto_await
+    async def resume_generation_replicas(self):
+        self._after_sync(self.replicas, self._global_steps)
+        await super().resume_generation_replicas()
 
 
 class _RecordingCallback:
@@ -202,19 +246,19 @@ class AQNTrainerMixin(WholeCheckpointsMixin):
         print(f"[qerl] AQN sigma by stage: {', '.join(f'{s:.3g}' for s in sigmas)}", flush=True)
         self.checkpoint_manager = _NoisyCheckpointManager(self.checkpoint_manager, self._after_sync)
 
-    def _after_sync(self, global_steps: int | None) -> None:
+    def _after_sync(self, replicas: list, global_steps: int | None) -> None:
         if global_steps is not None:
             self._sampling_step = global_steps + 1
         if not self._validating:
-            self._apply_noise()
+            self._apply_noise(replicas)
 
-    def _apply_noise(self) -> None:
+    def _apply_noise(self, replicas: list) -> None:
         step = min(self._sampling_step, self.total_training_steps)
-        self._push(step, self.aqn_schedule.sigma(step))
+        self._push(replicas, step, self.aqn_schedule.sigma(step))
 
-    def _push(self, step: int, sigma: float) -> None:
-        """Tell every replica's engine, wait until all of them have it, and drop what was cached under other weights."""
-        servers = [replica.server_handle for replica in self.checkpoint_manager.replicas]
+    def _push(self, replicas: list, step: int, sigma: float) -> None:
+        """Tell the replicas' engines, wait until all of them have it, and drop what was cached under other weights."""
+        servers = [replica.server_handle for replica in replicas]
         arguments = {"seed": self.qerl_settings.aqn.seed, "step": step, "sigma": sigma}
         ray.get([s.collective_rpc.remote("qerl_set_noise", kwargs=arguments) for s in servers])
         ray.get([s.clear_kv_cache.remote() for s in servers])
@@ -228,12 +272,16 @@ class AQNTrainerMixin(WholeCheckpointsMixin):
         if self._training:
             self._wait_for_samples_in_flight()
         self._validating = True
-        self._push(self._sampling_step, 0.0)
+        self._push(self._generating(), self._sampling_step, 0.0)
 
     def on_validate_end(self):
         self._validating = False
-        self._apply_noise()
+        self._apply_noise(self._generating())
         super().on_validate_end()
+
+    def _generating(self) -> list:
+        """The replicas that validation runs on."""
+        return self.checkpoint_manager.replicas
 
     def _wait_for_samples_in_flight(self) -> None:
         """Until nothing is being sampled for training: validation takes the noise off for all that the engines generate."""
@@ -267,6 +315,15 @@ class QeRLTrainerSync(AQNTrainerMixin, PPOTrainerSync):
     verl_mode = "sync"
 
 
+def _wait_for_samples_in_flight() -> None:
+    """verl leaves unfinished prompts running beside the validation; with them, it waits here."""
+    while True:
+        tags = (tq.kv_list("train") or {}).get("train", {}).values()
+        if not any(tag.get("is_prompt") and tag.get("status") in ("pending", "running") for tag in tags):
+            return
+        time.sleep(0.1)
+
+
 @register_trainer("qerl_colocate_async")
 class QeRLTrainerColocateAsync(AQNTrainerMixin, PPOTrainerColocateAsync):
     """verl's colocated asynchronous trainer with AQN."""
@@ -274,9 +331,48 @@ class QeRLTrainerColocateAsync(AQNTrainerMixin, PPOTrainerColocateAsync):
     verl_mode = "colocate_async"
 
     def _wait_for_samples_in_flight(self) -> None:
-        """verl leaves unfinished prompts of the next step running beside the validation; with them, it waits here."""
-        while True:
-            tags = (tq.kv_list("train") or {}).get("train", {}).values()
-            if not any(tag.get("is_prompt") and tag.get("status") in ("pending", "running") for tag in tags):
-                return
-            time.sleep(0.1)
+        _wait_for_samples_in_flight()
+
+
+@register_trainer("qerl_separate_async")
+class QeRLTrainerSeparateAsync(AQNTrainerMixin, PPOTrainerSeparateAsync):
+    """verl's asynchronous trainer whose engines have GPUs of their own, with AQN.
+
+    Beside those, replicas on the actor's GPUs help while it does not train (``actor_rollout_ref.hybrid_engine``); they sleep
+    otherwise, and a sleeping engine is told nothing.
+    """
+
+    verl_mode = "separate_async"
+
+    def _init_resource_pool_mgr(self):
+        super()._init_resource_pool_mgr()
+        for role in (Role.Actor, Role.ActorRollout):
+            if role in self.role_worker_mapping:
+                self.role_worker_mapping[role] = ray.remote(AdapterDetachWorker)
+
+    def _setup(self):
+        with self._without_the_line_that_fails():
+            super()._setup()
+        self.standalone_checkpoint_manager = _StandaloneCheckpointManager(
+            self.standalone_checkpoint_manager, self._after_sync
+        )
+
+    @contextmanager
+    def _without_the_line_that_fails(self):
+        """verl's _setup ends with a line of its log that ``logging`` raises a TypeError for (trainer_separate_async.py,
+        ``flush=True``), with ``hybrid_engine=False`` only. Below WARNING its logger is silent meanwhile."""
+        log = verl_separate_async.logger
+        level = log.level
+        if not self._enable_hybrid_replicas:
+            log.setLevel(max(level, logging.WARNING))
+        try:
+            yield
+        finally:
+            log.setLevel(level)
+
+    def _generating(self) -> list:
+        awake = self.current_mode == verl_separate_async.HybridEngineMode.ROLLOUT
+        return [*self.standalone_checkpoint_manager.replicas, *(self.checkpoint_manager.replicas if awake else ())]
+
+    def _wait_for_samples_in_flight(self) -> None:
+        _wait_for_samples_in_flight()

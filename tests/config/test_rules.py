@@ -162,7 +162,7 @@ def test_environment_variables_of_the_user_stay():
         ("actor_rollout_ref.actor.fsdp_config.qat.enable=True", "qat.enable=True", "remove it"),
         ("actor_rollout_ref.actor.fsdp_config.strategy=fsdp2 actor_rollout_ref.actor.strategy=fsdp_turbo",
          "actor_rollout_ref.actor.strategy=fsdp_turbo", "fsdp2"),
-        ("trainer.v1.trainer_mode=separate_async", "trainer.v1.trainer_mode=separate_async", "sync and colocate_async"),
+        ("trainer.v1.trainer_mode=mine", "trainer.v1.trainer_mode=mine", "sync or colocate_async or separate_async"),
         ("trainer.use_v1=False", "trainer.use_v1=False", "remove"),
         ("actor_rollout_ref.rollout.checkpoint_engine.backend=nccl", "checkpoint_engine.backend=nccl", "naive"),
         ("+actor_rollout_ref.rollout.engine_kwargs.vllm.worker_extension_cls=a.B", "worker_extension_cls=a.B", "remove"),
@@ -181,6 +181,68 @@ def test_what_cannot_work_is_refused_with_the_key_and_the_cure(override, key, cu
     _, _, problems = switched(*override.split())
     assert len(problems) == 1, problems
     assert key in problems[0] and cure in problems[0]
+
+
+SEPARATE = (
+    "trainer.v1.trainer_mode=separate_async",
+    "actor_rollout_ref.rollout.nnodes=1",
+    "data.train_batch_size=64",
+    "actor_rollout_ref.actor.ppo_mini_batch_size=16",
+)
+
+
+def test_engines_of_their_own_get_a_transport_for_adapters():
+    config, lines, problems = switched(*SEPARATE)
+    assert problems == [] and config.trainer.v1.trainer_mode == "qerl_separate_async"
+    sync = config.actor_rollout_ref.rollout.checkpoint_engine
+    assert (sync.backend, sync.update_weights_bucket_megabytes) == (rules.TRANSPORT, 256)
+    assert any("backend: naive -> qerl" in line for line in lines)
+    assert switched()[0].actor_rollout_ref.rollout.checkpoint_engine.backend == "naive"
+
+
+@pytest.mark.parametrize("backend", ["nccl", "nixl", "mooncake", rules.TRANSPORT])
+def test_the_users_transport_stays(backend):
+    setting = f"actor_rollout_ref.rollout.checkpoint_engine.backend={backend}"
+    config, _, problems = switched(*SEPARATE, setting)
+    assert problems == [] and config.actor_rollout_ref.rollout.checkpoint_engine.backend == backend
+
+
+def test_the_cpu_declares_slots_for_engines_of_their_own():
+    config, _, problems = switched(SEPARATE[0], *SEPARATE[2:], on_cpu=True)
+    assert problems == [] and config.actor_rollout_ref.rollout.nnodes == 1
+    assert config.ray_kwargs.ray_init.num_gpus == 2
+    assert config.actor_rollout_ref.rollout.checkpoint_engine.update_weights_bucket_megabytes == 64
+    config, _, _ = switched(
+        *SEPARATE, "trainer.n_gpus_per_node=2", "actor_rollout_ref.rollout.n_gpus_per_node=3", on_cpu=True
+    )
+    assert config.ray_kwargs.ray_init.num_gpus == 5
+
+
+@pytest.mark.parametrize(
+    ("override", "on_cpu", "key", "cure"),
+    [
+        ("actor_rollout_ref.rollout.checkpoint_engine.backend=naive", False, "backend=naive", "use qerl (or nccl"),
+        ("actor_rollout_ref.rollout.checkpoint_engine.backend=delta_sharded", False, "backend=delta_sharded", "use qerl"),
+        ("actor_rollout_ref.rollout.checkpoint_engine.backend=nccl", True, "backend=nccl: there is no GPU", "use qerl"),
+        ("actor_rollout_ref.rollout.nnodes=0", False, "rollout.nnodes=0", "give their number"),
+        ("data.train_batch_size=32", False, "data.train_batch_size=32", "set it to 64"),
+        ("trainer.v1.separate_async.parameter_sync_step=2", False, "parameter_sync_step=2", "set it to 32"),
+        ("reward.reward_model.enable=True", False, "reward.reward_model.enable=True", "enable_resource_pool=True"),
+    ],
+)  # fmt: skip
+def test_what_engines_of_their_own_cannot_do_is_refused_before_verl_asserts_it(override, on_cpu, key, cure):
+    _, _, problems = switched(*SEPARATE, override, on_cpu=on_cpu)
+    assert len(problems) == 1, problems
+    assert key in problems[0] and cure in problems[0]
+
+
+def test_verls_assertions_on_separate_engines_are_the_ones_that_the_rules_know():
+    import inspect
+
+    from verl.trainer.ppo.v1 import PPOTrainerSeparateAsync
+
+    source = inspect.getsource(PPOTrainerSeparateAsync.__init__)
+    assert source.count("assert ") == 5  # batch size, nodes, GPUs, transport, reward model
 
 
 def test_a_critic_gets_what_the_actor_gets():

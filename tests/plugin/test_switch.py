@@ -13,6 +13,7 @@ import verl.workers.engine, verl.trainer.ppo.v1
 from verl.workers.engine.base import EngineRegistry
 from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
 from verl.plugin.platform.platform_manager import PlatformRegistry
+from verl.checkpoint_engine import CheckpointEngineRegistry
 from verl.workers.rollout.replica import RolloutReplicaRegistry
 from verl.workers.rollout.vllm_rollout import vllm_async_server
 from vllm.plugins import load_general_plugins
@@ -23,6 +24,7 @@ print(sorted((k, c.__module__) for k, c in TRAINER_REGISTRY.items()))
 print(PlatformRegistry.registered_names())
 print(get_quantization_config("compressed-tensors").__module__)
 print(RolloutReplicaRegistry.get("vllm").__module__)
+print(sorted(CheckpointEngineRegistry._registry))
 print(sorted(m for m in sys.modules if m.startswith("qerl_verl")) if "qerl" not in sys.argv else "")
 """
 
@@ -44,10 +46,10 @@ def test_without_the_switch_no_class_of_verl_or_vllm_is_replaced(tmp_path):
     stock = run([sys.executable, "-c", STATE], tmp_path, VERL_USE_EXTERNAL_PLUGINS="none", VLLM_PLUGINS="")
     ours = run([sys.executable, "-c", STATE], tmp_path)
     assert stock.returncode == ours.returncode == 0, stock.stderr + ours.stderr
-    stock, ours = stock.stdout.splitlines()[-6:], ours.stdout.splitlines()[-6:]
+    stock, ours = stock.stdout.splitlines()[-7:], ours.stdout.splitlines()[-7:]
     assert "PPOTrainer" not in stock[0] and "verl.workers.engine.fsdp" in stock[0]
     assert stock[4] == "verl.workers.rollout.vllm_rollout.vllm_async_server"
-    assert ours[:5] == stock[:5]
+    assert ours[:6] == stock[:6]
 
 
 def test_with_the_switch_a_worker_registers_everything_and_changes_vllms_quantization_and_replica(tmp_path):
@@ -55,7 +57,7 @@ def test_with_the_switch_a_worker_registers_everything_and_changes_vllms_quantiz
     ours = run([sys.executable, "-c", STATE, "qerl"], tmp_path, QERL_SWITCH="nvfp4")
     assert ours.returncode == 0, ours.stderr
     stock, ours = (
-        [eval(line) if line[0] in "[(" else line for line in o.stdout.splitlines()[-6:-1]] for o in (stock, ours)
+        [eval(line) if line[0] in "[(" else line for line in o.stdout.splitlines()[-7:-1]] for o in (stock, ours)
     )
     added = set(ours[0]) - set(stock[0])
     assert set(stock[0]) < set(ours[0]) and {(m, b, d) for m, b, d, _ in added} == {
@@ -67,9 +69,11 @@ def test_with_the_switch_a_worker_registers_everything_and_changes_vllms_quantiz
     assert set(ours[1]) - set(stock[1]) == {
         ("qerl_sync", "qerl_verl.trainer.ppo"),
         ("qerl_colocate_async", "qerl_verl.trainer.ppo"),
+        ("qerl_separate_async", "qerl_verl.trainer.ppo"),
     }
     assert set(ours[2]) - set(stock[2]) == {"cpu"}
     assert ours[3] == "qerl_verl.rollout.quantization" and ours[4] == "qerl_verl.rollout.server"
+    assert set(ours[5]) - set(stock[5]) == {"qerl"}
 
 
 def refused(tmp_path, *overrides, **environment):

@@ -107,6 +107,20 @@ def test_another_servers_engine_is_left_alone():
     assert made.engine.calls == [("wake_up", "kv_cache", "weights")]
 
 
+@pytest.mark.parametrize(
+    ("ours", "calls"), [(True, []), (False, [("sleep", 1), ("wake_up", "weights"), ("wake_up", "kv_cache")])]
+)
+def test_an_engine_of_its_own_does_not_sleep_through_a_weight_sync(ours, calls, monkeypatch):
+    """verl's would drop the base at level 2, and copy all of it to the host and back at level 1."""
+    made = server(level=2, mode=RolloutMode.STANDALONE) if ours else server({}, mode=RolloutMode.STANDALONE)
+    made.config = type("Config", (dict,), {"free_cache_engine": True})(made.config)
+    if not ours:
+        monkeypatch.setattr(QeRLHttpServer, "_resolve_sleep_level", lambda self: 1)
+    asyncio.run(made.release_kv_cache())
+    asyncio.run(made.resume_kv_cache())
+    assert made.engine.calls == calls
+
+
 def test_the_replica_starts_our_server(nvfp4_checkpoint):
     from verl.workers.config import RolloutConfig
 

@@ -1,15 +1,28 @@
 """When the trainer puts noise on and takes it off: the mixin around a trainer that goes through verl's order of hooks."""
 
+import inspect
+import logging
+import time
 from types import SimpleNamespace
 
 import pytest
 import ray
 from omegaconf import OmegaConf
+from verl.checkpoint_engine import base as verl_checkpoint_engine
+from verl.trainer.ppo.utils import Role
+from verl.trainer.ppo.v1 import PPOTrainerSeparateAsync
+from verl.trainer.ppo.v1.trainer_separate_async import HybridEngineMode
+from verl.workers.config import CheckpointEngineConfig
 
 from qerl_verl.aqn.schedule import AQNSchedule
+from qerl_verl.config.rules import TRANSPORT
+from qerl_verl.engine.detached import AdapterDetachWorker
+from qerl_verl.rollout.register import register_transport
+from qerl_verl.trainer import ppo
 from qerl_verl.trainer.ppo import (
     AQNTrainerMixin,
     QeRLTrainerColocateAsync,
+    QeRLTrainerSeparateAsync,
     QeRLTrainerSync,
     WholeCheckpointsMixin,
 )
@@ -44,9 +57,6 @@ class Manager:
         assert mode == "naive"
         self.events.append(f"sync {global_steps}")
         return ["rank 0", "rank 1"]
-
-    def update_weights(self, global_steps=None):
-        return {"moved": global_steps}
 
 
 class Base:
@@ -144,16 +154,15 @@ def test_metrics_tell_the_noise_that_stale_samples_were_drawn_under(trainer):
     assert round(trainer.logged[4]["qerl/aqn_sigma"], 6) == 0.01
 
 
-def test_an_asynchronous_trainer_validates_when_nothing_is_being_sampled_for_training(monkeypatch):
+@pytest.mark.parametrize("trainer", [QeRLTrainerColocateAsync, QeRLTrainerSeparateAsync])
+def test_an_asynchronous_trainer_validates_when_nothing_is_being_sampled_for_training(monkeypatch, trainer):
     """Else the samples of the next step would be drawn without noise."""
-    from qerl_verl.trainer import ppo
-
     running = {"is_prompt": True, "status": "running"}
     answers = [{"a": running, "a_0_0": {"status": "success"}}, {"a": {**running, "status": "finished"}, "b": running}]
     answers = [{"train": a} for a in answers] + [{"train": {"b": {**running, "status": "failure"}}}]
     monkeypatch.setattr(ppo.tq, "kv_list", lambda partition: answers.pop(0))
     monkeypatch.setattr(ppo.time, "sleep", lambda seconds: None)
-    QeRLTrainerColocateAsync._wait_for_samples_in_flight(None)
+    trainer._wait_for_samples_in_flight(None)
     assert answers == []
 
 
@@ -177,8 +186,7 @@ def test_every_replica_is_told(trainer):
 
 def test_the_manager_passes_everything_else_through(trainer):
     trainer._setup()
-    trainer.checkpoint_manager._manager.backend = "nccl"
-    assert trainer.checkpoint_manager.update_weights(0) == {"moved": 0}
+    assert trainer.checkpoint_manager.backend == "naive"
     assert len(trainer.checkpoint_manager.replicas) == 2
     assert isinstance(trainer.aqn_schedule, AQNSchedule)
 
@@ -206,6 +214,120 @@ def test_our_trainers_are_verls_with_the_mixin_in_front():
     for name, ours, theirs in (
         ("qerl_sync", QeRLTrainerSync, PPOTrainerSync),
         ("qerl_colocate_async", QeRLTrainerColocateAsync, PPOTrainerColocateAsync),
+        ("qerl_separate_async", QeRLTrainerSeparateAsync, PPOTrainerSeparateAsync),
     ):
         assert get_trainer_cls(name) is ours and ours.__mro__[1:4] == (AQNTrainerMixin, WholeCheckpointsMixin, theirs)
         assert get_trainer_cls(ours.verl_mode) is theirs
+
+
+class Engine:
+    """A replica with an engine of its own; writes down what the manager asks of it, in the order of verl's sync."""
+
+    def __init__(self, events):
+        self.workers, self.server_handle = [], Server(events)
+        for name in ("abort_all_requests", "release_kv_cache", "resume_kv_cache", "resume_generation"):
+            setattr(self, name, self._named(name, events))
+
+    @staticmethod
+    def _named(name, events):
+        async def call(**kwargs):
+            events.append(name)
+
+        return call
+
+
+class Group:
+    """Actor or rollout workers of verl's sync."""
+
+    world_size = 1
+
+    def __init__(self, events, name):
+        self.events, self.name = events, name
+
+    def execute_checkpoint_engine(self, method, **kwargs):
+        self.events.append(f"{self.name} {method[0]}")
+        return [None]
+
+    def update_weights(self, global_steps, mode=None):
+        self.events.append(f"{self.name} update {global_steps}")
+        return [{}]
+
+
+@pytest.fixture
+def standalone(monkeypatch):
+    """Our manager in the place of verl's, with one engine, and what happens around it."""
+    events = []
+    register_transport()
+    monkeypatch.setattr(ray, "get", lambda futures: futures)
+    monkeypatch.setattr(verl_checkpoint_engine, "RayWorkerGroup", lambda **kwargs: Group(events, "rollout"))
+    theirs = verl_checkpoint_engine.CheckpointEngineManager(
+        CheckpointEngineConfig(backend=TRANSPORT), Group(events, "actor"), [Engine(events)]
+    )
+    return ppo._StandaloneCheckpointManager(theirs, lambda replicas, step: events.append((len(replicas), step))), events
+
+
+def test_engines_of_their_own_get_the_noise_after_the_adapter_and_before_they_go_on(standalone):
+    manager, events = standalone
+    assert manager.update_weights(7) == {}
+    assert events == [
+        *("abort_all_requests", "release_kv_cache"),
+        *(f"{who} {what}" for what in ("prepare", "init_process_group", "update 7") for who in ("actor", "rollout")),
+        *("actor finalize", "rollout finalize", "resume_kv_cache", (1, 7), "resume_generation"),
+    ]
+
+
+def test_a_sync_to_engines_of_their_own_ends_when_one_has_died(standalone, monkeypatch):
+    manager, events = standalone
+    monkeypatch.setattr(ppo, "ENGINE_CHECK_SECONDS", 0.01)
+    monkeypatch.setattr(manager.actor_wg, "update_weights", lambda **kwargs: time.sleep(5))
+
+    def died():
+        raise RuntimeError("EngineDeadError")
+
+    manager.replicas[0].server_handle.qerl_check_engine.remote = died
+    with pytest.raises(RuntimeError, match="EngineDeadError"):
+        manager.update_weights(1)
+    assert (1, 1) not in events
+
+
+def test_a_sync_to_engines_of_their_own_that_fails_says_why(standalone, monkeypatch):
+    manager, events = standalone
+
+    def fails(**kwargs):
+        raise ValueError("the adapter does not fit")
+
+    monkeypatch.setattr(manager.actor_wg, "update_weights", fails)
+    with pytest.raises(ValueError, match="does not fit"):
+        manager.update_weights(1)
+    assert "resume_generation" not in events
+
+
+@pytest.mark.parametrize(("mode", "expected"), [("ROLLOUT", ["own", "shared"]), ("TRAINER", ["own"])])
+def test_a_sleeping_replica_on_the_actors_gpu_is_told_nothing(mode, expected):
+    managers = {f"{name}checkpoint_manager": SimpleNamespace(replicas=[who])
+                for name, who in (("standalone_", "own"), ("", "shared"))}  # fmt: skip
+    trainer = SimpleNamespace(current_mode=HybridEngineMode[mode], **managers)
+    assert QeRLTrainerSeparateAsync._generating(trainer) == expected
+
+
+@pytest.mark.parametrize("role", [Role.Actor, Role.ActorRollout])
+def test_the_separate_trainers_actor_copies_what_trains_alone(role, monkeypatch):
+    trainer = QeRLTrainerSeparateAsync.__new__(QeRLTrainerSeparateAsync)
+    trainer.role_worker_mapping = {role: "verl's", Role.Critic: "critic"}
+    monkeypatch.setattr(PPOTrainerSeparateAsync, "_init_resource_pool_mgr", lambda self: None)
+    trainer._init_resource_pool_mgr()
+    made = trainer.role_worker_mapping[role].__ray_metadata__.modified_class
+    assert issubclass(made, AdapterDetachWorker) and trainer.role_worker_mapping[Role.Critic] == "critic"
+
+
+@pytest.mark.parametrize("hybrid", [True, False])
+def test_a_line_of_verls_log_that_raises_does_not_end_a_run_without_shared_engines(hybrid):
+    log = logging.getLogger(PPOTrainerSeparateAsync.__module__)
+    level = log.level
+    with QeRLTrainerSeparateAsync._without_the_line_that_fails(SimpleNamespace(_enable_hybrid_replicas=hybrid)):
+        assert log.isEnabledFor(logging.INFO) is hybrid and log.isEnabledFor(logging.WARNING)
+        if not hybrid:
+            log.info("replicas", flush=True)
+    assert log.level == level
+    # where this fails, verl has mended the line, and what stands around it can go
+    assert "flush=True" in inspect.getsource(PPOTrainerSeparateAsync._setup)

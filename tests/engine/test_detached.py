@@ -1,0 +1,102 @@
+"""A policy that is put aside and brought back, and what the engine hands to verl's checkpoint engines."""
+
+import inspect
+import json
+
+import pytest
+import torch
+from torch import nn
+from verl.experimental.separation.engine_workers import DetachActorWorker
+from verl.utils import fsdp_utils
+from verl.workers import engine_workers
+
+from qerl_verl.engine.detached import AdapterDetachWorker, restore_trained, save_trained
+from qerl_verl.engine.finite import NonFiniteError
+from qerl_verl.engine.fsdp import NVFP4EngineMixin
+from qerl_verl.lora.wire import CONFIG_TENSOR, take_config
+
+
+@pytest.fixture
+def module():
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+    model[0].requires_grad_(False)
+    return model
+
+
+def worker(module):
+    made = AdapterDetachWorker.__new__(AdapterDetachWorker)
+    strategy = type("Config", (), {"actor": type("Actor", (), {"strategy": "fsdp2"})})
+    made.config, made._strategy_handlers = strategy, None
+    made.actor = type("Worker", (), {"engine": type("Engine", (), {"module": module})})
+    return made
+
+
+def test_a_policy_comes_back_bit_for_bit_after_updates_in_place(module):
+    """As verl does it between two syncs: the policy of the last one is 0, the one being trained has another number."""
+    made, first = worker(module), {n: p.detach().clone() for n, p in module.named_parameters()}
+    made.save_model_to_cpu(0)
+    with torch.no_grad():
+        for p in module[1].parameters():
+            p.add_(1)
+    second = {n: p.detach().clone() for n, p in module.named_parameters()}
+    made.save_model_to_cpu(1)
+    made.restore_model_from_cpu(0)
+    assert all(torch.equal(p, first[n]) for n, p in module.named_parameters())
+    made.restore_model_from_cpu(1)
+    made.clear_cpu_model(1)
+    assert all(torch.equal(p, second[n]) for n, p in module.named_parameters())
+    assert not torch.equal(first["1.weight"], second["1.weight"]) and list(made.cpu_saved_models) == [0]
+
+
+def test_what_is_frozen_is_not_copied(module):
+    saved, _ = save_trained(module)
+    assert set(saved) == {"1.weight", "1.bias"}
+    restore_trained(module, saved, None)
+
+
+def test_verls_own_copy_of_what_is_on_the_host_is_no_copy():
+    """Why the worker has one of its own; where this fails, verl copies by itself."""
+    source = inspect.getsource(fsdp_utils.fsdp2_sharded_save_to_cpu)
+    assert "local_cpu_tensor = local_gpu_tensor.detach().cpu()" in source
+    assert AdapterDetachWorker._get_strategy_handlers is not DetachActorWorker._get_strategy_handlers
+
+
+class StockEngine:
+    """In place of verl's; tells what it was asked for."""
+
+    def get_per_tensor_param(self, layered_summon=False, base_sync_done=False, **kwargs):
+        assert base_sync_done, "the whole base was asked for"
+        return self.tensors.items(), {"r": 8, "lora_alpha": 16, "target_modules": {"v_proj", "q_proj"}}
+
+
+class Engine(NVFP4EngineMixin, StockEngine):
+    role = "actor"
+
+    def __init__(self, value=0.5):
+        self.tensors = {"a.lora_A.weight": torch.full((8, 4), value), "a.lora_B.weight": torch.zeros(4, 8)}
+
+
+def test_a_colocated_sync_gets_the_adapter_and_its_configuration_beside_it():
+    tensors, config = Engine().get_per_tensor_param(layered_summon=False, base_sync_done=True)
+    assert [name for name, _ in tensors] == ["a.lora_A.weight", "a.lora_B.weight"] and config["r"] == 8
+
+
+def test_a_checkpoint_engine_gets_the_adapter_with_its_configuration_last(monkeypatch):
+    monkeypatch.setattr("qerl_verl.engine.fsdp.get_device_id", lambda: "cpu")
+    tensors, _ = Engine().get_per_tensor_param()  # as verl's update_weights calls it
+    names = [name for name, _ in tensors]
+    assert names == ["a.lora_A.weight", "a.lora_B.weight", CONFIG_TENSOR]
+    config = take_config(dict(tensors))
+    assert config == json.loads(json.dumps({"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}))
+
+
+def test_an_adapter_that_is_not_finite_does_not_leave_either_way():
+    for done in (True, False):
+        with pytest.raises(NonFiniteError, match="a.lora_A.weight is not finite"):
+            Engine(float("nan")).get_per_tensor_param(base_sync_done=done)
+
+
+def test_verl_drops_the_configuration_before_a_checkpoint_engine():
+    """Why it travels among the tensors; where this fails, verl may pass it on by itself."""
+    source = inspect.getsource(engine_workers.ActorRolloutRefWorker.update_weights)
+    assert "per_tensor_param, _ = self.actor.engine.get_per_tensor_param()" in source
