@@ -1,6 +1,7 @@
 """Rollout speed in vLLM: NVFP4 with the adapter in the layers, against stock bf16 with vLLM's LoRA, in one run.
 
     python benchmarks/bench_rollout.py --shape 7B --json benchmarks/results/rollout_7b_h200.json
+    python benchmarks/bench_rollout.py --shape tiny --sequences 2 --generated 4    # to try it on the CPU
 
 Random weights, LoRA rank 32 on every linear layer, prompts of 256 random tokens, 256 generated, CUDA graphs as verl sets them.
 Where the adapter is in the layers, the cost of the noise is measured too: one more pair of calls with it on and off, and the time
@@ -36,7 +37,7 @@ def run_variant(name: str, args: argparse.Namespace) -> dict:
     settings = VARIANTS[name]
     sys.path.insert(0, str(HERE))
     import torch
-    from shapes import RANK, write_adapter, write_config, write_nvfp4
+    from shapes import DEVICE, RANK, SHAPES, write_adapter, write_config, write_nvfp4
 
     work = Path(args.work)
     quantized = settings["base"] == "nvfp4"
@@ -46,12 +47,21 @@ def run_variant(name: str, args: argparse.Namespace) -> dict:
     adapter = work / f"{args.shape}-adapter"
     if settings["lora"] and not (adapter / "adapter_config.json").exists():
         write_adapter(adapter, args.shape, str(model))
-    torch.cuda.empty_cache()
+    if DEVICE == "cuda":
+        torch.cuda.empty_cache()
+        extra = {
+            "gpu_memory_utilization": 0.85,
+            "compilation_config": {
+                "cudagraph_mode": "FULL_AND_PIECEWISE",
+                "cudagraph_capture_sizes": sorted({1, 2, 4, *args.sequences}),
+            },
+        }
+    else:
+        extra = {"enforce_eager": True}
 
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
-    extra = {}
     if quantized:
         inline = settings["lora"] == "inline"
         lora = {"rank": RANK, "alpha": RANK} if inline else None
@@ -64,9 +74,8 @@ def run_variant(name: str, args: argparse.Namespace) -> dict:
     begin = time.perf_counter()
     llm = LLM(
         model=str(model), skip_tokenizer_init=True, max_model_len=1024, max_num_seqs=max(args.sequences),
-        max_num_batched_tokens=PREFILL, enable_prefix_caching=False, gpu_memory_utilization=0.85, seed=0,
-        compilation_config={"cudagraph_mode": "FULL_AND_PIECEWISE", "cudagraph_capture_sizes": sorted({1, 2, 4, *args.sequences})},
-        **extra,
+        max_num_batched_tokens=PREFILL, enable_prefix_caching=False, seed=0,
+        tensor_parallel_size=args.tensor_parallel, **extra,
     )  # fmt: skip
     start_s = time.perf_counter() - begin
     request = LoRARequest("policy", 1, str(adapter)) if settings["lora"] == "punica" else None
@@ -77,7 +86,11 @@ def run_variant(name: str, args: argparse.Namespace) -> dict:
 
     def call(sequences: int, prompt: int, generated: int) -> float:
         prompts = [
-            {"prompt_token_ids": torch.randint(100, 150000, (prompt,), generator=generator).tolist()}
+            {
+                "prompt_token_ids": torch.randint(
+                    100, SHAPES[args.shape]["vocab_size"] - 100, (prompt,), generator=generator
+                ).tolist()
+            }
             for _ in range(sequences)
         ]
         parameters = SamplingParams(
@@ -92,19 +105,19 @@ def run_variant(name: str, args: argparse.Namespace) -> dict:
     result = {"variant": name, "start_s": start_s, "decode": {}, "settings": settings}
     for sequences in args.sequences:
         call(sequences, PROMPT, 16)
-        seconds = min(call(sequences, PROMPT, GENERATED) for _ in range(2))
-        result["decode"][sequences] = {"tokens_per_s": sequences * GENERATED / seconds, "seconds": seconds}
+        seconds = min(call(sequences, PROMPT, args.generated) for _ in range(2))
+        result["decode"][sequences] = {"tokens_per_s": sequences * args.generated / seconds, "seconds": seconds}
     if settings["lora"] == "inline":
         measured = 64 if 64 in args.sequences else args.sequences[-1]
         call(measured, PROMPT, 16)
-        clean = min(call(measured, PROMPT, GENERATED) for _ in range(2))
+        clean = min(call(measured, PROMPT, args.generated) for _ in range(2))
         begin = time.perf_counter()
         llm.collective_rpc("qerl_set_noise", args=(42, 1, 1e-2))
         first_s = time.perf_counter() - begin
         begin = time.perf_counter()
         llm.collective_rpc("qerl_set_noise", args=(42, 2, 1e-2))
         set_s = time.perf_counter() - begin
-        noisy = min(call(measured, PROMPT, GENERATED) for _ in range(2))
+        noisy = min(call(measured, PROMPT, args.generated) for _ in range(2))
         result["noise"] = {"sequences": measured, "off_s": clean, "on_s": noisy, "first_set_s": first_s, "set_s": set_s}
         llm.collective_rpc("qerl_set_noise", args=(42, 2, 0.0))
     call(PREFILL // PROMPT, PROMPT, 1)
@@ -117,6 +130,8 @@ def main() -> None:
     parser.add_argument("--shape", default="7B")
     parser.add_argument("--variants", nargs="*", default=["bf16_lora", "nvfp4_lora"], choices=VARIANTS)
     parser.add_argument("--sequences", type=int, nargs="*", default=[1, 8, 64, 256])
+    parser.add_argument("--tensor-parallel", type=int, default=1, help="GPUs that share the model")
+    parser.add_argument("--generated", type=int, default=GENERATED, help="tokens a sequence")
     parser.add_argument("--work", default="/tmp/qerl-bench", help="where the random models are written")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--variant", help=argparse.SUPPRESS)
@@ -130,18 +145,21 @@ def main() -> None:
     out = {
         "command": "python benchmarks/bench_rollout.py " + " ".join(sys.argv[1:]),
         "shape": args.shape,
-        "gpu": torch.cuda.get_device_name(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "tensor_parallel": args.tensor_parallel,
         "versions": {p: version(p) for p in ("vllm", "torch", "verl", "transformers")},
         "runs": [],
     }
     for name in args.variants:
         environment = {**os.environ, "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR")}
         environment["VLLM_PLUGINS"] = "qerl"
+        environment["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
         environment.pop("QERL_SWITCH", None)
         if VARIANTS[name]["base"] == "nvfp4":
             environment["QERL_SWITCH"] = "nvfp4"
         command = [sys.executable, __file__, "--variant", name, "--shape", args.shape, "--work", args.work]
-        command += ["--sequences", *map(str, args.sequences)]
+        command += ["--sequences", *map(str, args.sequences), "--generated", str(args.generated)]
+        command += ["--tensor-parallel", str(args.tensor_parallel)]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
         lines = done.stdout.splitlines()
         print("\n".join(line for line in lines if "[qerl]" in line), flush=True)

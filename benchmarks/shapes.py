@@ -20,8 +20,15 @@ SHAPES = {
                "num_key_value_heads": 8, "vocab_size": 152064, "tie_word_embeddings": False},
     "0.5B": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
              "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True},
+    # two layers as wide as the 7B's
+    "7B-2": {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 2, "num_attention_heads": 28,
+             "num_key_value_heads": 4, "vocab_size": 32768, "tie_word_embeddings": False},
+    # to try a benchmark on the CPU
+    "tiny": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "vocab_size": 1024, "tie_word_embeddings": False},
 }  # fmt: skip
 RANK = 32
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def config(shape: str) -> dict:
@@ -56,7 +63,7 @@ def write_config(folder: Path, shape: str, quantized: bool) -> Path:
     return folder
 
 
-def write_nvfp4(folder: Path, shape: str, device: str = "cuda") -> Path:
+def write_nvfp4(folder: Path, shape: str, device: str = DEVICE) -> Path:
     """An NVFP4 checkpoint with random codes and scales and weights of a plausible size."""
     write_config(folder, shape, quantized=True)
     c = SHAPES[shape]
@@ -101,7 +108,7 @@ def write_bf16(folder: Path, nvfp4: Path, shape: str) -> Path:
     write_config(folder, shape, quantized=False)
     map_: dict[str, str] = {}
     for file in sorted(nvfp4.glob("*.safetensors")):
-        source, tensors = load_file(file, device="cuda"), {}
+        source, tensors = load_file(file, device=DEVICE), {}
         for name, tensor in source.items():
             base, _, kind = name.rpartition(".")
             if kind == "weight_packed":
@@ -115,7 +122,7 @@ def write_bf16(folder: Path, nvfp4: Path, shape: str) -> Path:
     return folder
 
 
-def write_adapter(folder: Path, shape: str, base: str, device: str = "cuda") -> Path:
+def write_adapter(folder: Path, shape: str, base: str, device: str = DEVICE) -> Path:
     """A PEFT adapter of rank 32 on every linear layer, A and B both random."""
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(1)

@@ -1,0 +1,73 @@
+"""Lets every rollout worker of a main_ppo say, after each weight sync and its noise, which adapter and which norms it has.
+
+Plugged in as ``trainer.v1.sampler.custom_sampler`` (``pkg://watch_replicas``, ``WatchedReplayBuffer``, verl's own under another
+name), with the folder in ``QERL_TEST_WATCH`` and ``VLLM_ALLOW_INSECURE_SERIALIZATION=1``: a function goes to vLLM's workers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+
+def report(worker, folder: str, step: int, sigma: float) -> None:
+    """In a worker of vLLM: one more line in this worker's file."""
+    norms = hashlib.sha256(json.dumps(worker.qerl_norm_weights(), sort_keys=True).encode()).hexdigest()
+    line = {"step": step, "sigma": sigma, "adapter": worker.qerl_adapter_digest(), "norms": norms}
+    replica = os.environ.get("VERL_REPLICA_RANK", "0")
+    with Path(folder, f"replica_{replica}_rank_{worker.rank}.jsonl").open("a") as file:
+        file.write(json.dumps(line | {"base": worker.qerl_base_digest()}) + "\n")
+
+
+def read(folder: str | Path) -> dict:
+    """``syncs``: by worker, its lines; and what follows from them.
+
+    Returns:
+        ``norms_equal``: all workers had the same norms after every sync; ``adapters_equal``: also the same adapter, which workers
+        that divide a model do not; ``adapters_move``: a worker never had the same adapter after two syncs of different steps;
+        ``base_constant``.
+    """
+    syncs = {
+        f.stem: [json.loads(line) for line in f.read_text().splitlines()] for f in sorted(Path(folder).glob("*.jsonl"))
+    }
+    rounds = list(zip(*syncs.values(), strict=True))
+    last = [{line["step"]: line["adapter"] for line in lines} for lines in syncs.values()]
+    return {
+        "syncs": syncs,
+        "workers": len(syncs),
+        "rounds": len(rounds),
+        "norms_equal": all(len({line["norms"] for line in lines}) == 1 for lines in rounds),
+        "adapters_equal": all(len({line["adapter"] for line in lines}) == 1 for lines in rounds),
+        "adapters_move": all(len(set(steps.values())) == len(steps) for steps in last),
+        "base_constant": all(len({line["base"] for line in lines}) == 1 for lines in syncs.values()),
+    }
+
+
+def _watch() -> None:
+    import ray
+
+    from qerl_verl.trainer.ppo import AQNTrainerMixin
+
+    folder = Path(os.environ["QERL_TEST_WATCH"])
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in folder.glob("*.jsonl"):
+        file.unlink()
+    push = AQNTrainerMixin._push
+
+    def watched(self, step: int, sigma: float) -> None:
+        push(self, step, sigma)
+        servers = [replica.server_handle for replica in self.checkpoint_manager.replicas]
+        ray.get([s.collective_rpc.remote(report, args=(str(folder), step, sigma)) for s in servers])
+
+    AQNTrainerMixin._push = watched
+
+
+def __getattr__(name: str):  # not wanted in vLLM's workers
+    if name == "WatchedReplayBuffer":
+        from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
+
+        _watch()
+        return type(name, (ReplayBuffer,), {})
+    raise AttributeError(name)

@@ -1,0 +1,85 @@
+"""What the test of an engine on two ranks and the benchmark of two GPUs share: a sync to every rank, and what each must hold."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from safetensors.torch import load_file
+
+FILE = "adapter_model.safetensors"
+
+
+def sync(engine, adapter, ranks: int) -> None:
+    """What verl does at a weight sync: each actor rank streams the full adapter through shared memory to the worker beside it.
+
+    Args:
+        engine: of vLLM, started with ``VERL_RAY_JOB_ID`` set to this process's id.
+        adapter: folder in PEFT's format.
+    """
+    from peft import LoraConfig
+    from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import BucketedWeightSender
+
+    tensors = load_file(f"{adapter}/{FILE}")
+    config = LoraConfig.from_pretrained(adapter)
+    wanted = ("peft_type", "task_type", "r", "lora_alpha", "lora_dropout", "bias")
+    peft_config = {k: v for k, v in config.to_dict().items() if k in wanted}
+    peft_config["target_modules"] = list(config.target_modules)
+    senders = [
+        BucketedWeightSender(
+            zmq_handle=f"ipc:///tmp/rl-colocate-zmq-{os.getpid()}-replica-0-rank-{rank}.sock",
+            bucket_size_mb=8,
+            use_shm=True,
+        )
+        for rank in range(ranks)
+    ]
+    with ThreadPoolExecutor(ranks) as threads:
+        sending = [
+            threads.submit(lambda s=s: asyncio.run(s.async_send_weights(iter(tensors.items())))) for s in senders
+        ]
+        arguments = {"peft_config": peft_config, "base_sync_done": True, "use_shm": True}
+        engine.collective_rpc("update_weights_from_ipc", timeout=60, kwargs=arguments)
+        for future in sending:
+            future.result(timeout=60)
+
+
+def expected_shards(adapter, layer: int, rank: int, ranks: int) -> dict[str, torch.Tensor]:
+    """What a rank's layer must hold of an adapter of the buffers' own rank, in the checkpoint's order, float32.
+
+    Column-parallel layers have all of A and the rows of B that belong to the rank's heads or channels, row-parallel ones the
+    columns of A and all of B. Fused projections lie one below the other.
+    """
+    tensors = load_file(f"{adapter}/{FILE}")
+
+    def whole(name: str, part: str) -> torch.Tensor:
+        return tensors[f"base_model.model.model.layers.{layer}.{name}.lora_{part}.weight"].float()
+
+    def mine(tensor: torch.Tensor, dim: int) -> torch.Tensor:
+        return tensor.chunk(ranks, dim)[rank]
+
+    out = {}
+    for fused, names in {
+        "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
+    }.items():
+        out[f"{fused}.qerl_lora_a"] = torch.cat([whole(n, "A") for n in names])
+        out[f"{fused}.qerl_lora_b"] = torch.cat([mine(whole(n, "B"), 0) for n in names])
+    for name in ("self_attn.o_proj", "mlp.down_proj"):
+        out[f"{name}.qerl_lora_a"] = mine(whole(name, "A"), 1)
+        out[f"{name}.qerl_lora_b"] = whole(name, "B")
+    return out
+
+
+def prompt_log_probabilities(engine, prompts: list[list[int]]) -> list[float]:
+    """Of every token of the prompts but their first, given what is before it."""
+    from vllm import SamplingParams
+
+    parameters = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False)
+    outputs = engine.generate([{"prompt_token_ids": p} for p in prompts], parameters, use_tqdm=False)
+    return [
+        places[token].logprob
+        for prompt, output in zip(prompts, outputs, strict=True)
+        for token, places in zip(prompt[1:], output.prompt_logprobs[1:], strict=True)
+    ]
