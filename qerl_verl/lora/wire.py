@@ -16,8 +16,8 @@ CONFIG_TENSOR = "qerl_adapter_config"
 
 
 def pack_config(config: dict[str, Any]) -> torch.Tensor:
-    """A PEFT configuration as JSON: ``[bytes]`` uint8, ASCII, on the CPU. Sets become lists, other objects their text."""
-    text = json.dumps(config, default=lambda value: sorted(value) if isinstance(value, set) else str(value))
+    """A PEFT configuration as JSON: ``[bytes]`` uint8, ASCII, on the CPU; sets become lists. The same on every rank."""
+    text = json.dumps(config, default=sorted)
     return torch.tensor(list(text.encode("ascii")), dtype=torch.uint8)
 
 

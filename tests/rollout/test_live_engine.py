@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from qerl_verl.aqn.noise import draw_noise
 from qerl_verl.lora.peft import save_adapter
+from qerl_verl.lora.wire import CONFIG_TENSOR, pack_config
 
 pytestmark = [
     pytest.mark.engine,
@@ -169,8 +170,9 @@ def test_adapters_a_b_a_give_a_again_and_the_base_never_changes(engine, adapters
         np.testing.assert_allclose(found, log_probabilities(model, prompt, tokens)[0], atol=0.15)
 
 
-def test_vllms_own_lora_path_says_the_same(engine, adapters, nvfp4_checkpoint):
+def test_vllms_own_lora_path_says_the_same(engine, adapters, nvfp4_checkpoint, cpu_platform):
     """qerl.rollout.lora=punica, the reference: without an adapter bit for bit, with one within bfloat16."""
+    from verl.workers.rollout.vllm_rollout.utils import VLLM_LORA_INT_ID, VLLM_LORA_NAME, VLLM_LORA_PATH
     from vllm.lora.request import LoRARequest
 
     ours = []
@@ -179,7 +181,10 @@ def test_vllms_own_lora_path_says_the_same(engine, adapters, nvfp4_checkpoint):
         ours.append(generate(engine))
     with running(nvfp4_checkpoint, **PUNICA) as other:
         assert generate(other) == ours[0]
-        theirs = [generate(other, LoRARequest(os.path.basename(a), int(a[-1]), a)) for a in adapters]
+        theirs = [generate(other, LoRARequest(os.path.basename(a), int(a[-1]) + VLLM_LORA_INT_ID, a)) for a in adapters]
+        for adapter, expected in zip((*adapters, adapters[0]), (*theirs, theirs[0]), strict=True):
+            sync(other, adapter, from_checkpoint_engine=True)
+            assert generate(other, LoRARequest(VLLM_LORA_NAME, VLLM_LORA_INT_ID, VLLM_LORA_PATH)) == expected
     for (tokens, found), (their_tokens, expected) in zip(ours[1] + ours[2], theirs[0] + theirs[1], strict=True):
         same = next((i for i, (t, u) in enumerate(zip(tokens, their_tokens, strict=True)) if t != u), len(tokens))
         assert same >= 1
@@ -236,8 +241,11 @@ def cpu_platform(monkeypatch):
     monkeypatch.setattr(platform_manager, "_current_platform", PlatformCPU())
 
 
-def sync(engine, adapter):
-    """What verl does at every weight sync: stream the adapter through shared memory into update_weights_from_ipc."""
+def sync(engine, adapter, from_checkpoint_engine=False):
+    """What verl does at every weight sync: stream the adapter through shared memory into update_weights_from_ipc.
+
+    From a checkpoint engine the configuration comes as one of the tensors and not as an argument.
+    """
     import asyncio
     from concurrent.futures import ThreadPoolExecutor
 
@@ -249,22 +257,28 @@ def sync(engine, adapter):
     wanted = ("peft_type", "task_type", "r", "lora_alpha", "lora_dropout", "bias")
     peft_config = {k: v for k, v in config.to_dict().items() if k in wanted}
     peft_config["target_modules"] = list(config.target_modules)
+    arguments = {"peft_config": peft_config, "base_sync_done": True, "use_shm": True}
+    if from_checkpoint_engine:
+        tensors[CONFIG_TENSOR] = pack_config(config.to_dict())
+        arguments = {"use_shm": True}
     sender = BucketedWeightSender(
         zmq_handle=f"ipc:///tmp/rl-colocate-zmq-{os.getpid()}-replica-0-rank-0.sock", bucket_size_mb=1, use_shm=True
     )
     with ThreadPoolExecutor(1) as thread:
         sending = thread.submit(lambda: asyncio.run(sender.async_send_weights(iter(tensors.items()))))
-        arguments = {"peft_config": peft_config, "base_sync_done": True, "use_shm": True}
         engine.collective_rpc("update_weights_from_ipc", timeout=60, kwargs=arguments)
         sending.result(timeout=10)
 
 
-def test_weight_syncs_a_b_a_replace_the_adapter_and_leave_base_and_noise_alone(engine, adapters, cpu_platform):
+@pytest.mark.parametrize("from_checkpoint_engine", [False, True])
+def test_weight_syncs_a_b_a_replace_the_adapter_and_leave_base_and_noise_alone(
+    engine, adapters, cpu_platform, from_checkpoint_engine
+):
     set_noise(engine, step=2, sigma=0.05)
     digest, noised = engine.collective_rpc("qerl_base_digest"), norms(engine)
     results = []
     for adapter in (*adapters, adapters[0]):
-        sync(engine, adapter)
+        sync(engine, adapter, from_checkpoint_engine)
         results.append((generate(engine), digests(engine)))
     assert results[0] == results[2] and results[0][0] != results[1][0]
     load(engine, adapters[0])
@@ -291,6 +305,15 @@ def test_an_adapter_that_is_not_finite_is_refused_by_name_and_the_old_one_stays(
     assert (generate(engine), digests(engine)) == (before, state)
     sync(engine, adapters[1])  # and the next sync works
     assert generate(engine) != before
+
+
+def test_a_sync_that_brings_no_adapter_is_refused_and_the_old_one_stays(engine, adapters, cpu_platform, monkeypatch):
+    sync(engine, adapters[0])
+    state = digests(engine)
+    monkeypatch.setitem(globals(), "CONFIG_TENSOR", "model.norm.weight")
+    with pytest.raises(Exception, match="29 tensors without an adapter's configuration"):
+        sync(engine, adapters[1], from_checkpoint_engine=True)
+    assert digests(engine) == state
 
 
 def test_an_adapter_that_does_not_fit_is_refused_and_the_old_one_stays(engine, adapters, cpu_platform, tmp_path):
