@@ -3,7 +3,8 @@
 One run trains four steps with GRPO, validates and saves; a second one starts from its checkpoint of step 2 and has to arrive
 where the first one did; it goes on with RLOO, a KL loss and settings of verl's example scripts, on which nothing depends that
 it must restore. A third runs the GSM8K recipe, with REINFORCE++ and CISPO's loss and the asynchronous trainer, through verl's
-own reward. PPO with a critic trains two steps and is resumed after the first.
+own reward. PPO with a critic trains two steps and is resumed after the first, with the trainer whose rollout has a slot of its
+own (``separate_async.py`` looks closer at that one, by hand).
 """
 
 import json
@@ -222,6 +223,16 @@ PPO = [
 ]
 
 
+SEPARATE = [
+    "trainer.v1.trainer_mode=separate_async",
+    "trainer.v1.separate_async.parameter_sync_step=2",
+    "actor_rollout_ref.hybrid_engine=False",
+    "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=16",
+    "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=16",
+    "trainer.test_freq=2",
+]
+
+
 @pytest.fixture(scope="module")
 def ppo(common, bf16_checkpoint):
     """Two steps of PPO with a critic, saved after each, and a second run from the checkpoint of the first."""
@@ -233,7 +244,7 @@ def ppo(common, bf16_checkpoint):
     again.mkdir()
     shutil.copytree(first / "global_step_1", again / "global_step_1")
     (again / "latest_checkpointed_iteration.txt").write_text("1")
-    after, _ = train(folder / "ppo_resumed", *overrides, f"trainer.default_local_dir={again}")
+    after, _ = train(folder / "ppo_resumed", *overrides, *SEPARATE, f"trainer.default_local_dir={again}")
     return first, metrics, log, again, after
 
 
@@ -258,10 +269,10 @@ def test_the_reference_is_the_actor_without_its_adapter(ppo):
 def test_resuming_ppo_restores_critic_adapter_head_optimizer_and_scheduler(ppo):
     first, metrics, _, again, after = ppo
     assert sorted(s for s in after if "critic/lr" in after[s]) == [2]
-    # other samples of the same prompts: the values are those of the trained critic, not of a fresh one
-    fresh, trained, resumed = (m["critic/values/mean"] for m in (metrics[1], metrics[2], after[2]))
+    # other samples of the same prompts: what it predicts at its updates is that of the trained critic, not of a fresh one
+    fresh, trained, resumed = (m["critic/vpred_mean"] for m in (metrics[1], metrics[2], after[2]))
     assert abs(resumed - trained) < 0.3 * abs(trained - fresh)
-    for folder in (first, again):
+    for folder, scheduled in ((first, 2), (again, 3)):  # verl's scheduler counts the updates of separate_async
         critic = folder / "global_step_2" / "critic"
         head = torch.load(critic / "value_head_world_size_1_rank_0.pt", weights_only=False)
         optimizer = torch.load(critic / "optim_world_size_1_rank_0.pt", weights_only=False)
@@ -269,7 +280,21 @@ def test_resuming_ppo_restores_critic_adapter_head_optimizer_and_scheduler(ppo):
             4
         }  # two mini-batches a step
         extra = torch.load(critic / "extra_state_world_size_1_rank_0.pt", weights_only=False)
-        assert extra["lr_scheduler"]["last_epoch"] == 2
+        assert extra["lr_scheduler"]["last_epoch"] == scheduled
+
+
+def test_an_engine_of_its_own_samples_under_the_adapter_and_the_noise_of_the_step(common, ppo):
+    """Resumed after the clean first step: samples of the step's own noise, as far from the actor as in the colocated run."""
+    _, metrics, _, _, after = ppo
+    sigma = metrics[2]["qerl/aqn_sigma"]
+    assert after[2]["qerl/aqn_sigma"] == sigma > 0
+    assert [after[2][f"qerl/aqn_sigma_of_samples/{what}"] for what in ("min", "max")] == [sigma, sigma]
+    assert after[2]["training/off_policy/trajectory_staleness_worst/max"] == 0
+    apart = "training/rollout_probs_diff_mean"
+    assert after[2][apart] < 2 * metrics[2][apart] and after[2]["actor/grad_norm"] > 0
+    assert 0 <= validation(after[2]) <= 1
+    log = (common[0] / "ppo_resumed" / "log").read_text()
+    assert "checkpoint_engine.backend: naive -> qerl" in log and "[qerl] resuming from" in log
 
 
 GSM8K = [
