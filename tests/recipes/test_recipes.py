@@ -52,6 +52,17 @@ def test_nothing_to_refuse(name, on_cpu):
     assert config.actor_rollout_ref.model.lora_rank == 32
 
 
+def test_the_gpus_of_a_node_can_be_divided_between_actor_and_rollout():
+    """The command in the recipe's head."""
+    head = (RECIPES / "gsm8k_grpo_8gpu.yaml").read_text().partition("defaults:")[0]
+    overrides = [word for word in head.partition("Four GPUs")[2].split() if "=" in word]
+    config = load("gsm8k_grpo_8gpu", *overrides)
+    rules.apply_rules(config, set(), on_cpu=False, notify=lambda line: None)
+    assert rules.find_problems(config) == [] and config.trainer.v1.trainer_mode == "qerl_separate_async"
+    rollout = config.actor_rollout_ref.rollout
+    assert config.trainer.n_gpus_per_node == rollout.n_gpus_per_node * rollout.nnodes == 4
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_verl_takes_the_batch_sizes(name, bf16_checkpoint):
     """verl's own check, which main_ppo runs before it starts the workers."""
