@@ -96,11 +96,8 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 __device__ __forceinline__ void named_barrier(int id) { asm volatile("bar.sync %0, 128;" ::"r"(id) : "memory"); }
-__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
-__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 __device__ __forceinline__ void cluster_barrier() {
-  cluster_arrive();
-  cluster_wait();
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 __device__ __forceinline__ float4 load_from_block(uint32_t address, int rank) {
   float4 v;
@@ -330,78 +327,67 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM)
                      : "r"(s_mine + stage * C::S_BYTES + (kb * C::ROW_UNITS + m) * kUnitScaleBytes));
       };
       auto x_operand = [&](int kb) { return operand_descriptor(x_base + stage * C::X_BYTES + kb * C::BT * 128); };
-      auto release_stage = [&](int which) {
-        if (which >= 0 && tid == 0) barrier_arrive(empty_base + which * 8);
+      auto release_previous = [&] {
+        if (release >= 0 && tid == 0) barrier_arrive(empty_base + release * 8);
       };
       auto next_stage = [&] {
         release = stage;
         if (++stage == C::STAGES) stage = 0, parity ^= 1;
       };
-      uint4 q;  // of the unit that is decoded next
-      uint2 s;
-      auto load_first = [&] {
-        barrier_wait(full_base + stage * 8, parity);
-        load(0, 0, q, s);
-      };
-      // After the products with unit `m` of columns `kb`: the unit after it, in this stage or, if there are `more`, the next.
-      auto load_next = [&](int kb, int m, bool more) {
-        if (m + 1 < C::MW) {
-          load(kb, m + 1, q, s);
-        } else if (kb + 1 < C::KB) {
-          load(kb + 1, 0, q, s);
-        } else {
-          next_stage();
-          if (more) load_first();
-        }
-      };
       // One stage, beginning with fragment set FIRST.
-      auto consume = [&](auto first, bool more) {
-        const int previous = release;
+      auto consume = [&](auto first) {
+        barrier_wait(full_base + stage * 8, parity);
 #pragma unroll
         for (int kb = 0; kb < C::KB; ++kb) {
           const uint64_t operand = x_operand(kb);
 #pragma unroll
           for (int m = 0; m < C::MW; ++m) {
+            uint4 q;
+            uint2 s;
+            load(kb, m, q, s);
             const int set = (decltype(first)::value + kb * C::MW + m) % 2;
             decode_unit(q, s, a[set]);
             wgmma_fence();
 #pragma unroll
             for (int j = 0; j < 4; ++j) Wgmma<C::BT>::mma(acc[m], a[set][j], operand + j * 2);
             wgmma_commit();
-            load_next(kb, m, more);
             wgmma_wait<1>();
             hold(a[set ^ 1]);
-            if (kb == 0 && m == 0) release_stage(previous);
+            if (kb == 0 && m == 0) release_previous();
           }
         }
+        next_stage();
       };
-      auto consume_fine = [&](bool more) {
-        const int previous = release;
+      auto consume_fine = [&] {
+        barrier_wait(full_base + stage * 8, parity);
 #pragma unroll
         for (int kb = 0; kb < C::KB; ++kb) {
           const uint64_t operand = x_operand(kb);
 #pragma unroll
           for (int m = 0; m < C::MW; ++m) {
+            uint4 q;
+            uint2 s;
+            load(kb, m, q, s);
             const uint32_t words[4] = {q.x, q.y, q.z, q.w};
             const uint32_t scales[4] = {scale_pair<0>(s.x), scale_pair<1>(s.x), scale_pair<0>(s.y), scale_pair<1>(s.y)};
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
               wgmma_wait<3>();
               hold(a[0][j]);
-              if (kb == 0 && m == 0 && j == 3) release_stage(previous);
+              if (kb == 0 && m == 0 && j == 3) release_previous();
               decode8(words[j], scales[j], a[0][j]);
               wgmma_fence();
               Wgmma<C::BT>::mma(acc[m], a[0][j], operand + j * 2);
               wgmma_commit();
             }
-            load_next(kb, m, more);
           }
         }
+        next_stage();
       };
       // One stage of the adapter: up to KB fragments of 16 columns for each unit, nothing to decode.
       auto consume_lora = [&](int count) {
         wgmma_wait<0>();
-        release_stage(release);
+        release_previous();
         barrier_wait(full_base + stage * 8, parity);
         const uint64_t operand = x_operand(0);
 #pragma unroll
@@ -425,18 +411,17 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM)
         next_stage();
       };
       const int w_end = min(k_end, p.w_steps);
-      if (k_begin < w_end) load_first();
       if constexpr (C::FINE) {
-        for (int step = k_begin; step < w_end; ++step) consume_fine(step + 1 < w_end);
+        for (int step = k_begin; step < w_end; ++step) consume_fine();
       } else if constexpr (C::KB * C::MW % 2 == 0) {
-        for (int step = k_begin; step < w_end; ++step) consume(Constant<0>(), step + 1 < w_end);
+        for (int step = k_begin; step < w_end; ++step) consume(Constant<0>());
       } else {
         int step = k_begin;
         for (; step + 1 < w_end; step += 2) {
-          consume(Constant<0>(), true);
-          consume(Constant<1>(), step + 2 < w_end);
+          consume(Constant<0>());
+          consume(Constant<1>());
         }
-        if (step < w_end) consume(Constant<0>(), false);
+        if (step < w_end) consume(Constant<0>());
       }
       for (int step = max(k_begin, p.w_steps); step < k_end; ++step)
         consume_lora(p.lora_units - (step - p.w_steps) * C::KB);
@@ -485,43 +470,17 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM)
         }
         cluster_barrier();
         const int rank = blockIdx.x % p.cluster;
-        // Of vectors rank, rank + cluster, ..: several at a time, all loads before the first use.
-        auto add_up = [&](auto parts) {
-          constexpr int kBlocks = decltype(parts)::value;
-          constexpr int kTogether = 16 / kBlocks;
-          for (int first = rank; first < kVectors; first += kTogether * p.cluster) {
-            float4 sum[kTogether];
-            float4 add[kTogether][kBlocks];
+        for (int v = rank; v < kVectors; v += p.cluster) {
+          float4 add[kParts];
 #pragma unroll
-            for (int i = 0; i < kTogether; ++i) {
-              const int v = first + i * p.cluster;
+          for (int r = 0; r < kParts; ++r)
+            add[r] = r < p.cluster ? load_from_block(part + v * 2048, r) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+          float4 sum = add[0];
 #pragma unroll
-              for (int r = 0; r < kBlocks; ++r)
-                add[i][r] = v < kVectors && r < p.cluster ? load_from_block(part + v * 2048, r) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-            }
-#pragma unroll
-            for (int i = 0; i < kTogether; ++i) {
-              sum[i] = add[i][0];
-#pragma unroll
-              for (int r = 1; r < kBlocks; ++r)
-                sum[i].x += add[i][r].x, sum[i].y += add[i][r].y, sum[i].z += add[i][r].z, sum[i].w += add[i][r].w;
-            }
-            if (first + kTogether * p.cluster >= kVectors) cluster_arrive();  // nothing more to read from others
-#pragma unroll
-            for (int i = 0; i < kTogether; ++i) {
-              const int v = first + i * p.cluster;
-              if (v < kVectors) store(v / (C::BT / 8), v % (C::BT / 8), sum[i]);
-            }
-          }
-          if (rank >= kVectors) cluster_arrive();
-        };
-        if (p.cluster == 2)
-          add_up(Constant<2>());
-        else if (p.cluster <= 4)
-          add_up(Constant<4>());
-        else
-          add_up(Constant<8>());
-        cluster_wait();  // no block leaves while others read from it
+          for (int r = 1; r < kParts; ++r) sum.x += add[r].x, sum.y += add[r].y, sum.z += add[r].z, sum.w += add[r].w;
+          store(v / (C::BT / 8), v % (C::BT / 8), sum);
+        }
+        cluster_barrier();  // no block leaves while others read from it
         break;
       }
 
@@ -566,7 +525,7 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM)
           if (!last_flag[wg]) continue;
         }
         if (others == 1) {
-          constexpr int kGroup = kVectors < 4 ? kVectors : kVectors >= 16 ? 8 : 4;
+          constexpr int kGroup = kVectors < 4 ? kVectors : 4;
           const float4* other = slot(first_block + last_block - blockIdx.x);
 #pragma unroll
           for (int v0 = 0; v0 < kVectors; v0 += kGroup) {

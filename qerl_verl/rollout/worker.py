@@ -101,7 +101,7 @@ class QeRLWorkerExtension(vLLMColocateWorkerExtension):
         for name, tensor in sorted(self.model_runner.get_model().named_buffers()):
             if "qerl_lora_" in name:
                 digest.update(name.encode())
-                digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+                digest.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
     def qerl_set_noise(self, seed: int, step: int, sigma: float) -> None:
@@ -125,5 +125,5 @@ class QeRLWorkerExtension(vLLMColocateWorkerExtension):
             if "lora_" in name or name in noisy:
                 continue
             digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
