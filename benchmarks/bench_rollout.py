@@ -67,6 +67,10 @@ def run_variant(name: str, args: argparse.Namespace) -> dict:
         lora = {"rank": RANK, "alpha": RANK} if inline else None
         extra["additional_config"] = {"qerl": {"kernel": settings["kernel"], "lora": lora}}
         extra["worker_extension_cls"] = "qerl_verl.rollout.worker.QeRLWorkerExtension"
+        if "compilation_config" in extra:
+            from qerl_verl.config.rules import COMPILATION
+
+            extra["compilation_config"] |= json.loads(COMPILATION)  # as the switch sets it
     else:
         extra["load_format"] = "dummy"
     if settings["lora"] == "punica":

@@ -69,6 +69,16 @@ SEPARATE_DEFAULTS = (
 )  # fmt: skip
 """With ``trainer.v1.trainer_mode=separate_async``."""
 
+COMPILATION = '{"inductor_compile_config": {"triton.enable_pdl": true}}'
+"""vLLM's ``compilation_config``: TorchInductor's kernels are launched while the kernel before them ends (programmatic dependent
+launch). Each waits before it reads what its predecessor writes (torch/_inductor/codegen/triton.py, _handle_pdl_before_access) and lets
+its successor start only then; the Hopper kernels, which let theirs start at once, end after their own wait. So nothing that a launch
+reads is unfinished."""
+
+GPU_DEFAULTS = (
+    Default(f"{ROLLOUT}.engine_kwargs.vllm.compilation_config", None, COMPILATION, "kernels start while the one before ends"),
+)  # fmt: skip
+
 UNCOMPUTED = {
     "remax": "the reward of a greedy response (reward_baselines)",
     "optimal_token_baseline": "sum_pi_squared",
@@ -116,7 +126,7 @@ def apply_rules(config: DictConfig, user_keys: set[str], on_cpu: bool, notify: C
     """
     models = trained_models(config)
     defaults = DEFAULTS + (CRITIC_DEFAULTS if CRITIC in models else ())
-    defaults += _attention_defaults(models) + (CPU_DEFAULTS if on_cpu else ())
+    defaults += _attention_defaults(models) + (CPU_DEFAULTS if on_cpu else GPU_DEFAULTS)
     if _is_separate(config):
         defaults += SEPARATE_DEFAULTS + (SEPARATE_CPU_DEFAULTS if on_cpu else ())
     for model in models:

@@ -1,5 +1,6 @@
 """What the switch sets, what it leaves alone and what it refuses, on verl's real configuration."""
 
+import json
 import os
 import re
 from pathlib import Path
@@ -44,6 +45,20 @@ def test_a_stock_grpo_run_gets_what_qerl_needs_and_has_no_problem():
         "VERL_ENGINE_VENDOR": "qerl",
     }
     assert any(line.startswith("actor_rollout_ref.model.lora_rank: 0 -> 32") for line in lines)
+    assert rollout.engine_kwargs.vllm.compilation_config == rules.COMPILATION
+
+
+def test_torch_has_the_option_that_the_rollout_is_compiled_with():
+    import torch._inductor.config as inductor
+
+    for name in json.loads(rules.COMPILATION)["inductor_compile_config"]:
+        assert name in inductor.get_config_copy()
+
+
+def test_the_users_compilation_config_stays():
+    own = "actor_rollout_ref.rollout.engine_kwargs.vllm.compilation_config"
+    config, _, problems = switched(f"+{own}.mode=0")
+    assert problems == [] and OmegaConf.select(config, own) == {"mode": 0}
 
 
 @pytest.mark.parametrize("setting", ["qerl.kernel=hopper", "qerl.rollout.kernel=marlin"])
