@@ -329,7 +329,8 @@ def measured(out: dict, name: str):
     out.setdefault("part_s", {})[name] = time.perf_counter() - begin
 
 
-def environment_of(args: argparse.Namespace, **more: str) -> dict[str, str]:
+def environment_of(switched: bool = True, **more: str) -> dict[str, str]:
+    """Of a process to start; on the CPU, where its ranks need the switch's platform, ``switched`` brings it."""
     import torch
 
     defaults = {
@@ -338,7 +339,7 @@ def environment_of(args: argparse.Namespace, **more: str) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         **NO_MULTICAST,
     }
-    defaults |= {} if torch.cuda.is_available() else ON_THE_CPU
+    defaults |= ON_THE_CPU if switched and not torch.cuda.is_available() else {}
     return {**defaults, **os.environ, **more}
 
 
@@ -386,7 +387,7 @@ def run_ranks(world: int, jobs: list[str], args: argparse.Namespace) -> dict:
     ranks = []
     for rank in range(world):
         group = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        environment = environment_of(args, **{k: str(v) for k, v in group.items()})
+        environment = environment_of(**{k: str(v) for k, v in group.items()})
         ranks.append(run_here("rank", args, environment, "--rank", str(rank), "--world", str(world), "--jobs", *jobs))
     try:
         finish(ranks, args.timeout)
@@ -457,7 +458,7 @@ def measure_rollout(args: argparse.Namespace) -> dict:
     command = [sys.executable, str(HERE / "bench_rollout.py"), "--shape", args.shape, "--work", str(args.work)]
     command += ["--tensor-parallel", "2", "--sequences", *map(str, args.sequences), "--json", str(file)]
     command += ["--generated", str(args.generated)]
-    environment = environment_of(args)
+    environment = environment_of()
     environment.pop("QERL_SWITCH", None)
     subprocess.run(command, env=environment, timeout=args.timeout, check=True)
     return json.loads(file.read_text())
@@ -471,12 +472,11 @@ def measure_main_ppo(arrangement: str, args: argparse.Namespace) -> dict:
 
     work = args.work / "ppo" / args.ppo_shape
     work.mkdir(parents=True, exist_ok=True)
-    environment = environment_of(args, VERL_LOGGING_LEVEL="WARNING", VLLM_ALLOW_INSECURE_SERIALIZATION="1")
+    environment = environment_of(False, VERL_LOGGING_LEVEL="WARNING", VLLM_ALLOW_INSECURE_SERIALIZATION="1")
     environment["PYTHONPATH"] = os.pathsep.join(
         filter(None, [str(TESTS / "integration"), environment.get("PYTHONPATH")])
     )
     environment["QERL_TEST_WATCH"] = str(work / f"watched-{arrangement}")
-    environment.pop("QERL_SWITCH", None)
     prepared = [sys.executable, str(HERE / "bench_grpo_step.py"), "--prepare", "--shape", args.ppo_shape]
     subprocess.run([*prepared, "--work", str(work.parent)], env=environment, check=True)
     rollout = "actor_rollout_ref.rollout"
@@ -562,7 +562,7 @@ def main() -> None:
     save = lambda: args.json and args.json.write_text(json.dumps(out, indent=1) + "\n")  # noqa: E731
 
     with measured(out, "prepare"):
-        finish([run_here("prepare", args, environment_of(args))], args.timeout)
+        finish([run_here("prepare", args, environment_of())], args.timeout)
     if {"training", "equality"} & set(args.parts):
         args.done = {}
         with measured(out, "two_ranks"):
@@ -592,7 +592,7 @@ def main() -> None:
     if "shards" in args.parts:
         with measured(out, "shards"):
             for world in (1, 2):
-                environment = environment_of(args, VLLM_PLUGINS="qerl", QERL_SWITCH="nvfp4")
+                environment = environment_of(VLLM_PLUGINS="qerl", QERL_SWITCH="nvfp4")
                 environment |= {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
                 finish([run_here("shards", args, environment, "--world", str(world))], args.timeout)
             out["shards"] = compare_shards(args.work)

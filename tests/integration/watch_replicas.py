@@ -56,9 +56,9 @@ def _watch() -> None:
         file.unlink()
     push = AQNTrainerMixin._push
 
-    def watched(self, step: int, sigma: float) -> None:
-        push(self, step, sigma)
-        servers = [replica.server_handle for replica in self.checkpoint_manager.replicas]
+    def watched(self, replicas: list, step: int, sigma: float) -> None:
+        push(self, replicas, step, sigma)
+        servers = [replica.server_handle for replica in replicas]
         ray.get([s.collective_rpc.remote(report, args=(str(folder), step, sigma)) for s in servers])
 
     AQNTrainerMixin._push = watched

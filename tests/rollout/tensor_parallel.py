@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from concurrent.futures import ThreadPoolExecutor
+import threading
 
 import torch
 from safetensors.torch import load_file
@@ -35,14 +35,17 @@ def sync(engine, adapter, ranks: int) -> None:
         )
         for rank in range(ranks)
     ]
-    with ThreadPoolExecutor(ranks) as threads:
-        sending = [
-            threads.submit(lambda s=s: asyncio.run(s.async_send_weights(iter(tensors.items())))) for s in senders
-        ]
-        arguments = {"peft_config": peft_config, "base_sync_done": True, "use_shm": True}
-        engine.collective_rpc("update_weights_from_ipc", timeout=60, kwargs=arguments)
-        for future in sending:
-            future.result(timeout=60)
+    # daemons: when a worker refuses the adapter, its sender waits for ever
+    threads = [
+        threading.Thread(target=lambda s=s: asyncio.run(s.async_send_weights(iter(tensors.items()))), daemon=True)
+        for s in senders
+    ]
+    for thread in threads:
+        thread.start()
+    arguments = {"peft_config": peft_config, "base_sync_done": True, "use_shm": True}
+    engine.collective_rpc("update_weights_from_ipc", timeout=60, kwargs=arguments)
+    for thread in threads:
+        thread.join(timeout=60)
 
 
 def expected_shards(adapter, layer: int, rank: int, ranks: int) -> dict[str, torch.Tensor]:
