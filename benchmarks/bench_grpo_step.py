@@ -3,14 +3,16 @@
     python benchmarks/bench_grpo_step.py --shape 7B --json benchmarks/results/grpo_step_7b_h200.json
 
 Both runs train the same random model (the bf16 checkpoint is the NVFP4 one, unpacked) on the same prompts: 16 prompts of 256
-tokens, 8 samples each, 512 generated tokens, no early end; LoRA rank 32 on all linears; one GPU. Without flash-attn verl computes
-log-probabilities row by row, which takes longer than the model does, in either run. The first step warms up and is left out;
-the numbers are the means of the others, from verl's own metrics.
+tokens, 8 samples each, 512 generated tokens, no early end; LoRA rank 32 on all linears, SDPA attention; one GPU. verl takes
+log-probabilities from flash-attn's Triton cross entropy where that can be imported, and row by row otherwise, which takes longer than the
+model does, in either run; the result says which. The first step warms up and is left out; the numbers are the means of the others,
+from verl's own metrics. ``--variants`` one by one, with the same ``--work``, puts the runs on several GPUs of a host.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import re
@@ -26,7 +28,6 @@ STOCK = [
     "actor_rollout_ref.model.lora_rank=32", "actor_rollout_ref.model.lora_alpha=32",
     "actor_rollout_ref.model.target_modules=all-linear", "actor_rollout_ref.rollout.name=vllm",
     "actor_rollout_ref.rollout.load_format=safetensors", "actor_rollout_ref.actor.strategy=fsdp2",
-    "+actor_rollout_ref.model.override_config.attn_implementation=sdpa",
 ]  # fmt: skip
 VARIANTS = {
     "bf16_lora": ("bf16", STOCK),
@@ -84,7 +85,8 @@ def command(name: str, work: Path, steps: int, extra: list[str]) -> list[str]:
     base, own = VARIANTS[name]
     return [
         sys.executable, "-m", "verl.trainer.main_ppo", *own, "algorithm.adv_estimator=grpo",
-        f"actor_rollout_ref.model.path={work / base}", f"data.train_files={work / 'prompts.parquet'}",
+        f"actor_rollout_ref.model.path={work / base}", "+actor_rollout_ref.model.override_config.attn_implementation=sdpa",
+        f"data.train_files={work / 'prompts.parquet'}",
         f"data.val_files={work / 'prompts.parquet'}", f"data.train_batch_size={PROMPTS}",
         f"data.max_prompt_length={PROMPT}", f"data.max_response_length={RESPONSE}",
         f"actor_rollout_ref.rollout.n={SAMPLES}", "actor_rollout_ref.rollout.ignore_eos=True",
@@ -122,6 +124,14 @@ def metrics_of(log: str) -> dict[int, dict[str, float]]:
     return steps
 
 
+def has_cross_entropy() -> bool:
+    """Whether verl finds flash-attn's kernel (verl/utils/torch_functional.py)."""
+    try:
+        return importlib.util.find_spec("flash_attn.ops.triton.cross_entropy") is not None
+    except ModuleNotFoundError:
+        return False
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="7B")
@@ -148,6 +158,7 @@ def main() -> None:
         "shape": args.shape,
         "gpu": torch.cuda.get_device_name(),
         "versions": {p: version(p) for p in ("verl", "vllm", "torch", "transformers", "peft")},
+        "flash_attn_cross_entropy": has_cross_entropy(),
         "runs": {},
     }
     for name in args.variants:
