@@ -24,6 +24,7 @@ test: setup $(VENV)/.ready-test
 	$(BIN)/python -m pytest $(ARGS)
 
 # On a machine with a GPU, with the Python that has vLLM, verl and this package: `make bench PYTHON=python RESULTS=somewhere`.
+# With two: `python benchmarks/bench_two_gpus.py --json $(RESULTS)/two_gpus_7b.json`.
 RESULTS ?= benchmarks/results
 bench:
 	$(PYTHON) benchmarks/bench_gemm.py --marlin --json $(RESULTS)/gemm.json

@@ -116,6 +116,63 @@ def step_section(folder: Path) -> str:
     return table(["seconds", *keys], rows) + f"\n\nFile: `{data['file']}`."
 
 
+def two_gpus_section(folder: Path) -> str:
+    """Empty without the file; of a run of some parts, those."""
+    data = load(folder, "two_gpus_7b")
+    if not data:
+        return ""
+    out = [f"### Two GPUs ({data['gpu']})"]
+    if training := data.get("training"):
+        rows = []
+        for name, run in training["runs"].items():
+            gathers = run["all_gather"]
+            by = run["by_sequences"]
+            rows.append([
+                name, *(f"{by[s]['tokens_per_s']:.0f}" for s in by), *(f"{max(by[s]['peak_gb']):.1f}" for s in by),
+                f"{gathers['gb']:.2f}", ", ".join(f"{b:.4g}" for b in gathers["bytes_per_weight_of_linears"]),
+            ])  # fmt: skip
+        by = next(iter(training["runs"].values()))["by_sequences"]
+        head = [f"FSDP2, sequences of {training['length']} a GPU", *(f"tokens/s, {s}" for s in by)]
+        head += [*(f"peak GiB a GPU, {s}" for s in by), "GiB gathered a step", "bytes a weight of the linears"]
+        out.append(table(head, rows))
+    if equality := data.get("equality"):
+        keys = ("loss_difference", "grad_norm_relative", "first_gradient_relative", "adapter_of_the_way")
+        rows = [[name, *(f"{run[k]:.1e}" for k in keys)] for name, run in equality["to_one_gpu"].items()]
+        head = ["three updates against one GPU's", "loss", "gradient norm, relative", "first gradient, relative"]
+        out.append(table([*head, "adapter, of the way it went"], rows))
+    if rollout := data.get("rollout"):
+        ratios = rollout.get("ratio_to_bf16_lora", {})
+        sequences = sorted(map(int, next(r["decode"] for r in rollout["runs"] if "decode" in r)))
+        rows = [
+            [
+                run["variant"],
+                *(
+                    f"{run['decode'][str(s)]['tokens_per_s']:.0f} ({ratios[run['variant']][str(s)]:.2f}x)"
+                    for s in sequences
+                ),
+            ]
+            for run in rollout["runs"]
+            if run["variant"] in ratios
+        ]
+        out.append(table(["rollout divided over both, tokens/s by sequences", *map(str, sequences)], rows))
+    if shards := data.get("shards"):
+        rows = [
+            [what.replace("_", " "), f"{shards[what]['mean']:.1e}", f"{shards[what]['max']:.1e}"]
+            for what in ("without_adapter", "clean", "noised", "noised_to_clean_on_one")
+        ]
+        out.append(table(["log-probability, divided against one GPU", "mean difference", "largest"], rows))
+    for arrangement, run in data.get("main_ppo", {}).items():
+        seconds = ", ".join(f"{step['timing_s/step']:.1f}" for step in run["steps"].values())
+        facts = {"norms_equal": "norms equal", "undivided_equal": "what all hold of the adapter equal"}
+        facts |= {"adapters_equal": "adapters equal"} if arrangement == "replicas" else {}
+        facts |= {"base_constant": "base untouched"}
+        said = ", ".join(f"{text}: {'yes' if run[key] else 'no'}" for key, text in facts.items())
+        out.append(
+            f"main_ppo, rollout {arrangement}: {run['workers']} rollout workers after {run['rounds']} syncs: {said}. Seconds a step: {seconds}."
+        )
+    return "\n\n".join([*out, f"File: `{data['file']}`."])
+
+
 def plot(folder: Path) -> bool:
     """Ratios to bf16 + LoRA of kernels and rollout, by tokens and sequences."""
     try:
@@ -158,7 +215,8 @@ def main() -> None:
         "### Matrix products (`kernels/hopper/`)", gemm_section(folder),
         "In a model another kernel runs before each product. Microseconds of a product with an adapter, and without:",
         between_section(folder), "### Rollout", rollout_section(folder), "### A LoRA training step", training_section(folder),
-        "### One GRPO step of main_ppo", step_section(folder), *(["![ratios](performance.png)"] if drawn else []),
+        "### One GRPO step of main_ppo", step_section(folder), *filter(None, [two_gpus_section(folder)]),
+        *(["![ratios](performance.png)"] if drawn else []),
     ])  # fmt: skip
     page = PAGE.read_text()
     before, _, rest = page.partition(BEGIN)

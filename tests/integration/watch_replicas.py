@@ -12,10 +12,19 @@ import os
 from pathlib import Path
 
 
+UNDIVIDED = ("qkv_proj.qerl_lora_a", "gate_up_proj.qerl_lora_a", "o_proj.qerl_lora_b", "down_proj.qerl_lora_b")
+"""The half of a layer's adapter that every worker has whole, also where workers divide the model."""
+
+
 def report(worker, folder: str, step: int, sigma: float) -> None:
     """In a worker of vLLM: one more line in this worker's file."""
     norms = hashlib.sha256(json.dumps(worker.qerl_norm_weights(), sort_keys=True).encode()).hexdigest()
+    undivided = hashlib.sha256()
+    for name, tensor in sorted(worker.model_runner.get_model().named_buffers()):
+        if name.endswith(UNDIVIDED):
+            undivided.update(name.encode() + tensor.float().cpu().numpy().tobytes())
     line = {"step": step, "sigma": sigma, "adapter": worker.qerl_adapter_digest(), "norms": norms}
+    line["undivided"] = undivided.hexdigest()
     replica = os.environ.get("VERL_REPLICA_RANK", "0")
     with Path(folder, f"replica_{replica}_rank_{worker.rank}.jsonl").open("a") as file:
         file.write(json.dumps(line | {"base": worker.qerl_base_digest()}) + "\n")
@@ -25,9 +34,9 @@ def read(folder: str | Path) -> dict:
     """``syncs``: by worker, its lines; and what follows from them.
 
     Returns:
-        ``norms_equal``: all workers had the same norms after every sync; ``adapters_equal``: also the same adapter, which workers
-        that divide a model do not; ``adapters_move``: a worker never had the same adapter after two syncs of different steps;
-        ``base_constant``.
+        ``norms_equal``: all workers had the same norms after every sync; ``adapters_equal``: the same adapter, which workers that
+        divide a model do not; ``undivided_equal``: what they hold whole of it; ``adapters_move``: a worker never had the same
+        adapter in two steps; ``base_constant``.
     """
     syncs = {
         f.stem: [json.loads(line) for line in f.read_text().splitlines()] for f in sorted(Path(folder).glob("*.jsonl"))
@@ -40,6 +49,7 @@ def read(folder: str | Path) -> dict:
         "rounds": len(rounds),
         "norms_equal": all(len({line["norms"] for line in lines}) == 1 for lines in rounds),
         "adapters_equal": all(len({line["adapter"] for line in lines}) == 1 for lines in rounds),
+        "undivided_equal": all(len({line["undivided"] for line in lines}) == 1 for lines in rounds),
         "adapters_move": all(len(set(steps.values())) == len(steps) for steps in last),
         "base_constant": all(len({line["base"] for line in lines}) == 1 for lines in syncs.values()),
     }
