@@ -334,7 +334,13 @@ def _model_problems(config: DictConfig, model: str) -> list[str]:
     """What holds for the actor's model and for the critic's alike."""
     get = lambda name: _get(config, f"{model}.{name}")  # noqa: E731
     rank, attention = get("lora_rank"), get("override_config.attn_implementation")
-    packed = get("use_remove_padding") and _get(config, "trainer.device") != "cpu"
+    on_cpu = _get(config, "trainer.device") == "cpu"
+    packed = get("use_remove_padding") and not on_cpu
+    role, engine = (ACTOR, "fsdp_config") if model == MODEL else ("critic", "fsdp")
+    divided = f"{role}.{engine}.ulysses_sequence_parallel_size"
+    if (_get(config, divided) or 1) == 1:
+        divided = f"{role}.ulysses_sequence_parallel_size"  # the older name
+    flash = (attention or "flash_attention_2").startswith("flash_attention") and not on_cpu
     found = {
         f"lora_rank={rank}: the NVFP4 base is frozen, so there would be nothing to train; remove the setting (32 is then "
         "used) or give a positive rank": not isinstance(rank, int) or rank <= 0,
@@ -346,6 +352,11 @@ def _model_problems(config: DictConfig, model: str) -> list[str]:
         ),
         f"use_remove_padding=True with override_config.attn_implementation={attention}: packed sequences need "
         "flash_attention_2 or sdpa": packed and attention == "eager",
+        f"override_config.attn_implementation={attention} with {divided}={_get(config, divided)}: verl exchanges the heads in "
+        "front of flash-attn alone (models/transformers/monkey_patch.py), so each rank would attend to its own part of a sequence "
+        f"without a word; install flash-attn and set flash_attention_2, or {divided}=1": (_get(config, divided) or 1)
+        > 1
+        and not flash,
     }
     return [f"{model}.{text}" for text, applies in found.items() if applies]
 

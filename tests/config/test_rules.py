@@ -342,6 +342,22 @@ def test_fsdp1_becomes_fsdp2_and_the_user_reads_it():
     assert any(line.startswith("actor_rollout_ref.actor.strategy: fsdp -> fsdp2") for line in lines)
 
 
+@pytest.mark.parametrize(
+    "key", ["actor.fsdp_config.ulysses_sequence_parallel_size", "actor.ulysses_sequence_parallel_size"]
+)
+def test_ulysses_without_flash_attn_is_refused(key):
+    """tests/engine/test_many_ranks.py has what Ulysses computes, with flash-attn's place taken, and what it would compute."""
+    attention = "actor_rollout_ref.model.override_config.attn_implementation"
+    chosen = [f"actor_rollout_ref.{key}=2", "actor_rollout_ref.model.use_remove_padding=True"]
+    (problem,) = switched(*chosen, f"+{attention}=sdpa", on_cpu=False)[2]
+    assert (
+        f"attn_implementation=sdpa with actor_rollout_ref.{key}=2" in problem
+        and f"or actor_rollout_ref.{key}=1" in problem
+    )
+    assert switched(*chosen, f"+{attention}=flash_attention_2", on_cpu=False)[2] == []
+    assert len(switched(*chosen, f"+{attention}=flash_attention_2", on_cpu=True)[2]) == 1
+
+
 def test_megatron_is_refused():
     with initialize_config_dir(VERL_CONFIG, version_base=None):
         config = compose(
