@@ -177,6 +177,8 @@ def measure_training(name: str, device: str, args: argparse.Namespace) -> dict:
                 loss = engine.module(input_ids=tokens)
             loss.backward()
             engine.optimizer_step()
+            if gpu:
+                torch.cuda.synchronize()
             return loss.item()
 
         for sequences in (4, 1):

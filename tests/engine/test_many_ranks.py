@@ -20,6 +20,7 @@ FLOAT32 = {
     "steps": 3,
 }
 VARIANTS = {"fsdp": FLOAT32, "ulysses": {**FLOAT32, "ulysses": 2}}
+REFUSED = {"ulysses_sdpa": {**VARIANTS["ulysses"], "packed_attention": False, "steps": 1}}
 
 
 @pytest.fixture(scope="module")
@@ -31,10 +32,10 @@ def adapters_and_reports(run_engine, tmp_path_factory, nvfp4_checkpoint, bf16_ch
         "bf16": {"steps": 1, "count": True, "stock": str(bf16_checkpoint)},
     }
     reports = run_engine(
-        nvfp4_checkpoint, folder / "many", world=WORLD, lr_warmup_steps=0, variants={**VARIANTS, **counted}
+        nvfp4_checkpoint, folder / "many", world=WORLD, lr_warmup_steps=0, variants={**VARIANTS, **REFUSED, **counted}
     )
     adapters = {name: torch.load(folder / f"one.{name}.pt") for name in ("start", "one", "one_grad")}
-    adapters |= {name: torch.load(folder / f"many.{name}.pt") for v in VARIANTS for name in (v, f"{v}_grad")}
+    adapters |= {name: torch.load(folder / f"many.{name}.pt") for v in VARIANTS | REFUSED for name in (v, f"{v}_grad")}
     return adapters, one["one"], reports
 
 
@@ -52,6 +53,14 @@ def test_three_steps_are_those_of_one_rank(adapters_and_reports, name):
     assert distance(adapters[f"{name}_grad"], adapters["one_grad"]) < 1e-5 * distance(nothing, adapters["one_grad"])
     moved = distance(adapters["one"], adapters["start"])
     assert moved > 0 and distance(adapters[name], adapters["one"]) < 1e-4 * moved
+
+
+def test_ulysses_is_not_what_one_rank_does_without_flash_attn(adapters_and_reports):
+    """So the switch refuses it (config/rules.py): verl exchanges the heads in front of flash-attn alone and says nothing."""
+    adapters, one, reports = adapters_and_reports
+    assert abs(reports[0]["ulysses_sdpa"]["loss"][0] - one["loss"][0]) > 1e-2
+    nothing = {n: torch.zeros_like(t) for n, t in adapters["one_grad"].items()}
+    assert distance(adapters["ulysses_sdpa_grad"], adapters["one_grad"]) > 0.1 * distance(nothing, adapters["one_grad"])
 
 
 def test_all_ranks_hold_the_same_adapter_in_the_end(adapters_and_reports):
