@@ -151,7 +151,8 @@ class NVFP4EngineMixin:
         return build_optimizer([p for p in module.parameters() if p.requires_grad], self.optimizer_config)
 
     def _at_step(self, after: bool = False) -> str:
-        """For messages. verl advances the scheduler once per training step, at its end, and restores it on resume.
+        """For messages. verl advances the scheduler once per training step, at its end, and restores it on resume; with
+        ``separate_async`` once per update, so those are what is counted then.
 
         Args:
             after: the step's updates are over.

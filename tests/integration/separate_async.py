@@ -37,7 +37,10 @@ OVERRIDES = [
     "trainer.v1.trainer_mode=separate_async",
     f"trainer.v1.separate_async.parameter_sync_step={UPDATES}",
     "trainer.v1.separate_async.num_warmup_batches=2",
-    "actor_rollout_ref.rollout.max_num_seqs=4",  # slow enough for samples that a sync interrupts
+    # slow enough for samples that a sync interrupts
+    "data.max_response_length=32",
+    "actor_rollout_ref.rollout.max_model_len=96",
+    "actor_rollout_ref.rollout.max_num_seqs=1",
     "trainer.v1.sampler.custom_sampler.path=pkg://spy",
     "trainer.v1.sampler.custom_sampler.name=SpyReplayBuffer",
     "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=16",
