@@ -19,7 +19,7 @@ import torch
 
 ARCH = "sm_90a"
 SOURCES = ("nvfp4_gemm.cu", "nvfp4_dequantize.cu", "lora_shrink.cu")
-HEADERS = ("nvfp4_format.cuh", "wgmma.cuh")
+HEADERS = ("lora_flag.cuh", "nvfp4_format.cuh", "wgmma.cuh")
 FLAGS = ("-O3", "-std=c++17", "--shared", "-Xcompiler", "-fPIC", "-gencode=arch=compute_90a,code=sm_90a")
 _HERE = Path(__file__).parent
 

@@ -13,6 +13,8 @@
 
 #include <cstdint>
 
+#include "lora_flag.cuh"
+
 namespace qerl {
 namespace {
 
@@ -48,6 +50,10 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks) shrink_kernel(const _
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
   const int warp = threadIdx.x >> 5;
   const int lane = threadIdx.x & 31;
+  if (flag != nullptr && blockIdx.x == 0 && blockIdx.y == 0 && warp == 0) {  // before a load could hold the news up
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    if (lane < kFlagCopies) asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(flag + lane * kFlagLine) : "memory");
+  }
   const int g = lane >> 2;
   const int t = lane & 3;
   const int rank = blockIdx.x % cluster;
@@ -94,8 +100,6 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks) shrink_kernel(const _
 #pragma unroll
   for (int d = 0; d < kDepth; ++d) load_a(begin + d, d);
   asm volatile("griddepcontrol.wait;" ::: "memory");
-  if (flag != nullptr && blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0)
-    asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(flag) : "memory");
 #pragma unroll
   for (int d = 0; d < kDepth; ++d) load_x(begin + d, d);
 

@@ -17,6 +17,7 @@
 #include <cuda.h>
 #include <cuda_runtime.h>
 
+#include "lora_flag.cuh"
 #include "nvfp4_format.cuh"
 #include "wgmma.cuh"
 
@@ -27,7 +28,8 @@ constexpr int kCounterSlots = 64;     // streams that may run the kernel at the 
 constexpr int kCountersPerSlot = 2048;
 constexpr int kGenerations = 8;       // launches of a stream that may overlap, with room to spare
 __device__ unsigned int counters[kCounterSlots * kCountersPerSlot];  // zero between launches
-__device__ unsigned int flags[kCounterSlots * kGenerations * 2];         // "x is there", blocks that know; likewise zero
+constexpr int kFlagWords = (kFlagCopies + 1) * kFlagLine;  // of a launch: "x is there" in several cache lines, blocks that know in another
+__device__ unsigned int flags[kCounterSlots * kGenerations * kFlagWords];  // likewise zero
 
 struct Params {
   const uint8_t* packed;
@@ -47,7 +49,7 @@ struct Params {
   int total;        // tiles * k_steps
   int lora_units;   // rank / 16
   int shard_end[2]; // row units where the second and the third of fused projections begin
-  unsigned int* flag; // set by the kernel before this one, which writes u, when x is there; null: wait for that kernel's end
+  unsigned int* flag; // kFlagCopies, set by the kernel before this one, which writes u, when x is there; null: wait for that kernel's end
   int keep_weights; // tiles of several token ranges read them again
   int cluster;      // blocks of a cluster that share a tile, 0: no clusters
 };
@@ -266,10 +268,11 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM)
       const int ahead = min(end - begin, C::STAGES);
       for (int i = 0; i < ahead; ++i) load_weights(begin + i, i);
       if (p.flag != nullptr) {
+        const unsigned int* mine = p.flag + blockIdx.x % kFlagCopies * kFlagLine;
         unsigned int there;
-        do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(there) : "l"(p.flag) : "memory");
+        do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(there) : "l"(mine) : "memory");
         while (!there);
-        asm volatile("fence.proxy.async;" ::: "memory");  // the copy engine reads x
+        asm volatile("fence.proxy.async.global;" ::: "memory");  // the copy engine reads x
       } else {
         wait_for_kernel_before();
       }
@@ -284,8 +287,9 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM)
       }
       if (p.flag != nullptr) {  // the last block to have seen the flag takes it down
         unsigned int before;
-        asm volatile("atom.inc.acq_rel.gpu.global.u32 %0, [%1], %2;" : "=r"(before) : "l"(p.flag + 1), "r"(gridDim.x - 1) : "memory");
-        if (before == gridDim.x - 1) *p.flag = 0;
+        asm volatile("atom.inc.acq_rel.gpu.global.u32 %0, [%1], %2;" : "=r"(before) : "l"(p.flag + kFlagCopies * kFlagLine), "r"(gridDim.x - 1) : "memory");
+        if (before == gridDim.x - 1)
+          for (int i = 0; i < kFlagCopies; ++i) p.flag[i * kFlagLine] = 0;
       }
     }
   } else {
@@ -704,7 +708,7 @@ extern "C" int qerl_nvfp4_prepare() {
 // The flag of a launch on the current device, by its stream's slot and its number.
 extern "C" unsigned int* qerl_nvfp4_flag(int slot, int launch) {
   using namespace qerl;
-  return flag_base[current_device()] + (slot % kCounterSlots * kGenerations + launch % kGenerations) * 2;
+  return flag_base[current_device()] + (slot % kCounterSlots * kGenerations + launch % kGenerations) * kFlagWords;
 }
 
 extern "C" int qerl_nvfp4_config_count() { return qerl::kEntries; }
