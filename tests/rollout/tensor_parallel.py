@@ -1,4 +1,4 @@
-"""What the test of an engine on two ranks and the benchmark of two GPUs share: a sync to every rank, and what each must hold."""
+"""What the test of an engine on two ranks (`test_live_engine.py`) and the benchmark of two GPUs share: a sync to every rank, and what each must hold."""
 
 from __future__ import annotations
 

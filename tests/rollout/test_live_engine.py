@@ -4,6 +4,8 @@ import contextlib
 import os
 import re
 import shutil
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +16,11 @@ from transformers import AutoModelForCausalLM
 from qerl_verl.aqn.noise import draw_noise
 from qerl_verl.lora.peft import save_adapter
 from qerl_verl.lora.wire import CONFIG_TENSOR, pack_config
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from tensor_parallel import expected_shards, prompt_log_probabilities  # noqa: E402
+from tensor_parallel import sync as sync_ranks  # noqa: E402
 
 pytestmark = [
     pytest.mark.engine,
@@ -352,3 +359,83 @@ def test_the_base_can_be_read_from_disk_again(engine, adapters):
         np.testing.assert_array_equal(weight, noised_norms[name])
     assert generate(engine) == noised
     set_noise(engine)
+
+
+def run(engine, paths, ranks):
+    """Everything that is compared."""
+
+    def buffers(worker):  # inside: the worker cannot import this module
+        named = worker.model_runner.get_model().named_buffers()
+        return {name: tensor.float().tolist() for name, tensor in named if "qerl_lora_" in name}
+
+    out = {"base": prompt_log_probabilities(engine, PROMPTS)}
+    sync_ranks(engine, paths[0], ranks)
+    out["first_digests"] = engine.collective_rpc("qerl_adapter_digest")
+    sync_ranks(engine, paths[1], ranks)
+    out["digests"] = engine.collective_rpc("qerl_adapter_digest")
+    engine.collective_rpc("qerl_load_adapter_folder", args=(paths[1],))
+    out["loaded_digests"] = engine.collective_rpc("qerl_adapter_digest")
+    out["adapter"] = prompt_log_probabilities(engine, PROMPTS)
+    out["tokens"] = [tokens for tokens, _ in generate(engine)]
+    set_noise(engine, step=2, sigma=0.05)
+    out["norms"] = engine.collective_rpc("qerl_norm_weights")
+    out["noised"] = prompt_log_probabilities(engine, PROMPTS)
+    set_noise(engine)
+    out["buffers"] = engine.collective_rpc(buffers)
+    return out
+
+
+@pytest.fixture(scope="module")
+def found(engine, nvfp4_checkpoint, adapters):
+    """What one rank and two ranks show, by number of ranks. An engine on two ranks is started for it."""
+    from verl.plugin.platform import platform_manager
+
+    from qerl_verl.platform.cpu import PlatformCPU
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(platform_manager, "_current_platform", PlatformCPU())
+        load(engine)
+        out = {1: run(engine, adapters, 1)}
+        patch.setenv("OMP_NUM_THREADS", "1")  # more wait for each other when ranks share the cores
+        with running(nvfp4_checkpoint, **IN_LAYER, tensor_parallel_size=2) as divided:
+            out[2] = run(divided, adapters, 2)
+    return out
+
+
+@pytest.mark.parametrize("what", ["base", "adapter", "noised"])
+def test_two_ranks_compute_what_one_does(found, what):
+    """Partial sums are added in another order in bfloat16: 0.1 of a log-probability, where adapter and noise change more."""
+    one, two = (np.array(found[ranks][what]) for ranks in (1, 2))
+    assert len(one) == sum(len(p) - 1 for p in PROMPTS)
+    np.testing.assert_allclose(two, one, atol=0.1)
+    for other in {"base", "adapter", "noised"} - {what}:
+        assert abs(one - found[1][other]).max() > 0.3
+
+
+def test_two_ranks_choose_the_same_tokens_up_to_ties(found):
+    assert [t[:2] for t in found[2]["tokens"]] == [t[:2] for t in found[1]["tokens"]]
+
+
+def test_each_rank_holds_its_part_of_the_adapter(found, adapters):
+    for ranks in (1, 2):
+        for rank, held in enumerate(found[ranks]["buffers"]):
+            expected = {
+                f"model.layers.{layer}.{name}": tensor.bfloat16().float()
+                for layer in range(2)
+                for name, tensor in expected_shards(adapters[1], layer, rank, ranks).items()
+            }
+            assert held.keys() == expected.keys()
+            for name, tensor in expected.items():
+                assert torch.equal(torch.tensor(held[name]), tensor), name
+
+
+def test_a_sync_reaches_every_rank(found):
+    for ranks in (1, 2):
+        seen = found[ranks]
+        assert len(seen["digests"]) == ranks and seen["digests"] == seen["loaded_digests"]
+        assert not set(seen["digests"]) & set(seen["first_digests"])
+
+
+def test_the_noise_is_the_same_on_every_rank(found):
+    (one,) = found[1]["norms"]
+    assert found[2]["norms"] == [one, one]
