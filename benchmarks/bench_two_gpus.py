@@ -486,6 +486,7 @@ def measure_main_ppo(arrangement: str, args: argparse.Namespace) -> dict:
         "trainer.n_gpus_per_node=2",
         f"{rollout}.tensor_model_parallel_size={2 if arrangement == 'divided' else 1}",
         f"{rollout}.n=4",
+        f"{rollout}.gpu_memory_utilization=0.1",
         "data.max_response_length=64",
         "actor_rollout_ref.actor.optim.lr=1e-3",
         f"{rollout}.log_prob_micro_batch_size_per_gpu=8",
