@@ -38,6 +38,7 @@ class QeRLCallback(Callback):
     def on_run_start(self, config: DictConfig, **kwargs) -> None:
         try:
             prepare(config, user_keys(list(config.hydra.overrides.task)))
+            give_job_folder(config)
         except SettingsError as error:
             stop(error.problems)
         except Exception as error:
@@ -83,6 +84,18 @@ def prepare(config: DictConfig, keys: set[str]) -> None:
     problems = [p for model, adapter in adapters.items() if adapter for p in _adapter_problems(config, model, adapter)]
     if problems := problems + _fused_kernel_problems(config):
         raise SettingsError(problems)
+
+
+def give_job_folder(config: DictConfig) -> None:
+    """Where the job starts Ray itself, its processes get a folder for temporary files that ends with it. What the user has put
+    into the runtime environment stays."""
+    from qerl_verl.platform.job_folder import environment, open_job_folder
+
+    if os.environ.get("RAY_ADDRESS") or OmegaConf.select(config, "ray_kwargs.ray_init.address"):
+        return
+    variables = "ray_kwargs.ray_init.runtime_env.env_vars"
+    merged = environment(open_job_folder()) | dict(OmegaConf.select(config, variables) or {})
+    OmegaConf.update(config, variables, merged, force_add=True)
 
 
 def _fused_kernel_problems(config: DictConfig) -> list[str]:

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from verl.plugin.platform.platform_base import PlatformBase
 
+from qerl_verl.platform.job_folder import SHARED_MEMORY, segments_in_use
+
 
 class _CPUDeviceModule(ModuleType):
     """``torch.cpu`` with the memory and random-state functions of ``torch.cuda`` that verl calls."""
@@ -95,7 +97,6 @@ class _CPUDeviceModule(ModuleType):
         torch.manual_seed(seed)
 
 
-SEGMENTS = Path("/dev/shm")
 DEAD_SECONDS = 600.0
 
 
@@ -105,7 +106,6 @@ def remove_dead_segments() -> list[str]:
     On this platform an adapter goes through a segment ``verl_weights_*`` that exists during a sync
     (vllm_rollout/bucketed_weight_transfer.py). Dead is one of this user's that is ten minutes old and that no process has mapped.
     """
-    import psutil
 
     def is_old_and_ours(path: Path) -> bool:
         try:
@@ -114,16 +114,11 @@ def remove_dead_segments() -> list[str]:
             return False
         return status.st_uid == os.getuid() and time.time() - status.st_mtime > DEAD_SECONDS
 
-    dead = {str(path) for path in SEGMENTS.glob("verl_weights_*") if is_old_and_ours(path)}
-    if dead:
-        for process in psutil.process_iter():
-            try:
-                dead -= {mapping.path for mapping in process.memory_maps()}
-            except (psutil.Error, OSError):
-                pass
+    dead = {path for path in SHARED_MEMORY.glob("verl_weights_*") if is_old_and_ours(path)}
+    dead -= segments_in_use(dead)
     for path in dead:
-        Path(path).unlink(missing_ok=True)
-    return sorted(Path(path).name for path in dead)
+        path.unlink(missing_ok=True)
+    return sorted(path.name for path in dead)
 
 
 def _resident_bytes() -> int:

@@ -11,6 +11,7 @@ from verl.workers.rollout.vllm_rollout.utils import VLLM_LORA_INT_ID, vLLMColoca
 from qerl_verl.aqn.noise import NoiseInjector, find_noise_targets
 from qerl_verl.lora.wire import take_config
 from qerl_verl.nvfp4.architectures import get_architecture
+from qerl_verl.platform.job_folder import note_segments
 from qerl_verl.rollout.lora import FUSED, AdapterStore, adapter_scaling, lora_settings
 
 NOISE_FUSED = {plain: fused for plain, (fused, _) in FUSED.items()}
@@ -37,6 +38,7 @@ class QeRLWorkerExtension(vLLMColocateWorkerExtension):
         Raises:
             ValueError: no adapter, one that does not fit, or with a value that is not finite; the engine keeps the one it has.
         """
+        note_segments()
         in_layers = lora_settings(self.model_runner.vllm_config.additional_config) is not None
         if peft_config and not (in_layers and base_sync_done):
             return super().update_weights_from_ipc(peft_config, base_sync_done, use_shm)

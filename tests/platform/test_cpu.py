@@ -64,9 +64,10 @@ def test_segments_of_killed_runs_are_removed_and_those_in_use_are_not(tmp_path, 
     import mmap
     import os
 
-    from qerl_verl.platform import cpu
+    from qerl_verl.platform import cpu, job_folder
 
-    monkeypatch.setattr(cpu, "SEGMENTS", tmp_path)
+    for module in (cpu, job_folder):
+        monkeypatch.setattr(module, "SHARED_MEMORY", tmp_path)
     for name in ("verl_weights_dead", "verl_weights_mapped", "verl_weights_new", "psm_1"):
         (tmp_path / name).write_bytes(b"x" * 4096)
         if not name.endswith("new"):

@@ -1,0 +1,136 @@
+"""A folder for what one job leaves behind on this host; it goes when the job ends, and with it what the job left in shared memory.
+
+Ray ends a job's processes without giving them time to clean up: each run of stock verl leaves vLLM's sockets and verl's lock files
+in the folder for temporary files, and vLLM's message queues in ``/dev/shm``. Here the former lie in a folder of the job's own
+(``TMPDIR`` of its processes), and the rollout's workers note in it the names of the latter.
+
+For jobs that start Ray themselves, on this host. What is left by a driver that could not clean up either (kill -9) is removed
+by the next one.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import re
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+from qerl_verl.switch import JOB_FOLDER_ENV
+
+PREFIX = "qerl-job-"
+OWNER, SEGMENTS = "owner", "segments"
+SHARED_MEMORY = Path("/dev/shm")
+MESSAGE_QUEUES = ("psm_", "sem.mp-", "vllm")
+"""How Python's SharedMemory, its semaphores and vLLM name what they put there."""
+
+END_SECONDS = 20.0
+"""How long the processes of an ended job may take to go."""
+
+
+def open_job_folder() -> Path:
+    """Make the folder, to be removed when this process ends, and remove those of drivers that are gone."""
+    for other in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+        if _is_dead(other):
+            close_job_folder(other, patience=0.0)
+    folder = Path(tempfile.mkdtemp(prefix=PREFIX))
+    (folder / SEGMENTS).mkdir()
+    (folder / OWNER).write_text(f"{os.getpid()} {_start_time(os.getpid())}")
+    atexit.register(_end, folder, os.getpid())
+    return folder
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """For the job's processes. What is worth keeping stays where it was: TorchInductor's cache follows TMPDIR otherwise."""
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default_cache_dir()
+    return {JOB_FOLDER_ENV: str(folder), "TMPDIR": str(folder), "TORCHINDUCTOR_CACHE_DIR": cache}
+
+
+def note_segments(generations: int = 3) -> None:
+    """In a worker of the rollout engine: write down its segments, and those of the processes that it descends from.
+
+    Args:
+        generations: this process, vLLM's engine core and verl's server.
+    """
+    folder = os.environ.get(JOB_FOLDER_ENV)
+    if not folder or not Path(folder, SEGMENTS).is_dir():
+        return
+    names, process = set(), os.getpid()
+    for _ in range(generations):
+        names |= {p.name for p in _mapped(process) if p.name.startswith(MESSAGE_QUEUES)}
+        process = _parent(process)
+    Path(folder, SEGMENTS, str(os.getpid())).write_text("\n".join(sorted(names)))
+
+
+def segments_in_use(segments: set[Path]) -> set[Path]:
+    """Those of ``segments`` that a process of this host has mapped."""
+    used: set[Path] = set()
+    for entry in os.scandir("/proc"):
+        if entry.name.isdigit():
+            used |= segments & _mapped(int(entry.name))
+    return used
+
+
+def close_job_folder(folder: Path, patience: float = END_SECONDS) -> None:
+    """Remove the folder and the segments noted in it, once nothing uses these or ``patience`` seconds have gone by; what is in use
+    stays."""
+    noted = {n for f in folder.glob(f"{SEGMENTS}/*") for n in f.read_text().split()}
+    segments = {SHARED_MEMORY / n for n in noted if n.startswith(MESSAGE_QUEUES) and "/" not in n}
+    end = time.monotonic() + patience
+    while (used := segments_in_use(segments)) and time.monotonic() < end:
+        time.sleep(0.2)
+    for segment in segments - used:
+        segment.unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _end(folder: Path, owner: int) -> None:
+    """Ray's own end comes after this one in atexit's order, but has to come first."""
+    if os.getpid() != owner:
+        return
+    import ray
+
+    ray.shutdown()
+    close_job_folder(folder)
+
+
+def _is_dead(folder: Path) -> bool:
+    try:
+        if folder.stat().st_uid != os.getuid():
+            return False
+        process, start = (folder / OWNER).read_text().split()
+    except (OSError, ValueError):  # not complete, or just gone
+        return False
+    return _start_time(int(process)) != start
+
+
+def _status(process: int) -> list[str]:
+    """The fields of ``/proc/PID/stat`` behind the name, from the state on (proc(5))."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
+
+
+def _start_time(process: int) -> str:
+    """In clock ticks since the host's start: with the number it names a process for good. Empty if it is gone."""
+    fields = _status(process)
+    return fields[19] if fields else ""
+
+
+def _parent(process: int) -> int:
+    fields = _status(process)
+    return int(fields[1]) if fields else 0
+
+
+def _mapped(process: int) -> set[Path]:
+    """What a process has mapped of shared memory; empty if it is gone or another user's."""
+    try:
+        text = Path(f"/proc/{process}/maps").read_text()
+    except OSError:
+        return set()
+    return {Path(m) for m in re.findall(rf"({re.escape(str(SHARED_MEMORY))}/\S+)$", text, re.MULTILINE)}
