@@ -2,7 +2,7 @@
 
 Ray ends a job's processes without giving them time to clean up: each run of stock verl leaves vLLM's sockets and verl's lock files
 in the folder for temporary files, and vLLM's message queues in ``/dev/shm``. Here the former lie in a folder of the job's own
-(``TMPDIR`` of its processes), and the rollout's workers note in it the names of the latter.
+(``TMPDIR`` of its processes), and the rollout's workers note in it the names of the latter, at each weight sync.
 
 For jobs that start Ray themselves, on this host. What is left by a driver that could not clean up either (kill -9) is removed
 by the next one.
@@ -50,28 +50,25 @@ def environment(folder: Path) -> dict[str, str]:
     return {JOB_FOLDER_ENV: str(folder), "TMPDIR": str(folder), "TORCHINDUCTOR_CACHE_DIR": cache}
 
 
-def note_segments(generations: int = 3) -> None:
-    """In a worker of the rollout engine: write down its segments, and those of the processes that it descends from.
-
-    Args:
-        generations: this process, vLLM's engine core and verl's server.
-    """
+def note_segments() -> None:
+    """In a process of the job: write down the segments of all of its processes on this host, for when they are gone."""
     folder = os.environ.get(JOB_FOLDER_ENV)
-    if not folder or not Path(folder, SEGMENTS).is_dir():
-        return
-    names, process = set(), os.getpid()
-    for _ in range(generations):
-        names |= {p.name for p in _mapped(process) if p.name.startswith(MESSAGE_QUEUES)}
-        process = _parent(process)
-    Path(folder, SEGMENTS, str(os.getpid())).write_text("\n".join(sorted(names)))
+    if folder and Path(folder, SEGMENTS).is_dir():
+        _note(Path(folder))
+
+
+def _note(folder: Path) -> None:
+    mark = f"{JOB_FOLDER_ENV}={folder}".encode()
+    names = {p.name for process in _processes() if mark in _environment(process) for p in _mapped(process)}
+    noted = sorted(n for n in names if n.startswith(MESSAGE_QUEUES))
+    (folder / SEGMENTS / str(os.getpid())).write_text("\n".join(noted))
 
 
 def segments_in_use(segments: set[Path]) -> set[Path]:
     """Those of ``segments`` that a process of this host has mapped."""
     used: set[Path] = set()
-    for entry in os.scandir("/proc"):
-        if entry.name.isdigit():
-            used |= segments & _mapped(int(entry.name))
+    for process in _processes():
+        used |= segments & _mapped(process)
     return used
 
 
@@ -94,6 +91,7 @@ def _end(folder: Path, owner: int) -> None:
         return
     import ray
 
+    _note(folder)
     ray.shutdown()
     close_job_folder(folder)
 
@@ -108,23 +106,24 @@ def _is_dead(folder: Path) -> bool:
     return _start_time(int(process)) != start
 
 
-def _status(process: int) -> list[str]:
-    """The fields of ``/proc/PID/stat`` behind the name, from the state on (proc(5))."""
+def _start_time(process: int) -> str:
+    """In clock ticks since the host's start (proc(5), field 22): with the number it names a process for good. Empty if it is gone."""
     try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return ""
+
+
+def _processes() -> list[int]:
+    return [int(entry.name) for entry in os.scandir("/proc") if entry.name.isdigit()]
+
+
+def _environment(process: int) -> list[bytes]:
+    """As the process was started; empty if it is gone or another user's."""
+    try:
+        return Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
     except OSError:
         return []
-
-
-def _start_time(process: int) -> str:
-    """In clock ticks since the host's start: with the number it names a process for good. Empty if it is gone."""
-    fields = _status(process)
-    return fields[19] if fields else ""
-
-
-def _parent(process: int) -> int:
-    fields = _status(process)
-    return int(fields[1]) if fields else 0
 
 
 def _mapped(process: int) -> set[Path]:

@@ -37,6 +37,8 @@ def mapped(host):
 def test_a_worker_notes_message_queues_and_the_end_removes_those_that_nobody_uses(host, mapped, monkeypatch):
     folder = job_folder.open_job_folder()
     monkeypatch.setenv(job_folder.JOB_FOLDER_ENV, str(folder))
+    ours = f"{job_folder.JOB_FOLDER_ENV}={folder}".encode()
+    monkeypatch.setattr(job_folder, "_environment", lambda process: [ours] if process == os.getpid() else [])
     job_folder.note_segments()
     assert (folder / "segments" / str(os.getpid())).read_text() == "psm_mine"
     for name in ("psm_gone", "psm_another_jobs", "plasma"):
@@ -45,6 +47,20 @@ def test_a_worker_notes_message_queues_and_the_end_removes_those_that_nobody_use
     job_folder.close_job_folder(folder, patience=0.0)
     assert not folder.exists()
     assert sorted(p.name for p in host[1].iterdir()) == ["plasma", "psm_another_jobs", "psm_mine"]
+
+
+def test_a_process_of_the_job_is_known_by_its_environment(tmp_path):
+    variable = f"{job_folder.JOB_FOLDER_ENV}={tmp_path}"
+    child = subprocess.Popen(["sleep", "60"], env={**os.environ, job_folder.JOB_FOLDER_ENV: str(tmp_path)})
+    try:
+        while Path(f"/proc/{child.pid}/cmdline").read_bytes().split(b"\0")[0] != b"sleep":  # not yet the new program
+            pass
+        assert child.pid in job_folder._processes() and variable.encode() in job_folder._environment(child.pid)
+        assert variable.encode() not in job_folder._environment(os.getpid())
+    finally:
+        child.kill()
+        child.wait()
+    assert job_folder._environment(child.pid) == []
 
 
 def test_without_a_folder_nothing_is_noted(host, mapped, monkeypatch):
