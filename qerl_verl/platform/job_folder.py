@@ -59,17 +59,16 @@ def note_segments() -> None:
 
 def _note(folder: Path) -> None:
     mark = f"{JOB_FOLDER_ENV}={folder}".encode()
-    names = {p.name for process in _processes() if mark in _environment(process) for p in _mapped(process)}
-    noted = sorted(n for n in names if n.startswith(MESSAGE_QUEUES))
+    mapped = {inode for process in _processes() if mark in _environment(process) for inode in _mapped(process)}
+    segments = (entry for entry in os.scandir(SHARED_MEMORY) if entry.name.startswith(MESSAGE_QUEUES))
+    noted = sorted(entry.name for entry in segments if entry.inode() in mapped)
     (folder / SEGMENTS / str(os.getpid())).write_text("\n".join(noted))
 
 
 def segments_in_use(segments: set[Path]) -> set[Path]:
     """Those of ``segments`` that a process of this host has mapped."""
-    used: set[Path] = set()
-    for process in _processes():
-        used |= segments & _mapped(process)
-    return used
+    mapped = {inode for process in _processes() for inode in _mapped(process)} if segments else set()
+    return {path for path in segments if _inode(path) in mapped}
 
 
 def close_job_folder(folder: Path, patience: float = END_SECONDS) -> None:
@@ -126,10 +125,18 @@ def _environment(process: int) -> list[bytes]:
         return []
 
 
-def _mapped(process: int) -> set[Path]:
-    """What a process has mapped of shared memory; empty if it is gone or another user's."""
+def _inode(path: Path) -> int | None:
+    try:
+        return path.stat().st_ino
+    except OSError:
+        return None
+
+
+def _mapped(process: int) -> set[int]:
+    """Inodes that a process has mapped of shared memory (proc(5)); empty if it is gone or another user's. A semaphore's creator shows
+    another name for it, which the C library has removed again."""
     try:
         text = Path(f"/proc/{process}/maps").read_text()
     except OSError:
         return set()
-    return {Path(m) for m in re.findall(rf"({re.escape(str(SHARED_MEMORY))}/\S+)$", text, re.MULTILINE)}
+    return {int(i) for i in re.findall(rf"(\d+) +{re.escape(str(SHARED_MEMORY))}/", text)}
