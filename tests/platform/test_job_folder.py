@@ -94,7 +94,11 @@ def test_a_process_number_that_was_given_away_again_is_not_the_owner(host):
 def test_the_folder_goes_with_the_process_that_opened_it(tmp_path):
     code = "from qerl_verl.platform.job_folder import open_job_folder; print(open_job_folder())"
     done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "TMPDIR": str(tmp_path)}, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code],
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert Path(done.stdout.strip()).parent == tmp_path and not list(tmp_path.glob(f"{job_folder.PREFIX}*"))
 
