@@ -43,11 +43,18 @@ def open_job_folder() -> Path:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """For the job's processes. What is worth keeping stays where it was: TorchInductor's cache follows TMPDIR otherwise."""
+    """For the job's processes. What follows TMPDIR, but has to outlive the job or to be found by others, stays where it was:
+    TorchInductor's cache and Ray's own files."""
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
     cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default_cache_dir()
-    return {JOB_FOLDER_ENV: str(folder), "TMPDIR": str(folder), "TORCHINDUCTOR_CACHE_DIR": cache}
+    ray = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    return {
+        JOB_FOLDER_ENV: str(folder),
+        "TMPDIR": str(folder),
+        "TORCHINDUCTOR_CACHE_DIR": cache,
+        "RAY_TMPDIR": ray,
+    }
 
 
 def note_segments() -> None:

@@ -108,6 +108,7 @@ def test_the_environment_keeps_the_compilers_cache_where_it_was(host, monkeypatc
     found = job_folder.environment(Path("/f"))
     assert found["TMPDIR"] == found[job_folder.JOB_FOLDER_ENV] == "/f"
     assert found["TORCHINDUCTOR_CACHE_DIR"].startswith(str(host[0] / "torchinductor_"))
+    assert found["RAY_TMPDIR"] == str(host[0])
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/kept")
     assert job_folder.environment(Path("/f"))["TORCHINDUCTOR_CACHE_DIR"] == "/kept"
 
