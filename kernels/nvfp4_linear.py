@@ -10,15 +10,17 @@ from __future__ import annotations
 import torch
 
 from qerl_verl.kernels.nvfp4_dequantize import block_values_nvfp4
+from qerl_verl.kernels.recompute import differentiable, placeholder
 
 
 class _NVFP4Linear(torch.autograd.Function):
+    """The node of :func:`nvfp4_linear`."""
+
     @staticmethod
     def forward(ctx, x, packed, scale, alpha, bias, backend):
         ctx.save_for_backward(packed, scale)
         ctx.alpha, ctx.backend = alpha, backend
-        linear = nvfp4_linear_reference if backend is None else backend.linear
-        return own_tensor(linear(x, packed, scale, alpha, bias))
+        return placeholder(x, packed.shape[0])
 
     @staticmethod
     def backward(ctx, grad):
@@ -31,11 +33,6 @@ class _NVFP4Linear(torch.autograd.Function):
             grad_x = grad_x.view(*grad.shape[:-1], weight.shape[1])
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[4] else None
         return grad_x, None, None, None, grad_bias, None
-
-
-def own_tensor(y: torch.Tensor) -> torch.Tensor:
-    """``y`` as a tensor that is no view: PyTorch forbids to change a view in place that an autograd function returned."""
-    return torch.ops.aten._unsafe_view(y, y.shape)
 
 
 def scaled_mm(a: torch.Tensor, b: torch.Tensor, alpha: float, bias: torch.Tensor | None) -> torch.Tensor:
@@ -74,4 +71,10 @@ def nvfp4_linear(
     Returns:
         ``[..., N]`` in ``x.dtype``. Saves ``packed`` and ``scale`` for the backward pass, nothing in 16 bits.
     """
-    return _NVFP4Linear.apply(x, packed, scale, alpha, bias, backend)
+    linear = nvfp4_linear_reference if backend is None else backend.linear
+    bias = None if bias is None else bias.to(x.dtype)
+
+    def compute() -> torch.Tensor:
+        return linear(x, packed, scale, alpha, bias)
+
+    return differentiable(_NVFP4Linear, (x, packed, scale, alpha, bias, backend), compute)

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 
 import torch
 
-from qerl_verl.kernels.nvfp4_linear import own_tensor, scaled_mm
+from qerl_verl.kernels.nvfp4_linear import scaled_mm
+from qerl_verl.kernels.recompute import differentiable, placeholder
 
 
 def add_lora_reference(
@@ -39,36 +40,29 @@ def add_lora_reference(
 
 
 class _NVFP4LoraLinear(torch.autograd.Function):
-    """Saves x, the packed weight, A, B and x A^T; nothing of the base in 16 bits."""
+    """The node of :func:`nvfp4_lora_linear`. Saves x, the packed weight, A, B and x A^T; nothing of the base in 16 bits."""
 
     @staticmethod
-    def forward(ctx, x, packed, scale, alpha, bias, lora_a, lora_b, scaling, backend):
-        rows = x.reshape(-1, x.shape[-1])
-        bias = None if bias is None else bias.to(x.dtype)
-        a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
-        y = backend.linear(rows, packed, scale, alpha, bias)
-        u = rows @ a.t()
-        y.addmm_(u, b.t(), alpha=scaling)
-        ctx.save_for_backward(rows, packed, scale, a, b, u)
-        ctx.alpha, ctx.scaling, ctx.backend, ctx.shape = alpha, scaling, backend, x.shape
-        ctx.dtypes = lora_a.dtype, lora_b.dtype
-        return own_tensor(y.view(*x.shape[:-1], y.shape[-1]))
+    def forward(ctx, x, packed, scale, alpha, bias, lora_a, lora_b, u, scaling, backend):
+        ctx.save_for_backward(x, packed, scale, lora_a, lora_b, u)
+        ctx.alpha, ctx.scaling, ctx.backend = alpha, scaling, backend
+        return placeholder(x, packed.shape[0])
 
     @staticmethod
     def backward(ctx, grad):
-        rows, packed, scale, a, b, u = ctx.saved_tensors
+        x, packed, scale, a, b, u = ctx.saved_tensors
         grad = grad.reshape(-1, grad.shape[-1])
         grad_u = grad @ b * ctx.scaling
         grad_x = grad_a = grad_b = None
         if ctx.needs_input_grad[0]:
             weight = ctx.backend.block_values(packed, scale, grad.dtype)
-            grad_x = scaled_mm(grad, weight, ctx.alpha, None).addmm_(grad_u, a).view(ctx.shape)
+            grad_x = scaled_mm(grad, weight, ctx.alpha, None).addmm_(grad_u, a).view(x.shape)
         if ctx.needs_input_grad[5]:
-            grad_a = (grad_u.t() @ rows).to(ctx.dtypes[0])
+            grad_a = grad_u.t() @ x.reshape(-1, x.shape[-1])
         if ctx.needs_input_grad[6]:
-            grad_b = (grad.t() @ u).mul_(ctx.scaling).to(ctx.dtypes[1])
+            grad_b = (grad.t() @ u).mul_(ctx.scaling)
         grad_bias = grad.sum(0) if ctx.needs_input_grad[4] else None
-        return grad_x, None, None, None, grad_bias, grad_a, grad_b, None, None
+        return grad_x, None, None, None, grad_bias, grad_a, grad_b, None, None, None
 
 
 def nvfp4_lora_linear(
@@ -95,4 +89,14 @@ def nvfp4_lora_linear(
     Returns:
         ``[..., N]`` in ``x.dtype``.
     """
-    return _NVFP4LoraLinear.apply(x, packed, scale, alpha, bias, lora_a, lora_b, scaling, backend)
+    bias = None if bias is None else bias.to(x.dtype)
+    a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
+    with torch.no_grad():
+        rows = x.reshape(-1, x.shape[-1])
+        u = rows @ a.t()
+
+    def compute() -> torch.Tensor:
+        y = backend.linear(rows, packed, scale, alpha, bias).addmm_(u, b.t(), alpha=scaling)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    return differentiable(_NVFP4LoraLinear, (x, packed, scale, alpha, bias, a, b, u, scaling, backend), compute)

@@ -11,6 +11,9 @@ ENGINE_VENDOR = "qerl"
 KERNEL_ENV = "QERL_KERNEL"
 """``qerl.kernel`` for the training workers, which see no settings of ours."""
 
+RECOMPUTE_ENV = "QERL_RECOMPUTE"
+"""``qerl.recompute`` for the training workers."""
+
 JOB_FOLDER_ENV = "QERL_JOB_FOLDER"
 """The job's own folder for temporary files, see platform/job_folder.py."""
 

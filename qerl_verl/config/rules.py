@@ -21,7 +21,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from qerl_verl.config.settings import RolloutSettings
-from qerl_verl.switch import ENGINE_VENDOR, KERNEL_ENV, SWITCH_ENV
+from qerl_verl.switch import ENGINE_VENDOR, KERNEL_ENV, RECOMPUTE_ENV, SWITCH_ENV
 
 WORKER_EXTENSION = "qerl_verl.rollout.worker.QeRLWorkerExtension"
 TRAINER_MODES = {
@@ -202,8 +202,9 @@ def force(config: DictConfig, on_cpu: bool, notify: Callable[[str], None]) -> No
                 _set(config, "ray_kwargs.ray_init.num_cpus", 8 + 8 * slots, "verl reserves logical CPUs", notify)
             if _get(config, "ray_kwargs.ray_init.include_dashboard") is None:
                 _set(config, "ray_kwargs.ray_init.include_dashboard", False, "a faster start", notify)
-    if _get(config, "qerl.kernel") not in (None, "auto"):
-        environment[KERNEL_ENV] = _get(config, "qerl.kernel")
+    for key, variable in (("qerl.kernel", KERNEL_ENV), ("qerl.recompute", RECOMPUTE_ENV)):
+        if _get(config, key) not in (None, "auto"):
+            environment[variable] = _get(config, key)
     user_environment = _get(config, "ray_kwargs.ray_init.runtime_env.env_vars") or {}
     merged = {**environment, **user_environment, SWITCH_ENV: "nvfp4", "VERL_ENGINE_VENDOR": ENGINE_VENDOR}
     _set(config, "ray_kwargs.ray_init.runtime_env.env_vars", merged, "every process learns of the switch", notify)

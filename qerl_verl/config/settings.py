@@ -9,6 +9,7 @@ from typing import Any
 
 KERNELS = ("auto", "hopper", "triton", "pytorch")
 ROLLOUT_KERNELS = (*KERNELS, "marlin")
+RECOMPUTE = ("auto", "full", "selective")
 LORA_PATHS = ("inline", "punica")
 PLATFORMS = ("auto", "cuda", "cpu")
 SCHEDULES = ("exponential", "linear", "cosine", "logarithmic")
@@ -72,6 +73,8 @@ class QeRLSettings:
             a folder that all of them see.
         kernel: of the NVFP4 layers in actor and critic: ``auto`` (the first of hopper, triton, pytorch that the device has) or
             one of these.
+        recompute: what gradient checkpointing computes twice: ``full``, everything; ``selective``, all but the NVFP4 layers,
+            whose outputs are kept; ``auto``, on a GPU selective for as many layers as free memory allows, else full.
         rollout: the NVFP4 layers of the rollout engine.
         aqn: the noise.
     """
@@ -79,6 +82,7 @@ class QeRLSettings:
     platform: str = "auto"
     cache_dir: str | None = None
     kernel: str = "auto"
+    recompute: str = "auto"
     rollout: RolloutSettings = field(default_factory=RolloutSettings)
     aqn: AQNSettings = field(default_factory=AQNSettings)
 
@@ -106,6 +110,8 @@ class QeRLSettings:
             out.append(f"qerl.platform={self.platform}: choose one of {', '.join(PLATFORMS)}")
         if self.kernel not in KERNELS:
             out.append(f"qerl.kernel={self.kernel}: choose one of {', '.join(KERNELS)}")
+        if self.recompute not in RECOMPUTE:
+            out.append(f"qerl.recompute={self.recompute}: choose one of {', '.join(RECOMPUTE)}")
         rollout = self.rollout
         if rollout.kernel not in ROLLOUT_KERNELS:
             out.append(f"qerl.rollout.kernel={rollout.kernel}: choose one of {', '.join(ROLLOUT_KERNELS)}")

@@ -24,10 +24,11 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead, FSDP
 
 from qerl_verl.engine.checkpoint_errors import reading, writing
 from qerl_verl.engine.finite import NonFiniteError, first_nonfinite, gather_first, gradient_norms, named_tensors
+from qerl_verl.engine.recompute import Recompute
 from qerl_verl.lora.peft import linear_names, register_nvfp4, save_adapter
 from qerl_verl.lora.wire import CONFIG_TENSOR, pack_config
 from qerl_verl.nvfp4.loading import load_tensors, packed_linear_names, prepack_linears, swap_linears
-from qerl_verl.switch import KERNEL_ENV
+from qerl_verl.switch import KERNEL_ENV, RECOMPUTE_ENV
 
 logger = logging.getLogger(__name__)
 logger.setLevel(os.getenv("VERL_LOGGING_LEVEL", "INFO"))
@@ -59,6 +60,9 @@ class NVFP4EngineMixin:
 
     new_modules: tuple[str, ...] = ()
     """Modules that the checkpoint does not have."""
+
+    _recompute: Recompute | None = None
+    """With ``enable_gradient_checkpointing``."""
 
     def _empty_module(self, config, dtype: torch.dtype) -> nn.Module:
         """The model in ``dtype`` on the meta device. ``new_modules`` are real on rank 0."""
@@ -95,8 +99,23 @@ class NVFP4EngineMixin:
             fused_kernels_backend=(self.model_config.fused_kernel_options or {}).get("impl_backend"),
         )
         if self.model_config.enable_gradient_checkpointing:
-            module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            self._recompute = Recompute(os.environ.get(RECOMPUTE_ENV, "auto"), device, self._say_recompute)
+            checkpointing = {
+                "use_reentrant": False,
+                "context_fn": self._recompute.context_fn,
+                "preserve_rng_state": self._draws_random_numbers(config),
+            }
+            module.gradient_checkpointing_enable(gradient_checkpointing_kwargs=checkpointing)
         return module
+
+    def _say_recompute(self, text: str) -> None:
+        if self.rank == 0:
+            print(f"[qerl] recompute: {self.role}, {text}", flush=True)
+
+    def _draws_random_numbers(self, config) -> bool:
+        """Whether a layer's second run has to draw what its first run drew: dropout in the base, or in an adapter of the user's."""
+        dropout = any(value for name, value in config.to_dict().items() if "dropout" in name)
+        return dropout or self.model_config.lora_adapter_path is not None
 
     def _fsdp_param_dtype(self) -> torch.dtype:
         """The dtype that FSDP2's mixed precision casts to, read as verl reads it (_build_fsdp_module)."""
@@ -166,6 +185,8 @@ class NVFP4EngineMixin:
         Raises:
             NonFiniteError: naming the loss and the first tensor with a NaN or Inf among the model's output and its input.
         """
+        if self._recompute and not forward_only:
+            self._recompute.begin()
         loss, output = super().forward_step(micro_batch, loss_function, forward_only)
         if not math.isfinite(output["loss"]):
             tensors = named_tensors(("output", output["model_output"]), ("batch", micro_batch))
@@ -173,6 +194,25 @@ class NVFP4EngineMixin:
             cause = f"; the first tensor that is not finite is {name}" if name else "; what went into it is finite"
             raise NonFiniteError(f"[qerl] {self._at_step()}: the loss is {output['loss']}{cause}. The run stops here.")
         return loss, output
+
+    def forward_backward_batch(self, data, loss_function, forward_only=False):
+        """verl's.
+
+        Raises:
+            torch.OutOfMemoryError: with a note that names ``qerl.recompute``, where that can help.
+        """
+        try:
+            output = super().forward_backward_batch(data, loss_function, forward_only)
+        except torch.OutOfMemoryError as error:
+            if self._recompute and not forward_only and self._recompute.keeps:
+                error.add_note(
+                    f"[qerl] {self._at_step()}: layers keep their products for the backward pass; qerl.recompute=full keeps "
+                    "none, at the price of computing them twice."
+                )
+            raise
+        if self._recompute and not forward_only:
+            self._recompute.observe()
+        return output
 
     def optimizer_step(self) -> float:
         """verl's clipping and update; where verl skips an update whose gradient norm is not finite, the run ends.

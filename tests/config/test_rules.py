@@ -109,6 +109,13 @@ def test_the_training_workers_learn_of_a_chosen_kernel(kernel, expected):
     assert in_engine(config)["qerl"]["kernel"] == "auto"  # that is qerl.rollout.kernel
 
 
+@pytest.mark.parametrize(("how", "expected"), [("auto", None), ("full", "full"), ("selective", "selective")])
+def test_the_training_workers_learn_what_to_compute_again(how, expected):
+    config, _, problems = switched(f"qerl.recompute={how}")
+    assert problems == []
+    assert config.ray_kwargs.ray_init.runtime_env.env_vars.get("QERL_RECOMPUTE") == expected
+
+
 def test_the_users_values_win():
     config, lines, problems = switched(
         "actor_rollout_ref.model.lora_rank=64",

@@ -30,7 +30,7 @@ def test_values_are_taken_over():
 @pytest.mark.parametrize(
     ("values", "key", "cure"),
     [
-        ({"sigma_stat": 1}, "qerl.sigma_stat", "known under qerl: platform, cache_dir, kernel, rollout, aqn"),
+        ({"sigma_stat": 1}, "qerl.sigma_stat", "known under qerl: platform, cache_dir, kernel, recompute, rollout, aqn"),
         ({"aqn": {"sigma": 1}}, "qerl.aqn.sigma", "sigma_start"),
         ({"aqn": {"sigma_start": 0}}, "qerl.aqn.sigma_start=0", "qerl.aqn.enable=False"),
         ({"aqn": {"sigma_end": -1e-3}}, "qerl.aqn.sigma_end=-0.001", "positive"),
@@ -43,6 +43,7 @@ def test_values_are_taken_over():
         ({"aqn": 3}, "qerl.aqn=3", "group of settings"),
         ({"platform": "tpu"}, "qerl.platform=tpu", "cuda"),
         ({"kernel": "marlin"}, "qerl.kernel=marlin", "hopper"),
+        ({"recompute": "none"}, "qerl.recompute=none", "choose one of auto, full, selective"),
         ({"rollout": {"kernel": "cutlass"}}, "qerl.rollout.kernel=cutlass", "marlin"),
         ({"rollout": {"lora": "merged"}}, "qerl.rollout.lora=merged", "punica"),
         ({"rollout": {"sleep_level": 3}}, "qerl.rollout.sleep_level=3", "choose 1 or 2"),

@@ -48,6 +48,7 @@ def make_engine(**variant):
     """With ``stock``, the folder of a 16-bit checkpoint, verl's own engine."""
     get = {**settings, **variant}.get
     model_type = get("model_type", "language_model")
+    os.environ["QERL_RECOMPUTE"] = get("recompute", "full")
     model = HFModelConfig(
         path=get("stock", checkpoint),
         model_type=model_type,

@@ -1,6 +1,6 @@
 """verl's own training path (train_batch, infer_batch) under the settings of its example scripts, for actor and critic.
 
-Offloading and layered summoning move bytes and must change none. Packing and another split into micro-batches change the
+Offloading and layered summoning move bytes and must change none, nor does it matter what gradient checkpointing keeps. Packing and another split into micro-batches change the
 order of sums: in float32 the loss agrees to 1e-5, the gradient norm to 1e-4 of it, two updates of the adapter to 1e-3 of
 their length (Adam's first updates are the gradients' signs, so the smallest gradients count like the largest).
 """
@@ -14,6 +14,8 @@ EXACT = {
     "both_offloads": {"param_offload": True, "optimizer_offload": True},
     "layered_summon": {"layered_summon": True},
     "reference": {"reference": True},
+    "selective": {"recompute": "selective"},
+    "no_checkpointing": {"gradient_checkpointing": False},
 }
 IN_FLOAT32 = {"mixed_precision": {"param_dtype": "fp32", "reduce_dtype": "fp32"}}
 CLOSE = {

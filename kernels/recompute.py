@@ -1,0 +1,132 @@
+"""What activation checkpointing computes twice, and what it need not.
+
+With ``torch.utils.checkpoint`` (non-reentrant) a layer keeps its input alone, and its forward pass runs again in the backward
+pass, up to the last tensor that some node saves (early stop). Two things follow for the linear layers of a frozen base:
+
+* :func:`differentiable` lets the node that saves tensors run before the product, so a product that only the layer's output needs
+  (``down_proj`` of a decoder layer) is not computed again;
+* :class:`KeptProducts` hands the products of the first run to the second. They are what is dear to compute; what lies between
+  them (norms, activation function, rotary embedding, attention) runs again.
+
+Neither changes a result: a product is computed once instead of twice, by the same kernel from the same input.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import torch
+
+_thread = threading.local()  # the second run takes place in a thread of autograd's
+
+
+class KeptProducts:
+    """Outputs of the NVFP4 linears in one run of a checkpointed layer, in the order of their calls.
+
+    The last one is not kept: the second run ends before it, see :func:`differentiable`.
+
+    Attributes:
+        bytes: what is held, in bytes.
+        rows: tokens of the run.
+    """
+
+    def __init__(self) -> None:
+        self.bytes, self.rows = 0, 0
+        self._kept: list[tuple[torch.Tensor, int] | None] = []
+        self._next: int | None = None  # of the second run; None in the first
+
+    def recording(self) -> AbstractContextManager:
+        """Around the first run of the layer."""
+        return _Run(self, None)
+
+    def replaying(self) -> AbstractContextManager:
+        """Around the second run of the layer; further runs find nothing kept and compute everything."""
+        return _Run(self, 0)
+
+    def drop(self) -> None:
+        """Hold nothing; a second run then computes everything."""
+        self._kept, self.bytes = [], 0
+
+    def _forget_the_last(self) -> None:
+        if self._kept:
+            self.bytes -= self._kept.pop()[0].nbytes
+
+    def _recall(self) -> torch.Tensor | None:
+        """The output of the call that has come up, unless this is the first run or the layer has changed it in place."""
+        if self._next is None:
+            return None
+        call, self._next = self._next, self._next + 1
+        if call >= len(self._kept) or self._kept[call] is None:
+            return None
+        y, version = self._kept[call]
+        self._kept[call] = None  # autograd holds it as long as need be
+        self.bytes -= y.nbytes
+        return y if y._version == version else None
+
+    def _keep(self, y: torch.Tensor) -> None:
+        if self._next is None:
+            self._kept.append((y.detach(), y._version))
+            self.bytes += y.nbytes
+            self.rows = y.numel() // y.shape[-1]
+
+
+class _Run(AbstractContextManager):
+    """Tells the linears of this thread whose products they are; may be entered again."""
+
+    def __init__(self, products: KeptProducts, start: int | None):
+        self.products, self.start = products, start
+
+    def __enter__(self) -> KeptProducts:
+        self.products._next = self.start
+        self.before, _thread.products = getattr(_thread, "products", None), self.products
+        return self.products
+
+    def __exit__(self, *exception) -> None:
+        _thread.products = self.before
+        if self.start is None:
+            self.products._forget_the_last()
+
+
+class _Attach(torch.autograd.Function):
+    """``y`` as the output of the node behind ``placeholder``. Saves nothing."""
+
+    @staticmethod
+    def forward(ctx, placeholder, y):
+        # no view of y: PyTorch forbids to change a view in place that an autograd function returned
+        return torch.ops.aten._unsafe_view(y, y.shape)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+def placeholder(like: torch.Tensor, features: int) -> torch.Tensor:
+    """What the ``node`` of :func:`differentiable` returns: ``[..., features]`` for ``like`` ``[..., K]``, without memory."""
+    return like.new_empty(()).expand(*like.shape[:-1], features)
+
+
+def differentiable(
+    node: type[torch.autograd.Function], inputs: tuple, compute: Callable[[], torch.Tensor]
+) -> torch.Tensor:
+    """``compute()``, with the backward pass of ``node``, which saves what that needs before anything is computed.
+
+    Args:
+        node: its ``forward(ctx, *inputs)`` saves tensors and returns a :func:`placeholder`; its ``backward`` takes the
+            output's gradient.
+        inputs: of ``node``.
+        compute: gives the output; called without autograd, and not at all where the output was kept.
+    """
+    if not torch.is_grad_enabled():
+        return compute()
+    products = getattr(_thread, "products", None)
+    held = node.apply(*inputs)
+    with torch.no_grad():
+        y = None if products is None else products._recall()
+        if y is None:
+            y = compute()
+    y = _Attach.apply(held, y)
+    if products is not None:
+        products._keep(y)
+    return y

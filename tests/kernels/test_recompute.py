@@ -1,0 +1,142 @@
+"""What a checkpointed layer computes again, counted, with gradients equal bit for bit to those without checkpointing."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from qerl_verl.kernels.backends import Backend
+from qerl_verl.kernels.nvfp4_linear import nvfp4_linear
+from qerl_verl.kernels.nvfp4_lora_linear import nvfp4_lora_linear
+from qerl_verl.kernels.nvfp4_quantize import quantize_nvfp4
+from qerl_verl.kernels.recompute import KeptProducts
+
+WIDTH, RANK = 32, 4
+
+
+class CountingBackend(Backend):
+    def __init__(self):
+        self.products = 0
+
+    def linear(self, *args):
+        self.products += 1
+        return super().linear(*args)
+
+
+class Layer(nn.Module):
+    """Two products with a nonlinearity between, a residual around; ``changed`` writes into the first product."""
+
+    def __init__(self, backend, lora: bool = True, changed: bool = False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.backend, self.changed = backend, changed
+        self.alpha = 1 / 300.0
+        self.weights = [quantize_nvfp4(torch.randn(WIDTH, WIDTH), torch.tensor([300.0])) for _ in range(2)]
+        self.adapters = nn.ParameterList(torch.randn(shape) * 0.2 for shape in 2 * [(RANK, WIDTH), (WIDTH, RANK)])
+        self.bias = nn.Parameter(torch.randn(WIDTH), requires_grad=not lora)
+        self.lora = lora
+
+    def linear(self, x, i):
+        packed, scale = self.weights[i]
+        if not self.lora:
+            return nvfp4_linear(x, packed, scale, self.alpha, self.bias, self.backend)
+        a, b = self.adapters[2 * i : 2 * i + 2]
+        return nvfp4_lora_linear(x, packed, scale, self.alpha, self.bias, a, b, 2.0, self.backend)
+
+    def forward(self, x):
+        h = self.linear(x, 0)
+        if self.changed:
+            h = h.mul_(0.5)
+        return x + self.linear(torch.nn.functional.silu(h), 1)
+
+
+def gradients(lora=True, changed=False, contexts=None, checkpointed=True):
+    """Gradients of two layers in a row, and how many products forward and backward took."""
+    backend = CountingBackend()
+    layers = [Layer(backend, lora, changed) for _ in range(2)]
+    x = torch.randn(3, 5, WIDTH, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    y = x
+    for layer in layers:
+        options = {} if contexts is None else {"context_fn": contexts}
+        y = checkpoint(layer, y, use_reentrant=False, **options) if checkpointed else layer(y)
+    forward = backend.products
+    y.square().sum().backward()
+    trained = [x] + [p for layer in layers for p in layer.parameters() if p.requires_grad and (lora or p is layer.bias)]
+    return [p.grad for p in trained], forward, backend.products - forward
+
+
+def keeping(made=None):
+    def contexts():
+        products = KeptProducts()
+        if made is not None:
+            made.append(products)
+        return products.recording(), products.replaying()
+
+    return contexts
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_the_layers_last_product_is_not_computed_again(lora):
+    plain, forward, again = gradients(lora, checkpointed=False)
+    assert (forward, again) == (4, 0)
+    found, forward, again = gradients(lora)
+    assert (forward, again) == (4, 2)
+    assert all(torch.equal(f, p) for f, p in zip(found, plain, strict=True))
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_kept_products_are_not_computed_again_and_nothing_is_held_in_the_end(lora):
+    plain, _, _ = gradients(lora, checkpointed=False)
+    made = []
+    found, forward, again = gradients(lora, contexts=keeping(made))
+    assert (forward, again) == (4, 0)
+    assert all(torch.equal(f, p) for f, p in zip(found, plain, strict=True))
+    assert [(p.bytes, p.rows) for p in made] == [(0, 15)] * 2
+
+
+def test_a_recorded_run_holds_all_products_but_the_last():
+    products, layer = KeptProducts(), Layer(Backend())
+    with products.recording():
+        layer(torch.randn(7, WIDTH))
+    assert (products.bytes, products.rows) == (7 * WIDTH * 4, 7)
+    products.drop()
+    assert products.bytes == 0
+
+
+def test_a_product_that_the_layer_writes_into_is_computed_again():
+    plain, _, _ = gradients(changed=True, checkpointed=False)
+    found, _, again = gradients(changed=True, contexts=keeping())
+    assert again == 2
+    assert all(torch.equal(f, p) for f, p in zip(found, plain, strict=True))
+
+
+def test_dropped_products_are_computed_again():
+    def contexts():
+        products = KeptProducts()
+        products.drop()
+        return nullcontext(), products.replaying()
+
+    plain, _, _ = gradients(checkpointed=False)
+    found, _, again = gradients(contexts=contexts)
+    assert again == 2
+    assert all(torch.equal(f, p) for f, p in zip(found, plain, strict=True))
+
+
+def test_a_second_backward_pass_computes_what_the_first_has_used_up():
+    backend = CountingBackend()
+    layer = Layer(backend)
+    x = torch.randn(3, WIDTH).requires_grad_()
+    y = checkpoint(layer, x, use_reentrant=False, context_fn=keeping()).sum()
+    (first,) = torch.autograd.grad(y, x, retain_graph=True)
+    (second,) = torch.autograd.grad(y, x)
+    assert torch.equal(first, second) and backend.products == 3
+
+
+def test_outside_a_checkpointed_layer_nothing_is_kept():
+    products, layer = KeptProducts(), Layer(Backend())
+    layer(torch.randn(7, WIDTH))
+    with products.recording(), torch.no_grad():
+        layer(torch.randn(7, WIDTH))
+    assert products.bytes == 0
