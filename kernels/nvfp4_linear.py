@@ -38,7 +38,7 @@ class _NVFP4Linear(torch.autograd.Function):
 def scaled_mm(a: torch.Tensor, b: torch.Tensor, alpha: float, bias: torch.Tensor | None) -> torch.Tensor:
     """``alpha * a @ b + bias`` with ``alpha`` applied to the accumulator, before the one rounding of the output."""
     if bias is None:
-        return torch.addmm(a.new_zeros(b.shape[1]), a, b, beta=0, alpha=alpha)
+        return torch.addmm(a.new_empty(b.shape[1]), a, b, beta=0, alpha=alpha)  # beta 0: not read
     return torch.addmm(bias.to(a.dtype), a, b, alpha=alpha)
 
 

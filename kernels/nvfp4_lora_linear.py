@@ -39,8 +39,13 @@ def add_lora_reference(
     return y
 
 
+def scaled(t: torch.Tensor, factor: float) -> torch.Tensor:
+    """``factor * t`` in place; no kernel is launched for a factor of 1."""
+    return t if factor == 1 else t.mul_(factor)
+
+
 class _NVFP4LoraLinear(torch.autograd.Function):
-    """The node of :func:`nvfp4_lora_linear`. Saves x, the packed weight, A, B and x A^T; nothing of the base in 16 bits."""
+    """The node of :func:`nvfp4_lora_linear`. Saves x, the packed weight, A, B and u = scaling x A^T; nothing of the base in 16 bits."""
 
     @staticmethod
     def forward(ctx, x, packed, scale, alpha, bias, lora_a, lora_b, u, scaling, backend):
@@ -52,7 +57,7 @@ class _NVFP4LoraLinear(torch.autograd.Function):
     def backward(ctx, grad):
         x, packed, scale, a, b, u = ctx.saved_tensors
         grad = grad.reshape(-1, grad.shape[-1])
-        grad_u = grad @ b * ctx.scaling
+        grad_u = scaled(grad @ b, ctx.scaling)
         grad_x = grad_a = grad_b = None
         if ctx.needs_input_grad[0]:
             weight = ctx.backend.block_values(packed, scale, grad.dtype)
@@ -60,7 +65,7 @@ class _NVFP4LoraLinear(torch.autograd.Function):
         if ctx.needs_input_grad[5]:
             grad_a = grad_u.t() @ x.reshape(-1, x.shape[-1])
         if ctx.needs_input_grad[6]:
-            grad_b = (grad.t() @ u).mul_(ctx.scaling)
+            grad_b = grad.t() @ u
         grad_bias = grad.sum(0) if ctx.needs_input_grad[4] else None
         return grad_x, None, None, None, grad_bias, grad_a, grad_b, None, None, None
 
@@ -93,10 +98,10 @@ def nvfp4_lora_linear(
     a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
     with torch.no_grad():
         rows = x.reshape(-1, x.shape[-1])
-        u = rows @ a.t()
+        u = scaled(rows @ a.t(), scaling)
 
     def compute() -> torch.Tensor:
-        y = backend.linear(rows, packed, scale, alpha, bias).addmm_(u, b.t(), alpha=scaling)
+        y = backend.linear(rows, packed, scale, alpha, bias).addmm_(u, b.t())
         return y.view(*x.shape[:-1], y.shape[-1])
 
     return differentiable(_NVFP4LoraLinear, (x, packed, scale, alpha, bias, a, b, u, scaling, backend), compute)

@@ -18,7 +18,9 @@ from qerl_verl.data.prompts import prompt_row, write_parquet
 
 DATA_SOURCE = "openai/gsm8k"
 SPLITS = ("train", "test")
-INSTRUCTION = "Work through the problem step by step. Finish with a line that holds only `####`, a space and the number."
+INSTRUCTION = (
+    "Work through the problem step by step. Finish with a line that holds only `####`, a space and the number."
+)
 
 _FINAL_ANSWER = re.compile(r"####\s*(-?\d[\d,]*(?:\.\d+)?)\s*\Z")
 
@@ -47,7 +49,9 @@ def rows(examples: Iterable[tuple[str, Any]], split: str) -> Iterator[dict[str, 
                 raise ValueError(f"{place}: `{key}` must be a text that is not empty, got {example.get(key)!r}")
         answer = final_answer(example["answer"])
         if answer is None:
-            raise ValueError(f"{place}: `answer` must end with `#### <number>`, it ends with {example['answer'][-40:]!r}")
+            raise ValueError(
+                f"{place}: `answer` must end with `#### <number>`, it ends with {example['answer'][-40:]!r}"
+            )
         question = f"{example['question'].strip()}\n\n{INSTRUCTION}"
         yield prompt_row(DATA_SOURCE, question, answer, split=split, index=index, solution=example["answer"])
 

@@ -77,7 +77,7 @@ class NVFP4EngineMixin:
         dtype = torch.bfloat16
         module = self._empty_module(config, dtype)
         packed = packed_linear_names(path)
-        swap_linears(module, packed, dtype, storage_dtype=self._fsdp_param_dtype())
+        swap_linears(module, packed, dtype, storage_dtype=self._fsdp_param_dtype(), joined=True)
         module.requires_grad_(False)
         if self.rank == 0:
             load_tensors(module, path, dtype, new_modules=self.new_modules)

@@ -20,6 +20,8 @@ class NVFP4Linear(nn.Module):
         weight_packed: the bytes ``[out_features, in_features / 2]``, two E2M1 codes each, in ``storage_dtype``.
         weight_scale: the bytes ``[out_features, in_features / 16]`` of the E4M3 scales, in ``storage_dtype``.
         weight_global_scale: ``[1]`` float32 buffer, the divisor; a buffer, since FSDP2 casts no buffers.
+        weight_joined: with ``joined``, in place of these two (they are None then): ``[out_features * in_features * 9 / 16]``
+            bytes in ``storage_dtype``, the packed values and behind them the scales.
         bias: ``[out_features]`` or None, frozen.
         backend: whose kernels compute the layer, and in whose layout the two byte tensors are.
 
@@ -28,6 +30,7 @@ class NVFP4Linear(nn.Module):
             FSDP2 wants the ``param_dtype`` of its mixed precision here: it casts parameters of any other floating-point
             type for the all-gather, and up to PyTorch 2.11 takes no integer parameters at all
             (torch/distributed/fsdp/_fully_shard/_fsdp_param.py, _init_sharded_param and init_dtype_attrs).
+        joined: one parameter for packed values and scales. FSDP2 works on parameters one by one, on the host, and has one less.
 
     Raises:
         ValueError: ``in_features`` is not a multiple of 16, or a row of scales does not fill whole ``storage_dtype`` items.
@@ -41,6 +44,7 @@ class NVFP4Linear(nn.Module):
         dtype: torch.dtype,
         device=None,
         storage_dtype: torch.dtype = torch.uint8,
+        joined: bool = False,
     ):
         super().__init__()
         block = BLOCK_SIZE * storage_dtype.itemsize
@@ -55,8 +59,10 @@ class NVFP4Linear(nn.Module):
             return nn.Parameter(torch.empty(*shape, dtype=dtype, device=device), requires_grad=False)
 
         items = in_features // storage_dtype.itemsize
-        self.weight_packed = frozen(out_features, items // 2, dtype=storage_dtype)
-        self.weight_scale = frozen(out_features, items // BLOCK_SIZE, dtype=storage_dtype)
+        values, scales = items // 2, items // BLOCK_SIZE
+        self.weight_packed = None if joined else frozen(out_features, values, dtype=storage_dtype)
+        self.weight_scale = None if joined else frozen(out_features, scales, dtype=storage_dtype)
+        self.weight_joined = frozen(out_features * (values + scales), dtype=storage_dtype) if joined else None
         self.register_buffer("weight_global_scale", torch.empty(1, dtype=torch.float32, device=device))
         self.bias = frozen(out_features, dtype=dtype) if bias else None
         self._alpha: float | None = None
@@ -86,16 +92,20 @@ class NVFP4Linear(nn.Module):
         chosen = backend_for(device, self.out_features, self.in_features, dtype, wanted)
         if chosen is self.backend:
             return
-        if not self.weight_packed.is_meta:
+        if not self.weight_bytes()[0].is_meta:
             packed, scale = self.backend.unpack(*(t.to(device) for t in self.weight_bytes()))
             packed, scale = chosen.prepack(packed, scale)
-            for parameter, new in ((self.weight_packed, packed), (self.weight_scale, scale)):
-                parameter.data.copy_(new.view(parameter.dtype).view(parameter.shape))
+            for place, new in zip(self.weight_bytes(), (packed, scale), strict=True):
+                place.copy_(new)
         self.backend = chosen
 
     def weight_bytes(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Views of the packed values and of the scales, both uint8, in the backend's layout."""
-        return self.weight_packed.view(torch.uint8), self.weight_scale.view(torch.uint8)
+        if self.weight_joined is None:
+            return self.weight_packed.detach().view(torch.uint8), self.weight_scale.detach().view(torch.uint8)
+        joined, n, k = self.weight_joined.detach().view(torch.uint8), self.out_features, self.in_features
+        end = n * k // 2
+        return joined[:end].view(n, k // 2), joined[end:].view(n, k // BLOCK_SIZE)
 
     def dequantize(self, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         """The weight, ``[out_features, in_features]`` in ``dtype``."""

@@ -17,6 +17,8 @@ _PACKED_SUFFIX = ".weight_packed"
 _IGNORED_SUFFIXES = (".input_global_scale", ".weight_shape")
 """Tensors of llm-compressor's checkpoints that a weight-only layer has no use for."""
 
+_MAPPED_TOGETHER = 32
+
 
 def checkpoint_files(path: str | Path) -> list[Path]:
     """The safetensors files of a checkpoint folder, in the order of its index."""
@@ -29,11 +31,15 @@ def checkpoint_files(path: str | Path) -> list[Path]:
 
 
 def iterate_tensors(path: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name and tensor of everything in a checkpoint, one tensor in memory at a time."""
+    """Name and tensor of everything in a checkpoint, few tensors in memory at a time: one that is kept keeps its neighbours."""
     for file in checkpoint_files(path):
         with safe_open(file, framework="pt") as handle:
-            for name in handle.keys():
-                yield name, handle.get_tensor(name)
+            names = list(handle.keys())
+        for begin in range(0, len(names), _MAPPED_TOGETHER):
+            # what was read of a mapped file stays in memory until the last tensor of the mapping is gone
+            with safe_open(file, framework="pt") as handle:
+                for name in names[begin : begin + _MAPPED_TOGETHER]:
+                    yield name, handle.get_tensor(name)
 
 
 def packed_linear_names(path: str | Path) -> set[str]:
@@ -46,7 +52,11 @@ def packed_linear_names(path: str | Path) -> set[str]:
 
 
 def swap_linears(
-    model: nn.Module, names: set[str], dtype: torch.dtype, storage_dtype: torch.dtype = torch.uint8
+    model: nn.Module,
+    names: set[str],
+    dtype: torch.dtype,
+    storage_dtype: torch.dtype = torch.uint8,
+    joined: bool = False,
 ) -> None:
     """Replace the named ``nn.Linear`` modules by empty :class:`NVFP4Linear` modules on the same device.
 
@@ -54,7 +64,7 @@ def swap_linears(
         model: built from the checkpoint's configuration, usually on the meta device.
         names: see :func:`packed_linear_names`.
         dtype: of the biases.
-        storage_dtype: see :class:`NVFP4Linear`.
+        storage_dtype, joined: see :class:`NVFP4Linear`.
 
     Raises:
         ValueError: a name that is no linear layer of the model.
@@ -73,6 +83,7 @@ def swap_linears(
                 dtype,
                 device=linear.weight.device,
                 storage_dtype=storage_dtype,
+                joined=joined,
             )
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
@@ -91,8 +102,9 @@ def load_tensors(model: nn.Module, path: str | Path, dtype: torch.dtype, new_mod
     Raises:
         ValueError: a shape that does not fit, or tensors that the model lacks or the checkpoint does.
     """
-    expected = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
-    persistent = set(model.state_dict(keep_vars=True))
+    joined = _parts_of_joined(model)
+    expected = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers()), **joined}
+    persistent = {n for n in model.state_dict(keep_vars=True) if not n.endswith(".weight_joined")} | set(joined)
     loaded, unexpected = set(), []
     for name, tensor in iterate_tensors(path):
         if name.endswith(_IGNORED_SUFFIXES):
@@ -111,7 +123,10 @@ def load_tensors(model: nn.Module, path: str | Path, dtype: torch.dtype, new_mod
             raise ValueError(
                 f"{name} of {path} has shape {tuple(tensor.shape)}, the model expects {tuple(target.shape)}"
             )
-        _assign(model, name, tensor, requires_grad=target.requires_grad)
+        if name in joined:
+            _fill(model, name, tensor)
+        else:
+            _assign(model, name, tensor.clone(), requires_grad=target.requires_grad)
         loaded.add(name)
     model.tie_weights()
     tied = {n for n, p in model.named_parameters(remove_duplicate=False) if not p.is_meta}
@@ -146,6 +161,26 @@ def prepack_linears(
         layer.use_backend(device, wanted, dtype)
     others = sum(layer.backend is not chosen for layer in layers)
     return text + (f"; {others} of {len(layers)} layers, whose shape it does not serve, in PyTorch" if others else "")
+
+
+def _parts_of_joined(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The names that a checkpoint has for the two parts of each ``weight_joined``, and what they look like."""
+    parts = {}
+    for name, module in model.named_modules():
+        if isinstance(module, NVFP4Linear) and module.weight_joined is not None:
+            packed, scale = module.weight_bytes()
+            parts |= {f"{name}.weight_packed": packed, f"{name}.weight_scale": scale}
+    return parts
+
+
+def _fill(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Copy one part into its layer's ``weight_joined``, which the first part brings into being."""
+    owner, _, leaf = name.rpartition(".")
+    layer = model.get_submodule(owner)
+    if layer.weight_joined.is_meta:
+        empty = torch.empty_like(layer.weight_joined, device=tensor.device)
+        layer.weight_joined = nn.Parameter(empty, requires_grad=False)
+    layer.weight_bytes()[leaf == "weight_scale"].copy_(tensor)
 
 
 def _assign(model: nn.Module, name: str, tensor: torch.Tensor, requires_grad: bool) -> None:

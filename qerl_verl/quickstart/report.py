@@ -49,7 +49,10 @@ class Run:
     def validation(self) -> list[tuple[int, float]]:
         """Step and accuracy of each validation."""
         return [
-            (s, v) for s, m in self.steps.items() for k, v in m.items() if k.startswith("val-core/") and "/acc/mean" in k
+            (s, v)
+            for s, m in self.steps.items()
+            for k, v in m.items()
+            if k.startswith("val-core/") and "/acc/mean" in k
         ]
 
     def by_stage(self, metric: str) -> dict[int, float]:
@@ -133,8 +136,14 @@ def plot(run: Run, path: Path) -> None:
 
     steps = run.training
     figure, axes = plt.subplots(3, 1, sharex=True, figsize=(7, 7), layout="constrained")
-    for axis, metric, name in zip(axes, (REWARD, ENTROPY, SIGMA), ("reward", "policy entropy", "AQN sigma"), strict=True):
-        axis.plot(steps, [run.steps[s].get(metric, float("nan")) for s in steps], drawstyle="default" if metric != SIGMA else "steps-mid")
+    for axis, metric, name in zip(
+        axes, (REWARD, ENTROPY, SIGMA), ("reward", "policy entropy", "AQN sigma"), strict=True
+    ):
+        axis.plot(
+            steps,
+            [run.steps[s].get(metric, float("nan")) for s in steps],
+            drawstyle="default" if metric != SIGMA else "steps-mid",
+        )
         axis.set_ylabel(name)
         axis.grid(alpha=0.3)
     for step, accuracy in run.validation():

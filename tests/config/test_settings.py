@@ -30,7 +30,11 @@ def test_values_are_taken_over():
 @pytest.mark.parametrize(
     ("values", "key", "cure"),
     [
-        ({"sigma_stat": 1}, "qerl.sigma_stat", "known under qerl: platform, cache_dir, kernel, recompute, rollout, aqn"),
+        (
+            {"sigma_stat": 1},
+            "qerl.sigma_stat",
+            "known under qerl: platform, cache_dir, kernel, recompute, rollout, aqn",
+        ),
         ({"aqn": {"sigma": 1}}, "qerl.aqn.sigma", "sigma_start"),
         ({"aqn": {"sigma_start": 0}}, "qerl.aqn.sigma_start=0", "qerl.aqn.enable=False"),
         ({"aqn": {"sigma_end": -1e-3}}, "qerl.aqn.sigma_end=-0.001", "positive"),

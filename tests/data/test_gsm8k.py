@@ -83,13 +83,21 @@ def test_a_missing_file_is_named(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "solution, answer",
-    [("#### 7", "7"), ("a\n#### 1,234,567 \n", "1234567"), ("#### 2\n#### 3", "3"), ("#### 1.5.2", None), ("#### -", None)],
+    [
+        ("#### 7", "7"),
+        ("a\n#### 1,234,567 \n", "1234567"),
+        ("#### 2\n#### 3", "3"),
+        ("#### 1.5.2", None),
+        ("#### -", None),
+    ],
 )
 def test_final_answer(solution, answer):
     assert final_answer(solution) == answer
 
 
-@pytest.mark.skipif("QERL_GSM8K" not in os.environ, reason="QERL_GSM8K does not name a folder with train.jsonl and test.jsonl")
+@pytest.mark.skipif(
+    "QERL_GSM8K" not in os.environ, reason="QERL_GSM8K does not name a folder with train.jsonl and test.jsonl"
+)
 def test_all_of_gsm8k(tmp_path):
     train, test = convert(Path(os.environ["QERL_GSM8K"]), tmp_path)
     assert (len(train), len(test)) == (7473, 1319)

@@ -24,7 +24,7 @@ def critic(run_engine, tmp_path_factory, nvfp4_checkpoint):
 def test_an_nvfp4_base_trains_adapters_and_a_value_head_in_float32(critic):
     parameters = critic[1]["parameters"]
     assert critic[1]["class"] == "NVFP4EngineWithValueHead"
-    packed = [n for n in parameters if n.endswith(".weight_packed")]
+    packed = [n for n in parameters if n.endswith(".weight_joined")]
     assert len(packed) == 2 * 7 and not any(parameters[n]["trains"] for n in packed)
     trained = {n: p for n, p in parameters.items() if p["trains"]}
     head = {n: p for n, p in trained.items() if "lora_" not in n}

@@ -1,6 +1,5 @@
 """The training engine, in processes of its own: one rank, two gloo ranks, checkpoints, memory."""
 
-import itertools
 import json
 
 import pytest
@@ -22,13 +21,12 @@ def test_the_registry_gives_our_engine(one_rank):
 
 def test_what_is_packed_takes_its_bytes_and_only_float32_adapters_train(one_rank):
     parameters = one_rank[1]["parameters"]
-    packed = {n: p for n, p in parameters.items() if n.endswith((".weight_packed", ".weight_scale"))}
-    assert len(packed) == 2 * 7 * 2
+    packed = {n: p for n, p in parameters.items() if n.endswith(".weight_joined")}
+    assert len(packed) == 2 * 7 and not any(n.endswith((".weight_packed", ".weight_scale")) for n in parameters)
     shape = {"q": (128, 128), "k": (64, 128), "v": (64, 128), "o": (128, 128), "gate": (256, 128), "up": (256, 128)}
-    for (name, p), half in itertools.product(packed.items(), (2, 16)):
-        if name.endswith(".weight_packed" if half == 2 else ".weight_scale"):
-            rows, columns = shape.get(name.split(".")[-3].removesuffix("_proj"), (128, 256))
-            assert p["bytes"] == rows * columns // half, name
+    for name, p in packed.items():
+        rows, columns = shape.get(name.split(".")[-3].removesuffix("_proj"), (128, 256))
+        assert p["bytes"] == rows * columns // 2 + rows * columns // 16, name
     assert {p["dtype"] for n, p in parameters.items() if p["trains"]} == {"torch.float32"}
     assert all(("lora_" in n) == p["trains"] for n, p in parameters.items())
     rest = {p["dtype"] for n, p in parameters.items() if n not in packed and not p["trains"]}
@@ -81,7 +79,7 @@ def test_training_goes_on_from_an_adapter_folder(run_engine, one_rank, nvfp4_che
 def test_two_ranks_shard_the_bytes_and_train_the_same_adapter(run_engine, one_rank, nvfp4_checkpoint, tmp_path):
     reports = run_engine(nvfp4_checkpoint, tmp_path / "r", world=2, steps=4)
     for name, p in reports[0]["parameters"].items():
-        if name.endswith((".weight_packed", ".weight_scale")):
+        if name.endswith(".weight_joined"):
             assert p["local_bytes"] * 2 == p["bytes"], name
     assert reports[0]["adapter"] == reports[1]["adapter"]
     for found, expected in zip(reports[0]["steps"], one_rank[1]["steps"], strict=True):

@@ -77,7 +77,11 @@ def test_the_first_micro_batch_measures_and_the_next_fill_what_is_free(device):
     # 100 bytes a token are needed; room for three and a half layers beside them, after both margins
     device |= {"free": int(1.1 * 100 * ROWS + 3.5 * PRODUCT / 0.9) - PRODUCT}
     assert micro_batch(policy) == LAYERS - 3 and policy.keeps
-    assert len(said) == 1 and said[0].startswith(f"3 of {LAYERS} layers keep their products") and f"{ROWS} tokens" in said[0]
+    assert (
+        len(said) == 1
+        and said[0].startswith(f"3 of {LAYERS} layers keep their products")
+        and f"{ROWS} tokens" in said[0]
+    )
     device["free"] = 10**6
     assert micro_batch(policy) == 0
     assert len(said) == 1  # once

@@ -18,15 +18,15 @@ def hopper_is_there(monkeypatch):
     monkeypatch.setattr(backends, "unavailable", lambda name, device: None)
 
 
-def layer(n=128, k=192, storage_dtype=torch.uint8, device=None):
+def layer(n=128, k=192, storage_dtype=torch.uint8, device=None, joined=False):
     torch.manual_seed(0)
     weight = torch.randn(n, k)
     scale = nvfp4_global_scale(weight.abs().max())
     packed, block = quantize_nvfp4(weight, scale)
-    made = NVFP4Linear(k, n, True, torch.bfloat16, device=device, storage_dtype=storage_dtype)
-    if not made.weight_packed.is_meta:
-        made.weight_packed.data = packed.view(storage_dtype)
-        made.weight_scale.data = block.view(torch.uint8).view(storage_dtype)
+    made = NVFP4Linear(k, n, True, torch.bfloat16, device=device, storage_dtype=storage_dtype, joined=joined)
+    if device != "meta":
+        for place, new in zip(made.weight_bytes(), (packed, block), strict=True):
+            place.copy_(new.view(torch.uint8))
         made.weight_global_scale.copy_(scale)
         nn.init.normal_(made.bias)
     return made
@@ -44,6 +44,27 @@ def test_another_layout_is_the_same_weight(hopper_is_there, storage_dtype):
     assert (made.weight_packed.data_ptr(), made.weight_scale.data_ptr()) == places  # in place
     made.use_backend(CPU, "pytorch")
     assert all(torch.equal(t, b) for t, b in zip(made.weight_bytes(), before, strict=True))
+
+
+@pytest.mark.parametrize("storage_dtype", [torch.uint8, torch.bfloat16, torch.float32])
+def test_joined_bytes_are_the_same_weight_in_one_parameter(hopper_is_there, storage_dtype):
+    plain, made = layer(storage_dtype=storage_dtype), layer(storage_dtype=storage_dtype, joined=True)
+    assert set(made.state_dict()) == set(plain.state_dict()) - {"weight_packed", "weight_scale"} | {"weight_joined"}
+    assert made.weight_joined.dtype == storage_dtype and made.weight_joined.nbytes == 128 * 192 * 9 // 16
+    for backend in ("pytorch", "hopper", "pytorch"):
+        for linear in (plain, made):
+            linear.use_backend(CPU, backend)
+        pairs = list(zip(made.weight_bytes(), plain.weight_bytes(), strict=True))
+        assert all(torch.equal(a, b) and a.is_contiguous() for a, b in pairs)
+        assert torch.equal(made.dequantize(), plain.dequantize())
+
+
+def test_a_joined_layer_without_data_receives_prepacked_bytes(hopper_is_there):
+    source, empty = layer(joined=True), layer(joined=True, device="meta")
+    for made in (source, empty):
+        made.use_backend(CPU, "hopper")
+    empty.to_empty(device="cpu").load_state_dict(source.state_dict())
+    assert torch.equal(empty.dequantize(), source.dequantize())
 
 
 def test_choosing_the_same_backend_again_changes_nothing(hopper_is_there):
