@@ -18,6 +18,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -32,6 +33,7 @@ STOCK = [
 VARIANTS = {
     "bf16_lora": ("bf16", STOCK),
     "nvfp4_lora": ("nvfp4", SWITCH),
+    "nvfp4_lora_full_recompute": ("nvfp4", [*SWITCH, "qerl.recompute=full"]),
     "nvfp4_lora_no_noise": ("nvfp4", [*SWITCH, "qerl.aqn.enable=False"]),
     "nvfp4_lora_sleep2": ("nvfp4", [*SWITCH, "qerl.rollout.sleep_level=2"]),
     "nvfp4_punica": ("nvfp4", [*SWITCH, "qerl.rollout.lora=punica"]),
@@ -97,8 +99,6 @@ def command(name: str, work: Path, steps: int, extra: list[str]) -> list[str]:
         f"actor_rollout_ref.actor.ppo_mini_batch_size={PROMPTS}", "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=16",
         "actor_rollout_ref.actor.optim.lr=1e-5", "actor_rollout_ref.actor.use_kl_loss=False",
         "actor_rollout_ref.model.enable_gradient_checkpointing=True", "actor_rollout_ref.model.use_remove_padding=False",
-        "actor_rollout_ref.rollout.agent.num_workers=4", "reward.num_workers=1",
-        "transfer_queue.backend.SimpleStorage.num_data_storage_units=1",
         "trainer.logger=[console]", "trainer.n_gpus_per_node=1", "trainer.nnodes=1", f"trainer.total_training_steps={steps}",
         "trainer.val_before_train=False", "trainer.test_freq=-1", "trainer.save_freq=-1", "trainer.resume_mode=disable",
         f"reward.custom_reward_function.path={work / 'reward.py'}",
@@ -122,6 +122,21 @@ def metrics_of(log: str) -> dict[int, dict[str, float]]:
                 values[key] = float(number[0])
         steps[int(found[1])] = values
     return steps
+
+
+def run(line: list[str], environment: dict[str, str], log: Path | None) -> tuple[int, str]:
+    """Exit code and output of a command; ``log`` gets the lines as they come, each with the seconds since the start."""
+    begin, printed = time.perf_counter(), []
+    with (
+        subprocess.Popen(
+            line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=environment
+        ) as process,
+        open(log or os.devnull, "w", buffering=1) as file,
+    ):
+        for text in process.stdout:
+            printed.append(text)
+            file.write(f"{time.perf_counter() - begin:8.2f} {text}")
+    return process.returncode, "".join(printed)
 
 
 def has_cross_entropy() -> bool:
@@ -148,7 +163,7 @@ def main() -> None:
     if args.prepare:
         prepare(work, args.shape)
         return
-    environment = {**os.environ, "VERL_LOGGING_LEVEL": "WARNING"}
+    environment = {"VERL_LOGGING_LEVEL": "WARNING", **os.environ}
     subprocess.run([sys.executable, __file__, "--prepare", "--shape", args.shape, "--work", str(args.work)], check=True)
 
     import torch
@@ -163,15 +178,14 @@ def main() -> None:
     }
     for name in args.variants:
         line = command(name, work, args.steps, args.extra)
-        done = subprocess.run(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
-        if args.logs:
-            (args.logs / f"{name}.log").write_text(done.stdout)
-        steps = metrics_of(done.stdout)
-        for text in sorted({x.split("[qerl]")[1] for x in done.stdout.splitlines() if "[qerl] kernel" in x}):
+        code, printed = run(line, environment, args.logs and args.logs / f"{name}.log")
+        steps = metrics_of(printed)
+        said = {x.split("[qerl]")[1] for x in printed.splitlines() if "[qerl] kernel" in x or "[qerl] recompute" in x}
+        for text in sorted(said):
             print("[qerl]" + text, flush=True)
         measured = [values for step, values in steps.items() if step > 1]
-        if done.returncode or not measured:
-            print(done.stdout[-3000:], f"\n{name} failed with {done.returncode}", flush=True)
+        if code or not measured:
+            print(printed[-3000:], f"\n{name} failed with {code}", flush=True)
             continue
         keys = set.intersection(*(set(v) for v in measured))
         mean = {k: sum(v[k] for v in measured) / len(measured) for k in sorted(keys)}

@@ -3,7 +3,7 @@
     python benchmarks/bench_training.py --shape 7B --json benchmarks/results/training_7b_h200.json
 
 Baselines: PEFT's LoRA on the same weights in bf16, and the same packed weights decompressed at every forward pass by the
-compressed-tensors library. 8 sequences of 1024 random tokens, transformers' Qwen2 with SDPA, rank 32 on all linears, A and B in
+compressed-tensors library. ``nvfp4_selective`` is ``qerl.recompute=selective``, the others compute every layer twice. 8 sequences of 1024 random tokens, transformers' Qwen2 with SDPA, rank 32 on all linears, A and B in
 bfloat16, as FSDP2's mixed precision hands them to the forward pass in verl, under bfloat16 autocast. The loss is the mean
 log-probability of the next token over chunks of 1024 tokens with checkpointing, the same for all, so that logits do not decide
 the memory. Each variant is a process of its own. The error of the adapters' gradients is that against float32, on two layers.
@@ -22,7 +22,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 BATCH, LENGTH, CHUNK = 8, 1024, 1024
-VARIANTS = ("bf16_peft", "nvfp4", "compressed_tensors")
+VARIANTS = ("bf16_peft", "nvfp4", "nvfp4_selective", "compressed_tensors")
 
 
 def random_packed(rows: int, columns: int, seed: int):
@@ -44,6 +44,7 @@ def build(variant: str, shape: str, layers: int | None, dtype):
     from torch import nn
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
+    from qerl_verl.engine.recompute import Recompute
     from qerl_verl.kernels.nvfp4_dequantize import dequantize_nvfp4
     from qerl_verl.lora.peft import linear_names, register_nvfp4
     from qerl_verl.nvfp4.linear import NVFP4Linear
@@ -83,7 +84,8 @@ def build(variant: str, shape: str, layers: int | None, dtype):
                 weight = NVFP4PackedCompressor.decompress(state, None)["weight"].to(x.dtype)
             return nn.functional.linear(x, weight, self.bias)
 
-    if variant == "nvfp4":
+    ours = variant.startswith("nvfp4")
+    if ours:
         swap_linears(model, set(names), dtype)
     modules = dict(model.named_modules())
     for seed, name in enumerate(sorted(names)):
@@ -109,10 +111,10 @@ def build(variant: str, shape: str, layers: int | None, dtype):
             setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
     model.tie_weights()
     model = model.cuda().requires_grad_(False)
-    said = prepack_linears(model, torch.device("cuda", 0)) if variant == "nvfp4" else None
+    said = prepack_linears(model, torch.device("cuda", 0)) if ours else None
     model.enable_input_require_grads()
     lora = LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=RANK, target_modules=targets)
-    if variant == "nvfp4":
+    if ours:
         assert set(linear_names(model)) == set(targets)
         register_nvfp4(lora)
     if variant == "compressed_tensors":
@@ -129,7 +131,10 @@ def build(variant: str, shape: str, layers: int | None, dtype):
         if parameter.requires_grad:
             value = torch.randn(parameter.shape) * (0.01 if "lora_B" in name else parameter.shape[1] ** -0.5)
             parameter.data = value.bfloat16().to("cuda", dtype)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    checkpointing = {"use_reentrant": False}
+    if variant == "nvfp4_selective":
+        checkpointing["context_fn"] = Recompute("selective", torch.device("cuda", 0)).context_fn
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=checkpointing)
     model.train()
     return model, said
 
@@ -261,11 +266,12 @@ def main() -> None:
             out["runs"][name] = result
         print(name, json.dumps(result), flush=True)
     runs = out["runs"]
-    if "nvfp4" in runs:
+    if runs:
         out["ratios"] = {
-            base: {"speed": runs[base]["step_s"] / runs["nvfp4"]["step_s"], "peak_memory": runs["nvfp4"]["peak_gb"] / run["peak_gb"]}
-            for base, run in runs.items()
-            if base != "nvfp4"
+            f"{name} against {base}": {"speed": runs[base]["step_s"] / runs[name]["step_s"], "peak_memory": runs[name]["peak_gb"] / runs[base]["peak_gb"]}
+            for name in runs
+            for base in runs
+            if name.startswith("nvfp4") and not base.startswith("nvfp4")
         }  # fmt: skip
         print(json.dumps(out["ratios"]), flush=True)
     if args.json:

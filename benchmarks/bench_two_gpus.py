@@ -15,8 +15,10 @@ Parts, in this order:
   SDPA, sequence by sequence, and so do the others here.
 - ``rollout``: bench_rollout.py with the model divided over the two GPUs.
 - ``shards``: log-probabilities of given tokens with the model divided and on one GPU, the adapter sent as verl sends it.
-- ``main_ppo``: end to end with the switch on both GPUs, the rollout divided over them (``divided``) or one on each (``replicas``);
-  after each weight sync every rollout worker says which adapter and which norms it has.
+- ``main_ppo``: end to end with the switch on both GPUs, the rollout divided over them (``divided``), one on each (``replicas``), or
+  the actor on one and the rollout on the other (``separate``, verl's ``separate_async``; ``separate_nccl``, with verl's NCCL
+  transport); after each weight sync every rollout
+  worker says which adapter and which norms it has.
 
 NVLink multicast stays off in all of it.
 """
@@ -41,6 +43,7 @@ TESTS = HERE.parent / "tests"
 sys.path[:0] = [str(HERE), str(TESTS / "engine"), str(TESTS / "rollout"), str(TESTS / "integration")]
 
 PARTS = ("training", "equality", "rollout", "shards", "main_ppo")
+ARRANGEMENTS = ("divided", "replicas", "separate", "separate_nccl")
 BASES = {"bf16_lora": "bf16", "nvfp4_lora": "nvfp4"}
 CHUNK = 2048
 NO_MULTICAST = {
@@ -173,9 +176,14 @@ def measure_training(name: str, device: str, args: argparse.Namespace) -> dict:
 
         def step(tokens):
             engine.optimizer_zero_grad()
+            recompute = getattr(engine, "_recompute", None)  # as in the engine's forward_step
+            if recompute:
+                recompute.begin()
             with torch.autocast(device, torch.bfloat16):
                 loss = engine.module(input_ids=tokens)
             loss.backward()
+            if recompute:
+                recompute.observe()
             engine.optimizer_step()
             if gpu:
                 torch.cuda.synchronize()
@@ -497,9 +505,24 @@ def measure_main_ppo(arrangement: str, args: argparse.Namespace) -> dict:
         "trainer.v1.sampler.custom_sampler.name=WatchedReplayBuffer",
         f"qerl.cache_dir={work / 'cache'}",
     ]
+    separate = arrangement.startswith("separate")
+    if separate:
+        settings += [
+            "trainer.v1.trainer_mode=separate_async",
+            "trainer.v1.separate_async.parameter_sync_step=2",
+            "actor_rollout_ref.hybrid_engine=False",
+            "trainer.n_gpus_per_node=1",
+            f"{rollout}.nnodes=1",
+            f"{rollout}.n_gpus_per_node=1",
+            "data.train_batch_size=16",
+            "actor_rollout_ref.actor.ppo_mini_batch_size=8",
+        ]
+    if arrangement == "separate_nccl":
+        settings += [f"{rollout}.checkpoint_engine.backend=nccl"]
     if not torch.cuda.is_available():
         settings += [f"{rollout}.agent.num_workers=1", f"{rollout}.max_model_len=512", "data.train_batch_size=4"]
-        settings += ["data.max_response_length=8", "actor_rollout_ref.actor.ppo_mini_batch_size=4"]
+        settings += ["data.max_response_length=8"]
+        settings += [f"actor_rollout_ref.actor.ppo_mini_batch_size={2 if separate else 4}"]
     line = command("nvfp4_lora", work, 4, settings)
     begin = time.perf_counter()
     log = args.logs / f"log-main_ppo-{arrangement}"
@@ -534,7 +557,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--sequences", type=int, nargs="*", default=[64, 256], help="of the rollout")
     parser.add_argument("--generated", type=int, default=256)
-    parser.add_argument("--arrangements", nargs="*", default=["divided", "replicas"], choices=("divided", "replicas"))
+    parser.add_argument("--arrangements", nargs="*", default=list(ARRANGEMENTS), choices=ARRANGEMENTS)
     parser.add_argument("--timeout", type=float, default=400, help="seconds for one group of processes")
     parser.add_argument(
         "--work", type=Path, default=Path("/tmp/qerl-bench-two"), help="where the random models are written"

@@ -96,13 +96,13 @@ def training_section(folder: Path) -> str:
         for name, run in data["runs"].items()
     ]
     ratios = "; ".join(
-        f"against {base}: {r['speed']:.2f}x the speed, {r['peak_memory']:.2f}x the peak memory"
-        for base, r in data["ratios"].items()
+        f"{pair}: {r['speed']:.2f}x the speed, {r['peak_memory']:.2f}x the peak memory"
+        for pair, r in data["ratios"].items()
     )
     errors = ", ".join(f"{k} {v:.1e}" for k, v in data["gradient_error_against_float32"].items())
     head = ["7B, 8192 tokens", "s a step", "weights, GiB", "peak, GiB"]
     return (
-        f"{table(head, rows)}\n\nNVFP4 {ratios}. Error of the adapters' gradients against float32 on two layers: {errors}. "
+        f"{table(head, rows)}\n\n{ratios}. Error of the adapters' gradients against float32 on two layers: {errors}. "
         f"File: `{data['file']}`."
     )
 
@@ -112,8 +112,15 @@ def step_section(folder: Path) -> str:
     if not data or "ratio_to_bf16_lora" not in data:
         return "`grpo_step_7b`: not measured."
     keys = ("gen", "old_log_prob", "update_actor", "update_weights", "step")
-    rows = [[name, *(f"{run['mean'][f'timing_s/{k}']:.2f}" for k in keys)] for name, run in data["runs"].items()]
-    return table(["seconds", *keys], rows) + f"\n\nFile: `{data['file']}`."
+    rows = [
+        [
+            name,
+            *(f"{run['mean'][f'timing_s/{k}']:.2f}" for k in keys),
+            f"{run['mean']['actor/perf/max_memory_allocated_gb']:.0f}",
+        ]
+        for name, run in data["runs"].items()
+    ]
+    return table(["seconds", *keys, "peak of training, GiB"], rows) + f"\n\nFile: `{data['file']}`."
 
 
 def two_gpus_section(folder: Path) -> str:

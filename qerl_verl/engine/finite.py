@@ -24,13 +24,21 @@ def first_nonfinite(tensors: Iterable[tuple[str, Any]]) -> str | None:
     Args:
         tensors: names and values; a value that is no floating-point tensor is passed over, of a jagged one the values count.
     """
+    checked = []
     for name, value in tensors:
-        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
-            continue
-        value = local(value.values() if value.is_nested else value)
-        if value.numel() and not torch.isfinite(value).all():
-            return name
-    return None
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            value = local(value.values() if value.is_nested else value)
+            if value.numel():
+                checked.append((name, value))
+    # A NaN or an Inf makes the sum NaN or Inf: one pass over the memory, and one wait for each device.
+    sums: dict[torch.device, list[torch.Tensor]] = {}
+    for _, value in checked:
+        sums.setdefault(value.device, []).append(
+            value.sum(dtype=torch.promote_types(value.dtype, torch.float32)).double()
+        )
+    if all(torch.isfinite(torch.stack(of_device)).all() for of_device in sums.values()):
+        return None
+    return next((name for name, value in checked if not torch.isfinite(value).all()), None)
 
 
 def gradient_norms(module: torch.nn.Module) -> tuple[list[str], torch.Tensor | None]:

@@ -9,6 +9,7 @@ from verl.utils.device import get_device_name
 from verl.workers.rollout.vllm_rollout.utils import VLLM_LORA_INT_ID, vLLMColocateWorkerExtension
 
 from qerl_verl.aqn.noise import NoiseInjector, find_noise_targets
+from qerl_verl.engine.finite import first_nonfinite
 from qerl_verl.lora.wire import take_config
 from qerl_verl.nvfp4.architectures import get_architecture
 from qerl_verl.platform.job_folder import note_segments
@@ -62,11 +63,8 @@ class QeRLWorkerExtension(vLLMColocateWorkerExtension):
 
     def qerl_load_adapter(self, tensors: dict[str, torch.Tensor], scaling: float) -> int:
         """Overwrite the adapter in the layers, see :meth:`qerl_verl.rollout.lora.AdapterStore.load`."""
-        for name, tensor in tensors.items():
-            if not tensor.isfinite().all():
-                raise ValueError(
-                    f"the adapter's {name} holds a value that is not finite; the rollout keeps the one before"
-                )
+        if name := first_nonfinite(tensors.items()):
+            raise ValueError(f"the adapter's {name} holds a value that is not finite; the rollout keeps the one before")
         store = getattr(self, "_qerl_adapter_store", None)
         if store is None:
             from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size

@@ -39,6 +39,13 @@ def test_the_first_tensor_is_named_and_what_is_no_float_is_passed_over():
     assert first_nonfinite([("a", torch.ones(2))]) is None
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_values_whose_sum_is_too_large_are_finite(dtype):
+    large = torch.full((4,), torch.finfo(dtype).max, dtype=dtype)
+    assert first_nonfinite([("large", large), ("negative", -large)]) is None
+    assert first_nonfinite([("large", large), ("b", torch.tensor([1.0, float("-inf")], dtype=dtype))]) == "b"
+
+
 def test_norms_of_the_gradients_there_are():
     module = torch.nn.Linear(2, 2)
     assert gradient_norms(module) == ([], None)
