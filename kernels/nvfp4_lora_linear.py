@@ -45,12 +45,14 @@ def scaled(t: torch.Tensor, factor: float) -> torch.Tensor:
 
 
 class _NVFP4LoraLinear(torch.autograd.Function):
-    """The node of :func:`nvfp4_lora_linear`. Saves x, the packed weight, A, B and u = scaling x A^T; nothing of the base in 16 bits."""
+    """The node of :func:`nvfp4_lora_linear`. Saves x, the packed weight, A and B in x's dtype, and
+    u = scaling x A^T; nothing of the base in 16 bits."""
 
     @staticmethod
-    def forward(ctx, x, packed, scale, alpha, bias, lora_a, lora_b, u, scaling, backend):
-        ctx.save_for_backward(x, packed, scale, lora_a, lora_b, u)
+    def forward(ctx, x, packed, scale, alpha, bias, lora_a, lora_b, a, b, u, scaling, backend):
+        ctx.save_for_backward(x, packed, scale, a, b, u)
         ctx.alpha, ctx.scaling, ctx.backend = alpha, scaling, backend
+        ctx.dtypes = lora_a.dtype, lora_b.dtype
         return placeholder(x, packed.shape[0])
 
     @staticmethod
@@ -63,11 +65,11 @@ class _NVFP4LoraLinear(torch.autograd.Function):
             weight = ctx.backend.block_values(packed, scale, grad.dtype)
             grad_x = scaled_mm(grad, weight, ctx.alpha, None).addmm_(grad_u, a).view(x.shape)
         if ctx.needs_input_grad[5]:
-            grad_a = grad_u.t() @ x.reshape(-1, x.shape[-1])
+            grad_a = (grad_u.t() @ x.reshape(-1, x.shape[-1])).to(ctx.dtypes[0])
         if ctx.needs_input_grad[6]:
-            grad_b = grad.t() @ u
+            grad_b = (grad.t() @ u).to(ctx.dtypes[1])
         grad_bias = grad.sum(0) if ctx.needs_input_grad[4] else None
-        return grad_x, None, None, None, grad_bias, grad_a, grad_b, None, None, None
+        return grad_x, None, None, None, grad_bias, grad_a, grad_b, *[None] * 5
 
 
 def nvfp4_lora_linear(
@@ -95,8 +97,8 @@ def nvfp4_lora_linear(
         ``[..., N]`` in ``x.dtype``.
     """
     bias = None if bias is None else bias.to(x.dtype)
-    a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
     with torch.no_grad():
+        a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
         rows = x.reshape(-1, x.shape[-1])
         u = scaled(rows @ a.t(), scaling)
 
@@ -104,4 +106,5 @@ def nvfp4_lora_linear(
         y = backend.linear(rows, packed, scale, alpha, bias).addmm_(u, b.t())
         return y.view(*x.shape[:-1], y.shape[-1])
 
-    return differentiable(_NVFP4LoraLinear, (x, packed, scale, alpha, bias, a, b, u, scaling, backend), compute)
+    inputs = (x, packed, scale, alpha, bias, lora_a, lora_b, a, b, u, scaling, backend)
+    return differentiable(_NVFP4LoraLinear, inputs, compute)

@@ -13,10 +13,13 @@ from accelerate import init_empty_weights
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch import nn
 from transformers import AutoModelForTokenClassification
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from verl.models.transformers.monkey_patch import apply_monkey_patch
+from verl.utils.activation_offload import enable_activation_offloading
 from verl.utils.device import get_device_id
 from verl.utils.fs import copy_to_local, local_mkdir_safe
-from verl.utils.fsdp_utils import load_fsdp_model_to_gpu
+from verl.utils.fsdp_utils import apply_fsdp2, fsdp2_load_full_state_dict, load_fsdp_model_to_gpu
 from verl.utils.model import get_hf_auto_model_class
 from verl.utils.py_functional import convert_to_regular_types
 from verl.utils.torch_dtypes import PrecisionType
@@ -32,6 +35,12 @@ from qerl_verl.switch import KERNEL_ENV, RECOMPUTE_ENV
 
 logger = logging.getLogger(__name__)
 logger.setLevel(os.getenv("VERL_LOGGING_LEVEL", "INFO"))
+
+CARRIER = torch.float32
+"""The dtype as which FSDP2 holds and gathers the packed bytes. Up to PyTorch 2.11 it takes no integer parameters
+(torch/distributed/fsdp/_fully_shard/_fsdp_param.py, _init_sharded_param). 16-bit floating-point types will not do: the
+``torch._foreach_copy_`` in front of the all-gather (_fsdp_collectives.py, all_gather_copy_in) takes their values through float32 on
+a GPU, and where the bytes look like a NaN it writes another NaN."""
 
 ADAPTER_FOLDER = "lora_adapter"
 """Folder of a checkpoint's ``actor`` or ``critic`` folder that holds the adapter in PEFT's format."""
@@ -71,20 +80,21 @@ class NVFP4EngineMixin:
     def _build_module(self) -> nn.Module:
         """The base on the CPU of the mesh's first rank and on the meta device of the others, as verl does it.
 
-        What is not packed (embeddings, norms, output layer, biases) stays in bfloat16: nothing of it is trained.
+        What is not packed (embeddings, norms, output layer, biases) is in 16 bits: nothing of it is trained.
         """
         config, path = self.model_config.hf_config, self.model_config.local_path
-        dtype = torch.bfloat16
+        compute_dtype = self._dtypes()[0]
+        dtype = torch.float16 if compute_dtype == torch.float16 else torch.bfloat16
         module = self._empty_module(config, dtype)
         packed = packed_linear_names(path)
-        swap_linears(module, packed, dtype, storage_dtype=self._fsdp_param_dtype(), joined=True)
+        swap_linears(module, packed, dtype, storage_dtype=CARRIER, joined=True)
         module.requires_grad_(False)
         if self.rank == 0:
             load_tensors(module, path, dtype, new_modules=self.new_modules)
         else:
             module.tie_weights()
         device = torch.device(self._device_type(), get_device_id() if self._device_type() == "cuda" else None)
-        kernel = prepack_linears(module, device, os.environ.get(KERNEL_ENV, "auto"), self._fsdp_param_dtype())
+        kernel = prepack_linears(module, device, os.environ.get(KERNEL_ENV, "auto"), compute_dtype)
         if self.rank == 0:
             print(
                 f"[qerl] kernel: {self.role} NVFP4 linear = {kernel}, {len(packed)} layers, attention "
@@ -117,10 +127,41 @@ class NVFP4EngineMixin:
         dropout = any(value for name, value in config.to_dict().items() if "dropout" in name)
         return dropout or self.model_config.lora_adapter_path is not None
 
-    def _fsdp_param_dtype(self) -> torch.dtype:
-        """The dtype that FSDP2's mixed precision casts to, read as verl reads it (_build_fsdp_module)."""
-        settings = self.engine_config.mixed_precision
-        return torch.bfloat16 if settings is None else PrecisionType.to_dtype(settings.get("param_dtype", "bf16"))
+    def _dtypes(self) -> tuple[torch.dtype, torch.dtype]:
+        """Of computation and of gradient reduction, read as verl reads them (_build_fsdp_module)."""
+        settings = self.engine_config.mixed_precision or {}
+        names = settings.get("param_dtype", "bf16"), settings.get("reduce_dtype", "fp32")
+        return tuple(PrecisionType.to_dtype(name) for name in names)
+
+    def _build_fsdp_module(self, module: nn.Module) -> nn.Module:
+        """FSDP2 around a base whose packed bytes are parameters of dtype :data:`CARRIER`; in place of verl's own method.
+
+        verl has FSDP2 cast parameters to ``mixed_precision.param_dtype`` before the all-gather, which would destroy the bytes.
+        Here it casts none in 16 bits: what is frozen has that dtype already, and the layers cast their float32 adapters.
+        """
+        compute_dtype, reduce_dtype = self._dtypes()
+        self._autocast_dtype = compute_dtype
+        self.scaler = ShardedGradScaler(growth_interval=400) if compute_dtype == torch.float16 else None
+        offload = None
+        if self.engine_config.offload_policy or self.engine_config.forward_only:
+            self._is_offload_param = self._is_offload_optimizer = False
+            self._uses_fsdp2_cpu_offload_policy = True
+            offload = CPUOffloadPolicy(pin_memory=True)
+        options = {
+            "mesh": self.device_mesh,
+            "mp_policy": MixedPrecisionPolicy(
+                param_dtype=compute_dtype if compute_dtype == CARRIER else None, reduce_dtype=reduce_dtype
+            ),
+            "offload_policy": offload,
+            "reshard_after_forward": self.engine_config.reshard_after_forward,
+        }
+        state = module.state_dict()
+        apply_fsdp2(module, options, self.engine_config)
+        fsdp2_load_full_state_dict(module, state, self.device_mesh, offload)
+        if self.model_config.enable_activation_offload:
+            strategy, checkpointing = self.engine_config.strategy, self.model_config.enable_gradient_checkpointing
+            enable_activation_offloading(module, strategy, checkpointing)
+        return module
 
     @staticmethod
     def _device_type() -> str:

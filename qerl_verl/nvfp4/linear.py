@@ -26,14 +26,13 @@ class NVFP4Linear(nn.Module):
         backend: whose kernels compute the layer, and in whose layout the two byte tensors are.
 
     Args:
-        storage_dtype: what the two byte tensors are declared as; only ever copied, never computed with. uint8 by itself.
-            FSDP2 wants the ``param_dtype`` of its mixed precision here: it casts parameters of any other floating-point
-            type for the all-gather, and up to PyTorch 2.11 takes no integer parameters at all
-            (torch/distributed/fsdp/_fully_shard/_fsdp_param.py, _init_sharded_param and init_dtype_attrs).
+        storage_dtype: what the byte tensors are declared as; only ever copied, never computed with. uint8 by itself; under FSDP2
+            see :data:`qerl_verl.engine.fsdp.CARRIER`.
         joined: one parameter for packed values and scales. FSDP2 works on parameters one by one, on the host, and has one less.
 
     Raises:
-        ValueError: ``in_features`` is not a multiple of 16, or a row of scales does not fill whole ``storage_dtype`` items.
+        ValueError: ``in_features`` is not a multiple of 16, or a row of scales (with ``joined``, all of it) does not fill whole
+            ``storage_dtype`` items.
     """
 
     def __init__(
@@ -47,22 +46,23 @@ class NVFP4Linear(nn.Module):
         joined: bool = False,
     ):
         super().__init__()
-        block = BLOCK_SIZE * storage_dtype.itemsize
-        if in_features % block:
+        scales = in_features // BLOCK_SIZE * (out_features if joined else 1)
+        if in_features % BLOCK_SIZE or scales % storage_dtype.itemsize:
             raise ValueError(
-                f"in_features={in_features} is not a multiple of {block}: {BLOCK_SIZE}, the NVFP4 block, times the "
-                f"{storage_dtype.itemsize} bytes of {storage_dtype}"
+                f"in_features={in_features} with out_features={out_features}: the NVFP4 blocks of {BLOCK_SIZE} do not fill whole "
+                f"items of {storage_dtype}"
             )
         self.in_features, self.out_features = in_features, out_features
 
         def frozen(*shape: int, dtype: torch.dtype) -> nn.Parameter:
             return nn.Parameter(torch.empty(*shape, dtype=dtype, device=device), requires_grad=False)
 
-        items = in_features // storage_dtype.itemsize
-        values, scales = items // 2, items // BLOCK_SIZE
-        self.weight_packed = None if joined else frozen(out_features, values, dtype=storage_dtype)
-        self.weight_scale = None if joined else frozen(out_features, scales, dtype=storage_dtype)
-        self.weight_joined = frozen(out_features * (values + scales), dtype=storage_dtype) if joined else None
+        size = storage_dtype.itemsize
+        values, scales = in_features // 2, in_features // BLOCK_SIZE
+        self.weight_packed = None if joined else frozen(out_features, values // size, dtype=storage_dtype)
+        self.weight_scale = None if joined else frozen(out_features, scales // size, dtype=storage_dtype)
+        items = out_features * (values + scales) // size
+        self.weight_joined = frozen(items, dtype=storage_dtype) if joined else None
         self.register_buffer("weight_global_scale", torch.empty(1, dtype=torch.float32, device=device))
         self.bias = frozen(out_features, dtype=dtype) if bias else None
         self._alpha: float | None = None

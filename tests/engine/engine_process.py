@@ -21,6 +21,7 @@ import torch  # noqa: E402
 import verl  # noqa: E402, F401  (loads the plugin)
 from many_ranks import (  # noqa: E402
     bytes_per_weight,
+    changed_bytes,
     count_all_gathers,
     full,
     loss_function,
@@ -149,6 +150,8 @@ def run_variant(name, variant):
         if ".layers." in place:
             layer = engine.module.get_submodule(place)
             seen.setdefault("bytes_per_weight", []).extend(bytes_per_weight(layer, size) for size in calls)
+    if variant.get("count") and not variant.get("stock"):
+        seen["changed_bytes"] = changed_bytes(engine, checkpoint)
     return seen | {"adapter": digest(tensors)}
 
 

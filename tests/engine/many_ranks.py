@@ -98,22 +98,47 @@ def count_all_gathers(module: nn.Module) -> dict[str, list[int]]:
     return seen
 
 
-def bytes_per_weight(layer: nn.Module, gathered: int, itemsize: int = 2) -> float:
+def bytes_per_weight(layer: nn.Module, gathered: int) -> float:
     """What the frozen linears of a decoder layer cost in its all-gather, in bytes a weight.
+
+    The rest of it (norms, biases, the adapter) is gathered as what it is, or, in verl's engine, in bfloat16.
 
     Args:
         layer: sharded by FSDP2 as a whole.
         gathered: bytes of its all-gather.
-        itemsize: of the dtype in which the rest of it is gathered: norms, biases and the adapter.
     """
     from qerl_verl.nvfp4.linear import NVFP4Linear
 
-    weights, others = 0, sum(p.numel() for p in layer.parameters())
-    for name, linear in layer.named_modules():
-        if isinstance(linear, nn.Linear | NVFP4Linear) and "lora_" not in name:
-            weights += linear.in_features * linear.out_features
-            others -= sum(p.numel() for n, p in linear.named_parameters(recurse=False) if n != "bias")
-    return (gathered - itemsize * others) / weights
+    linears = {n: m for n, m in layer.named_modules() if isinstance(m, nn.Linear | NVFP4Linear) and "lora_" not in n}
+    packed = any(isinstance(m, NVFP4Linear) for m in linears.values())
+    weights = sum(m.in_features * m.out_features for m in linears.values())
+    frozen = {id(p) for m in linears.values() for n, p in m.named_parameters(recurse=False) if n != "bias"}
+    others = sum(p.numel() * (p.itemsize if packed else 2) for p in layer.parameters() if id(p) not in frozen)
+    return (gathered - others) / weights
+
+
+def changed_bytes(engine, checkpoint: str) -> int:
+    """How many bytes of the packed linears, gathered on this rank as for a forward pass, are not the checkpoint's."""
+    from qerl_verl.nvfp4.linear import NVFP4Linear
+    from qerl_verl.nvfp4.loading import iterate_tensors
+
+    stored = dict(iterate_tensors(checkpoint))
+    changed = 0
+    for place, part in engine.module.named_modules():
+        if not isinstance(part, FSDPModule) or ".layers." not in place:
+            continue
+        part.unshard()
+        for name, linear in part.named_modules():
+            if isinstance(linear, NVFP4Linear):
+                name = f"{place}.{name}".removeprefix("base_model.model.").removesuffix(".base_layer")
+                given = (stored[f"{name}.{kind}"].view(torch.uint8) for kind in ("weight_packed", "weight_scale"))
+                expected = linear.backend.prepack(*(t.to(linear.weight_joined.device) for t in given))
+                changed += sum(
+                    int((found != e.view(torch.uint8)).sum())
+                    for found, e in zip(linear.weight_bytes(), expected, strict=True)
+                )
+        part.reshard()
+    return changed
 
 
 def _packed_attention(query, key, value, attention_mask, query_length, *args, position_ids=None, **kwargs):

@@ -12,6 +12,8 @@ import os
 import pytest
 import torch
 
+from qerl_verl.engine.fsdp import CARRIER
+
 WORLD = int(os.environ.get("QERL_TEST_RANKS", "2"))
 FLOAT32 = {
     "use_remove_padding": True,
@@ -74,3 +76,26 @@ def test_the_all_gather_moves_the_packed_bytes(adapters_and_reports):
     _, _, reports = adapters_and_reports
     assert reports[0]["packed"]["bytes_per_weight"] == [0.5625] * 4
     assert reports[0]["bf16"]["bytes_per_weight"] == [2.0] * 4
+
+
+def test_every_rank_computes_with_the_checkpoints_bytes(adapters_and_reports):
+    """On a GPU a 16-bit carrier would not do, see qerl_verl/engine/fsdp.py, CARRIER."""
+    _, _, reports = adapters_and_reports
+    assert [report["packed"]["changed_bytes"] for report in reports] == [0] * WORLD
+
+
+@pytest.mark.gpu
+def test_what_copies_in_front_of_an_all_gather_keeps_the_carriers_bytes():
+    """And changes those of bfloat16. If it ceases to, the carrier may be 16 bits wide again."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    patterns = torch.arange(1 << 16, dtype=torch.int32, device="cuda").to(torch.int16)
+
+    def copied(dtype):
+        source = torch.stack([patterns, patterns.flip(0)], dim=1).view(-1)  # also as 32 bits every exponent there is
+        target = torch.empty_like(source)
+        torch._foreach_copy_([target.view(dtype)], [source.view(dtype)])
+        return torch.equal(target, source)
+
+    assert copied(CARRIER) and copied(torch.uint8)
+    assert not copied(torch.bfloat16) and not copied(torch.float16)

@@ -192,8 +192,11 @@ def test_merging_and_what_reads_the_weight_raises_with_the_reason():
 def test_an_input_width_off_the_block_is_refused():
     with pytest.raises(ValueError, match="in_features=72"):
         NVFP4Linear(72, 16, False, torch.float32)
-    with pytest.raises(ValueError, match="in_features=48 .* multiple of 32"):
+    with pytest.raises(ValueError, match="in_features=48 .* whole items of torch.bfloat16"):
         NVFP4Linear(48, 16, False, torch.float32, storage_dtype=torch.bfloat16)
+    NVFP4Linear(48, 16, False, torch.float32, storage_dtype=torch.bfloat16, joined=True)
+    with pytest.raises(ValueError, match="out_features=6: .* whole items of torch.float32"):
+        NVFP4Linear(48, 6, False, torch.float32, storage_dtype=torch.float32, joined=True)
 
 
 def test_the_storage_dtype_changes_no_number(nvfp4_checkpoint):
