@@ -12,7 +12,8 @@ Parts, in this order:
   more step.
 - ``equality``: three updates of verl's PPO step on a small model from the same adapter: one GPU, two under FSDP2, two under Ulysses
   sequence parallelism, and stock verl in bf16 on one and on two. Without flash-attn, Ulysses computes attention through PyTorch's
-  SDPA, sequence by sequence, and so do the others here.
+  SDPA, sequence by sequence, and so do the others here. Each rank also compares the packed bytes that it has gathered with the
+  checkpoint.
 - ``rollout``: bench_rollout.py with the model divided over the two GPUs.
 - ``shards``: log-probabilities of given tokens with the model divided and on one GPU, the adapter sent as verl sends it.
 - ``main_ppo``: end to end with the switch on both GPUs, the rollout divided over them (``divided``), one on each (``replicas``), or
@@ -225,7 +226,7 @@ def measure_training(name: str, device: str, args: argparse.Namespace) -> dict:
 
 def measure_equality(name: str, device: str, args: argparse.Namespace) -> dict:
     import torch
-    from many_ranks import full, loss_function, randomize_adapters, use_packed_attention, verl_batch
+    from many_ranks import changed_bytes, full, loss_function, randomize_adapters, use_packed_attention, verl_batch
     from shapes import SHAPES
 
     stock = name.startswith("bf16")
@@ -254,6 +255,8 @@ def measure_equality(name: str, device: str, args: argparse.Namespace) -> dict:
             result["loss"].append(statistics.mean(everywhere(sum(output["loss"]))))
             result["grad_norm"].append(next(n for n in everywhere(output["metrics"].get("grad_norm")) if n is not None))
         tensors["end"] = {n: full(p.detach()).float().cpu().clone() for n, p in trained}
+        if not stock:
+            result["changed_bytes"] = everywhere(changed_bytes(engine, str(folder)))
     if args.rank == 0:
         torch.save(tensors, Path(args.work) / f"{name}.pt")
     return result

@@ -12,9 +12,9 @@ import torch
 from accelerate import init_empty_weights
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch import nn
-from transformers import AutoModelForTokenClassification
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+from transformers import AutoModelForTokenClassification
 from verl.models.transformers.monkey_patch import apply_monkey_patch
 from verl.utils.activation_offload import enable_activation_offloading
 from verl.utils.device import get_device_id
