@@ -507,6 +507,9 @@ def measure_main_ppo(arrangement: str, args: argparse.Namespace) -> dict:
         "trainer.v1.sampler.custom_sampler.path=pkg://watch_replicas",
         "trainer.v1.sampler.custom_sampler.name=WatchedReplayBuffer",
         f"qerl.cache_dir={work / 'cache'}",
+        f"{rollout}.agent.num_workers=2",
+        "reward.num_workers=1",
+        "transfer_queue.backend.SimpleStorage.num_data_storage_units=1",
     ]
     separate = arrangement.startswith("separate")
     if separate:

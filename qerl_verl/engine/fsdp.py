@@ -10,17 +10,18 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from accelerate import init_empty_weights
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForTokenClassification
 from verl.models.transformers.monkey_patch import apply_monkey_patch
 from verl.utils.activation_offload import enable_activation_offloading
 from verl.utils.device import get_device_id
 from verl.utils.fs import copy_to_local, local_mkdir_safe
 from verl.utils.fsdp_utils import apply_fsdp2, fsdp2_load_full_state_dict, load_fsdp_model_to_gpu
-from verl.utils.model import get_hf_auto_model_class
+from verl.utils.model import convert_weight_keys, get_hf_auto_model_class
 from verl.utils.py_functional import convert_to_regular_types
 from verl.utils.torch_dtypes import PrecisionType
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead, FSDPEngineWithValueHead
@@ -283,14 +284,20 @@ class NVFP4EngineMixin:
 
         Args:
             base_sync_done: False where verl wants a whole model for one of its checkpoint engines and drops the
-                configuration (verl/workers/engine_workers.py, update_weights). The tensors are on the engine's device then,
-                else on the host, and the last one is the configuration, see :mod:`qerl_verl.lora.wire`.
+                configuration (verl/workers/engine_workers.py, update_weights). The last tensor is the configuration then,
+                see :mod:`qerl_verl.lora.wire`, and all are on the engine's device; else they may be on the host.
 
         Raises:
             NonFiniteError: naming the first tensor of the adapter with a NaN or Inf.
         """
-        tensors, config = super().get_per_tensor_param(layered_summon=layered_summon, base_sync_done=True, **kwargs)
-        tensors = list(tensors)
+        if layered_summon or self._is_offload_param or self._uses_fsdp2_cpu_offload_policy:
+            tensors, config = super().get_per_tensor_param(layered_summon=layered_summon, base_sync_done=True, **kwargs)
+            tensors = list(tensors)
+        else:  # verl would copy each tensor to the host, and its sender back to the device
+            state = convert_weight_keys(get_peft_model_state_dict(self.module), self.module)
+            tensors = [(n, t.full_tensor() if isinstance(t, DTensor) else t) for n, t in state.items()]
+            tensors = [(name, tensor.detach()) for name, tensor in tensors]
+            config = self.module.peft_config["default"]
         if name := first_nonfinite(tensors):
             raise NonFiniteError(
                 f"[qerl] {self._at_step(after=True)}: {name} is not finite; it is neither sent nor saved."

@@ -207,6 +207,11 @@ class WholeCheckpointsMixin:
                 self.config.trainer.update(before)
 
 
+POLL_INTERVAL = 0.1
+VERL_POLL_INTERVAL = 2.0
+"""Seconds between two looks for finished samples: ours, and what verl has without a setting for it."""
+
+
 class AQNTrainerMixin(WholeCheckpointsMixin):
     """Drives the noise of the rollout engines from the trainer's clock.
 
@@ -231,6 +236,17 @@ class AQNTrainerMixin(WholeCheckpointsMixin):
         self._validating = False
         self._training = False
         super().__init__(config)
+
+    def _build_replay_buffer(self):
+        """verl's, or the user's own sampler, which looks for finished samples more often than every two seconds.
+
+        A step waits until the next look (verl/trainer/ppo/v1/replay_buffer.py, _wait_for_next_poll): a second on average, where a
+        rollout takes a few. ``separate_async`` also measures by that interval whether samples are scarce, so there it stays.
+        """
+        buffer = super()._build_replay_buffer()
+        if self.verl_mode != "separate_async" and getattr(buffer, "poll_interval", None) == VERL_POLL_INTERVAL:
+            buffer.poll_interval = POLL_INTERVAL
+        return buffer
 
     def _setup(self):
         super()._setup()

@@ -71,6 +71,7 @@ class StockEngine:
 
 class Engine(NVFP4EngineMixin, StockEngine):
     role = "actor"
+    _is_offload_param = True  # so that verl's engine is asked
 
     def __init__(self, value=0.5):
         self.tensors = {"a.lora_A.weight": torch.full((8, 4), value), "a.lora_B.weight": torch.zeros(4, 8)}

@@ -11,6 +11,8 @@ from omegaconf import OmegaConf
 from verl.checkpoint_engine import base as verl_checkpoint_engine
 from verl.trainer.ppo.utils import Role
 from verl.trainer.ppo.v1 import PPOTrainerSeparateAsync
+from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
+from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 from verl.trainer.ppo.v1.trainer_separate_async import HybridEngineMode
 from verl.workers.config import CheckpointEngineConfig
 
@@ -206,6 +208,23 @@ def test_a_sync_whose_engine_has_died_ends_instead_of_waiting_for_ever(trainer, 
     with pytest.raises(RuntimeError, match="EngineDeadError"):
         trainer.checkpoint_manager.update_weights(1)
     assert waits == [] and trainer.events == ["sync 1"]
+
+
+def test_finished_samples_are_looked_for_more_often_than_verl_does(monkeypatch):
+    assert inspect.signature(ReplayBuffer).parameters["poll_interval"].default == ppo.VERL_POLL_INTERVAL
+    assert "time.sleep(self.poll_interval)" in inspect.getsource(ReplayBuffer._wait_for_next_poll)
+    for trainer, interval, expected in (
+        (QeRLTrainerSync, 2.0, ppo.POLL_INTERVAL),
+        (QeRLTrainerColocateAsync, 2.0, ppo.POLL_INTERVAL),
+        (QeRLTrainerColocateAsync, 0.5, 0.5),  # a sampler of the user's
+        (QeRLTrainerSeparateAsync, 2.0, 2.0),
+    ):
+        made = SimpleNamespace(poll_interval=interval)
+        monkeypatch.setattr(PPOTrainer, "_build_replay_buffer", lambda self, made=made: made)
+        trainer._build_replay_buffer(object.__new__(trainer))
+        assert made.poll_interval == expected
+    monkeypatch.setattr(PPOTrainer, "_build_replay_buffer", lambda self: object())  # a sampler that waits in its own way
+    QeRLTrainerSync._build_replay_buffer(object.__new__(QeRLTrainerSync))
 
 
 def test_our_trainers_are_verls_with_the_mixin_in_front():
