@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 from pathlib import Path
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "performance.md"
@@ -41,6 +42,15 @@ def gemm_section(folder: Path) -> str:
     for name, data in found.items():
         ratios = data["geomean_by_tokens"]
         rows.append([names[name], *(f"{ratios[str(m)]['ratio']:.2f}" if str(m) in ratios else "" for m in tokens)])
+    of_marlin: dict[int, list[float]] = {}
+    for r in found.get("gemm", {}).get("gemm", []):
+        if r.get("marlin_us"):
+            of_marlin.setdefault(r["m"], []).append(r["marlin_us"] / r["us"])
+    if of_marlin:
+        means = (statistics.geometric_mean(of_marlin[m]) if m in of_marlin else None for m in tokens)
+        rows.append(["base alone, against vLLM's Marlin, same run", *("" if m is None else f"{m:.2f}" for m in means)])
+        least = min(min(ratios) for ratios in of_marlin.values())
+        rows.append([f"the worst shape of those (of all: {least:.2f})", *(f"{min(of_marlin[m]):.2f}" if m in of_marlin else "" for m in tokens)])
     errors = [r["max_error"] for data in found.values() for r in data["geomean_by_tokens"].values()]
     files = ", ".join(f"`{data['file']}`" for data in found.values())
     head = ["time of cuBLAS bf16 / time of NVFP4, by tokens", *map(str, tokens)]
