@@ -50,7 +50,12 @@ def gemm_section(folder: Path) -> str:
         means = (statistics.geometric_mean(of_marlin[m]) if m in of_marlin else None for m in tokens)
         rows.append(["base alone, against vLLM's Marlin, same run", *("" if m is None else f"{m:.2f}" for m in means)])
         least = min(min(ratios) for ratios in of_marlin.values())
-        rows.append([f"the worst shape of those (of all: {least:.2f})", *(f"{min(of_marlin[m]):.2f}" if m in of_marlin else "" for m in tokens)])
+        rows.append(
+            [
+                f"the worst shape of those (of all: {least:.2f})",
+                *(f"{min(of_marlin[m]):.2f}" if m in of_marlin else "" for m in tokens),
+            ]
+        )
     errors = [r["max_error"] for data in found.values() for r in data["geomean_by_tokens"].values()]
     files = ", ".join(f"`{data['file']}`" for data in found.values())
     head = ["time of cuBLAS bf16 / time of NVFP4, by tokens", *map(str, tokens)]

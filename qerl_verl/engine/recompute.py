@@ -39,7 +39,7 @@ class Recompute:
     @property
     def keeps(self) -> bool:
         """Whether the micro-batch at hand has kept anything."""
-        return self._kept > 0
+        return self.how == "selective" or self._kept > 0
 
     def begin(self) -> None:
         """Before the forward pass of a micro-batch."""

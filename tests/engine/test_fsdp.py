@@ -1,10 +1,16 @@
 """The training engine, in processes of its own: one rank, two gloo ranks, checkpoints, memory."""
 
+import inspect
 import json
+import re
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from verl.workers.engine.fsdp.transformer_impl import FSDPEngine
+
+from qerl_verl.engine.fsdp import NVFP4EngineMixin
+from qerl_verl.engine.recompute import Recompute
 
 
 @pytest.fixture(scope="module")
@@ -106,3 +112,31 @@ def test_building_never_holds_the_model_in_16_bits(run_engine, model_factory, tm
     print(
         f"peak growth {report['peak_growth'] / 1e6:.0f} MB, packed {frozen / 1e6:.0f}, 16 bits {in_16_bits / 1e6:.0f}"
     )
+
+
+def test_verls_way_to_build_fsdp2_is_the_one_that_ours_stands_in_for():
+    """Ours sets and calls the same (qerl_verl/engine/fsdp.py, _build_fsdp_module); where this fails, look what verl does now."""
+    source = inspect.getsource(FSDPEngine._build_fsdp_module)
+    ours = inspect.getsource(NVFP4EngineMixin._build_fsdp_module)
+    attributes = set(re.findall(r"self\.(\w+) = ", source))
+    assert attributes == {
+        "_autocast_dtype", "scaler", "_is_offload_param", "_is_offload_optimizer", "_uses_fsdp2_cpu_offload_policy",
+    }  # fmt: skip
+    assert all(f"self.{name} = " in ours for name in attributes)
+    settings = set(re.findall(r"self\.engine_config\.(\w+)", source.split('== "fsdp2"')[1]))
+    assert settings == {"offload_policy", "forward_only", "reshard_after_forward", "strategy"}
+    for function in ("apply_fsdp2(", "fsdp2_load_full_state_dict(", "enable_activation_offloading("):
+        assert function in source and function in ours
+
+
+def test_an_out_of_memory_error_names_the_setting_that_helps():
+    class Stock:
+        def forward_backward_batch(self, data, loss_function, forward_only):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    engine = type("Engine", (NVFP4EngineMixin, Stock), {"role": "actor"})()
+    for how, forward_only, noted in (("selective", False, True), ("selective", True, False), ("full", False, False)):
+        engine._recompute = Recompute(how, torch.device("cpu"))
+        with pytest.raises(torch.OutOfMemoryError) as error:
+            engine.forward_backward_batch(None, None, forward_only)
+        assert any("qerl.recompute=full" in note for note in getattr(error.value, "__notes__", [])) == noted

@@ -60,8 +60,9 @@ def micro_batch(policy, rows=ROWS):
 
 def test_full_and_selective_need_no_measurement():
     said = []
-    assert micro_batch(Recompute("full", CPU, said.append)) == LAYERS
-    assert micro_batch(Recompute("selective", CPU, said.append)) == 0
+    full, selective = (Recompute(how, CPU, said.append) for how in ("full", "selective"))
+    assert micro_batch(full) == LAYERS and not full.keeps
+    assert micro_batch(selective) == 0 and selective.keeps
     assert said == ["every layer computes its products again", "every layer keeps its products"]
 
 

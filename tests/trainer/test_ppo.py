@@ -223,7 +223,9 @@ def test_finished_samples_are_looked_for_more_often_than_verl_does(monkeypatch):
         monkeypatch.setattr(PPOTrainer, "_build_replay_buffer", lambda self, made=made: made)
         trainer._build_replay_buffer(object.__new__(trainer))
         assert made.poll_interval == expected
-    monkeypatch.setattr(PPOTrainer, "_build_replay_buffer", lambda self: object())  # a sampler that waits in its own way
+    monkeypatch.setattr(
+        PPOTrainer, "_build_replay_buffer", lambda self: object()
+    )  # a sampler that waits in its own way
     QeRLTrainerSync._build_replay_buffer(object.__new__(QeRLTrainerSync))
 
 
