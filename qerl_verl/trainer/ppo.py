@@ -207,9 +207,13 @@ class WholeCheckpointsMixin:
                 self.config.trainer.update(before)
 
 
-POLL_INTERVAL = 0.1
 VERL_POLL_INTERVAL = 2.0
-"""Seconds between two looks for finished samples: ours, and what verl has without a setting for it."""
+"""Seconds between two looks for finished samples, for which verl has no setting."""
+
+
+def poll_interval(samples: int) -> float:
+    """Seconds between two looks for ``samples`` samples: 0.1, and above a thousand of them longer, since a look lists them all."""
+    return min(VERL_POLL_INTERVAL, max(0.1, 1e-4 * samples))
 
 
 class AQNTrainerMixin(WholeCheckpointsMixin):
@@ -245,7 +249,9 @@ class AQNTrainerMixin(WholeCheckpointsMixin):
         """
         buffer = super()._build_replay_buffer()
         if self.verl_mode != "separate_async" and getattr(buffer, "poll_interval", None) == VERL_POLL_INTERVAL:
-            buffer.poll_interval = POLL_INTERVAL
+            buffer.poll_interval = poll_interval(
+                self.config.data.train_batch_size * self.config.actor_rollout_ref.rollout.n
+            )
         return buffer
 
     def _setup(self):

@@ -72,6 +72,7 @@ def make_engine(**variant):
             offload_policy=get("offload_policy", False),
             mixed_precision=get("mixed_precision"),
             ulysses_sequence_parallel_size=get("ulysses", 1),
+            fsdp_size=get("fsdp_size", -1),
         ),
         optimizer_config=FSDPOptimizerConfig(
             lr=1e-2, lr_warmup_steps=get("lr_warmup_steps", 4), total_training_steps=10

@@ -2,7 +2,8 @@
 
 Everything is compared with one rank on the same eight sequences, three steps from the same adapter. In float32, with the sums
 of FSDP2 in the order of one rank's micro-batches, two ranks differ in nothing, or in the last bits; Ulysses divides other
-sums: 1e-5 of the loss, 1e-5 of the gradient and 1e-4 of the way that the adapter went. By hand, on four ranks as well:
+sums: 1e-5 of the loss, 1e-5 of the gradient and 1e-4 of the way that the adapter went. By hand, on four or eight ranks as well, there also sharded
+over pairs of ranks alone (``fsdp_size=2``):
 
     QERL_TEST_RANKS=4 python -m pytest tests/engine/test_many_ranks.py
 """
@@ -22,6 +23,8 @@ FLOAT32 = {
     "steps": 3,
 }
 VARIANTS = {"fsdp": FLOAT32, "ulysses": {**FLOAT32, "ulysses": 2}}
+if WORLD > 2:
+    VARIANTS["hybrid_sharding"] = {**FLOAT32, "fsdp_size": 2}
 REFUSED = {"ulysses_sdpa": {**VARIANTS["ulysses"], "packed_attention": False, "steps": 1}}
 
 

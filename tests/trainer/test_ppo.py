@@ -213,20 +213,26 @@ def test_a_sync_whose_engine_has_died_ends_instead_of_waiting_for_ever(trainer, 
 def test_finished_samples_are_looked_for_more_often_than_verl_does(monkeypatch):
     assert inspect.signature(ReplayBuffer).parameters["poll_interval"].default == ppo.VERL_POLL_INTERVAL
     assert "time.sleep(self.poll_interval)" in inspect.getsource(ReplayBuffer._wait_for_next_poll)
-    for trainer, interval, expected in (
-        (QeRLTrainerSync, 2.0, ppo.POLL_INTERVAL),
-        (QeRLTrainerColocateAsync, 2.0, ppo.POLL_INTERVAL),
-        (QeRLTrainerColocateAsync, 0.5, 0.5),  # a sampler of the user's
-        (QeRLTrainerSeparateAsync, 2.0, 2.0),
+
+    def built(kind, prompts, buffer):
+        monkeypatch.setattr(PPOTrainer, "_build_replay_buffer", lambda self: buffer)
+        trainer = object.__new__(kind)
+        trainer.config = OmegaConf.create(
+            {"data": {"train_batch_size": prompts}, "actor_rollout_ref": {"rollout": {"n": 8}}}
+        )
+        assert trainer._build_replay_buffer() is buffer
+        return buffer
+
+    for kind, interval, prompts, expected in (
+        (QeRLTrainerSync, 2.0, 16, 0.1),
+        (QeRLTrainerColocateAsync, 2.0, 512, 0.4096),
+        (QeRLTrainerSync, 2.0, 4096, 2.0),
+        (QeRLTrainerColocateAsync, 0.5, 16, 0.5),  # a sampler of the user's
+        (QeRLTrainerSeparateAsync, 2.0, 16, 2.0),
     ):
-        made = SimpleNamespace(poll_interval=interval)
-        monkeypatch.setattr(PPOTrainer, "_build_replay_buffer", lambda self, made=made: made)
-        trainer._build_replay_buffer(object.__new__(trainer))
-        assert made.poll_interval == expected
-    monkeypatch.setattr(
-        PPOTrainer, "_build_replay_buffer", lambda self: object()
-    )  # a sampler that waits in its own way
-    QeRLTrainerSync._build_replay_buffer(object.__new__(QeRLTrainerSync))
+        buffer = built(kind, prompts, SimpleNamespace(poll_interval=interval))
+        assert buffer.poll_interval == pytest.approx(expected)
+    built(QeRLTrainerSync, 16, object())  # a sampler that waits in its own way
 
 
 def test_our_trainers_are_verls_with_the_mixin_in_front():
