@@ -297,7 +297,7 @@ class NVFP4EngineMixin:
             state = convert_weight_keys(get_peft_model_state_dict(self.module), self.module)
             tensors = [(n, t.full_tensor() if isinstance(t, DTensor) else t) for n, t in state.items()]
             tensors = [(name, tensor.detach()) for name, tensor in tensors]
-            config = self.module.peft_config["default"]
+            config = self.module.peft_config["default"].to_dict()
         if name := first_nonfinite(tensors):
             raise NonFiniteError(
                 f"[qerl] {self._at_step(after=True)}: {name} is not finite; it is neither sent nor saved."

@@ -40,6 +40,8 @@ from verl.workers.config import (  # noqa: E402
 from verl.workers.engine import EngineRegistry  # noqa: E402
 from verl.workers.engine.fsdp import FSDPEngineWithLMHead  # noqa: E402
 
+from qerl_verl.lora.wire import CONFIG_TENSOR, pack_config  # noqa: E402
+
 initialize_global_process_group_ray()
 torch.manual_seed(0)
 torch.set_num_threads(1)
@@ -144,8 +146,14 @@ def run_variant(name, variant):
         seen["grad_norm"].append(
             output["metrics"].get("grad_norm")
         )  # of a sequence-parallel group its first rank alone
-    tensors, _ = engine.get_per_tensor_param(base_sync_done=True, layered_summon=variant.get("layered_summon", False))
-    tensors = dict(tensors)
+    tensors, config = engine.get_per_tensor_param(
+        base_sync_done=True, layered_summon=variant.get("layered_summon", False)
+    )
+    tensors, seen["peft_config"] = dict(tensors), pack_config(config).tolist()
+    if settings.get("model_type") != "value_model" and not variant.get("stock"):  # as a checkpoint engine gets it
+        *sent, (last, packed) = engine.get_per_tensor_param()[0]
+        assert last == CONFIG_TENSOR and packed.tolist() == seen["peft_config"]
+        assert all(torch.equal(tensor, tensors[n]) for n, tensor in sent) and len(sent) == len(tensors)
     keep(tensors, name)
     for place, calls in gathers.items():
         if ".layers." in place:

@@ -44,7 +44,7 @@ def test_moving_bytes_changes_none(variants, name):
     _, report, adapters = variants
     if name not in report:
         pytest.skip("a critic sends nothing to the rollout")
-    for quantity in ("loss", "grad_norm"):
+    for quantity in ("loss", "grad_norm", "peft_config"):
         assert report[name][quantity] == report["plain"][quantity]
     assert adapters[name].keys() == adapters["plain"].keys()
     assert all(torch.equal(adapters[name][n], t) for n, t in adapters["plain"].items())
