@@ -3,8 +3,9 @@
     python benchmarks/bench_training.py --shape 7B --json benchmarks/results/training_7b_h200.json
 
 Baselines: PEFT's LoRA on the same weights in bf16, and the same packed weights decompressed at every forward pass by the
-compressed-tensors library. ``nvfp4_selective`` is ``qerl.recompute=selective``, the others compute every layer twice. 8 sequences of 1024 random tokens, transformers' Qwen2 with SDPA, rank 32 on all linears, A and B in
-bfloat16, as FSDP2's mixed precision hands them to the forward pass in verl, under bfloat16 autocast. The loss is the mean
+compressed-tensors library. ``nvfp4`` is ``qerl.recompute=full``, ``nvfp4_selective`` is ``selective``. 8 sequences of 1024 random tokens,
+transformers' Qwen2 with SDPA, rank 32 on all linears, under bfloat16 autocast; A and B in the dtype in which FSDP2 hands them to the
+forward pass, float32 in QeRL's engine and bfloat16, through its mixed precision, in verl's. The loss is the mean
 log-probability of the next token over chunks of 1024 tokens with checkpointing, the same for all, so that logits do not decide
 the memory. Each variant is a process of its own. The error of the adapters' gradients is that against float32, on two layers.
 """
@@ -96,8 +97,8 @@ def build(variant: str, shape: str, layers: int | None, dtype):
             continue
         packed, scale, global_scale = random_packed(module.out_features, module.in_features, seed)
         if isinstance(module, NVFP4Linear):
-            module.weight_packed = nn.Parameter(packed, requires_grad=False)
-            module.weight_scale = nn.Parameter(scale, requires_grad=False)
+            joined = torch.cat([packed.flatten(), scale.flatten()])
+            module.weight_joined = nn.Parameter(joined, requires_grad=False)
             module.weight_global_scale = global_scale
         else:
             module.weight = nn.Parameter(dequantize_nvfp4(packed, scale, global_scale, dtype), requires_grad=False)
@@ -130,7 +131,7 @@ def build(variant: str, shape: str, layers: int | None, dtype):
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             value = torch.randn(parameter.shape) * (0.01 if "lora_B" in name else parameter.shape[1] ** -0.5)
-            parameter.data = value.bfloat16().to("cuda", dtype)
+            parameter.data = value.bfloat16().to("cuda", torch.float32 if ours else dtype)
     checkpointing = {"use_reentrant": False}
     if variant == "nvfp4_selective":
         checkpointing["context_fn"] = Recompute("selective", torch.device("cuda", 0)).context_fn

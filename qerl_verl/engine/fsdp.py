@@ -75,8 +75,8 @@ class NVFP4EngineMixin:
     """With ``enable_gradient_checkpointing``."""
 
     def _empty_module(self, config, dtype: torch.dtype) -> nn.Module:
-        """The model in ``dtype`` on the meta device. ``new_modules`` are real on rank 0."""
-        raise NotImplementedError
+        """The model in ``dtype`` on the meta device. ``new_modules`` are real on rank 0. Each engine defines its own."""
+        raise NotImplementedError(type(self).__name__)
 
     def _build_module(self) -> nn.Module:
         """The base on the CPU of the mesh's first rank and on the meta device of the others, as verl does it.
@@ -88,7 +88,7 @@ class NVFP4EngineMixin:
         dtype = torch.float16 if compute_dtype == torch.float16 else torch.bfloat16
         module = self._empty_module(config, dtype)
         packed = packed_linear_names(path)
-        swap_linears(module, packed, dtype, storage_dtype=CARRIER, joined=True)
+        swap_linears(module, packed, dtype, storage_dtype=CARRIER)
         module.requires_grad_(False)
         if self.rank == 0:
             load_tensors(module, path, dtype, new_modules=self.new_modules)

@@ -13,26 +13,23 @@ from qerl_verl.kernels.nvfp4_linear import nvfp4_linear
 class NVFP4Linear(nn.Module):
     """y = x W^T + b with W = e2m1 * block_scale / global_scale, frozen.
 
-    Tensor names are those of the compressed-tensors format ``nvfp4-pack-quantized``, and so are the bytes until
-    :meth:`use_backend` or :func:`qerl_verl.nvfp4.loading.prepack_linears` puts them into the layout of a faster kernel.
+    Packed values and scales are one parameter: FSDP2 works on parameters one by one, on the host, and each costs it time. Their bytes
+    are those of the compressed-tensors format ``nvfp4-pack-quantized``, until :meth:`use_backend` or
+    :func:`qerl_verl.nvfp4.loading.prepack_linears` puts them into the layout of a faster kernel.
 
     Attributes:
-        weight_packed: the bytes ``[out_features, in_features / 2]``, two E2M1 codes each, in ``storage_dtype``.
-        weight_scale: the bytes ``[out_features, in_features / 16]`` of the E4M3 scales, in ``storage_dtype``.
+        weight_joined: ``[out_features * in_features * 9 / 16]`` bytes in ``storage_dtype``: two E2M1 codes each
+            (``weight_packed`` of the format), and behind them the E4M3 scales (``weight_scale``). See :meth:`weight_bytes`.
         weight_global_scale: ``[1]`` float32 buffer, the divisor; a buffer, since FSDP2 casts no buffers.
-        weight_joined: with ``joined``, in place of these two (they are None then): ``[out_features * in_features * 9 / 16]``
-            bytes in ``storage_dtype``, the packed values and behind them the scales.
         bias: ``[out_features]`` or None, frozen.
-        backend: whose kernels compute the layer, and in whose layout the two byte tensors are.
+        backend: whose kernels compute the layer, and in whose layout the bytes are.
 
     Args:
-        storage_dtype: what the byte tensors are declared as; only ever copied, never computed with. uint8 by itself; under FSDP2
-            see :data:`qerl_verl.engine.fsdp.CARRIER`.
-        joined: one parameter for packed values and scales. FSDP2 works on parameters one by one, on the host, and has one less.
+        storage_dtype: what the bytes are declared as; only ever copied, never computed with. uint8 by itself; under FSDP2 see
+            :data:`qerl_verl.engine.fsdp.CARRIER`.
 
     Raises:
-        ValueError: ``in_features`` is not a multiple of 16, or a row of scales (with ``joined``, all of it) does not fill whole
-            ``storage_dtype`` items.
+        ValueError: ``in_features`` is not a multiple of 16, or the bytes do not fill whole ``storage_dtype`` items.
     """
 
     def __init__(
@@ -43,28 +40,22 @@ class NVFP4Linear(nn.Module):
         dtype: torch.dtype,
         device=None,
         storage_dtype: torch.dtype = torch.uint8,
-        joined: bool = False,
     ):
         super().__init__()
-        scales = in_features // BLOCK_SIZE * (out_features if joined else 1)
-        if in_features % BLOCK_SIZE or scales % storage_dtype.itemsize:
+        size = out_features * in_features * 9 // 16
+        if in_features % BLOCK_SIZE or size % storage_dtype.itemsize:
             raise ValueError(
                 f"in_features={in_features} with out_features={out_features}: the NVFP4 blocks of {BLOCK_SIZE} do not fill whole "
                 f"items of {storage_dtype}"
             )
         self.in_features, self.out_features = in_features, out_features
 
-        def frozen(*shape: int, dtype: torch.dtype) -> nn.Parameter:
-            return nn.Parameter(torch.empty(*shape, dtype=dtype, device=device), requires_grad=False)
+        def frozen(items: int, dtype: torch.dtype) -> nn.Parameter:
+            return nn.Parameter(torch.empty(items, dtype=dtype, device=device), requires_grad=False)
 
-        size = storage_dtype.itemsize
-        values, scales = in_features // 2, in_features // BLOCK_SIZE
-        self.weight_packed = None if joined else frozen(out_features, values // size, dtype=storage_dtype)
-        self.weight_scale = None if joined else frozen(out_features, scales // size, dtype=storage_dtype)
-        items = out_features * (values + scales) // size
-        self.weight_joined = frozen(items, dtype=storage_dtype) if joined else None
+        self.weight_joined = frozen(size // storage_dtype.itemsize, storage_dtype)
         self.register_buffer("weight_global_scale", torch.empty(1, dtype=torch.float32, device=device))
-        self.bias = frozen(out_features, dtype=dtype) if bias else None
+        self.bias = frozen(out_features, dtype) if bias else None
         self._alpha: float | None = None
         self.backend: Backend = get_backend("pytorch")
 
@@ -100,9 +91,8 @@ class NVFP4Linear(nn.Module):
         self.backend = chosen
 
     def weight_bytes(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Views of the packed values and of the scales, both uint8, in the backend's layout."""
-        if self.weight_joined is None:
-            return self.weight_packed.detach().view(torch.uint8), self.weight_scale.detach().view(torch.uint8)
+        """Views of the packed values ``[out_features, in_features / 2]`` and of the scales ``[out_features, in_features / 16]``,
+        both uint8, in the backend's layout."""
         joined, n, k = self.weight_joined.detach().view(torch.uint8), self.out_features, self.in_features
         end = n * k // 2
         return joined[:end].view(n, k // 2), joined[end:].view(n, k // BLOCK_SIZE)

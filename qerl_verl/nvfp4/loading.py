@@ -56,7 +56,6 @@ def swap_linears(
     names: set[str],
     dtype: torch.dtype,
     storage_dtype: torch.dtype = torch.uint8,
-    joined: bool = False,
 ) -> None:
     """Replace the named ``nn.Linear`` modules by empty :class:`NVFP4Linear` modules on the same device.
 
@@ -64,7 +63,7 @@ def swap_linears(
         model: built from the checkpoint's configuration, usually on the meta device.
         names: see :func:`packed_linear_names`.
         dtype: of the biases.
-        storage_dtype, joined: see :class:`NVFP4Linear`.
+        storage_dtype: see :class:`NVFP4Linear`.
 
     Raises:
         ValueError: a name that is no linear layer of the model.
@@ -83,7 +82,6 @@ def swap_linears(
                 dtype,
                 device=linear.weight.device,
                 storage_dtype=storage_dtype,
-                joined=joined,
             )
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
@@ -113,8 +111,8 @@ def load_tensors(model: nn.Module, path: str | Path, dtype: torch.dtype, new_mod
             unexpected.append(name)
             continue
         target = expected[name]
-        if name.endswith((".weight_packed", ".weight_scale")):
-            tensor = tensor.view(torch.uint8).view(target.dtype)
+        if name in joined:
+            tensor = tensor.view(torch.uint8)
         elif name.endswith(".weight_global_scale"):
             tensor = tensor.to(torch.float32).reshape(1)
         elif tensor.is_floating_point():
@@ -164,10 +162,10 @@ def prepack_linears(
 
 
 def _parts_of_joined(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The names that a checkpoint has for the two parts of each ``weight_joined``, and what they look like."""
+    """The names that a checkpoint has for the two parts of each ``weight_joined``, and views of them."""
     parts = {}
     for name, module in model.named_modules():
-        if isinstance(module, NVFP4Linear) and module.weight_joined is not None:
+        if isinstance(module, NVFP4Linear):
             packed, scale = module.weight_bytes()
             parts |= {f"{name}.weight_packed": packed, f"{name}.weight_scale": scale}
     return parts

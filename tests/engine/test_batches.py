@@ -1,7 +1,7 @@
 """verl's own training path (train_batch, infer_batch) under the settings of its example scripts, for actor and critic.
 
-Offloading and layered summoning move bytes and must change none, nor does it matter what gradient checkpointing keeps. Packing and another split into micro-batches change the
-order of sums: in float32 the loss agrees to 1e-5, the gradient norm to 1e-4 of it, two updates of the adapter to 1e-3 of
+Offloading and layered summoning move bytes and must change none, nor does it matter what gradient checkpointing keeps. Packing
+and another split into micro-batches change the order of sums: in float32 the loss agrees to 1e-5, the gradient norm to 1e-4 of it, two updates of the adapter to 1e-3 of
 their length (Adam's first updates are the gradients' signs, so the smallest gradients count like the largest).
 """
 
@@ -30,6 +30,7 @@ def variants(request, run_engine, tmp_path_factory, nvfp4_checkpoint):
     folder = tmp_path_factory.mktemp(request.param)
     settings = {"plain": {}, **EXACT, "plain_float32": IN_FLOAT32}
     settings |= {name: variant | IN_FLOAT32 for name, variant in CLOSE.items()}
+    settings["float16"] = {"mixed_precision": {"param_dtype": "fp16", "reduce_dtype": "fp32"}}
     if request.param == "value_model":
         del settings["layered_summon"]  # a way to send an adapter to the rollout
     (report,) = run_engine(
@@ -64,6 +65,13 @@ def test_packing_and_splitting_leave_loss_and_update_alone(variants, name):
     assert distance(adapters[name], adapters["plain_float32"]) < 1e-3 * moved
     if "dynamic_bsz" in name:
         assert found["micro_batches"] > plain["micro_batches"]
+
+
+def test_float16_computes_the_same_to_its_rounding(variants):
+    _, report, _ = variants
+    found, plain = report["float16"], report["plain_float32"]
+    assert found["loss"] == pytest.approx(plain["loss"], abs=2e-3)
+    assert found["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-2)
 
 
 def test_the_reference_is_the_base_without_the_adapter(variants):

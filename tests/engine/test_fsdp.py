@@ -3,10 +3,12 @@
 import inspect
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import Qwen2Config
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngine
 
 from qerl_verl.engine.fsdp import NVFP4EngineMixin
@@ -29,6 +31,7 @@ def test_what_is_packed_takes_its_bytes_and_only_float32_adapters_train(one_rank
     parameters = one_rank[1]["parameters"]
     packed = {n: p for n, p in parameters.items() if n.endswith(".weight_joined")}
     assert len(packed) == 2 * 7 and not any(n.endswith((".weight_packed", ".weight_scale")) for n in parameters)
+    assert {p["dtype"] for p in packed.values()} == {"torch.float32"}  # on a GPU 16 bits would not do, see CARRIER
     shape = {"q": (128, 128), "k": (64, 128), "v": (64, 128), "o": (128, 128), "gate": (256, 128), "up": (256, 128)}
     for name, p in packed.items():
         rows, columns = shape.get(name.split(".")[-3].removesuffix("_proj"), (128, 256))
@@ -127,6 +130,15 @@ def test_verls_way_to_build_fsdp2_is_the_one_that_ours_stands_in_for():
     assert settings == {"offload_policy", "forward_only", "reshard_after_forward", "strategy"}
     for function in ("apply_fsdp2(", "fsdp2_load_full_state_dict(", "enable_activation_offloading("):
         assert function in source and function in ours
+
+
+@pytest.mark.parametrize(
+    ("dropout", "adapter", "expected"), [(0.0, None, False), (0.1, None, True), (0.0, "some/adapter", True)]
+)
+def test_a_second_run_draws_what_the_first_drew_where_it_draws_at_all(dropout, adapter, expected):
+    engine = type("Engine", (NVFP4EngineMixin,), {"role": "actor"})()
+    engine.model_config = SimpleNamespace(lora_adapter_path=adapter)
+    assert engine._draws_random_numbers(Qwen2Config(attention_dropout=dropout)) == expected
 
 
 def test_an_out_of_memory_error_names_the_setting_that_helps():

@@ -90,8 +90,6 @@ def test_every_rank_computes_with_the_checkpoints_bytes(adapters_and_reports):
 @pytest.mark.gpu
 def test_what_copies_in_front_of_an_all_gather_keeps_the_carriers_bytes():
     """And changes those of bfloat16. If it ceases to, the carrier may be 16 bits wide again."""
-    if not torch.cuda.is_available():
-        pytest.skip("needs a GPU")
     patterns = torch.arange(1 << 16, dtype=torch.int32, device="cuda").to(torch.int16)
 
     def copied(dtype):

@@ -18,12 +18,12 @@ def hopper_is_there(monkeypatch):
     monkeypatch.setattr(backends, "unavailable", lambda name, device: None)
 
 
-def layer(n=128, k=192, storage_dtype=torch.uint8, device=None, joined=False):
+def layer(n=128, k=192, storage_dtype=torch.uint8, device=None):
     torch.manual_seed(0)
     weight = torch.randn(n, k)
     scale = nvfp4_global_scale(weight.abs().max())
     packed, block = quantize_nvfp4(weight, scale)
-    made = NVFP4Linear(k, n, True, torch.bfloat16, device=device, storage_dtype=storage_dtype, joined=joined)
+    made = NVFP4Linear(k, n, True, torch.bfloat16, device=device, storage_dtype=storage_dtype)
     if device != "meta":
         for place, new in zip(made.weight_bytes(), (packed, block), strict=True):
             place.copy_(new.view(torch.uint8))
@@ -32,47 +32,26 @@ def layer(n=128, k=192, storage_dtype=torch.uint8, device=None, joined=False):
     return made
 
 
-@pytest.mark.parametrize("storage_dtype", [torch.uint8, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("storage_dtype", [torch.uint8, torch.float32])
 def test_another_layout_is_the_same_weight(hopper_is_there, storage_dtype):
     made = layer(storage_dtype=storage_dtype)
     before, weight = [t.clone() for t in made.weight_bytes()], made.dequantize()
-    places = made.weight_packed.data_ptr(), made.weight_scale.data_ptr()
+    place = made.weight_joined.data_ptr()
     made.use_backend(CPU, "hopper")
     assert made.backend.name == "hopper" and not torch.equal(made.weight_bytes()[0], before[0])
     assert torch.equal(made.dequantize(), weight)
-    assert (made.weight_packed.dtype, made.weight_scale.dtype) == (storage_dtype, storage_dtype)
-    assert (made.weight_packed.data_ptr(), made.weight_scale.data_ptr()) == places  # in place
+    assert made.weight_joined.dtype == storage_dtype and made.weight_joined.nbytes == 128 * 192 * 9 // 16
+    assert made.weight_joined.data_ptr() == place and all(t.is_contiguous() for t in made.weight_bytes())
     made.use_backend(CPU, "pytorch")
     assert all(torch.equal(t, b) for t, b in zip(made.weight_bytes(), before, strict=True))
-
-
-@pytest.mark.parametrize("storage_dtype", [torch.uint8, torch.bfloat16, torch.float32])
-def test_joined_bytes_are_the_same_weight_in_one_parameter(hopper_is_there, storage_dtype):
-    plain, made = layer(storage_dtype=storage_dtype), layer(storage_dtype=storage_dtype, joined=True)
-    assert set(made.state_dict()) == set(plain.state_dict()) - {"weight_packed", "weight_scale"} | {"weight_joined"}
-    assert made.weight_joined.dtype == storage_dtype and made.weight_joined.nbytes == 128 * 192 * 9 // 16
-    for backend in ("pytorch", "hopper", "pytorch"):
-        for linear in (plain, made):
-            linear.use_backend(CPU, backend)
-        pairs = list(zip(made.weight_bytes(), plain.weight_bytes(), strict=True))
-        assert all(torch.equal(a, b) and a.is_contiguous() for a, b in pairs)
-        assert torch.equal(made.dequantize(), plain.dequantize())
-
-
-def test_a_joined_layer_without_data_receives_prepacked_bytes(hopper_is_there):
-    source, empty = layer(joined=True), layer(joined=True, device="meta")
-    for made in (source, empty):
-        made.use_backend(CPU, "hopper")
-    empty.to_empty(device="cpu").load_state_dict(source.state_dict())
-    assert torch.equal(empty.dequantize(), source.dequantize())
 
 
 def test_choosing_the_same_backend_again_changes_nothing(hopper_is_there):
     made = layer()
     made.use_backend(CPU, "hopper")
-    before = made.weight_packed.clone()
+    before = made.weight_joined.clone()
     made.use_backend(CPU, "hopper")
-    assert torch.equal(made.weight_packed, before)
+    assert torch.equal(made.weight_joined, before)
 
 
 def test_a_layer_without_data_gets_the_kernels_and_receives_prepacked_bytes(hopper_is_there):
@@ -81,7 +60,7 @@ def test_a_layer_without_data_gets_the_kernels_and_receives_prepacked_bytes(hopp
     weight = source.dequantize()
     for made in (source, empty):
         made.use_backend(CPU, "hopper")
-    assert empty.backend is source.backend and empty.weight_packed.is_meta
+    assert empty.backend is source.backend and empty.weight_joined.is_meta
     empty.to_empty(device="cpu").load_state_dict(source.state_dict())
     assert torch.equal(empty.dequantize(), weight)
 
@@ -98,7 +77,7 @@ def test_the_forward_pass_calls_the_backend_with_its_own_layout(hopper_is_there,
 
     monkeypatch.setattr(backends.hopper, "gemm", gemm)
     assert torch.equal(made(x), expected)
-    assert seen[0].data_ptr() == made.weight_packed.data_ptr()
+    assert seen[0].data_ptr() == made.weight_joined.data_ptr()
 
 
 def test_the_sentence_names_what_was_chosen_and_the_layers_it_does_not_serve(hopper_is_there):
