@@ -5,8 +5,9 @@
 
 Random weights, LoRA rank 32 on every linear layer, prompts of 256 random tokens, 256 generated, CUDA graphs as verl sets them.
 Where the adapter is in the layers, the cost of the noise is measured too: one more pair of calls with it on and off, and the time
-it takes to put it on. Each variant is a process of its own; tokens/s counts generated tokens over the whole call, prefill included, the better of
-two calls after a warm-up. Prefill is 32 prompts of 256 tokens with one token generated.
+it takes to put it on. Each variant is a process of its own, and every time the better of two calls after a warm-up. ``tokens_per_s``
+counts generated tokens over the whole call, prefill included; ``decode_tokens_per_s`` the tokens after each sequence's first, over the time of
+the call less that of one that generates one token. Prefill is 32 prompts of 256 tokens with one token generated.
 """
 
 from __future__ import annotations
@@ -110,7 +111,13 @@ def run_variant(name: str, args: argparse.Namespace) -> dict:
     for sequences in args.sequences:
         call(sequences, PROMPT, 16)
         seconds = min(call(sequences, PROMPT, args.generated) for _ in range(2))
-        result["decode"][sequences] = {"tokens_per_s": sequences * args.generated / seconds, "seconds": seconds}
+        first = min(call(sequences, PROMPT, 1) for _ in range(2))
+        result["decode"][sequences] = {
+            "tokens_per_s": sequences * args.generated / seconds,
+            "decode_tokens_per_s": sequences * (args.generated - 1) / (seconds - first),
+            "seconds": seconds,
+            "first_token_s": first,
+        }
     if settings["lora"] == "inline":
         measured = 64 if 64 in args.sequences else args.sequences[-1]
         call(measured, PROMPT, 16)
@@ -184,6 +191,10 @@ def main() -> None:
         out["ratio_to_bf16_lora"] = {
             name: {
                 **{s: d["tokens_per_s"] / base["decode"][s]["tokens_per_s"] for s, d in run["decode"].items()},
+                **{
+                    f"decode {s}": d["decode_tokens_per_s"] / base["decode"][s]["decode_tokens_per_s"]
+                    for s, d in run["decode"].items()
+                },
                 "prefill": base["prefill_s"] / run["prefill_s"],
             }
             for name, run in runs.items()

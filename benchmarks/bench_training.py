@@ -3,7 +3,8 @@
     python benchmarks/bench_training.py --shape 7B --json benchmarks/results/training_7b_h200.json
 
 Baselines: PEFT's LoRA on the same weights in bf16, and the same packed weights decompressed at every forward pass by the
-compressed-tensors library. ``nvfp4`` is ``qerl.recompute=full``, ``nvfp4_selective`` is ``selective``. 8 sequences of 1024 random tokens,
+compressed-tensors library. ``nvfp4`` is ``qerl.recompute=full``, ``nvfp4_selective`` is ``selective``, and ``nvfp4_selective_compiled`` has norms and
+MLPs compiled, as verl's ``use_torch_compile`` (on by default) does in QeRL's engine. 8 sequences of 1024 random tokens,
 transformers' Qwen2 with SDPA, rank 32 on all linears, under bfloat16 autocast; A and B in the dtype in which FSDP2 hands them to the
 forward pass, float32 in QeRL's engine and bfloat16, through its mixed precision, in verl's. The loss is the mean
 log-probability of the next token over chunks of 1024 tokens with checkpointing, the same for all, so that logits do not decide
@@ -23,7 +24,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 BATCH, LENGTH, CHUNK = 8, 1024, 1024
-VARIANTS = ("bf16_peft", "nvfp4", "nvfp4_selective", "compressed_tensors")
+VARIANTS = ("bf16_peft", "nvfp4", "nvfp4_selective", "nvfp4_selective_compiled", "compressed_tensors")
 
 
 def random_packed(rows: int, columns: int, seed: int):
@@ -45,6 +46,7 @@ def build(variant: str, shape: str, layers: int | None, dtype):
     from torch import nn
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
+    from qerl_verl.engine.compile import compile_layers
     from qerl_verl.engine.recompute import Recompute
     from qerl_verl.kernels.nvfp4_dequantize import dequantize_nvfp4
     from qerl_verl.lora.peft import linear_names, register_nvfp4
@@ -133,9 +135,11 @@ def build(variant: str, shape: str, layers: int | None, dtype):
             value = torch.randn(parameter.shape) * (0.01 if "lora_B" in name else parameter.shape[1] ** -0.5)
             parameter.data = value.bfloat16().to("cuda", torch.float32 if ours else dtype)
     checkpointing = {"use_reentrant": False}
-    if variant == "nvfp4_selective":
+    if "selective" in variant:
         checkpointing["context_fn"] = Recompute("selective", torch.device("cuda", 0)).context_fn
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=checkpointing)
+    if variant.endswith("compiled"):
+        said = f"{said}; {compile_layers(model)}"
     model.train()
     return model, said
 
@@ -175,7 +179,7 @@ def run_variant(variant: str, args: argparse.Namespace) -> dict:
     model, said = build(variant, args.shape, args.layers, torch.bfloat16)
     torch.cuda.empty_cache()
     weights = torch.cuda.memory_allocated()
-    step = make_step(model, torch.bfloat16)
+    step = make_step(model, torch.bfloat16, args.length, args.batch)
     loss = step().item()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -227,6 +231,8 @@ def main() -> None:
     parser.add_argument("--shape", default="7B")
     parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
+    parser.add_argument("--batch", type=int, default=BATCH, help="sequences")
+    parser.add_argument("--length", type=int, default=LENGTH, help="tokens a sequence")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--profile", action="store_true", help="print the kernels that took the time")
     parser.add_argument("--json", type=Path)
@@ -250,6 +256,7 @@ def main() -> None:
     }
     for name in (*args.variants, "gradients"):
         command = [sys.executable, __file__, "--variant", name, "--shape", args.shape, "--repeats", str(args.repeats)]
+        command += ["--batch", str(args.batch), "--length", str(args.length)]
         command += ["--layers", str(args.layers)] if args.layers else []
         command += ["--profile"] if args.profile else []
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=os.environ)

@@ -57,6 +57,14 @@ class Backend:
         """``alpha x (e2m1 * scale)^T + bias``: ``[..., K]`` to ``[..., N]``."""
         return nvfp4_linear_reference(x, packed, scale, alpha, bias)
 
+    def add_linear(self, y, x, packed, scale, alpha: float) -> torch.Tensor:
+        """``y += alpha x (e2m1 * scale)^T`` in place, ``[M, N]`` and ``[M, K]``, with a temporary weight in ``x.dtype``."""
+        return y.addmm_(x, self.block_values(packed, scale, x.dtype).t(), alpha=alpha)
+
+    def dequantizes(self, tokens: int) -> bool:
+        """Whether :meth:`linear` makes a 16-bit weight for that many tokens and leaves the product to PyTorch."""
+        return True
+
     def lora_linear(
         self, x, packed, scale, alpha: float, bias, lora_a, lora_b, ends: Sequence[int], scaling: float
     ) -> torch.Tensor:
@@ -92,6 +100,9 @@ class HopperBackend(Backend):
     def linear(self, x, packed, scale, alpha, bias=None):
         return hopper.gemm(x, packed, scale, alpha, bias)
 
+    def dequantizes(self, tokens):
+        return tokens > hopper.tuning.DEQUANTIZE_FROM
+
     def lora_linear(self, x, packed, scale, alpha, bias, lora_a, lora_b, ends, scaling):
         n, k = packed.shape[0], packed.shape[1] * 2
         if hopper.check_lora(n, k, lora_b.shape[1], ends) is None:
@@ -118,6 +129,9 @@ class PortableBackend(Backend):
 
     def linear(self, x, packed, scale, alpha, bias=None):
         return portable.gemm(x, packed, scale, alpha, bias)
+
+    def dequantizes(self, tokens):
+        return tokens > portable.tuning.DEQUANTIZE_ABOVE
 
     def lora_linear(self, x, packed, scale, alpha, bias, lora_a, lora_b, ends, scaling):
         if len(ends) > 1 or lora_b.shape[1] % 16:

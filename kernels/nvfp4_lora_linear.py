@@ -13,7 +13,6 @@ from collections.abc import Sequence
 
 import torch
 
-from qerl_verl.kernels.nvfp4_linear import scaled_mm
 from qerl_verl.kernels.recompute import differentiable, placeholder
 
 
@@ -63,7 +62,7 @@ class _NVFP4LoraLinear(torch.autograd.Function):
         grad_x = grad_a = grad_b = None
         if ctx.needs_input_grad[0]:
             weight = ctx.backend.block_values(packed, scale, grad.dtype)
-            grad_x = scaled_mm(grad, weight, ctx.alpha, None).addmm_(grad_u, a).view(x.shape)
+            grad_x = (grad_u @ a).addmm_(grad, weight, alpha=ctx.alpha).view(x.shape)
         if ctx.needs_input_grad[5]:
             grad_a = (grad_u.t() @ x.reshape(-1, x.shape[-1])).to(ctx.dtypes[0])
         if ctx.needs_input_grad[6]:
@@ -103,8 +102,12 @@ def nvfp4_lora_linear(
         u = scaled(rows @ a.t(), scaling)
 
     def compute() -> torch.Tensor:
-        y = backend.linear(rows, packed, scale, alpha, bias).addmm_(u, b.t())
-        return y.view(*x.shape[:-1], y.shape[-1])
+        n = packed.shape[0]
+        if not backend.dequantizes(len(rows)):
+            return backend.linear(rows, packed, scale, alpha, bias).addmm_(u, b.t()).view(*x.shape[:-1], n)
+        # the adapter's term first: the large product then adds to it while it computes, and no pass over y is left
+        y = u @ b.t() if bias is None else torch.addmm(bias, u, b.t())
+        return backend.add_linear(y, rows, packed, scale, alpha).view(*x.shape[:-1], n)
 
     inputs = (x, packed, scale, alpha, bias, lora_a, lora_b, a, b, u, scaling, backend)
     return differentiable(_NVFP4LoraLinear, inputs, compute)

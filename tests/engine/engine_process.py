@@ -118,6 +118,7 @@ def run_variant(name, variant):
         randomize_adapters(engine)
     keep(adapter(engine)[0], "start")
     seen |= {"loss": [], "grad_norm": []}
+    seen["compiled"] = sum(module._compiled_call_impl is not None for module in engine.module.modules())
     gathers = count_all_gathers(engine.module) if variant.get("count") else {}
     for step in range(variant.get("steps", 2)):
         if variant.get("reference"):

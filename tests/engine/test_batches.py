@@ -1,7 +1,7 @@
 """verl's own training path (train_batch, infer_batch) under the settings of its example scripts, for actor and critic.
 
-Offloading and layered summoning move bytes and must change none, nor does it matter what gradient checkpointing keeps. Packing
-and another split into micro-batches change the order of sums: in float32 the loss agrees to 1e-5, the gradient norm to 1e-4 of it, two updates of the adapter to 1e-3 of
+Offloading and layered summoning move bytes and must change none, nor does it matter what gradient checkpointing keeps. Packing,
+another split into micro-batches and compiling change the order of sums: in float32 the loss agrees to 1e-5, the gradient norm to 1e-4 of it, two updates of the adapter to 1e-3 of
 their length (Adam's first updates are the gradients' signs, so the smallest gradients count like the largest).
 """
 
@@ -22,6 +22,7 @@ CLOSE = {
     "use_dynamic_bsz": {"use_dynamic_bsz": True},
     "use_remove_padding": {"use_remove_padding": True},
     "remove_padding_and_dynamic_bsz": {"use_remove_padding": True, "use_dynamic_bsz": True},
+    "compiled_dynamic_bsz": {"use_dynamic_bsz": True, "use_torch_compile": True, "recompute": "selective"},
 }
 
 
@@ -65,6 +66,7 @@ def test_packing_and_splitting_leave_loss_and_update_alone(variants, name):
     assert distance(adapters[name], adapters["plain_float32"]) < 1e-3 * moved
     if "dynamic_bsz" in name:
         assert found["micro_batches"] > plain["micro_batches"]
+    assert (found["compiled"] > 0) is ("compiled" in name) and plain["compiled"] == 0
 
 
 def test_float16_computes_the_same_to_its_rounding(variants):

@@ -12,6 +12,16 @@ N, K, RANK, SCALING = 48, 160, 4, 2.5
 PYTORCH = get_backend("pytorch")
 
 
+class Decoding(Backend):
+    """Like a kernel that decodes the weight on its way into the product: there is none in 16 bits to add with."""
+
+    def dequantizes(self, tokens):
+        return False
+
+    def add_linear(self, *args):
+        pytest.fail("asked for a product with a temporary weight")
+
+
 @pytest.mark.parametrize("widths", [(48,), (32, 8, 8), (20, 28), (1, 2, 3, 4)])
 @pytest.mark.parametrize("leading", [(7,), (1,), (2, 3), ()])
 def test_each_fused_projection_gets_its_own_a_and_b(widths, leading):
@@ -55,6 +65,7 @@ def error(found, expected):
     return ((found.double() - expected).norm() / expected.norm()).item()
 
 
+@pytest.mark.parametrize("backend", [PYTORCH, Decoding()], ids=["dequantizing", "decoding"])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("leading", [(7,), (2, 3), ()])
 @pytest.mark.parametrize(
@@ -66,8 +77,9 @@ def error(found, expected):
         (torch.bfloat16, torch.float32, 6e-3),
     ],
 )
-def test_output_and_every_gradient(dtype, master, tolerance, leading, bias):
+def test_output_and_every_gradient(dtype, master, tolerance, leading, bias, backend):
     arguments, weight = problem(dtype, leading, bias, master)
+    arguments = (*arguments[:-1], backend)
     leaves = [t for i, t in enumerate(arguments[:7]) if i not in (1, 2, 3) and t is not None]
     y = nvfp4_lora_linear(*arguments)
     upstream = torch.randn_like(y)

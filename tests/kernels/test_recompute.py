@@ -24,6 +24,10 @@ class CountingBackend(Backend):
         self.products += 1
         return super().linear(*args)
 
+    def add_linear(self, *args):
+        self.products += 1
+        return super().add_linear(*args)
+
 
 class Layer(nn.Module):
     """Two products with a nonlinearity between, a residual around; ``changed`` writes into the first product."""

@@ -1,0 +1,131 @@
+"""Norms and MLPs compiled, the NVFP4 layers between them as they are."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch._dynamo.utils import counters
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
+
+from qerl_verl.engine.compile import RECOMPILE_LIMIT, compile_layers
+from qerl_verl.engine.recompute import Recompute
+from qerl_verl.kernels.nvfp4_quantize import quantize_nvfp4
+from qerl_verl.lora.peft import linear_names, register_nvfp4
+from qerl_verl.nvfp4.linear import NVFP4Linear
+from qerl_verl.nvfp4.loading import prepack_linears, swap_linears
+
+CPU, VOCABULARY = torch.device("cpu"), 128
+SIZES = {
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 16, "vocab_size": VOCABULARY,
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    limit = torch._dynamo.config.recompile_limit
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+    torch._dynamo.config.recompile_limit = limit
+
+
+def make_model(config, recompute="full", device=CPU):
+    """Random NVFP4 linears and adapters, gradient checkpointing."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+    weights = {
+        n: m.weight.detach().float() for n, m in model.named_modules() if isinstance(m, nn.Linear) and "layers" in n
+    }
+    swap_linears(model, set(weights), torch.bfloat16)
+    for name, layer in model.named_modules():
+        if isinstance(layer, NVFP4Linear):
+            packed, scale = quantize_nvfp4(weights[name], torch.tensor([3000.0]))
+            layer.weight_joined.data = torch.cat([packed.flatten(), scale.view(torch.uint8).flatten()])
+            layer.weight_global_scale.fill_(3000.0)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+    model.to(device).requires_grad_(False)
+    prepack_linears(model, device)
+    model.enable_input_require_grads()
+    lora = LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=8, target_modules=linear_names(model))
+    model = get_peft_model(model, register_nvfp4(lora))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = torch.randn(parameter.shape, device=device) * 0.05
+    checkpointing = {"use_reentrant": False, "context_fn": Recompute(recompute, device).context_fn}
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=checkpointing)
+    return model.train()
+
+
+def step(model, batch, length, padded=0):
+    """Logits without autograd and without the adapter, as of a reference; with it; the gradients of the adapter."""
+    device = model.device
+    ids = torch.randint(0, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(length)).to(device)
+    inputs = {"input_ids": ids, "use_cache": False}
+    if padded:
+        inputs["attention_mask"] = torch.ones_like(ids)
+        inputs["attention_mask"][0, length - padded :] = 0
+    model.zero_grad()
+    with torch.autocast(device.type, torch.bfloat16):
+        with torch.no_grad(), model.disable_adapter():
+            base = model(**inputs).logits
+        with torch.no_grad():
+            logits = model(**inputs).logits
+        loss = nn.functional.cross_entropy(model(**inputs).logits.flatten(0, 1).float(), ids.flatten())
+    loss.backward()
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+    return base.float(), logits.float(), gradient
+
+
+def error(found, expected):
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("recompute", ["full", "selective"])
+def test_the_same_numbers_for_batches_of_every_shape(recompute):
+    model = make_model(Qwen3Config(**SIZES), recompute)
+    shapes = [(4, 24), (2, 40, 7), (1, 17), (1, 33), (3, 9)]
+    expected = [step(model, *shape) for shape in shapes]
+    said = compile_layers(model, backend="aot_eager")
+    assert said.startswith("input_layernorm, k_norm, mlp, post_attention_layernorm, q_norm of 2 layers")
+    for shape, wanted in zip(shapes, expected, strict=True):
+        for found, value in zip(step(model, *shape), wanted, strict=True):
+            assert torch.equal(found, value), shape
+    graphs = counters["stats"]["unique_graphs"]
+    assert graphs > 0 and all("disable" in reason for reason in counters["graph_break"])
+    for shape in shapes:
+        step(model, *shape)
+    assert counters["stats"]["unique_graphs"] == graphs, "shapes seen before are compiled again"
+
+
+def test_attention_is_left_alone_but_for_its_norms():
+    model = make_model(Qwen3Config(**SIZES))
+    compile_layers(model, backend="aot_eager")
+    layer = model.get_base_model().model.layers[0]
+    compiled = {name for name, module in layer.named_modules() if module._compiled_call_impl is not None}
+    assert compiled == {"input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm", "mlp"}
+    assert torch._dynamo.config.recompile_limit == RECOMPILE_LIMIT
+
+
+def test_inductor_stays_within_bfloat16s_rounding():
+    model = make_model(Qwen2Config(**SIZES), "selective")
+    expected = step(model, 3, 24)
+    compile_layers(model)
+    for found, wanted in zip(step(model, 3, 24), expected, strict=True):
+        assert error(found, wanted) < 0.08
+    assert counters["stats"]["unique_graphs"] > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("recompute", ["full", "auto", "selective"])
+def test_on_a_gpu_for_batches_of_every_shape(recompute):
+    sizes = SIZES | {"hidden_size": 512, "intermediate_size": 1024, "head_dim": 64, "num_attention_heads": 8}
+    model = make_model(Qwen2Config(**sizes), recompute, torch.device("cuda", 0))
+    shapes = [(4, 24), (2, 40, 7), (1, 17), (16, 512), (1, 33), (3, 9), (16, 512, 100), (4, 24)]
+    expected = [step(model, *shape) for shape in shapes]
+    compile_layers(model)
+    for shape, wanted in zip(shapes, expected, strict=True):
+        for found, value in zip(step(model, *shape), wanted, strict=True):
+            assert error(found, value) < 0.08, shape
