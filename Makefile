@@ -30,6 +30,8 @@ bench:
 	$(PYTHON) benchmarks/bench_gemm.py --marlin --json $(RESULTS)/gemm.json
 	$(PYTHON) benchmarks/bench_gemm.py --lora --json $(RESULTS)/lora_gemm.json
 	$(PYTHON) benchmarks/bench_training.py --json $(RESULTS)/training_7b.json
+	$(PYTHON) benchmarks/bench_training.py --batch 16 --length 768 --variants bf16_peft nvfp4_selective nvfp4_selective_compiled \
+		--json $(RESULTS)/training_7b_12288.json
 	$(PYTHON) benchmarks/bench_rollout.py --shape 7B --json $(RESULTS)/rollout_7b.json
 	$(PYTHON) benchmarks/bench_rollout.py --shape 32B-32 --sequences 8 64 256 --json $(RESULTS)/rollout_32b.json
 	$(PYTHON) benchmarks/bench_grpo_step.py --json $(RESULTS)/grpo_step_7b.json

@@ -250,6 +250,7 @@ def main() -> None:
     out = {
         "command": "python benchmarks/bench_training.py " + " ".join(sys.argv[1:]),
         "shape": args.shape,
+        "tokens": args.batch * args.length,
         "gpu": torch.cuda.get_device_name(),
         "versions": {p: version(p) for p in ("torch", "transformers", "peft", "compressed-tensors")},
         "runs": {},

@@ -85,10 +85,12 @@ def rollout_section(folder: Path) -> str:
             continue
         sequences = sorted(map(int, data["runs"][0]["decode"]))
         rows = []
-        for run in data["runs"]:
-            ratio = data["ratio_to_bf16_lora"][run["variant"]]
-            cells = [f"{run['decode'][str(s)]['tokens_per_s']:.0f} ({ratio[str(s)]:.2f}x)" for s in sequences]
-            rows.append([run["variant"], *cells, f"{run['prefill_s'] * 1e3:.0f} ms ({ratio['prefill']:.2f}x)"])
+        for what, key, prefix in (("", "tokens_per_s", ""), (", decoding alone", "decode_tokens_per_s", "decode ")):
+            for run in data["runs"]:
+                ratio = data["ratio_to_bf16_lora"][run["variant"]]
+                cells = [f"{run['decode'][str(s)][key]:.0f} ({ratio[f'{prefix}{s}']:.2f}x)" for s in sequences]
+                prefill = f"{run['prefill_s'] * 1e3:.0f} ms ({ratio['prefill']:.2f}x)"
+                rows.append([run["variant"] + what, *cells, "" if prefix else prefill])
         head = [f"{data['shape']}, tokens/s by sequences", *map(str, sequences), "prefill of 8192 tokens"]
         text = table(head, rows)
         for run in data["runs"]:
@@ -103,23 +105,36 @@ def rollout_section(folder: Path) -> str:
 
 
 def training_section(folder: Path) -> str:
-    data = load(folder, "training_7b")
-    if not data:
-        return "`training_7b`: not measured."
-    rows = [
-        [name, f"{run['step_s']:.3f}", f"{run['weights_gb']:.1f}", f"{run['peak_gb']:.1f}"]
-        for name, run in data["runs"].items()
-    ]
-    ratios = "; ".join(
-        f"{pair}: {r['speed']:.2f}x the speed, {r['peak_memory']:.2f}x the peak memory"
-        for pair, r in data["ratios"].items()
-    )
-    errors = ", ".join(f"{k} {v:.1e}" for k, v in data["gradient_error_against_float32"].items())
-    head = ["7B, 8192 tokens", "s a step", "weights, GiB", "peak, GiB"]
-    return (
-        f"{table(head, rows)}\n\n{ratios}. Error of the adapters' gradients against float32 on two layers: {errors}. "
-        f"File: `{data['file']}`."
-    )
+    out = []
+    for stem in ("training_7b", "training_7b_12288"):
+        data = load(folder, stem)
+        if not data:
+            out.append(f"`{stem}`: not measured.")
+            continue
+        rows = [
+            [
+                name,
+                f"{run['step_s']:.3f}",
+                f"{run['weights_gb']:.1f}",
+                f"{run['peak_gb']:.1f}",
+                *ratios_of(data, name, "bf16_peft"),
+                *ratios_of(data, name, "compressed_tensors"),
+            ]
+            for name, run in data["runs"].items()
+        ]
+        errors = ", ".join(f"{k} {v:.1e}" for k, v in data["gradient_error_against_float32"].items())
+        head = [f"7B, {data['tokens']} tokens", "s a step", "weights, GiB", "peak, GiB"]
+        for base in ("bf16_peft", "compressed_tensors"):
+            head += [f"speed, {base} = 1", "peak"]
+        text = f"Error of the adapters' gradients against float32 on two layers: {errors}. File: `{data['file']}`."
+        out.append(f"{table(head, rows)}\n\n{text}")
+    return "\n\n".join(out)
+
+
+def ratios_of(data: dict, name: str, base: str) -> list[str]:
+    """Speed and peak memory of a training step, two cells of the table."""
+    ratio = data["ratios"].get(f"{name} against {base}")
+    return [f"{ratio['speed']:.2f}", f"{ratio['peak_memory']:.2f}"] if ratio else ["", ""]
 
 
 def step_section(folder: Path) -> str:
@@ -214,7 +229,7 @@ def plot(folder: Path) -> bool:
     for stem, label in (("rollout_7b", "7B"), ("rollout_32b", "32B, 32 layers")):
         if data := load(folder, stem):
             ratios = data["ratio_to_bf16_lora"]["nvfp4_lora"]
-            points = sorted((int(s), r) for s, r in ratios.items() if s != "prefill")
+            points = sorted((int(s), r) for s, r in ratios.items() if s.isdigit())
             right.plot(*zip(*points, strict=True), marker="o", label=label)
     right.set_title("rollout, vLLM bf16 + LoRA = 1")
     right.set_xlabel("sequences")

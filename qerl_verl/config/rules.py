@@ -135,6 +135,10 @@ def apply_rules(config: DictConfig, user_keys: set[str], on_cpu: bool, notify: C
     if OmegaConf.select(config, "algorithm.rollout_correction.bypass_mode"):
         defaults = tuple(d for d in defaults if d.key != "algorithm.rollout_correction.rollout_is")
     with open_dict(config):
+        engines = f"{ACTOR}.fsdp_config.use_torch_compile"
+        if _get(config, f"{ACTOR}.use_torch_compile") is False and engines not in user_keys:
+            # verl's engine reads the other key alone (workers/engine/fsdp/transformer_impl.py)
+            _set(config, engines, False, f"as {ACTOR}.use_torch_compile", notify)
         for rule in defaults:
             set_by_user = any(rule.key == key or rule.key.startswith(f"{key}.") for key in user_keys)
             if not set_by_user and _get(config, rule.key) == rule.stock:
@@ -183,6 +187,10 @@ def force(config: DictConfig, on_cpu: bool, notify: Callable[[str], None]) -> No
         "the NVFP4 layers",
         notify,
     )
+    for model in trained_models(config):
+        if _get(config, f"{model}.use_liger"):
+            why = "NVFP4 models run without Liger; on GPUs TorchInductor compiles norms and MLPs (use_torch_compile)"
+            _set(config, f"{model}.use_liger", False, why, notify)
     for checkpoint in (f"{ACTOR}.checkpoint", "critic.checkpoint"):
         if _get(config, checkpoint) is not None:
             _set(config, f"{checkpoint}.save_lora_only", True, "the base is frozen and lies in the cache", notify)
@@ -347,7 +355,6 @@ def _model_problems(config: DictConfig, model: str) -> list[str]:
         "used) or give a positive rank": not isinstance(rank, int) or rank <= 0,
         f"lora.rank={get('lora.rank')}: that is Megatron's setting; use {model}.lora_rank": get("lora.rank"),
         "mtp.enable=True: multi-token prediction layers are not quantized; remove it": get("mtp.enable"),
-        "use_liger=True: not supported on NVFP4 layers; remove it": get("use_liger"),
         f"target_parameters: LoRA on bare parameters needs 16-bit weights; use {model}.target_modules": get(
             "target_parameters"
         ),

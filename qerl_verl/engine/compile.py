@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+
 import torch
 from torch import nn
+from torch.utils._triton import has_triton
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 RECOMPILE_LIMIT = 32
 """Of one forward method, in place of PyTorch's 8: with and without autograd, with and without an adapter, batches or sequences of
 size 1 (which PyTorch compiles for themselves), and this for every kind of norm that shares the method."""
+
+
+def unavailable(device: torch.device) -> str | None:
+    """Why TorchInductor cannot compile for ``device``, or None if it can."""
+    if device.type == "cuda" and not has_triton():
+        return "Triton is not installed, or not for this GPU"
+    variable, names = ("CC", ("gcc", "clang")) if device.type == "cuda" else ("CXX", ("g++", "clang++"))
+    if os.environ.get(variable) or any(map(shutil.which, names)):
+        return None
+    return f"no C{'' if variable == 'CC' else '++'} compiler: install {names[0]} or set {variable}"
 
 
 def compile_layers(model: nn.Module, **options) -> str:

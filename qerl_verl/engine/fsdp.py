@@ -27,7 +27,7 @@ from verl.utils.torch_dtypes import PrecisionType
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead, FSDPEngineWithValueHead
 
 from qerl_verl.engine.checkpoint_errors import reading, writing
-from qerl_verl.engine.compile import compile_layers
+from qerl_verl.engine.compile import compile_layers, unavailable
 from qerl_verl.engine.finite import NonFiniteError, first_nonfinite, gather_first, gradient_norms, named_tensors
 from qerl_verl.engine.recompute import Recompute
 from qerl_verl.lora.peft import linear_names, register_nvfp4, save_adapter
@@ -119,9 +119,10 @@ class NVFP4EngineMixin:
             }
             module.gradient_checkpointing_enable(gradient_checkpointing_kwargs=checkpointing)
         if self.engine_config.use_torch_compile:
-            compiled = compile_layers(module)
+            reason = unavailable(device)
+            said = f"nothing: {reason}" if reason else compile_layers(module)
             if self.rank == 0:
-                print(f"[qerl] compile: {self.role}, {compiled}", flush=True)
+                print(f"[qerl] compile: {self.role}, {said}", flush=True)
         return module
 
     def _say_recompute(self, text: str) -> None:

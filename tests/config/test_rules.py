@@ -188,13 +188,11 @@ def test_environment_variables_of_the_user_stay():
         ("trainer.use_v1=False", "trainer.use_v1=False", "remove"),
         ("actor_rollout_ref.rollout.checkpoint_engine.backend=nccl", "checkpoint_engine.backend=nccl", "naive"),
         ("+actor_rollout_ref.rollout.engine_kwargs.vllm.worker_extension_cls=a.B", "worker_extension_cls=a.B", "remove"),
-        ("actor_rollout_ref.model.use_liger=True", "use_liger=True", "remove it"),
         ("actor_rollout_ref.model.mtp.enable=True", "mtp.enable=True", "remove it"),
         ("algorithm.adv_estimator=remax", "algorithm.adv_estimator=remax", "use grpo, rloo or another"),
         ("algorithm.adv_estimator=gdpo", "algorithm.adv_estimator=gdpo", "use grpo, rloo or another"),
         ("algorithm.adv_estimator=gae critic.model.lora_rank=0", "critic.model.lora_rank=0", "positive rank"),
         ("algorithm.adv_estimator=gae critic.model.lora.rank=8", "critic.model.lora.rank=8", "critic.model.lora_rank"),
-        ("algorithm.adv_estimator=gae critic.model.use_liger=True", "critic.model.use_liger=True", "remove it"),
         ("algorithm.adv_estimator=gae critic.strategy=fsdp_turbo", "critic.strategy=fsdp_turbo", "fsdp2"),
         ("algorithm.adv_estimator=gae critic.fsdp.qat.enable=True", "critic.fsdp.qat.enable=True", "remove it"),
     ],
@@ -339,6 +337,29 @@ def test_settings_of_verls_example_scripts_stay_as_they_are(overrides):
     assert problems == []
     for key, _, value in (o.partition("=") for o in overrides):
         assert str(OmegaConf.select(config, key)) == value, key
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], True),
+        (["actor_rollout_ref.actor.use_torch_compile=False"], False),
+        (["actor_rollout_ref.actor.fsdp_config.use_torch_compile=False"], False),
+        (["actor_rollout_ref.actor.use_torch_compile=False", "actor_rollout_ref.actor.fsdp_config.use_torch_compile=True"], True),
+    ],
+)  # fmt: skip
+def test_either_of_verls_keys_turns_compiling_off(overrides, expected):
+    config, _, problems = switched(*overrides)
+    assert problems == [] and config.actor_rollout_ref.actor.fsdp_config.use_torch_compile is expected
+
+
+def test_a_recipe_with_liger_runs_without_it_and_says_so():
+    config, lines, problems = switched(
+        "algorithm.adv_estimator=gae", "actor_rollout_ref.model.use_liger=True", "critic.model.use_liger=True"
+    )
+    assert problems == [] and not config.actor_rollout_ref.model.use_liger and not config.critic.model.use_liger
+    said = [line for line in lines if "use_liger: True -> False" in line]
+    assert len(said) == 2 and all("use_torch_compile" in line for line in said)
 
 
 def test_fsdp1_becomes_fsdp2_and_the_user_reads_it():

@@ -7,7 +7,8 @@ from torch import nn
 from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
 
-from qerl_verl.engine.compile import RECOMPILE_LIMIT, compile_layers
+from qerl_verl.engine import compile as engine_compile
+from qerl_verl.engine.compile import RECOMPILE_LIMIT, compile_layers, unavailable
 from qerl_verl.engine.recompute import Recompute
 from qerl_verl.kernels.nvfp4_quantize import quantize_nvfp4
 from qerl_verl.lora.peft import linear_names, register_nvfp4
@@ -109,6 +110,31 @@ def test_attention_is_left_alone_but_for_its_norms():
     assert torch._dynamo.config.recompile_limit == RECOMPILE_LIMIT
 
 
+@pytest.mark.parametrize(
+    ("device", "triton", "found", "variable", "reason"),
+    [
+        ("cuda", True, ("gcc",), None, None),
+        ("cuda", True, ("clang",), None, None),
+        ("cuda", True, (), "CC", None),
+        ("cuda", True, ("g++",), "CXX", "no C compiler: install gcc or set CC"),
+        ("cuda", False, ("gcc",), None, "Triton"),
+        ("cpu", False, ("g++",), None, None),
+        ("cpu", False, ("gcc",), "CC", "no C++ compiler: install g++ or set CXX"),
+        ("cpu", False, (), "CXX", None),
+    ],
+)
+def test_what_is_missing_is_named(monkeypatch, device, triton, found, variable, reason):
+    monkeypatch.setattr(engine_compile, "has_triton", lambda: triton)
+    monkeypatch.setattr(engine_compile.shutil, "which", lambda name: name if name in found else None)
+    for name in ("CC", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    if variable:
+        monkeypatch.setenv(variable, "/opt/compiler")
+    said = unavailable(torch.device(device))
+    assert said is None if reason is None else reason in said
+
+
+@pytest.mark.skipif(unavailable(CPU) is not None, reason="needs a C++ compiler")
 def test_inductor_stays_within_bfloat16s_rounding():
     model = make_model(Qwen2Config(**SIZES), "selective")
     expected = step(model, 3, 24)
