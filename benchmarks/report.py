@@ -42,8 +42,20 @@ def gemm_section(folder: Path) -> str:
     for name, data in found.items():
         ratios = data["geomean_by_tokens"]
         rows.append([names[name], *(f"{ratios[str(m)]['ratio']:.2f}" if str(m) in ratios else "" for m in tokens)])
+    products = found.get("gemm", {}).get("gemm", [])
+    for model in ("7B", "32B") if products else ():
+        layer = {m: [r for r in products if r["m"] == m and r["shape"].startswith(model)] for m in tokens}
+        ratios = (
+            sum(r["cublas_us"] for r in layer[m]) / sum(r["us"] for r in layer[m]) if layer[m] else None for m in tokens
+        )
+        rows.append(
+            [
+                f"base alone, all products of a {model} layer together",
+                *("" if r is None else f"{r:.2f}" for r in ratios),
+            ]
+        )
     of_marlin: dict[int, list[float]] = {}
-    for r in found.get("gemm", {}).get("gemm", []):
+    for r in products:
         if r.get("marlin_us"):
             of_marlin.setdefault(r["m"], []).append(r["marlin_us"] / r["us"])
     if of_marlin:
