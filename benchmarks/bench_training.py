@@ -4,7 +4,7 @@
 
 Baselines: PEFT's LoRA on the same weights in bf16, and the same packed weights decompressed at every forward pass by the
 compressed-tensors library. ``nvfp4`` is ``qerl.recompute=full``, ``nvfp4_selective`` is ``selective``, and ``nvfp4_selective_compiled`` has norms and
-MLPs compiled, as verl's ``use_torch_compile`` (on by default) does in QeRL's engine. 8 sequences of 1024 random tokens,
+activation functions compiled, as verl's ``use_torch_compile`` (on by default) does in QeRL's engine. 8 sequences of 1024 random tokens,
 transformers' Qwen2 with SDPA, rank 32 on all linears, under bfloat16 autocast; A and B in the dtype in which FSDP2 hands them to the
 forward pass, float32 in QeRL's engine and bfloat16, through its mixed precision, in verl's. The loss is the mean
 log-probability of the next token over chunks of 1024 tokens with checkpointing, the same for all, so that logits do not decide

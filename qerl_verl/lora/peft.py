@@ -33,7 +33,6 @@ class NVFP4LoraLinear(Linear):
                 raise ValueError(f"{variant} is not supported on an NVFP4 base; plain LoRA and rsLoRA are")
         super().__init__(base_layer, adapter_name, config=config, **kwargs)
 
-    @torch.compiler.disable
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         """Args: x: ``[..., in_features]`` floating point. Returns: ``[..., out_features]`` in autocast's dtype, or x's."""
         adapter = self._plain_adapter()

@@ -66,7 +66,6 @@ class NVFP4Linear(nn.Module):
             self._alpha = 1.0 / self.weight_global_scale.item()
         return self._alpha
 
-    @torch.compiler.disable
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Args: x: ``[..., in_features]`` floating point. Returns: ``[..., out_features]`` in autocast's dtype, or x's."""
         if torch.is_autocast_enabled(x.device.type):
