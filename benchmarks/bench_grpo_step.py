@@ -33,6 +33,7 @@ STOCK = [
 VARIANTS = {
     "bf16_lora": ("bf16", STOCK),
     "nvfp4_lora": ("nvfp4", SWITCH),
+    "nvfp4_lora_not_compiled": ("nvfp4", [*SWITCH, "actor_rollout_ref.actor.fsdp_config.use_torch_compile=False"]),
     "nvfp4_lora_full_recompute": ("nvfp4", [*SWITCH, "qerl.recompute=full"]),
     "nvfp4_lora_no_noise": ("nvfp4", [*SWITCH, "qerl.aqn.enable=False"]),
     "nvfp4_lora_sleep2": ("nvfp4", [*SWITCH, "qerl.rollout.sleep_level=2"]),

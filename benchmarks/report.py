@@ -24,6 +24,11 @@ def load(folder: Path, stem: str) -> dict | None:
     return json.loads(found[0].read_text()) | {"file": found[0].name} if found else None
 
 
+def file_of(data: dict) -> str:
+    """Where the numbers are, and what was different when they were measured."""
+    return f"File: `{data['file']}`" + (f" ({data['state']})." if data.get("state") else ".")
+
+
 def table(head: list[str], rows: list[list[str]]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
@@ -138,7 +143,7 @@ def training_section(folder: Path) -> str:
         head = [f"7B, {data['tokens']} tokens", "s a step", "weights, GiB", "peak, GiB"]
         for base in ("bf16_peft", "compressed_tensors"):
             head += [f"speed, {base} = 1", "peak"]
-        text = f"Error of the adapters' gradients against float32 on two layers: {errors}. File: `{data['file']}`."
+        text = f"Error of the adapters' gradients against float32 on two layers: {errors}. {file_of(data)}"
         out.append(f"{table(head, rows)}\n\n{text}")
     return "\n\n".join(out)
 
@@ -150,9 +155,14 @@ def ratios_of(data: dict, name: str, base: str) -> list[str]:
 
 
 def step_section(folder: Path) -> str:
-    data = load(folder, "grpo_step_7b")
+    sections = (one_step_section(folder, stem) for stem in ("grpo_step_7b", "grpo_step_7b_attention_compiled"))
+    return "\n\n".join(filter(None, sections)) or "`grpo_step_7b`: not measured."
+
+
+def one_step_section(folder: Path, stem: str) -> str:
+    data = load(folder, stem)
     if not data or "ratio_to_bf16_lora" not in data:
-        return "`grpo_step_7b`: not measured."
+        return ""
     keys = ("gen", "old_log_prob", "update_actor", "update_weights", "step")
     rows = [
         [
@@ -162,7 +172,7 @@ def step_section(folder: Path) -> str:
         ]
         for name, run in data["runs"].items()
     ]
-    return table(["seconds", *keys, "peak of training, GiB"], rows) + f"\n\nFile: `{data['file']}`."
+    return f"{table(['seconds', *keys, 'peak of training, GiB'], rows)}\n\n{file_of(data)}"
 
 
 def two_gpus_section(folder: Path) -> str:

@@ -189,7 +189,7 @@ def force(config: DictConfig, on_cpu: bool, notify: Callable[[str], None]) -> No
     )
     for model in trained_models(config):
         if _get(config, f"{model}.use_liger"):
-            why = "NVFP4 models run without Liger; on GPUs TorchInductor compiles norms and activation functions (use_torch_compile)"
+            why = "NVFP4 models run without Liger; with use_torch_compile, TorchInductor compiles norms and activation functions"
             _set(config, f"{model}.use_liger", False, why, notify)
     for checkpoint in (f"{ACTOR}.checkpoint", "critic.checkpoint"):
         if _get(config, checkpoint) is not None:

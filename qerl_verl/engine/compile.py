@@ -1,7 +1,8 @@
-"""Norms and activation functions of the decoder layers, compiled by TorchInductor (verl's ``use_torch_compile``)."""
+"""Norms and gated activations, compiled by TorchInductor (verl's ``use_torch_compile``)."""
 
 from __future__ import annotations
 
+import inspect
 import os
 import shutil
 from collections.abc import Callable
@@ -9,21 +10,22 @@ from collections.abc import Callable
 import torch
 from torch import nn
 from torch.utils._triton import has_triton
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 RECOMPILE_LIMIT = 32
 """Of one function, in place of PyTorch's 8: with and without autograd, with and without an adapter, batches or sequences of size 1
 (which PyTorch compiles for themselves), and this for every kind of norm that shares a ``forward``."""
 
-MLP_PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
-"""Children of a gated MLP of transformers (models/llama/modeling_llama.py, LlamaMLP)."""
+GATED_MLPS = {"LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP"}
+"""Classes of transformers that compute ``down_proj(act_fn(gate_proj(x)) * up_proj(x))`` and nothing else."""
 
 
 def unavailable(device: torch.device) -> str | None:
     """Why TorchInductor cannot compile for ``device``, or None if it can."""
+    if os.environ.get("TORCH_COMPILE_DISABLE") == "1":
+        return "TORCH_COMPILE_DISABLE is set"
     if device.type == "cuda" and not has_triton():
         return "Triton is not installed, or not for this GPU"
-    variable, names = ("CC", ("gcc", "clang")) if device.type == "cuda" else ("CXX", ("g++", "clang++"))
+    variable, names = ("CC", ("gcc", "clang")) if device.type == "cuda" else ("CXX", ("g++",))
     if os.environ.get(variable) or any(map(shutil.which, names)):
         return None
     return f"no C{'' if variable == 'CC' else '++'} compiler: install {names[0]} or set {variable}"
@@ -34,7 +36,7 @@ def _gated(act_fn: nn.Module, gate: torch.Tensor, up: torch.Tensor) -> torch.Ten
 
 
 class CompiledMLP(nn.Module):
-    """``down_proj(act_fn(gate_proj(x)) * up_proj(x))``, as transformers' gated MLPs compute it, with one kernel between the products.
+    """``down_proj(act_fn(gate_proj(x)) * up_proj(x))``, as :data:`GATED_MLPS` compute it, with one kernel between the products.
 
     Args:
         mlp: its parts are taken over under their names, so parameters keep theirs.
@@ -49,37 +51,35 @@ class CompiledMLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Args: x: ``[..., hidden_size]``. Returns: of the same shape."""
-        gate, up = self.gate_proj(x), self.up_proj(x)
-        return self.down_proj(self._gated(self.act_fn, gate, up))
+        return self.down_proj(self._gated(self.act_fn, self.gate_proj(x), self.up_proj(x)))
 
 
 def compile_layers(model: nn.Module, **options) -> str:
-    """Have every decoder layer's norms compiled, and what its MLP does between its products; each at its first call.
+    """Have the norms compiled, and what an MLP does between its products; each at its first call.
 
     transformers runs them one operation at a time, and each operation reads and writes the activations of all tokens and rounds
     them to 16 bits. Compiled, several are one kernel that rounds its result alone, as in vLLM, where TorchInductor compiles the same
-    layers; so rollout and training come closer, too. Linears stay as they are, and so does attention, but for the norms in it:
-    compiled with its rotary embedding, it held up the first step by a minute, and rollout and training differed more
-    (docs/performance.md).
+    parts. Linears stay as they are, and so does attention, but for the norms in it: compiled with its rotary embedding, it takes more
+    than a minute at the first step (docs/performance.md).
 
     Args:
-        model: MLPs with other children than :data:`MLP_PARTS` are left alone.
+        model: MLPs of other classes than :data:`GATED_MLPS` are left alone.
         options: for ``torch.compile``.
 
     Returns:
         What is compiled, in words.
     """
-    torch._dynamo.config.recompile_limit = max(RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:
+        options["recompile_limit"] = RECOMPILE_LIMIT
+    else:  # of the process; later PyTorch has settings by thread and task, and the argument
+        torch._dynamo.config.recompile_limit = max(RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
     gated, names = torch.compile(_gated, dynamic=True, **options), set()
-    for layer in layers:
-        for name, child in list(layer.named_children()):
-            if {n for n, _ in child.named_children()} == MLP_PARTS:
-                setattr(layer, name, CompiledMLP(child, gated))
-                names.add(f"{name}.act_fn")
-        for name, module in layer.named_modules():
-            leaf = name.rpartition(".")[2]
-            if "norm" in leaf:
-                module.compile(dynamic=True, **options)
-                names.add(leaf)
-    return f"{', '.join(sorted(names))} of {len(layers)} layers by TorchInductor, each at its first call"
+    for name, module in list(model.named_modules()):
+        parent, _, leaf = name.rpartition(".")
+        if type(module).__name__ in GATED_MLPS:
+            setattr(model.get_submodule(parent), leaf, CompiledMLP(module, gated))
+            names.add(f"{leaf}.act_fn")
+        elif "norm" in leaf:
+            module.compile(dynamic=True, **options)
+            names.add(leaf)
+    return f"{', '.join(sorted(names)) or 'nothing'} by TorchInductor, each at its first call"

@@ -24,6 +24,7 @@ from verl.utils.fsdp_utils import apply_fsdp2, fsdp2_load_full_state_dict, load_
 from verl.utils.model import convert_weight_keys, get_hf_auto_model_class
 from verl.utils.py_functional import convert_to_regular_types
 from verl.utils.torch_dtypes import PrecisionType
+from verl.utils.torch_functional import entropy_from_logits, entropy_from_logits_with_chunking
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead, FSDPEngineWithValueHead
 
 from qerl_verl.engine.checkpoint_errors import reading, writing
@@ -119,7 +120,9 @@ class NVFP4EngineMixin:
             }
             module.gradient_checkpointing_enable(gradient_checkpointing_kwargs=checkpointing)
         if self.engine_config.use_torch_compile:
-            reason = unavailable(device)
+            if reason := unavailable(device):
+                chunked = self.engine_config.entropy_from_logits_with_chunking
+                self.compute_entropy_from_logits = entropy_from_logits_with_chunking if chunked else entropy_from_logits
             said = f"nothing: {reason}" if reason else compile_layers(module)
             if self.rank == 0:
                 print(f"[qerl] compile: {self.role}, {said}", flush=True)

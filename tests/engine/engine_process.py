@@ -40,6 +40,7 @@ from verl.workers.config import (  # noqa: E402
 from verl.workers.engine import EngineRegistry  # noqa: E402
 from verl.workers.engine.fsdp import FSDPEngineWithLMHead  # noqa: E402
 
+from qerl_verl.engine.compile import CompiledMLP  # noqa: E402
 from qerl_verl.lora.wire import CONFIG_TENSOR, pack_config  # noqa: E402
 
 initialize_global_process_group_ray()
@@ -118,7 +119,11 @@ def run_variant(name, variant):
         randomize_adapters(engine)
     keep(adapter(engine)[0], "start")
     seen |= {"loss": [], "grad_norm": []}
-    seen["compiled"] = sum(module._compiled_call_impl is not None for module in engine.module.modules())
+    modules = list(engine.module.modules())
+    seen["compiled"] = {
+        "norms": sum(module._compiled_call_impl is not None for module in modules),
+        "mlps": sum(isinstance(module, CompiledMLP) for module in modules),
+    }
     gathers = count_all_gathers(engine.module) if variant.get("count") else {}
     for step in range(variant.get("steps", 2)):
         if variant.get("reference"):

@@ -1,5 +1,7 @@
 """Norms and activation functions compiled, the NVFP4 layers between them as they are."""
 
+import contextvars
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -8,7 +10,7 @@ from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Phi3Config, Qwen2Config, Qwen3Config
 
 from qerl_verl.engine import compile as engine_compile
-from qerl_verl.engine.compile import RECOMPILE_LIMIT, CompiledMLP, compile_layers, unavailable
+from qerl_verl.engine.compile import CompiledMLP, compile_layers, unavailable
 from qerl_verl.engine.recompute import Recompute
 from qerl_verl.kernels.nvfp4_quantize import quantize_nvfp4
 from qerl_verl.lora.peft import linear_names, register_nvfp4
@@ -32,8 +34,8 @@ def fresh_compiler():
     torch._dynamo.config.recompile_limit = limit
 
 
-def make_model(config, recompute="full", device=CPU):
-    """Random NVFP4 linears and adapters, gradient checkpointing."""
+def make_model(config, recompute="full", device=CPU, prepare=lambda model: None):
+    """Random NVFP4 linears and adapters, gradient checkpointing. ``prepare`` is called where the engine compiles."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
     weights = {
@@ -49,6 +51,7 @@ def make_model(config, recompute="full", device=CPU):
                 nn.init.zeros_(layer.bias)
     model.to(device).requires_grad_(False)
     prepack_linears(model, device)
+    prepare(model)
     model.enable_input_require_grads()
     lora = LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=8, target_modules=linear_names(model))
     model = get_peft_model(model, register_nvfp4(lora))
@@ -86,19 +89,37 @@ def error(found, expected):
 
 @pytest.mark.parametrize("recompute", ["full", "selective"])
 def test_the_same_numbers_for_batches_of_every_shape(recompute):
-    model = make_model(Qwen3Config(**SIZES), recompute)
     shapes = [(4, 24), (2, 40, 7), (1, 17), (1, 33), (3, 9)]
-    expected = [step(model, *shape) for shape in shapes]
-    said = compile_layers(model, backend="aot_eager")
-    assert said.startswith("input_layernorm, k_norm, mlp.act_fn, post_attention_layernorm, q_norm of 2 layers")
-    for shape, wanted in zip(shapes, expected, strict=True):
-        for found, value in zip(step(model, *shape), wanted, strict=True):
-            assert torch.equal(found, value), shape
+    plain = make_model(Qwen3Config(**SIZES), recompute)
+    said = []
+    compiled = make_model(
+        Qwen3Config(**SIZES), recompute, prepare=lambda m: said.append(compile_layers(m, backend="aot_eager"))
+    )
+    assert said[0].startswith("input_layernorm, k_norm, mlp.act_fn, norm, post_attention_layernorm, q_norm by")
+    for shape in shapes:
+        for found, wanted in zip(step(compiled, *shape), step(plain, *shape), strict=True):
+            assert torch.equal(found, wanted), shape
     graphs = counters["stats"]["unique_graphs"]
     assert graphs > 0 and not counters["graph_break"]
     for shape in shapes:
-        step(model, *shape)
+        step(compiled, *shape)
     assert counters["stats"]["unique_graphs"] == graphs, "shapes seen before are compiled again"
+
+
+def test_no_shape_is_one_too_many_also_in_another_thread():
+    """A worker of verl's compiles in one task and trains in others, and PyTorch's settings are a thread's and a task's own from 2.12 on."""
+    model = make_model(Qwen3Config(**SIZES))
+    contextvars.copy_context().run(compile_layers, model, backend="aot_eager")
+    for shape in [(4, 24), (2, 40), (1, 17), (1, 1), (3, 1)]:
+        step(model, *shape)
+    norms = counters["stats"]["unique_graphs"]
+    assert norms > 16 and not any("recompile_limit" in reason for reason in counters["unimplemented"])
+    with torch._dynamo.config.patch(recompile_limit=1000):
+        torch._dynamo.reset()
+        counters.clear()
+        for shape in [(4, 24), (2, 40), (1, 17), (1, 1), (3, 1)]:
+            step(model, *shape)
+    assert counters["stats"]["unique_graphs"] == norms
 
 
 def test_attention_is_left_alone_but_for_its_norms():
@@ -107,7 +128,6 @@ def test_attention_is_left_alone_but_for_its_norms():
     layer = model.get_base_model().model.layers[0]
     compiled = {name for name, module in layer.named_modules() if module._compiled_call_impl is not None}
     assert compiled == {"input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm"}
-    assert torch._dynamo.config.recompile_limit == RECOMPILE_LIMIT
 
 
 @pytest.mark.parametrize("config", [Qwen2Config, Qwen3Config, LlamaConfig, MistralConfig])
@@ -131,6 +151,10 @@ def test_another_kind_of_mlp_stays():
     assert model.model.layers[0].mlp is before and "mlp" not in said and "input_layernorm" in said
 
 
+def test_where_there_is_nothing_to_compile_that_is_said():
+    assert compile_layers(nn.Linear(2, 2)).startswith("nothing by")
+
+
 @pytest.mark.parametrize(
     ("device", "triton", "found", "variable", "reason"),
     [
@@ -140,6 +164,7 @@ def test_another_kind_of_mlp_stays():
         ("cuda", True, ("g++",), "CXX", "no C compiler: install gcc or set CC"),
         ("cuda", False, ("gcc",), None, "Triton"),
         ("cpu", False, ("g++",), None, None),
+        ("cpu", False, ("clang++",), None, "no C++ compiler: install g++ or set CXX"),
         ("cpu", False, ("gcc",), "CC", "no C++ compiler: install g++ or set CXX"),
         ("cpu", False, (), "CXX", None),
     ],
@@ -147,12 +172,14 @@ def test_another_kind_of_mlp_stays():
 def test_what_is_missing_is_named(monkeypatch, device, triton, found, variable, reason):
     monkeypatch.setattr(engine_compile, "has_triton", lambda: triton)
     monkeypatch.setattr(engine_compile.shutil, "which", lambda name: name if name in found else None)
-    for name in ("CC", "CXX"):
+    for name in ("CC", "CXX", "TORCH_COMPILE_DISABLE"):
         monkeypatch.delenv(name, raising=False)
     if variable:
-        monkeypatch.setenv(variable, "/opt/compiler")
+        monkeypatch.setenv(variable, "a-compiler")
     said = unavailable(torch.device(device))
     assert said is None if reason is None else reason in said
+    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
+    assert "TORCH_COMPILE_DISABLE" in unavailable(torch.device(device))
 
 
 @pytest.mark.skipif(unavailable(CPU) is not None, reason="needs a C++ compiler")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qerl_verl.kernels import backends
+from qerl_verl.kernels import backends, hopper, portable
 from qerl_verl.kernels.backends import NAMES, HopperBackend, backend_for, choose_backend, get_backend
 from qerl_verl.kernels.nvfp4_dequantize import block_values_nvfp4
 
@@ -108,3 +108,12 @@ def test_the_reference_multiplies_by_the_block_values(weight):
     values = backend.block_values(*weight, torch.float32)
     assert torch.equal(values, block_values_nvfp4(*weight, torch.float32))
     torch.testing.assert_close(backend.linear(x, *weight, 1e-3, bias), x @ values.t() * 1e-3 + bias)
+
+
+@pytest.mark.parametrize("tokens", [1, 512, 513, 6144, 6145, 12288])
+def test_what_dequantizes_is_what_the_kernels_plans_say(tokens):
+    n, k = 3584, 18944
+    hopper_plan, portable_plan = hopper.tuning.choose(tokens, n, k, 132), portable.tuning.choose(tokens, n, k)
+    assert get_backend("hopper").dequantizes(tokens) is (hopper_plan == hopper.tuning.DEQUANTIZE)
+    assert get_backend("triton").dequantizes(tokens) is (portable_plan == portable.tuning.DEQUANTIZE)
+    assert get_backend("pytorch").dequantizes(tokens)
