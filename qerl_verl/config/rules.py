@@ -21,6 +21,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from qerl_verl.config.settings import RolloutSettings
+from qerl_verl.platform.compilers import missing_compiler
 from qerl_verl.switch import ENGINE_VENDOR, KERNEL_ENV, RECOMPUTE_ENV, SWITCH_ENV
 
 WORKER_EXTENSION = "qerl_verl.rollout.worker.QeRLWorkerExtension"
@@ -200,6 +201,10 @@ def force(config: DictConfig, on_cpu: bool, notify: Callable[[str], None]) -> No
     environment = {}
     if on_cpu:
         environment |= {name: os.environ.get(name, value) for name, value in CPU_ENVIRONMENT.items()}
+        if reason := missing_compiler("cpu"):
+            # vLLM compiles its sampling on a CPU, also with enforce_eager (v1/sample/ops/topk_topp_sampler.py, forward_cpu)
+            environment["TORCH_COMPILE_DISABLE"] = "1"
+            notify(f"TORCH_COMPILE_DISABLE=1, so sampling is slower: {reason}")
         slots = _get(config, "trainer.n_gpus_per_node")
         if _is_separate(config):
             slots += _get(config, f"{ROLLOUT}.nnodes") * _get(config, f"{ROLLOUT}.n_gpus_per_node")

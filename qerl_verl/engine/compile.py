@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 import os
-import shutil
 from collections.abc import Callable
 
 import torch
 from torch import nn
 from torch.utils._triton import has_triton
+
+from qerl_verl.platform.compilers import missing_compiler
 
 RECOMPILE_LIMIT = 32
 """Of one function, in place of PyTorch's 8: with and without autograd, with and without an adapter, batches or sequences of size 1
@@ -25,10 +26,7 @@ def unavailable(device: torch.device) -> str | None:
         return "TORCH_COMPILE_DISABLE is set"
     if device.type == "cuda" and not has_triton():
         return "Triton is not installed, or not for this GPU"
-    variable, names = ("CC", ("gcc", "clang")) if device.type == "cuda" else ("CXX", ("g++",))
-    if os.environ.get(variable) or any(map(shutil.which, names)):
-        return None
-    return f"no C{'' if variable == 'CC' else '++'} compiler: install {names[0]} or set {variable}"
+    return missing_compiler(device.type)
 
 
 def _gated(act_fn: nn.Module, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

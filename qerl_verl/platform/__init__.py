@@ -1,1 +1,1 @@
-"""verl's platform interface for machines without an accelerator."""
+"""Machines without an accelerator for verl, and what a job needs and leaves on a host."""

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from verl.trainer.ppo.utils import need_critic
 
 from qerl_verl.config import rules
 from qerl_verl.config.callback import user_keys
+from qerl_verl.platform import compilers
 
 VERL_CONFIG = os.path.join(os.path.dirname(verl.__file__), "trainer", "config")
 
@@ -337,6 +339,24 @@ def test_settings_of_verls_example_scripts_stay_as_they_are(overrides):
     assert problems == []
     for key, _, value in (o.partition("=") for o in overrides):
         assert str(OmegaConf.select(config, key)) == value, key
+
+
+@pytest.mark.parametrize(
+    ("on_cpu", "compiler", "disabled"), [(True, None, True), (True, "g++", False), (False, None, False)]
+)
+def test_without_a_cpp_compiler_nothing_is_compiled_on_a_cpu(monkeypatch, on_cpu, compiler, disabled):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(compilers.shutil, "which", lambda name: compiler and name == compiler)
+    config, lines, problems = switched(on_cpu=on_cpu)
+    assert problems == []
+    assert config.ray_kwargs.ray_init.runtime_env.env_vars.get("TORCH_COMPILE_DISABLE") == ("1" if disabled else None)
+    assert any("install g++" in line for line in lines) is disabled
+
+
+def test_vllm_compiles_sampling_on_a_cpu_itself():
+    """What makes a C++ compiler necessary; if vLLM stops doing so, TORCH_COMPILE_DISABLE need not be set."""
+    source = find_spec("vllm").submodule_search_locations[0] + "/v1/sample/ops/topk_topp_sampler.py"
+    assert "@torch.compile(dynamic=True)\ndef compiled_random_sample" in Path(source).read_text()
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from qerl_verl.kernels.nvfp4_quantize import quantize_nvfp4
 from qerl_verl.lora.peft import linear_names, register_nvfp4
 from qerl_verl.nvfp4.linear import NVFP4Linear
 from qerl_verl.nvfp4.loading import prepack_linears, swap_linears
+from qerl_verl.platform import compilers
 
 CPU, VOCABULARY = torch.device("cpu"), 128
 SIZES = {
@@ -171,7 +172,7 @@ def test_where_there_is_nothing_to_compile_that_is_said():
 )
 def test_what_is_missing_is_named(monkeypatch, device, triton, found, variable, reason):
     monkeypatch.setattr(engine_compile, "has_triton", lambda: triton)
-    monkeypatch.setattr(engine_compile.shutil, "which", lambda name: name if name in found else None)
+    monkeypatch.setattr(compilers.shutil, "which", lambda name: name if name in found else None)
     for name in ("CC", "CXX", "TORCH_COMPILE_DISABLE"):
         monkeypatch.delenv(name, raising=False)
     if variable:
