@@ -204,7 +204,7 @@ def force(config: DictConfig, on_cpu: bool, notify: Callable[[str], None]) -> No
         if reason := missing_compiler("cpu"):
             # vLLM compiles its sampling on a CPU, also with enforce_eager (v1/sample/ops/topk_topp_sampler.py, forward_cpu)
             environment["TORCH_COMPILE_DISABLE"] = "1"
-            notify(f"TORCH_COMPILE_DISABLE=1, so sampling is slower: {reason}")
+            notify(f"TORCH_COMPILE_DISABLE=1, nothing is compiled: {reason}")
         slots = _get(config, "trainer.n_gpus_per_node")
         if _is_separate(config):
             slots += _get(config, f"{ROLLOUT}.nnodes") * _get(config, f"{ROLLOUT}.n_gpus_per_node")
