@@ -34,7 +34,7 @@ bench:
 		--json $(RESULTS)/training_7b_12288.json
 	$(PYTHON) benchmarks/bench_rollout.py --shape 7B --json $(RESULTS)/rollout_7b.json
 	$(PYTHON) benchmarks/bench_rollout.py --shape 32B-32 --sequences 8 64 256 --json $(RESULTS)/rollout_32b.json
-	$(PYTHON) benchmarks/bench_grpo_step.py --json $(RESULTS)/grpo_step_7b.json
+	$(PYTHON) benchmarks/bench_grpo_step.py --variants bf16_lora nvfp4_lora nvfp4_lora_not_compiled --json $(RESULTS)/grpo_step_7b.json
 	$(PYTHON) benchmarks/report.py $(RESULTS)
 
 clean:

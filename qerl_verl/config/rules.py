@@ -136,10 +136,10 @@ def apply_rules(config: DictConfig, user_keys: set[str], on_cpu: bool, notify: C
     if OmegaConf.select(config, "algorithm.rollout_correction.bypass_mode"):
         defaults = tuple(d for d in defaults if d.key != "algorithm.rollout_correction.rollout_is")
     with open_dict(config):
-        engines = f"{ACTOR}.fsdp_config.use_torch_compile"
-        if _get(config, f"{ACTOR}.use_torch_compile") is False and engines not in user_keys:
-            # verl's engine reads the other key alone (workers/engine/fsdp/transformer_impl.py)
-            _set(config, engines, False, f"as {ACTOR}.use_torch_compile", notify)
+        engine_key = f"{ACTOR}.fsdp_config.use_torch_compile"
+        if _get(config, f"{ACTOR}.use_torch_compile") is False and engine_key not in user_keys:
+            # verl's engine reads this one alone (workers/engine/fsdp/transformer_impl.py)
+            _set(config, engine_key, False, f"as {ACTOR}.use_torch_compile", notify)
         for rule in defaults:
             set_by_user = any(rule.key == key or rule.key.startswith(f"{key}.") for key in user_keys)
             if not set_by_user and _get(config, rule.key) == rule.stock:

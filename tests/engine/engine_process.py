@@ -53,6 +53,7 @@ def make_engine(**variant):
     get = {**settings, **variant}.get
     model_type = get("model_type", "language_model")
     os.environ["QERL_RECOMPUTE"] = get("recompute", "full")
+    os.environ["TORCH_COMPILE_DISABLE"] = "1" if get("no_compiling") else "0"
     model = HFModelConfig(
         path=get("stock", checkpoint),
         model_type=model_type,
@@ -123,6 +124,7 @@ def run_variant(name, variant):
     seen["compiled"] = {
         "norms": sum(module._compiled_call_impl is not None for module in modules),
         "mlps": sum(isinstance(module, CompiledMLP) for module in modules),
+        "entropy": hasattr(engine.compute_entropy_from_logits, "_torchdynamo_orig_callable"),
     }
     gathers = count_all_gathers(engine.module) if variant.get("count") else {}
     for step in range(variant.get("steps", 2)):

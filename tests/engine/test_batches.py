@@ -18,7 +18,9 @@ EXACT = {
     "reference": {"reference": True},
     "selective": {"recompute": "selective"},
     "no_checkpointing": {"gradient_checkpointing": False},
+    "no_compiling": {"use_torch_compile": True, "no_compiling": True},
 }
+NOTHING = {"norms": 0, "mlps": 0, "entropy": False}
 IN_FLOAT32 = {"mixed_precision": {"param_dtype": "fp32", "reduce_dtype": "fp32"}}
 CLOSE = {
     "use_dynamic_bsz": {"use_dynamic_bsz": True},
@@ -50,6 +52,7 @@ def test_moving_bytes_changes_none(variants, name):
         pytest.skip("a critic sends nothing to the rollout")
     for quantity in ("loss", "grad_norm", "peft_config"):
         assert report[name][quantity] == report["plain"][quantity]
+    assert report[name]["compiled"] == report["plain"]["compiled"] == NOTHING
     assert adapters[name].keys() == adapters["plain"].keys()
     assert all(torch.equal(adapters[name][n], t) for n, t in adapters["plain"].items())
 
@@ -69,7 +72,7 @@ def test_packing_and_splitting_leave_loss_and_update_alone(variants, name):
     if "dynamic_bsz" in name:
         assert found["micro_batches"] > plain["micro_batches"]
     compiled = "compiled" in name and unavailable(torch.device("cpu")) is None
-    assert found["compiled"] == ({"norms": 5, "mlps": 2} if compiled else {"norms": 0, "mlps": 0})
+    assert found["compiled"] == ({"norms": 5, "mlps": 2, "entropy": True} if compiled else NOTHING)
 
 
 def test_float16_computes_the_same_to_its_rounding(variants):
