@@ -134,7 +134,7 @@ _ABSENT = object()
 
 def _apply(config: DictConfig, keys: set[str], platform: str, notify) -> list[str]:
     """What the switch's callback does to a configuration before it quantizes the model. Returns the problems."""
-    from qerl_verl.config.callback import adopt_adapter
+    from qerl_verl.config.adapters import adopt_adapter
     from qerl_verl.config.rules import apply_rules, find_problems, trained_models
     from qerl_verl.config.settings import QeRLSettings
 
