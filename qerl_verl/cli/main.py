@@ -8,9 +8,7 @@ ExplainError or OSError and ends in one line on stderr and exit code 2; ``--debu
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,24 +25,19 @@ def _add_quantize(subparsers, common: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("src", type=Path, help="folder with config.json and safetensors")
     parser.add_argument("dst", type=Path, help="folder to write, absent or empty")
-    parser.add_argument("--force", action="store_true", help="replace the checkpoint in DST once the new one is there")
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="replace a checkpoint in DST that this command wrote, once the new one is complete",
+    )
     parser.set_defaults(run=_quantize)
 
 
 def _quantize(arguments: argparse.Namespace) -> int:
-    from qerl_verl.nvfp4.checkpoint import CONFIG_FILE, quantize_checkpoint
+    from qerl_verl.nvfp4.checkpoint import quantize_checkpoint
 
-    src, dst = arguments.src.resolve(), arguments.dst.resolve()
-    if not arguments.force or not dst.exists() or (dst.is_dir() and not any(dst.iterdir())):
-        quantize_checkpoint(src, dst)
-    elif not (dst / CONFIG_FILE).is_file() or src.is_relative_to(dst):
-        why = "SRC lies in it" if src.is_relative_to(dst) else f"it holds no {CONFIG_FILE}, so it is no checkpoint"
-        raise CheckpointError(f"{dst}: --force does not replace this folder, because {why}. Choose another DST.")
-    else:
-        new = dst.with_name(f"{dst.name}.new-{uuid.uuid4().hex[:8]}")
-        quantize_checkpoint(src, new)
-        shutil.rmtree(dst)
-        new.rename(dst)
+    dst = arguments.dst.resolve()
+    quantize_checkpoint(arguments.src.resolve(), dst, replace=arguments.force)
     print(dst)
     return 0
 

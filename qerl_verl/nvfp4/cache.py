@@ -24,7 +24,6 @@ from typing import Literal
 from filelock import FileLock, Timeout
 
 from qerl_verl.nvfp4.architectures import get_architecture
-from qerl_verl.nvfp4.atomic_folder import host_name
 from qerl_verl.nvfp4.checkpoint import (
     CONFIG_FILE,
     FORMAT,
@@ -38,6 +37,7 @@ from qerl_verl.nvfp4.checkpoint import (
     validate_nvfp4_checkpoint,
 )
 from qerl_verl.nvfp4.errors import CheckpointError
+from qerl_verl.ownership import host_name
 
 _DIGESTS_FILE = "digests.json"
 _HUB_PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken")

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from qerl_verl.kernels.nvfp4_dequantize import BLOCK_SIZE
 from qerl_verl.kernels.nvfp4_quantize import nvfp4_global_scale, quantize_nvfp4
 from qerl_verl.nvfp4.architectures import Architecture, get_architecture
-from qerl_verl.nvfp4.atomic_folder import atomic_folder
+from qerl_verl.nvfp4.atomic_folder import atomic_folder, settle_leftovers
 from qerl_verl.nvfp4.errors import CheckpointError
 from qerl_verl.nvfp4.safetensors_stream import (
     FileRecord,
@@ -92,7 +92,12 @@ _UNTOUCHED = "rotary_emb.inv_freq"  # a float32 buffer in checkpoints of old; lo
 
 
 def quantize_checkpoint(
-    src: str | Path, dst: str | Path, *, progress: bool = True, max_shard_bytes: int = 5_000_000_000
+    src: str | Path,
+    dst: str | Path,
+    *,
+    replace: bool = False,
+    progress: bool = True,
+    max_shard_bytes: int = 5_000_000_000,
 ) -> dict[str, FileRecord]:
     """Quantize the linears of a checkpoint to NVFP4.
 
@@ -104,6 +109,9 @@ def quantize_checkpoint(
     Args:
         src: folder with config.json and safetensors (one file, or shards and an index) in float32, bfloat16 or float16.
         dst: folder to write, absent or empty. It appears when it is complete; on an error nothing is left.
+        replace: ``dst`` may also be a checkpoint that this function wrote, with nothing else in it. It is moved aside when the
+            new one is complete, and removed when the new one is in place; a killed process leaves either of them at ``dst``, or
+            the next call brings the old one back.
         progress: show a progress bar on stderr.
         max_shard_bytes: size of a safetensors file above which the next one is begun.
 
@@ -113,13 +121,19 @@ def quantize_checkpoint(
     Raises:
         UnsupportedArchitecture: the model is none of :func:`~qerl_verl.nvfp4.architectures.supported_architectures`.
         CheckpointError: the source is incomplete, damaged, quantized already or holds NaN or Inf; a weight has a
-            number of input channels that 16 does not divide; ``dst`` is not empty; the disk is full.
+            number of input channels that 16 does not divide; ``dst`` is not empty or may not be replaced; the disk is full.
     """
     src, dst = Path(src), Path(dst)
     if read_quantization(src) == "nvfp4":
         raise CheckpointError(f"{src} is an NVFP4 checkpoint already: use it as it is.")
+    settle_leftovers(dst)
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
-        raise CheckpointError(f"{dst} exists and is not an empty folder: choose another one or remove it.")
+        if not replace:
+            raise CheckpointError(
+                f"{dst} exists and is not an empty folder: choose another one. --force replaces a checkpoint that `qerl "
+                "quantize` wrote."
+            )
+        _check_replaceable(src, dst)
     config = read_config(src)
     architecture = get_architecture(config)
     tensors = read_headers(src)
@@ -134,7 +148,7 @@ def quantize_checkpoint(
     config |= {key: dtype for key in ("dtype", "torch_dtype") if key in config} or {"torch_dtype": dtype}
 
     try:
-        with atomic_folder(dst) as folder:
+        with atomic_folder(dst, replace=replace) as folder:
             records = _write_weights(folder, tensors, units, max_shard_bytes, progress)
             for name in others:
                 records[name] = _copy(src / name, folder / name)
@@ -154,6 +168,26 @@ def quantize_checkpoint(
             ) from error
         raise
     return records
+
+
+def _check_replaceable(src: Path, dst: Path) -> None:
+    """Refuse to replace what :func:`quantize_checkpoint` did not write: its manifest lists all that it did.
+
+    Raises:
+        CheckpointError: saying what is there.
+    """
+    why = "SRC lies in it" if src.resolve().is_relative_to(dst.resolve()) else None
+    try:
+        ours = {MANIFEST_FILE, *json.loads((dst / MANIFEST_FILE).read_text(encoding="utf-8"))["files"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        why = why or f"it has no readable {MANIFEST_FILE}, so `qerl quantize` did not write it"
+    else:
+        files = sorted(str(path.relative_to(dst)) for path in dst.rglob("*") if not path.is_dir() or path.is_symlink())
+        others = [name for name in files if name not in ours]
+        if others and not why:
+            why = f"it also holds {others[0]}, which `qerl quantize` did not write"
+    if why:
+        raise CheckpointError(f"{dst}: --force does not replace this folder, because {why}. Choose another DST.")
 
 
 def read_quantization(path: str | Path) -> Literal["none", "nvfp4"]:
@@ -284,7 +318,9 @@ def _weight_files(path: Path) -> dict[str, list[str]]:
     for name, file in weight_map.items():
         files.setdefault(file, []).append(name)
     if single.exists() and SINGLE_FILE not in files:  # transformers would load the one, vLLM the other
-        raise CheckpointError(f"{path} holds both {SINGLE_FILE} and {INDEX_FILE} with other files: remove one of them.")
+        raise CheckpointError(
+            f"{path} holds two models, {SINGLE_FILE} and what {INDEX_FILE} lists: give each a folder of its own."
+        )
     return files
 
 

@@ -57,16 +57,33 @@ def test_force_keeps_the_old_checkpoint_if_the_new_one_fails(src, tmp_path, caps
     assert sorted(p.name for p in tmp_path.iterdir()) == ["dst", "src"]
 
 
-def test_force_replaces_nothing_but_a_checkpoint(src, tmp_path, capsys):
-    documents = tmp_path / "documents"
-    documents.mkdir()
-    (documents / "thesis.txt").write_text("years of work")
-    assert "is no checkpoint" in failed(capsys, "quantize", src, documents, "--force")
-    assert (documents / "thesis.txt").read_text() == "years of work"
-    assert "SRC lies in it" in failed(capsys, "quantize", src, src, "--force")
-    (tmp_path / "config.json").write_text("{}")
-    assert "SRC lies in it" in failed(capsys, "quantize", src, tmp_path, "--force")
-    assert (src / "model.safetensors").exists()
+def holds(folder, **files):
+    folder.mkdir()
+    for name, text in files.items():
+        (folder / name).write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("there", "said"),
+    [
+        ("documents", "has no readable qerl_manifest.json"),
+        ("another model", "has no readable qerl_manifest.json"),
+        ("a broken manifest", "has no readable qerl_manifest.json"),
+        ("ours and notes", "also holds notes/thesis.txt"),
+        ("src", "SRC lies in it"),
+        (".", "SRC lies in it"),
+    ],
+)
+def test_force_replaces_nothing_but_what_it_wrote(src, tmp_path, nvfp4_checkpoint, capsys, there, said):
+    dst = tmp_path / there
+    holds(tmp_path / "documents", thesis="years of work")
+    holds(tmp_path / "a broken manifest", **{"qerl_manifest.json": "[]"})
+    shutil.copytree(src, tmp_path / "another model")
+    shutil.copytree(nvfp4_checkpoint, tmp_path / "ours and notes")
+    holds(tmp_path / "ours and notes" / "notes", **{"thesis.txt": "years of work"})
+    before = sorted(tmp_path.rglob("*"))
+    assert said in failed(capsys, "quantize", src, dst, "--force")
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_resolve(src, tmp_path, capsys):

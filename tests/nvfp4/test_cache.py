@@ -17,10 +17,10 @@ import pytest
 from qerl_verl.nvfp4 import cache as cache_module
 from qerl_verl.nvfp4 import checkpoint as checkpoint_module
 from qerl_verl.nvfp4.architectures import UnsupportedArchitecture
-from qerl_verl.nvfp4.atomic_folder import atomic_folder, host_name
 from qerl_verl.nvfp4.cache import default_cache_dir, fingerprint, resolve_checkpoint
 from qerl_verl.nvfp4.checkpoint import quantize_checkpoint, validate_nvfp4_checkpoint
 from qerl_verl.nvfp4.errors import CheckpointError
+from qerl_verl.ownership import host_name
 
 # What another process does: it says "ready", resolves `model` into `cache`, and says the folder. While it quantizes, it
 # says "quantizing" and waits until the file `gate` appears.
@@ -204,35 +204,6 @@ def test_killed_while_quantizing(make_checkpoint, tmp_path):
     quantize_checkpoint(src, tmp_path / "undisturbed", progress=False)
     for file in (tmp_path / "undisturbed").iterdir():
         assert (path / file.name).read_bytes() == file.read_bytes()
-
-
-def test_leftovers(tmp_path):
-    """Those of dead processes here, and old ones of other hosts, go; nothing else does."""
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    day = 24 * 3600
-
-    def folder(name, age=0.0):
-        (tmp_path / name).mkdir()
-        os.utime(tmp_path / name, (time.time() - age,) * 2)
-        return name
-
-    gone = {
-        folder(f"m.tmp-{host_name()}-{dead.pid}-00000000"),
-        folder(f"m.tmp-other-host-{os.getpid()}-00000000", age=2 * day),
-    }
-    kept = {
-        folder(f"m.tmp-{host_name()}-{os.getpid()}-00000000", age=2 * day),
-        folder(f"m.tmp-other-host-{dead.pid}-00000000"),
-        folder("m.tmp-", age=2 * day),
-        folder("m.tmp-mine", age=2 * day),
-        folder(f"n.tmp-{host_name()}-{dead.pid}-00000000"),
-    }
-    with atomic_folder(tmp_path / "m") as temporary:
-        assert {p.name for p in tmp_path.iterdir()} - {temporary.name} == kept
-        assert not (tmp_path / "m").exists() and gone
-        (temporary / "file").touch()
-    assert {p.name for p in tmp_path.iterdir()} == kept | {"m"}
 
 
 def test_another_node_was_faster(make_checkpoint, tmp_path, monkeypatch):
