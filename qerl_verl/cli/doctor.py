@@ -18,16 +18,14 @@ sys.exit(0 if "qerl_verl.plugin" in sys.modules and "aqn" in config.qerl else 3)
 
 def checks() -> list[tuple[str, str]]:
     """What was looked at and what is wrong with it; an empty text means nothing is."""
+    from qerl_verl.config.checks.plugins import verl_policy_problem
     from qerl_verl.versions import SUPPORTED, version_problems
 
     results = [("versions of " + ", ".join(SUPPORTED), "; ".join(version_problems()))]
     for group in ("verl.plugins", "vllm.general_plugins"):
         found = any(e.name == "qerl" for e in entry_points(group=group))
         results.append((f"entry point {group}", "" if found else "not installed: reinstall qerl-verl with pip"))
-    policy = os.environ.get("VERL_USE_EXTERNAL_PLUGINS", "auto")
-    allowed = policy == "auto" or "qerl" in policy.split(",")
-    cure = f"VERL_USE_EXTERNAL_PLUGINS={policy} keeps verl from loading the plugin; unset it or add qerl to its list"
-    results.append(("verl's plugin policy", "" if allowed else cure))
+    results.append(("verl's plugin policy", verl_policy_problem(os.environ)))
     run = subprocess.run([sys.executable, "-c", _COMPOSE], capture_output=True, text=True)
     failed = run.stderr.strip().splitlines()[-1:] or [f"exit code {run.returncode}"]
     results.append(("Hydra composes +qerl=nvfp4", "" if run.returncode == 0 else failed[0]))

@@ -7,9 +7,10 @@ written, and no GPU is needed.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
+
+from qerl_verl.config.keys import flatten, override_keys
 
 RECIPES = "pkg://qerl_verl.recipes"
 VERL = "pkg://verl.trainer.config"
@@ -75,18 +76,6 @@ def _is_recipe(name: str) -> bool:
     return name.removesuffix(".yaml") in recipes()
 
 
-def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted keys of a configuration and their values, interpolations as they are written."""
-    if isinstance(node, DictConfig):
-        node = OmegaConf.to_container(node, resolve=False)
-    if not isinstance(node, dict) or not node:
-        return {prefix: node}
-    out = {}
-    for key, value in node.items():
-        out |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
-    return out
-
-
 def explain(name: str, overrides: list[str], config_path: str | None = None, platform: str = "cuda") -> int:
     """Print what the recipe sets, what the switch sets and what cannot run; exit code 2 if something cannot.
 
@@ -95,8 +84,8 @@ def explain(name: str, overrides: list[str], config_path: str | None = None, pla
     """
     from omegaconf.errors import OmegaConfBaseException
 
-    from qerl_verl.config.callback import user_keys
-    from qerl_verl.config.settings import SettingsError
+    from qerl_verl.config.host import Host
+    from qerl_verl.config.plan import Plan, plan
 
     stock = compose(STOCK, [], VERL)
     config = compose(name, overrides, config_path)
@@ -106,44 +95,24 @@ def explain(name: str, overrides: list[str], config_path: str | None = None, pla
     for key, value in changed.items():
         print(f"  {key}: {before[key]} -> {value}" if key in before else f"  {key}: {value}")
 
-    set_by_switch: list[str] = []
-    try:
-        if without_value := [k for k, v in composed.items() if v == "???" and before.get(k) != v]:
-            problems = [f"{key}: no value yet; add {key}=..." for key in without_value]
-        else:
-            problems = _apply(config, user_keys(overrides), platform, set_by_switch.append)
-    except SettingsError as error:
-        problems = error.problems
-    except OmegaConfBaseException as error:
-        problems = [str(error).splitlines()[0]]
+    if without_value := [k for k, v in composed.items() if v == "???" and before.get(k) != v]:
+        made = Plan(problems=[f"{key}: no value yet; add {key}=..." for key in without_value])
+    else:
+        try:
+            made = plan(config, override_keys(overrides), Host.here(), platform)
+        except OmegaConfBaseException as error:
+            made = Plan(problems=[str(error).splitlines()[0]])
     print("\nset by the switch:")
-    for line in set_by_switch or ["nothing"]:
+    for line in made.lines or ["nothing"]:
         print(f"  {line}")
     if "qerl" in config:
         print("\nthe switch's own settings:")
         for key, value in flatten(config.qerl, "qerl").items():
             print(f"  {key}: {value}")
-    print(f"\nproblems: {'none' if not problems else ''}".rstrip())
-    for problem in problems:
+    print(f"\nproblems: {'none' if not made.problems else ''}".rstrip())
+    for problem in made.problems:
         print(f"  - {problem}")
-    return 2 if problems else 0
+    return 2 if made.problems else 0
 
 
 _ABSENT = object()
-
-
-def _apply(config: DictConfig, keys: set[str], platform: str, notify) -> list[str]:
-    """What the switch's callback does to a configuration before it quantizes the model. Returns the problems."""
-    from qerl_verl.config.adapters import adopt_adapter
-    from qerl_verl.config.rules import apply_rules, find_problems, trained_models
-    from qerl_verl.config.settings import QeRLSettings
-
-    if "qerl" not in config:
-        return ["the switch is off: add +qerl=nvfp4, or `- qerl: nvfp4` to the recipe's defaults list"]
-    if "actor_rollout_ref" not in config:
-        return ["qerl=nvfp4 is a switch for `python -m verl.trainer.main_ppo`; this is another program's configuration"]
-    QeRLSettings.from_mapping(OmegaConf.to_container(config.qerl, resolve=True))
-    for model in trained_models(config):
-        adopt_adapter(config, keys, model)
-    apply_rules(config, keys, on_cpu=platform == "cpu", notify=notify)
-    return find_problems(config)

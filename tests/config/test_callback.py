@@ -1,10 +1,7 @@
 """What the callback does around the rules."""
 
-import json
-
 import pytest
 from omegaconf import OmegaConf
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from qerl_verl.config import callback
 from qerl_verl.config.settings import SettingsError
@@ -40,60 +37,6 @@ def test_a_model_that_cannot_be_had_is_named_with_its_key(tmp_path, bf16_checkpo
         callback._replace_models(config, callback.QeRLSettings(cache_dir=str(tmp_path / "cache")))
 
 
-@pytest.mark.parametrize(
-    ("fused", "tied", "refused"), [(True, False, True), (True, True, False), (False, False, False)]
-)
-def test_fused_kernels_need_a_tied_output_layer(tmp_path, fused, tied, refused):
-    (tmp_path / "config.json").write_text(json.dumps({"tie_word_embeddings": tied}))
-    config = OmegaConf.create({"actor_rollout_ref": {"model": {"path": str(tmp_path), "use_fused_kernels": fused}}})
-    problems = callback._fused_kernel_problems(config)
-    assert bool(problems) == refused
-    assert not refused or "use_fused_kernels=True" in problems[0]
-
-
-def test_verl_still_shards_an_untied_output_layer_by_itself():
-    """Why fused kernels are refused on such a model; when this fails, the refusal can go."""
-    from verl.utils.fsdp_utils import _select_fsdp2_wrap_targets
-
-    def wrapped(tied):
-        settings = Qwen2Config(
-            hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
-            vocab_size=16, tie_word_embeddings=tied,
-        )  # fmt: skip
-        model = Qwen2ForCausalLM(settings)
-        return model.lm_head in _select_fsdp2_wrap_targets(model, ["Qwen2DecoderLayer"])
-
-    assert wrapped(tied=False) and not wrapped(tied=True)
-
-
 def test_another_program_of_verls_is_refused():
     with pytest.raises(SettingsError, match="verl.trainer.main_ppo"):
         callback.prepare(OmegaConf.create({"qerl": {}}), set())
-
-
-def test_keys_of_overrides():
-    assert callback.user_keys(["+a.b=1", "++c=2", "~d", "e.f='x=y'"]) == {"a.b", "c", "d", "e.f"}
-
-
-@pytest.mark.parametrize(
-    ("setting", "gpu", "cpu_vllm", "joins", "expected"),
-    [
-        ("auto", True, False, False, "cuda"),
-        ("auto", False, True, False, "cpu"),
-        ("auto", False, False, True, "cuda"),
-        ("cpu", True, True, False, "cpu"),
-        ("auto", False, False, False, "no GPU is visible and the installed vLLM is a CUDA build"),
-        ("cuda", True, True, False, "the installed vLLM is the CPU build"),
-        ("cpu", True, False, False, "CUDA build"),
-    ],
-)
-def test_the_platform_is_chosen_by_what_is_there(monkeypatch, setting, gpu, cpu_vllm, joins, expected):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
-    monkeypatch.setattr(callback, "_vllm_is_cpu_build", lambda: cpu_vllm)
-    monkeypatch.setenv("RAY_ADDRESS", "somewhere:6379") if joins else monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    settings = callback.QeRLSettings(platform=setting)
-    if expected in ("cuda", "cpu"):
-        assert callback.choose_platform(settings, OmegaConf.create({})) == expected
-    else:
-        with pytest.raises(SettingsError, match=expected):
-            callback.choose_platform(settings, OmegaConf.create({}))

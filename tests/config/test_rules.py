@@ -14,7 +14,8 @@ from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY, AdvantageEstimator
 from verl.trainer.ppo.utils import need_critic
 
 from qerl_verl.config import rules
-from qerl_verl.config.callback import user_keys
+from qerl_verl.config.checks import recipe
+from qerl_verl.config.keys import override_keys
 from qerl_verl.platform import compilers
 
 VERL_CONFIG = os.path.join(os.path.dirname(verl.__file__), "trainer", "config")
@@ -27,8 +28,8 @@ def switched(*overrides, on_cpu=False):
     with initialize_config_dir(VERL_CONFIG, version_base=None):
         config = compose("ppo_trainer", overrides=["+qerl=nvfp4", *overrides])
     lines: list[str] = []
-    rules.apply_rules(config, user_keys(list(overrides)), on_cpu=on_cpu, notify=lines.append)
-    return config, lines, rules.find_problems(config)
+    rules.apply_rules(config, override_keys(list(overrides)), on_cpu=on_cpu, notify=lines.append)
+    return config, lines, recipe.find_problems(config)
 
 
 def test_a_stock_grpo_run_gets_what_qerl_needs_and_has_no_problem():
@@ -412,7 +413,7 @@ def test_megatron_is_refused():
             "ppo_trainer", overrides=["+qerl=nvfp4", "algorithm.adv_estimator=grpo", "model_engine=megatron"]
         )
     rules.apply_rules(config, {"model_engine"}, on_cpu=False, notify=lambda line: None)
-    assert any("strategy=megatron" in p and "fsdp2" in p for p in rules.find_problems(config))
+    assert any("strategy=megatron" in p and "fsdp2" in p for p in recipe.find_problems(config))
 
 
 def test_several_problems_are_reported_together():

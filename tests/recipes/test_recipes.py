@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 import qerl_verl.plugin  # noqa: F401  (makes Hydra find the group, as `import verl` does)
 from qerl_verl.cli.explain import recipes
 from qerl_verl.config import rules
+from qerl_verl.config.checks import recipe
 from qerl_verl.config.settings import QeRLSettings
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -27,7 +28,7 @@ def prepare(name, on_cpu):
     config = load(name)
     QeRLSettings.from_mapping(OmegaConf.to_container(config.qerl, resolve=True))
     rules.apply_rules(config, set(), on_cpu=on_cpu, notify=lambda line: None)
-    return config, rules.find_problems(config)
+    return config, recipe.find_problems(config)
 
 
 def test_the_recipes():
@@ -58,7 +59,7 @@ def test_the_gpus_of_a_node_can_be_divided_between_actor_and_rollout():
     overrides = [word for word in head.partition("Four GPUs")[2].split() if "=" in word]
     config = load("gsm8k_grpo_8gpu", *overrides)
     rules.apply_rules(config, set(), on_cpu=False, notify=lambda line: None)
-    assert rules.find_problems(config) == [] and config.trainer.v1.trainer_mode == "qerl_separate_async"
+    assert recipe.find_problems(config) == [] and config.trainer.v1.trainer_mode == "qerl_separate_async"
     rollout = config.actor_rollout_ref.rollout
     assert config.trainer.n_gpus_per_node == rollout.n_gpus_per_node * rollout.nnodes == 4
 

@@ -1,0 +1,178 @@
+"""Settings that cannot work with QeRL, alone or together, looked at after :func:`~qerl_verl.config.rules.apply_rules`.
+
+:data:`REFUSED` and :data:`REFUSED_OF_A_MODEL` are tables: a new refusal is a new row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from omegaconf import DictConfig
+
+from qerl_verl.config.keys import Get, get_value
+from qerl_verl.config.rules import (
+    ACTOR,
+    MODEL,
+    ROLLOUT,
+    TRAINER_MODES,
+    TRANSPORT,
+    UNCOMPUTED,
+    WORKER_EXTENSION,
+    is_separate,
+    trained_models,
+)
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A value of one setting that cannot work.
+
+    Attributes:
+        key: the setting; in the table of a model, below the model.
+        when: whether the value is refused; given the value, and a function that reads another setting.
+        why: the rest of the message, which begins with ``key=value:``: the reason and the fix. ``{value}`` in it is
+            the value.
+    """
+
+    key: str
+    when: Callable[[Any, Get], Any]
+    why: str
+
+    def message(self, get: Get, prefix: str = "") -> str | None:
+        """The problem, or None."""
+        value = get(prefix + self.key)
+        if not self.when(value, get):
+            return None
+        return f"{prefix}{self.key}={value}: {self.why.format(value=value)}"
+
+
+def _is_set(value: Any, get: Get) -> bool:
+    return bool(value)
+
+
+def _is_gpu_kernel_on_cpu(value: Any, get: Get) -> bool:
+    return get("trainer.device") == "cpu" and value not in (None, "auto", "pytorch")
+
+
+_QAT = "QAT trains the weights that QeRL keeps frozen in 4 bits; remove it"
+
+REFUSED = (
+    Refused("qerl.kernel", _is_gpu_kernel_on_cpu, "there is no GPU; use auto or pytorch"),
+    Refused("qerl.rollout.kernel", _is_gpu_kernel_on_cpu, "there is no GPU; use auto or pytorch"),
+    Refused("trainer.use_v1", lambda v, get: v is False, "QeRL runs on verl's V1 trainer; remove the setting"),
+    Refused("trainer.v1.trainer_mode", lambda v, get: v not in TRAINER_MODES.values(),
+            f"QeRL runs with verl's own trainers; set {' or '.join(TRAINER_MODES)}"),
+    Refused(f"{ROLLOUT}.name", lambda v, get: v != "vllm", "the NVFP4 rollout runs in vLLM; set it to vllm"),
+    Refused(f"{ROLLOUT}.quantization", _is_set, "the rollout already runs the NVFP4 checkpoint; remove it"),
+    Refused(f"{ROLLOUT}.engine_kwargs.vllm.worker_extension_cls", lambda v, get: v != WORKER_EXTENSION,
+            f"QeRL needs its own, {WORKER_EXTENSION}; remove the setting"),
+    Refused(f"{ROLLOUT}.disaggregation.enabled", _is_set, "not supported with QeRL; remove it"),
+    Refused(f"{ROLLOUT}.checkpoint_engine.backend",
+            lambda v, get: v not in ("naive", None) and get("trainer.v1.trainer_mode") != TRAINER_MODES["separate_async"],
+            "it is for trainer.v1.trainer_mode=separate_async; use naive"),
+    Refused(f"{ACTOR}.fsdp_config.qat.enable", _is_set, _QAT),
+    Refused(f"{ROLLOUT}.qat.enable", lambda v, get: v and not get(f"{ACTOR}.fsdp_config.qat.enable"), _QAT),
+    Refused("critic.fsdp.qat.enable", _is_set, _QAT),
+    Refused(f"{ACTOR}.freeze_vision_tower", _is_set, "only dense text models are supported"),
+    Refused("distillation.enabled", _is_set, "on-policy distillation is not supported with QeRL; remove it"),
+)  # fmt: skip
+
+
+REFUSED_OF_A_MODEL = (
+    Refused("lora_rank", lambda v, get: not isinstance(v, int) or v <= 0,
+            "the NVFP4 base is frozen, so there would be nothing to train; remove the setting (32 is then used) or give a "
+            "positive rank"),
+    Refused("lora.merge", _is_set, "a LoRA delta is lost when it is rounded to 4 bits; remove it, the rollout applies the "
+            "adapter beside the base"),
+    Refused("mtp.enable", _is_set, "multi-token prediction layers are not quantized; remove it"),
+    Refused("target_parameters", _is_set, "LoRA on bare parameters needs 16-bit weights; use target_modules"),
+)  # fmt: skip
+"""For the actor's model and the critic's alike."""
+
+
+def find_problems(config: DictConfig) -> list[str]:
+    """Settings that cannot work, one sentence each with the key and the fix. Empty when all is well.
+
+    Args:
+        config: the configuration after :func:`~qerl_verl.config.rules.apply_rules`.
+    """
+    get, models = partial(get_value, config), trained_models(config)
+    found = [row.message(get) for row in REFUSED]
+    found += [row.message(get, f"{model}.") for model in models for row in REFUSED_OF_A_MODEL]
+    found += [_strategy_problem(get, role) for role in (ACTOR, "critic")[: len(models)]]
+    found.append(_estimator_problem(get))
+    out = [problem for problem in found if problem]
+    for model in models:
+        out += _model_problems(get, model)
+    return out + (_separate_problems(get) if is_separate(config) else [])
+
+
+def _strategy_problem(get: Get, role: str) -> str | None:
+    strategy = get(f"{role}.strategy")
+    if strategy == "fsdp2":
+        return None
+    return f"{role}.strategy={strategy}: NVFP4 training runs on FSDP2; set {role}.strategy=fsdp2 (model_engine=dp)"
+
+
+def _estimator_problem(get: Get) -> str | None:
+    estimator = get("algorithm.adv_estimator")
+    if estimator not in UNCOMPUTED:
+        return None
+    return (
+        f"algorithm.adv_estimator={estimator}: verl's V1 trainer, on which QeRL runs, does not compute what it needs, "
+        f"{UNCOMPUTED[estimator]}, so a run without QeRL fails as well; use grpo, rloo or another estimator"
+    )
+
+
+def _separate_problems(get: Get) -> list[str]:
+    """What engines of their own cannot do with QeRL, and what verl's trainer asserts when Ray and the model's processes run
+    already (verl/trainer/ppo/v1/trainer_separate_async.py, __init__)."""
+    engine = f"{ROLLOUT}.checkpoint_engine.backend"
+    backend, on_cpu = get(engine), get("trainer.device") == "cpu"
+    batch, updates = get("data.train_batch_size"), get("trainer.v1.separate_async.parameter_sync_step")
+    mini_batch = get(f"{ACTOR}.ppo_mini_batch_size")
+    mode = "trainer.v1.trainer_mode=separate_async"
+    found = {
+        f"{engine}={backend}: it reaches engines on the actor's own GPUs alone; use {TRANSPORT} (or nccl, on GPUs) with {mode}":
+        backend == "naive",
+        f"{engine}=delta_sharded: it sends what changed in 16-bit weights, and those do not change; use {TRANSPORT} or nccl":
+        backend == "delta_sharded",
+        f"{engine}={backend}: there is no GPU; use {TRANSPORT}":
+        on_cpu and backend not in (TRANSPORT, "naive", "delta_sharded"),
+        f"{ROLLOUT}.nnodes=0: {mode} samples on nodes of their own; give their number, and their GPUs each with "
+        f"{ROLLOUT}.n_gpus_per_node": get(f"{ROLLOUT}.nnodes") == 0,
+        f"data.train_batch_size={batch}: {mode} makes trainer.v1.separate_async.parameter_sync_step={updates} updates of "
+        f"{ACTOR}.ppo_mini_batch_size={mini_batch} prompts from a batch; set it to {updates * mini_batch}":
+        batch != updates * mini_batch,
+        f"reward.reward_model.enable=True: with {mode} a reward model needs GPUs of its own; set "
+        "reward.reward_model.enable_resource_pool=True":
+        get("reward.reward_model.enable") and not get("reward.reward_model.enable_resource_pool"),
+    }  # fmt: skip
+    return [text for text, applies in found.items() if applies]
+
+
+def _model_problems(get: Get, model: str) -> list[str]:
+    """Combinations that hold for the actor's model and for the critic's alike."""
+    attention = get(f"{model}.override_config.attn_implementation")
+    on_cpu = get("trainer.device") == "cpu"
+    packed = get(f"{model}.use_remove_padding") and not on_cpu
+    role, engine = (ACTOR, "fsdp_config") if model == MODEL else ("critic", "fsdp")
+    divided = f"{role}.{engine}.ulysses_sequence_parallel_size"
+    if (get(divided) or 1) == 1:
+        divided = f"{role}.ulysses_sequence_parallel_size"  # the older name
+    flash = (attention or "flash_attention_2").startswith("flash_attention") and not on_cpu
+    found = {
+        f"lora.rank={get(f'{model}.lora.rank')}: that is Megatron's setting; use {model}.lora_rank": get(
+            f"{model}.lora.rank"
+        ),
+        f"use_remove_padding=True with override_config.attn_implementation={attention}: packed sequences need "
+        "flash_attention_2 or sdpa": packed and attention == "eager",
+        f"override_config.attn_implementation={attention} with {divided}={get(divided)}: verl exchanges the heads in "
+        "front of flash-attn alone (models/transformers/monkey_patch.py), so each rank would attend to its own part of a sequence "
+        f"without a word; install flash-attn and set flash_attention_2, or {divided}=1": (get(divided) or 1) > 1
+        and not flash,
+    }
+    return [f"{model}.{text}" for text, applies in found.items() if applies]

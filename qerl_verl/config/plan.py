@@ -1,0 +1,89 @@
+"""What a run would do, worked out without starting, downloading, quantizing or writing anything.
+
+The Hydra callback carries a plan out and ``qerl explain`` prints it, so both say the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from omegaconf import DictConfig, OmegaConf
+
+from qerl_verl.config.adapters import adopt_adapter
+from qerl_verl.config.checks import models, plugins, recipe
+from qerl_verl.config.host import Host, choose_platform
+from qerl_verl.config.rules import apply_rules, trained_models
+from qerl_verl.config.settings import QeRLSettings, SettingsError
+from qerl_verl.platform.ray_cluster import RAY_INIT, RayCluster, find_cluster
+
+
+@dataclass
+class Plan:
+    """A run that has not begun.
+
+    Attributes:
+        problems: what cannot work, one sentence each with the key and the fix. With any, the run is not started.
+        lines: what the user reads: each value that the switch sets, with its reason, and what else there is to know.
+        platform: ``cuda`` or ``cpu``.
+        settings: everything under ``qerl.*``.
+        cluster: the Ray cluster that is joined, None where the run starts Ray.
+        adapters: of each trained model that goes on from an adapter, see :func:`~.adapters.adopt_adapter`.
+    """
+
+    problems: list[str] = field(default_factory=list)
+    lines: list[str] = field(default_factory=list)
+    platform: str = ""
+    settings: QeRLSettings = field(default_factory=QeRLSettings)
+    cluster: RayCluster | None = None
+    adapters: dict[str, dict] = field(default_factory=dict)
+
+
+def plan(config: DictConfig, keys: set[str], host: Host, platform: str | None = None) -> Plan:
+    """Check a composed configuration and set in it what QeRL needs, in place.
+
+    Args:
+        config: verl's configuration with the ``qerl`` node.
+        keys: dotted keys that the user wrote, on the command line or in files of their own.
+        host: the driver's machine.
+        platform: ``cuda`` or ``cpu`` for a run on another machine; None chooses by ``host``.
+    """
+    made = Plan(problems=plugins.find_problems(host.environment))
+    if problem := _other_program(config):
+        return Plan(problems=[problem])
+    try:
+        made.settings = QeRLSettings.from_mapping(OmegaConf.to_container(config.qerl, resolve=True))
+        made.cluster = find_cluster(OmegaConf.select(config, RAY_INIT) or {}, host.environment)
+        made.platform = platform or _choose(made, host)
+    except SettingsError as error:
+        made.problems += error.problems
+        return made
+    for model in trained_models(config):
+        try:
+            if adapter := adopt_adapter(config, keys, model):
+                made.adapters[model] = adapter
+        except SettingsError as error:
+            made.problems += error.problems
+    apply_rules(
+        config,
+        keys,
+        on_cpu=made.platform == "cpu",
+        notify=made.lines.append,
+        starts_ray=made.cluster is None,
+        environment=host.environment,
+    )
+    made.problems += recipe.find_problems(config) + models.find_problems(config)
+    return made
+
+
+def _other_program(config: DictConfig) -> str | None:
+    if "qerl" not in config:
+        return "the switch is off: add +qerl=nvfp4, or `- qerl: nvfp4` to the recipe's defaults list"
+    if OmegaConf.select(config, "actor_rollout_ref") is None:
+        return "qerl=nvfp4 is a switch for `python -m verl.trainer.main_ppo`; this is another program's configuration"
+    return None
+
+
+def _choose(made: Plan, host: Host) -> str:
+    platform, reason = choose_platform(made.settings.platform, host, joins=made.cluster is not None)
+    made.lines.append(f"platform: {platform} ({reason})")
+    return platform

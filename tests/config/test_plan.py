@@ -1,0 +1,60 @@
+"""One plan for a run and for `qerl explain`: the same values, the same problems, and nothing is started."""
+
+import sys
+
+import pytest
+from omegaconf import OmegaConf
+
+from qerl_verl.cli.explain import compose
+from qerl_verl.cli.main import main
+from qerl_verl.config import callback
+from qerl_verl.config.host import Host
+from qerl_verl.config.plan import plan
+
+HOST = Host(cpus=64, gpus=0, cpu_vllm=True)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"trainer": {}}, "the switch is off: add +qerl=nvfp4"),
+        ({"qerl": {}, "trainer": {}}, "a switch for `python -m verl.trainer.main_ppo`; this is another program's"),
+        ({"qerl": {"aqn": {"num_stages": 1}}, "actor_rollout_ref": {}}, "qerl.aqn.num_stages=1: at least 2"),
+    ],
+)
+def test_what_comes_before_the_rules_is_the_only_problem(config, expected):
+    (problem,) = plan(OmegaConf.create(config), set(), HOST).problems
+    assert expected in problem
+
+
+def test_problems_of_all_areas_are_reported_together(tmp_path):
+    (tmp_path / "config.json").write_text('{"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}')
+    overrides = [
+        "+qerl=nvfp4",
+        "algorithm.adv_estimator=grpo",
+        "trainer.use_v1=False",
+        f"actor_rollout_ref.model.path={tmp_path}",
+        "actor_rollout_ref.model.lora_adapter_path=/nowhere",
+    ]
+    host = Host(cpus=64, gpus=0, cpu_vllm=True, environment={"VERL_USE_EXTERNAL_PLUGINS": "none"})
+    problems = "\n".join(plan(compose("ppo_trainer", overrides), set(), host).problems)
+    for expected in ("VERL_USE_EXTERNAL_PLUGINS=none", "trainer.use_v1=False", "GPT2LMHeadModel", "no adapter_config"):
+        assert expected in problems
+
+
+def test_a_run_says_what_explain_prints(monkeypatch, capsys):
+    """Both go through plan(); this fails when one of them sets or checks something beside it."""
+    overrides = ["+qerl=nvfp4", "algorithm.adv_estimator=grpo"]
+    assert main(["explain", "ppo_trainer", "--platform", "cpu", *overrides]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    start = lines.index("set by the switch:") + 1
+    explained = [line.strip() for line in lines[start : lines.index("", start)]]
+
+    for step in ("_use_cpu_in_this_process", "_replace_models", "give_job_folder"):
+        monkeypatch.setattr(callback, step, lambda *arguments: None)
+    monkeypatch.setitem(sys.modules, "qerl_verl.plugin", sys.modules[__name__])
+    monkeypatch.setattr(callback.Host, "here", lambda: HOST)
+    config = compose("ppo_trainer", overrides)
+    callback.prepare(config, {"algorithm.adv_estimator"})
+    said = [line.removeprefix("[qerl] ") for line in capsys.readouterr().out.splitlines()]
+    assert [line for line in said if not line.startswith("platform:")] == explained
