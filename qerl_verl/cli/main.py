@@ -76,9 +76,15 @@ def _add_explain(subparsers, common: argparse.ArgumentParser) -> None:
         "explain",
         parents=[common],
         help="print what a recipe and the switch set in verl's configuration, and what cannot run; starts nothing",
+        usage="%(prog)s NAME [key=value ...] [--config-path PATH] [--platform {cuda,cpu}]",
     )
-    parser.add_argument("name", help="recipe, as in --config-name; or ppo_trainer with +qerl=nvfp4 among the overrides")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as on verl's command line")
+    parser.add_argument(
+        "words",
+        nargs="*",
+        metavar="NAME | key=value",
+        help="a recipe, as in --config-name, or ppo_trainer with +qerl=nvfp4 among the overrides; and overrides as on "
+        "verl's command line, in any order",
+    )
     parser.add_argument("--config-path", help="folder or pkg://package of NAME (default: QeRL's recipes, then verl's)")
     parser.add_argument("--platform", choices=("cuda", "cpu"), default="cuda", help="default: %(default)s")
     parser.set_defaults(run=_explain)
@@ -87,7 +93,11 @@ def _add_explain(subparsers, common: argparse.ArgumentParser) -> None:
 def _explain(arguments: argparse.Namespace) -> int:
     from qerl_verl.cli.explain import explain
 
-    return explain(arguments.name, arguments.overrides, arguments.config_path, arguments.platform)
+    names = [word for word in arguments.words if "=" not in word and not word.startswith("~")]
+    if not names:
+        raise ExplainError("explain: give the name of a recipe, for example `qerl explain gsm8k_grpo`")
+    arguments.words.remove(names[0])
+    return explain(names[0], arguments.words, arguments.config_path, arguments.platform)
 
 
 def _add_cluster(subparsers, common: argparse.ArgumentParser) -> None:
@@ -110,6 +120,20 @@ def _cluster(arguments: argparse.Namespace) -> int:
 _COMMANDS = (_add_quantize, _add_resolve, _add_explain, _add_cluster, _add_doctor)
 
 
+def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse ``argv``; words after an option belong to the words before it.
+
+    argparse gives a positional argument of any length only what stands in one piece, and its ``parse_intermixed_args``
+    does not work with subcommands.
+    """
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and (not hasattr(arguments, "words") or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.words = [*arguments.words, *rest]
+    return arguments
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     common = argparse.ArgumentParser(add_help=False)
@@ -121,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     for add in _COMMANDS:
         add(subparsers, common)
-    arguments = parser.parse_args(argv)
+    arguments = _parse(parser, argv)
     try:
         return arguments.run(arguments)
     except (CheckpointError, ExplainError, OSError) as error:

@@ -42,6 +42,27 @@ def test_verls_own_configuration_with_the_switch(capsys):
     assert "  trainer.device: cuda -> cpu (no GPU)" in switch
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "ppo_trainer --platform cpu +qerl=nvfp4 algorithm.adv_estimator=grpo",
+        "--platform cpu +qerl=nvfp4 ppo_trainer algorithm.adv_estimator=grpo",
+        "+qerl=nvfp4 --platform=cpu ppo_trainer ~trainer.esi_redundant_time algorithm.adv_estimator=grpo",
+    ],
+)
+def test_options_and_overrides_in_any_order(capsys, words):
+    code, lines = explained(capsys, *words.split())
+    assert code == 0 and lines[0] == "ppo_trainer on cpu"
+    assert "  algorithm.adv_estimator: gae -> grpo" in lines
+
+
+@pytest.mark.parametrize("words", ["gsm8k_grpo --nosuch", "gsm8k_grpo --platform tpu"])
+def test_an_option_that_there_is_not_is_refused(capsys, words):
+    with pytest.raises(SystemExit):
+        main(["explain", *words.split()])
+    assert words.split()[1] in capsys.readouterr().err
+
+
 def test_a_key_of_the_users_stays(capsys):
     _, lines = explained(capsys, "gsm8k_grpo", "trainer.n_gpus_per_node=8", "--platform", "cpu")
     assert not any("n_gpus_per_node" in line for line in section(lines, "set by the switch"))
@@ -77,6 +98,7 @@ def test_problems(capsys, arguments, problem):
 @pytest.mark.parametrize(
     "arguments, error",
     [
+        (["trainer.nnodes=2"], "give the name of a recipe"),
         (["nosuch"], "there is no such recipe in pkg://verl.trainer.config. QeRL's: gsm8k_grpo, "),
         (["mine", "--config-path", "/nowhere"], "--config-path /nowhere: there is no such folder"),
         (["gsm8k_grpo", "data.nope=1"], "Could not override 'data.nope'"),

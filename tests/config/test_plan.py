@@ -1,10 +1,9 @@
 """One plan for a run and for `qerl explain`: the same values, the same problems, and nothing is started."""
 
-import sys
-
 import pytest
 from omegaconf import OmegaConf
 
+import qerl_verl.plugin  # noqa: F401  (as verl loads it; a run asks for that)
 from qerl_verl.cli.explain import compose
 from qerl_verl.cli.main import main
 from qerl_verl.config import callback
@@ -52,7 +51,6 @@ def test_a_run_says_what_explain_prints(monkeypatch, capsys):
 
     for step in ("_use_cpu_in_this_process", "_replace_models", "give_job_folder"):
         monkeypatch.setattr(callback, step, lambda *arguments: None)
-    monkeypatch.setitem(sys.modules, "qerl_verl.plugin", sys.modules[__name__])
     monkeypatch.setattr(callback.Host, "here", lambda: HOST)
     config = compose("ppo_trainer", overrides)
     callback.prepare(config, {"algorithm.adv_estimator"})
