@@ -86,7 +86,12 @@ def give_job_folder(config: DictConfig) -> None:
     from qerl_verl.platform.job_folder import environment, open_job_folder
 
     variables = "ray_kwargs.ray_init.runtime_env.env_vars"
-    merged = environment(open_job_folder()) | dict(OmegaConf.select(config, variables) or {})
+    try:
+        folder = open_job_folder()
+    except OSError as error:
+        say(f"the job has no folder of its own for temporary files ({error}): what it leaves there stays after its end")
+        return
+    merged = environment(folder) | dict(OmegaConf.select(config, variables) or {})
     OmegaConf.update(config, variables, merged, force_add=True)
 
 
@@ -102,13 +107,11 @@ def _use_cpu_in_this_process() -> None:
     from verl.plugin.platform import set_platform
 
     from qerl_verl.config.rules import CPU_ENVIRONMENT
-    from qerl_verl.platform.cpu import PlatformCPU, remove_dead_segments
+    from qerl_verl.platform.cpu import PlatformCPU
 
     for name, value in CPU_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     set_platform(PlatformCPU())
-    if names := remove_dead_segments():
-        say(f"removed from shared memory what a killed run left: {', '.join(names)}")
 
 
 def _replace_models(config: DictConfig, settings: QeRLSettings) -> None:

@@ -7,17 +7,13 @@ rollout engine: the switch declares as many of them to Ray as the run asks for.
 from __future__ import annotations
 
 import os
-import time
 from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 from verl.plugin.platform.platform_base import PlatformBase
-
-from qerl_verl.platform.job_folder import SHARED_MEMORY, segments_in_use
 
 
 class _CPUDeviceModule(ModuleType):
@@ -95,30 +91,6 @@ class _CPUDeviceModule(ModuleType):
     @staticmethod
     def manual_seed_all(seed: int) -> None:
         torch.manual_seed(seed)
-
-
-DEAD_SECONDS = 600.0
-
-
-def remove_dead_segments() -> list[str]:
-    """Remove what killed runs left of verl's weight transfer in shared memory; returns the names.
-
-    On this platform an adapter goes through a segment ``verl_weights_*`` that exists during a sync
-    (vllm_rollout/bucketed_weight_transfer.py). Dead is one of this user's that is ten minutes old and that no process has mapped.
-    """
-
-    def is_old_and_ours(path: Path) -> bool:
-        try:
-            status = path.stat()
-        except OSError:
-            return False
-        return status.st_uid == os.getuid() and time.time() - status.st_mtime > DEAD_SECONDS
-
-    dead = {path for path in SHARED_MEMORY.glob("verl_weights_*") if is_old_and_ours(path)}
-    dead -= segments_in_use(dead)
-    for path in dead:
-        path.unlink(missing_ok=True)
-    return sorted(path.name for path in dead)
 
 
 def _resident_bytes() -> int:

@@ -5,39 +5,65 @@ in the folder for temporary files, and vLLM's message queues in ``/dev/shm``. He
 (``TMPDIR`` of its processes), and the rollout's workers note in it the names of the latter, at each weight sync.
 
 For jobs that start Ray themselves, on this host. What is left by a driver that could not clean up either (kill -9) is removed
-by the next one.
+by the next one, if that one can tell that the driver is dead (:mod:`qerl_verl.ownership`).
+
+All of this is housekeeping: a full disk or a folder that may not be written to costs a warning, never the run.
 """
 
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import re
 import shutil
+import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from qerl_verl.ownership import Owner, state_of
 from qerl_verl.switch import JOB_FOLDER_ENV
+
+logger = logging.getLogger(__name__)
 
 PREFIX = "qerl-job-"
 OWNER, SEGMENTS = "owner", "segments"
 SHARED_MEMORY = Path("/dev/shm")
-MESSAGE_QUEUES = ("psm_", "sem.mp-", "vllm")
-"""How Python's SharedMemory, its semaphores and vLLM name what they put there."""
+SEGMENT_NAMES = ("psm_", "sem.mp-", "vllm", "verl_weights_")
+"""How Python's SharedMemory, its semaphores, vLLM and verl's weight transfer (vllm_rollout/bucketed_weight_transfer.py) name what
+they put there."""
 
 END_SECONDS = 20.0
 """How long the processes of an ended job may take to go."""
 
 
+@contextmanager
+def _housekeeping(what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        logger.warning("[qerl] %s: %s; the run goes on", what, error)
+
+
 def open_job_folder() -> Path:
-    """Make the folder, to be removed when this process ends, and remove those of drivers that are gone."""
+    """Make the folder, to be removed when this process ends, and remove those of drivers that are dead.
+
+    Raises:
+        OSError: the folder cannot be made.
+    """
     for other in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
         if _is_dead(other):
             close_job_folder(other, patience=0.0)
     folder = Path(tempfile.mkdtemp(prefix=PREFIX))
-    (folder / SEGMENTS).mkdir()
-    (folder / OWNER).write_text(f"{os.getpid()} {_start_time(os.getpid())}")
+    try:
+        (folder / SEGMENTS).mkdir()
+        Owner.current().write(folder / OWNER)
+    except OSError:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
     atexit.register(_end, folder, os.getpid())
     return folder
 
@@ -61,15 +87,28 @@ def note_segments() -> None:
     """In a process of the job: write down the segments of all of its processes on this host, for when they are gone."""
     folder = os.environ.get(JOB_FOLDER_ENV)
     if folder and Path(folder, SEGMENTS).is_dir():
-        _note(Path(folder))
+        with _housekeeping("the job's shared memory could not be noted"):
+            _note(Path(folder))
 
 
 def _note(folder: Path) -> None:
+    """Names and inodes, a line each: a segment that another job makes under the same name is another one."""
     mark = f"{JOB_FOLDER_ENV}={folder}".encode()
     mapped = {inode for process in _processes() if mark in _environment(process) for inode in _mapped(process)}
-    segments = (entry for entry in os.scandir(SHARED_MEMORY) if entry.name.startswith(MESSAGE_QUEUES))
-    noted = sorted(entry.name for entry in segments if entry.inode() in mapped)
+    segments = (entry for entry in os.scandir(SHARED_MEMORY) if entry.name.startswith(SEGMENT_NAMES))
+    noted = sorted(f"{entry.name} {entry.inode()}" for entry in segments if entry.inode() in mapped)
     (folder / SEGMENTS / str(os.getpid())).write_text("\n".join(noted))
+
+
+def _noted(folder: Path) -> set[Path]:
+    """What the job's processes noted and is still what they noted."""
+    noted = set()
+    for file in folder.glob(f"{SEGMENTS}/*"):
+        for name, _, inode in (line.partition(" ") for line in file.read_text(errors="replace").splitlines()):
+            path = SHARED_MEMORY / name
+            if name.startswith(SEGMENT_NAMES) and "/" not in name and inode == str(_inode(path)):
+                noted.add(path)
+    return noted
 
 
 def segments_in_use(segments: set[Path]) -> set[Path]:
@@ -81,13 +120,13 @@ def segments_in_use(segments: set[Path]) -> set[Path]:
 def close_job_folder(folder: Path, patience: float = END_SECONDS) -> None:
     """Remove the folder and the segments noted in it, once nothing uses these or ``patience`` seconds have gone by; what is in use
     stays."""
-    noted = {n for f in folder.glob(f"{SEGMENTS}/*") for n in f.read_text().split()}
-    segments = {SHARED_MEMORY / n for n in noted if n.startswith(MESSAGE_QUEUES) and "/" not in n}
-    end = time.monotonic() + patience
-    while (used := segments_in_use(segments)) and time.monotonic() < end:
-        time.sleep(0.2)
-    for segment in segments - used:
-        segment.unlink(missing_ok=True)
+    with _housekeeping(f"what {folder} notes of shared memory could not be removed"):
+        segments = _noted(folder)
+        end = time.monotonic() + patience
+        while (used := segments_in_use(segments)) and time.monotonic() < end:
+            time.sleep(0.2)
+        for segment in segments - used:
+            segment.unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -95,29 +134,19 @@ def _end(folder: Path, owner: int) -> None:
     """Ray's own end comes after this one in atexit's order, but has to come first."""
     if os.getpid() != owner:
         return
-    import ray
-
-    _note(folder)
-    ray.shutdown()
+    with _housekeeping("the job's shared memory could not be noted"):
+        _note(folder)
+    if ray := sys.modules.get("ray"):  # a process that is ending cannot import it any more, and has no need to
+        ray.shutdown()
     close_job_folder(folder)
 
 
 def _is_dead(folder: Path) -> bool:
+    """Whether this user made the folder and its driver is dead."""
     try:
-        if folder.stat().st_uid != os.getuid():
-            return False
-        process, start = (folder / OWNER).read_text().split()
-    except (OSError, ValueError):  # not complete, or just gone
+        return folder.lstat().st_uid == os.getuid() and state_of(folder / OWNER) == "dead"
+    except OSError:  # just gone
         return False
-    return _start_time(int(process)) != start
-
-
-def _start_time(process: int) -> str:
-    """In clock ticks since the host's start (proc(5), field 22): with the number it names a process for good. Empty if it is gone."""
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
-    except OSError:
-        return ""
 
 
 def _processes() -> list[int]:

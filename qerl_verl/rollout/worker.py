@@ -51,6 +51,8 @@ class QeRLWorkerExtension(vLLMColocateWorkerExtension):
         tensors: dict[str, torch.Tensor] = {}
 
         def on_bucket_received(weights: list[tuple[str, torch.Tensor]], is_last: bool) -> None:
+            if not tensors:  # without IPC the bucket is a segment of shared memory by now
+                note_segments()
             tensors.update((name, tensor.clone()) for name, tensor in weights)  # the bucket is used again
 
         receiver.receive_weights(on_bucket_received=on_bucket_received)

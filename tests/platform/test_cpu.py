@@ -60,24 +60,6 @@ def test_verl_still_names_the_backend_the_way_that_the_platform_works_around():
     assert source.index("get_nccl_backend()") < source.index("if not torch.distributed.is_initialized()")
 
 
-def test_segments_of_killed_runs_are_removed_and_those_in_use_are_not(tmp_path, monkeypatch):
-    import mmap
-    import os
-
-    from qerl_verl.platform import cpu, job_folder
-
-    for module in (cpu, job_folder):
-        monkeypatch.setattr(module, "SHARED_MEMORY", tmp_path)
-    for name in ("verl_weights_dead", "verl_weights_mapped", "verl_weights_new", "psm_1"):
-        (tmp_path / name).write_bytes(b"x" * 4096)
-        if not name.endswith("new"):
-            os.utime(tmp_path / name, (0, 0))
-    with (tmp_path / "verl_weights_mapped").open("r+b") as file, mmap.mmap(file.fileno(), 4096):
-        os.utime(tmp_path / "verl_weights_mapped", (0, 0))
-        assert cpu.remove_dead_segments() == ["verl_weights_dead"]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["psm_1", "verl_weights_mapped", "verl_weights_new"]
-
-
 def test_verl_names_its_segments_so():
     import inspect
 

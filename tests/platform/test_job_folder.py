@@ -1,15 +1,18 @@
 """What a job leaves on a host goes when it ends, and what is somebody else's stays."""
 
+import errno
 import inspect
 import mmap
 import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from qerl_verl.ownership import Owner
 from qerl_verl.platform import job_folder
 
 
@@ -34,19 +37,55 @@ def mapped(host):
         yield path
 
 
+def segment(host, name):
+    """Makes one; returns its line in a note."""
+    (host[1] / name).write_bytes(b"x")
+    return f"{name} {(host[1] / name).stat().st_ino}"
+
+
 def test_a_worker_notes_message_queues_and_the_end_removes_those_that_nobody_uses(host, mapped, monkeypatch):
     folder = job_folder.open_job_folder()
     monkeypatch.setenv(job_folder.JOB_FOLDER_ENV, str(folder))
     ours = f"{job_folder.JOB_FOLDER_ENV}={folder}".encode()
     monkeypatch.setattr(job_folder, "_environment", lambda process: [ours] if process == os.getpid() else [])
     job_folder.note_segments()
-    assert (folder / "segments" / str(os.getpid())).read_text() == "psm_mine"
-    for name in ("psm_gone", "psm_another_jobs", "plasma"):
-        (host[1] / name).write_bytes(b"x")
-    (folder / "segments" / "1").write_text("psm_gone\nplasma\n../tmp\npsm_missing")
+    assert (folder / "segments" / str(os.getpid())).read_text() == f"psm_mine {mapped.stat().st_ino}"
+    noted = [segment(host, name) for name in ("psm_gone", "verl_weights_gone", "plasma")]
+    segment(host, "psm_another_jobs")
+    again = segment(host, "psm_same_name_again").partition(" ")[0] + " 1"
+    (folder / "segments" / "1").write_text("\n".join([*noted, again, "../tmp 1", "psm_missing 1", "psm_gone", ""]))
     job_folder.close_job_folder(folder, patience=0.0)
     assert not folder.exists()
-    assert sorted(p.name for p in host[1].iterdir()) == ["plasma", "psm_another_jobs", "psm_mine"]
+    stay = ["plasma", "psm_another_jobs", "psm_mine", "psm_same_name_again"]
+    assert sorted(p.name for p in host[1].iterdir()) == stay
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES])
+def test_a_full_folder_for_temporary_files_does_not_end_a_weight_sync(host, mapped, monkeypatch, caplog, error):
+    folder = job_folder.open_job_folder()
+    monkeypatch.setenv(job_folder.JOB_FOLDER_ENV, str(folder))
+
+    def fails(*args, **kwargs):
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(Path, "write_text", fails)
+    job_folder.note_segments()
+    assert os.strerror(error) in caplog.text and "the run goes on" in caplog.text
+    monkeypatch.setattr(Path, "read_text", fails)
+    monkeypatch.setattr(Path, "unlink", fails)
+    (folder / "segments" / "1").touch()
+    job_folder.close_job_folder(folder, patience=0.0)
+    assert not folder.exists()
+
+
+def test_a_folder_that_cannot_be_finished_is_an_error_and_leaves_nothing(host, monkeypatch):
+    def fails(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", fails)
+    with pytest.raises(OSError, match="No space left"):
+        job_folder.open_job_folder()
+    assert not list(host[0].iterdir())
 
 
 def test_a_process_of_the_job_is_known_by_its_environment(tmp_path):
@@ -69,26 +108,48 @@ def test_without_a_folder_nothing_is_noted(host, mapped, monkeypatch):
     assert not list(host[0].iterdir())
 
 
-def test_the_next_job_removes_what_a_killed_driver_left_and_nothing_else(host):
-    dead, living, unfinished = (host[0] / f"{job_folder.PREFIX}{n}" for n in ("dead", "living", "unfinished"))
-    for folder in (dead, living, unfinished):
-        (folder / "segments").mkdir(parents=True)
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
-    (dead / "owner").write_text(f"{gone.pid} 1")
-    (dead / "segments" / "1").write_text("psm_dead")
-    (host[1] / "psm_dead").write_bytes(b"x")
-    (living / "owner").write_text(f"{os.getpid()} {job_folder._start_time(os.getpid())}")
+HERE = {}
+OTHER_HOST = {"host": "another-node"}
+OTHER_BOOT = {"boot": "11111111-2222-3333-4444-555555555555"}
+OTHER_CONTAINER = {"namespaces": "pid:[4026532999]"}
+
+
+@pytest.mark.parametrize(
+    ("where", "lives", "stays"),
+    [
+        (HERE, True, True),
+        (HERE, False, False),
+        (OTHER_HOST, True, True),
+        (OTHER_HOST, False, True),
+        (OTHER_BOOT, False, True),
+        (OTHER_CONTAINER, True, True),
+        (OTHER_CONTAINER, False, True),
+        ({"start": "1"}, True, False),  # the number was given away again
+        (None, False, True),  # killed before it said whose it is
+    ],
+)
+def test_the_next_job_removes_what_a_dead_driver_left_and_nothing_else(host, where, lives, stays):
+    """Folder and segments, also where hosts or containers share the folder for temporary files and ``/dev/shm``."""
+    folder = host[0] / f"{job_folder.PREFIX}other"
+    (folder / "segments").mkdir(parents=True)
+    (folder / "segments" / "1").write_text(segment(host, "psm_other"))
+    if where is not None:
+        gone = subprocess.Popen(["true"])
+        gone.wait()
+        replace(Owner.current(), **({} if lives else {"process": gone.pid}), **where).write(folder / "owner")
     opened = job_folder.open_job_folder()
-    assert sorted(host[0].iterdir()) == sorted([living, unfinished, opened])
-    assert not list(host[1].iterdir())
+    assert sorted(host[0].iterdir()) == sorted([folder, opened] if stays else [opened])
+    assert [p.name for p in host[1].iterdir()] == (["psm_other"] if stays else [])
 
 
-def test_a_process_number_that_was_given_away_again_is_not_the_owner(host):
-    folder = host[0] / f"{job_folder.PREFIX}old"
+def test_a_folder_of_another_user_stays(host, monkeypatch):
+    folder = host[0] / f"{job_folder.PREFIX}other"
     folder.mkdir()
-    (folder / "owner").write_text(f"{os.getpid()} 1")
-    assert job_folder._is_dead(folder)
+    replace(Owner.current(), start="1").write(folder / "owner")
+    uid = os.getuid()
+    monkeypatch.setattr(os, "getuid", lambda: uid + 1)
+    job_folder.open_job_folder()
+    assert folder.exists()
 
 
 def test_the_folder_goes_with_the_process_that_opened_it(tmp_path):
@@ -116,9 +177,11 @@ def test_the_environment_keeps_the_compilers_cache_where_it_was(host, monkeypatc
 def test_vllm_and_verl_put_their_files_into_the_folder_for_temporary_files():
     """Fails when they choose another place, where the job's end would not find them."""
     from verl.utils import fs
+    from verl.workers.rollout.vllm_rollout import bucketed_weight_transfer
     from vllm import envs
     from vllm.distributed.device_communicators import shm_broadcast
 
     assert "tempfile.gettempdir()" in inspect.getsource(fs.local_mkdir_safe)
     assert "tempfile.gettempdir()" in inspect.getsource(envs)
     assert "shared_memory.SharedMemory(" in inspect.getsource(shm_broadcast)
+    assert 'f"verl_weights_{' in inspect.getsource(bucketed_weight_transfer)
