@@ -153,4 +153,6 @@ def _resolve(key: str, path: str, settings: QeRLSettings) -> str:
     except CheckpointError as error:
         raise SettingsError([f"{key}={path}: {error}"]) from error
     say(f"model: {resolved.path} (NVFP4, {resolved.kind})")
+    for note in resolved.notes:
+        say(f"{key}: {note}")
     return str(resolved.path.absolute())

@@ -29,12 +29,14 @@ from qerl_verl.nvfp4.checkpoint import (
     FORMAT,
     FORMAT_VERSION,
     MANIFEST_FILE,
+    PICKLES,
+    PICKLES_ALONE,
+    check_checkpoint,
     quantize_checkpoint,
     read_config,
-    read_headers,
     read_quantization,
     source_files,
-    validate_nvfp4_checkpoint,
+    unused_settings,
 )
 from qerl_verl.nvfp4.errors import CheckpointError
 from qerl_verl.ownership import host_name
@@ -55,6 +57,8 @@ class ResolvedCheckpoint:
     """What was asked for."""
     kind: Literal["as_is", "quantized"]
     """``as_is``: the source was NVFP4 already. ``quantized``: ``path`` is an entry of the cache."""
+    notes: tuple[str, ...] = ()
+    """What the source asks for and does not get, see :func:`~qerl_verl.nvfp4.checkpoint.unused_settings`."""
 
 
 def default_cache_dir() -> Path:
@@ -82,13 +86,10 @@ def resolve_checkpoint(
     """
     source = str(model_path)
     folder = _local_folder(source)
-    if read_quantization(folder) == "nvfp4":
-        validate_nvfp4_checkpoint(folder)
-        return ResolvedCheckpoint(folder, source, "as_is")
+    if check_checkpoint(folder) == "nvfp4":  # fails before the hashing of many gigabytes
+        return ResolvedCheckpoint(folder, source, "as_is", tuple(unused_settings(folder)))
 
     config = read_config(folder)
-    get_architecture(config)  # fails before the hashing of many gigabytes
-    read_headers(folder)
     cache = Path(cache_dir) if cache_dir is not None else default_cache_dir()
     cache = cache.expanduser().absolute()
     cache.mkdir(parents=True, exist_ok=True)
@@ -259,6 +260,7 @@ def _local_folder(model: str) -> Path:
         folder = Path(snapshot_download(model, allow_patterns=[CONFIG_FILE]))
         read_quantization(folder)
         get_architecture(read_config(folder))
+        _refuse_pickles(model)
         return Path(snapshot_download(model, allow_patterns=list(_HUB_PATTERNS), ignore_patterns=list(_HUB_IGNORE)))
     except CheckpointError:
         raise
@@ -267,3 +269,15 @@ def _local_folder(model: str) -> Path:
         raise CheckpointError(
             f"{model}: no such folder, and it cannot be had from the Hugging Face hub{offline}: {error}"
         ) from error
+
+
+def _refuse_pickles(model: str) -> None:
+    """Raise where the hub has a model's weights as PyTorch pickles alone, which :data:`_HUB_PATTERNS` leave out."""
+    import huggingface_hub
+
+    try:
+        names = huggingface_hub.list_repo_files(model)
+    except Exception:  # offline, say: what has been downloaded before decides then
+        return
+    if not any(name.endswith(".safetensors") for name in names) and any(name.endswith(PICKLES) for name in names):
+        raise CheckpointError(f"{model} on the Hugging Face hub {PICKLES_ALONE}")

@@ -14,7 +14,7 @@ import fnmatch
 import json
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -38,6 +38,7 @@ from qerl_verl.nvfp4.safetensors_stream import (
     read_pieces,
     read_tensor,
 )
+from qerl_verl.nvfp4.unused_tensors import is_unused
 
 FORMAT = "nvfp4-pack-quantized"
 FORMAT_VERSION = 1
@@ -82,13 +83,20 @@ CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MANIFEST_FILE = "qerl_manifest.json"
+PICKLES = (".bin", ".pth")
+PICKLES_ALONE = (
+    f"holds PyTorch pickles ({', '.join(PICKLES)}) and no {SINGLE_FILE} or {INDEX_FILE}. Convert it: load it with "
+    "transformers' from_pretrained and write it with save_pretrained."
+)
 _WEIGHT_FILES = (
     *("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt"),
     *("*.h5", "*.msgpack", "*.gguf", "*.onnx", "*.onnx_data", "*.ot"),
 )
 _WEIGHT_DTYPES = ("F32", "BF16", "F16")
 _SLAB_ELEMENTS = 1 << 20  # of a weight, what one thread quantizes at a time
-_UNTOUCHED = "rotary_emb.inv_freq"  # a float32 buffer in checkpoints of old; loaders ignore it
+_NAN_SCALE, _NEGATIVE_ZERO = 0x7F, 0x80  # E4M3 bytes
+_ANNOUNCED_SCALES = 500_000_000  # bytes; reading more of them shows a progress bar
+_SMALLEST, _LARGEST = 2.0**-126, 2.0**126  # of a global scale: it and its reciprocal are normal float32 numbers
 
 
 def quantize_checkpoint(
@@ -120,8 +128,9 @@ def quantize_checkpoint(
 
     Raises:
         UnsupportedArchitecture: the model is none of :func:`~qerl_verl.nvfp4.architectures.supported_architectures`.
-        CheckpointError: the source is incomplete, damaged, quantized already or holds NaN or Inf; a weight has a
-            number of input channels that 16 does not divide; ``dst`` is not empty or may not be replaced; the disk is full.
+        CheckpointError: the source is incomplete, damaged, quantized already, or holds NaN, Inf or tensors that the
+            model does not have; a weight has a number of input channels that 16 does not divide; ``dst`` is not empty
+            or may not be replaced; the disk is full.
     """
     src, dst = Path(src), Path(dst)
     if read_quantization(src) == "nvfp4":
@@ -136,8 +145,7 @@ def quantize_checkpoint(
         _check_replaceable(src, dst)
     config = read_config(src)
     architecture = get_architecture(config)
-    tensors = read_headers(src)
-    _check_tensors(src, tensors, architecture.tensor_shapes(_hf_config(src)), _WEIGHT_DTYPES)
+    tensors = _check_source(src, architecture)
     units = _plan(tensors, architecture)
     others = [name for name in source_files(src) if name not in (CONFIG_FILE, MANIFEST_FILE) and not _is_weight(name)]
 
@@ -217,18 +225,60 @@ def read_quantization(path: str | Path) -> Literal["none", "nvfp4"]:
             raise _other_quantization(path, f"compressed-tensors with {setting}")
     for name, group in quantization.get("config_groups", {}).items():
         weights = group.get("weights") or {}
+        if not weights and all(target.endswith("Attention") for target in group.get("targets") or [""]):
+            continue  # of the KV cache, see unused_settings
         found = tuple(weights.get(key) for key in ("num_bits", "type", "group_size", "strategy", "symmetric"))
         if found != (4, "float", BLOCK_SIZE, "tensor_group", True):
             raise _other_quantization(path, f"compressed-tensors, config_groups.{name}: weights {weights}")
     return "nvfp4"
 
 
-def validate_nvfp4_checkpoint(path: str | Path) -> None:
-    """Check that an NVFP4 checkpoint is complete, from its headers and its global scales.
+def check_checkpoint(path: str | Path) -> Literal["none", "nvfp4"]:
+    """Check that a model folder can be used: as it is, or quantized. Nothing is written.
 
-    Every tensor of the model must be there in the right dtype and shape, all linears of the decoder layers packed,
-    and linears that vLLM fuses must share their global scale (vLLM uses the largest one for all of them, so that
-    rollout and training would disagree).
+    Of a 16- or 32-bit checkpoint the headers are read, of an NVFP4 one the scales, too.
+
+    Returns:
+        As :func:`read_quantization`.
+
+    Raises:
+        UnsupportedArchitecture, CheckpointError: as :func:`quantize_checkpoint` or :func:`validate_nvfp4_checkpoint`.
+    """
+    path = Path(path)
+    kind = read_quantization(path)
+    if kind == "nvfp4":
+        validate_nvfp4_checkpoint(path)
+    else:
+        architecture = get_architecture(read_config(path))
+        _plan(_check_source(path, architecture), architecture)
+    return kind
+
+
+def unused_settings(path: str | Path) -> list[str]:
+    """What a checkpoint asks for and does not get, one sentence each.
+
+    Actor and rollout compute with the same 16-bit keys and values, so a scheme for the KV cache is not used: vLLM
+    would serve an FP8 cache by it (vllm/model_executor/layers/attention/attention.py), the actor has none.
+    """
+    config = read_config(Path(path))
+    quantization = config.get("quantization_config") or config.get("compression_config") or {}
+    scheme = quantization.get("kv_cache_scheme")
+    if not scheme:
+        return []
+    kind = f"{scheme.get('num_bits', '?')}-bit {scheme.get('type', 'unknown')}"
+    return [
+        f"kv_cache_scheme ({kind}) of the checkpoint is not used: the KV cache keeps the dtype of the rollout. For "
+        "another one set actor_rollout_ref.rollout.engine_kwargs.vllm.kv_cache_dtype."
+    ]
+
+
+def validate_nvfp4_checkpoint(path: str | Path) -> None:
+    """Check that an NVFP4 checkpoint is complete and sound, from its headers, scales, norms and biases.
+
+    Every tensor of the model must be there in the right dtype and shape and no other one, all linears of the decoder
+    layers packed. Scales must be positive and finite; a ninth of the file is read for that, in pieces. Linears that vLLM
+    fuses must share their global scale (vLLM uses the largest one for all of them, so that rollout and training would
+    disagree).
 
     Raises:
         UnsupportedArchitecture: the model is none of :func:`~qerl_verl.nvfp4.architectures.supported_architectures`.
@@ -257,6 +307,12 @@ def validate_nvfp4_checkpoint(path: str | Path) -> None:
             info = tensors.get(name)
             scalar = name.endswith("_global_scale") and info is not None and info.shape == ()
             _check_tensors(path, tensors, {name: () if scalar else shape}, dtypes)
+    outputs = {name for linear, (n, k) in packed.items() for name in _packed_layout(linear, n, k)}
+    _check_names(path, tensors, unpacked.keys() | outputs, hf_config.tie_word_embeddings)
+    _check_scales(tensors, packed)
+    for name in unpacked:
+        if len(tensors[name].shape) == 1:
+            _finite_amax(read_tensor(tensors[name]), name, tensors[name])
 
     for group in architecture.shared_scale_groups:
         for i in range(hf_config.num_hidden_layers):
@@ -305,11 +361,8 @@ def _weight_files(path: Path) -> dict[str, list[str]]:
     if not index.exists():
         if single.exists():
             return {SINGLE_FILE: []}
-        if any(path.glob("*.bin")) or any(path.glob("*.pth")):
-            raise CheckpointError(
-                f"{path} holds PyTorch pickles (.bin, .pth) and no {SINGLE_FILE} or {INDEX_FILE}. Convert it: load it "
-                "with transformers' from_pretrained and write it with save_pretrained."
-            )
+        if any(file.name.endswith(PICKLES) for file in path.iterdir()):
+            raise CheckpointError(f"{path} {PICKLES_ALONE}")
         raise CheckpointError(f"{path} holds no weights: neither {SINGLE_FILE} nor {INDEX_FILE} is there.")
     weight_map = _read_json(index, "Fetch it again.").get("weight_map")
     if not isinstance(weight_map, dict):
@@ -355,8 +408,10 @@ def _plan(tensors: dict[str, TensorInfo], architecture: Architecture) -> list[_U
     units, done = [], set()
     for name, info in tensors.items():
         linear = name.removesuffix(".weight")
+        if is_unused(name):
+            continue
         if linear not in group_of:
-            dtype = "BF16" if info.dtype == "F32" and not name.endswith(_UNTOUCHED) else info.dtype
+            dtype = "BF16" if info.dtype == "F32" else info.dtype
             units.append(_Unit((name,), {name: (dtype, info.shape)}, quantize=False))
         elif linear not in done:
             group = group_of[linear]
@@ -477,6 +532,68 @@ def _finite_amax(tensor: torch.Tensor, name: str, info: TensorInfo) -> torch.Ten
     if not torch.isfinite(amax):
         raise CheckpointError(f"{info.file}: tensor {name} holds NaN or Inf. Fetch or export the checkpoint again.")
     return amax
+
+
+def _check_source(path: Path, architecture: Architecture) -> dict[str, TensorInfo]:
+    """The headers of a 16- or 32-bit checkpoint, which holds the tensors of its model and no others."""
+    tensors, hf_config = read_headers(path), _hf_config(path)
+    shapes = architecture.tensor_shapes(hf_config)
+    _check_tensors(path, tensors, shapes, _WEIGHT_DTYPES)
+    _check_names(path, tensors, shapes.keys(), hf_config.tie_word_embeddings)
+    return tensors
+
+
+def _check_names(path: Path, tensors: dict[str, TensorInfo], expected: Set[str], tied: bool) -> None:
+    """Refuse tensors that the model does not have: they would be lost, or stop the actor."""
+    unexpected = [name for name in tensors if name not in expected and not is_unused(name)]
+    if tied and "lm_head.weight" in unexpected:
+        _check_tied(tensors["lm_head.weight"], tensors["model.embed_tokens.weight"])
+        unexpected.remove("lm_head.weight")
+    if unexpected:
+        raise CheckpointError(
+            f"{path}: {len(unexpected)} of {len(tensors)} tensors are none of the model that config.json describes: "
+            f"{', '.join(unexpected[:4])}{', ...' if len(unexpected) > 4 else ''}. Give the plain language model: save it "
+            "without what was added for training, as a value head, or correct config.json."
+        )
+
+
+def _check_tied(head: TensorInfo, embeddings: TensorInfo) -> None:
+    """vLLM and the actor use the embeddings as output layer where config.json ties the two; transformers does not when
+    they differ (modeling_utils.py, tie_weights)."""
+    same = head.shape == embeddings.shape and head.dtype == embeddings.dtype
+    if not same or not all(map(torch.equal, read_pieces(head), read_pieces(embeddings))):
+        raise CheckpointError(
+            f"{head.file}: lm_head.weight differs from model.embed_tokens.weight, but config.json says "
+            "tie_word_embeddings: true. Set it to false, or remove lm_head.weight."
+        )
+
+
+def _check_scales(tensors: dict[str, TensorInfo], linears: Iterable[str]) -> None:
+    """Refuse scales by which a weight decodes to NaN or Inf, or that a kernel reads in another way."""
+    scales = {f"{linear}.weight_scale": tensors[f"{linear}.weight_scale"] for linear in linears}
+    size = sum(info.nbytes for info in scales.values())
+    show = size > _ANNOUNCED_SCALES
+    with tqdm(total=size, desc="Checking NVFP4 scales", unit="B", unit_scale=True, disable=not show) as bar:
+        for name, info in scales.items():
+            global_name = name.replace(".weight_scale", ".weight_global_scale")
+            value = read_tensor(tensors[global_name]).item()
+            if not _SMALLEST <= value <= _LARGEST:  # false for NaN
+                raise CheckpointError(
+                    f"{tensors[global_name].file}: tensor {global_name} is {value:g}; it divides the weight, so it has to be "
+                    "a positive, finite number. Fetch or export the checkpoint again."
+                )
+            for piece in read_pieces(info):
+                codes = piece.view(torch.uint8)
+                if (
+                    codes.max() >= _NAN_SCALE
+                    and (bad := codes[(codes >= _NAN_SCALE) & (codes != _NEGATIVE_ZERO)]).numel()
+                ):
+                    nan = int(((bad & 0x7F) == _NAN_SCALE).sum())
+                    raise CheckpointError(
+                        f"{info.file}: tensor {name} holds {nan} NaN and {bad.numel() - nan} negative scales in one "
+                        f"piece of {codes.numel()}. Fetch or export the checkpoint again."
+                    )
+            bar.update(info.nbytes)
 
 
 def _check_tensors(

@@ -12,11 +12,9 @@ from torch import nn
 
 from qerl_verl.kernels.backends import choose_backend
 from qerl_verl.nvfp4.linear import NVFP4Linear
+from qerl_verl.nvfp4.unused_tensors import is_unused
 
 _PACKED_SUFFIX = ".weight_packed"
-_IGNORED_SUFFIXES = (".input_global_scale", ".weight_shape")
-"""Tensors of llm-compressor's checkpoints that a weight-only layer has no use for."""
-
 _MAPPED_TOGETHER = 32
 
 
@@ -105,7 +103,7 @@ def load_tensors(model: nn.Module, path: str | Path, dtype: torch.dtype, new_mod
     persistent = {n for n in model.state_dict(keep_vars=True) if not n.endswith(".weight_joined")} | set(joined)
     loaded, unexpected = set(), []
     for name, tensor in iterate_tensors(path):
-        if name.endswith(_IGNORED_SUFFIXES):
+        if is_unused(name):
             continue
         if name not in persistent:
             unexpected.append(name)

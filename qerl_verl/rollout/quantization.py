@@ -18,6 +18,7 @@ from vllm.platforms import current_platform
 
 from qerl_verl.kernels.backends import choose_backend, unavailable
 from qerl_verl.kernels.nvfp4_dequantize import BLOCK_SIZE
+from qerl_verl.nvfp4.unused_tensors import KV_CACHE_SCALE
 from qerl_verl.rollout.lora import ADDITIONAL_CONFIG, lora_settings
 from qerl_verl.rollout.scheme import AdapterOnVLLMScheme, QeRLNVFP4Scheme
 
@@ -46,10 +47,15 @@ def resolve_kernel(wanted: str) -> str:
 
 
 class QeRLCompressedTensorsConfig(CompressedTensorsConfig):
-    """vLLM's configuration of ``compressed-tensors``, with the choice of the NVFP4 scheme replaced."""
+    """vLLM's configuration of ``compressed-tensors``, with the choice of the NVFP4 scheme replaced.
+
+    A ``kv_cache_scheme`` is left out: vLLM would serve an FP8 cache by it, beside an actor that has none. So the cache
+    has the dtype that vLLM's ``kv_cache_dtype`` says, and the checkpoint's scales for it are not loaded.
+    """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        self.kv_cache_scheme = None
         if self.quant_format == "nvfp4-pack-quantized":
             self.quant_format = QUANT_FORMAT
 
@@ -72,6 +78,14 @@ class QeRLCompressedTensorsConfig(CompressedTensorsConfig):
         name = type(getattr(scheme, "kernel", None) or scheme).__name__
         _say(f"kernel: rollout NVFP4 linear = vLLM's {name} on {current_platform.device_name}; {adapter}")
         return scheme if lora is None else AdapterOnVLLMScheme(scheme, lora)
+
+    @staticmethod
+    def get_cache_scale_mapper():
+        """In place of the names under which vLLM would load scales of a KV cache: they are dropped. Those of an
+        ``attn_head`` scheme, one for each head, would not fit into a layer without the scheme."""
+        from vllm.model_executor.models.utils import WeightsMapper
+
+        return WeightsMapper(orig_to_new_regex={KV_CACHE_SCALE: None})
 
     @staticmethod
     def _is_nvfp4(weight_quant) -> bool:

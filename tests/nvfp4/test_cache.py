@@ -369,3 +369,33 @@ def test_an_unusable_hub_model_is_not_downloaded(make_checkpoint, tmp_path, monk
     with pytest.raises(UnsupportedArchitecture):
         resolve_checkpoint("made/up", tmp_path / "cache")
     assert asked == [{"allow_patterns": ["config.json"]}]
+
+
+@pytest.mark.parametrize(
+    "files, refused",
+    [
+        (["config.json", "pytorch_model.bin"], True),
+        (["config.json", "pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json"], True),
+        (["config.json", "consolidated.00.pth"], True),
+        (["config.json", "pytorch_model.bin", "model.safetensors"], False),
+        (None, False),  # the hub cannot be asked
+    ],
+)
+def test_a_hub_model_of_pickles_alone_is_refused_before_it_is_downloaded(
+    make_checkpoint, tmp_path, monkeypatch, files, refused
+):
+    src, asked = make_checkpoint(), []
+
+    def list_repo_files(model):
+        if files is None:
+            raise OSError("no network")
+        return files
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: asked.append(k) or str(src))
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", list_repo_files)
+    if refused:
+        with pytest.raises(CheckpointError, match="made/up on the Hugging Face hub holds PyTorch pickles .*save_pretr"):
+            resolve_checkpoint("made/up", tmp_path / "cache", progress=False)
+    else:
+        resolve_checkpoint("made/up", tmp_path / "cache", progress=False)
+    assert len(asked) == (1 if refused else 2)

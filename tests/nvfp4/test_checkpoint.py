@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -27,9 +28,11 @@ from qerl_verl.kernels.nvfp4_dequantize import dequantize_nvfp4
 from qerl_verl.kernels.nvfp4_quantize import nvfp4_global_scale, quantize_nvfp4
 from qerl_verl.nvfp4 import checkpoint as checkpoint_module
 from qerl_verl.nvfp4.architectures import UnsupportedArchitecture, get_architecture, supported_architectures
+from qerl_verl.nvfp4.cache import resolve_checkpoint
 from qerl_verl.nvfp4.checkpoint import (
     FORMAT,
     QUANTIZATION_CONFIG,
+    check_checkpoint,
     quantize_checkpoint,
     read_quantization,
     validate_nvfp4_checkpoint,
@@ -233,12 +236,17 @@ def test_all_zero_weights(make_checkpoint, tmp_path):
     assert output[f"{Q0[:-6]}o_proj.weight_global_scale"].item() == 1.0
 
 
-def test_rotary_buffers_of_old_checkpoints_stay_float32(make_checkpoint, tmp_path):
+INV_FREQ = "model.layers.0.self_attn.rotary_emb.inv_freq"
+KV_SCALE = "model.layers.0.self_attn.k_scale"
+
+
+@pytest.mark.parametrize("name", [INV_FREQ, "model.rotary_emb.inv_freq", KV_SCALE])
+def test_what_no_engine_computes_with_is_left_out(make_checkpoint, tmp_path, name):
     src = make_checkpoint()
-    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     edit_weights(src, lambda t: t.__setitem__(name, torch.rand(8)))
     quantize_checkpoint(src, tmp_path / "dst", progress=False)
-    assert torch.equal(load(tmp_path / "dst")[name], load(src)[name])
+    assert name not in load(tmp_path / "dst")
+    validate_nvfp4_checkpoint(tmp_path / "dst")
 
 
 def test_torch_threads_are_given_back(make_checkpoint, tmp_path):
@@ -316,6 +324,41 @@ def test_missing_tensor(make_checkpoint, tmp_path):
     src = make_checkpoint()
     edit_weights(src, lambda t: t.pop("model.layers.1.mlp.up_proj.weight"))
     refused(src, tmp_path, "model.layers.1.mlp.up_proj.weight", "missing")
+
+
+EXTRA = [
+    (
+        "v_head.summary.weight",
+        "1 of 28 tensors are none of the model that config.json describes: v_head.summary.weight",
+    ),
+    ("score.weight", "score.weight"),
+    ("model.layers.2.self_attn.q_proj.weight", "model.layers.2.self_attn.q_proj.weight"),  # config.json has two layers
+    ("model.layers.0.self_attn.q_norm.weight", "q_norm.weight"),
+    ("model.layers.0.self_attn.o_proj.bias", "o_proj.bias"),
+    ("base_model.model.model.norm.weight", "base_model.model.model.norm.weight"),
+]
+"""Tensors that the model does not have, and what the message says."""
+
+
+@pytest.mark.parametrize("name, named", EXTRA)
+def test_a_tensor_that_the_model_does_not_have(make_checkpoint, tmp_path, name, named):
+    src, dst = quantized(make_checkpoint, tmp_path)
+    for folder in (src, dst):
+        edit_weights(folder, lambda t: t.__setitem__(name, torch.zeros(1, 64).bfloat16()))
+    refused(src, tmp_path / "second", named, str(src))
+    with pytest.raises(CheckpointError, match=re.escape(name)):
+        validate_nvfp4_checkpoint(dst)
+
+
+def test_an_output_layer_that_is_not_the_embeddings_it_should_be_tied_to(make_checkpoint, tmp_path):
+    src = make_checkpoint(tie_word_embeddings=True)
+    copy = lambda t: t.__setitem__("lm_head.weight", t["model.embed_tokens.weight"].clone())  # noqa: E731
+    edit_weights(src, copy)
+    quantize_checkpoint(src, tmp_path / "same", progress=False)
+    for folder in (src, tmp_path / "same"):
+        edit_weights(folder, lambda t: t["lm_head.weight"][3, 5].add_(1))
+        with pytest.raises(CheckpointError, match="lm_head.weight differs from .* tie_word_embeddings: true"):
+            check_checkpoint(folder)
 
 
 def test_wrong_shape(make_checkpoint, tmp_path):
@@ -539,6 +582,63 @@ def test_validate_names_what_is_wrong(make_checkpoint, tmp_path, change, named):
     with pytest.raises(CheckpointError) as error:
         validate_nvfp4_checkpoint(dst)
     assert named in str(error.value)
+
+
+def fill(name, value):
+    return lambda t: t[name].fill_(value)
+
+
+def fill_byte(name, code):
+    def change(tensors):
+        tensors[name].view(torch.uint8)[3, 1] = code
+
+    return change
+
+
+SCALE, GLOBAL = f"{Q0[:-6]}o_proj.weight_scale", f"{Q0[:-6]}o_proj.weight_global_scale"
+UNSOUND = [
+    (fill(GLOBAL, math.inf), f"tensor {GLOBAL} is inf; it divides the weight"),
+    (fill(GLOBAL, -2.0), f"tensor {GLOBAL} is -2; it divides the weight"),
+    (fill(GLOBAL, math.nan), f"tensor {GLOBAL} is nan; it divides the weight"),
+    (fill(GLOBAL, 0.0), f"tensor {GLOBAL} is 0; it divides the weight"),
+    (fill(GLOBAL, 1e-40), f"tensor {GLOBAL} is 9.99995e-41; it divides the weight"),  # its reciprocal is Inf
+    (fill_byte(SCALE, 0x7F), f"tensor {SCALE} holds 1 NaN and 0 negative scales"),
+    (fill_byte(SCALE, 0xFF), f"tensor {SCALE} holds 1 NaN and 0 negative scales"),
+    (fill_byte(SCALE, 0x81), f"tensor {SCALE} holds 0 NaN and 1 negative scales"),
+    (fill("model.norm.weight", math.nan), "tensor model.norm.weight holds NaN or Inf"),
+    (fill(f"{Q0}.bias", -math.inf), f"tensor {Q0}.bias holds NaN or Inf"),
+]
+"""Changes of an NVFP4 checkpoint, and what the message says."""
+
+
+@pytest.mark.parametrize("change, named", UNSOUND)
+def test_values_that_are_no_weights_are_refused_by_name(make_checkpoint, tmp_path, change, named):
+    _, dst = quantized(make_checkpoint, tmp_path)
+    edit_weights(dst, change)
+    with pytest.raises(CheckpointError, match=re.escape(named)):
+        resolve_checkpoint(dst, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("code", [0x00, 0x01, 0x7E, 0x80])
+def test_every_scale_that_is_a_number_and_not_negative_is_taken(make_checkpoint, tmp_path, code):
+    _, dst = quantized(make_checkpoint, tmp_path)
+    edit_weights(dst, fill_byte(SCALE, code))
+    validate_nvfp4_checkpoint(dst)
+
+
+KV_SCHEME = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
+
+
+@pytest.mark.parametrize("scales", [(), ("k_scale", "v_scale"), ("k_proj.output_scale", "v_proj.output_scale")])
+def test_a_scheme_for_the_kv_cache_is_left_out_and_that_is_noted(make_checkpoint, tmp_path, scales):
+    _, dst = quantized(make_checkpoint, tmp_path)
+    edit_config(dst, quantization_config=QUANTIZATION_CONFIG | {"kv_cache_scheme": KV_SCHEME})
+    names = [f"model.layers.{i}.self_attn.{scale}" for i in range(2) for scale in scales]
+    edit_weights(dst, lambda t: t.update({name: torch.ones(2) for name in names}))
+    (note,) = resolve_checkpoint(dst, tmp_path / "cache").notes
+    assert note.startswith("kv_cache_scheme (8-bit float) of the checkpoint is not used")
+    edit_config(dst, quantization_config=QUANTIZATION_CONFIG)
+    assert resolve_checkpoint(dst, tmp_path / "cache").notes == ()
 
 
 def test_validate_refuses_16_bit(make_checkpoint):

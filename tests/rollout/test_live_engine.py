@@ -1,6 +1,7 @@
 """A real vLLM engine on the NVFP4 base: adapters come and go, noise goes on and off, the base stays."""
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -177,8 +178,23 @@ def test_adapters_a_b_a_give_a_again_and_the_base_never_changes(engine, adapters
         np.testing.assert_allclose(found, log_probabilities(model, prompt, tokens)[0], atol=0.15)
 
 
-def test_vllms_own_lora_path_says_the_same(engine, adapters, nvfp4_checkpoint, cpu_platform):
-    """qerl.rollout.lora=punica, the reference: without an adapter bit for bit, with one within bfloat16."""
+@pytest.fixture
+def with_kv_cache_scheme(tmp_path, nvfp4_checkpoint):
+    """The checkpoint as llm-compressor writes it with an FP8 KV cache, here one scale for each head."""
+    folder = shutil.copytree(nvfp4_checkpoint, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    scheme = {"num_bits": 8, "type": "float", "strategy": "attn_head", "symmetric": True, "dynamic": False}
+    config["quantization_config"]["kv_cache_scheme"] = scheme
+    (folder / "config.json").write_text(json.dumps(config))
+    file = next(folder.glob("*.safetensors"))
+    names = (f"model.layers.{i}.self_attn.{part}_scale" for i in range(2) for part in "kv")
+    save_file(load_file(file) | {name: torch.full((2,), 0.03) for name in names}, file)
+    return folder
+
+
+def test_vllms_own_lora_path_says_the_same(engine, adapters, with_kv_cache_scheme, cpu_platform):
+    """qerl.rollout.lora=punica, the reference: without an adapter bit for bit, with one within bfloat16. A scheme for
+    the KV cache makes no difference."""
     from verl.workers.rollout.vllm_rollout.utils import VLLM_LORA_INT_ID, VLLM_LORA_NAME, VLLM_LORA_PATH
     from vllm.lora.request import LoRARequest
 
@@ -186,7 +202,7 @@ def test_vllms_own_lora_path_says_the_same(engine, adapters, nvfp4_checkpoint, c
     for adapter in (None, *adapters):
         load(engine, adapter)
         ours.append(generate(engine))
-    with running(nvfp4_checkpoint, **PUNICA) as other:
+    with running(with_kv_cache_scheme, **PUNICA) as other:
         assert generate(other) == ours[0]
         theirs = [generate(other, LoRARequest(os.path.basename(a), int(a[-1]) + VLLM_LORA_INT_ID, a)) for a in adapters]
         for adapter, expected in zip((*adapters, adapters[0]), (*theirs, theirs[0]), strict=True):
