@@ -36,6 +36,8 @@ RESULTS ?= benchmarks/results
 bench:
 	$(PYTHON) benchmarks/bench_gemm.py --marlin --json $(RESULTS)/gemm.json
 	$(PYTHON) benchmarks/bench_gemm.py --lora --json $(RESULTS)/lora_gemm.json
+	$(PYTHON) benchmarks/bench_gemm.py --tune --shapes others --json $(RESULTS)/gemm_other_shapes.json
+	$(PYTHON) benchmarks/bench_gemm.py --tune --lora --shapes others --json $(RESULTS)/lora_gemm_other_shapes.json
 	$(PYTHON) benchmarks/bench_training.py --json $(RESULTS)/training_7b.json
 	$(PYTHON) benchmarks/bench_training.py --batch 16 --length 768 --variants bf16_peft nvfp4_selective nvfp4_selective_compiled \
 		--json $(RESULTS)/training_7b_12288.json

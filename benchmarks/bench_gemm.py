@@ -1,6 +1,7 @@
 """Time the Hopper NVFP4 GEMM against cuBLAS bf16 on the projections of Qwen2.5-7B and 32B.
 
     python benchmarks/bench_gemm.py --json benchmarks/results/gemm_h200.json   # the shipped choice of kernels
+    python benchmarks/bench_gemm.py --tune --shapes others --json others.json  # shapes that the table does not know
     python benchmarks/bench_gemm.py --sweep --json sweep.json                  # every configuration (to tune tuning.py)
 
     python benchmarks/bench_gemm.py --lora --json benchmarks/results/lora_gemm_h200.json    # with an adapter of rank 32
@@ -24,6 +25,7 @@ import math
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -35,13 +37,24 @@ from qerl_verl.kernels.nvfp4_dequantize import block_values_nvfp4
 SHAPES = {
     "7B qkv": (4608, 3584), "7B o": (3584, 3584), "7B gate_up": (37888, 3584), "7B down": (3584, 18944),
     "32B qkv": (7168, 5120), "32B o": (5120, 5120), "32B gate_up": (55296, 5120), "32B down": (5120, 27648),
+    # Not in the table of tuning.py
+    "1.5B qkv": (2048, 1536), "1.5B gate_up": (17920, 1536), "1.5B down": (1536, 8960),
+    "3B qkv": (2560, 2048), "3B gate_up": (22016, 2048), "3B down": (2048, 11008),
+    "8B qkv": (6144, 4096), "8B o": (4096, 4096), "8B gate_up": (28672, 4096), "8B down": (4096, 14336),
+    "14B gate_up": (27648, 5120), "14B down": (5120, 13824),
+    "72B qkv": (10240, 8192), "72B o": (8192, 8192), "72B down": (8192, 29568),
 }  # fmt: skip
+TABLE = ("7B qkv", "7B o", "7B gate_up", "7B down", "32B qkv", "32B o", "32B gate_up", "32B down")
+OTHERS = tuple(name for name in SHAPES if name not in TABLE)
 ENDS = {
     "7B qkv": (3584, 4096, 4608),
     "7B gate_up": (18944, 37888),
     "32B qkv": (5120, 6144, 7168),
     "32B gate_up": (27648, 55296),
-}
+    "1.5B qkv": (1536, 1792, 2048), "1.5B gate_up": (8960, 17920), "3B qkv": (2048, 2304, 2560), "3B gate_up": (11008, 22016),
+    "8B qkv": (4096, 5120, 6144), "8B gate_up": (14336, 28672), "14B gate_up": (13824, 27648),
+    "72B qkv": (8192, 9216, 10240),
+}  # fmt: skip
 RANK = 32
 TOKENS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 ROTATE_BYTES = 256 << 20
@@ -145,34 +158,6 @@ def marlin_call(packed, scale, n: int, k: int):
 SHRINKS = [tuning.Shrink(shape, cluster) for shape in (0, 1) for cluster in (8, 4, 2)]
 
 
-def candidates(m: int, n: int, k: int, sms: int, lora: bool = False):
-    """Plans worth a try for a shape; with an adapter also some that leave multiprocessors to x A^T."""
-    for config, c in enumerate(tuning.CONFIGS):
-        if k % (64 * c.k_units):
-            continue
-        if m <= 256 and not (c.tokens >= m and c.tokens <= max(8, 2 * m)) and not (m > 64 and c.tokens * 2 >= m):
-            continue
-        if m > 256 and c.tokens < 128:
-            continue
-        count = tuning.tiles(config, m, n)
-        slots = sms * c.blocks_per_sm
-        choice = {slots, *(slots - less for less in (8, 16, 24, 32, 48) if lora)}
-        if c.blocks_per_sm == 2:
-            choice.add(sms)
-        if count < slots:
-            choice |= {count * s for s in (slots // count, slots // count - 1) if s > 0}
-        else:
-            choice.add(count)
-            if count < 4 * slots:
-                choice.add(count // 2)
-        for blocks in sorted(choice):
-            if blocks <= count * tuning.steps(config, k):
-                yield tuning.plan(config, blocks, m, n, k)
-        for cluster in range(2, 9):
-            if slots * 0.6 <= count * cluster <= slots and tuning.steps(config, k) >= cluster:
-                yield tuning.plan(config, 0, m, n, k, cluster)
-
-
 def environment() -> dict:
     nvcc = subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout.strip().splitlines()
     return {
@@ -241,6 +226,12 @@ def measure_shape(name: str, args: argparse.Namespace, result: dict) -> None:
         return us, error
 
     adapter = Adapter(name, n, k) if args.lora else None
+    align = tuning.alignment(adapter.ends) if adapter else 0
+    if args.tune:
+        start = time.monotonic()
+        hopper.tune(torch.device("cuda", torch.cuda.current_device()), n, k, adapter.ends if adapter else None, RANK)
+        result["tuning_seconds"][name] = time.monotonic() - start
+        print(f"{name:12} launches measured in {result['tuning_seconds'][name]:.1f} s", flush=True)
     marlins = [marlin_call(packed, scale, n, k) for _ in range(copies if args.marlin else 0)]
 
     def measure_cublas(x, floor):
@@ -254,13 +245,14 @@ def measure_shape(name: str, args: argparse.Namespace, result: dict) -> None:
         between = time_calls(lambda i, x=x: x.mul_(1.0), copies, 2.0) if args.between else 0.0
         floor = max(n * k * 2 / 4.0e6, 2 * m * n * k / 7e8)
         cublas = measure_cublas(x, floor)
-        plans = [tuning.choose(m, n, k, sms, tuning.ANY_ALIGNMENT if args.lora else 0)]
+        plans = [tuning.choose(m, n, k, sms, align)]
         marlin = None
         if marlins:
             marlin = time_calls(lambda i, x=x: marlins[i](x), copies, floor / 2)
         if args.sweep:
-            plans = [*candidates(m, n, k, sms, args.lora), *([tuning.DEQUANTIZE] if m >= 256 and not args.lora else [])]
-        tries = [(plan, None) for plan in plans]
+            plans = [*tuning.candidates(m, n, k, sms, align), *([tuning.DEQUANTIZE] if m > 128 else [])]
+        how = tuning.choose_shrink(m, n, k, adapter.a.shape[0], sms, align) if adapter else None
+        tries = [(plan, None if args.sweep else how) for plan in plans]
         if args.sweep and args.lora:
             quick = sorted(plans, key=lambda plan: measure_plan(x, plan, floor / 2, None)[0])[:3]
             tries += [(plan, how) for plan in quick for how in SHRINKS]
@@ -298,8 +290,11 @@ def measure_shape(name: str, args: argparse.Namespace, result: dict) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sweep", action="store_true", help="time every configuration, not only the chosen one")
+    parser.add_argument(
+        "--tune", action="store_true", help="measure the launches of each shape first, as a model does when it is built"
+    )
     parser.add_argument("--tokens", type=int, nargs="*", default=TOKENS)
-    parser.add_argument("--shapes", nargs="*", default=list(SHAPES))
+    parser.add_argument("--shapes", nargs="*", default=list(TABLE), help="names, or `others`: those without a table")
     parser.add_argument(
         "--pdl", type=int, default=1, help="0: without programmatic dependent launch, which is the default"
     )
@@ -309,6 +304,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--max-error", type=float, default=2.6e-3)
     args = parser.parse_args()
+    if args.shapes == ["others"]:
+        args.shapes = list(OTHERS)
 
     torch.manual_seed(0)
     hopper.initialize()
@@ -318,6 +315,7 @@ def main() -> None:
         "gemm": [],
         "dequantize": [],
         "sweep": [],
+        "tuning_seconds": {},
     }
     print(f"copy {result['copy_TB_per_s']:.2f} TB/s", flush=True)
     for name in args.shapes:

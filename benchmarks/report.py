@@ -79,6 +79,45 @@ def gemm_section(folder: Path) -> str:
     return f"{table(head, rows)}\n\nLargest relative error against float64: {max(errors):.2e}. Files: {files}."
 
 
+def other_shapes_section(folder: Path) -> str:
+    """Shapes that the built-in table does not know, with launches measured where the benchmark ran."""
+    names = {
+        "gemm_other_shapes": "base alone, against cuBLAS",
+        "lora_gemm_other_shapes": "with an adapter of rank 32, against cuBLAS for base and adapter",
+    }
+    found = {name: data for name in names if (data := load(folder, name))}
+    if not found:
+        return ""
+    tokens = sorted({int(m) for data in found.values() for m in data["geomean_by_tokens"]})
+    rows, seconds = [], []
+    for name, data in found.items():
+        ratios = data["geomean_by_tokens"]
+        rows.append([names[name], *(f"{ratios[str(m)]['ratio']:.2f}" for m in tokens)])
+        large = [r for r in data["gemm"] if r["n"] * r["k"] >= 16e6]
+        worst = {m: min(r["ratio"] for r in large if r["m"] == m) for m in tokens}
+        rows.append([f"{names[name]}: worst weight of 16 million and more", *(f"{worst[m]:.2f}" for m in tokens)])
+        untuned = load(folder, f"{name}_untuned")
+        if untuned:
+            shapes = sorted({r["shape"] for r in untuned["gemm"]})
+            for what, source in (("built-in table", untuned), ("measured launches", data)):
+                means = (
+                    statistics.geometric_mean(
+                        r["ratio"] for r in source["gemm"] if r["m"] == m and r["shape"] in shapes
+                    )
+                    for m in tokens
+                )
+                rows.append([f"{names[name]}: {', '.join(shapes)}, {what}", *(f"{mean:.2f}" for mean in means)])
+        seconds += data["tuning_seconds"].values()
+    head = ["time of cuBLAS bf16 / time of NVFP4, by tokens", *map(str, tokens)]
+    shapes = ", ".join(dict.fromkeys(r["shape"] for data in found.values() for r in data["gemm"]))
+    gpus = " and ".join(dict.fromkeys(data["environment"]["gpu"] for data in found.values()))
+    files = ", ".join(f"`{data['file']}`" for data in found.values())
+    return (
+        f"{table(head, rows)}\n\nShapes: {shapes}. GPU: {gpus}. Measuring the launches takes {min(seconds):.1f} to "
+        f"{max(seconds):.1f} s for a shape, once for each GPU model. Files: {files}."
+    )
+
+
 def between_section(folder: Path) -> str:
     data = load(folder, "lora_gemm_between")
     if not data:
@@ -273,7 +312,8 @@ def main() -> None:
     text = "\n\n".join([
         "### Matrix products (`kernels/hopper/`)", gemm_section(folder),
         "In a model another kernel runs before each product. Microseconds of a product with an adapter, and without:",
-        between_section(folder), "### Rollout", rollout_section(folder), "### A LoRA training step", training_section(folder),
+        between_section(folder), "### Shapes without an entry in the built-in table", other_shapes_section(folder),
+        "### Rollout", rollout_section(folder), "### A LoRA training step", training_section(folder),
         "### One GRPO step of main_ppo", step_section(folder), *filter(None, [two_gpus_section(folder)]),
         *(["![ratios](performance.png)"] if drawn else []),
     ])  # fmt: skip

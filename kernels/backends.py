@@ -61,9 +61,23 @@ class Backend:
         """``y += alpha x (e2m1 * scale)^T`` in place, ``[M, N]`` and ``[M, K]``, with a temporary weight in ``x.dtype``."""
         return y.addmm_(x, self.block_values(packed, scale, x.dtype).t(), alpha=alpha)
 
-    def dequantizes(self, tokens: int) -> bool:
-        """Whether :meth:`linear` makes a 16-bit weight for that many tokens and leaves the product to PyTorch."""
+    def dequantizes(self, tokens: int, n: int, k: int) -> bool:
+        """Whether :meth:`linear` makes a 16-bit ``[n, k]`` weight for that many tokens and calls PyTorch's GEMM."""
         return True
+
+    def tune(
+        self, device: torch.device, n: int, k: int, ends: Sequence[int] | None = None, rank: int = 32
+    ) -> str | None:
+        """Choose launch configurations for an ``[n, k]`` weight on ``device``, by measuring them or from the cache.
+
+        Args:
+            ends: for :meth:`lora_linear`, the row at which each fused projection ends; None for :meth:`linear`.
+            rank: of the adapter.
+
+        Returns:
+            A sentence for the log where something was measured or could not be, else None.
+        """
+        return None
 
     def lora_linear(
         self, x, packed, scale, alpha: float, bias, lora_a, lora_b, ends: Sequence[int], scaling: float
@@ -100,8 +114,15 @@ class HopperBackend(Backend):
     def linear(self, x, packed, scale, alpha, bias=None):
         return hopper.gemm(x, packed, scale, alpha, bias)
 
-    def dequantizes(self, tokens):
-        return tokens > hopper.tuning.DEQUANTIZE_FROM
+    def dequantizes(self, tokens, n, k):
+        return hopper.dequantizes(tokens, n, k)
+
+    def tune(self, device, n, k, ends=None, rank=32):
+        if device.type != "cuda":
+            return None
+        if ends is not None and hopper.check_lora(n, k, rank, ends):
+            ends = None  # lora_linear then adds the LoRA delta to the output of the plain GEMM
+        return hopper.tune(device, n, k, ends, rank)
 
     def lora_linear(self, x, packed, scale, alpha, bias, lora_a, lora_b, ends, scaling):
         n, k = packed.shape[0], packed.shape[1] * 2
@@ -130,7 +151,7 @@ class PortableBackend(Backend):
     def linear(self, x, packed, scale, alpha, bias=None):
         return portable.gemm(x, packed, scale, alpha, bias)
 
-    def dequantizes(self, tokens):
+    def dequantizes(self, tokens, n, k):
         return tokens > portable.tuning.DEQUANTIZE_ABOVE
 
     def lora_linear(self, x, packed, scale, alpha, bias, lora_a, lora_b, ends, scaling):

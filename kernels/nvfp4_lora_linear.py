@@ -102,8 +102,8 @@ def nvfp4_lora_linear(
         u = scaled(rows @ a.t(), scaling)
 
     def compute() -> torch.Tensor:
-        n = packed.shape[0]
-        if not backend.dequantizes(len(rows)):
+        n, k = packed.shape[0], rows.shape[1]
+        if not backend.dequantizes(len(rows), n, k):
             return backend.linear(rows, packed, scale, alpha, bias).addmm_(u, b.t()).view(*x.shape[:-1], n)
         # the adapter's term first: the large product then adds to it while it computes, and no pass over y is left
         y = u @ b.t() if bias is None else torch.addmm(bias, u, b.t())

@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import library
 
-from . import tuning
+from .. import autotune
+from ..nvfp4_lora_linear import add_lora_reference
+from . import measure, tuning
 from .build import find_nvcc, library_path, load_library
 from .layout import LORA_UNIT, UNIT, check_shape, prepack, prepack_lora_b, unpack, unpack_lora_b
 
@@ -90,6 +91,37 @@ def initialize() -> None:
     _prepare(torch.cuda.current_device())
 
 
+def dequantizes(tokens: int, n: int, k: int) -> bool:
+    """Whether :func:`gemm` makes a bfloat16 weight for that many tokens and calls cuBLAS on it."""
+    return tuning.choose(tokens, n, k, _multiprocessors()) == tuning.DEQUANTIZE
+
+
+@functools.cache
+def _multiprocessors() -> int:
+    """Of the current device; those of an H100 or H200 where there is none."""
+    if not torch.cuda.is_available():
+        return tuning.MEASURED_MULTIPROCESSORS
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
+
+
+def tune(device: torch.device, n: int, k: int, ends: Sequence[int] | None = None, rank: int = 32) -> str | None:
+    """Measure the launch configurations of an ``[n, k]`` weight, unless the cache has them, and use the fastest.
+
+    Args:
+        device: a Hopper GPU.
+        ends: for :func:`lora_gemm`, the row at which each fused projection ends; None for :func:`gemm`.
+        rank: of the adapter, a multiple of 16.
+
+    Returns:
+        A sentence that says what was measured, or why the built-in table stays in use; None if neither.
+    """
+    if not autotune.enabled():
+        return None
+    with torch.cuda.device(device):
+        _prepare(torch.cuda.current_device())
+        return measure.tune(n, k, ends, rank)
+
+
 def shrink(
     x, lora_a, n: int, factor: float, pdl: int = 1, flag: int | None = None, how: tuning.Shrink | None = None
 ) -> torch.Tensor:
@@ -129,8 +161,13 @@ def run_plan(
     if plan.config < 0:
         weight = dequantize(packed_p, scale_p)
         if bias is None:
-            return torch.addmm(x.new_empty(n), x, weight.t(), beta=0, alpha=alpha)
-        return torch.addmm(bias, x, weight.t(), alpha=alpha)
+            y = torch.addmm(x.new_empty(n), x, weight.t(), beta=0, alpha=alpha)
+        else:
+            y = torch.addmm(bias, x, weight.t(), alpha=alpha)
+        if lora is None:
+            return y
+        lora_a, lora_b_p, ends, scaling = lora
+        return add_lora_reference(y, x, lora_a, unpack_lora_b(lora_b_p), ends, scaling)
     y = torch.empty((m, n), dtype=x.dtype, device=x.device) if out is None else out
     library = load_library()
     stream = torch.cuda.current_stream(x.device).cuda_stream
@@ -185,12 +222,12 @@ def _lora_gemm_cuda(x, packed_p, scale_p, alpha, bias, lora_a, lora_b_p, ends, s
             f"LoRA of {tuple(lora_a.shape)} and {tuple(lora_b_p.shape)} does not fit {n} x {k} and ends {ends}"
         )
     bias = None if bias is None else bias.to(x.dtype).contiguous()
-    align = math.gcd(*(end // UNIT for end in ends))
-    plan = tuning.choose(
-        rows.shape[0], n, k, _prepare(x.device.index), align if len(ends) > 1 else tuning.ANY_ALIGNMENT
-    )
+    align = tuning.alignment(ends)
+    sms = _prepare(x.device.index)
+    plan = tuning.choose(rows.shape[0], n, k, sms, align)
+    how = tuning.choose_shrink(rows.shape[0], n, k, lora_a.shape[0], sms, align)
     lora = (lora_a.contiguous(), lora_b_p.contiguous(), tuple(ends), scaling)
-    return run_plan(rows, packed_p, scale_p, alpha, bias, plan, lora=lora).view(*x.shape[:-1], n)
+    return run_plan(rows, packed_p, scale_p, alpha, bias, plan, lora=lora, how=how).view(*x.shape[:-1], n)
 
 
 def _dequantize_cuda(packed_p, scale_p):

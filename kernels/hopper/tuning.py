@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 
@@ -52,6 +53,13 @@ class Plan(NamedTuple):
 
 ANY_ALIGNMENT = 1 << 10  # 64-row units: no border between projections to respect
 DEQUANTIZE = Plan(-1, 0, 0, 0)
+
+
+def alignment(ends: Sequence[int] | None) -> int:
+    """``align`` of :func:`choose` for fused projections that end at these rows; 0 for None, no adapter."""
+    if ends is None:
+        return 0
+    return math.gcd(*(end // 64 for end in ends)) if len(ends) > 1 else ANY_ALIGNMENT
 
 
 def tiles(config: int, m: int, n: int) -> int:
@@ -167,9 +175,83 @@ def adapt(config: int, blocks: int, cluster: int, measured_tiles: int, m: int, n
     return plan(config, slots, m, n, k)
 
 
+class Tuned(NamedTuple):
+    """A choice measured on the machine at hand, for up to ``limit`` tokens, see ``hopper/autotune.py``."""
+
+    limit: int
+    config: int  # -1: dequantize and cuBLAS
+    blocks: int
+    cluster: int
+    shrink: int  # with an adapter, the fields of Shrink
+    shrink_cluster: int
+
+
+_tuned: dict[tuple[int, int, int], tuple[Tuned, ...]] = {}
+
+
+def install(n: int, k: int, align: int, choices: Sequence[Tuned]) -> None:
+    """Use measured choices for an ``[n, k]`` weight from now on.
+
+    Args:
+        align: as for :func:`choose`.
+        choices: by ascending ``limit``; the last one also serves more tokens than its limit.
+    """
+    _tuned[n, k, align] = tuple(choices)
+    choose.cache_clear()
+
+
+def installed(n: int, k: int, align: int) -> bool:
+    """Whether measured choices are in use for an ``[n, k]`` weight."""
+    return (n, k, align) in _tuned
+
+
+def _tuned_choice(m: int, n: int, k: int, align: int) -> Tuned | None:
+    choices = _tuned.get((n, k, align))
+    return next((c for c in choices if m <= c.limit), choices[-1]) if choices else None
+
+
+def _near(tile: int, m: int) -> bool:
+    """Whether tiles of so many tokens may be the best for ``m``: neither mostly empty nor many."""
+    if m > 256:
+        return tile >= 128
+    return m <= tile <= max(8, 2 * m) or (m > 64 and m <= 2 * tile)
+
+
+def candidates(m: int, n: int, k: int, sms: int, align: int = 0) -> Iterator[Plan]:
+    """Plans worth measuring for ``m`` tokens and an ``[n, k]`` weight.
+
+    Args:
+        align: as for :func:`choose`. With an adapter, some plans leave multiprocessors to x A^T.
+    """
+    fitting = [i for i, c in enumerate(CONFIGS) if k % (64 * c.k_units) == 0 and not (align and align % c.row_units)]
+    near = [i for i in fitting if _near(CONFIGS[i].tokens, m)]
+    for config in near or fitting:
+        c = CONFIGS[config]
+        count, slots = tiles(config, m, n), sms * c.blocks_per_sm
+        choice = {slots, *(slots - less for less in (8, 16, 24, 32, 48) if align)}
+        if c.blocks_per_sm == 2:
+            choice.add(sms)
+        if count < slots:
+            choice |= {count * s for s in (slots // count, slots // count - 1) if s > 0}
+        else:
+            choice.add(count)
+            if count < 4 * slots:
+                choice.add(count // 2)
+        most = count * steps(config, k)
+        for blocks in sorted({min(blocks, most) for blocks in choice if blocks > 0}):
+            yield plan(config, blocks, m, n, k)
+        largest = min(8, slots // count, steps(config, k))
+        for cluster in range(2, largest + 1):
+            if cluster == largest or slots * 0.6 <= count * cluster:
+                yield plan(config, 0, m, n, k, cluster)
+
+
 @functools.lru_cache(maxsize=4096)
 def choose(m: int, n: int, k: int, sms: int, align: int = 0) -> Plan:
-    """The plan for ``m`` tokens: measured for the shapes in MEASURED, adapted from the nearest of them for others.
+    """The plan for ``m`` tokens.
+
+    It is the one measured on this machine where :func:`install` was called for the weight, else that of
+    MEASURED, else one adapted from the nearest shape in MEASURED.
 
     Args:
         align: with an adapter, the 64-row units in which every border between fused projections can be counted; a tile
@@ -177,6 +259,13 @@ def choose(m: int, n: int, k: int, sms: int, align: int = 0) -> Plan:
     """
     if m > DEQUANTIZE_FROM and not align:
         return DEQUANTIZE
+    if tuned := _tuned_choice(m, n, k, align):
+        if tuned.config < 0:
+            return DEQUANTIZE
+        measured = tiles(tuned.config, tuned.limit, n)
+        if tiles(tuned.config, m, n) == measured:
+            return plan(tuned.config, tuned.blocks, m, n, k, tuned.cluster)
+        return adapt(tuned.config, tuned.blocks, tuned.cluster, measured, m, n, k, sms)
     chosen = _choose(m, n, k, sms, bool(align))
     if align and align % CONFIGS[chosen.config].row_units:
         config = next(
@@ -218,8 +307,15 @@ class Shrink(NamedTuple):
     cluster: int  # blocks that share the inner dimension of a tile
 
 
-def choose_shrink(m: int, n: int, k: int, rows: int, sms: int) -> Shrink:
-    """For x A^T with ``m`` tokens, ``k`` columns and ``rows`` rows of A, in front of a product with ``n`` rows."""
+def choose_shrink(m: int, n: int, k: int, rows: int, sms: int, align: int = ANY_ALIGNMENT) -> Shrink:
+    """For x A^T with ``m`` tokens, ``k`` columns and ``rows`` rows of A, in front of a product with ``n`` rows.
+
+    Args:
+        align: as for :func:`choose`.
+    """
+    tuned = _tuned_choice(m, n, k, align)
+    if tuned and tuned.config >= 0:
+        return Shrink(tuned.shrink, tuned.shrink_cluster)
     if m <= 256:
         return Shrink(*_measured(m, n, k, True)[2][3:])
     tiles = -(-m // 32) * -(-rows // 32)

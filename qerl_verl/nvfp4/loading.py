@@ -155,6 +155,9 @@ def prepack_linears(
     layers = [m for m in model.modules() if isinstance(m, NVFP4Linear)]
     for layer in layers:
         layer.use_backend(device, wanted, dtype)
+    for shape, backend in {(layer.out_features, layer.in_features): layer.backend for layer in layers}.items():
+        if said := backend.tune(device, *shape):
+            print(f"[qerl] kernel: {said}", flush=True)
     others = sum(layer.backend is not chosen for layer in layers)
     return text + (f"; {others} of {len(layers)} layers, whose shape it does not serve, in PyTorch" if others else "")
 

@@ -87,6 +87,16 @@ class QeRLNVFP4Scheme(CompressedTensorsScheme):
         layer.register_buffer("qerl_row_factor", row_factor, persistent=False)
         if self.lora is not None:
             attach_adapter(layer, self.lora, layer.qerl_backend, layer.qerl_dtype, packed.device)
+        self._tune(layer, packed.device)
+
+    def _tune(self, layer: torch.nn.Module, device: torch.device) -> None:
+        """Choose the launches of this layer's GEMM, before any of them is captured into a CUDA graph."""
+        ends, rank = None, 0
+        if self.lora is not None and layer.qerl_row_factor is None:
+            ends, rank = layer.qerl_lora_ends, layer.qerl_lora_b.shape[1]
+        rows, columns = layer.output_size_per_partition, layer.input_size_per_partition
+        if said := layer.qerl_backend.tune(device, rows, columns, ends, rank):
+            print(f"[qerl] kernel: rollout, {said}", flush=True)
 
     def apply_weights(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         backend, weight, alpha = layer.qerl_backend, (layer.weight_packed, layer.weight_scale), layer.qerl_alpha

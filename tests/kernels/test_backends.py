@@ -114,6 +114,6 @@ def test_the_reference_multiplies_by_the_block_values(weight):
 def test_what_dequantizes_is_what_the_kernels_plans_say(tokens):
     n, k = 3584, 18944
     hopper_plan, portable_plan = hopper.tuning.choose(tokens, n, k, 132), portable.tuning.choose(tokens, n, k)
-    assert get_backend("hopper").dequantizes(tokens) is (hopper_plan == hopper.tuning.DEQUANTIZE)
-    assert get_backend("triton").dequantizes(tokens) is (portable_plan == portable.tuning.DEQUANTIZE)
-    assert get_backend("pytorch").dequantizes(tokens)
+    assert get_backend("hopper").dequantizes(tokens, n, k) is (hopper_plan == hopper.tuning.DEQUANTIZE)
+    assert get_backend("triton").dequantizes(tokens, n, k) is (portable_plan == portable.tuning.DEQUANTIZE)
+    assert get_backend("pytorch").dequantizes(tokens, n, k)
