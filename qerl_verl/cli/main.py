@@ -15,6 +15,7 @@ from pathlib import Path
 import qerl_verl
 from qerl_verl.cli.explain import ExplainError
 from qerl_verl.nvfp4.errors import CheckpointError
+from qerl_verl.platform.signals import ends_on_signals
 
 EXIT_ERROR = 2
 
@@ -147,7 +148,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         add(subparsers, common)
     arguments = _parse(parser, argv)
     try:
-        return arguments.run(arguments)
+        with ends_on_signals():
+            return arguments.run(arguments)
     except (CheckpointError, ExplainError, OSError) as error:
         if arguments.debug:
             raise

@@ -40,6 +40,10 @@ class QeRLCallback(Callback):
     """Runs once per job, on the composed configuration."""
 
     def on_run_start(self, config: DictConfig, **kwargs) -> None:
+        from qerl_verl.platform.signals import end_driver_on_signals
+
+        if not end_driver_on_signals():
+            say("this version of Ray keeps SIGTERM for itself: a run that it ends has exit code 134")
         try:
             prepare(config, override_keys(list(config.hydra.overrides.task)))
         except SettingsError as error:

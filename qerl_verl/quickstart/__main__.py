@@ -15,6 +15,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from qerl_verl.data.prompts import write_parquet
+from qerl_verl.platform.signals import ends_on_signals
 from qerl_verl.quickstart.arithmetic import rows, split
 from qerl_verl.quickstart.report import ENTROPY, REWARD, SIGMA, Run, plot, summarize, table
 
@@ -135,9 +136,10 @@ def main(argv: list[str] | None = None) -> int:
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     clock = _Clock()
-    make_inputs(out, arguments.seed, clock)
     try:
-        code = run_verl(out, arguments.overrides, clock)
+        with ends_on_signals():
+            make_inputs(out, arguments.seed, clock)
+            code = run_verl(out, arguments.overrides, clock)
     except KeyboardInterrupt:
         print(f"\ninterrupted; the log is {out / 'train.log'}", file=sys.stderr)
         return 130

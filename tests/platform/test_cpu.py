@@ -58,11 +58,3 @@ def test_verl_still_names_the_backend_the_way_that_the_platform_works_around():
     source = inspect.getsource(initialize_global_process_group_ray)
     assert "cpu:gloo,{get_device_name()}:{get_nccl_backend()}" in source
     assert source.index("get_nccl_backend()") < source.index("if not torch.distributed.is_initialized()")
-
-
-def test_verl_names_its_segments_so():
-    import inspect
-
-    from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import BucketedWeightSender
-
-    assert 'f"verl_weights_{' in inspect.getsource(BucketedWeightSender._init_buffer)

@@ -177,11 +177,11 @@ def test_the_environment_keeps_the_compilers_cache_where_it_was(host, monkeypatc
 def test_vllm_and_verl_put_their_files_into_the_folder_for_temporary_files():
     """Fails when they choose another place, where the job's end would not find them."""
     from verl.utils import fs
-    from verl.workers.rollout.vllm_rollout import bucketed_weight_transfer
+    from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import BucketedWeightSender
     from vllm import envs
     from vllm.distributed.device_communicators import shm_broadcast
 
     assert "tempfile.gettempdir()" in inspect.getsource(fs.local_mkdir_safe)
     assert "tempfile.gettempdir()" in inspect.getsource(envs)
     assert "shared_memory.SharedMemory(" in inspect.getsource(shm_broadcast)
-    assert 'f"verl_weights_{' in inspect.getsource(bucketed_weight_transfer)
+    assert 'f"verl_weights_{' in inspect.getsource(BucketedWeightSender._init_buffer)

@@ -1,6 +1,7 @@
 """From metrics to the table, and what `python -m qerl_verl.quickstart` does when verl fails."""
 
 import json
+import signal
 
 import pytest
 
@@ -98,18 +99,22 @@ def test_a_failing_run_shows_the_error_and_the_path_of_its_log(tmp_path, monkeyp
     assert "no.such.key" in error and str(tmp_path / "run" / "train.log") in error
 
 
-def test_ctrl_c_ends_the_run_and_everything_it_started(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_run_and_everything_it_started(tmp_path, monkeypatch, capfd, number, code):
     monkeypatch.setattr(quickstart, "make_inputs", lambda out, seed, clock: None)
     started = []
 
     def interrupted(process, out, clock):
         started.append(process)
-        raise KeyboardInterrupt
+        signal.raise_signal(number)
 
     monkeypatch.setattr(quickstart, "_follow", interrupted)
-    assert quickstart.main(["--out", str(tmp_path / "run")]) == 130
-    assert started[0].poll() is not None
-    assert "interrupted" in capsys.readouterr().err
+    try:
+        ended = quickstart.main(["--out", str(tmp_path / "run")])
+    except SystemExit as exit:
+        ended = exit.code
+    assert ended == code and started[0].poll() is not None
+    assert {130: "interrupted", 143: "SIGTERM ends this process"}[code] in capfd.readouterr().err
 
 
 def test_a_folder_of_something_else_is_not_deleted(tmp_path):
