@@ -3,7 +3,7 @@
 import os
 
 SWITCH_ENV = "QERL_SWITCH"
-"""Set in every process of such a job, through Ray's runtime environment; the value is the name of the chosen config."""
+"""Set in every process of such a job, through Ray's runtime environment; the value is the arm's name."""
 
 ENGINE_VENDOR = "qerl"
 """``VERL_ENGINE_VENDOR`` of such a job: what the engines are registered under in verl's EngineRegistry."""
@@ -21,3 +21,8 @@ JOB_FOLDER_ENV = "QERL_JOB_FOLDER"
 def switched_on() -> bool:
     """Whether this process belongs to a job that runs with the switch."""
     return bool(os.environ.get(SWITCH_ENV))
+
+
+def running_arm() -> str | None:
+    """Name of the job's arm, one of ``qerl_verl.config.arms.ARMS``; None without the switch."""
+    return os.environ.get(SWITCH_ENV) or None

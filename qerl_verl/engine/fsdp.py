@@ -31,7 +31,7 @@ from qerl_verl.engine.checkpoint_errors import reading, writing
 from qerl_verl.engine.compile import compile_layers, unavailable
 from qerl_verl.engine.finite import NonFiniteError, first_nonfinite, gather_first, gradient_norms, named_tensors
 from qerl_verl.engine.recompute import Recompute
-from qerl_verl.lora.peft import linear_names, register_nvfp4, save_adapter
+from qerl_verl.lora.peft import draw_adapter, linear_names, register_nvfp4, save_adapter
 from qerl_verl.lora.wire import CONFIG_TENSOR, pack_config
 from qerl_verl.nvfp4.loading import load_tensors, packed_linear_names, prepack_linears, swap_linears
 from qerl_verl.switch import KERNEL_ENV, RECOMPUTE_ENV
@@ -54,27 +54,11 @@ GenericForTokenClassification): ``[1, hidden_size]`` and a bias."""
 
 
 class NVFP4EngineMixin:
-    """What the actor's and the critic's engine share; stands in front of one of verl's FSDP engines.
+    """The NVFP4 base of actor and critic: frozen, sharded as bytes.
 
-    The base is NVFP4, frozen, sharded as bytes; LoRA adapters are float32. The model path must be a folder in the format
-    ``nvfp4-pack-quantized``; the switch sees to that.
-
-    Raises:
-        NonFiniteError: a NaN or Inf in a loss (:meth:`forward_step`), in a gradient norm (:meth:`optimizer_step`) or in an
-            adapter that is about to be sent or saved (:meth:`get_per_tensor_param`, :meth:`save_checkpoint`).
+    Stands in front of :class:`AdapterEngineMixin`. The model path must be a folder in the format ``nvfp4-pack-quantized``;
+    the switch sees to that.
     """
-
-    role: str
-    """As in verl's metrics: actor or critic."""
-
-    task_type: TaskType
-    """PEFT's; decides which class wraps the model, and which modules beside the adapters train."""
-
-    new_modules: tuple[str, ...] = ()
-    """Modules that the checkpoint does not have."""
-
-    _recompute: Recompute | None = None
-    """With ``enable_gradient_checkpointing``."""
 
     def _empty_module(self, config, dtype: torch.dtype) -> nn.Module:
         """The model in ``dtype`` on the meta device. ``new_modules`` are real on rank 0. Each engine defines its own."""
@@ -137,12 +121,6 @@ class NVFP4EngineMixin:
         dropout = any(value for name, value in config.to_dict().items() if "dropout" in name)
         return dropout or self.model_config.lora_adapter_path is not None
 
-    def _dtypes(self) -> tuple[torch.dtype, torch.dtype]:
-        """Of computation and of gradient reduction, read as verl reads them (_build_fsdp_module)."""
-        settings = self.engine_config.mixed_precision or {}
-        names = settings.get("param_dtype", "bf16"), settings.get("reduce_dtype", "fp32")
-        return tuple(PrecisionType.to_dtype(name) for name in names)
-
     def _build_fsdp_module(self, module: nn.Module) -> nn.Module:
         """FSDP2 around a base whose packed bytes are parameters of dtype :data:`CARRIER`; in place of verl's own method.
 
@@ -179,8 +157,38 @@ class NVFP4EngineMixin:
 
         return get_device_name()
 
+
+class AdapterEngineMixin:
+    """What trains, whatever the base is: LoRA adapters in float32 whose initial values come from the engine's seed.
+
+    Stands in front of one of verl's FSDP engines, behind the class that builds the base. Every arm has it, so runs of two
+    arms with the same seed start from the same adapter.
+
+    Raises:
+        NonFiniteError: a NaN or Inf in a loss (:meth:`forward_step`), in a gradient norm (:meth:`optimizer_step`) or in an
+            adapter that is about to be sent or saved (:meth:`get_per_tensor_param`, :meth:`save_checkpoint`).
+    """
+
+    role: str
+    """As in verl's metrics: actor or critic."""
+
+    task_type: TaskType
+    """PEFT's; decides which class wraps the model, and which modules beside the adapters train."""
+
+    new_modules: tuple[str, ...] = ()
+    """Modules that the checkpoint does not have."""
+
+    _recompute: Recompute | None = None
+    """With ``enable_gradient_checkpointing`` on an NVFP4 base."""
+
+    def _dtypes(self) -> tuple[torch.dtype, torch.dtype]:
+        """Of computation and of gradient reduction, read as verl reads them (_build_fsdp_module)."""
+        settings = self.engine_config.mixed_precision or {}
+        names = settings.get("param_dtype", "bf16"), settings.get("reduce_dtype", "fp32")
+        return tuple(PrecisionType.to_dtype(name) for name in names)
+
     def _build_lora_module(self, module: nn.Module) -> nn.Module:
-        """PEFT's LoRA with float32 master weights; FSDP2 casts them to bfloat16 for the forward pass."""
+        """PEFT's LoRA with float32 master weights, which are cast to 16 bits for the forward pass."""
         module.enable_input_require_grads()
         adapter = self.model_config.lora_adapter_path
         if adapter is not None:
@@ -205,10 +213,10 @@ class NVFP4EngineMixin:
                 bias="none",
             )
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(
-                    self.engine_config.seed
-                )  # verl seeds nothing: two runs would begin with other adapters
                 module = get_peft_model(module, register_nvfp4(config))
+            draw_adapter(
+                module, self.engine_config.seed
+            )  # verl seeds nothing: two runs would begin with other adapters
         for parameter in module.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
@@ -346,7 +354,7 @@ class NVFP4EngineMixin:
             super().load_checkpoint(local_path, hdfs_path, del_local_after_load, **kwargs)
 
 
-class NVFP4EngineWithLMHead(NVFP4EngineMixin, FSDPEngineWithLMHead):
+class NVFP4EngineWithLMHead(NVFP4EngineMixin, AdapterEngineMixin, FSDPEngineWithLMHead):
     """Actor, and with the adapter off the reference policy (verl/workers/engine/fsdp/transformer_impl.py)."""
 
     role = "actor"
@@ -360,7 +368,7 @@ class NVFP4EngineWithLMHead(NVFP4EngineMixin, FSDPEngineWithLMHead):
             )
 
 
-class NVFP4EngineWithValueHead(NVFP4EngineMixin, FSDPEngineWithValueHead):
+class NVFP4EngineWithValueHead(NVFP4EngineMixin, AdapterEngineMixin, FSDPEngineWithValueHead):
     """Critic (verl/workers/engine/fsdp/transformer_impl.py, FSDPEngineWithValueHead).
 
     transformers' token classification model with one label, as verl builds it (verl/utils/model.py, load_valuehead_model).

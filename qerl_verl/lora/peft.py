@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from peft import LoraConfig
-from peft.tuners.lora import Linear
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import Linear, LoraLayer
 from safetensors.torch import save_file
 from torch import nn
 
@@ -86,6 +86,32 @@ def register_nvfp4(config: LoraConfig) -> LoraConfig:
     """Tell a LoRA configuration how to wrap NVFP4 layers. Returns the same object."""
     config._register_custom_module({NVFP4Linear: NVFP4LoraLinear})
     return config
+
+
+def draw_adapter(model: PeftModel, seed: int) -> None:
+    """Draw the initial values of a new adapter from ``seed``: in float32, on the CPU, layer by layer in the model's order.
+
+    PEFT draws them when it wraps a layer, and rounds them to the dtype of the base. Drawn here they are the same for every
+    base, whatever its dtype, its quantization and its device. The global random state stays as it was.
+
+    Args:
+        model: its active adapter's parameters become float32. Those on the meta device stay there.
+        seed: of ``torch.manual_seed``.
+    """
+    adapter = model.active_adapter
+    how = model.peft_config[adapter].init_lora_weights
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for layer in model.modules():
+            if not isinstance(layer, LoraLayer):
+                continue
+            parameters = [p for name, p in layer.named_parameters() if "lora_" in name]
+            devices = [p.device for p in parameters]
+            for parameter in parameters:
+                parameter.data = parameter.data.float() if parameter.is_meta else parameter.data.float().cpu()
+            layer.reset_lora_parameters(adapter, how)
+            for parameter, device in zip(parameters, devices, strict=True):
+                parameter.data = parameter.data.to(device)
 
 
 def save_adapter(folder: str | Path, tensors: dict[str, torch.Tensor], config: LoraConfig, base_model: str) -> None:

@@ -41,6 +41,7 @@ from verl.workers.engine import EngineRegistry  # noqa: E402
 from verl.workers.engine.fsdp import FSDPEngineWithLMHead  # noqa: E402
 
 from qerl_verl.engine.compile import CompiledMLP  # noqa: E402
+from qerl_verl.engine.register import engine_class  # noqa: E402
 from qerl_verl.lora.wire import CONFIG_TENSOR, pack_config  # noqa: E402
 
 initialize_global_process_group_ray()
@@ -49,13 +50,13 @@ torch.set_num_threads(1)
 
 
 def make_engine(**variant):
-    """With ``stock``, the folder of a 16-bit checkpoint, verl's own engine."""
+    """With ``stock``, the folder of a 16-bit checkpoint, verl's own engine; with ``arm``, that arm's on ``base``."""
     get = {**settings, **variant}.get
     model_type = get("model_type", "language_model")
     os.environ["QERL_RECOMPUTE"] = get("recompute", "full")
     os.environ["TORCH_COMPILE_DISABLE"] = "1" if get("no_compiling") else "0"
     model = HFModelConfig(
-        path=get("stock", checkpoint),
+        path=get("stock") or get("base", checkpoint),
         model_type=model_type,
         lora_rank=get("lora_rank", 8),
         lora_alpha=16,
@@ -65,6 +66,8 @@ def make_engine(**variant):
         use_remove_padding=get("use_remove_padding", False),
     )
     new = FSDPEngineWithLMHead if get("stock") else partial(EngineRegistry.new, model_type=model_type, backend="fsdp2")
+    if get("arm"):
+        new = engine_class(get("arm"), model_type)
     engine = new(
         model_config=model,
         engine_config=FSDPEngineConfig(
@@ -116,6 +119,7 @@ def run_variant(name, variant):
     """Two steps of verl's train_batch; with ``reference``, log-probabilities without the adapter before each of them."""
     engine = make_engine(**variant)
     seen = {"fresh": infer(engine)} if variant.get("reference") else {}
+    seen |= {"class": type(engine).__name__, "built": digest(adapter(engine)[0])}
     with engine.train_mode():
         randomize_adapters(engine)
     keep(adapter(engine)[0], "start")

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import Qwen2Config
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngine
 
-from qerl_verl.engine.fsdp import NVFP4EngineMixin
+from qerl_verl.engine.fsdp import AdapterEngineMixin, NVFP4EngineMixin
 from qerl_verl.engine.recompute import Recompute
 
 
@@ -146,7 +146,7 @@ def test_an_out_of_memory_error_names_the_setting_that_helps():
         def forward_backward_batch(self, data, loss_function, forward_only):
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    engine = type("Engine", (NVFP4EngineMixin, Stock), {"role": "actor"})()
+    engine = type("Engine", (AdapterEngineMixin, Stock), {"role": "actor"})()
     for how, forward_only, noted in (("selective", False, True), ("selective", True, False), ("full", False, False)):
         engine._recompute = Recompute(how, torch.device("cpu"))
         with pytest.raises(torch.OutOfMemoryError) as error:

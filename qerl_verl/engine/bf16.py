@@ -1,0 +1,17 @@
+"""verl's own FSDP2 engine on a 16-bit base, with the adapter that every arm has.
+
+The base, its sharding, its gradient checkpointing and its forward pass are verl's
+(verl/workers/engine/fsdp/transformer_impl.py). What trains is :class:`~qerl_verl.engine.fsdp.AdapterEngineMixin`'s.
+"""
+
+from peft import TaskType
+from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
+
+from qerl_verl.engine.fsdp import AdapterEngineMixin
+
+
+class BF16EngineWithLMHead(AdapterEngineMixin, FSDPEngineWithLMHead):
+    """Actor, and with the adapter off the reference policy."""
+
+    role = "actor"
+    task_type = TaskType.CAUSAL_LM
