@@ -47,4 +47,4 @@ bench:
 	$(PYTHON) benchmarks/report.py $(RESULTS)
 
 clean:
-	rm -rf $(VENV) build runs
+	rm -rf $(VENV) build

@@ -11,10 +11,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib.resources import files
 from pathlib import Path
 
 from qerl_verl.data.prompts import write_parquet
+from qerl_verl.ownership import Owner
 from qerl_verl.platform.signals import ends_on_signals
 from qerl_verl.quickstart.arithmetic import rows, split
 from qerl_verl.quickstart.report import ENTROPY, REWARD, SIGMA, Run, plot, summarize, table
@@ -28,6 +31,43 @@ MILESTONES = (
     ("Initial validation", "first validation", "training"),
 )
 """Text in verl's log, the phase that ends when it appears, and what to tell the user then."""
+
+
+MARKER = ".qerl_quickstart"
+"""File of a quickstart's folder: who makes it (:mod:`qerl_verl.ownership`), and nothing when that has come to its end."""
+
+MADE = ("data", "model", "cache", "hydra", "checkpoints", "train.log", "metrics.jsonl", "summary.json", "curves.png")
+"""What a quickstart puts into its folder, and the next one there replaces."""
+
+
+class NotOurs(Exception):
+    """The folder is something else's, or a quickstart's that may still run; nothing was changed."""
+
+
+@contextmanager
+def claimed(out: Path) -> Iterator[None]:
+    """Within the block ``out`` is this process's: absent before, empty, or an ended quickstart's, whose files go.
+
+    Raises:
+        NotOurs: naming the reason.
+    """
+    marker = out / MARKER
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if not marker.is_file():
+            raise NotOurs(f"{out} is not empty and no quickstart made it (it has no {MARKER}): choose another --out")
+        owner = Owner.read(marker)
+        if owner and owner.state() != "dead":
+            runs = "runs in it" if owner.state() == "alive" else "may still run in it"
+            raise NotOurs(f"the quickstart of {owner} {runs} ({marker}): choose another --out than {out}")
+    for path in (out / name for name in MADE):
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
+    Owner.current().write(marker)
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # a full disk: the process's end says the same
+            marker.write_text("")
 
 
 class _Clock:
@@ -126,20 +166,26 @@ def _kill(process: subprocess.Popen) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m qerl_verl.quickstart", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="folder of the run; replaced")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/quickstart"), help="folder of the run; an ended quickstart's is replaced"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("overrides", nargs="*", help="Hydra overrides, e.g. trainer.total_training_steps=10")
     arguments = parser.parse_args(argv)
     out = arguments.out.resolve()
-    if out.exists() and any(out.iterdir()) and not (out / "train.log").exists():
-        parser.error(f"{out} is not empty and not a quickstart's; choose another --out")
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
-    clock = _Clock()
     try:
-        with ends_on_signals():
-            make_inputs(out, arguments.seed, clock)
-            code = run_verl(out, arguments.overrides, clock)
+        with claimed(out), ends_on_signals():
+            return quickstart(out, arguments.seed, arguments.overrides)
+    except NotOurs as error:
+        parser.error(str(error))
+
+
+def quickstart(out: Path, seed: int, overrides: list[str]) -> int:
+    """The run from its inputs to the table, in a folder that is this process's. Returns the exit code."""
+    clock = _Clock()
+    make_inputs(out, seed, clock)
+    try:
+        code = run_verl(out, overrides, clock)
     except KeyboardInterrupt:
         print(f"\ninterrupted; the log is {out / 'train.log'}", file=sys.stderr)
         return 130

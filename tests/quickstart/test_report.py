@@ -115,10 +115,3 @@ def test_a_signal_ends_the_run_and_everything_it_started(tmp_path, monkeypatch, 
         ended = exit.code
     assert ended == code and started[0].poll() is not None
     assert {130: "interrupted", 143: "SIGTERM ends this process"}[code] in capfd.readouterr().err
-
-
-def test_a_folder_of_something_else_is_not_deleted(tmp_path):
-    (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(SystemExit):
-        quickstart.main(["--out", str(tmp_path)])
-    assert (tmp_path / "thesis.txt").exists()
