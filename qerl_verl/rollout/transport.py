@@ -1,27 +1,185 @@
-"""A checkpoint engine of verl's for adapters: from the actor to rollout engines in other processes, through a TCPStore.
+"""A checkpoint engine of verl's for adapters: from the actor to rollout engines in other processes, over TCP.
 
-verl's own (nccl, nixl and others) are made for whole models and want GPUs. An adapter is small, and torch's key-value store
-carries it between any two hosts, without a process group and without a device. The actor's first rank opens a store for each
-sync, puts the adapter in, and every rollout worker takes it out.
+verl's own (nccl, nixl and others) are made for whole models and want GPUs. An adapter is small, and a socket carries it between
+any two hosts, without a process group and without a device. For each sync the actor's first rank listens on its node's address
+and hands the adapter to every rollout worker that knows the secret of this sync. Address and secret travel through Ray, in the
+topology that verl builds.
+
+On a connection, S and R being 32 random bytes of the sender and the receiver, and ``tag`` an HMAC-SHA256 under the secret:
+
+1. sender: S
+2. receiver: R, tag("receiver", S, R)
+3. sender, once it has the adapter: length, SHA-256 of the adapter, tag("sender", S, R, length, SHA-256); then the adapter
+
+Each side closes the connection when a tag or the digest is wrong. The adapter is not encrypted.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import hmac
 import io
-import math
+import secrets
+import socket
+import socketserver
+import struct
+import threading
 from collections.abc import AsyncIterator, Iterable
-from datetime import timedelta
 
 import ray
 import torch
-from torch.distributed import TCPStore
 from verl.checkpoint_engine.base import CheckpointEngine, CheckpointEngineRegistry
 
 from qerl_verl.config.rules import TRANSPORT
 
-CHUNK = 4 << 20
-"""Bytes of one value; the store takes 8 MiB at most (torch/csrc/distributed/c10d/TCPStoreLibUvBackend.cpp)."""
+NONCE_BYTES = TAG_BYTES = hashlib.sha256().digest_size
+HANDSHAKE_SECONDS = 30.0
+"""How long either side waits for the other one's part of steps 1 and 2."""
+
+_LENGTH = struct.Struct("!Q")
+
+
+class TransportError(RuntimeError):
+    """An adapter did not get from the actor to a rollout worker."""
+
+
+def _tag(secret: bytes, who: bytes, *parts: bytes) -> bytes:
+    """Every part but the name of the side has one length, so no two messages have the same bytes."""
+    return hmac.digest(secret, b"".join((who, *parts)), "sha256")
+
+
+def _read(connection: socket.socket, size: int) -> bytearray:
+    """Raises: ConnectionError, if the other side closes before."""
+    data = bytearray(size)
+    view = memoryview(data)
+    while view:
+        count = connection.recv_into(view)
+        if count == 0:
+            raise ConnectionError("the connection was closed")
+        view = view[count:]
+    return data
+
+
+class _Handler(socketserver.BaseRequestHandler):
+    """One connection at the sender, in a thread of its own."""
+
+    server: AdapterServer
+
+    def handle(self) -> None:
+        try:
+            self._serve(self.request)
+        except OSError:  # closed, silent or gone; a receiver that belongs here says so itself
+            pass
+
+    def _serve(self, connection: socket.socket) -> None:
+        connection.settimeout(HANDSHAKE_SECONDS)
+        ours = secrets.token_bytes(NONCE_BYTES)
+        connection.sendall(ours)
+        theirs = bytes(_read(connection, NONCE_BYTES))
+        tag = _read(connection, TAG_BYTES)
+        if not hmac.compare_digest(tag, _tag(self.server.secret, b"receiver", ours, theirs)):
+            return
+        self.server.ready.wait()
+        if (adapter := self.server.adapter) is None:  # the sync has ended without one
+            return
+        connection.settimeout(self.server.timeout_s)
+        header = _LENGTH.pack(len(adapter)) + self.server.digest
+        connection.sendall(header + _tag(self.server.secret, b"sender", ours, theirs, header))
+        connection.sendall(adapter)
+
+
+class AdapterServer(socketserver.ThreadingTCPServer):
+    """Hands one adapter to whoever proves to know ``secret``.
+
+    Args:
+        host: the address to listen on, and no other; the port is one that is free.
+        timeout_s: how long a receiver may take to accept more bytes.
+
+    Raises:
+        TransportError: this node does not have the address.
+    """
+
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, host: str, timeout_s: float):
+        self.secret = secrets.token_bytes(TAG_BYTES)
+        self.timeout_s = timeout_s
+        self.adapter: memoryview | None = None
+        self.digest = b""
+        self.ready = threading.Event()
+        try:
+            self.address_family, _, _, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+            super().__init__(address[:2], _Handler)
+        except OSError as error:
+            raise TransportError(
+                f"the adapter's transport cannot listen on {host}, the address that Ray knows this node by ({error}): "
+                "start Ray with --node-ip-address=ADDRESS, an address of this node that the rollout's nodes reach"
+            ) from error
+        threading.Thread(target=self.serve_forever, args=(0.1,), name="adapter transport", daemon=True).start()
+
+    def offer(self, adapter: memoryview) -> None:
+        """Let every receiver, connected by now or later, have ``adapter``."""
+        self.digest = hashlib.sha256(adapter).digest()
+        self.adapter = adapter
+        self.ready.set()
+
+    def close(self) -> None:
+        """Stop listening, let waiting receivers go, and forget the adapter."""
+        self.shutdown()
+        self.server_close()
+        self.adapter = None
+        self.ready.set()
+
+
+class AdapterClient:
+    """A rollout worker's side of a connection.
+
+    Args:
+        address: of an :class:`AdapterServer`: host, port, secret.
+
+    Raises:
+        TransportError: nothing answers there.
+    """
+
+    def __init__(self, address: tuple[str, int, bytes], timeout_s: float):
+        host, port, self._secret = address
+        self._where, self._timeout_s = f"{host}:{port}", timeout_s
+        self._connection = None
+        try:
+            self._connection = socket.create_connection((host, port), timeout=min(timeout_s, HANDSHAKE_SECONDS))
+            self._theirs = bytes(_read(self._connection, NONCE_BYTES))
+            self._ours = secrets.token_bytes(NONCE_BYTES)
+            self._connection.sendall(self._ours + _tag(self._secret, b"receiver", self._theirs, self._ours))
+        except OSError as error:
+            self.close()
+            raise TransportError(f"the actor's adapter cannot be fetched from {self._where}: {error}") from error
+
+    def fetch(self) -> bytearray:
+        """The adapter's bytes, checked.
+
+        Raises:
+            TransportError: nothing came in time, the sender is gone, or it is not this job's actor.
+        """
+        try:
+            self._connection.settimeout(self._timeout_s)
+            header = bytes(_read(self._connection, _LENGTH.size + TAG_BYTES))
+            tag = _read(self._connection, TAG_BYTES)
+            if not hmac.compare_digest(tag, _tag(self._secret, b"sender", self._theirs, self._ours, header)):
+                raise TransportError(f"what listens on {self._where} is not this job's actor; its adapter is not used")
+            adapter = _read(self._connection, *_LENGTH.unpack_from(header))
+        except TimeoutError as error:
+            raise TransportError(f"no adapter came from {self._where} within {self._timeout_s:g} s") from error
+        except OSError as error:
+            raise TransportError(f"the actor at {self._where} went before its adapter was here ({error})") from error
+        if not hmac.compare_digest(hashlib.sha256(adapter).digest(), header[_LENGTH.size :]):
+            raise TransportError(f"the adapter from {self._where} was changed on its way; it is not used")
+        return adapter
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
 
 
 @CheckpointEngineRegistry.register(TRANSPORT)
@@ -37,29 +195,34 @@ class AdapterTransport(CheckpointEngine):
 
     def __init__(self, bucket_size: int, is_master: bool = False, timeout_s: float = 600.0):
         self.is_master = is_master
-        self.timeout = timedelta(seconds=timeout_s)
-        self.store: TCPStore | None = None
+        self.timeout_s = timeout_s
+        self.server: AdapterServer | None = None
+        self.client: AdapterClient | None = None
 
-    def prepare(self) -> tuple[str, int] | None:
-        """The sender's address and port; None from everyone else."""
+    def prepare(self) -> tuple[str, int, bytes] | None:
+        """The sender's address, port and the secret of this sync; None from everyone else."""
+        self.finalize()  # of a sync that did not come to its end
         if not self.is_master:
             return None
         host = ray.util.get_node_ip_address().strip("[]")
-        self.store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=self.timeout)
-        return host, self.store.port
+        self.server = AdapterServer(host, self.timeout_s)
+        return host, self.server.server_address[1], self.server.secret
 
     @classmethod
     def build_topology(cls, actor_wg_world_size: int, rollout_world_size: int, metadata: list):
-        """Every rollout worker learns the address; the actor's other ranks have no part in it."""
+        """Every rollout worker learns address and secret; the actor's other ranks have no part in it."""
         return {"address": [None] * actor_wg_world_size}, {"address": [metadata[0]] * rollout_world_size}
 
-    def init_process_group(self, address: tuple[str, int] | None) -> None:
+    def init_process_group(self, address: tuple[str, int, bytes] | None) -> None:
         if address is not None:
-            self.store = TCPStore(*address, is_master=False, wait_for_workers=False, timeout=self.timeout)
+            self.client = AdapterClient(address, self.timeout_s)
 
     def finalize(self) -> None:
-        """Ends the sync: the sender's store goes, and with it the adapter's bytes."""
-        self.store = None
+        """Ends the sync: what listened is closed, and the adapter's bytes go."""
+        for end in (self.server, self.client):
+            if end is not None:
+                end.close()
+        self.server = self.client = None
 
     async def send_weights(self, weights: Iterable[tuple[str, torch.Tensor]], global_steps: int | None = None) -> None:
         tensors = {name: tensor.cpu() for name, tensor in weights}  # on every rank: a generator may be collective
@@ -67,24 +230,14 @@ class AdapterTransport(CheckpointEngine):
             return
         buffer = io.BytesIO()
         torch.save(tensors, buffer)
-        data = buffer.getbuffer()
-        await asyncio.to_thread(self._put, data)
-
-    def _put(self, data: memoryview) -> None:
-        for number, begin in enumerate(range(0, len(data), CHUNK)):
-            self.store.set(str(number), bytes(data[begin : begin + CHUNK]))
-        self.store.set("chunks", str(math.ceil(len(data) / CHUNK)))
+        await asyncio.to_thread(self.server.offer, buffer.getbuffer())
 
     async def receive_weights(self, global_steps: int | None = None) -> AsyncIterator[tuple[str, torch.Tensor]]:
         """Yields: names and tensors, on the host.
 
         Raises:
-            torch.distributed.DistError: nothing came in time, or the sender is gone.
+            TransportError: nothing came in time, the sender is gone, or it is not this job's actor.
         """
-        data = await asyncio.to_thread(self._get)
+        data = await asyncio.to_thread(self.client.fetch)
         for name, tensor in torch.load(io.BytesIO(data), weights_only=True).items():
             yield name, tensor
-
-    def _get(self) -> bytes:
-        count = int(self.store.get("chunks"))
-        return b"".join(self.store.get(str(number)) for number in range(count))
