@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from qerl_verl.config.keys import get_value, is_written, set_value
 from qerl_verl.config.settings import RolloutSettings
 from qerl_verl.platform.compilers import missing_compiler
+from qerl_verl.platform.cpu_features import missing_bfloat16
 from qerl_verl.switch import ENGINE_VENDOR, KERNEL_ENV, RECOMPUTE_ENV, SWITCH_ENV
 
 WORKER_EXTENSION = "qerl_verl.rollout.worker.QeRLWorkerExtension"
@@ -137,6 +138,8 @@ def apply_rules(
     models = trained_models(config)
     defaults = DEFAULTS + (CRITIC_DEFAULTS if CRITIC in models else ())
     defaults += _attention_defaults(models) + (CPU_DEFAULTS if on_cpu else GPU_DEFAULTS)
+    if on_cpu:
+        defaults += _compute_dtype_defaults(config, models, user_keys, environment)
     if is_separate(config):
         defaults += SEPARATE_DEFAULTS + (SEPARATE_CPU_DEFAULTS if on_cpu else ())
     for model in models:
@@ -176,6 +179,28 @@ def _attention_defaults(models: tuple[str, ...]) -> tuple[Default, ...]:
     return tuple(Default(key, None, "sdpa", "flash-attn is not installed") for key in keys)
 
 
+def _compute_dtype_defaults(
+    config: DictConfig, models: tuple[str, ...], user_keys: set[str], environment: Mapping[str, str]
+) -> tuple[Default, ...]:
+    """float32 where the CPU has no bfloat16 arithmetic, in rollout and actor alike, so that both compute one policy.
+
+    Where the user chose the dtype of either, both are left alone.
+    """
+    reason = missing_bfloat16(environment)
+    if reason is None:
+        return ()
+    why = f"{reason}, float32 is faster"
+    float32 = {"param_dtype": "fp32", "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
+    policy = (
+        Default(f"{ROLLOUT}.dtype", "bfloat16", "float32", why),
+        Default(f"{ACTOR}.fsdp_config.mixed_precision", None, float32, why),
+    )
+    if any(is_written(rule.key, user_keys) or get_value(config, rule.key) != rule.stock for rule in policy):
+        policy = ()
+    critic = (Default("critic.fsdp.mixed_precision", None, float32, why),) if CRITIC in models else ()
+    return policy + critic
+
+
 def force(
     config: DictConfig,
     on_cpu: bool,
@@ -189,7 +214,9 @@ def force(
             if get_value(config, key) == "fsdp":
                 set_value(config, key, "fsdp2", "packed weights are sharded by FSDP2", notify)
     if get_value(config, f"{ROLLOUT}.load_format") == "dummy":
-        set_value(config, f"{ROLLOUT}.load_format", "safetensors", "the frozen base is read from disk, not synced", notify)
+        set_value(
+            config, f"{ROLLOUT}.load_format", "safetensors", "the frozen base is read from disk, not synced", notify
+        )
     if get_value(config, f"{ROLLOUT}.engine_kwargs.vllm") is None:
         set_value(config, f"{ROLLOUT}.engine_kwargs.vllm", {}, "room for the worker extension", notify)
     extension = f"{ROLLOUT}.engine_kwargs.vllm.worker_extension_cls"
@@ -211,7 +238,9 @@ def force(
             set_value(config, f"{checkpoint}.save_lora_only", True, "the base is frozen and lies in the cache", notify)
     mode = get_value(config, "trainer.v1.trainer_mode")
     if mode in TRAINER_MODES:
-        set_value(config, "trainer.v1.trainer_mode", TRAINER_MODES[mode], "verl's trainer with the noise schedule", notify)
+        set_value(
+            config, "trainer.v1.trainer_mode", TRAINER_MODES[mode], "verl's trainer with the noise schedule", notify
+        )
     variables = {}
     if on_cpu:
         variables |= {name: environment.get(name, value) for name, value in CPU_ENVIRONMENT.items()}

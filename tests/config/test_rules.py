@@ -354,6 +354,35 @@ def test_without_a_cpp_compiler_nothing_is_compiled_on_a_cpu(monkeypatch, on_cpu
     assert any("install g++" in line for line in lines) is disabled
 
 
+FLOAT32 = {"param_dtype": "fp32", "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
+ACTORS = "actor_rollout_ref.actor.fsdp_config.mixed_precision"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "on_cpu", "reason", "rollout", "actor", "critic"),
+    [
+        ([], True, "no bfloat16", "float32", FLOAT32, None),
+        (["algorithm.adv_estimator=gae"], True, "no bfloat16", "float32", FLOAT32, FLOAT32),
+        ([], True, None, "bfloat16", None, None),
+        ([], False, "no bfloat16", "bfloat16", None, None),
+        (["actor_rollout_ref.rollout.dtype=bfloat16"], True, "no bfloat16", "bfloat16", None, None),
+        (["actor_rollout_ref.rollout.dtype=float16"], True, "no bfloat16", "float16", None, None),
+        ([f"+{ACTORS}.param_dtype=bf16"], True, "no bfloat16", "bfloat16", {"param_dtype": "bf16"}, None),
+    ],
+)
+def test_without_bfloat16_arithmetic_actor_and_rollout_compute_in_float32(
+    monkeypatch, overrides, on_cpu, reason, rollout, actor, critic
+):
+    """A dtype of the user's for either of the two stays, and then the other one is left alone as well."""
+    monkeypatch.setattr(rules, "missing_bfloat16", lambda environment: reason)
+    config, lines, problems = switched(*overrides, on_cpu=on_cpu)
+    assert problems == []
+    assert config.actor_rollout_ref.rollout.dtype == rollout
+    assert config.actor_rollout_ref.actor.fsdp_config.get("mixed_precision") == actor
+    assert config.critic.fsdp.get("mixed_precision") == critic
+    assert any("float32 (no bfloat16, float32 is faster)" in line for line in lines) is (rollout == "float32")
+
+
 def test_vllm_compiles_sampling_on_a_cpu_itself():
     """What makes a C++ compiler necessary; if vLLM stops doing so, TORCH_COMPILE_DISABLE need not be set."""
     source = find_spec("vllm").submodule_search_locations[0] + "/v1/sample/ops/topk_topp_sampler.py"
