@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, open_dict
 
-from qerl_verl.config.keys import flatten, override_keys
+from qerl_verl.config.keys import flatten, written_keys
 
 RECIPES = "pkg://qerl_verl.recipes"
 VERL = "pkg://verl.trainer.config"
@@ -22,7 +22,12 @@ class ExplainError(ValueError):
 
 
 def compose(name: str, overrides: list[str], config_path: str | None = None) -> DictConfig:
-    """The composed configuration.
+    """The composed configuration, see :func:`compose_with_keys`."""
+    return compose_with_keys(name, overrides, config_path)[0]
+
+
+def compose_with_keys(name: str, overrides: list[str], config_path: str | None = None) -> tuple[DictConfig, set[str]]:
+    """The composed configuration, and the dotted keys in it that the user wrote.
 
     Args:
         name: a recipe, as in ``--config-name``.
@@ -51,7 +56,11 @@ def compose(name: str, overrides: list[str], config_path: str | None = None) -> 
         context = hydra.initialize_config_dir(str(folder), version_base=None)
     try:
         with context:
-            return hydra.compose(name.removesuffix(".yaml"), overrides=overrides)
+            config = hydra.compose(name.removesuffix(".yaml"), overrides=overrides, return_hydra_config=True)
+            keys = written_keys(config)
+        with open_dict(config):
+            del config["hydra"]
+        return config, keys
     except MissingConfigException as error:
         if error.missing_cfg_file != name.removesuffix(".yaml"):
             raise ExplainError(f"{name}: {error}") from error
@@ -88,7 +97,7 @@ def explain(name: str, overrides: list[str], config_path: str | None = None, pla
     from qerl_verl.config.plan import Plan, plan
 
     stock = compose(STOCK, [], VERL)
-    config = compose(name, overrides, config_path)
+    config, keys = compose_with_keys(name, overrides, config_path)
     before, composed = flatten(stock), flatten(config)
     changed = {k: v for k, v in composed.items() if not k.startswith("qerl.") and before.get(k, _ABSENT) != v}
     print(f"{name} on {platform}\n\nset by the recipe and the command line (verl's {STOCK} -> here):")
@@ -99,7 +108,7 @@ def explain(name: str, overrides: list[str], config_path: str | None = None, pla
         made = Plan(problems=[f"{key}: no value yet; add {key}=..." for key in without_value])
     else:
         try:
-            made = plan(config, override_keys(overrides), Host.here(), platform)
+            made = plan(config, keys, Host.here(), platform)
         except OmegaConfBaseException as error:
             made = Plan(problems=[str(error).splitlines()[0]])
     print("\nset by the switch:")

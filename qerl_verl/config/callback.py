@@ -17,7 +17,7 @@ from qerl_verl.config.adapters import adapter_problems
 from qerl_verl.config.checks import models
 from qerl_verl.config.checks.plugins import verl_policy_problem
 from qerl_verl.config.host import Host
-from qerl_verl.config.keys import override_keys
+from qerl_verl.config.keys import written_keys
 from qerl_verl.config.plan import plan
 from qerl_verl.config.rules import CRITIC, MODEL, trained_models
 from qerl_verl.config.settings import QeRLSettings, SettingsError
@@ -45,7 +45,7 @@ class QeRLCallback(Callback):
         if not end_driver_on_signals():
             say("this version of Ray keeps SIGTERM for itself: a run that it ends has exit code 134")
         try:
-            prepare(config, override_keys(list(config.hydra.overrides.task)))
+            prepare(config, written_keys(config))
         except SettingsError as error:
             stop(error.problems)
         except Exception as error:

@@ -8,7 +8,6 @@ import pytest
 from qerl_verl.cli import cluster
 from qerl_verl.cli.explain import compose
 from qerl_verl.cli.main import main
-from qerl_verl.config.keys import flatten
 
 
 def explained(capsys, *arguments):
@@ -117,9 +116,6 @@ def test_composing_leaves_hydra_as_it_was():
     compose("gsm8k_grpo", [])
     assert not GlobalHydra.instance().is_initialized()
 
-
-def test_flatten():
-    assert flatten({"a": {"b": 1, "c": {}}, "d": [1]}) == {"a.b": 1, "a.c": {}, "d": [1]}
 
 
 def test_explain_writes_nothing_and_needs_no_home(tmp_path):
