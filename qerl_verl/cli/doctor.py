@@ -18,7 +18,7 @@ sys.exit(0 if "qerl_verl.plugin" in sys.modules and "aqn" in config.qerl else 3)
 
 def checks() -> list[tuple[str, str]]:
     """What was looked at and what is wrong with it; an empty text means nothing is."""
-    from qerl_verl.config.checks.plugins import verl_policy_problem
+    from qerl_verl.config.checks.plugins import verl_policy_problem, vllm_policy_problem
     from qerl_verl.versions import SUPPORTED, version_problems
 
     results = [("versions of " + ", ".join(SUPPORTED), "; ".join(version_problems()))]
@@ -26,6 +26,7 @@ def checks() -> list[tuple[str, str]]:
         found = any(e.name == "qerl" for e in entry_points(group=group))
         results.append((f"entry point {group}", "" if found else "not installed: reinstall qerl-verl with pip"))
     results.append(("verl's plugin policy", verl_policy_problem(os.environ)))
+    results.append(("vLLM's plugin policy", vllm_policy_problem(os.environ)))
     run = subprocess.run([sys.executable, "-c", _COMPOSE], capture_output=True, text=True)
     failed = run.stderr.strip().splitlines()[-1:] or [f"exit code {run.returncode}"]
     results.append(("Hydra composes +qerl=nvfp4", "" if run.returncode == 0 else failed[0]))
@@ -61,8 +62,12 @@ def kernels() -> str:
 
 def doctor() -> int:
     """Print each check, and the kernels that would run; exit code 1 if a check failed."""
+    from qerl_verl.versions import untested_versions
+
     results = checks()
     for name, problem in results:
         print(f"{'FAIL' if problem else ' ok '} {name}{': ' + problem if problem else ''}")
+    if line := untested_versions():
+        print(f"      {line}")
     print(f"      kernels of actor and critic here: {kernels()}")
     return int(any(problem for _, problem in results))

@@ -15,6 +15,7 @@ from qerl_verl.config.host import Host, choose_platform
 from qerl_verl.config.rules import apply_rules, trained_models
 from qerl_verl.config.settings import QeRLSettings, SettingsError
 from qerl_verl.platform.ray_cluster import RAY_INIT, RayCluster, find_cluster
+from qerl_verl.versions import untested_versions
 
 
 @dataclass
@@ -47,9 +48,13 @@ def plan(config: DictConfig, keys: set[str], host: Host, platform: str | None = 
         host: the driver's machine.
         platform: ``cuda`` or ``cpu`` for a run on another machine; None chooses by ``host``.
     """
-    made = Plan(problems=plugins.find_problems(host.environment))
+    made = Plan()
     if problem := _other_program(config):
         return Plan(problems=[problem])
+    job_environment = OmegaConf.select(config, f"{RAY_INIT}.runtime_env.env_vars") or {}
+    made.problems += plugins.find_problems(host.environment, job_environment)
+    if line := untested_versions():
+        made.lines.append(line)
     try:
         made.settings = QeRLSettings.from_mapping(OmegaConf.to_container(config.qerl, resolve=True))
         made.cluster = find_cluster(OmegaConf.select(config, RAY_INIT) or {}, host.environment)
@@ -71,7 +76,8 @@ def plan(config: DictConfig, keys: set[str], host: Host, platform: str | None = 
         starts_ray=made.cluster is None,
         environment=host.environment,
     )
-    made.problems += recipe.find_problems(config) + models.find_problems(config)
+    made.lines += recipe.find_remarks(config)
+    made.problems += recipe.find_problems(config, keys) + models.find_problems(config)
     return made
 
 

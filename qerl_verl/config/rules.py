@@ -15,9 +15,11 @@ import importlib.util
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
+from packaging.version import Version
 
 from qerl_verl.config.keys import get_value, is_written, set_value
 from qerl_verl.config.settings import RolloutSettings
@@ -137,7 +139,7 @@ def apply_rules(
     """
     models = trained_models(config)
     defaults = DEFAULTS + (CRITIC_DEFAULTS if CRITIC in models else ())
-    defaults += _attention_defaults(models) + (CPU_DEFAULTS if on_cpu else GPU_DEFAULTS)
+    defaults += _attention_defaults(models, on_cpu) + (CPU_DEFAULTS if on_cpu else GPU_DEFAULTS)
     if on_cpu:
         defaults += _compute_dtype_defaults(config, models, user_keys, environment)
     if is_separate(config):
@@ -171,12 +173,34 @@ def is_separate(config: DictConfig) -> bool:
     return get_value(config, "trainer.v1.trainer_mode") in ("separate_async", TRAINER_MODES["separate_async"])
 
 
-def _attention_defaults(models: tuple[str, ...]) -> tuple[Default, ...]:
-    """verl's default is flash_attention_2; where that is not installed, PyTorch's SDPA, which takes packed sequences too."""
-    if importlib.util.find_spec("flash_attn") is not None:
+def _attention_defaults(models: tuple[str, ...], on_cpu: bool) -> tuple[Default, ...]:
+    """verl's default is flash_attention_2; where that is not to be had, PyTorch's SDPA, which takes packed sequences too."""
+    if has_flash_attention() and not on_cpu:
         return ()
     keys = (f"{model}.override_config.attn_implementation" for model in models)
     return tuple(Default(key, None, "sdpa", "flash-attn is not installed") for key in keys)
+
+
+def has_flash_attention() -> bool:
+    """Whether flash_attention_2 can be used, as transformers decides it (is_flash_attn_2_available).
+
+    Its answer is no where no GPU is visible, for example on a login node or the head of a cluster. There the package
+    alone is looked at, since the workers have the same; other packages bring a folder ``flash_attn`` too.
+    """
+    import torch
+    from transformers.utils import import_utils
+
+    if torch.cuda.is_available():
+        return import_utils.is_flash_attn_2_available()
+    try:
+        installed = Version(version("flash-attn"))
+    except PackageNotFoundError:
+        return False
+    return importlib.util.find_spec("flash_attn") is not None and installed >= OLDEST_FLASH_ATTENTION
+
+
+OLDEST_FLASH_ATTENTION = Version("2.3.3")
+"""What transformers asks for."""
 
 
 def _compute_dtype_defaults(

@@ -7,11 +7,13 @@ adapter of ours (vLLM's own LoRA path, a reward model) behaves as verl's.
 from __future__ import annotations
 
 import copy
+import os
 
 import ray
 from verl.workers.rollout.replica import RolloutMode
 from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, vLLMReplica
 
+from qerl_verl.config.checks.plugins import vllm_policy_problem
 from qerl_verl.rollout.lora import ADDITIONAL_CONFIG, lora_settings
 
 
@@ -23,7 +25,14 @@ class QeRLHttpServer(vLLMHttpServer):
         return engine.get("additional_config") or {}
 
     def _init_model_config(self, model_config):
-        """verl starts vLLM with its LoRA path when the model has a rank; where the layers hold the adapter it has none."""
+        """verl starts vLLM with its LoRA path when the model has a rank; where the layers hold the adapter it has none.
+
+        Raises:
+            RuntimeError: on this node, vLLM would not load QeRL's plugin and would serve layers of its own.
+        """
+        problem = vllm_policy_problem(os.environ)
+        if problem and self._qerl().get(ADDITIONAL_CONFIG):
+            raise RuntimeError(f"[qerl] on {ray.util.get_node_ip_address()}: {problem}")
         model_config = super()._init_model_config(model_config)
         if lora_settings(self._qerl()) is None:
             return model_config

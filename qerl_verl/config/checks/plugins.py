@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 
 
-def find_problems(environment: Mapping[str, str], installed=None) -> list[str]:
+def find_problems(
+    environment: Mapping[str, str], job_environment: Mapping[str, str] = MappingProxyType({})
+) -> list[str]:
     """What keeps QeRL from being loaded, one sentence each.
 
     Args:
-        environment: environment variables of the driver.
-        installed: as for :func:`~qerl_verl.versions.version_problems`.
+        environment: environment variables of the driver, which a Ray that it starts hands on.
+        job_environment: what the job's processes get beside them (``ray_init.runtime_env.env_vars``).
     """
     from qerl_verl.versions import version_problems
 
-    versions = version_problems() if installed is None else version_problems(installed)
-    policy = verl_policy_problem(environment)
-    return versions + ([policy] if policy else [])
+    problems = version_problems()
+    for variables in (environment, {**environment, **job_environment}):
+        for policy in (verl_policy_problem, vllm_policy_problem):
+            problem = policy(variables)
+            if problem and problem not in problems:
+                problems.append(problem)
+    return problems
 
 
 def verl_policy_problem(environment: Mapping[str, str]) -> str:
@@ -28,3 +35,14 @@ def verl_policy_problem(environment: Mapping[str, str]) -> str:
     return (
         f"VERL_USE_EXTERNAL_PLUGINS={policy} keeps verl from loading the plugin qerl; unset it or add qerl to its list"
     )
+
+
+def vllm_policy_problem(environment: Mapping[str, str]) -> str:
+    """Whether ``VLLM_PLUGINS`` leaves QeRL out, read as in ``vllm/envs.py``; empty if not.
+
+    vLLM then serves the checkpoint with layers of its own, without the adapter in them, and says nothing.
+    """
+    names = environment.get("VLLM_PLUGINS")
+    if names is None or "qerl" in names.split(","):
+        return ""
+    return f"VLLM_PLUGINS={names} keeps vLLM from loading the plugin qerl; unset it or add qerl to its list"

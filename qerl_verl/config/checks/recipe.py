@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -57,6 +57,10 @@ def _is_gpu_kernel_on_cpu(value: Any, get: Get) -> bool:
     return get("trainer.device") == "cpu" and value not in (None, "auto", "pytorch")
 
 
+def _uses_rollout_log_probs(get: Get) -> bool:
+    return any(get(f"algorithm.rollout_correction.{key}") for key in ("rollout_is", "rollout_rs", "bypass_mode"))
+
+
 _QAT = "QAT trains the weights that QeRL keeps frozen in 4 bits; remove it"
 
 REFUSED = (
@@ -77,6 +81,11 @@ REFUSED = (
     Refused(f"{ROLLOUT}.qat.enable", lambda v, get: v and not get(f"{ACTOR}.fsdp_config.qat.enable"), _QAT),
     Refused("critic.fsdp.qat.enable", _is_set, _QAT),
     Refused(f"{ACTOR}.freeze_vision_tower", _is_set, "only dense text models are supported"),
+    Refused(f"{ROLLOUT}.calculate_log_probs", lambda v, get: v is False and _uses_rollout_log_probs(get),
+            "algorithm.rollout_correction works with the log-probabilities of the rollout; without them verl leaves the "
+            "correction out or fails in the first step; remove the setting"),
+    Refused("algorithm.rollout_correction.rollout_is", lambda v, get: v not in (None, "token", "sequence"),
+            "verl knows token and sequence; null takes the correction away"),
     Refused("distillation.enabled", _is_set, "on-policy distillation is not supported with QeRL; remove it"),
 )  # fmt: skip
 
@@ -93,11 +102,22 @@ REFUSED_OF_A_MODEL = (
 """For the actor's model and the critic's alike."""
 
 
-def find_problems(config: DictConfig) -> list[str]:
+MEGATRON_LORA = {
+    "rank": "lora_rank",
+    "alpha": "lora_alpha",
+    "target_modules": "target_modules",
+    "exclude_modules": "exclude_modules",
+    "adapter_path": "lora_adapter_path",
+}
+"""Settings under ``model.lora``, which verl reads for Megatron alone, and those beside it that FSDP reads."""
+
+
+def find_problems(config: DictConfig, keys: Collection[str] = ()) -> list[str]:
     """Settings that cannot work, one sentence each with the key and the fix. Empty when all is well.
 
     Args:
         config: the configuration after :func:`~qerl_verl.config.rules.apply_rules`.
+        keys: dotted keys that the user wrote.
     """
     get, models = partial(get_value, config), trained_models(config)
     found = [row.message(get) for row in REFUSED]
@@ -106,8 +126,22 @@ def find_problems(config: DictConfig) -> list[str]:
     found.append(_estimator_problem(get))
     out = [problem for problem in found if problem]
     for model in models:
-        out += _model_problems(get, model)
+        out += _model_problems(get, model) + _megatron_lora_problems(get, model, keys)
     return out + (_separate_problems(get) if is_separate(config) else [])
+
+
+def find_remarks(config: DictConfig) -> list[str]:
+    """What can run but may not be meant, one line each."""
+    get = partial(get_value, config)
+    out = []
+    correction = "algorithm.rollout_correction"
+    corrected = get(f"{correction}.rollout_is") or get(f"{correction}.bypass_mode")
+    if get("qerl.aqn.enable") and not corrected:
+        out.append(
+            f"{correction}.rollout_is: null stays, as you wrote it: samples of the noised policy are trained on without "
+            "importance sampling"
+        )
+    return out
 
 
 def _strategy_problem(get: Get, role: str) -> str | None:
@@ -154,6 +188,20 @@ def _separate_problems(get: Get) -> list[str]:
     return [text for text, applies in found.items() if applies]
 
 
+def _megatron_lora_problems(get: Get, model: str, keys: Collection[str]) -> list[str]:
+    """Settings under ``model.lora`` that FSDP ignores, also where the user wrote the value that they have anyway."""
+    prefix = f"{model}.lora."
+    found = {key.removeprefix(prefix) for key in keys if key.startswith(prefix)} - {"merge"}
+    if get(f"{prefix}rank"):
+        found.add("rank")
+    out = []
+    for name in sorted(found):
+        other = MEGATRON_LORA.get(name.partition(".")[0])
+        fix = f"use {model}.{other}" if other else "remove it"
+        out.append(f"{prefix}{name}={get(prefix + name)}: that is Megatron's setting, which FSDP2 ignores; {fix}")
+    return out
+
+
 def _model_problems(get: Get, model: str) -> list[str]:
     """Combinations that hold for the actor's model and for the critic's alike."""
     attention = get(f"{model}.override_config.attn_implementation")
@@ -165,9 +213,6 @@ def _model_problems(get: Get, model: str) -> list[str]:
         divided = f"{role}.ulysses_sequence_parallel_size"  # the older name
     flash = (attention or "flash_attention_2").startswith("flash_attention") and not on_cpu
     found = {
-        f"lora.rank={get(f'{model}.lora.rank')}: that is Megatron's setting; use {model}.lora_rank": get(
-            f"{model}.lora.rank"
-        ),
         f"use_remove_padding=True with override_config.attn_implementation={attention}: packed sequences need "
         "flash_attention_2 or sdpa": packed and attention == "eager",
         f"override_config.attn_implementation={attention} with {divided}={get(divided)}: verl exchanges the heads in "

@@ -1,0 +1,59 @@
+"""verl's configuration with the switch, composed once and copied for each test."""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+import pytest
+import yaml
+from omegaconf import OmegaConf, open_dict
+
+
+@functools.cache
+def _composed(choices: tuple[str, ...]):
+    from qerl_verl.cli.explain import compose
+
+    return compose("ppo_trainer", ["+qerl=nvfp4", *choices])
+
+
+def _is_choice(override: str) -> bool:
+    """Whether an override takes Hydra's own grammar: a choice of a group, or anything that is not ``key=value``."""
+    key, separator, _ = override.partition("=")
+    return not separator or "." not in key or key.startswith("~")
+
+
+@pytest.fixture(scope="session")
+def composed():
+    """``composed(*overrides)``: verl's ``ppo_trainer`` with ``+qerl=nvfp4`` and a command line's overrides."""
+
+    def compose(*overrides: str):
+        config = copy.deepcopy(_composed(tuple(o for o in overrides if _is_choice(o))))
+        with open_dict(config):
+            for override in overrides:
+                if not _is_choice(override):
+                    key, _, value = override.lstrip("+").partition("=")
+                    OmegaConf.update(config, key, yaml.safe_load(value), force_add=True)
+        return config
+
+    return compose
+
+
+@pytest.fixture(scope="session")
+def switched(composed):
+    """``switched(*overrides, on_cpu=False, written=())``: the configuration after the rules, the lines that the user
+    sees, and the problems. ``written`` are keys that a recipe of the user's writes."""
+    from qerl_verl.config.checks import recipe
+    from qerl_verl.config.keys import override_keys
+    from qerl_verl.config.rules import apply_rules
+
+    def switch(*overrides: str, on_cpu: bool = False, written: tuple[str, ...] = ()):
+        if not any(o.startswith("algorithm.adv_estimator=") for o in overrides):
+            overrides = ("algorithm.adv_estimator=grpo", *overrides)
+        config = composed(*overrides)
+        lines: list[str] = []
+        keys = override_keys(list(overrides)) | set(written)
+        apply_rules(config, keys, on_cpu=on_cpu, notify=lines.append)
+        return config, lines, recipe.find_problems(config, keys)
+
+    return switch
