@@ -5,13 +5,19 @@ verl writes ``global_step_N/`` file by file and then overwrites ``latest_checkpo
 checkpoint, or an empty tracker. After everything else the trainer therefore writes ``qerl_checkpoint.json`` into the folder:
 name and size of each file, and what base the adapter was trained on. A folder without it, or that does not match it, is not
 resumed from by itself.
+
+Before everything else it writes ``qerl_run``, the identifier of the run, which a restart with ``resume_mode=auto`` goes on with.
+Only what carries this run's identifier is pruned, and of it only files that the record lists. A checkpoint of another run that
+stands where this one saves moves aside.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from verl.utils.checkpoint.checkpoint_manager import get_checkpoint_tracker_filename
@@ -19,6 +25,10 @@ from verl.utils.checkpoint.checkpoint_manager import get_checkpoint_tracker_file
 from qerl_verl.nvfp4.errors import CheckpointError
 
 RECORD_FILE = "qerl_checkpoint.json"
+PRUNED_FILE = "qerl_checkpoint.pruned.json"
+"""The record of a checkpoint that :func:`prune` has taken something from."""
+RUN_FILE = "qerl_run"
+_OURS = (RECORD_FILE, PRUNED_FILE, RUN_FILE)
 _PREFIX = "global_step_"
 
 
@@ -30,7 +40,7 @@ def write_record(folder: str | Path, base: dict[str, str]) -> None:
         base: role -> fingerprint of the NVFP4 base, see :func:`qerl_verl.nvfp4.cache.fingerprint`.
     """
     folder = Path(folder)
-    files = {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != RECORD_FILE}
+    files = {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*")) if p.is_file() and p.name not in _OURS}
     for path in files.values():
         _sync(path)
     record = {"base": base, "files": {name: path.stat().st_size for name, path in files.items()}}
@@ -45,10 +55,10 @@ def _sync(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def read_record(folder: str | Path) -> dict | None:
+def read_record(folder: str | Path, file: str = RECORD_FILE) -> dict | None:
     """The record of a checkpoint, None where there is none to read."""
     try:
-        record = json.loads((Path(folder) / RECORD_FILE).read_text())
+        record = json.loads((Path(folder) / file).read_text())
         return record if isinstance(record["files"], dict) and isinstance(record["base"], dict) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -60,6 +70,8 @@ def find_damage(folder: str | Path) -> str | None:
     if not folder.is_dir():
         return "there is no such folder"
     record = read_record(folder)
+    if record is None and read_record(folder, PRUNED_FILE):
+        return "files of it were removed, since trainer.max_actor_ckpt_to_keep or max_critic_ckpt_to_keep newer ones were saved"
     if record is None:
         return f"{RECORD_FILE}, which is written last, is missing or unreadable"
     for name, size in record["files"].items():
@@ -147,17 +159,66 @@ def check_base(folder: str | Path, base: dict[str, str]) -> None:
             )
 
 
-def prune(saved: list[Path], role: str, keep: int | None) -> None:
+def new_run() -> str:
+    """An identifier that no other run has."""
+    return uuid.uuid4().hex
+
+
+def read_run(folder: Path) -> str | None:
+    """The run that saved a checkpoint, None where it does not say."""
+    try:
+        return (folder / RUN_FILE).read_text().strip() or None
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def claim(folder: Path, run: str, notify: Callable[[str], None]) -> None:
+    """Make ``global_step_N`` this run's before it saves there; what another run saved there moves aside.
+
+    A save of ours that did not come to its end, of whichever run, is overwritten.
+
+    Args:
+        notify: called with one line for a folder that moves.
+    """
+    owner = read_run(folder)
+    if (
+        owner != run
+        and folder.is_dir()
+        and any(folder.iterdir())
+        and (owner is None or (folder / RECORD_FILE).exists())
+    ):
+        aside = folder.with_name(f"{folder.name}.aside-{uuid.uuid4().hex[:8]}")
+        folder.rename(aside)
+        notify(f"{folder} holds a checkpoint of another run; it is {aside.name} from now on")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / RECORD_FILE).unlink(missing_ok=True)  # this run may have saved this step before
+    (folder / RUN_FILE).write_text(run)
+
+
+def prune(saved: list[Path], role: str, keep: int | None, run: str) -> None:
     """Remove ``role``'s part of old checkpoints, as verl does it, but after the newest is whole, not before.
+
+    What is removed are files that ``run`` wrote: those that the record lists, in folders that carry its identifier.
 
     Args:
         saved: the checkpoints of this run in the order of their steps, the newest last.
         role: actor or critic.
         keep: ``trainer.max_{role}_ckpt_to_keep``; None keeps all.
+        run: see :func:`claim`.
+
+    Raises:
+        OSError: a file cannot be removed.
     """
     if not keep or keep < 0:
         return
     for folder in saved[:-keep]:
-        if (folder / role).is_dir():
-            (folder / RECORD_FILE).unlink(missing_ok=True)
-            shutil.rmtree(folder / role, ignore_errors=True)
+        if read_run(folder) != run:
+            continue
+        with suppress(FileNotFoundError):  # another role's part has gone before
+            (folder / RECORD_FILE).rename(folder / PRUNED_FILE)  # first: the folder is not whole any more
+        for name in (read_record(folder, PRUNED_FILE) or {"files": ()})["files"]:
+            if name.startswith(f"{role}/"):
+                (folder / name).unlink(missing_ok=True)
+        for place in sorted((folder / role).rglob("*"), reverse=True) + [folder / role]:
+            if place.is_dir() and not place.is_symlink() and not any(place.iterdir()):
+                place.rmdir()

@@ -27,12 +27,15 @@ from qerl_verl.engine.checkpoint_errors import writing
 from qerl_verl.engine.detached import AdapterDetachWorker
 from qerl_verl.nvfp4.errors import CheckpointError
 from qerl_verl.trainer.checkpoints import (
-    RECORD_FILE,
+    PRUNED_FILE,
     check_base,
+    claim,
     find_damage,
     find_resumable,
+    new_run,
     prune,
     read_record,
+    read_run,
     write_record,
 )
 
@@ -140,7 +143,8 @@ class WholeCheckpointsMixin:
     def __init__(self, config: DictConfig):
         super().__init__(config)
         self._base: dict[str, str] = OmegaConf.to_container(config.qerl).get("base_fingerprint") or {}
-        self._saved: list[Path] = []  # by this run, and the one that it resumed from
+        self._run = new_run()
+        self._saved: list[Path] = []  # by this run, in its own folder
         self.checkpoint_callback = _RecordingCallback(self.checkpoint_callback, self._after_save)
 
     def _load_checkpoint(self):
@@ -155,7 +159,7 @@ class WholeCheckpointsMixin:
         elif trainer.resume_mode == "resume_path" and isinstance(trainer.resume_from_path, str):
             folder = Path(trainer.resume_from_path).absolute()
             problem = find_damage(folder)
-            if problem and (read_record(folder) or not folder.is_dir()):
+            if problem and (read_record(folder) or read_record(folder, PRUNED_FILE) or not folder.is_dir()):
                 raise CheckpointError(f"trainer.resume_from_path={folder}: {problem}. Give another checkpoint.")
             if problem:
                 say(f"{folder} is taken as it is: {problem}")
@@ -166,7 +170,9 @@ class WholeCheckpointsMixin:
                 return super()._load_checkpoint()
         check_base(folder, self._base)
         say(f"resuming from {folder}")
-        self._saved = [folder]
+        if trainer.resume_mode == "auto":  # the same run goes on; what a path names may be another's, and has to stay
+            self._run = read_run(folder) or self._run
+            self._saved = [folder]
         with self._trainer_setting(resume_mode="resume_path", resume_from_path=str(folder)):
             return super()._load_checkpoint()
 
@@ -185,14 +191,17 @@ class WholeCheckpointsMixin:
             self._trainer_setting(remove_previous_ckpt_in_save=False, **kept),
             writing(str(folder), f"step {self.global_steps}"),
         ):
-            (folder / RECORD_FILE).unlink(missing_ok=True)  # this step may have been saved before
+            claim(folder, self._run, say)
             super()._save_checkpoint()
 
     def _after_save(self, folder: Path) -> None:
         write_record(folder, self._base)
         self._saved = [*(f for f in self._saved if f != folder.absolute()), folder.absolute()]
-        for role, keep in self._keep.items():
-            prune(self._saved, role, keep)
+        try:
+            for role, keep in self._keep.items():
+                prune(self._saved, role, keep, self._run)
+        except OSError as error:
+            say(f"an old checkpoint could not be removed: {error}")
 
     @contextmanager
     def _trainer_setting(self, **values):

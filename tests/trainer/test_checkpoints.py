@@ -1,6 +1,7 @@
 """Which checkpoint a run goes on from, when the last save was cut off anywhere."""
 
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +9,18 @@ import torch
 from omegaconf import OmegaConf
 
 from qerl_verl.nvfp4.errors import CheckpointError
-from qerl_verl.trainer.checkpoints import RECORD_FILE, check_base, find_damage, find_resumable, read_record
+from qerl_verl.trainer.checkpoints import (
+    RECORD_FILE,
+    RUN_FILE,
+    check_base,
+    checkpoint_step,
+    find_damage,
+    find_resumable,
+    list_checkpoints,
+    new_run,
+    read_record,
+    read_run,
+)
 from qerl_verl.trainer.ppo import WholeCheckpointsMixin
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -192,6 +204,120 @@ def test_the_one_that_was_resumed_from_goes_too_and_others_stay(tmp_path):
     assert [s for s in (1, 2, 3) if (tmp_path / f"global_step_{s}" / "actor").exists()] == [1, 3]
 
 
+def actors(root):
+    """Steps whose actor is there."""
+    return sorted(checkpoint_step(folder) for folder in list_checkpoints(root) if (folder / "actor").is_dir())
+
+
+@pytest.mark.parametrize("where", ["another run's folder", "its own folder"])
+def test_a_checkpoint_that_is_named_by_its_path_stays_so_that_the_same_command_starts_again(tmp_path, where):
+    source, own = tmp_path / "other", tmp_path / ("own" if where.startswith("another") else "other")
+    start(source).save(1, 2)
+    named = source / "global_step_2"
+    settings = {"resume_mode": "resume_path", "resume_from_path": str(named), "max_actor_ckpt_to_keep": 2}
+    for _ in range(2):
+        trainer = start(own, **settings)
+        assert trainer.resume() == "global_step_2"
+        trainer.save(3, 4, 5, 6)
+        assert find_damage(named) is None and actors(source)[:2] == [1, 2]
+        assert actors(own)[-2:] == [5, 6]
+
+
+def test_a_checkpoint_of_another_run_in_the_same_folder_moves_aside(tmp_path, capsys):
+    start(tmp_path).save(1, 2, 3)
+    before = read_record(tmp_path / "global_step_2"), read_run(tmp_path / "global_step_2")
+    stock = tmp_path / "global_step_4" / "actor"  # verl's, without a record
+    stock.mkdir(parents=True)
+    (stock / "model_world_size_1_rank_0.pt").write_text("verl's")
+    start(tmp_path, resume_mode="disable", max_actor_ckpt_to_keep=1).save(2, 4, 5)
+    aside = {p.name.partition(".")[0]: p for p in tmp_path.glob("*.aside-*")}
+    assert sorted(aside) == ["global_step_2", "global_step_4"] and capsys.readouterr().out.count("of another run") == 2
+    moved = aside["global_step_2"]
+    assert find_damage(moved) is None and (read_record(moved), read_run(moved)) == before
+    assert (aside["global_step_4"] / "actor" / "model_world_size_1_rank_0.pt").read_text() == "verl's"
+    assert actors(tmp_path) == [1, 3, 5] and start(tmp_path).resume() == "global_step_5"
+
+
+def test_a_run_overwrites_its_own_step_and_what_no_save_brought_to_its_end(tmp_path):
+    trainer = start(tmp_path).save(1)
+    trainer.dies_before = "data.pt"
+    with pytest.raises(KeyboardInterrupt):
+        trainer.save(2)
+    again = start(tmp_path)
+    assert again.resume() == "global_step_1"
+    again.save(2, 2)
+    start(tmp_path, resume_mode="disable").save(3)
+    half = start(tmp_path, resume_mode="disable")
+    half.dies_before = "data.pt"
+    with pytest.raises(KeyboardInterrupt):
+        half.save(4)
+    start(tmp_path, resume_mode="disable").save(4)
+    assert not list(tmp_path.glob("*.aside-*"))
+
+
+def merged_model(folder):
+    """The user's, beside what the run wrote."""
+    (folder / "actor" / "merged").mkdir()
+    (folder / "actor" / "merged" / "model.safetensors").write_text("the user's")
+
+
+def another_run(folder):
+    (folder / RUN_FILE).write_text(new_run())
+
+
+def no_run(folder):
+    """As of an earlier version."""
+    (folder / RUN_FILE).unlink()
+
+
+@pytest.mark.parametrize(
+    ("change", "stay"),
+    [
+        (lambda folder: None, []),
+        (merged_model, ["actor/merged/model.safetensors"]),
+        (another_run, [f"actor/{name}" for name in ACTOR_FILES]),
+        (no_run, [f"actor/{name}" for name in ACTOR_FILES]),
+    ],
+)
+def test_only_what_this_run_wrote_is_pruned(tmp_path, change, stay):
+    trainer = start(tmp_path, max_actor_ckpt_to_keep=1).save(1)
+    first = tmp_path / "global_step_1"
+    change(first)
+    trainer.save(2)
+    left = [str(p.relative_to(first)) for p in first.rglob("*") if p.is_file() and p.parent != first]
+    assert sorted(left) == sorted(stay)
+    assert (find_damage(first) is None) == (change in (another_run, no_run))
+
+
+def test_a_pruned_checkpoint_says_so_when_it_is_named(tmp_path):
+    start(tmp_path, max_actor_ckpt_to_keep=1).save(1, 2)
+    with pytest.raises(CheckpointError, match="global_step_1: files of it were removed, since trainer.max_actor"):
+        start(tmp_path, resume_mode="resume_path", resume_from_path=str(tmp_path / "global_step_1")).resume()
+
+
+def test_roles_are_pruned_by_settings_of_their_own(tmp_path):
+    trainer = start(tmp_path, max_actor_ckpt_to_keep=1, max_critic_ckpt_to_keep=2)
+    for step in (1, 2, 3):
+        (tmp_path / f"global_step_{step}" / "critic").mkdir(parents=True)
+        (tmp_path / f"global_step_{step}" / RUN_FILE).write_text(trainer._run)
+        (tmp_path / f"global_step_{step}" / "critic" / "model.pt").write_text("critic")
+        trainer.save(step)
+    assert actors(tmp_path) == [3]
+    assert [p.parent.name for p in sorted(tmp_path.glob("*/critic"))] == ["global_step_2", "global_step_3"]
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_does_not_end_the_run(tmp_path, monkeypatch, capsys):
+    trainer = start(tmp_path, max_actor_ckpt_to_keep=1).save(1)
+
+    def fails(self, target):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "rename", fails)
+    trainer.save(2)
+    assert "an old checkpoint could not be removed" in capsys.readouterr().out
+    assert start(tmp_path).resume() == "global_step_2"
+
+
 def test_the_users_callback_finds_a_whole_checkpoint(tmp_path):
     trainer = start(tmp_path).save(1)
     assert trainer.uploaded == [(str(tmp_path / "global_step_1"), None)]
@@ -222,7 +348,7 @@ def test_verls_trainer_calls_the_callback_last(tmp_path, monkeypatch):
         def __init__(self, config):
             self.config = config
             self.use_critic, self.trainer_mode, self.global_steps = False, "sync", 5
-            self._base, self._saved = {}, []
+            self._base, self._saved, self._run = {}, [], new_run()
             from qerl_verl.trainer.ppo import _RecordingCallback
 
             self.checkpoint_callback = _RecordingCallback(
