@@ -1,36 +1,51 @@
 """Engines in processes of their own."""
 
 import json
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parent / "engine_process.py"
-
-
-def run(checkpoint, out: Path, world: int = 1, **settings) -> list[dict]:
-    """Build and train an engine on ``world`` ranks; returns each rank's report."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, SCRIPT, checkpoint, out, str(rank), str(world), str(port), json.dumps(settings)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(world)
-    ]
-    outputs = [r.communicate(timeout=300)[0] for r in ranks]
-    assert all(r.returncode == 0 for r in ranks), "\n".join(o[-4000:] for o in outputs)
-    return [json.loads(Path(f"{out}.{rank}.json").read_text()) for rank in range(world)]
+SERVER = Path(__file__).parent / "engine_server.py"
 
 
 @pytest.fixture(scope="session")
-def run_engine():
-    """:func:`run`."""
+def engine_server(tmp_path_factory):
+    """A process of ``engine_server.py``."""
+    log = tmp_path_factory.mktemp("engine_server") / "log"
+    with log.open("w") as file:
+        server = subprocess.Popen(
+            [sys.executable, SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file, text=True
+        )
+    yield server, log
+    server.stdin.close()
+    server.wait()
+    server.stdout.close()
+
+
+@pytest.fixture(scope="session")
+def run_engine(engine_server):
+    """Builds and trains an engine on ``world`` ranks; returns each rank's report. The arguments are those of
+    ``engine_process.py``, and ``environment`` of its processes."""
+
+    def run(checkpoint, out: Path, world: int = 1, environment: dict | None = None, **settings) -> list[dict]:
+        meeting = Path(f"{out}.meeting")  # a file in place of a port, which another process might take
+        meeting.unlink(missing_ok=True)
+        ranks = [
+            {
+                "arguments": [str(checkpoint), str(out), str(rank), str(world), "0", json.dumps(settings)],
+                "environment": {"DIST_INIT_METHOD": f"file://{meeting}", **(environment or {})},
+                "log": f"{out}.{rank}.log",
+            }
+            for rank in range(world)
+        ]
+        server, log = engine_server
+        print(json.dumps(ranks), file=server.stdin, flush=True)
+        answer = server.stdout.readline()
+        assert answer, f"engine_server.py ended:\n{log.read_text()[-4000:]}"
+        logs = [Path(rank["log"]).read_text(errors="replace")[-4000:] for rank in ranks]
+        assert not any(json.loads(answer)), "\n".join(logs)
+        return [json.loads(Path(f"{out}.{rank}.json").read_text()) for rank in range(world)]
+
     return run

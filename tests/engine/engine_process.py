@@ -1,6 +1,6 @@
 """Runs in a process of its own, one per rank: builds engines, trains a few steps, writes what it saw as JSON.
 
-Usage: engine_process.py CHECKPOINT OUT RANK WORLD_SIZE PORT JSON_SETTINGS
+Usage: engine_process.py CHECKPOINT OUT RANK WORLD_SIZE PORT JSON_SETTINGS (``engine_server.py`` starts it so)
 
 ``variants`` in the settings: several engines one after the other, through verl's own path (train_batch, infer_batch).
 ``poison``: what makes the engine stop. Else one engine, and the steps of :func:`train_step`.
