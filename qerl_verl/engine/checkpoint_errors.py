@@ -1,9 +1,12 @@
-"""Errors of saving and loading that name the folder and the cure, where torch and the system name a byte."""
+"""Wraps errors of saving and loading checkpoints with the folder and a fix; torch and the system name a byte."""
 
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
+import sys
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +14,11 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from qerl_verl.nvfp4.errors import CheckpointError
+from qerl_verl.ownership import host_name
+
+_BROKEN = (EOFError, pickle.UnpicklingError, zipfile.BadZipFile, SafetensorError)
+_TORCH_READER = ("PytorchStreamReader", "failed finding central directory", "archive is corrupted")
+"""In the RuntimeError that ``torch.load`` raises for a file that is not what ``torch.save`` wrote (inline_container.cc)."""
 
 _TORCH_WRITER = ("PytorchStreamWriter", "inline_container", "unexpected pos")
 """In the RuntimeError that ``torch.save`` raises when it cannot write (caffe2/serialize/inline_container.cc)."""
@@ -40,24 +48,66 @@ def reading(folder: str, who: str, world_size: int) -> Iterator[None]:
     """Around what loads a checkpoint.
 
     Raises:
-        CheckpointError: a file is missing, cannot be read or does not fit.
+        CheckpointError: a file is missing, damaged, cannot be read, or does not fit this run. To move the checkpoint out of the
+            way is the advice for a missing or damaged file alone.
+        Exception: any other error as it is (out of memory, another rank's end), with a note that the checkpoint is not the cause.
     """
     try:
         yield
     except CheckpointError:
         raise
     except Exception as error:
-        ranks = saved_ranks(folder)
-        if ranks and world_size not in ranks:
-            raise CheckpointError(
-                f"[qerl] {who}: {folder} was saved by {ranks[0]} ranks and this run has {world_size}; optimizer and adapter "
-                f"are stored rank by rank. Use {ranks[0]} ranks, or begin a new run with its adapter: "
-                f"lora_adapter_path={os.path.join(folder, 'lora_adapter')} of the model, trainer.resume_mode=disable."
-            ) from error
-        raise CheckpointError(
-            f"[qerl] {who}: cannot resume from {folder} ({type(error).__name__}: {_first_line(error)}). Delete or move "
-            f"{os.path.dirname(folder)}: with trainer.resume_mode=auto the run then goes on from the whole checkpoint before it."
-        ) from error
+        said = f"[qerl] {who}: cannot resume from {folder} ({type(error).__name__}: {_first_line(error)})"
+        advice = _fix(error, folder, world_size)
+        if advice is None:
+            _note(error, f"{said}. The checkpoint is not the cause and was not changed.")
+            raise
+        raise CheckpointError(f"{said}. {advice}") from error
+
+
+def _fix(error: Exception, folder: str, world_size: int) -> str | None:
+    """What the user can do about an error of loading; None if it does not come from the checkpoint."""
+    ranks = saved_ranks(folder)
+    if isinstance(error, FileNotFoundError) and ranks and world_size not in ranks:
+        return (
+            f"It was saved by {ranks[0]} ranks and this run has {world_size}; optimizer and adapter are stored rank by rank. "
+            f"Use {ranks[0]} ranks, or begin a new run with its adapter: "
+            f"lora_adapter_path={os.path.join(folder, 'lora_adapter')} of the model, trainer.resume_mode=disable."
+        )
+    without = (
+        f"With {os.path.dirname(folder)} moved out of trainer.default_local_dir, trainer.resume_mode=auto goes on from the whole "
+        "checkpoint before it."
+    )
+    if isinstance(error, FileNotFoundError) and Path(str(error.filename or "")).is_relative_to(folder):
+        return (
+            f"If {host_name()} does not share this folder with the other nodes, put trainer.default_local_dir where all of them "
+            f"see it. {without}"
+        )
+    if _is_broken(error):
+        return without
+    if isinstance(error, PermissionError):
+        return f"Its files are there: let this user (id {os.getuid()}) read them, and start the same command again."
+    if isinstance(error, OSError):
+        return "The file system could not read it. Start the same command again when it can; the checkpoint was not changed."
+    if isinstance(error, KeyError | ValueError) or "loading state_dict" in str(error):
+        return (
+            "Its files can be read and do not fit this run: it needs the model, lora_rank, target_modules and optimizer that it "
+            "was saved with. The checkpoint was not changed."
+        )
+    return None
+
+
+def _is_broken(error: Exception) -> bool:
+    """Whether a file of the checkpoint is not what was written."""
+    reader = isinstance(error, RuntimeError) and any(text in str(error) for text in _TORCH_READER)
+    return isinstance(error, _BROKEN) or reader
+
+
+def _note(error: Exception, text: str) -> None:
+    if hasattr(error, "add_note"):  # since Python 3.11
+        error.add_note(text)
+    else:
+        print(text, file=sys.stderr, flush=True)
 
 
 def saved_ranks(folder: str) -> list[int]:
