@@ -1,12 +1,14 @@
-"""Which kernels compute an NVFP4 linear layer: one choice, made once for a process, serving actor and rollout alike.
+"""Which kernels compute an NVFP4 linear layer: one decision for each layer, made when it is built, for actor and rollout alike.
 
-A backend owns the layout of the weight: ``prepack`` turns the checkpoint's bytes into it, once and at the same size, and
+:func:`choose_backend` decides, and :class:`KernelCount` counts what was decided. A backend owns the layout of the weight: ``prepack`` turns the checkpoint's bytes into it, once and at the same size, and
 everything else takes what ``prepack`` gave. So a layer of the actor and one of the rollout engine could share a weight.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -15,10 +17,43 @@ from qerl_verl.kernels.nvfp4_dequantize import block_values_nvfp4
 from qerl_verl.kernels.nvfp4_linear import nvfp4_linear_reference
 from qerl_verl.kernels.nvfp4_lora_linear import add_lora_reference
 
-NAMES = ("hopper", "triton", "pytorch")
+
+class Candidate:
+    """What :func:`choose_backend` asks of anything that can compute an NVFP4 linear layer."""
+
+    name: str
+    """As in the settings ``qerl.kernel`` and ``qerl.rollout.kernel``."""
+
+    description: str
+
+    lora_rank_multiple = 1
+
+    takes_adapter = False
+    """Whether its kernel is meant to compute the adapter along with the base, so that whoever insists on it insists on that."""
+
+    def padded_rank(self, rank: int) -> int:
+        """The rank that an adapter's buffers have: the next multiple of ``lora_rank_multiple``."""
+        return -(-rank // self.lora_rank_multiple) * self.lora_rank_multiple
+
+    def unavailable(self, device: torch.device) -> str | None:
+        """Why nothing runs on ``device``, one line, or None. Compiles what has to be compiled."""
+        return None
+
+    def refuses(self, n: int, k: int, dtype: torch.dtype) -> str | None:
+        """Why an ``[n, k]`` weight with ``dtype`` activations is not served, or None if it is."""
+        return None
+
+    def refuses_adapter(self, n: int, k: int, rank: int, ends: Sequence[int]) -> str | None:
+        """Why PyTorch adds the adapter of an ``[n, k]`` weight to the kernel's output, or None where the kernel computes it.
+
+        Args:
+            rank: of each projection's adapter.
+            ends: the row at which each fused projection ends.
+        """
+        return None
 
 
-class Backend:
+class Backend(Candidate):
     """Plain PyTorch, on any device: the reference of the other backends and their base class.
 
     All weights are pairs ``(packed, scale)`` of uint8, ``[N, K / 2]`` and ``[N, K / 16]``, in this backend's layout;
@@ -27,11 +62,6 @@ class Backend:
 
     name = "pytorch"
     description = "PyTorch (dequantize, matrix product)"
-    lora_rank_multiple = 1
-
-    def refuses(self, n: int, k: int, dtype: torch.dtype) -> str | None:
-        """Why an ``[n, k]`` weight with ``dtype`` activations is not served, or None if it is."""
-        return None
 
     def prepack(self, packed: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """From the checkpoint's layout to this backend's; new tensors or the same ones."""
@@ -92,9 +122,16 @@ class HopperBackend(Backend):
     name = "hopper"
     description = "Hopper W4A16 (WGMMA, CUDA C++)"
     lora_rank_multiple = hopper.LORA_UNIT
+    takes_adapter = True
+
+    def unavailable(self, device):
+        return _needs_cuda(device) or hopper.availability(device.index)
 
     def refuses(self, n, k, dtype):
         return hopper.check(n, k, dtype)
+
+    def refuses_adapter(self, n, k, rank, ends):
+        return hopper.check_lora(n, k, rank, ends)
 
     def prepack(self, packed, scale):
         return hopper.prepack(packed, scale)
@@ -126,7 +163,7 @@ class HopperBackend(Backend):
 
     def lora_linear(self, x, packed, scale, alpha, bias, lora_a, lora_b, ends, scaling):
         n, k = packed.shape[0], packed.shape[1] * 2
-        if hopper.check_lora(n, k, lora_b.shape[1], ends) is None:
+        if self.refuses_adapter(n, k, lora_b.shape[1], ends) is None:
             return hopper.lora_gemm(x, packed, scale, alpha, bias, lora_a, lora_b, ends, scaling)
         y = hopper.gemm(x, packed, scale, alpha, bias)
         return add_lora_reference(y, x, lora_a, hopper.unpack_lora_b(lora_b), ends, scaling)
@@ -138,10 +175,16 @@ class PortableBackend(Backend):
     name = "triton"
     description = "Triton W4A16"
 
+    def unavailable(self, device):
+        return _needs_cuda(device) or portable.trial(device.index)
+
     def refuses(self, n, k, dtype):
-        if dtype not in (torch.bfloat16, torch.float16):
-            return f"activations have to be bfloat16 or float16, got {dtype}"
-        return None if k % 64 == 0 else f"K has to be a multiple of 64, got {k}"
+        return portable.check(n, k, dtype)
+
+    def refuses_adapter(self, n, k, rank, ends):
+        if len(ends) > 1:
+            return f"the kernel computes the adapter of one projection, got {len(ends)}"
+        return f"the rank has to be a multiple of 16, got {rank}" if rank % 16 else None
 
     def block_values(self, packed, scale, dtype):
         if dtype not in (torch.bfloat16, torch.float16):
@@ -155,60 +198,145 @@ class PortableBackend(Backend):
         return tokens > portable.tuning.DEQUANTIZE_ABOVE
 
     def lora_linear(self, x, packed, scale, alpha, bias, lora_a, lora_b, ends, scaling):
-        if len(ends) > 1 or lora_b.shape[1] % 16:
+        if self.refuses_adapter(packed.shape[0], packed.shape[1] * 2, lora_b.shape[1], ends):
             return super().lora_linear(x, packed, scale, alpha, bias, lora_a, lora_b, ends, scaling)
         u = x @ lora_a.t()
         return portable.gemm(x, packed, scale, alpha, bias, u if scaling == 1 else u * scaling, lora_b)
 
 
-_BACKENDS = {b.name: b for b in (Backend(), HopperBackend(), PortableBackend())}
+def _needs_cuda(device: torch.device) -> str | None:
+    return None if device.type == "cuda" else f"it runs on CUDA, not on {device.type}"
 
 
-def unavailable(name: str, device: torch.device) -> str | None:
-    """Why backend ``name`` cannot run on ``device`` at all, or None if it can."""
-    if name == "pytorch":
-        return None
-    if device.type != "cuda":
-        return f"it runs on CUDA, not on {device.type}"
-    return hopper.availability(device.index) if name == "hopper" else portable.availability()
+BACKENDS: tuple[Backend, ...] = (HopperBackend(), PortableBackend(), Backend())
+"""The best first."""
+
+NAMES = tuple(b.name for b in BACKENDS)
 
 
-def choose_backend(device: torch.device, wanted: str = "auto", setting: str = "qerl.kernel") -> tuple[Backend, str]:
-    """The backend for a device, and a sentence that says which and why.
+@dataclass(frozen=True)
+class Adapter:
+    """The LoRA adapter that lives in a layer of the rollout.
+
+    Attributes:
+        rank: of each projection.
+        ends: the row at which each fused projection ends.
+    """
+
+    rank: int
+    ends: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What computes a layer, and why.
+
+    Attributes:
+        backend: what was chosen.
+        passed_over: of each better one, ``not NAME: reason``.
+        setting: that insists on ``backend``; None where ``auto`` chose.
+        adapter: why PyTorch adds the adapter to the kernel's output; None where the kernel computes it or there is none.
+    """
+
+    backend: Candidate
+    passed_over: tuple[str, ...] = ()
+    setting: str | None = None
+    adapter: str | None = None
+
+    def sentence(self, device: torch.device) -> str:
+        """What runs where, and why nothing better does."""
+        why = self.setting or "; ".join(self.passed_over)
+        return f"{self.backend.description} on {_name_of(device)}" + (f" ({why})" if why else "")
+
+
+def choose_backend(
+    device: torch.device,
+    shape: tuple[int, int] | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    wanted: str = "auto",
+    *,
+    setting: str = "qerl.kernel",
+    layer: str = "a layer",
+    adapter: Adapter | None = None,
+    candidates: Sequence[Candidate] = BACKENDS,
+    elsewhere: Mapping[str, str] | None = None,
+) -> Choice:
+    """Decide what computes a layer.
 
     Args:
-        wanted: ``auto`` takes the first of hopper, triton, pytorch that the device has; a name insists on it.
+        device: where the layer computes.
+        shape: ``(N, K)`` of its weight on this rank; None asks for the device alone.
+        dtype: of its activations.
+        wanted: ``auto`` takes the first of ``candidates`` that runs on the device and serves the layer; a name insists on it.
         setting: where ``wanted`` comes from.
+        layer: its name, for messages.
+        adapter: the adapter in the layer, if one is.
+        candidates: the best first; the last serves everything.
+        elsewhere: why a candidate, by its name, cannot run for others that share the layer's bytes.
 
     Raises:
-        ValueError: an unknown name, or a backend that cannot run here, with the reason.
+        ValueError: an unknown name, or one that cannot run here, does not serve the layer, or is meant to compute the adapter
+            and cannot compute this one; with the reason.
     """
-    if wanted == "auto":
-        reasons = []
-        for name in NAMES:
-            reason = unavailable(name, device)
-            if reason is None:
-                why = f" ({'; '.join(reasons)})" if reasons else ""
-                return _BACKENDS[name], f"{_BACKENDS[name].description} on {_name_of(device)}{why}"
-            reasons.append(f"not {name}: {reason}")
-    if wanted not in _BACKENDS:
-        raise ValueError(f"{setting}={wanted}: choose one of auto, {', '.join(NAMES)}")
-    if reason := unavailable(wanted, device):
-        raise ValueError(
-            f"{setting}={wanted} cannot run on {_name_of(device)}: {reason}; use auto or another of {NAMES}"
-        )
-    return _BACKENDS[wanted], f"{_BACKENDS[wanted].description} on {_name_of(device)} ({setting})"
+    names = [c.name for c in candidates]
+    if wanted != "auto" and wanted not in names:
+        raise ValueError(f"{setting}={wanted}: choose one of auto, {', '.join(names)}")
+    passed_over = []
+    for candidate in candidates:
+        if wanted not in ("auto", candidate.name):
+            continue
+        reason = candidate.unavailable(device) or (elsewhere or {}).get(candidate.name)
+        if reason and candidate.name == wanted:
+            raise ValueError(
+                f"{setting}={wanted} cannot run on {_name_of(device)}: {reason}; use auto or another of {', '.join(names)}"
+            )
+        where = ""
+        if reason is None and shape is not None:
+            where, reason = f" of {shape[0]} x {shape[1]}", candidate.refuses(*shape, dtype)
+        beside = None
+        if reason is None and adapter is not None and shape is not None:
+            beside = candidate.refuses_adapter(*shape, candidate.padded_rank(adapter.rank), adapter.ends)
+        if candidate.name == wanted:
+            if reason:
+                raise ValueError(f"{setting}={wanted} does not serve {layer}{where}: {reason}; use auto")
+            if beside and candidate.takes_adapter:
+                raise ValueError(f"{setting}={wanted} does not take the adapter of {layer}{where}: {beside}; use auto")
+        if reason is None:
+            return Choice(candidate, tuple(passed_over), None if wanted == "auto" else setting, beside)
+        passed_over.append(f"not {candidate.name}: {reason}")
+    raise ValueError(f"nothing serves {layer}: {'; '.join(passed_over)}")
 
 
-def backend_for(device: torch.device, n: int, k: int, dtype: torch.dtype, wanted: str = "auto") -> Backend:
-    """:func:`choose_backend`, or plain PyTorch for a shape or dtype that the chosen one does not serve."""
-    chosen, _ = choose_backend(device, wanted)
-    return chosen if chosen.refuses(n, k, dtype) is None else _BACKENDS["pytorch"]
+class KernelCount:
+    """Which kernels compute how many layers, by the last part of their names (``down_proj``), and why no better ones."""
+
+    def __init__(self) -> None:
+        self._kinds: dict[tuple[str, str | None], Counter[str]] = {}
+
+    def add(self, layer: str, choice: Choice, device: torch.device) -> None:
+        """``layer``: its full name."""
+        kinds = self._kinds.setdefault((choice.sentence(device), choice.adapter), Counter())
+        kinds[layer.rpartition(".")[2]] += 1
+
+    @property
+    def total(self) -> int:
+        return sum(kinds.total() for kinds in self._kinds.values())
+
+    def __str__(self) -> str:
+        groups = sorted(self._kinds.items(), key=lambda group: -group[1].total())
+        return "; ".join(self._group(*group) for group in groups)
+
+    @staticmethod
+    def _group(key: tuple[str, str | None], kinds: Counter[str]) -> str:
+        sentence, beside = key
+        number, counted = kinds.total(), ", ".join(f"{kind} {count}" for kind, count in kinds.items())
+        text = f"{sentence}: {number} layer{'s' if number > 1 else ''} ({counted})"
+        return text + (f", their adapter in PyTorch ({beside})" if beside else "")
 
 
 def get_backend(name: str) -> Backend:
     """A backend by name, whether or not it can run here."""
-    return _BACKENDS[name]
+    return next(b for b in BACKENDS if b.name == name)
 
 
 def _name_of(device: torch.device) -> str:

@@ -8,7 +8,7 @@ The weight is permuted once (:func:`prepack`; same size) and then serves decodin
 * :func:`dequantize` writes that row-major bfloat16 weight, exactly ``e2m1 * scale``; also what the backward pass needs.
 
 All are registered with PyTorch as ``torch.ops.qerl_hopper.nvfp4_gemm``, ``nvfp4_lora_gemm`` and ``nvfp4_dequantize``, can be
-captured into CUDA graphs (call :func:`initialize` before) and never synchronize.
+captured into CUDA graphs (call :func:`initialize` before) and never synchronize. They run on their tensors' device.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ import torch
 from torch import library
 
 from .. import autotune
+from ..device_guard import on_tensors_device
 from ..nvfp4_lora_linear import add_lora_reference
-from . import measure, tuning
-from .build import find_nvcc, library_path, load_library
+from . import build, measure, tuning
+from .build import load_library
 from .layout import LORA_UNIT, UNIT, check_shape, prepack, prepack_lora_b, unpack, unpack_lora_b
 
 __all__ = [
@@ -38,16 +39,28 @@ _slots: dict[tuple[int, int], int] = {}
 _launches = itertools.count()
 
 
-@functools.cache
 def availability(device: int | None = None) -> str | None:
-    """Why the kernels cannot run on CUDA device ``device`` (default: the current one), or None if they can."""
+    """Why the kernels cannot run on CUDA device ``device`` (default: the current one), one line, or None if they can.
+
+    Compiles them if need be, loads them and prepares the device, once in a process, so None means that they have been seen to
+    load. What costs that much comes after what can be known without.
+    """
     if not torch.cuda.is_available():
         return "no CUDA device"
+    return _availability(torch.cuda.current_device() if device is None else device)
+
+
+@functools.cache
+def _availability(device: int) -> str | None:
     major, minor = torch.cuda.get_device_capability(device)
     if (major, minor) != (9, 0):
         return f"the kernels are for compute capability 9.0 (Hopper), this device has {major}.{minor}"
-    if not library_path().exists() and find_nvcc() is None:
-        return "not compiled yet and no nvcc: set CUDA_HOME or put nvcc on PATH"
+    if reason := build.problem():
+        return reason
+    try:
+        _prepare(device)
+    except RuntimeError as error:
+        return build.last_line(str(error))
     return None
 
 
@@ -77,9 +90,12 @@ def check_lora(n: int, k: int, rank: int, ends: Sequence[int]) -> str | None:
 def _prepare(device: int) -> int:
     """Loads the kernels on a device; returns its number of multiprocessors."""
     with torch.cuda.device(device):
-        error = load_library().qerl_nvfp4_prepare()
+        library = load_library()
+        error = library.qerl_nvfp4_prepare()
         if error:
-            raise RuntimeError(f"preparing the Hopper kernels failed with CUDA error {error}")
+            raise RuntimeError(
+                f"preparing the Hopper kernels failed with CUDA error {error} ({library.qerl_cuda_error(error).decode()})"
+            )
         return torch.cuda.get_device_properties(device).multi_processor_count
 
 
@@ -250,9 +266,15 @@ library.define(
     "float scaling) -> Tensor",
 )
 library.define("qerl_hopper::nvfp4_dequantize", "(Tensor packed_p, Tensor scale_p) -> Tensor")
-library.impl("qerl_hopper::nvfp4_gemm", "CUDA", _gemm_cuda)
-library.impl("qerl_hopper::nvfp4_lora_gemm", "CUDA", _lora_gemm_cuda)
-library.impl("qerl_hopper::nvfp4_dequantize", "CUDA", _dequantize_cuda)
+OPERATORS = {
+    "nvfp4_gemm": on_tensors_device(_gemm_cuda),
+    "nvfp4_lora_gemm": on_tensors_device(_lora_gemm_cuda),
+    "nvfp4_dequantize": on_tensors_device(_dequantize_cuda),
+}
+"""What each operator of ``torch.ops.qerl_hopper`` runs on CUDA."""
+
+for _name, _function in OPERATORS.items():
+    library.impl(f"qerl_hopper::{_name}", "CUDA", _function)
 
 
 @library.register_fake("qerl_hopper::nvfp4_gemm")

@@ -691,8 +691,13 @@ extern "C" int qerl_nvfp4_prepare() {
   using namespace qerl;
   cudaDriverEntryPointQueryResult found;
   void* function = nullptr;
+#if CUDART_VERSION >= 12050
   int error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
+#else  // the toolkits before 12.5 have the unversioned function alone
+  int error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found);
+#endif
   if (error != cudaSuccess) return error;
+  if (found != cudaDriverEntryPointSuccess || function == nullptr) return cudaErrorInsufficientDriver;
   encode_tiled = reinterpret_cast<EncodeTiled>(function);
   const int device = current_device();
   if (device < 0) return cudaErrorInvalidDevice;
@@ -704,6 +709,8 @@ extern "C" int qerl_nvfp4_prepare() {
     if ((error = e.prepare()) != cudaSuccess) return error;
   return 0;
 }
+
+extern "C" const char* qerl_cuda_error(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
 
 // The flag of a launch on the current device, by its stream's slot and its number.
 extern "C" unsigned int* qerl_nvfp4_flag(int slot, int launch) {

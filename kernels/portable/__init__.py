@@ -22,10 +22,11 @@ import os
 import torch
 from torch import library
 
+from ..device_guard import on_tensors_device
 from ..nvfp4_dequantize import BLOCK_SIZE
 from .tuning import Plan, choose
 
-__all__ = ["Plan", "availability", "check", "choose", "dequantize", "gemm", "is_available", "quantize"]
+__all__ = ["Plan", "availability", "check", "choose", "dequantize", "gemm", "is_available", "quantize", "trial"]
 
 MIN_CAPABILITY = (8, 0)
 """The least compute capability that Triton compiles for and that multiplies bfloat16."""
@@ -68,21 +69,42 @@ def is_available(device: int | None = None) -> bool:
     return availability(device) is None
 
 
-def check(n: int, k: int, dtype: torch.dtype = torch.bfloat16) -> str | None:
-    """Why :func:`gemm` does not serve an ``[n, k]`` weight with ``dtype`` activations, or None if it does."""
-    if dtype not in (torch.bfloat16, torch.float16):
-        return f"Activations have to be bfloat16 or float16, got {dtype}."
-    if k % 64 or k <= 0:
-        return f"The number of input channels has to be a multiple of 64, got {k}."
+def trial(device: int | None = None) -> str | None:
+    """:func:`availability`, and whether Triton compiles here: why not, one line, or None.
+
+    Triton needs a C compiler for what launches a kernel (triton/runtime/build.py) and fails at the first call without one. So
+    one block is unpacked, once in a process for a device.
+    """
+    if (reason := availability(device)) or _interpreter():
+        return reason
+    return _trial(torch.cuda.current_device() if device is None else device)
+
+
+@functools.cache
+def _trial(device: int) -> str | None:
+    try:
+        with torch.cuda.device(device):
+            dequantize(
+                torch.zeros(1, 8, dtype=torch.uint8, device="cuda"), torch.zeros(1, 1, dtype=torch.uint8, device="cuda")
+            )
+    except Exception as error:  # of Triton, of the compiler, of the file system: all mean that no kernel runs
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        return f"Triton compiles nothing here: {lines[-1] if lines else type(error).__name__}"
     return None
 
 
-def _require(*tensors: torch.Tensor | None) -> None:
-    """Raises what stands in the way of a launch on these tensors."""
-    devices = {t.device for t in tensors if t is not None}
-    if len(devices) > 1:
-        raise ValueError(f"the tensors have to be on one device, got {sorted(map(str, devices))}")
-    (device,) = devices
+def check(n: int, k: int, dtype: torch.dtype = torch.bfloat16) -> str | None:
+    """Why :func:`gemm` does not serve an ``[n, k]`` weight with ``dtype`` activations, or None if it does."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"activations have to be bfloat16 or float16, got {dtype}"
+    if k % 64 or k <= 0:
+        return f"K has to be a multiple of 64, got {k}"
+    return None
+
+
+def _require(tensor: torch.Tensor) -> None:
+    """Raises what stands in the way of a launch on the tensor's device."""
+    device = tensor.device
     reason = availability(device.index if device.type == "cuda" else None)
     if reason is None and device.type != "cuda" and not _interpreter():
         reason = f"The kernels need tensors on a CUDA device, got {device}."
@@ -107,7 +129,7 @@ def _dequantize(packed, scale, dtype, transposed=False):
     _check_weight(packed, scale)
     if dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(f"dtype has to be bfloat16 or float16, got {dtype}")
-    _require(packed, scale)
+    _require(packed)
     from .nvfp4_dequantize import nvfp4_dequantize
 
     return nvfp4_dequantize(packed, scale, dtype, transposed)
@@ -120,7 +142,7 @@ def _quantize(weight, global_scale):
         raise ValueError(f"weight must be float32, bfloat16 or float16, got {weight.dtype}")
     if global_scale.numel() != 1 or global_scale.dtype != torch.float32:
         raise ValueError(f"global_scale must be one float32, got {global_scale.dtype} {tuple(global_scale.shape)}")
-    _require(weight, global_scale)
+    _require(weight)
     from .nvfp4_quantize import nvfp4_quantize
 
     return nvfp4_quantize(weight, global_scale)
@@ -147,7 +169,7 @@ def _gemm(x, packed, scale, alpha, bias=None, u=None, lora_b=None):
             )
         if u.dtype != x.dtype or lora_b.dtype != x.dtype:
             raise ValueError(f"u and lora_b have to be {x.dtype} as x is, got {u.dtype} and {lora_b.dtype}")
-    _require(x, packed, scale, bias, u, lora_b)
+    _require(x)
     from .nvfp4_gemm import nvfp4_gemm
 
     return nvfp4_gemm(x, packed, scale, alpha, bias, u, lora_b)
@@ -162,8 +184,15 @@ library.define(
     "qerl_portable::nvfp4_gemm",
     "(Tensor x, Tensor packed, Tensor scale, float alpha, Tensor? bias=None, Tensor? u=None, Tensor? lora_b=None) -> Tensor",
 )
-for _name, _function in (("dequantize", _dequantize), ("quantize", _quantize), ("gemm", _gemm)):
-    library.impl(f"qerl_portable::nvfp4_{_name}", ("cpu", "cuda"), _function)
+OPERATORS = {
+    "nvfp4_dequantize": on_tensors_device(_dequantize),
+    "nvfp4_quantize": on_tensors_device(_quantize),
+    "nvfp4_gemm": on_tensors_device(_gemm),
+}
+"""What each operator of ``torch.ops.qerl_portable`` runs."""
+
+for _name, _function in OPERATORS.items():
+    library.impl(f"qerl_portable::{_name}", ("cpu", "cuda"), _function)
 
 
 @library.register_fake("qerl_portable::nvfp4_dequantize")

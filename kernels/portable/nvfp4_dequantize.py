@@ -55,9 +55,8 @@ def nvfp4_dequantize(
     if out.numel() == 0:
         return out
     grid = (triton.cdiv(n, BLOCK_N), triton.cdiv(groups, BLOCK_GROUPS))
-    with torch.cuda.device_of(packed):
-        nvfp4_dequantize_kernel[grid](
-            packed, scale, out, n, half_k, groups, half_k * 2, n, factor,
-            BLOCK_N=BLOCK_N, BLOCK_GROUPS=BLOCK_GROUPS, TRANSPOSED=transposed, num_warps=WARPS,
-        )  # fmt: skip
+    nvfp4_dequantize_kernel[grid](
+        packed, scale, out, n, half_k, groups, half_k * 2, n, factor,
+        BLOCK_N=BLOCK_N, BLOCK_GROUPS=BLOCK_GROUPS, TRANSPOSED=transposed, num_warps=WARPS,
+    )  # fmt: skip
     return out

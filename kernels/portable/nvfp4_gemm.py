@@ -117,17 +117,16 @@ def run_plan(x, packed, scale, alpha, bias, u, lora_b, plan: tuning.Plan) -> tor
     parts = torch.empty(split, m, n, dtype=torch.float32, device=x.device) if split > 1 else y
     rank = 0 if u is None else u.shape[1]
     grid = (triton.cdiv(m, plan.block_m) * triton.cdiv(n, plan.block_n), split)
-    with torch.cuda.device_of(x):
-        nvfp4_gemm_kernel[grid](
-            x, packed, scale, None if split > 1 else bias, u, lora_b, parts, alpha, m, n, k, k // 64, rank,
-            triton.cdiv(k // plan.block_k, split),
-            BLOCK_M=plan.block_m, BLOCK_N=plan.block_n, BLOCK_K=plan.block_k, BLOCK_R=16 if rank % 32 else 32,
-            SPLIT=split, DOT=dot, num_warps=plan.warps, num_stages=plan.stages,
-        )  # fmt: skip
-        if split > 1:
-            nvfp4_gemm_reduce_kernel[(triton.cdiv(m * n, REDUCE_BLOCK),)](
-                parts, bias, y, n, m * n, SPLIT=split, BLOCK=REDUCE_BLOCK, num_warps=4
-            )
+    nvfp4_gemm_kernel[grid](
+        x, packed, scale, None if split > 1 else bias, u, lora_b, parts, alpha, m, n, k, k // 64, rank,
+        triton.cdiv(k // plan.block_k, split),
+        BLOCK_M=plan.block_m, BLOCK_N=plan.block_n, BLOCK_K=plan.block_k, BLOCK_R=16 if rank % 32 else 32,
+        SPLIT=split, DOT=dot, num_warps=plan.warps, num_stages=plan.stages,
+    )  # fmt: skip
+    if split > 1:
+        nvfp4_gemm_reduce_kernel[(triton.cdiv(m * n, REDUCE_BLOCK),)](
+            parts, bias, y, n, m * n, SPLIT=split, BLOCK=REDUCE_BLOCK, num_warps=4
+        )
     return y.to(x.dtype)
 
 

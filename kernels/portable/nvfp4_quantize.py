@@ -85,8 +85,7 @@ def nvfp4_quantize(weight: torch.Tensor, global_scale: torch.Tensor) -> tuple[to
     scale = torch.empty(n, k // BLOCK_SIZE, dtype=torch.float8_e4m3fn, device=weight.device)
     count = scale.numel()
     if count:
-        with torch.cuda.device_of(weight):
-            nvfp4_quantize_kernel[(triton.cdiv(count, BLOCKS),)](
-                weight, global_scale, packed, scale.view(torch.uint8), count, BLOCKS=BLOCKS, num_warps=WARPS
-            )
+        nvfp4_quantize_kernel[(triton.cdiv(count, BLOCKS),)](
+            weight, global_scale, packed, scale.view(torch.uint8), count, BLOCKS=BLOCKS, num_warps=WARPS
+        )
     return packed, scale

@@ -57,7 +57,7 @@ def kernels() -> str:
     from qerl_verl.kernels.backends import choose_backend
 
     device = torch.device("cuda", torch.cuda.current_device()) if _gpu() else torch.device("cpu")
-    return choose_backend(device)[1]
+    return choose_backend(device).sentence(device)
 
 
 def doctor() -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import socket
 import warnings
 from contextlib import AbstractContextManager, nullcontext
 
@@ -31,6 +32,7 @@ from qerl_verl.engine.checkpoint_errors import reading, writing
 from qerl_verl.engine.compile import compile_layers, unavailable
 from qerl_verl.engine.finite import NonFiniteError, first_nonfinite, gather_first, gradient_norms, named_tensors
 from qerl_verl.engine.recompute import Recompute
+from qerl_verl.kernels.backends import BACKENDS
 from qerl_verl.lora.peft import draw_adapter, linear_names, register_nvfp4, save_adapter
 from qerl_verl.lora.wire import CONFIG_TENSOR, pack_config
 from qerl_verl.nvfp4.loading import load_tensors, packed_linear_names, prepack_linears, swap_linears
@@ -51,6 +53,24 @@ ADAPTER_FOLDER = "lora_adapter"
 VALUE_HEAD = "score"
 """The value head's name in transformers' token classification models (transformers/modeling_layers.py,
 GenericForTokenClassification): ``[1, hidden_size]`` and a bias."""
+
+
+def unavailable_elsewhere(device: torch.device) -> dict[str, str]:
+    """Why a backend that runs on ``device`` does not on another rank's, by its name; a collective call.
+
+    FSDP2 gathers the bytes as rank 0 has laid them out, so every rank has to compute with the same backend.
+    """
+    own = {backend.name: backend.unavailable(device) for backend in BACKENDS}
+    if not torch.distributed.is_initialized():
+        return {}
+    gathered: list[tuple[str, dict]] = [("", {})] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, (socket.gethostname(), own))
+    return {
+        name: f"{reason} (rank {rank} on {host})"
+        for rank, (host, reasons) in reversed(list(enumerate(gathered)))
+        for name, reason in reasons.items()
+        if reason and own[name] is None
+    }
 
 
 class NVFP4EngineMixin:
@@ -81,11 +101,11 @@ class NVFP4EngineMixin:
         else:
             module.tie_weights()
         device = torch.device(self._device_type(), get_device_id() if self._device_type() == "cuda" else None)
-        kernel = prepack_linears(module, device, os.environ.get(KERNEL_ENV, "auto"), compute_dtype)
+        wanted = os.environ.get(KERNEL_ENV, "auto")
+        kernel = prepack_linears(module, device, wanted, compute_dtype, unavailable_elsewhere(device))
         if self.rank == 0:
             print(
-                f"[qerl] kernel: {self.role} NVFP4 linear = {kernel}, {len(packed)} layers, attention "
-                f"{config._attn_implementation}",
+                f"[qerl] kernel: {self.role} NVFP4 linear = {kernel}; attention {config._attn_implementation}",
                 flush=True,
             )
         apply_monkey_patch(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 
-from qerl_verl.kernels.backends import Backend, backend_for, get_backend
+from qerl_verl.kernels.backends import Backend, Choice, choose_backend, get_backend
 from qerl_verl.kernels.nvfp4_dequantize import BLOCK_SIZE, dequantize_nvfp4
 from qerl_verl.kernels.nvfp4_linear import nvfp4_linear
 
@@ -72,23 +74,39 @@ class NVFP4Linear(nn.Module):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         return nvfp4_linear(x, *self.weight_bytes(), self.alpha, self.bias, self.backend)
 
-    def use_backend(self, device: torch.device, wanted: str = "auto", dtype: torch.dtype = torch.bfloat16) -> None:
+    def use_backend(
+        self,
+        device: torch.device,
+        wanted: str = "auto",
+        dtype: torch.dtype = torch.bfloat16,
+        *,
+        name: str = "a layer",
+        elsewhere: Mapping[str, str] | None = None,
+    ) -> Choice:
         """Choose the kernels for ``device``; where the layer has data, put its bytes into their layout, on that device.
 
         Args:
             device: where the layer will compute; its tensors stay where they are.
             wanted: see :func:`qerl_verl.kernels.backends.choose_backend`.
             dtype: of the activations.
+            name: of the layer, for messages.
+            elsewhere: see :func:`qerl_verl.kernels.backends.choose_backend`.
+
+        Raises:
+            ValueError: a wanted kernel that cannot run here or does not serve the layer.
         """
-        chosen = backend_for(device, self.out_features, self.in_features, dtype, wanted)
+        shape = self.out_features, self.in_features
+        choice = choose_backend(device, shape, dtype, wanted, layer=name, elsewhere=elsewhere)
+        chosen = choice.backend
         if chosen is self.backend:
-            return
+            return choice
         if not self.weight_bytes()[0].is_meta:
             packed, scale = self.backend.unpack(*(t.to(device) for t in self.weight_bytes()))
             packed, scale = chosen.prepack(packed, scale)
             for place, new in zip(self.weight_bytes(), (packed, scale), strict=True):
                 place.copy_(new)
         self.backend = chosen
+        return choice
 
     def weight_bytes(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Views of the packed values ``[out_features, in_features / 2]`` and of the scales ``[out_features, in_features / 16]``,

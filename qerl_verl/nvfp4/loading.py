@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from torch import nn
 
-from qerl_verl.kernels.backends import choose_backend
+from qerl_verl.kernels.backends import KernelCount
 from qerl_verl.nvfp4.linear import NVFP4Linear
 from qerl_verl.nvfp4.unused_tensors import is_unused
 
@@ -135,7 +135,11 @@ def load_tensors(model: nn.Module, path: str | Path, dtype: torch.dtype, new_mod
 
 
 def prepack_linears(
-    model: nn.Module, device: torch.device, wanted: str = "auto", dtype: torch.dtype = torch.bfloat16
+    model: nn.Module,
+    device: torch.device,
+    wanted: str = "auto",
+    dtype: torch.dtype = torch.bfloat16,
+    elsewhere: Mapping[str, str] | None = None,
 ) -> str:
     """Choose the kernels of every :class:`NVFP4Linear` and put the weights into their layout, layer by layer on ``device``.
 
@@ -144,22 +148,23 @@ def prepack_linears(
         device: where the model will compute.
         wanted: ``qerl.kernel``.
         dtype: of the activations.
+        elsewhere: why a backend, by its name, cannot run on another rank; the ranks share the bytes, so all need one layout.
 
     Returns:
-        A sentence that says what was chosen, and how many layers it does not serve.
+        What was chosen for how many layers of each kind, and why nothing better, for the line ``[qerl] kernel:``.
 
     Raises:
-        ValueError: a wanted kernel that cannot run here.
+        ValueError: a wanted kernel that cannot run here or does not serve a layer, which it names.
     """
-    chosen, text = choose_backend(device, wanted)
-    layers = [m for m in model.modules() if isinstance(m, NVFP4Linear)]
-    for layer in layers:
-        layer.use_backend(device, wanted, dtype)
-    for shape, backend in {(layer.out_features, layer.in_features): layer.backend for layer in layers}.items():
+    count, backends = KernelCount(), {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, NVFP4Linear):
+            count.add(name, layer.use_backend(device, wanted, dtype, name=name, elsewhere=elsewhere), device)
+            backends[layer.out_features, layer.in_features] = layer.backend
+    for shape, backend in backends.items():
         if said := backend.tune(device, *shape):
             print(f"[qerl] kernel: {said}", flush=True)
-    others = sum(layer.backend is not chosen for layer in layers)
-    return text + (f"; {others} of {len(layers)} layers, whose shape it does not serve, in PyTorch" if others else "")
+    return str(count)
 
 
 def _parts_of_joined(model: nn.Module) -> dict[str, torch.Tensor]:

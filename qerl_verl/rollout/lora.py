@@ -63,8 +63,7 @@ def attach_adapter(
         layer: with vLLM's ``logical_widths`` (the rows of each fused projection on this rank) and
             ``input_size_per_partition``.
     """
-    multiple = backend.lora_rank_multiple
-    rank = -(-settings.rank // multiple) * multiple
+    rank = backend.padded_rank(settings.rank)
     widths = list(layer.logical_widths)
     a = torch.zeros(len(widths) * rank, layer.input_size_per_partition, dtype=dtype, device=device)
     b = torch.zeros(sum(widths), rank, dtype=dtype, device=device)

@@ -1,14 +1,13 @@
 """vLLM's ``compressed-tensors`` quantization, with NVFP4 weights served QeRL's way.
 
 Registered over vLLM's own through its public ``register_quantization_config``, in QeRL's jobs only. Weights are used with
-16-bit activations whatever the checkpoint says about activations, on a kernel of ours (:mod:`qerl_verl.rollout.scheme`) or on
-vLLM's, with the adapter inside the layer or on vLLM's own LoRA path. What to use comes in vLLM's ``additional_config``
-under ``qerl``: ``kernel`` (:data:`KERNELS`) and ``lora`` (rank and alpha, or null).
+16-bit activations whatever the checkpoint says about activations, on a kernel of ours or on vLLM's
+(:mod:`qerl_verl.rollout.scheme`), with the adapter inside the layer or on vLLM's own LoRA path. What to use comes in vLLM's
+``additional_config`` under ``qerl``: ``kernel`` (``auto`` or a name of :data:`CANDIDATES`) and ``lora`` (rank and alpha, or
+null).
 """
 
 from __future__ import annotations
-
-import functools
 
 import torch
 from vllm.config import get_current_vllm_config
@@ -16,34 +15,14 @@ from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
 from vllm.platforms import current_platform
 
-from qerl_verl.kernels.backends import choose_backend, unavailable
 from qerl_verl.kernels.nvfp4_dequantize import BLOCK_SIZE
 from qerl_verl.nvfp4.unused_tensors import KV_CACHE_SCALE
 from qerl_verl.rollout.lora import ADDITIONAL_CONFIG, lora_settings
-from qerl_verl.rollout.scheme import AdapterOnVLLMScheme, QeRLNVFP4Scheme
+from qerl_verl.rollout.scheme import KernelReport, NVFP4Scheme
 
 QUANT_FORMAT = "qerl-nvfp4-pack-quantized"
 """Our name for the format inside vLLM. verl takes ``nvfp4-pack-quantized`` for its QAT, patches vLLM for that and
 then keeps the first adapter for ever (verl/workers/rollout/vllm_rollout/utils.py, vLLMColocateWorkerExtension)."""
-
-
-@functools.cache
-def _say(text: str) -> None:
-    """Once a process, past vLLM's log level, which verl sets to WARN."""
-    print(f"[qerl] {text}", flush=True)
-
-
-KERNELS = ("auto", "hopper", "triton", "pytorch", "marlin")
-"""``marlin`` stands for whatever vLLM itself chooses, which for 16-bit activations is Marlin."""
-
-
-def resolve_kernel(wanted: str) -> str:
-    """What ``auto`` means in the rollout: our kernel on Hopper, vLLM's on every other GPU, PyTorch on the CPU."""
-    if wanted != "auto":
-        return wanted
-    if current_platform.is_cpu():
-        return "pytorch"
-    return "hopper" if unavailable("hopper", torch.device("cuda", torch.cuda.current_device())) is None else "marlin"
 
 
 class QeRLCompressedTensorsConfig(CompressedTensorsConfig):
@@ -58,26 +37,22 @@ class QeRLCompressedTensorsConfig(CompressedTensorsConfig):
         self.kv_cache_scheme = None
         if self.quant_format == "nvfp4-pack-quantized":
             self.quant_format = QUANT_FORMAT
+        self.qerl_report = KernelReport()
 
     def _get_scheme_from_parts(self, weight_quant, input_quant, *args, **kwargs):
         if not self._is_nvfp4(weight_quant):
             return super()._get_scheme_from_parts(weight_quant, input_quant, *args, **kwargs)
         additional = get_current_vllm_config().additional_config
-        lora = lora_settings(additional)
-        adapter = f"adapter of rank {lora.rank} in the layer" if lora else "adapter, if any, through vLLM's LoRA path"
-        wanted = (additional or {}).get(ADDITIONAL_CONFIG, {}).get("kernel", "auto")
-        kernel = resolve_kernel(wanted)
-        if kernel != "marlin":
-            device = (
-                torch.device("cpu") if current_platform.is_cpu() else torch.device("cuda", torch.cuda.current_device())
-            )
-            _, text = choose_backend(device, wanted, "qerl.rollout.kernel")
-            _say(f"kernel: rollout NVFP4 linear = {text}; {adapter}")
-            return QeRLNVFP4Scheme(kernel, lora)
-        scheme = super()._get_scheme_from_parts(weight_quant, None, *args, **kwargs)
-        name = type(getattr(scheme, "kernel", None) or scheme).__name__
-        _say(f"kernel: rollout NVFP4 linear = vLLM's {name} on {current_platform.device_name}; {adapter}")
-        return scheme if lora is None else AdapterOnVLLMScheme(scheme, lora)
+        on_cpu = current_platform.is_cpu()
+        return NVFP4Scheme(
+            torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device()),
+            (additional or {}).get(ADDITIONAL_CONFIG, {}).get("kernel", "auto"),
+            lora_settings(additional),
+            lambda: super(QeRLCompressedTensorsConfig, self)._get_scheme_from_parts(
+                weight_quant, None, *args, **kwargs
+            ),
+            self.qerl_report,
+        )
 
     @staticmethod
     def get_cache_scale_mapper():

@@ -1,30 +1,194 @@
-"""NVFP4 W4A16 layers of vLLM on our kernels, with the adapter inside."""
+"""NVFP4 W4A16 layers of vLLM, on our kernels or on vLLM's, with the adapter inside."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch.nn import Parameter
 from vllm.model_executor.layers.quantization.compressed_tensors.schemes import CompressedTensorsScheme
 from vllm.model_executor.parameter import GroupQuantScaleParameter, ModelWeightParameter, PerTensorScaleParameter
 
-from qerl_verl.kernels.backends import backend_for, get_backend
+from qerl_verl.kernels.backends import Adapter, Backend, Candidate, Choice, KernelCount, choose_backend, get_backend
 from qerl_verl.kernels.nvfp4_dequantize import BLOCK_SIZE
 from qerl_verl.kernels.nvfp4_lora_linear import add_lora_reference
 from qerl_verl.rollout.lora import LoraSettings, attach_adapter
 
 
-class QeRLNVFP4Scheme(CompressedTensorsScheme):
-    """16-bit activations, NVFP4 weight in the layout of the chosen backend (:mod:`qerl_verl.kernels.backends`).
+SETTING = "qerl.rollout.kernel"
+
+
+class VLLMKernel(Candidate):
+    """Whatever kernel vLLM chooses for 16-bit activations, which is Marlin (vllm/model_executor/kernels/linear,
+    init_nvfp4_linear_kernel). It pads shapes, so it serves all of them."""
+
+    name = "marlin"
+
+    def __init__(self, kernel: str = "Marlin"):
+        self.description = f"vLLM's {kernel}"
+
+    def unavailable(self, device):
+        if device.type != "cuda":
+            return f"it runs on CUDA, not on {device.type}"
+        if torch.cuda.get_device_capability(device) < (7, 5):
+            return "it needs compute capability 7.5"
+        return None
+
+    def refuses(self, n, k, dtype):
+        if dtype not in (torch.bfloat16, torch.float16):
+            return f"activations have to be bfloat16 or float16, got {dtype}"
+        return None
+
+    def refuses_adapter(self, n, k, rank, ends):
+        return "the kernel takes no adapter"
+
+
+CANDIDATES: tuple[Candidate, ...] = (get_backend("hopper"), VLLMKernel(), get_backend("triton"), get_backend("pytorch"))
+"""The best first: vLLM's Marlin is tuned for the GPUs on which the Triton kernels are not."""
+
+
+class KernelReport:
+    """Counts the layers of one engine and says once, when all that were built are loaded, what computes how many."""
+
+    def __init__(self) -> None:
+        self._count, self._built = KernelCount(), 0
+
+    def built(self) -> None:
+        """One layer more is to come."""
+        self._built += 1
+
+    def loaded(self, layer: str, choice: Choice, device: torch.device, lora: LoraSettings | None) -> None:
+        """A layer has its weights. A later load (after a sleep at level 2) counts nothing.
+
+        Args:
+            layer: its full name.
+        """
+        if self._count.total == self._built:
+            return
+        self._count.add(layer, choice, device)
+        if self._count.total == self._built:
+            adapter = (
+                f"adapter of rank {lora.rank} in the layer" if lora else "adapter, if any, through vLLM's LoRA path"
+            )
+            # past vLLM's log level, which verl sets to WARN
+            print(f"[qerl] kernel: rollout NVFP4 linear = {self._count}; {adapter}", flush=True)
+
+
+class NVFP4Scheme(CompressedTensorsScheme):
+    """Decides what computes a layer when vLLM builds it, and hands everything on to the scheme for that.
 
     Args:
-        kernel: ``auto`` or a backend's name.
+        device: where the layer computes.
+        kernel: ``auto``, or a name of :data:`CANDIDATES` to insist on.
+        lora: of the adapter that lives in the layer, or None.
+        vllm_scheme: makes vLLM's own scheme for 16-bit activations.
+        report: of the engine.
+
+    Raises (from :meth:`create_weights`):
+        ValueError: a kernel that is insisted on cannot run here, or does not serve the layer or its adapter; names the layer.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        kernel: str,
+        lora: LoraSettings | None,
+        vllm_scheme: Callable[[], CompressedTensorsScheme],
+        report: KernelReport,
+    ):
+        self.device, self.kernel, self.lora, self.vllm_scheme, self.report = device, kernel, lora, vllm_scheme, report
+        self.inner: CompressedTensorsScheme | None = None
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 0
+
+    def create_weights(
+        self,
+        layer: torch.nn.Module,
+        output_partition_sizes: list[int],
+        input_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **kwargs,
+    ) -> None:
+        self.name = getattr(layer, "prefix", "") or "a layer"
+        ends = tuple(itertools.accumulate(output_partition_sizes))
+        self.choice = choose_backend(
+            self.device,
+            (ends[-1], input_size_per_partition),
+            params_dtype,
+            self.kernel,
+            setting=SETTING,
+            layer=self.name,
+            adapter=Adapter(self.lora.rank, ends) if self.lora else None,
+            candidates=CANDIDATES,
+        )
+        if isinstance(self.choice.backend, Backend):
+            self.inner = QeRLNVFP4Scheme(self.choice.backend, self.lora)
+        else:
+            scheme = self.vllm_scheme()
+            self.choice = replace(self.choice, backend=VLLMKernel(type(scheme.kernel).__name__))
+            self.inner = VLLMScheme(scheme, self.lora)
+        self.report.built()
+        self.inner.create_weights(
+            layer=layer,
+            output_partition_sizes=output_partition_sizes,
+            input_size_per_partition=input_size_per_partition,
+            params_dtype=params_dtype,
+            **kwargs,
+        )
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        self.inner.process_weights_after_loading(layer)
+        choice, backend = self.choice, self.choice.backend
+        if self.lora and backend.takes_adapter and layer.qerl_row_factor is not None:
+            reason = "its fused projections have a weight_global_scale each"
+            if choice.setting:
+                raise ValueError(
+                    f"{SETTING}={backend.name} does not take the adapter of {self.name}: {reason}; use auto"
+                )
+            choice = replace(choice, adapter=reason)
+        self.report.loaded(self.name, choice, self.device, self.lora)
+
+    def apply_weights(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return self.inner.apply_weights(layer, x, bias)
+
+
+def _register_input_scale(layer: torch.nn.Module, parts: int, weight_loader: Callable) -> None:
+    """A place for ``input_global_scale`` of llm-compressor's W4A4 checkpoints, which is loaded and dropped: activations stay in
+    16 bits."""
+    scale = PerTensorScaleParameter(data=torch.ones(parts, dtype=torch.float32), weight_loader=weight_loader)
+    layer.register_parameter("input_global_scale", scale)
+
+
+def _register_row_factor(layer: torch.nn.Module, scales: list[float], applied: float) -> None:
+    """Give a layer the buffer ``qerl_row_factor`` ``[N]``: what its output is multiplied by where its fused projections were
+    quantized one by one, None where they share a scale.
+
+    Args:
+        layer: with vLLM's ``logical_widths``.
+        scales: ``weight_global_scale`` of each projection.
+        applied: the one that the kernel divides by.
+    """
+    factor = None
+    if any(s != applied for s in scales):
+        factors = torch.tensor([applied / s for s in scales], device=layer.weight_packed.device)
+        factor = factors.repeat_interleave(torch.tensor(layer.logical_widths, device=factors.device))
+    layer.register_buffer("qerl_row_factor", factor, persistent=False)
+
+
+class QeRLNVFP4Scheme(CompressedTensorsScheme):
+    """16-bit activations, NVFP4 weight in the layout of a backend (:mod:`qerl_verl.kernels.backends`).
+
+    Args:
+        backend: computes the layer.
         lora: of the adapter that lives in the layer, or None.
     """
 
-    def __init__(self, kernel: str = "auto", lora: LoraSettings | None = None):
-        self.kernel, self.lora = kernel, lora
+    def __init__(self, backend: Backend, lora: LoraSettings | None = None):
+        self.backend, self.lora = backend, lora
 
     @classmethod
     def get_min_capability(cls) -> int:
@@ -59,34 +223,25 @@ class QeRLNVFP4Scheme(CompressedTensorsScheme):
                 data=torch.empty(rows, columns // BLOCK_SIZE, dtype=torch.float8_e4m3fn), **matrix
             ),
         )
-        for name in ("weight_global_scale", "input_global_scale"):
-            layer.register_parameter(
-                name,
-                PerTensorScaleParameter(
-                    data=torch.ones(len(output_partition_sizes), dtype=torch.float32), weight_loader=weight_loader
-                ),
-            )
+        parts = len(output_partition_sizes)
+        layer.register_parameter(
+            "weight_global_scale",
+            PerTensorScaleParameter(data=torch.ones(parts, dtype=torch.float32), weight_loader=weight_loader),
+        )
+        _register_input_scale(layer, parts, weight_loader)
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        del layer.input_global_scale  # of llm-compressor's W4A4 checkpoints; activations stay in 16 bits here
+        del layer.input_global_scale
         packed, scale = layer.weight_packed.data, layer.weight_scale.data.view(torch.uint8)
-        layer.qerl_backend = backend_for(
-            packed.device, packed.shape[0], packed.shape[1] * 2, layer.qerl_dtype, self.kernel
-        )
-        packed, scale = layer.qerl_backend.prepack(packed, scale)
+        packed, scale = self.backend.prepack(packed, scale)
         layer.weight_packed = Parameter(packed, requires_grad=False)
         layer.weight_scale = Parameter(scale, requires_grad=False)
         layer.weight_global_scale = Parameter(layer.weight_global_scale.data, requires_grad=False)
         scales = layer.weight_global_scale.tolist()
         layer.qerl_alpha = 1.0 / scales[0]
-        row_factor = None
-        if any(s != scales[0] for s in scales):  # fused projections that were quantized one by one
-            widths = torch.tensor(layer.logical_widths, device=packed.device)
-            factors = torch.tensor([scales[0] / s for s in scales], device=packed.device)
-            row_factor = factors.repeat_interleave(widths)
-        layer.register_buffer("qerl_row_factor", row_factor, persistent=False)
+        _register_row_factor(layer, scales, scales[0])
         if self.lora is not None:
-            attach_adapter(layer, self.lora, layer.qerl_backend, layer.qerl_dtype, packed.device)
+            attach_adapter(layer, self.lora, self.backend, layer.qerl_dtype, packed.device)
         self._tune(layer, packed.device)
 
     def _tune(self, layer: torch.nn.Module, device: torch.device) -> None:
@@ -95,11 +250,11 @@ class QeRLNVFP4Scheme(CompressedTensorsScheme):
         if self.lora is not None and layer.qerl_row_factor is None:
             ends, rank = layer.qerl_lora_ends, layer.qerl_lora_b.shape[1]
         rows, columns = layer.output_size_per_partition, layer.input_size_per_partition
-        if said := layer.qerl_backend.tune(device, rows, columns, ends, rank):
+        if said := self.backend.tune(device, rows, columns, ends, rank):
             print(f"[qerl] kernel: rollout, {said}", flush=True)
 
     def apply_weights(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        backend, weight, alpha = layer.qerl_backend, (layer.weight_packed, layer.weight_scale), layer.qerl_alpha
+        backend, weight, alpha = self.backend, (layer.weight_packed, layer.weight_scale), layer.qerl_alpha
         if layer.qerl_row_factor is not None:
             y = (backend.linear(x, *weight, alpha) * layer.qerl_row_factor).to(x.dtype)
             y = y if bias is None else y + bias
@@ -114,10 +269,14 @@ class QeRLNVFP4Scheme(CompressedTensorsScheme):
         )
 
 
-class AdapterOnVLLMScheme(CompressedTensorsScheme):
-    """A scheme of vLLM's for the base (Marlin), with the adapter in the layer, added by two small matrix products."""
+class VLLMScheme(CompressedTensorsScheme):
+    """A scheme of vLLM's for the base (Marlin); the adapter, if one is in the layer, is added by two small GEMMs.
 
-    def __init__(self, inner: CompressedTensorsScheme, lora: LoraSettings):
+    vLLM's scheme for 16-bit activations registers no ``input_global_scale`` (compressed_tensors_w4a4_nvfp4.py,
+    create_weights with ``use_a16``), and its loader fails on a checkpoint that has one.
+    """
+
+    def __init__(self, inner: CompressedTensorsScheme, lora: LoraSettings | None):
         self.inner, self.lora = inner, lora
 
     @classmethod
@@ -127,14 +286,29 @@ class AdapterOnVLLMScheme(CompressedTensorsScheme):
     def create_weights(self, layer: torch.nn.Module, params_dtype: torch.dtype, **kwargs) -> None:
         layer.qerl_dtype = params_dtype
         self.inner.create_weights(layer=layer, params_dtype=params_dtype, **kwargs)
+        if not hasattr(layer, "input_global_scale"):
+            _register_input_scale(layer, len(kwargs["output_partition_sizes"]), kwargs["weight_loader"])
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         device = layer.weight_packed.device
+        scales = layer.weight_global_scale.tolist()
+        _register_row_factor(layer, scales, max(scales))  # vLLM takes the largest for all
+        bias = getattr(layer, "bias", None)  # vLLM permutes it for a kernel that adds it itself
+        bias = None if bias is None or layer.qerl_row_factor is None else bias.detach().clone()
+        layer.register_buffer("qerl_bias", bias, persistent=False)
+        del layer.input_global_scale
         self.inner.process_weights_after_loading(layer)
-        attach_adapter(layer, self.lora, get_backend("pytorch"), layer.qerl_dtype, device)
+        if self.lora is not None:
+            attach_adapter(layer, self.lora, get_backend("pytorch"), layer.qerl_dtype, device)
 
     def apply_weights(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        y = self.inner.apply_weights(layer, x, bias=bias)
+        if layer.qerl_row_factor is None:
+            y = self.inner.apply_weights(layer, x, bias=bias)
+        else:
+            y = (self.inner.apply_weights(layer, x, bias=None) * layer.qerl_row_factor).to(x.dtype)
+            y = y if bias is None else y + layer.qerl_bias
+        if self.lora is None:
+            return y
         return add_lora_reference(
             y, x, layer.qerl_lora_a, layer.qerl_lora_b, layer.qerl_lora_ends, layer.qerl_lora_scaling
         )

@@ -16,6 +16,18 @@ from qerl_verl.kernels.nvfp4_dequantize import block_values_nvfp4
 from qerl_verl.kernels.nvfp4_quantize import nvfp4_global_scale, quantize_nvfp4
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRETED:
+    # The bounds of a kernel's loop are arrays of one element in Triton 3.6's interpreter, which takes their int()
+    # (triton/runtime/interpreter.py, _patch_lang_tensor); NumPy 2.4 and newer convert arrays without dimensions alone.
+    from triton.runtime import interpreter
+
+    _patch_lang_tensor = interpreter._patch_lang_tensor
+
+    def _patch_with_index(tensor, scope):
+        _patch_lang_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = _patch_with_index
 DEVICE = "cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda"
 DTYPES = [torch.bfloat16, torch.float16]
 ALPHA = 1 / 640.0

@@ -1,10 +1,21 @@
 """Which backend is chosen, and the layouts that can be made on the CPU."""
 
+import re
+
 import pytest
 import torch
 
 from qerl_verl.kernels import backends, hopper, portable
-from qerl_verl.kernels.backends import NAMES, HopperBackend, backend_for, choose_backend, get_backend
+from qerl_verl.kernels.backends import (
+    BACKENDS,
+    NAMES,
+    Adapter,
+    HopperBackend,
+    KernelCount,
+    PortableBackend,
+    choose_backend,
+    get_backend,
+)
 from qerl_verl.kernels.nvfp4_dequantize import block_values_nvfp4
 
 CPU = torch.device("cpu")
@@ -18,56 +29,143 @@ def weight():
     return packed, torch.randint(1, 127, (N, K // 16), dtype=torch.uint8)
 
 
+@pytest.fixture
+def every_backend_runs(monkeypatch):
+    for backend in BACKENDS:
+        monkeypatch.setattr(type(backend), "unavailable", lambda self, device: None)
+
+
 def test_auto_on_the_cpu_is_pytorch_and_says_why():
-    backend, text = choose_backend(CPU)
-    assert backend is get_backend("pytorch")
-    assert text == (
+    choice = choose_backend(CPU)
+    assert choice.backend is get_backend("pytorch")
+    assert choice.sentence(CPU) == (
         "PyTorch (dequantize, matrix product) on cpu (not hopper: it runs on CUDA, not on cpu; "
         "not triton: it runs on CUDA, not on cpu)"
     )
 
 
-@pytest.mark.parametrize("name", ["hopper", "triton"])
-def test_a_wanted_backend_that_cannot_run_is_refused_with_the_key_and_the_cure(name):
-    with pytest.raises(ValueError, match=f"qerl.kernel={name} cannot run on cpu: it runs on CUDA.*use auto"):
-        choose_backend(CPU, name)
-
-
-def test_an_unknown_name_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="qerl.kernel=cutlass: choose one of auto, hopper, triton, pytorch"):
-        choose_backend(CPU, "cutlass")
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        ("hopper", "qerl.kernel=hopper cannot run on cpu: it runs on CUDA.*use auto"),
+        ("triton", "qerl.kernel=triton cannot run on cpu: it runs on CUDA.*use auto"),
+        ("cutlass", "qerl.kernel=cutlass: choose one of auto, hopper, triton, pytorch"),
+    ],
+)
+def test_a_backend_that_cannot_run_is_refused_with_the_setting_and_the_fix(wanted, message):
+    with pytest.raises(ValueError, match=message):
+        choose_backend(CPU, wanted=wanted)
 
 
 def test_a_wanted_backend_is_taken_and_attributed_to_the_setting():
-    backend, text = choose_backend(CPU, "pytorch")
-    assert backend.name == "pytorch" and text.endswith("on cpu (qerl.kernel)")
-
-
-def test_auto_takes_the_first_that_the_device_has(monkeypatch):
-    reasons = {"hopper": "another GPU", "triton": None}
-    monkeypatch.setattr(backends, "unavailable", lambda name, device: reasons[name])
-    backend, text = choose_backend(CPU)
-    assert backend.name == "triton" and text == "Triton W4A16 on cpu (not hopper: another GPU)"
+    choice = choose_backend(CPU, wanted="pytorch")
+    assert choice.backend.name == "pytorch" and choice.sentence(CPU).endswith("on cpu (qerl.kernel)")
 
 
 @pytest.mark.parametrize(
-    ("name", "n", "k", "dtype", "served"),
+    ("hopper", "triton", "chosen"),
     [
-        ("hopper", 320, 192, torch.bfloat16, "hopper"),
-        ("hopper", 320, 80, torch.bfloat16, "pytorch"),
-        ("hopper", 100, 192, torch.bfloat16, "pytorch"),
-        ("hopper", 320, 192, torch.float32, "pytorch"),
-        ("triton", 100, 192, torch.float16, "triton"),
-        ("triton", 100, 80, torch.bfloat16, "pytorch"),
-        ("triton", 320, 192, torch.float32, "pytorch"),
-        ("pytorch", 7, 16, torch.float64, "pytorch"),
+        (None, None, ("hopper", "")),
+        ("nvcc failed to compile them: x.cu(7): error: y", None, ("triton", "not hopper: nvcc failed to compile them: x.cu(7): error: y")),
+        ("no g++", "no gcc", ("pytorch", "not hopper: no g++; not triton: no gcc")),
     ],
-)
-def test_a_shape_or_dtype_that_the_backend_refuses_goes_to_pytorch(monkeypatch, name, n, k, dtype, served):
-    monkeypatch.setattr(backends, "unavailable", lambda name, device: None)
-    assert backend_for(CPU, n, k, dtype, name).name == served
-    reason = get_backend(name).refuses(n, k, dtype)
-    assert (reason is None) is (served == name)
+)  # fmt: skip
+def test_auto_goes_on_to_the_next_backend_with_the_reason(monkeypatch, hopper, triton, chosen):
+    """As where a compiler fails: found when the layer is built, and nothing is computed before."""
+    monkeypatch.setattr(HopperBackend, "unavailable", lambda self, device: hopper)
+    monkeypatch.setattr(PortableBackend, "unavailable", lambda self, device: triton)
+    choice = choose_backend(CPU, (320, 192))
+    assert (choice.backend.name, "; ".join(choice.passed_over)) == chosen
+    for name, reason in (("hopper", hopper), ("triton", triton)):
+        if reason:
+            with pytest.raises(
+                ValueError, match=re.escape(f"qerl.kernel={name} cannot run on cpu: {reason}; use auto")
+            ):
+                choose_backend(CPU, (320, 192), wanted=name)
+
+
+def test_what_another_rank_cannot_run_is_passed_over_here_too(every_backend_runs):
+    """The ranks share the bytes of a weight, and with them its layout."""
+    elsewhere = {"hopper": "no nvcc (rank 3 on node2)"}
+    choice = choose_backend(CPU, (320, 192), elsewhere=elsewhere)
+    assert choice.backend.name == "triton" and choice.passed_over == ("not hopper: no nvcc (rank 3 on node2)",)
+    with pytest.raises(ValueError, match=r"qerl.kernel=hopper cannot run on cpu: no nvcc \(rank 3 on node2\)"):
+        choose_backend(CPU, (320, 192), wanted="hopper", elsewhere=elsewhere)
+
+
+SERVED = [
+    # wanted of which backend, rows, columns, dtype: who serves it under auto, and what the wanted one says
+    ("hopper", 320, 192, torch.bfloat16, "hopper", None),
+    ("hopper", 320, 80, torch.bfloat16, "pytorch", "N and K have to be multiples of 64, got 320 x 80"),
+    ("hopper", 100, 192, torch.bfloat16, "triton", "N and K have to be multiples of 64, got 100 x 192"),
+    ("hopper", 320, 192, torch.float16, "triton", "activations have to be bfloat16, got torch.float16"),
+    ("hopper", 320, 192, torch.float32, "pytorch", "activations have to be bfloat16, got torch.float32"),
+    ("triton", 100, 80, torch.float16, "pytorch", "K has to be a multiple of 64, got 80"),
+    ("triton", 320, 192, torch.float32, "pytorch", "activations have to be bfloat16 or float16, got torch.float32"),
+    ("pytorch", 7, 16, torch.float64, "pytorch", None),
+]
+
+
+@pytest.mark.parametrize(("wanted", "n", "k", "dtype", "served", "reason"), SERVED)
+def test_a_layer_goes_to_the_first_backend_that_serves_it(every_backend_runs, wanted, n, k, dtype, served, reason):
+    choice = choose_backend(CPU, (n, k), dtype)
+    assert choice.backend.name == served
+    assert reason is None or f"not {wanted}: {reason}" in choice.passed_over
+    assert get_backend(wanted).refuses(n, k, dtype) == reason
+    if reason is None:
+        assert choose_backend(CPU, (n, k), dtype, wanted).backend.name == wanted
+        return
+    message = f"qerl.rollout.kernel={wanted} does not serve mlp.down_proj of {n} x {k}: {reason}; use auto"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        choose_backend(CPU, (n, k), dtype, wanted, setting="qerl.rollout.kernel", layer="mlp.down_proj")
+
+
+ADAPTERS = [
+    # rank and ends of an adapter on 1152 x 896: why PyTorch computes it
+    ("hopper", Adapter(32, (896, 1024, 1152)), None),
+    ("hopper", Adapter(8, (1152,)), None),  # padded to 16
+    ("hopper", Adapter(32, (832, 1152)), "projections have to end at multiples of 128 rows, got [832, 1152]"),
+    ("hopper", Adapter(32, (128, 256, 512, 1152)), "one to three projections that end at row 1152 are possible, got [128, 256, 512, 1152]"),
+    ("triton", Adapter(32, (1152,)), None),
+    ("triton", Adapter(32, (896, 1152)), "the kernel computes the adapter of one projection, got 2"),
+    ("triton", Adapter(8, (1152,)), "the rank has to be a multiple of 16, got 8"),
+    ("pytorch", Adapter(7, (100, 1152)), None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "adapter", "reason"), ADAPTERS)
+def test_an_adapter_that_the_kernel_does_not_compute_is_told_and_refused_where_hopper_is_insisted_on(
+    every_backend_runs, name, adapter, reason
+):
+    candidates = [get_backend(name)]
+    assert choose_backend(CPU, (1152, 896), adapter=adapter, candidates=candidates).adapter == reason
+    if name == "hopper" and reason:
+        message = f"qerl.kernel=hopper does not take the adapter of qkv_proj of 1152 x 896: {reason}; use auto"
+        with pytest.raises(ValueError, match=re.escape(message)):
+            choose_backend(CPU, (1152, 896), wanted=name, layer="qkv_proj", adapter=adapter)
+    else:
+        assert choose_backend(CPU, (1152, 896), wanted=name, adapter=adapter).adapter == reason
+
+
+def test_the_count_names_what_runs_where_by_kind_of_layer(every_backend_runs):
+    count = KernelCount()
+    for i in range(3):
+        for kind, shape, ends in (
+            ("qkv_proj", (1152, 896), (832, 1152)),
+            ("o_proj", (896, 896), (896,)),
+            ("down_proj", (896, 80), (896,)),
+        ):
+            adapter = Adapter(32, ends)
+            count.add(f"model.layers.{i}.mlp.{kind}", choose_backend(CPU, shape, adapter=adapter), CPU)
+    count.add("head", choose_backend(CPU, (64, 64), adapter=Adapter(32, (64,))), CPU)
+    assert count.total == 10
+    assert str(count) == (
+        "Hopper W4A16 (WGMMA, CUDA C++) on cpu: 4 layers (o_proj 3, head 1); "
+        "Hopper W4A16 (WGMMA, CUDA C++) on cpu: 3 layers (qkv_proj 3), their adapter in PyTorch "
+        "(projections have to end at multiples of 128 rows, got [832, 1152]); "
+        "PyTorch (dequantize, matrix product) on cpu (not hopper: N and K have to be multiples of 64, got 896 x 80; "
+        "not triton: K has to be a multiple of 64, got 80): 3 layers (down_proj 3)"
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)

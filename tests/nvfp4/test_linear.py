@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def hopper_is_there(monkeypatch):
     """Its layout is made in plain PyTorch, so all but the matrix product works on the CPU."""
-    monkeypatch.setattr(backends, "unavailable", lambda name, device: None)
+    monkeypatch.setattr(backends.HopperBackend, "unavailable", lambda self, device: None)
 
 
 def layer(n=128, k=192, storage_dtype=torch.uint8, device=None):
@@ -80,20 +80,42 @@ def test_the_forward_pass_calls_the_backend_with_its_own_layout(hopper_is_there,
     assert seen[0].data_ptr() == made.weight_joined.data_ptr()
 
 
-def test_the_sentence_names_what_was_chosen_and_the_layers_it_does_not_serve(hopper_is_there):
-    model = nn.Sequential(layer(), layer(k=80), nn.Linear(4, 4), layer(n=100))
-    weights = [m.dequantize() for m in model if isinstance(m, NVFP4Linear)]
-    text = prepack_linears(model, CPU)
-    assert text == ("Hopper W4A16 (WGMMA, CUDA C++) on cpu; 2 of 3 layers, whose shape it does not serve, in PyTorch")
-    layers = [m for m in model if isinstance(m, NVFP4Linear)]
+def test_the_text_counts_what_runs_where_and_why(hopper_is_there):
+    parts = {"a": layer(), "b": layer(k=80), "c": nn.Linear(4, 4), "d": layer(n=100)}
+    model = nn.ModuleDict(parts)
+    layers = [m for m in model.values() if isinstance(m, NVFP4Linear)]
+    weights = [m.dequantize() for m in layers]
+    assert prepack_linears(model, CPU) == (
+        "Hopper W4A16 (WGMMA, CUDA C++) on cpu: 1 layer (a 1); "
+        "PyTorch (dequantize, matrix product) on cpu (not hopper: N and K have to be multiples of 64, got 128 x 80; "
+        "not triton: it runs on CUDA, not on cpu): 1 layer (b 1); "
+        "PyTorch (dequantize, matrix product) on cpu (not hopper: N and K have to be multiples of 64, got 100 x 192; "
+        "not triton: it runs on CUDA, not on cpu): 1 layer (d 1)"
+    )
     assert [m.backend.name for m in layers] == ["hopper", "pytorch", "pytorch"]
     assert all(torch.equal(m.dequantize(), w) for m, w in zip(layers, weights, strict=True))
-    assert (
-        prepack_linears(nn.Sequential(layer()), CPU, "hopper") == "Hopper W4A16 (WGMMA, CUDA C++) on cpu (qerl.kernel)"
-    )
+    text = prepack_linears(nn.Sequential(layer()), CPU, "hopper")
+    assert text == "Hopper W4A16 (WGMMA, CUDA C++) on cpu (qerl.kernel): 1 layer (0 1)"
 
 
-def test_on_the_cpu_the_sentence_says_why_pytorch():
+@pytest.mark.parametrize(
+    ("overrides", "dtype", "reason"),
+    [
+        ({"k": 80}, torch.bfloat16, "N and K have to be multiples of 64, got 128 x 80"),
+        ({"n": 100}, torch.bfloat16, "N and K have to be multiples of 64, got 100 x 192"),
+        ({}, torch.float16, "activations have to be bfloat16, got torch.float16"),
+    ],
+)
+def test_a_kernel_that_is_insisted_on_and_does_not_serve_a_layer_is_refused_by_its_name(
+    hopper_is_there, overrides, dtype, reason
+):
+    model = nn.ModuleDict({"fits": layer(), "mlp": nn.ModuleDict({"down_proj": layer(**overrides)})})
+    named = "mlp.down_proj" if overrides else "fits"
+    with pytest.raises(ValueError, match=f"qerl.kernel=hopper does not serve {named} of .*: {reason}; use auto"):
+        prepack_linears(model, CPU, "hopper", dtype)
+
+
+def test_on_the_cpu_the_text_says_why_pytorch():
     text = prepack_linears(nn.Sequential(layer()), CPU)
     assert text.startswith("PyTorch (dequantize, matrix product) on cpu (not hopper: ") and "; not triton: " in text
     with pytest.raises(ValueError, match="qerl.kernel=hopper cannot run on cpu"):

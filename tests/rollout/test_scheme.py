@@ -4,15 +4,19 @@ import pytest
 import torch
 from torch import nn
 from vllm.model_executor import parameter
+from vllm.model_executor.layers.quantization.compressed_tensors.schemes import CompressedTensorsW4A4Fp4
 
-from qerl_verl.kernels import backends
-from qerl_verl.kernels.nvfp4_dequantize import dequantize_nvfp4
+from qerl_verl.kernels.backends import HopperBackend, get_backend
+from qerl_verl.kernels.nvfp4_dequantize import block_values_nvfp4, dequantize_nvfp4
 from qerl_verl.kernels.nvfp4_quantize import quantize_nvfp4
 from qerl_verl.rollout.lora import AdapterStore, LoraSettings
-from qerl_verl.rollout.scheme import AdapterOnVLLMScheme, QeRLNVFP4Scheme
+from qerl_verl.rollout.scheme import KernelReport, NVFP4Scheme, QeRLNVFP4Scheme, VLLMKernel, VLLMScheme
 
 K, WIDTHS, RANK = 128, [256, 128, 128], 8
 LORA = LoraSettings(rank=RANK, alpha=16)
+CPU, PYTORCH = torch.device("cpu"), get_backend("pytorch")
+ONE_BY_ONE = (9000.0, 5000.0, 12345.0)
+"""Global scales of projections that were quantized each by itself, as llm-compressor may do."""
 
 
 @pytest.fixture(autouse=True)
@@ -21,10 +25,13 @@ def one_rank(monkeypatch):
     monkeypatch.setattr(parameter, "get_tensor_model_parallel_world_size", lambda: 1)
 
 
-def load(scheme, global_scales=(9000.0, 9000.0, 9000.0), dtype=torch.float32):
-    """A fused q, k, v layer after vLLM's loading; the weight in float32."""
+def load(scheme, global_scales=(9000.0, 9000.0, 9000.0), dtype=torch.float32, bias=None):
+    """A fused q, k, v layer after vLLM's loading of a W4A4 checkpoint; the weight in float32."""
     torch.manual_seed(0)
     layer, parts = nn.Module(), []
+    layer.prefix, layer.params_dtype = "model.layers.0.self_attn.qkv_proj", dtype
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.clone())
     scheme.create_weights(
         layer=layer,
         output_partition_sizes=WIDTHS,
@@ -38,6 +45,7 @@ def load(scheme, global_scales=(9000.0, 9000.0, 9000.0), dtype=torch.float32):
         layer.weight_packed.data[begin : begin + width] = packed
         layer.weight_scale.data[begin : begin + width] = scale
         layer.weight_global_scale.data[i] = value
+        layer.input_global_scale.data[i] = 300.0 + i
         parts.append(dequantize_nvfp4(packed, scale, torch.tensor([value]), torch.float32))
         begin += width
     scheme.process_weights_after_loading(layer)
@@ -58,10 +66,9 @@ def adapt(layer):
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("lora", [None, LORA])
-@pytest.mark.parametrize("global_scales", [(9000.0, 9000.0, 9000.0), (9000.0, 5000.0, 12345.0)])
+@pytest.mark.parametrize("global_scales", [(9000.0, 9000.0, 9000.0), ONE_BY_ONE])
 def test_a_layer_is_the_dequantized_weight_and_its_adapter(global_scales, lora, bias):
-    """Also where the fused projections were quantized one by one, as llm-compressor may do."""
-    scheme = QeRLNVFP4Scheme("auto", lora)
+    scheme = QeRLNVFP4Scheme(PYTORCH, lora)
     layer, weight = load(scheme, global_scales)
     b, x = torch.randn(sum(WIDTHS)) if bias else None, torch.randn(5, K)
     if lora:
@@ -73,17 +80,133 @@ def test_a_layer_is_the_dequantized_weight_and_its_adapter(global_scales, lora, 
     assert {n for n, _ in layer.named_parameters()} == {"weight_packed", "weight_scale", "weight_global_scale"}
 
 
-def test_an_adapter_on_a_scheme_of_vllms():
-    scheme = AdapterOnVLLMScheme(QeRLNVFP4Scheme("auto"), LORA)
-    layer, weight = load(scheme)
+class MarlinOnTheCPU:
+    """In place of vLLM's kernel, with its interface and what it does to a layer: weight and bias in an order of its own."""
+
+    def input_quant_key(self):
+        return None
+
+    def process_weights_after_loading(self, layer):
+        layer.block_values = block_values_nvfp4(layer.weight.data, layer.weight_scale.data, torch.float32)
+        del layer.weight, layer.weight_scale
+        if getattr(layer, "bias", None) is not None:
+            layer.bias = nn.Parameter(layer.bias.flip(0))
+
+    def apply_weights(self, layer, x, bias=None):
+        y = x @ layer.block_values.t() * layer.weight_global_scale
+        return y if bias is None else y + bias.flip(0)
+
+
+def vllms_scheme():
+    """vLLM's own scheme for 16-bit activations, without its choice of a kernel, which needs a GPU."""
+    scheme = object.__new__(CompressedTensorsW4A4Fp4)
+    scheme.use_a16, scheme.kernel, scheme.group_size = True, MarlinOnTheCPU(), 16
+    return scheme
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("lora", [None, LORA])
+@pytest.mark.parametrize("global_scales", [(9000.0, 9000.0, 9000.0), ONE_BY_ONE])
+def test_vllms_own_kernel_takes_a_w4a4_checkpoint(global_scales, lora, with_bias):
+    """Its ``input_global_scale`` has a place while it is loaded, and nothing of it is left; bias and scales come out right."""
+    scheme = VLLMScheme(vllms_scheme(), lora)
+    bias = torch.randn(sum(WIDTHS)) if with_bias else None
+    layer, weight = load(scheme, global_scales, bias=bias)
     x = torch.randn(2, 3, K)
-    weight = weight + adapt(layer)
-    torch.testing.assert_close(scheme.apply_weights(layer, x), x @ weight.t(), rtol=1e-4, atol=1e-4)
+    if lora:
+        weight = weight + adapt(layer)
+    got = scheme.apply_weights(layer, x, getattr(layer, "bias", None))
+    torch.testing.assert_close(got, nn.functional.linear(x, weight, bias), rtol=1e-4, atol=1e-4)
+    assert not hasattr(layer, "input_global_scale")
 
 
 def test_an_input_width_off_the_block_names_the_setting():
     with pytest.raises(ValueError, match="rollout.tensor_model_parallel_size"):
-        QeRLNVFP4Scheme().create_weights(nn.Module(), [64], 56, torch.bfloat16, None)
+        QeRLNVFP4Scheme(PYTORCH).create_weights(nn.Module(), [64], 56, torch.bfloat16, None)
+
+
+def deciding(kernel="auto", lora=LORA, report=None):
+    return NVFP4Scheme(CPU, kernel, lora, vllms_scheme, report or KernelReport())
+
+
+HOPPER, MARLIN = "Hopper W4A16 (WGMMA, CUDA C++) on cpu", "vLLM's MarlinOnTheCPU on cpu"
+NO_ADAPTER = "their adapter in PyTorch (the kernel takes no adapter)"
+DECIDED = [
+    # kernel, dtype, scales, whether the rollout has an adapter of ours: what the line says of one layer
+    ("auto", torch.bfloat16, 3 * (9000.0,), LORA, f"{HOPPER}: 1 layer (qkv_proj 1)"),
+    ("hopper", torch.bfloat16, 3 * (9000.0,), None, f"{HOPPER} (qerl.rollout.kernel): 1 layer (qkv_proj 1)"),
+    (
+        "auto", torch.bfloat16, ONE_BY_ONE, LORA,
+        f"{HOPPER}: 1 layer (qkv_proj 1), their adapter in PyTorch (its fused projections have a weight_global_scale each)",
+    ),
+    (
+        "auto", torch.float16, 3 * (9000.0,), LORA,
+        f"{MARLIN} (not hopper: activations have to be bfloat16, got torch.float16): 1 layer (qkv_proj 1), {NO_ADAPTER}",
+    ),
+    ("marlin", torch.bfloat16, 3 * (9000.0,), None, f"{MARLIN} (qerl.rollout.kernel): 1 layer (qkv_proj 1)"),
+    (
+        "auto", torch.float32, 3 * (9000.0,), None,
+        "PyTorch (dequantize, matrix product) on cpu (not hopper: activations have to be bfloat16, got torch.float32; not marlin: "
+        "activations have to be bfloat16 or float16, got torch.float32; not triton: it runs on CUDA, not on cpu): "
+        "1 layer (qkv_proj 1)",
+    ),
+]  # fmt: skip
+
+
+@pytest.fixture
+def hopper_and_marlin_run(monkeypatch):
+    for candidate in (HopperBackend, VLLMKernel):
+        monkeypatch.setattr(candidate, "unavailable", lambda self, device: None)
+
+
+@pytest.mark.parametrize(("kernel", "dtype", "global_scales", "lora", "line"), DECIDED)
+def test_the_line_says_what_computes_each_layer(
+    hopper_and_marlin_run, capsys, kernel, dtype, global_scales, lora, line
+):
+    report = KernelReport()
+    layer, _ = load(deciding(kernel, lora, report), global_scales, dtype)
+    adapter = f"adapter of rank {RANK} in the layer" if lora else "adapter, if any, through vLLM's LoRA path"
+    assert capsys.readouterr().out == f"[qerl] kernel: rollout NVFP4 linear = {line}; {adapter}\n"
+
+
+def test_the_line_comes_once_when_every_layer_is_loaded(capsys):
+    report = KernelReport()
+    schemes = [deciding("pytorch", None, report) for _ in range(2)]
+    layers = [nn.Module() for _ in schemes]
+    for scheme, layer in zip(schemes, layers, strict=True):
+        scheme.create_weights(layer, [64], 64, torch.bfloat16, weight_loader=None)
+        layer.weight_global_scale.data.fill_(1.0)
+    for scheme, layer in zip(schemes, layers, strict=True):
+        assert capsys.readouterr().out == ""
+        scheme.process_weights_after_loading(layer)
+    assert ": 2 layers (a layer 2); adapter, if any" in capsys.readouterr().out
+    again = nn.Module()  # after a sleep at level 2
+    schemes[0].inner.create_weights(again, [64], 64, torch.bfloat16, weight_loader=None)
+    schemes[0].process_weights_after_loading(again)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("kernel", "dtype", "widths", "global_scale", "message"),
+    [
+        ("hopper", torch.float16, [128], [1.0], r"does not serve mlp.down_proj of 128 x 128: activations have to be bfloat16"),
+        ("hopper", torch.bfloat16, [100], [1.0], r"does not serve mlp.down_proj of 100 x 128: N and K have to be multiples of 64"),
+        ("hopper", torch.bfloat16, [64, 64], [1.0, 1.0], r"does not take the adapter of mlp.down_proj of 128 x 128: projections have"),
+        ("hopper", torch.bfloat16, [128, 128], [1.0, 2.0], r"does not take the adapter of mlp.down_proj: its fused projections have"),
+        ("triton", torch.bfloat16, [128], [1.0], r"cannot run on cpu: it runs on CUDA, not on cpu; use auto or another of hopper, marlin"),
+        ("cutlass", torch.bfloat16, [128], [1.0], r"choose one of auto, hopper, marlin, triton, pytorch"),
+    ],
+)  # fmt: skip
+def test_a_kernel_that_is_insisted_on_and_does_not_serve_a_layer_is_refused(
+    hopper_and_marlin_run, kernel, dtype, widths, global_scale, message
+):
+    layer, scheme = nn.Module(), deciding(kernel)
+    layer.prefix = "mlp.down_proj"
+    with pytest.raises(ValueError, match=f"qerl.rollout.kernel={kernel}:? {message}"):
+        scheme.create_weights(layer, widths, K, dtype, weight_loader=None)
+        layer.weight_scale.data.zero_()
+        layer.weight_global_scale.data.copy_(torch.tensor(global_scale))
+        scheme.process_weights_after_loading(layer)
 
 
 def traced(scheme, layer, dtype):
@@ -102,15 +225,14 @@ def traced(scheme, layer, dtype):
 
 
 @pytest.mark.parametrize("lora", [None, LORA])
-def test_the_compiler_sees_one_hopper_operation(monkeypatch, lora):
-    monkeypatch.setattr(backends, "unavailable", lambda name, device: None)
-    scheme = QeRLNVFP4Scheme("hopper", lora)
+def test_the_compiler_sees_one_hopper_operation(hopper_and_marlin_run, lora):
+    scheme = deciding("hopper", lora)
     layer, _ = load(scheme, dtype=torch.bfloat16)
     operations = [o for o in traced(scheme, layer, torch.bfloat16) if "qerl_hopper" in o or "mm" in o]
     assert operations == ["qerl_hopper.nvfp4_lora_gemm" if lora else "qerl_hopper.nvfp4_gemm"]
 
 
 def test_the_compiler_takes_the_reference_in_one_graph():
-    scheme = QeRLNVFP4Scheme("pytorch", LORA)
+    scheme = deciding("pytorch")
     layer, _ = load(scheme)
     assert any("addmm_" in o for o in traced(scheme, layer, torch.float32))
