@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 
+from qerl_verl.config.settings import KERNELS
 from qerl_verl.kernels import backends, hopper, portable
 from qerl_verl.kernels.backends import (
     BACKENDS,
@@ -33,6 +34,10 @@ def weight():
 def every_backend_runs(monkeypatch):
     for backend in BACKENDS:
         monkeypatch.setattr(type(backend), "unavailable", lambda self, device: None)
+
+
+def test_the_setting_names_the_backends():
+    assert KERNELS == ("auto", *NAMES)
 
 
 def test_auto_on_the_cpu_is_pytorch_and_says_why():

@@ -1,5 +1,8 @@
 """The NVFP4 linears of vLLM, one layer at a time: loaded as vLLM does, against the dequantized weight."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -10,7 +13,7 @@ from qerl_verl.kernels.backends import HopperBackend, get_backend
 from qerl_verl.kernels.nvfp4_dequantize import block_values_nvfp4, dequantize_nvfp4
 from qerl_verl.kernels.nvfp4_quantize import quantize_nvfp4
 from qerl_verl.rollout.lora import AdapterStore, LoraSettings
-from qerl_verl.rollout.scheme import KernelReport, NVFP4Scheme, QeRLNVFP4Scheme, VLLMKernel, VLLMScheme
+from qerl_verl.rollout.scheme import CANDIDATES, KernelReport, NVFP4Scheme, QeRLNVFP4Scheme, VLLMKernel, VLLMScheme
 
 K, WIDTHS, RANK = 128, [256, 128, 128], 8
 LORA = LoraSettings(rank=RANK, alpha=16)
@@ -236,3 +239,28 @@ def test_the_compiler_takes_the_reference_in_one_graph():
     scheme = deciding("pytorch")
     layer, _ = load(scheme)
     assert any("addmm_" in o for o in traced(scheme, layer, torch.float32))
+
+
+def test_the_setting_names_the_candidates():
+    from qerl_verl.config.settings import ROLLOUT_KERNELS
+
+    assert set(ROLLOUT_KERNELS) == {"auto"} | {candidate.name for candidate in CANDIDATES}
+
+
+@pytest.mark.parametrize("input_activations", [None, "as the weights"])
+def test_vllms_configuration_builds_the_layer_with_the_settings_of_the_engine(capsys, input_activations):
+    """Also of a W4A4 checkpoint. The configuration travels to vLLM's workers, pickled."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+
+    from qerl_verl.nvfp4.checkpoint import QUANTIZATION_CONFIG
+    from qerl_verl.rollout.quantization import QeRLCompressedTensorsConfig
+
+    written = copy.deepcopy(QUANTIZATION_CONFIG)
+    group = written["config_groups"]["group_0"]
+    group["input_activations"] = input_activations and {**group["weights"], "dynamic": "local"}
+    config = pickle.loads(pickle.dumps(QeRLCompressedTensorsConfig.from_config(written)))
+    settings = {"qerl": {"kernel": "pytorch", "lora": {"rank": RANK, "alpha": 16}}}
+    with set_current_vllm_config(VllmConfig(additional_config=settings)):
+        scheme = config.get_scheme(nn.Linear(K, sum(WIDTHS)), "model.layers.0.mlp.down_proj")
+        load(scheme)
+    assert "(qerl.rollout.kernel): 1 layer (qkv_proj 1); adapter of rank 8 in the layer" in capsys.readouterr().out
