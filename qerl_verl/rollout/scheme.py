@@ -16,7 +16,6 @@ from qerl_verl.kernels.nvfp4_dequantize import BLOCK_SIZE
 from qerl_verl.kernels.nvfp4_lora_linear import add_lora_reference
 from qerl_verl.rollout.lora import LoraSettings, attach_adapter
 
-
 SETTING = "qerl.rollout.kernel"
 
 
