@@ -13,7 +13,6 @@ from typing import NoReturn
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from qerl_verl.config.adapters import adapter_problems
 from qerl_verl.config.checks import models
 from qerl_verl.config.checks.plugins import verl_policy_problem
 from qerl_verl.config.host import Host
@@ -77,8 +76,7 @@ def prepare(config: DictConfig, keys: set[str]) -> None:
     if made.platform == "cpu":
         _use_cpu_in_this_process()
     _replace_models(config, made.settings)
-    problems = [p for model, adapter in made.adapters.items() for p in adapter_problems(config, model, adapter)]
-    if problems := problems + models.find_problems(config):  # again, for what the hub has sent
+    if problems := models.find_misfits(config, made.adapters):  # again, for what the hub has sent
         raise SettingsError(problems)
     if made.cluster is None:
         give_job_folder(config)

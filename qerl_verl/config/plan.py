@@ -77,7 +77,7 @@ def plan(config: DictConfig, keys: set[str], host: Host, platform: str | None = 
         environment=host.environment,
     )
     made.lines += recipe.find_remarks(config)
-    made.problems += recipe.find_problems(config, keys) + models.find_problems(config)
+    made.problems += recipe.find_problems(config, keys) + models.find_problems(config, made.adapters)
     return made
 
 
