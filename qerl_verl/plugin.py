@@ -11,7 +11,7 @@ installation into a run without QeRL, so a failure here ends the process wheneve
 
 import sys
 
-from qerl_verl.switch import switched_on
+from qerl_verl.switch import running_arm, switched_on
 
 
 def _is_ray_worker() -> bool:
@@ -54,8 +54,8 @@ def register_verl() -> None:
 
 
 def register_vllm() -> None:
-    """vLLM's general plugin: serve ``compressed-tensors`` NVFP4 weights the way QeRL does, in QeRL's jobs only."""
-    if switched_on():
+    """vLLM's general plugin: serve ``compressed-tensors`` NVFP4 weights the way QeRL does, in jobs whose base is such."""
+    if running_arm() in ("nvfp4", "mxfp4"):
         from qerl_verl.rollout.quantization import register_quantization
 
         register_quantization()

@@ -7,12 +7,14 @@ import subprocess
 import sys
 from importlib.metadata import entry_points, version
 
+from qerl_verl.config.arms import ARMS
+
 _COMPOSE = """
 import verl, os, sys
 from hydra import compose, initialize_config_dir
 with initialize_config_dir(os.path.join(os.path.dirname(verl.__file__), "trainer", "config"), version_base=None):
-    config = compose("ppo_trainer", overrides=["+qerl=nvfp4"])
-sys.exit(0 if "qerl_verl.plugin" in sys.modules and "aqn" in config.qerl else 3)
+    nodes = [compose("ppo_trainer", overrides=[f"+qerl={arm}"]).qerl for arm in sys.argv[1:]]
+sys.exit(0 if "qerl_verl.plugin" in sys.modules and all("aqn" in node for node in nodes) else 3)
 """
 
 
@@ -27,9 +29,9 @@ def checks() -> list[tuple[str, str]]:
         results.append((f"entry point {group}", "" if found else "not installed: reinstall qerl-verl with pip"))
     results.append(("verl's plugin policy", verl_policy_problem(os.environ)))
     results.append(("vLLM's plugin policy", vllm_policy_problem(os.environ)))
-    run = subprocess.run([sys.executable, "-c", _COMPOSE], capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-c", _COMPOSE, *ARMS], capture_output=True, text=True)
     failed = run.stderr.strip().splitlines()[-1:] or [f"exit code {run.returncode}"]
-    results.append(("Hydra composes +qerl=nvfp4", "" if run.returncode == 0 else failed[0]))
+    results.append((f"Hydra composes +qerl={' | '.join(ARMS)}", "" if run.returncode == 0 else failed[0]))
     results.append(("device", "" if _device_matches_vllm() else _device_problem()))
     return results
 
@@ -60,8 +62,18 @@ def kernels() -> str:
     return choose_backend(device).sentence(device)
 
 
+def arms() -> list[str]:
+    """One line for each arm: whether its packages are installed."""
+    from qerl_verl.config.checks.arms import missing_packages
+
+    missing = {name: missing_packages(arm) for name, arm in ARMS.items()}
+    return [
+        f"+qerl={name}: {'; '.join(p.partition(': ')[2] for p in found) or 'ready'}" for name, found in missing.items()
+    ]
+
+
 def doctor() -> int:
-    """Print each check, and the kernels that would run; exit code 1 if a check failed."""
+    """Print each check, the kernels that would run and the arms; exit code 1 if a check failed."""
     from qerl_verl.versions import untested_versions
 
     results = checks()
@@ -70,4 +82,6 @@ def doctor() -> int:
     if line := untested_versions():
         print(f"      {line}")
     print(f"      kernels of actor and critic here: {kernels()}")
+    for line in arms():
+        print(f"      {line}")
     return int(any(problem for _, problem in results))

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from typing import NoReturn
 
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from qerl_verl.config.adapters import adapter_problems
+from qerl_verl.config.arms import ARMS
 from qerl_verl.config.checks import models
 from qerl_verl.config.checks.plugins import verl_policy_problem
 from qerl_verl.config.host import Host
@@ -75,8 +78,11 @@ def prepare(config: DictConfig, keys: set[str]) -> None:
         raise SettingsError(made.problems)
     if made.platform == "cpu":
         _use_cpu_in_this_process()
-    _replace_models(config, made.settings)
-    if problems := models.find_misfits(config, made.adapters):  # again, for what the hub has sent
+    bases = _replace_models(config, made.settings)
+    problems = [
+        p for model, found in made.adapters.items() for p in adapter_problems(config, model, found, bases[model])
+    ]
+    if problems := problems + models.find_problems(config):  # again, for what the hub has sent
         raise SettingsError(problems)
     if made.cluster is None:
         give_job_folder(config)
@@ -116,45 +122,59 @@ def _use_cpu_in_this_process() -> None:
     set_platform(PlatformCPU())
 
 
-def _replace_models(config: DictConfig, settings: QeRLSettings) -> None:
-    """Replace model paths by NVFP4 checkpoints, quantizing what is not yet. The same model twice is the same checkpoint."""
+def _replace_models(config: DictConfig, settings: QeRLSettings) -> dict[str, Path]:
+    """Replace model paths by what the arm runs: a packed checkpoint, quantized where it is not yet, or the model itself. The
+    same model twice is the same checkpoint.
+
+    Returns:
+        The local folder of each trained model's base.
+    """
     from qerl_verl.nvfp4.cache import fingerprint
 
-    trained = trained_models(config)
+    arm, trained = ARMS[settings.arm], trained_models(config)
     sources = {model: OmegaConf.select(config, f"{model}.path") for model in trained}  # before one may refer to another
-    paths: dict[str, str] = {}
+    folders: dict[str, Path] = {}
     for model, source in sources.items():
-        if source not in paths:
-            paths[source] = _resolve(f"{model}.path", source, settings)
+        if source not in folders:
+            folders[source] = _resolve(f"{model}.path", source, settings)
+    prefix = "" if arm.container else f"{arm.name}-"  # the same files in two arms are two bases
     with open_dict(config):
         config.qerl.source_model = sources[MODEL]
         config.qerl.base_fingerprint = {
-            "critic" if model == CRITIC else "actor": fingerprint(paths[source], settings.cache_dir)
+            "critic" if model == CRITIC else "actor": prefix + fingerprint(folders[source], settings.cache_dir)
             for model, source in sources.items()
         }
         for model, source in sources.items():
-            OmegaConf.update(config, f"{model}.path", paths[source])
+            # a name on the hub stays one where the model is used as it is: other nodes have their own copies
+            if arm.container or os.path.exists(os.path.expanduser(source)):
+                OmegaConf.update(config, f"{model}.path", str(folders[source]))
     if CRITIC in trained:
         say("critic: the same checkpoint" if sources[CRITIC] == sources[MODEL] else "critic: a checkpoint of its own")
+    return {model: folders[source] for model, source in sources.items()}
 
 
-def _resolve(key: str, path: str, settings: QeRLSettings) -> str:
-    """The NVFP4 folder of a model path, said aloud.
+def _resolve(key: str, path: str, settings: QeRLSettings) -> Path:
+    """The folder of a model in the arm's form, said aloud.
 
     Raises:
         SettingsError: the model cannot be had or cannot be quantized; names ``key``.
     """
     from verl.utils.fs import copy_to_local
 
-    from qerl_verl.nvfp4.cache import resolve_checkpoint
+    from qerl_verl.nvfp4.cache import resolve_checkpoint, resolve_source
     from qerl_verl.nvfp4.errors import CheckpointError
 
+    arm = ARMS[settings.arm]
     local = copy_to_local(path) if "://" in path else os.path.expanduser(path)  # hdfs and the like: verl knows how
     try:
+        if not arm.container:
+            folder = resolve_source(local).absolute()
+            say(f"model: {folder} ({arm.base})")
+            return folder
         resolved = resolve_checkpoint(local, settings.cache_dir)
     except CheckpointError as error:
         raise SettingsError([f"{key}={path}: {error}"]) from error
-    say(f"model: {resolved.path} (NVFP4, {resolved.kind})")
+    say(f"model: {resolved.path} ({arm.base}, {resolved.kind})")
     for note in resolved.notes:
         say(f"{key}: {note}")
-    return str(resolved.path.absolute())
+    return resolved.path.absolute()

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from omegaconf import DictConfig, OmegaConf
 
 from qerl_verl.config.adapters import adopt_adapter
-from qerl_verl.config.checks import models, plugins, recipe
+from qerl_verl.config.checks import arms, models, plugins, recipe
 from qerl_verl.config.host import Host, choose_platform
 from qerl_verl.config.rules import apply_rules, trained_models
 from qerl_verl.config.settings import QeRLSettings, SettingsError
@@ -77,7 +77,9 @@ def plan(config: DictConfig, keys: set[str], host: Host, platform: str | None = 
         environment=host.environment,
     )
     made.lines += recipe.find_remarks(config)
-    made.problems += recipe.find_problems(config, keys) + models.find_problems(config, made.adapters)
+    made.problems += (
+        recipe.find_problems(config, keys) + arms.find_problems(config, host.environment) + models.find_problems(config)
+    )
     return made
 
 
@@ -85,7 +87,7 @@ def _other_program(config: DictConfig) -> str | None:
     if "qerl" not in config:
         return "the switch is off: add +qerl=nvfp4, or `- qerl: nvfp4` to the recipe's defaults list"
     if OmegaConf.select(config, "actor_rollout_ref") is None:
-        return "qerl=nvfp4 is a switch for `python -m verl.trainer.main_ppo`; this is another program's configuration"
+        return "qerl is a switch for `python -m verl.trainer.main_ppo`; this is another program's configuration"
     return None
 
 

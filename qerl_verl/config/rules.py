@@ -21,6 +21,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 from packaging.version import Version
 
+from qerl_verl.config.arms import get_arm
 from qerl_verl.config.keys import get_value, is_written, set_value
 from qerl_verl.config.settings import RolloutSettings
 from qerl_verl.platform.compilers import missing_compiler
@@ -57,7 +58,7 @@ class Default:
 DEFAULTS = (
     Default(f"{MODEL}.lora_rank", 0, 32, "QeRL trains LoRA adapters; rank 32 is the paper's"),
     Default(f"{MODEL}.lora_alpha", 16, 32, "scaling 1 at rank 32"),
-    Default(f"{ROLLOUT}.name", None, "vllm", "the NVFP4 rollout runs in vLLM"),
+    Default(f"{ROLLOUT}.name", None, "vllm", "the rollout runs in vLLM"),
     Default("algorithm.rollout_correction.rollout_is", None, "token", "samples come from the noised policy: truncated "
             "importance sampling, token by token"),
 )  # fmt: skip
@@ -79,7 +80,16 @@ launch). Each waits before it reads what its predecessor writes (torch/_inductor
 its successor start only then; the Hopper kernels, which let theirs start at once, end after their own wait. So nothing that a launch
 reads is unfinished."""
 
-GPU_DEFAULTS = (
+BF16_DEFAULTS = (
+    Default(f"{ACTOR}.fsdp_config.model_dtype", "fp32", "bf16", "the base is frozen, so it is held in 16 bits; the adapters "
+            "train in float32"),
+)  # fmt: skip
+
+NF4_DEFAULTS = (
+    Default(f"{ROLLOUT}.engine_kwargs.vllm.quantization", None, "bitsandbytes", "vLLM quantizes the base to NF4 when it loads it"),
+)  # fmt: skip
+
+CONTAINER_GPU_DEFAULTS = (
     Default(f"{ROLLOUT}.engine_kwargs.vllm.compilation_config", None, COMPILATION, "kernels start while the one before ends"),
 )  # fmt: skip
 
@@ -139,9 +149,13 @@ def apply_rules(
     """
     models = trained_models(config)
     defaults = DEFAULTS + (CRITIC_DEFAULTS if CRITIC in models else ())
-    defaults += _attention_defaults(models, on_cpu) + (CPU_DEFAULTS if on_cpu else GPU_DEFAULTS)
-    if on_cpu:
+    defaults += _attention_defaults(models, on_cpu) + (CPU_DEFAULTS if on_cpu else ())
+    arm = get_arm(config)
+    if on_cpu and arm.name != "nf4":  # bitsandbytes' layers compute in bfloat16 in the rollout (vllm_bnb_plugin)
         defaults += _compute_dtype_defaults(config, models, user_keys, environment)
+    if arm.container and not on_cpu:
+        defaults += CONTAINER_GPU_DEFAULTS
+    defaults += {"bf16": BF16_DEFAULTS, "nf4": NF4_DEFAULTS}.get(arm.name, ())
     if is_separate(config):
         defaults += SEPARATE_DEFAULTS + (SEPARATE_CPU_DEFAULTS if on_cpu else ())
     for model in models:
@@ -233,13 +247,15 @@ def force(
     environment: Mapping[str, str] = os.environ,
 ) -> None:
     """Set what QeRL cannot run without. Where that replaces a choice of the user's, ``notify`` says so."""
+    arm = get_arm(config)
     for role in (ACTOR, "actor_rollout_ref.ref", "critic"):
         for key in (f"{role}.strategy", f"{role}.fsdp_config.strategy", f"{role}.fsdp.strategy"):
             if get_value(config, key) == "fsdp":
-                set_value(config, key, "fsdp2", "packed weights are sharded by FSDP2", notify)
-    if get_value(config, f"{ROLLOUT}.load_format") == "dummy":
+                why = "packed weights are sharded by FSDP2" if arm.container else "as in every arm"
+                set_value(config, key, "fsdp2", why, notify)
+    if get_value(config, f"{ROLLOUT}.load_format") == "dummy" or arm.load_format != "safetensors":
         set_value(
-            config, f"{ROLLOUT}.load_format", "safetensors", "the frozen base is read from disk, not synced", notify
+            config, f"{ROLLOUT}.load_format", arm.load_format, "the frozen base is read from disk, not synced", notify
         )
     if get_value(config, f"{ROLLOUT}.engine_kwargs.vllm") is None:
         set_value(config, f"{ROLLOUT}.engine_kwargs.vllm", {}, "room for the worker extension", notify)
@@ -250,16 +266,18 @@ def force(
         config,
         f"{ROLLOUT}.engine_kwargs.vllm.additional_config.qerl",
         rollout_layers(config),
-        "the NVFP4 layers",
+        "the NVFP4 layers" if arm.container else "adapters alone are synced",
         notify,
     )
     for model in trained_models(config):
-        if get_value(config, f"{model}.use_liger"):
-            why = "NVFP4 models run without Liger; with use_torch_compile, TorchInductor compiles norms and activation functions"
+        if get_value(config, f"{model}.use_liger") and arm.name != "bf16":
+            why = f"{arm.base} models run without Liger"
+            if arm.container:
+                why += "; with use_torch_compile, TorchInductor compiles norms and activation functions"
             set_value(config, f"{model}.use_liger", False, why, notify)
     for checkpoint in (f"{ACTOR}.checkpoint", "critic.checkpoint"):
         if get_value(config, checkpoint) is not None:
-            set_value(config, f"{checkpoint}.save_lora_only", True, "the base is frozen and lies in the cache", notify)
+            set_value(config, f"{checkpoint}.save_lora_only", True, "the base is frozen", notify)
     mode = get_value(config, "trainer.v1.trainer_mode")
     if mode in TRAINER_MODES:
         set_value(
@@ -286,12 +304,17 @@ def force(
         if get_value(config, key) not in (None, "auto"):
             variables[variable] = get_value(config, key)
     user_environment = get_value(config, "ray_kwargs.ray_init.runtime_env.env_vars") or {}
-    merged = {**variables, **user_environment, SWITCH_ENV: "nvfp4", "VERL_ENGINE_VENDOR": ENGINE_VENDOR}
+    merged = {**variables, **user_environment, SWITCH_ENV: arm.name, "VERL_ENGINE_VENDOR": ENGINE_VENDOR}
     set_value(config, "ray_kwargs.ray_init.runtime_env.env_vars", merged, "every process learns of the switch", notify)
 
 
 def rollout_layers(config: DictConfig) -> dict[str, Any]:
-    """What every process of the rollout engine learns through vLLM's ``additional_config``, see rollout/quantization.py."""
+    """What every process of the rollout engine learns through vLLM's ``additional_config``, see rollout/quantization.py.
+
+    Without NVFP4 layers: that the adapter is on vLLM's own LoRA path, and that the base stays while the actor trains.
+    """
+    if not get_arm(config).container:
+        return {"lora": None, "sleep_level": 1}
     settings = RolloutSettings(
         **OmegaConf.to_container(get_value(config, "qerl.rollout") or OmegaConf.create(), resolve=True)
     )

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from qerl_verl.config.arms import ARMS
+
 KERNELS = ("auto", "hopper", "triton", "pytorch")
 ROLLOUT_KERNELS = (*KERNELS, "marlin")
 RECOMPUTE = ("auto", "full", "selective")
@@ -67,6 +69,7 @@ class QeRLSettings:
     """Everything under ``qerl.*``.
 
     Attributes:
+        arm: what the frozen base is stored in, see :mod:`qerl_verl.config.arms`. Set by the choice of ``+qerl=``.
         platform: ``cuda``, ``cpu``, or ``auto``: cuda where a GPU is visible or a Ray cluster is joined
             (``RAY_ADDRESS``, ``ray_kwargs.ray_init.address``), else cpu.
         cache_dir: folder of quantized checkpoints; None is ``$QERL_CACHE``, else ``~/.cache/qerl_verl``. On several nodes,
@@ -79,6 +82,7 @@ class QeRLSettings:
         aqn: the noise.
     """
 
+    arm: str = "nvfp4"
     platform: str = "auto"
     cache_dir: str | None = None
     kernel: str = "auto"
@@ -106,6 +110,8 @@ class QeRLSettings:
 
     def _problems(self) -> list[str]:
         aqn, out = self.aqn, []
+        if self.arm not in ARMS:
+            out.append(f"qerl.arm={self.arm}: choose one of {', '.join(ARMS)}, with +qerl=ARM")
         if self.platform not in PLATFORMS:
             out.append(f"qerl.platform={self.platform}: choose one of {', '.join(PLATFORMS)}")
         if self.kernel not in KERNELS:

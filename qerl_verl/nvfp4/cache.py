@@ -32,6 +32,7 @@ from qerl_verl.nvfp4.checkpoint import (
     PICKLES,
     PICKLES_ALONE,
     check_checkpoint,
+    check_source,
     quantize_checkpoint,
     read_config,
     read_quantization,
@@ -100,6 +101,20 @@ def resolve_checkpoint(
                 _fill(entry, folder, progress)
     _verify(entry)
     return ResolvedCheckpoint(entry, source, "quantized")
+
+
+def resolve_source(model_path: str | Path) -> Path:
+    """The local folder of a 16- or 32-bit checkpoint that is to be used as it is, fetched from the hub where it is not there.
+
+    Args:
+        model_path: as for :func:`resolve_checkpoint`.
+
+    Raises:
+        UnsupportedArchitecture, CheckpointError: as :func:`resolve_checkpoint`; or the checkpoint is quantized.
+    """
+    folder = _local_folder(str(model_path))
+    check_source(folder)
+    return folder
 
 
 def fingerprint(folder: str | Path, cache_dir: str | Path | None = None) -> str:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 
@@ -13,6 +14,8 @@ def test_this_installation_is_well():
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.count(" ok ") == 7 and "FAIL" not in result.stdout
     assert "kernels of actor and critic here: PyTorch" in result.stdout or "Hopper" in result.stdout
+    assert "+qerl=nvfp4: ready" in result.stdout and "+qerl=bf16: ready" in result.stdout
+    assert ("+qerl=nf4: ready" in result.stdout) is (find_spec("bitsandbytes") is not None)
 
 
 def test_a_plugin_policy_that_leaves_qerl_out_is_found(monkeypatch):
@@ -21,7 +24,7 @@ def test_a_plugin_policy_that_leaves_qerl_out_is_found(monkeypatch):
     problems = dict(doctor.checks())
     assert "unset it or add qerl" in problems["vLLM's plugin policy"]
     assert "unset it or add qerl" in problems["verl's plugin policy"]
-    assert problems["Hydra composes +qerl=nvfp4"]
+    assert next(problem for name, problem in problems.items() if name.startswith("Hydra composes +qerl=nvfp4 | bf16"))
 
 
 @pytest.mark.parametrize(("gpu", "build", "well"), [(True, "0.24.0", True), (False, "0.28.0+cpu", True),

@@ -4,6 +4,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from qerl_verl.config import callback
+from qerl_verl.config.arms import ARMS
 from qerl_verl.config.settings import SettingsError
 
 
@@ -35,6 +36,34 @@ def test_a_model_that_cannot_be_had_is_named_with_its_key(tmp_path, bf16_checkpo
     config = models(tmp_path, str(bf16_checkpoint), "/nowhere")
     with pytest.raises(SettingsError, match="critic.model.path=/nowhere: .*no such folder"):
         callback._replace_models(config, callback.QeRLSettings(cache_dir=str(tmp_path / "cache")))
+
+
+def actor_alone(path, arm):
+    node = {"arm": arm, "source_model": None}
+    return OmegaConf.create({"actor_rollout_ref": {"model": {"path": path}}, "algorithm": {}, "qerl": node})
+
+
+@pytest.mark.parametrize("arm", ["bf16", "nf4"])
+def test_an_arm_without_packed_layers_runs_the_model_itself(tmp_path, bf16_checkpoint, capsys, arm):
+    config, settings = actor_alone(str(bf16_checkpoint), arm), callback.QeRLSettings(arm, cache_dir=str(tmp_path))
+    assert callback._replace_models(config, settings) == {"actor_rollout_ref.model": bf16_checkpoint}
+    assert config.actor_rollout_ref.model.path == config.qerl.source_model == str(bf16_checkpoint)
+    assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == []
+    assert config.qerl.base_fingerprint.actor.startswith(f"{arm}-")  # no run of one arm goes on in another
+    assert f"model: {bf16_checkpoint} ({ARMS[arm].base})" in capsys.readouterr().out
+
+
+def test_a_name_on_the_hub_stays_one_for_the_nodes_to_resolve(tmp_path, bf16_checkpoint, monkeypatch):
+    monkeypatch.setattr("qerl_verl.nvfp4.cache._local_folder", lambda name: bf16_checkpoint)
+    config = actor_alone("someone/model", "bf16")
+    callback._replace_models(config, callback.QeRLSettings("bf16", cache_dir=str(tmp_path)))
+    assert config.actor_rollout_ref.model.path == "someone/model"
+
+
+def test_a_packed_model_is_refused_where_the_arm_wants_the_original(tmp_path, nvfp4_checkpoint):
+    config = actor_alone(str(nvfp4_checkpoint), "bf16")
+    with pytest.raises(SettingsError, match="is quantized to NVFP4: give the original model .* or use .qerl=nvfp4"):
+        callback._replace_models(config, callback.QeRLSettings("bf16", cache_dir=str(tmp_path)))
 
 
 def test_another_program_of_verls_is_refused():

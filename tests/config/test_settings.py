@@ -33,7 +33,7 @@ def test_values_are_taken_over():
         (
             {"sigma_stat": 1},
             "qerl.sigma_stat",
-            "known under qerl: platform, cache_dir, kernel, recompute, rollout, aqn",
+            "known under qerl: arm, platform, cache_dir, kernel, recompute, rollout, aqn",
         ),
         ({"aqn": {"sigma": 1}}, "qerl.aqn.sigma", "sigma_start"),
         ({"aqn": {"sigma_start": 0}}, "qerl.aqn.sigma_start=0", "qerl.aqn.enable=False"),
@@ -45,6 +45,7 @@ def test_values_are_taken_over():
         ({"aqn": {"num_stages": 2.5}}, "qerl.aqn.num_stages=2.5", "expected int"),
         ({"aqn": {"enable": "yes"}}, "qerl.aqn.enable='yes'", "expected bool"),
         ({"aqn": 3}, "qerl.aqn=3", "group of settings"),
+        ({"arm": "fp8"}, "qerl.arm=fp8", "choose one of nvfp4, bf16, nf4"),
         ({"platform": "tpu"}, "qerl.platform=tpu", "cuda"),
         ({"kernel": "marlin"}, "qerl.kernel=marlin", "hopper"),
         ({"recompute": "none"}, "qerl.recompute=none", "choose one of auto, full, selective"),

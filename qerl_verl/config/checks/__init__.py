@@ -1,11 +1,11 @@
 """What keeps a run from working, by area: known from the configuration, the machine and local files, before Ray starts.
 
 - :mod:`.recipe`: settings of verl's and the switch's, alone and together
+- :mod:`.arms`: what an arm cannot do, and what it needs installed
 - :mod:`.data`: the data files against batch size and steps
 - :mod:`.resources`: CPUs, GPUs and folders against what verl reserves
 - :mod:`.plugins`: installed versions, and whether verl and vLLM load QeRL
-- :mod:`.models`: model folders that lie on this machine, and what has to fit them
-- :mod:`.tokenizers`: their tokenizers
+- :mod:`.models`: model folders that lie on this machine
 
 A check returns problems: one sentence each, which begins with the setting and ends with the fix. Nothing here starts,
 downloads or writes anything.

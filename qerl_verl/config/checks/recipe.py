@@ -61,7 +61,7 @@ def _uses_rollout_log_probs(get: Get) -> bool:
     return any(get(f"algorithm.rollout_correction.{key}") for key in ("rollout_is", "rollout_rs", "bypass_mode"))
 
 
-_QAT = "QAT trains the weights that QeRL keeps frozen in 4 bits; remove it"
+_QAT = "QAT trains the weights that QeRL keeps frozen; remove it"
 
 REFUSED = (
     Refused("qerl.kernel", _is_gpu_kernel_on_cpu, "there is no GPU; use auto or pytorch"),
@@ -69,8 +69,11 @@ REFUSED = (
     Refused("trainer.use_v1", lambda v, get: v is False, "QeRL runs on verl's V1 trainer; remove the setting"),
     Refused("trainer.v1.trainer_mode", lambda v, get: v not in TRAINER_MODES.values(),
             f"QeRL runs with verl's own trainers; set {' or '.join(TRAINER_MODES)}"),
-    Refused(f"{ROLLOUT}.name", lambda v, get: v != "vllm", "the NVFP4 rollout runs in vLLM; set it to vllm"),
-    Refused(f"{ROLLOUT}.quantization", _is_set, "the rollout already runs the NVFP4 checkpoint; remove it"),
+    Refused(f"{ROLLOUT}.name", lambda v, get: v != "vllm", "the rollout runs in vLLM; set it to vllm"),
+    Refused(f"{ROLLOUT}.quantization", _is_set, "+qerl= chooses what the base is stored in, in the rollout too; remove it"),
+    Refused(f"{ROLLOUT}.engine_kwargs.vllm.quantization",
+            lambda v, get: v is not None and (v, get("qerl.arm")) != ("bitsandbytes", "nf4"),
+            "+qerl= chooses what the base is stored in, in the rollout too; remove it"),
     Refused(f"{ROLLOUT}.engine_kwargs.vllm.worker_extension_cls", lambda v, get: v != WORKER_EXTENSION,
             f"QeRL needs its own, {WORKER_EXTENSION}; remove the setting"),
     Refused(f"{ROLLOUT}.disaggregation.enabled", _is_set, "not supported with QeRL; remove it"),
@@ -92,12 +95,12 @@ REFUSED = (
 
 REFUSED_OF_A_MODEL = (
     Refused("lora_rank", lambda v, get: not isinstance(v, int) or v <= 0,
-            "the NVFP4 base is frozen, so there would be nothing to train; remove the setting (32 is then used) or give a "
+            "the base is frozen, so there would be nothing to train; remove the setting (32 is then used) or give a "
             "positive rank"),
-    Refused("lora.merge", _is_set, "a LoRA delta is lost when it is rounded to 4 bits; remove it, the rollout applies the "
-            "adapter beside the base"),
+    Refused("lora.merge", _is_set, "the adapter alone is sent to the rollout, which applies it beside the base (rounded to 4 "
+            "bits, a LoRA delta is lost); remove it"),
     Refused("mtp.enable", _is_set, "multi-token prediction layers are not quantized; remove it"),
-    Refused("target_parameters", _is_set, "LoRA on bare parameters needs 16-bit weights; use target_modules"),
+    Refused("target_parameters", _is_set, "QeRL puts LoRA on linear layers, not on bare parameters; use target_modules"),
 )  # fmt: skip
 """For the actor's model and the critic's alike."""
 
@@ -148,7 +151,7 @@ def _strategy_problem(get: Get, role: str) -> str | None:
     strategy = get(f"{role}.strategy")
     if strategy == "fsdp2":
         return None
-    return f"{role}.strategy={strategy}: NVFP4 training runs on FSDP2; set {role}.strategy=fsdp2 (model_engine=dp)"
+    return f"{role}.strategy={strategy}: QeRL trains with FSDP2; set {role}.strategy=fsdp2 (model_engine=dp)"
 
 
 def _estimator_problem(get: Get) -> str | None:

@@ -1,0 +1,110 @@
+"""What an arm cannot do, and what it needs installed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+
+from omegaconf import DictConfig
+from packaging.version import Version
+
+from qerl_verl.config.arms import Arm, get_arm
+from qerl_verl.config.keys import Get, get_value
+from qerl_verl.config.rules import ACTOR, CRITIC, MODEL, trained_models
+from qerl_verl.config.settings import QeRLSettings
+
+OF_THE_CONTAINER = ("kernel", "recompute", "rollout.kernel", "rollout.lora", "rollout.sleep_level")
+"""Settings under ``qerl`` that concern the layers of an NVFP4 container alone."""
+
+BITSANDBYTES = "0.48.1"
+"""The lowest version that vLLM's bitsandbytes layers take (vllm-bnb-plugin 0.0.3, quantization/utils.py)."""
+
+
+def find_problems(
+    config: DictConfig, environment: Mapping[str, str] = os.environ, installed: Callable[[str], str] = version
+) -> list[str]:
+    """What keeps a run from working in its arm, one sentence each with the key and the fix.
+
+    Args:
+        config: the configuration after :func:`~qerl_verl.config.rules.apply_rules`.
+        environment: environment variables of the driver.
+        installed: distribution name to version; raises PackageNotFoundError for a missing one.
+    """
+    arm, get = get_arm(config), partial(get_value, config)
+    out = missing_packages(arm, installed, environment)
+    if not arm.container:
+        out += [p for key in OF_THE_CONTAINER if (p := _foreign_setting(arm, key, get))]
+    if not arm.critic and CRITIC in trained_models(config):
+        estimator = get("algorithm.adv_estimator")
+        out.append(
+            f"algorithm.adv_estimator={estimator}: it needs a critic, which the arm {arm.name} does not have; use grpo, rloo "
+            "or another estimator without one, or +qerl=nvfp4"
+        )
+    if arm.name == "nf4":
+        out += _nf4_problems(get)
+    return out
+
+
+def _foreign_setting(arm: Arm, key: str, get: Get) -> str | None:
+    default = QeRLSettings()
+    for part in key.split("."):
+        default = getattr(default, part)
+    value = get(f"qerl.{key}")
+    if value in (None, default):
+        return None
+    return (
+        f"qerl.{key}={value}: a setting of the packed layers of +qerl=nvfp4 and mxfp4, and the arm {arm.name} has none; "
+        "remove it"
+    )
+
+
+def missing_packages(
+    arm: Arm, installed: Callable[[str], str] = version, environment: Mapping[str, str] = os.environ
+) -> list[str]:
+    """What has to be installed for an arm and is not. The nf4 arm needs bitsandbytes, and vLLM's layers for it, which are a
+    plugin of vLLM's from its version 0.28 on."""
+    if arm.name != "nf4":
+        return []
+
+    def found(name: str) -> Version | None:
+        try:
+            return Version(installed(name))
+        except PackageNotFoundError:
+            return None
+
+    out, bitsandbytes, vllm = [], found("bitsandbytes"), found("vllm")
+    if bitsandbytes is None or bitsandbytes < Version(BITSANDBYTES):
+        has = "is not installed" if bitsandbytes is None else f"{bitsandbytes} is installed"
+        out.append(f"+qerl=nf4: bitsandbytes {has}; `pip install 'bitsandbytes>={BITSANDBYTES}'` on every node")
+    if vllm is not None and vllm >= Version("0.28.dev0") and found("vllm-bnb-plugin") is None:
+        out.append(
+            f"+qerl=nf4: vLLM {vllm} has its bitsandbytes layers in a package of their own, vllm-bnb-plugin, which is not "
+            "installed; `pip install vllm-bnb-plugin` on every node"
+        )
+    elif vllm is not None and vllm >= Version("0.28.dev0") and "bitsandbytes" not in _allowed_plugins(environment):
+        out.append(
+            f"+qerl=nf4: VLLM_PLUGINS={environment['VLLM_PLUGINS']} keeps vLLM from loading vllm-bnb-plugin; unset it or add "
+            "bitsandbytes to its list"
+        )
+    return out
+
+
+def _allowed_plugins(environment: Mapping[str, str]) -> list[str]:
+    names = environment.get("VLLM_PLUGINS")
+    return ["bitsandbytes"] if names is None else names.split(",")
+
+
+def _nf4_problems(get: Get) -> list[str]:
+    found = {
+        f"{ACTOR}.fsdp_config.{name}=True: bitsandbytes keeps the scales of its weights where verl's offloading does not "
+        "reach them; remove the setting (the NF4 base takes half a byte a weight)": get(f"{ACTOR}.fsdp_config.{name}")
+        for name in ("param_offload", "offload_policy")
+    }
+    dtype = (get(f"{ACTOR}.fsdp_config.mixed_precision") or {}).get("param_dtype", "bf16")
+    found[
+        f"{ACTOR}.fsdp_config.mixed_precision.param_dtype={dtype}: the arm nf4 computes in 16 bits; use bf16 or fp16"
+    ] = dtype in ("fp32", "float32")
+    found[f"{MODEL}.use_fused_kernels=True: not tried with the arm nf4; remove it"] = get(f"{MODEL}.use_fused_kernels")
+    return [text for text, applies in found.items() if applies]
