@@ -39,7 +39,7 @@ setup(
         "transformers>=5.5.3,<5.11",
         "peft>=0.21,<0.22",
         "safetensors>=0.5",
-        "filelock>=3.12",
+        "filelock>=3.12,<5",
         "numpy>=2.0",
         "tqdm",
         "wrapt>=1.16",

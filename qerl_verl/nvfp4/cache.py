@@ -9,6 +9,8 @@ file system does not honour locks between nodes, each node quantizes and the fir
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -98,8 +100,8 @@ def resolve_checkpoint(
     if not entry.exists():
         with _exclusive(entry):
             if not entry.exists():
-                _fill(entry, folder, progress)
-    _verify(entry)
+                _fill(entry, folder, progress, cache)
+    _verify(entry, cache)
     return ResolvedCheckpoint(entry, source, "quantized")
 
 
@@ -118,51 +120,56 @@ def resolve_source(model_path: str | Path) -> Path:
 
 
 def fingerprint(folder: str | Path, cache_dir: str | Path | None = None) -> str:
-    """Of the weights of an NVFP4 folder: the same bytes have the same one, wherever they lie.
-
-    A folder of ours has the hashes in its manifest. Another one's files are hashed, once for as long as they stay the same.
+    """Path-independent hash of the weights of an NVFP4 folder: from their bytes, hashed again when a file changes.
 
     Args:
         folder: see :attr:`ResolvedCheckpoint.path`.
         cache_dir: as for :func:`resolve_checkpoint`; remembers the hashes.
     """
     folder = Path(folder)
-    try:
-        files = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))["files"]
-        hashes = {name: record["sha256"] for name, record in files.items() if name.endswith(".safetensors")}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        cache = Path(cache_dir) if cache_dir is not None else default_cache_dir()
-        digests = _Digests(cache.expanduser().absolute() / _DIGESTS_FILE)
-        hashes = {name: digests.of(folder / name) for name in source_files(folder) if name.endswith(".safetensors")}
-        digests.save()
+    cache = Path(cache_dir) if cache_dir is not None else default_cache_dir()
+    digests = _Digests(cache.expanduser().absolute() / _DIGESTS_FILE)
+    hashes = {name: digests.of(folder / name) for name in source_files(folder) if name.endswith(".safetensors")}
+    digests.save()
     return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _fill(entry: Path, folder: Path, progress: bool) -> None:
+def _fill(entry: Path, folder: Path, progress: bool, cache: Path) -> None:
     try:
-        quantize_checkpoint(folder, entry, progress=progress)
+        records = quantize_checkpoint(folder, entry, progress=progress)
     except CheckpointError:
         if not (entry / MANIFEST_FILE).exists():  # else another node was faster
             raise
+    else:
+        digests = _Digests(cache / _DIGESTS_FILE)
+        for name, record in records.items():
+            digests.remember(entry / name, record.sha256)
+        digests.save()
 
 
-def _verify(entry: Path) -> None:
-    """Sizes of all files against the manifest."""
+def _verify(entry: Path, cache: Path) -> None:
+    """All files against the manifest: their sizes, and of the weights the content, which is hashed again when a file changes."""
 
     def damaged(what: str) -> CheckpointError:
-        return CheckpointError(f"{what}. This cache entry is damaged: delete the folder {entry} and start again.")
+        return CheckpointError(
+            f"{what}. This cache entry is damaged. With the folder {entry} moved elsewhere, the next start quantizes the model anew."
+        )
 
     try:
         files = json.loads((entry / MANIFEST_FILE).read_text(encoding="utf-8"))["files"]
-        sizes = {name: record["size"] for name, record in files.items()}
+        records = {name: (record["size"], record["sha256"]) for name, record in files.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise damaged(f"{entry / MANIFEST_FILE} is missing or unreadable") from None
-    for name, size in sizes.items():
+    digests = _Digests(cache / _DIGESTS_FILE)
+    for name, (size, sha256) in records.items():
         file = entry / name
         if not file.exists():
             raise damaged(f"{file} is missing")
         if file.stat().st_size != size:
             raise damaged(f"{file} is {file.stat().st_size} bytes long and should be {size}")
+        if name.endswith(".safetensors") and digests.of(file) != sha256:
+            raise damaged(f"{file} is not what was written")
+    digests.save()
 
 
 # --- the key ---------------------------------------------------------------------------------------------------------
@@ -178,7 +185,10 @@ def _content_key(folder: Path, cache: Path) -> str:
 
 
 class _Digests:
-    """SHA-256 of files, remembered for as long as size, modification time and inode stay the same."""
+    """SHA-256 of files, remembered for as long as size, inode and times stay the same.
+
+    The time of the last change of the inode is among them (inode(7), ctime): no program can set it back.
+    """
 
     def __init__(self, store: Path):
         self._store = store
@@ -189,19 +199,28 @@ class _Digests:
         path = path.resolve()
         if path.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", path.name):
             return path.name  # the hub's own cache names large files by their SHA-256
-        stat = path.stat()
-        stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
-        known = self._known.get(str(path))
+        stamp = self._stamp(path)
+        known = self._new.get(str(path)) or self._known.get(str(path))
         if isinstance(known, list) and known[:-1] == stamp:
             return known[-1]
-        if stat.st_size > _ANNOUNCED_BYTES:
-            print(f"qerl: hashing {path} ({stat.st_size / 1e9:.1f} GB), once", file=sys.stderr)
+        if stamp[0] > _ANNOUNCED_BYTES:
+            print(f"qerl: hashing {path} ({stamp[0] / 1e9:.1f} GB), once", file=sys.stderr)
         digest = hashlib.sha256()
         with path.open("rb") as file:
             while data := file.read(1 << 22):
                 digest.update(data)
         self._new[str(path)] = [*stamp, digest.hexdigest()]
         return digest.hexdigest()
+
+    def remember(self, path: Path, digest: str) -> None:
+        """Of a file that was hashed while it was written."""
+        path = path.resolve()
+        self._new[str(path)] = [*self._stamp(path), digest]
+
+    @staticmethod
+    def _stamp(path: Path) -> list[int]:
+        stat = path.stat()
+        return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
 
     def save(self) -> None:
         """Add what is new. Where it fails or two processes save at once, some files are hashed again next time."""
@@ -225,22 +244,24 @@ class _Digests:
 # --- one at a time ---------------------------------------------------------------------------------------------------
 
 
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
+"""What flock(2) says on a file system that has no locks: NFS without lockd, FUSE, Lustre without its option ``flock``."""
+
+
 @contextlib.contextmanager
 def _exclusive(entry: Path) -> Iterator[None]:
-    """Hold the lock of an entry; while another process holds it, say who and for how long."""
+    """Hold the lock of an entry; while another process holds it, say who and for how long. Goes on where there are no locks."""
     lock = FileLock(entry.with_name(f"{entry.name}.lock"))
     owner = entry.with_name(f"{entry.name}.owner.json")
-    started = time.monotonic()
-    timeout = 0.0
-    while True:
-        try:
-            lock.acquire(timeout=timeout)
-            break
-        except Timeout:
-            waited = f"{time.monotonic() - started:.0f} s so far"
-            print(f"qerl: waiting for {_describe(owner)} to quantize {entry.name} ({waited})", file=sys.stderr)
-            timeout = _REMARK_SECONDS
     try:
+        if reason := _why_no_lock(lock.lock_file):
+            print(
+                f"qerl: {lock.lock_file} cannot be locked ({reason}); going on without, so another process may quantize the same "
+                "model meanwhile",
+                file=sys.stderr,
+            )
+        else:
+            _acquire(lock, entry.name, owner)
         with contextlib.suppress(OSError):  # it only informs
             who = {"host": host_name(), "pid": os.getpid(), "since": time.time()}
             owner.write_text(json.dumps(who), encoding="utf-8")
@@ -248,7 +269,38 @@ def _exclusive(entry: Path) -> Iterator[None]:
     finally:
         with contextlib.suppress(OSError):
             owner.unlink(missing_ok=True)
-        lock.release()
+        with contextlib.suppress(OSError):  # the process's end lets go of it
+            lock.release()
+
+
+def _why_no_lock(path: str) -> str | None:
+    """What the system says where a file cannot be locked at all; None where it can, also if another process holds it now.
+
+    Asked here, because filelock 3 waits for ever on such a file system, and 4 fails or leaves a lock that outlives a kill.
+    """
+    try:
+        descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
+    except PermissionError as error:  # another user's
+        return error.strerror
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.strerror if error.errno in _NO_LOCKS else None
+    finally:
+        os.close(descriptor)
+    return None
+
+
+def _acquire(lock: FileLock, name: str, owner: Path) -> None:
+    started, timeout = time.monotonic(), 0.0
+    while True:
+        try:
+            lock.acquire(timeout=timeout)
+            return
+        except Timeout:
+            waited = f"{time.monotonic() - started:.0f} s so far"
+            print(f"qerl: waiting for {_describe(owner)} to quantize {name} ({waited})", file=sys.stderr)
+            timeout = _REMARK_SECONDS
 
 
 def _describe(owner: Path) -> str:

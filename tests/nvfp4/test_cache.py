@@ -1,5 +1,7 @@
 """resolve_checkpoint: once, by one process, whole or not at all."""
 
+import errno
+import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -140,7 +142,7 @@ def test_lost_digests_only_cost_time(make_checkpoint, tmp_path, count_quantizati
         (cache / "digests.json").write_text(content)
         assert resolve_checkpoint(src, cache, progress=False) == first
     assert len(count_quantizations) == 1
-    assert len(json.loads((cache / "digests.json").read_text())) == 5
+    assert len(json.loads((cache / "digests.json").read_text())) == 6  # five files, and the entry's weights
 
 
 def test_nvfp4_is_used_as_it_is(make_checkpoint, tmp_path):
@@ -223,6 +225,32 @@ def test_another_node_was_faster(make_checkpoint, tmp_path, monkeypatch):
     validate_nvfp4_checkpoint(resolved.path)
 
 
+@pytest.mark.parametrize("error", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_file_system_without_locks_is_gone_on_with(make_checkpoint, tmp_path, monkeypatch, capsys, error):
+    def flock(descriptor, operation):
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    src, cache = make_checkpoint(), tmp_path / "cache"
+    resolved = resolve_checkpoint(src, cache, progress=False)
+    validate_nvfp4_checkpoint(resolved.path)
+    assert f"cannot be locked ({os.strerror(error)}); going on without" in capsys.readouterr().err
+    assert sorted(p.suffix for p in cache.iterdir() if p.is_file()) == [".json", ".lock"]
+
+
+def test_another_users_lock_file_is_no_end(make_checkpoint, tmp_path, monkeypatch, capsys):
+    opened = os.open
+
+    def refused(path, *args, **kwargs):
+        if str(path).endswith(".lock"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return opened(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", refused)
+    resolve_checkpoint(make_checkpoint(), tmp_path / "cache", progress=False)
+    assert "cannot be locked (Permission denied)" in capsys.readouterr().err
+
+
 def test_failure_leaves_nothing_and_can_be_repeated(make_checkpoint, tmp_path, monkeypatch):
     src, cache = make_checkpoint(), tmp_path / "cache"
     monkeypatch.setattr(checkpoint_module, "_copy", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left")))
@@ -247,8 +275,8 @@ def test_damaged_entry(make_checkpoint, tmp_path, file, damage):
         (entry / file).unlink()
     with pytest.raises(CheckpointError) as error:
         resolve_checkpoint(src, cache, progress=False)
-    assert str(entry / file) in str(error.value) and f"delete the folder {entry}" in str(error.value)
-    shutil.rmtree(entry)  # the cure
+    assert str(entry / file) in str(error.value) and f"With the folder {entry} moved elsewhere" in str(error.value)
+    entry.rename(tmp_path / "elsewhere")
     assert resolve_checkpoint(src, cache, progress=False).path == entry
 
 
@@ -257,8 +285,17 @@ def test_damaged_manifest(make_checkpoint, tmp_path, content):
     src, cache = make_checkpoint(), tmp_path / "cache"
     entry = resolve_checkpoint(src, cache, progress=False).path
     (entry / "qerl_manifest.json").unlink() if content is None else (entry / "qerl_manifest.json").write_text(content)
-    with pytest.raises(CheckpointError, match=f"delete the folder {entry}"):
+    with pytest.raises(CheckpointError, match=f"With the folder {entry} moved elsewhere"):
         resolve_checkpoint(src, cache, progress=False)
+
+
+def flip_last_byte(file):
+    """Another content of the same size, written in place."""
+    with file.open("r+b") as handle:
+        handle.seek(-1, os.SEEK_END)
+        last = handle.read(1)
+        handle.seek(-1, os.SEEK_END)
+        handle.write(bytes([last[0] ^ 1]))
 
 
 def test_fingerprint_follows_the_weights_and_nothing_else(make_checkpoint, tmp_path):
@@ -268,14 +305,43 @@ def test_fingerprint_follows_the_weights_and_nothing_else(make_checkpoint, tmp_p
     copy = shutil.copytree(entry, tmp_path / "moved")
     (copy / "tokenizer.json").write_text("{}")
     assert fingerprint(copy, cache) == before
-    (copy / "qerl_manifest.json").unlink()  # as a checkpoint of llm-compressor's: its files are hashed
+    (copy / "qerl_manifest.json").unlink()  # as a checkpoint of llm-compressor's
     assert fingerprint(copy, cache) == before
-    with (copy / "model.safetensors").open("r+b") as file:
-        file.seek(-1, os.SEEK_END)
-        last = file.read(1)
-        file.seek(-1, os.SEEK_END)
-        file.write(bytes([last[0] ^ 1]))
-    assert fingerprint(copy, cache) != before
+
+
+@pytest.mark.parametrize("manifest", [True, False])
+@pytest.mark.parametrize("times", ["new", "set back"])
+def test_weights_that_are_replaced_in_place_have_another_fingerprint(make_checkpoint, tmp_path, manifest, times):
+    """Ours and another tool's, also where a copy brings the old time along."""
+    cache, folder = tmp_path / "cache", tmp_path / "nvfp4"
+    quantize_checkpoint(make_checkpoint(), folder, progress=False)
+    if not manifest:
+        (folder / "qerl_manifest.json").unlink()
+    before, stat = fingerprint(folder, cache), (folder / "model.safetensors").stat()
+    assert fingerprint(folder, cache) == before
+    flip_last_byte(folder / "model.safetensors")
+    if times == "set back":
+        os.utime(folder / "model.safetensors", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert fingerprint(folder, cache) != before
+    flip_last_byte(folder / "model.safetensors")
+    assert fingerprint(folder, cache) == before
+
+
+def test_weights_of_an_entry_that_are_replaced_in_place_are_noticed(make_checkpoint, tmp_path):
+    src, cache = make_checkpoint(), tmp_path / "cache"
+    entry = resolve_checkpoint(src, cache, progress=False).path
+    flip_last_byte(entry / "model.safetensors")
+    with pytest.raises(CheckpointError, match="model.safetensors is not what was written"):
+        resolve_checkpoint(src, cache, progress=False)
+
+
+def test_what_was_just_quantized_is_not_hashed_again(make_checkpoint, tmp_path, monkeypatch):
+    src, cache = make_checkpoint(), tmp_path / "cache"
+    entry = resolve_checkpoint(src, cache, progress=False).path
+    sha256, hashed = hashlib.sha256, []
+    monkeypatch.setattr(hashlib, "sha256", lambda *data: hashed.append(data) or sha256(*data))
+    fingerprint(entry, cache)
+    assert len(hashed) == 1  # the fingerprint itself
 
 
 # --- sources ---------------------------------------------------------------------------------------------------------
@@ -340,6 +406,7 @@ def test_hub_name_offline(make_checkpoint, tmp_path):
     assert found == 'quantized {"made": "up"}'
     assert missing.startswith("made/up-not: no such folder") and "HF_HUB_OFFLINE is set" in missing
     digests = json.loads((tmp_path / "cache" / "digests.json").read_text())
+    digests = [name for name in digests if not name.startswith(str(tmp_path / "cache"))]
     assert len(digests) == 4  # of five files: the name of the large one is its hash
     assert len(entries(tmp_path / "cache")) == 1
 
