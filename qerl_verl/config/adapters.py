@@ -1,22 +1,28 @@
-"""Adapters that a run starts from (``lora_adapter_path``): what is taken from them, and what is refused."""
+"""Adapters that a run starts from (``lora_adapter_path``), and the layers that get a new one (``target_modules``)."""
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from qerl_verl.config.rules import CRITIC, MODEL
 from qerl_verl.config.settings import SettingsError
 
-_STOCK = {"lora_rank": 0, "lora_alpha": 16, "target_modules": "all-linear"}
+_STOCK = {"lora_rank": 0, "lora_alpha": 16, "target_modules": "all-linear", "exclude_modules": None}
 """verl's values of what an adapter brings with it."""
+
+_SAVED_HEADS = ("classifier", "score")
+"""What PEFT names ``modules_to_save`` of a token classification model, as which a critic is built."""
 
 
 def adopt_adapter(config: DictConfig, keys: set[str], model: str = MODEL) -> dict | None:
     """Take rank and alpha from the adapter that training goes on from; verl and vLLM size their buffers by the setting.
+
+    The path becomes absolute: the processes of a run have other working folders, and verl takes neither ``~`` nor a
+    slash at the end (verl/utils/fs.py, copy_local_path_from_hdfs).
 
     Args:
         model: key of the model, actor's or critic's.
@@ -25,92 +31,105 @@ def adopt_adapter(config: DictConfig, keys: set[str], model: str = MODEL) -> dic
         The content of adapter_config.json and, under ``wanted``, what the user set; None where there is no adapter to read.
 
     Raises:
-        SettingsError: no adapter there, or one of another rank or alpha than the user set.
+        SettingsError: no adapter there, one that is not plain LoRA, or one of another rank or alpha than the user set.
     """
-    path = OmegaConf.select(config, f"{model}.lora_adapter_path")
-    if path is None or "://" in path:
+    from qerl_verl.lora.adapter_files import AdapterError, read_adapter_config
+
+    given = OmegaConf.select(config, f"{model}.lora_adapter_path")
+    if given is None or "://" in given:
         return None
-    file = os.path.join(os.path.expanduser(path), "adapter_config.json")
-    if not os.path.exists(file):
-        raise SettingsError(
-            [f"{model}.lora_adapter_path={path}: no adapter_config.json there; give a PEFT adapter's folder"]
-        )
-    with open(file) as handle:
-        adapter = json.load(handle)
+    path = os.path.abspath(os.path.expanduser(given))
+    where = f"{model}.lora_adapter_path={given}"
+    try:
+        adapter = read_adapter_config(path, _SAVED_HEADS if model == CRITIC else ())
+    except AdapterError as error:
+        raise SettingsError([f"{where}: {problem}" for problem in error.problems]) from None
+    OmegaConf.update(config, f"{model}.lora_adapter_path", path)
     wanted = {}
     for name, stock in _STOCK.items():
         value = OmegaConf.select(config, f"{model}.{name}")
         if f"{model}.{name}" in keys or value not in (stock, None):
             wanted[name] = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+    problems = []
     for name, found in (("lora_rank", adapter["r"]), ("lora_alpha", adapter["lora_alpha"])):
         if wanted.get(name, found) != found:
-            raise SettingsError(
-                [
-                    f"{model}.{name}={wanted[name]}, but the adapter {path} has {found}; remove the setting, or set {found}"
-                ]
+            problems.append(
+                f"{model}.{name}={wanted[name]}, but the adapter {given} has {found}; remove the setting, or set {found}"
             )
         OmegaConf.update(config, f"{model}.{name}", found)
+    if problems:
+        raise SettingsError(problems)
     return {**adapter, "wanted": wanted}
 
 
-def adapter_problems(config: DictConfig, model: str, adapter: dict, base: Path | None = None) -> list[str]:
-    """What keeps an adapter from going on on the resolved base: other layers, other shapes, more than LoRA tensors."""
-    from safetensors import safe_open
+def adapter_problems(config: DictConfig, model: str, adapter: dict) -> list[str]:
+    """What keeps an adapter from going on on its model: other layers or shapes, tensors without a place, or too few.
 
-    from qerl_verl.nvfp4.architectures import get_architecture
-    from qerl_verl.nvfp4.checkpoint import read_config, read_headers
+    Args:
+        config: ``{model}.path`` is a local folder, quantized or not.
+        model: key of the model.
+        adapter: what :func:`adopt_adapter` returned.
+    """
+    from qerl_verl.lora.adapter_files import AdapterError, map_names, read_tensors
+    from qerl_verl.lora.targets import matched_layers
+    from qerl_verl.nvfp4.checkpoint import linear_shapes
 
-    folder = OmegaConf.select(config, f"{model}.lora_adapter_path")
-    base = base or Path(OmegaConf.select(config, f"{model}.path"))
-    where, out = f"{model}.lora_adapter_path={folder}", []
-    headers = {name: tuple(info.shape) for name, info in read_headers(base).items()}
-    layers = {
-        n.removesuffix(".weight_packed"): (s[0], 2 * s[1]) for n, s in headers.items() if n.endswith(".weight_packed")
-    }
-    if not layers:  # the base is used as it is
-        linears = tuple(f".{name}.weight" for name in get_architecture(read_config(base)).linears)
-        layers = {n.removesuffix(".weight"): s for n, s in headers.items() if n.endswith(linears)}
-
-    heads = {"classifier", "score"} if model == CRITIC else set()  # what PEFT saves of a token classification model
-    extra = ["modules_to_save"] if set(adapter.get("modules_to_save") or ()) - heads else []
-    extra += [key for key in ("use_dora", "lora_bias", "rank_pattern", "alpha_pattern") if adapter.get(key)]
-    extra += ["bias"] if adapter.get("bias", "none") != "none" else []
-    if extra:
-        out.append(
-            f"{where}: {extra[0]}={adapter[extra[0]]} in its adapter_config.json; plain LoRA tensors alone, of one rank, and a critic's head, can go on"
-        )
-
-    found, wanted = adapter.get("target_modules"), adapter["wanted"].get("target_modules")
-    if wanted == "all-linear":
-        wanted = sorted({name.rpartition(".")[2] for name in layers})
-    as_set = lambda names: {names} if isinstance(names, str) else set(names or ())  # noqa: E731
-    if wanted is not None and as_set(wanted) != as_set(found):
-        out.append(
-            f"{model}.target_modules={adapter['wanted']['target_modules']}, but the adapter {folder} has "
-            f"{found if isinstance(found, str) else sorted(found)}; remove the setting"
-        )
-
-    file = os.path.join(os.path.expanduser(folder), "adapter_model.safetensors")
-    if not os.path.exists(file):
-        return out
-    trained_on = (
-        f"the adapter was trained on {adapter.get('base_model_name_or_path')}, not on {config.qerl.source_model}"
-    )
-    with safe_open(file, framework="pt") as tensors:
-        if model == CRITIC and "base_model.model.score.weight" not in tensors.keys():
-            return [
-                *out,
-                f"{where}: no value head in it; give the adapter of a critic (global_step_N/critic/lora_adapter)",
-            ]
-        for name in tensors.keys():
-            layer, _, part = name.removeprefix("base_model.model.").rpartition(".lora_")
-            if part not in ("A.weight", "B.weight"):
-                continue
-            rows, columns = tensors.get_slice(name).get_shape()
-            expected = layers.get(layer) or headers.get(f"{layer}.weight")
-            if expected is None:
-                return [*out, f"{where}: {trained_on}: the model has no layer {layer}"]
-            size, needed = (columns, expected[1]) if part == "A.weight" else (rows, expected[0])
-            if size != needed:
-                return [*out, f"{where}: {trained_on}: {name} has {size} where the model needs {needed}"]
+    get = lambda name: OmegaConf.select(config, f"{model}.{name}")  # noqa: E731
+    folder, base = get("lora_adapter_path"), Path(os.path.expanduser(get("path")))
+    layers, out = linear_shapes(base), []
+    where = f"{model}.lora_adapter_path={folder}"
+    wanted = adapter["wanted"]
+    if "target_modules" in wanted or "exclude_modules" in wanted:
+        targets, exclude = wanted.get("target_modules", _STOCK["target_modules"]), wanted.get("exclude_modules")
+        problems = _target_problems(layers, targets, exclude, model)
+        if problems:
+            return problems
+        if matched_layers(layers, targets, exclude) != _adapted(layers, adapter):
+            found = adapter["target_modules"]
+            name = "target_modules" if "target_modules" in wanted else "exclude_modules"
+            out.append(
+                f"{model}.{name}={wanted[name]}, but the adapter {folder} has "
+                f"{found if isinstance(found, str) else sorted(found)}; remove the setting"
+            )
+    head = value_head_shapes(base) if model == CRITIC else None
+    try:
+        map_names({name: tuple(t.shape) for name, t in read_tensors(folder).items()}, adapter, layers, head)
+    except AdapterError as error:
+        trained_on, source = adapter.get("base_model_name_or_path"), OmegaConf.select(config, "qerl.source_model")
+        other = f" (the adapter was trained on {trained_on}, not on {source or base})" if trained_on else ""
+        out += [f"{where}: {problem}{other}" for problem in error.problems]
     return out
+
+
+def target_problems(config: DictConfig, model: str) -> list[str]:
+    """What keeps the layers that the user named from getting a new adapter.
+
+    Args:
+        config: ``{model}.path`` is a local folder, quantized or not.
+        model: key of the model.
+    """
+    from qerl_verl.nvfp4.checkpoint import linear_shapes
+
+    get = lambda name: OmegaConf.select(config, f"{model}.{name}")  # noqa: E731
+    layers = linear_shapes(Path(os.path.expanduser(get("path"))))
+    return _target_problems(layers, get("target_modules"), get("exclude_modules"), model)
+
+
+def value_head_shapes(base: Path) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the tensors of a critic's value head on a model (engine/fsdp.py, NVFP4EngineWithValueHead)."""
+    from transformers import AutoConfig
+
+    return {"score.weight": (1, AutoConfig.from_pretrained(base).hidden_size), "score.bias": (1,)}
+
+
+def _target_problems(layers, targets: Any, exclude: Any, model: str) -> list[str]:
+    from qerl_verl.lora.targets import find_problems
+
+    return find_problems(layers, targets, exclude, key=f"{model}.")
+
+
+def _adapted(layers, adapter: dict) -> set[str]:
+    from qerl_verl.lora.targets import matched_layers
+
+    more = {name: adapter.get(name) for name in ("layers_to_transform", "layers_pattern")}
+    return matched_layers(layers, adapter["target_modules"], adapter.get("exclude_modules"), **more)

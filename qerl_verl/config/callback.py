@@ -6,6 +6,7 @@ leaves as SystemExit.
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 from pathlib import Path
@@ -14,7 +15,6 @@ from typing import NoReturn
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from qerl_verl.config.adapters import adapter_problems
 from qerl_verl.config.arms import ARMS
 from qerl_verl.config.checks import models
 from qerl_verl.config.checks.plugins import verl_policy_problem
@@ -79,10 +79,7 @@ def prepare(config: DictConfig, keys: set[str]) -> None:
     if made.platform == "cpu":
         _use_cpu_in_this_process()
     bases = _replace_models(config, made.settings)
-    problems = [
-        p for model, found in made.adapters.items() for p in adapter_problems(config, model, found, bases[model])
-    ]
-    if problems := problems + models.find_problems(config):  # again, for what the hub has sent
+    if problems := models.find_misfits(_on_local_models(config, bases), made.adapters):  # again, for what the hub has sent
         raise SettingsError(problems)
     if made.cluster is None:
         give_job_folder(config)
@@ -151,6 +148,14 @@ def _replace_models(config: DictConfig, settings: QeRLSettings) -> dict[str, Pat
     if CRITIC in trained:
         say("critic: the same checkpoint" if sources[CRITIC] == sources[MODEL] else "critic: a checkpoint of its own")
     return {model: folders[source] for model, source in sources.items()}
+
+
+def _on_local_models(config: DictConfig, bases: dict[str, Path]) -> DictConfig:
+    """A copy of the configuration whose models are local folders, for checks that read them."""
+    config = copy.deepcopy(config)
+    for model, folder in bases.items():
+        OmegaConf.update(config, f"{model}.path", str(folder))
+    return config
 
 
 def _resolve(key: str, path: str, settings: QeRLSettings) -> Path:

@@ -77,9 +77,8 @@ def plan(config: DictConfig, keys: set[str], host: Host, platform: str | None = 
         environment=host.environment,
     )
     made.lines += recipe.find_remarks(config)
-    made.problems += (
-        recipe.find_problems(config, keys) + arms.find_problems(config, host.environment) + models.find_problems(config)
-    )
+    made.problems += recipe.find_problems(config, keys) + arms.find_problems(config, host.environment)
+    made.problems += models.find_problems(config, made.adapters)
     return made
 
 

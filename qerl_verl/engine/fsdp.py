@@ -11,7 +11,14 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from accelerate import init_empty_weights
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftModel,
+    TaskType,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
@@ -33,7 +40,9 @@ from qerl_verl.engine.compile import compile_layers, unavailable
 from qerl_verl.engine.finite import NonFiniteError, first_nonfinite, gather_first, gradient_norms, named_tensors
 from qerl_verl.engine.recompute import Recompute
 from qerl_verl.kernels.backends import BACKENDS
-from qerl_verl.lora.peft import draw_adapter, linear_names, register_nvfp4, save_adapter
+from qerl_verl.lora.adapter_files import check_loaded, map_names, read_adapter_config, read_tensors
+from qerl_verl.lora.peft import adaptable_layers, draw_adapter, linear_names, register_nvfp4, save_adapter
+from qerl_verl.lora.targets import ALL_LINEAR, last_names
 from qerl_verl.lora.wire import CONFIG_TENSOR, pack_config
 from qerl_verl.nvfp4.loading import load_tensors, packed_linear_names, prepack_linears, swap_linears
 from qerl_verl.switch import KERNEL_ENV, RECOMPUTE_ENV
@@ -212,14 +221,7 @@ class AdapterEngineMixin:
         module.enable_input_require_grads()
         adapter = self.model_config.lora_adapter_path
         if adapter is not None:
-            folder = copy_to_local(adapter, use_shm=self.model_config.use_shm)
-            config = LoraConfig.from_pretrained(folder)
-            config.inference_mode = False
-            # PEFT adds the modules that the task trains, to those that the folder names once more
-            config.task_type, config.modules_to_save = self.task_type, None
-            module = PeftModel.from_pretrained(
-                module, folder, is_trainable=True, config=register_nvfp4(config), autocast_adapter_dtype=True
-            )
+            module = self._load_adapter(module, copy_to_local(adapter, use_shm=self.model_config.use_shm))
         else:
             targets = convert_to_regular_types(self.model_config.target_modules)
             if targets == "all-linear":
@@ -240,6 +242,31 @@ class AdapterEngineMixin:
         for parameter in module.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
+        return module
+
+    def _load_adapter(self, module: nn.Module, folder: str) -> PeftModel:
+        """The model with the adapter of a folder in PEFT's format, all of it.
+
+        Raises:
+            AdapterError: the folder's adapter is not plain LoRA, is not one of this model, or has not all been taken.
+        """
+        content = read_adapter_config(folder, heads=("classifier", *self.new_modules) if self.new_modules else ())
+        layers = {n: shape for n, shape in adaptable_layers(module).items() if n not in self.new_modules}
+        head = {n: tuple(p.shape) for n, p in module.named_parameters() if n.partition(".")[0] in self.new_modules}
+        tensors = read_tensors(folder)
+        names = map_names({name: tuple(tensor.shape) for name, tensor in tensors.items()}, content, layers, head)
+        tensors = {names[name]: tensor for name, tensor in tensors.items()}
+        config = LoraConfig.from_pretrained(folder)
+        config.inference_mode, config.init_lora_weights = False, True
+        if config.target_modules == ALL_LINEAR:
+            config.target_modules = set(last_names(layers))
+        # PEFT adds the modules that the task trains, to those that the folder names once more
+        config.task_type, config.modules_to_save = self.task_type, None
+        # PEFT looks at the base's config.json at every sync, and on the hub for it if the name is none of a folder
+        config.base_model_name_or_path = self.model_config.path
+        module = get_peft_model(module, register_nvfp4(config))
+        set_peft_model_state_dict(module, tensors)
+        check_loaded(get_peft_model_state_dict(module), tensors)
         return module
 
     def _build_optimizer(self, module: nn.Module):

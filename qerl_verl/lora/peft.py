@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from qerl_verl.kernels.nvfp4_lora_linear import nvfp4_lora_linear
+from qerl_verl.lora.targets import last_names
 from qerl_verl.nvfp4.linear import NVFP4Linear
 
 
@@ -67,19 +68,22 @@ class NVFP4LoraLinear(Linear):
         raise ValueError("adapters on an NVFP4 base are never merged, so there is nothing to unmerge")
 
 
+def adaptable_layers(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Full name -> (output, input features) of all linears but the output layer."""
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return {
+        name: (module.out_features, module.in_features)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | NVFP4Linear) and module is not output
+    }
+
+
 def linear_names(model: nn.Module) -> list[str]:
     """What ``target_modules="all-linear"`` means: last names of all linears but the output layer, sorted.
 
     PEFT resolves that word by the class of a layer and would pass over :class:`NVFP4Linear`.
     """
-    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    return sorted(
-        {
-            n.rpartition(".")[2]
-            for n, m in model.named_modules()
-            if isinstance(m, nn.Linear | NVFP4Linear) and m is not output
-        }
-    )
+    return sorted(last_names(adaptable_layers(model)))
 
 
 def register_nvfp4(config: LoraConfig) -> LoraConfig:

@@ -254,6 +254,22 @@ def check_checkpoint(path: str | Path) -> Literal["none", "nvfp4"]:
     return kind
 
 
+def linear_shapes(path: str | Path) -> dict[str, tuple[int, int]]:
+    """Full name -> (output, input features) of the linears of a model that are, or would be, packed.
+
+    Args:
+        path: a model folder, quantized or not; its config.json is read.
+
+    Raises:
+        UnsupportedArchitecture, CheckpointError: no readable config.json, or of another model.
+    """
+    path = Path(path)
+    architecture, hf_config = get_architecture(read_config(path)), _hf_config(path)
+    shapes = architecture.tensor_shapes(hf_config)
+    groups = _scale_groups(architecture, hf_config.num_hidden_layers)
+    return {linear: shapes[f"{linear}.weight"] for group in groups for linear in group}
+
+
 def check_source(path: str | Path) -> None:
     """Check that a 16- or 32-bit model folder can be used as it is, from its headers.
 

@@ -50,7 +50,7 @@ def test_a_run_says_what_explain_prints(monkeypatch, capsys):
     explained = [line.strip() for line in lines[start : lines.index("", start)]]
 
     for step in ("_use_cpu_in_this_process", "_replace_models", "give_job_folder"):
-        monkeypatch.setattr(callback, step, lambda *arguments: None)
+        monkeypatch.setattr(callback, step, lambda *arguments: {})
     monkeypatch.setattr(callback.Host, "here", lambda: HOST)
     config = compose("ppo_trainer", overrides)
     callback.prepare(config, {"algorithm.adv_estimator"})

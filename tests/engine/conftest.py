@@ -1,11 +1,13 @@
 """Engines in processes of their own."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 SERVER = Path(__file__).parent / "engine_server.py"
 
@@ -49,3 +51,16 @@ def run_engine(engine_server):
         return [json.loads(Path(f"{out}.{rank}.json").read_text()) for rank in range(world)]
 
     return run
+
+
+@pytest.fixture(scope="session")
+def without_prefix():
+    """``without_prefix(adapter, folder)``: a copy of an adapter whose names lack PEFT's ``base_model.model.``."""
+
+    def copy(adapter: Path, folder: Path) -> Path:
+        shutil.copytree(adapter, folder)
+        file = folder / "adapter_model.safetensors"
+        save_file({name.removeprefix("base_model.model."): t for name, t in load_file(file).items()}, file)
+        return folder
+
+    return copy

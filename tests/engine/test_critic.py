@@ -82,8 +82,10 @@ def test_two_ranks_train_the_same_critic(run_engine, critic, nvfp4_checkpoint, t
         assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=3e-2)
 
 
-def test_training_goes_on_from_a_critics_adapter_folder_head_included(run_engine, critic, nvfp4_checkpoint, tmp_path):
-    adapter = critic[0] / "ckpt" / "critic" / "lora_adapter"
+def test_training_goes_on_from_a_critics_adapter_folder_head_included(
+    run_engine, critic, nvfp4_checkpoint, tmp_path, without_prefix
+):
+    adapter = without_prefix(critic[0] / "ckpt" / "critic" / "lora_adapter", tmp_path / "adapter")
     settings = {"model_type": "value_model", "lora_adapter_path": str(adapter)}
     for report in run_engine(nvfp4_checkpoint, tmp_path / "r", world=2, **settings):
         assert report["built"] == critic[1]["saved"]

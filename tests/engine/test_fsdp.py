@@ -78,8 +78,8 @@ def test_an_adapter_of_another_rank_is_refused(run_engine, one_rank, nvfp4_check
         run_engine(nvfp4_checkpoint, tmp_path / "r", steps=1, lora_rank=4, load=str(one_rank[0] / "ckpt" / "actor"))
 
 
-def test_training_goes_on_from_an_adapter_folder(run_engine, one_rank, nvfp4_checkpoint, tmp_path):
-    adapter = one_rank[0] / "ckpt" / "actor" / "lora_adapter"
+def test_training_goes_on_from_an_adapter_folder(run_engine, one_rank, nvfp4_checkpoint, tmp_path, without_prefix):
+    adapter = without_prefix(one_rank[0] / "ckpt" / "actor" / "lora_adapter", tmp_path / "adapter")
     report = run_engine(nvfp4_checkpoint, tmp_path / "r", lora_adapter_path=str(adapter))[0]
     assert report["built"] == one_rank[1]["saved"]
     assert {p["dtype"] for p in report["parameters"].values() if p["trains"]} == {"torch.float32"}

@@ -383,7 +383,7 @@ def test_missing_shard(make_checkpoint, tmp_path):
 def test_two_sets_of_weights(make_checkpoint, tmp_path):
     src = make_checkpoint(shards=True)
     shutil.copy(next(src.glob("*.safetensors")), src / "model.safetensors")
-    refused(src, tmp_path, "model.safetensors and model.safetensors.index.json", "remove one")
+    refused(src, tmp_path, "two models, model.safetensors and what model.safetensors.index.json lists")
 
 
 def test_tensor_missing_from_its_shard(make_checkpoint, tmp_path):

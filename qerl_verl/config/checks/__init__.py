@@ -5,7 +5,8 @@
 - :mod:`.data`: the data files against batch size and steps
 - :mod:`.resources`: CPUs, GPUs and folders against what verl reserves
 - :mod:`.plugins`: installed versions, and whether verl and vLLM load QeRL
-- :mod:`.models`: model folders that lie on this machine
+- :mod:`.models`: model folders that lie on this machine, and what has to fit them
+- :mod:`.tokenizers`: their tokenizers
 
 A check returns problems: one sentence each, which begins with the setting and ends with the fix. Nothing here starts,
 downloads or writes anything.

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from omegaconf import DictConfig
 
+from qerl_verl.config.adapters import adapter_problems, target_problems
 from qerl_verl.config.arms import get_arm
+from qerl_verl.config.checks import tokenizers
 from qerl_verl.config.keys import get_value
 from qerl_verl.config.rules import MODEL, trained_models
 
@@ -22,34 +25,56 @@ def local_folder(config: DictConfig, model: str) -> Path | None:
     return folder if folder.is_dir() else None
 
 
-def find_problems(config: DictConfig) -> list[str]:
-    """What keeps the local models of a run from being quantized or used, one sentence each."""
-    from qerl_verl.nvfp4.architectures import get_architecture
-    from qerl_verl.nvfp4.checkpoint import (
-        check_source,
-        read_config,
-        read_headers,
-        read_quantization,
-        validate_nvfp4_checkpoint,
-    )
+def find_problems(config: DictConfig, adapters: Mapping[str, dict] | None = None) -> list[str]:
+    """What keeps the local models of a run from being quantized or used, one sentence each.
+
+    Args:
+        config: the configuration after :func:`~qerl_verl.config.rules.apply_rules`.
+        adapters: see :class:`~qerl_verl.config.plan.Plan`.
+    """
+    from qerl_verl.nvfp4.checkpoint import check_checkpoint, check_source
+    from qerl_verl.nvfp4.errors import CheckpointError
+
+    found: dict[str, str] = {}
+    for model in trained_models(config):
+        path, folder = get_value(config, f"{model}.path"), local_folder(config, model)
+        if folder is None or path in found:
+            continue
+        try:
+            if get_arm(config).container:
+                check_checkpoint(folder)
+            else:
+                check_source(folder)
+        except CheckpointError as error:
+            found[path] = f"{model}.path={path}: {error}"
+    return list(found.values()) + find_misfits(config, adapters)
+
+
+def find_misfits(config: DictConfig, adapters: Mapping[str, dict] | None = None) -> list[str]:
+    """What does not go together with local models: adapters, target modules, tokenizers, settings.
+
+    Args:
+        config: see :func:`find_problems`. The models may be quantized or not; one that cannot be read is passed over.
+        adapters: see :func:`find_problems`.
+    """
     from qerl_verl.nvfp4.errors import CheckpointError
 
     out = []
     for model in trained_models(config):
-        folder = local_folder(config, model)
-        if folder is None:
+        if local_folder(config, model) is None:
             continue
+        adapter = (adapters or {}).get(model)
         try:
-            if not get_arm(config).container:
-                check_source(folder)
-            elif read_quantization(folder) == "nvfp4":
-                validate_nvfp4_checkpoint(folder)
-            else:
-                get_architecture(read_config(folder))
-                read_headers(folder)
-        except CheckpointError as error:
-            out.append(f"{model}.path={get_value(config, f'{model}.path')}: {error}")
-    return out + fused_kernel_problems(config)
+            out += adapter_problems(config, model, adapter) if adapter else _new_adapter_problems(config, model)
+        except CheckpointError:
+            continue
+    return out + tokenizers.find_problems(config) + fused_kernel_problems(config)
+
+
+def _new_adapter_problems(config: DictConfig, model: str) -> list[str]:
+    if get_value(config, f"{model}.lora_adapter_path") is not None:
+        return []  # on a remote file system, or refused already
+    return target_problems(config, model)
 
 
 def fused_kernel_problems(config: DictConfig) -> list[str]:

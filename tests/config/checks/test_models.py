@@ -1,6 +1,7 @@
 """Model folders on this machine are looked at before anything is quantized."""
 
 import json
+import shutil
 
 import pytest
 from omegaconf import OmegaConf
@@ -33,3 +34,53 @@ def test_verl_still_shards_an_untied_output_layer_by_itself():
         return model.lm_head in _select_fsdp2_wrap_targets(model, ["Qwen2DecoderLayer"])
 
     assert wrapped(tied=False) and not wrapped(tied=True)
+
+
+def run_of(model, **changes):
+    """A configuration of an actor alone, as far as the checks read it."""
+    values = {
+        "target_modules": "all-linear",
+        "exclude_modules": None,
+        "lora_adapter_path": None,
+        "tokenizer_path": None,
+    }
+    values |= {"path": str(model), "use_fused_kernels": False, "trust_remote_code": False, **changes}
+    return OmegaConf.create({"actor_rollout_ref": {"model": values}, "critic": {"enable": False}})
+
+
+def test_a_folder_that_fits_has_no_problems(bf16_checkpoint, nvfp4_checkpoint):
+    assert models.find_problems(run_of(bf16_checkpoint)) == models.find_problems(run_of(nvfp4_checkpoint)) == []
+    assert models.find_problems(run_of("Qwen/not-here")) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"target_modules": ["wq"]}, "actor_rollout_ref.model.target_modules: wq is none of the linear layers"),
+        (
+            {"target_modules": "q_proj"},
+            "actor_rollout_ref.model.target_modules=q_proj: a string is a regular expression",
+        ),
+        ({"exclude_modules": "wq"}, "actor_rollout_ref.model.exclude_modules: wq matches no layer"),
+        ({"tokenizer_path": "{empty}"}, "actor_rollout_ref.model.tokenizer_path={empty}: no tokenizer"),
+    ],
+)
+def test_what_does_not_fit_a_local_model_is_named(bf16_checkpoint, tmp_path, changes, expected):
+    (tmp_path / "config.json").write_text((bf16_checkpoint / "config.json").read_text())
+    changes = {name: v.format(empty=tmp_path) if isinstance(v, str) else v for name, v in changes.items()}
+    (problem,) = models.find_problems(run_of(bf16_checkpoint, **changes))
+    assert problem.startswith(expected.format(empty=tmp_path))
+
+
+def test_a_folder_that_cannot_be_read_is_one_problem(tmp_path, bf16_checkpoint):
+    shutil.copytree(bf16_checkpoint, tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    (problem,) = models.find_problems(run_of(tmp_path / "model"))
+    assert problem.startswith(f"actor_rollout_ref.model.path={tmp_path / 'model'}: ") and "holds no weights" in problem
+
+
+def test_an_adapter_that_the_plan_has_read_is_looked_at(bf16_checkpoint, tmp_path):
+    adapter = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "wanted": {}}
+    config = run_of(bf16_checkpoint, lora_adapter_path=str(tmp_path))
+    (problem,) = models.find_problems(config, {"actor_rollout_ref.model": adapter})
+    assert "neither adapter_model.safetensors nor adapter_model.bin is there" in problem

@@ -1,0 +1,81 @@
+"""Which layers of a model an adapter has, by PEFT's ``target_modules`` and ``exclude_modules``."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+ALL_LINEAR = "all-linear"
+
+
+def last_names(layers: Collection[str]) -> list[str]:
+    """What ``all-linear`` stands for: the last parts of layers' names, in the order of the layers."""
+    return list(dict.fromkeys(name.rpartition(".")[2] for name in layers))
+
+
+def matched_layers(layers: Collection[str], targets: Any, exclude: Any = None, **config: Any) -> set[str]:
+    """The layers that PEFT gives an adapter (peft/tuners/tuners_utils.py, check_target_module_exists).
+
+    Args:
+        layers: full names.
+        targets: ``all-linear``, a regular expression for full names, or a list of (last parts of) names.
+        exclude: a regular expression or a list, as ``targets``.
+        config: further fields of a LoraConfig that choose layers.
+    """
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    targets = last_names(layers) if targets == ALL_LINEAR else targets
+    settings = LoraConfig(target_modules=_plain(targets), exclude_modules=_plain(exclude), **config)
+    return {name for name in layers if check_target_module_exists(settings, name)}
+
+
+def find_problems(layers: Collection[str], targets: Any, exclude: Any = None, key: str = "") -> list[str]:
+    """What keeps target modules from being what the user wrote, one sentence each.
+
+    Args:
+        layers: full names of the linear layers of the model's decoder, which alone can have an adapter.
+        targets: see :func:`matched_layers`.
+        exclude: see :func:`matched_layers`.
+        key: the model's setting, with which the problems begin.
+    """
+    targets, exclude = _plain(targets), _plain(exclude)
+    names = f"The model has {', '.join(last_names(layers))}"
+    if not targets or not isinstance(targets, str | list) or not all(isinstance(t, str) for t in targets):
+        return [f"{key}target_modules={targets}: no layer would have an adapter. {names}; give {ALL_LINEAR} or a list"]
+    out = []
+    try:
+        if isinstance(targets, list):
+            for target in targets:
+                if not matched_layers(layers, [target]):
+                    out.append(f"{key}target_modules: {target} is none of the linear layers. {names}; remove it")
+        elif not matched_layers(layers, targets):
+            out.append(
+                f"{key}target_modules={targets}: a string is a regular expression for full names, as {next(iter(layers))}, "
+                f"and this one matches none. {names}; for names give a list, [{targets}]"
+            )
+        elif targets != ALL_LINEAR and (others := matched_layers(_other_modules(layers), targets)):
+            out.append(
+                f"{key}target_modules={targets}: the expression matches {sorted(others)[0]}, which is no linear layer. "
+                f"{names}"
+            )
+        for excluded in [exclude] if isinstance(exclude, str) else exclude or []:
+            whole = excluded if isinstance(exclude, str) else [excluded]
+            if not matched_layers(layers, whole):
+                out.append(f"{key}exclude_modules: {excluded} matches no layer. {names}; remove it")
+        if not out and not matched_layers(layers, targets, exclude):
+            out.append(f"{key}exclude_modules={exclude}: no layer is left that would have an adapter; remove it")
+    except Exception as error:  # re.error; PEFT's own refusals
+        out.append(f"{key}target_modules={targets}, exclude_modules={exclude}: {error}")
+    return out
+
+
+def _other_modules(layers: Collection[str]) -> set[str]:
+    """Names of modules of a decoder that are no linear layers, so that a pattern which is too wide is seen."""
+    parents = {name.rsplit(".", depth)[0] for name in layers for depth in range(1, name.count(".") + 1)}
+    return parents | {"lm_head", "model.embed_tokens", "model.norm", "score"}
+
+
+def _plain(value: Any) -> Any:
+    """Without OmegaConf's classes, sets and tuples."""
+    return value if isinstance(value, str) or not isinstance(value, Collection) else list(value)
