@@ -7,7 +7,6 @@ the last ``#### <number>`` in the last 300 characters of a response is the answe
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Iterable, Iterator
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qerl_verl.data.prompts import prompt_row, write_parquet
+from qerl_verl.data.sources import read_hub, read_jsonl
 
 DATA_SOURCE = "openai/gsm8k"
 SPLITS = ("train", "test")
@@ -56,27 +56,6 @@ def rows(examples: Iterable[tuple[str, Any]], split: str) -> Iterator[dict[str, 
         yield prompt_row(DATA_SOURCE, question, answer, split=split, index=index, solution=example["answer"])
 
 
-def read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
-    """Place and content of each line that is not blank."""
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            place = f"{path}:{number}"
-            try:
-                yield place, json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{place}: not JSON: {error}") from None
-
-
-def read_hub(name: str, split: str) -> Iterator[tuple[str, Any]]:
-    """Place and content of each row of a data set on the Hugging Face hub, in its configuration ``main``."""
-    from datasets import load_dataset
-
-    for number, example in enumerate(load_dataset(name, "main", split=split)):
-        yield f"{name}/{split}[{number}]", example
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m qerl_verl.data.gsm8k", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for train.parquet and test.parquet")
@@ -87,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     for split in SPLITS:
         source_file = arguments.local_dir and arguments.local_dir / f"{split}.jsonl"
         try:
-            examples = read_jsonl(source_file) if source_file else read_hub(arguments.hub, split)
+            examples = read_jsonl(source_file) if source_file else read_hub(arguments.hub, "main", split)
             count = write_parquet(rows(examples, split), arguments.out / f"{split}.parquet")
         except (ValueError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)

@@ -1,0 +1,57 @@
+"""Where examples come from: a file of JSON lines, or a data set on the Hugging Face hub."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
+    """Place (``file:line``) and content of each line that is not blank.
+
+    Raises:
+        ValueError: a line is not JSON.
+        OSError: the file cannot be read.
+    """
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            place = f"{path}:{number}"
+            try:
+                yield place, json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{place}: not JSON: {error}") from None
+
+
+def read_hub(name: str, configuration: str | None, split: str) -> Iterator[tuple[str, Any]]:
+    """Place (``name/split[row]``) and content of each row of a data set on the hub.
+
+    Args:
+        name: of the data set.
+        configuration: of the data set, None for its only one.
+        split: of that configuration.
+    """
+    from datasets import load_dataset
+
+    for number, example in enumerate(load_dataset(name, configuration, split=split)):
+        yield f"{name}/{split}[{number}]", example
+
+
+def text_of(example: Any, keys: tuple[str, ...], place: str) -> str:
+    """The first of ``keys`` that an example has, as text without blanks around it.
+
+    Raises:
+        ValueError: the example is no object, has none of the keys, or the text is empty; names ``place``.
+    """
+    if not isinstance(example, dict):
+        raise ValueError(f"{place}: expected an object, got {type(example).__name__}")
+    key = next((key for key in keys if example.get(key) is not None), None)
+    if key is None:
+        raise ValueError(f"{place}: it has none of {', '.join(f'`{key}`' for key in keys)}")
+    text = str(example[key]).strip()
+    if not text:
+        raise ValueError(f"{place}: `{key}` is empty")
+    return text
