@@ -6,6 +6,7 @@ import torch
 from verl.experimental.separation.engine_workers import DetachActorWorker
 
 from qerl_verl.engine.finite import local
+from qerl_verl.engine.offload import wait_for_offload
 
 
 class AdapterDetachWorker(DetachActorWorker):
@@ -23,6 +24,7 @@ class AdapterDetachWorker(DetachActorWorker):
 
 def save_trained(module: torch.nn.Module) -> tuple[dict[str, torch.Tensor], None]:
     """Copies on the host of this rank's part of each parameter that trains, by name; verl wants a pair."""
+    wait_for_offload()
     trained = {n: local(p).detach() for n, p in module.named_parameters() if p.requires_grad}
     return {n: p.to("cpu", copy=True) for n, p in trained.items()}, None
 
@@ -30,6 +32,7 @@ def save_trained(module: torch.nn.Module) -> tuple[dict[str, torch.Tensor], None
 @torch.no_grad()
 def restore_trained(module: torch.nn.Module, saved: dict[str, torch.Tensor], _: None) -> None:
     """Put the copies back in place, wherever the parameters are now."""
+    wait_for_offload()
     for name, parameter in module.named_parameters():
         if name in saved:
             local(parameter).copy_(saved[name])

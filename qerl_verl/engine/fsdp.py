@@ -38,6 +38,7 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead, FSDP
 from qerl_verl.engine.checkpoint_errors import reading, writing
 from qerl_verl.engine.compile import compile_layers, unavailable
 from qerl_verl.engine.finite import NonFiniteError, first_nonfinite, gather_first, gradient_norms, named_tensors
+from qerl_verl.engine.offload import wait_for_offload
 from qerl_verl.engine.recompute import Recompute
 from qerl_verl.kernels.backends import BACKENDS
 from qerl_verl.lora.adapter_files import check_loaded, map_names, read_adapter_config, read_tensors
@@ -380,6 +381,7 @@ class AdapterEngineMixin:
             CheckpointError: the disk is full, or the like.
         """
         tensors, _ = self.get_per_tensor_param(base_sync_done=True)
+        wait_for_offload()  # what is saved of an offloaded optimizer is read on the host
         with writing(local_path, self._at_step(after=True)):
             super().save_checkpoint(local_path, hdfs_path, global_step, max_ckpt_to_keep, **kwargs)
             if self.rank == 0:

@@ -12,7 +12,7 @@ from verl.workers import engine_workers
 
 from qerl_verl.engine.detached import AdapterDetachWorker, restore_trained, save_trained
 from qerl_verl.engine.finite import NonFiniteError
-from qerl_verl.engine.fsdp import NVFP4EngineMixin
+from qerl_verl.engine.fsdp import AdapterEngineMixin
 from qerl_verl.lora.wire import CONFIG_TENSOR, take_config
 
 
@@ -54,6 +54,54 @@ def test_what_is_frozen_is_not_copied(module):
     restore_trained(module, saved, None)
 
 
+class Queued:
+    """In place of the device: a copy to the host that is done when someone waits for it."""
+
+    def __init__(self, parameter, arriving):
+        self.parameter, self.arriving = parameter, arriving
+
+    def is_available(self):
+        return True
+
+    def synchronize(self):
+        if self.arriving is not None:
+            self.parameter.data.copy_(self.arriving)
+            self.arriving = None
+
+
+def test_copies_that_verl_has_queued_are_waited_for(module, monkeypatch):
+    """Else the host reads what was there before, or what is restored is written over."""
+    weight = module[1].weight
+    for value in (7.0, 9.0):
+        device = Queued(weight, torch.full_like(weight, value))
+        monkeypatch.setattr(torch, "accelerator", device)
+        if value == 7.0:
+            saved, _ = save_trained(module)
+        else:
+            restore_trained(module, saved, None)
+        device.synchronize()
+    assert (saved["1.weight"] == 7).all() and (weight == 7).all()
+
+
+@pytest.mark.gpu
+def test_a_policy_that_verl_offloads_is_copied_whole():
+    module = nn.Linear(8192, 8192).cuda()
+    with torch.no_grad():
+        module.weight.zero_()
+        torch.cuda._sleep(2_000_000_000)  # cycles: the copy cannot begin before
+        module.weight.fill_(3.0)
+    fsdp_utils.offload_fsdp2_model_to_cpu(module, empty_cache=False)
+    saved, _ = save_trained(module)
+    assert (saved["weight"] == 3).all()
+
+
+def test_verl_does_not_wait_for_its_copies_to_the_host():
+    """Where this fails, verl may wait by itself."""
+    for function in (fsdp_utils.offload_fsdp2_model_to_cpu, fsdp_utils.offload_fsdp_optimizer):
+        source = inspect.getsource(function)
+        assert "non_blocking=True" in source and "synchronize()" not in source
+
+
 def test_verls_own_copy_of_what_is_on_the_host_is_no_copy():
     """Why the worker has one of its own; where this fails, verl copies by itself."""
     source = inspect.getsource(fsdp_utils.fsdp2_sharded_save_to_cpu)
@@ -69,7 +117,7 @@ class StockEngine:
         return self.tensors.items(), {"r": 8, "lora_alpha": 16, "target_modules": {"v_proj", "q_proj"}}
 
 
-class Engine(NVFP4EngineMixin, StockEngine):
+class Engine(AdapterEngineMixin, StockEngine):
     role = "actor"
     _is_offload_param = True  # so that verl's engine is asked
 
