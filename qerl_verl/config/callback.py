@@ -10,7 +10,7 @@ import copy
 import os
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -23,6 +23,9 @@ from qerl_verl.config.keys import written_keys
 from qerl_verl.config.plan import plan
 from qerl_verl.config.rules import CRITIC, MODEL, trained_models
 from qerl_verl.config.settings import QeRLSettings, SettingsError
+
+if TYPE_CHECKING:
+    from qerl_verl.platform.lost_nodes import NodeWatch
 
 
 def say(text: str) -> None:
@@ -41,11 +44,15 @@ def stop(problems: list[str]) -> NoReturn:
 class QeRLCallback(Callback):
     """Runs once per job, on the composed configuration."""
 
+    _nodes: NodeWatch | None = None
+
     def on_run_start(self, config: DictConfig, **kwargs) -> None:
+        from qerl_verl.platform.lost_nodes import watch_nodes
         from qerl_verl.platform.signals import end_driver_on_signals
 
         if not end_driver_on_signals():
             say("this version of Ray keeps SIGTERM for itself: a run that it ends has exit code 134")
+        self._nodes = watch_nodes()
         try:
             prepare(config, written_keys(config))
         except SettingsError as error:
@@ -55,6 +62,12 @@ class QeRLCallback(Callback):
 
             traceback.print_exc()
             stop([f"{type(error).__name__}: {error}"])
+
+    def on_run_end(self, config: DictConfig, job_return, **kwargs) -> None:
+        from hydra.core.utils import JobStatus
+
+        if job_return.status == JobStatus.FAILED and self._nodes is not None:
+            say_lost_nodes(config, self._nodes, job_return._return_value)  # the property would raise it
 
     def on_multirun_start(self, config: DictConfig, **kwargs) -> None:
         stop(["--multirun: one QeRL run at a time; start the runs one by one"])
@@ -79,10 +92,22 @@ def prepare(config: DictConfig, keys: set[str]) -> None:
     if made.platform == "cpu":
         _use_cpu_in_this_process()
     bases = _replace_models(config, made.settings)
-    if problems := models.find_misfits(_on_local_models(config, bases), made.adapters):  # again, for what the hub has sent
+    if problems := models.find_misfits(
+        _on_local_models(config, bases), made.adapters
+    ):  # again, for what the hub has sent
         raise SettingsError(problems)
     if made.cluster is None:
         give_job_folder(config)
+
+
+def say_lost_nodes(config: DictConfig, nodes: NodeWatch, error: BaseException) -> None:
+    """Name the nodes that are gone, and say how the run goes on."""
+    for node in nodes.find_lost(error, say):
+        say(f"the run has ended because a node is gone: {node}")
+        say(
+            "start the same command again when the cluster has its nodes: with trainer.resume_mode=auto it goes on from the last "
+            f"whole checkpoint in {OmegaConf.select(config, 'trainer.default_local_dir')}"
+        )
 
 
 def give_job_folder(config: DictConfig) -> None:

@@ -105,6 +105,23 @@ def _peak_resident_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def _interface_between_nodes() -> str | None:
+    """The network interface that has the node's address in the Ray cluster, where the ranks are on several nodes.
+
+    gloo takes the address that the host's own name stands for, which is a loopback address on many hosts (Debian's 127.0.1.1):
+    other nodes cannot connect to it. None where there is one node, where the user has set ``GLOO_SOCKET_IFNAME``, or where no
+    interface has the address.
+    """
+    world = os.environ["WORLD_SIZE"]
+    if os.environ.get("RAY_LOCAL_WORLD_SIZE", world) == world or "GLOO_SOCKET_IFNAME" in os.environ:
+        return None
+    import psutil
+    import ray
+
+    address = ray.util.get_node_ip_address()
+    return next((name for name, found in psutil.net_if_addrs().items() if address in {a.address for a in found}), None)
+
+
 class PlatformCPU(PlatformBase):
     """The host as verl's accelerator. Chosen by ``VERL_PLATFORM=cpu`` only, never detected."""
 
@@ -163,6 +180,8 @@ class PlatformCPU(PlatformBase):
         ``cpu:gloo,cpu:gloo``, which torch rejects, but calls ``init_process_group`` with it only if there is no group yet.
         """
         if "WORLD_SIZE" in os.environ and "RANK" in os.environ and not torch.distributed.is_initialized():
+            if interface := _interface_between_nodes():
+                os.environ["GLOO_SOCKET_IFNAME"] = interface
             torch.distributed.init_process_group(
                 backend="gloo",
                 rank=int(os.environ["RANK"]),

@@ -1,6 +1,9 @@
 """What the callback does around the rules."""
 
+from types import SimpleNamespace
+
 import pytest
+from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import OmegaConf
 
 from qerl_verl.config import callback
@@ -69,3 +72,17 @@ def test_a_packed_model_is_refused_where_the_arm_wants_the_original(tmp_path, nv
 def test_another_program_of_verls_is_refused():
     with pytest.raises(SettingsError, match="verl.trainer.main_ppo"):
         callback.prepare(OmegaConf.create({"qerl": {}}), set())
+
+
+@pytest.mark.parametrize(("failed", "lines"), [(True, 2), (False, 0)])
+def test_a_run_that_fails_because_a_node_is_gone_names_it_and_how_to_go_on(capsys, failed, lines):
+    result, made = JobReturn(), callback.QeRLCallback()
+    result.status = JobStatus.FAILED if failed else JobStatus.COMPLETED
+    result.return_value = RuntimeError("Connection closed by peer") if failed else None
+    made._nodes = SimpleNamespace(find_lost=lambda error, say: [f"node2 (10.0.0.2): {error}"])
+    made.on_run_end(OmegaConf.create({"trainer": {"default_local_dir": "/shared/checkpoints"}}), result)
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == lines
+    if failed:
+        assert said[0] == "[qerl] the run has ended because a node is gone: node2 (10.0.0.2): Connection closed by peer"
+        assert said[1].startswith("[qerl] start the same command again") and said[1].endswith(" in /shared/checkpoints")

@@ -2,12 +2,17 @@
 
 import inspect
 import re
+from collections import namedtuple
 from pathlib import Path
 
+import psutil
+import pytest
+import ray
 import torch
 import verl
 from verl.plugin.platform.platform_base import PlatformBase
 
+from qerl_verl.platform import cpu
 from qerl_verl.platform.cpu import PlatformCPU
 
 
@@ -58,3 +63,25 @@ def test_verl_still_names_the_backend_the_way_that_the_platform_works_around():
     source = inspect.getsource(initialize_global_process_group_ray)
     assert "cpu:gloo,{get_device_name()}:{get_nccl_backend()}" in source
     assert source.index("get_nccl_backend()") < source.index("if not torch.distributed.is_initialized()")
+
+
+@pytest.mark.parametrize(
+    ("variables", "address", "interface"),
+    [
+        ({"WORLD_SIZE": "2", "RAY_LOCAL_WORLD_SIZE": "2"}, "10.0.0.2", None),
+        ({"WORLD_SIZE": "2"}, "10.0.0.2", None),
+        ({"WORLD_SIZE": "2", "RAY_LOCAL_WORLD_SIZE": "1"}, "10.0.0.2", "eth7"),
+        ({"WORLD_SIZE": "2", "RAY_LOCAL_WORLD_SIZE": "1"}, "192.168.0.9", None),
+        ({"WORLD_SIZE": "2", "RAY_LOCAL_WORLD_SIZE": "1", "GLOO_SOCKET_IFNAME": "ib0"}, "10.0.0.2", None),
+    ],
+)
+def test_ranks_on_several_nodes_use_the_interface_of_the_cluster(monkeypatch, variables, address, interface):
+    for name in ("WORLD_SIZE", "RAY_LOCAL_WORLD_SIZE", "GLOO_SOCKET_IFNAME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    Address = namedtuple("Address", "address")
+    found = {"lo": [Address("127.0.0.1")], "eth7": [Address("fe80::1"), Address("10.0.0.2")]}
+    monkeypatch.setattr(psutil, "net_if_addrs", lambda: found)
+    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: address)
+    assert cpu._interface_between_nodes() == interface
