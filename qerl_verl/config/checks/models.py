@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 from qerl_verl.config.adapters import adapter_problems, target_problems
 from qerl_verl.config.arms import get_arm
-from qerl_verl.config.checks import tokenizers
+from qerl_verl.config.checks import kernels, tokenizers
 from qerl_verl.config.keys import get_value
 from qerl_verl.config.rules import MODEL, trained_models
 
@@ -66,6 +66,8 @@ def find_misfits(config: DictConfig, adapters: Mapping[str, dict] | None = None)
         adapter = (adapters or {}).get(model)
         try:
             out += adapter_problems(config, model, adapter) if adapter else _new_adapter_problems(config, model)
+            if model == MODEL and get_arm(config).container:
+                out += kernels.find_problems(config, local_folder(config, model))
         except CheckpointError:
             continue
     return out + tokenizers.find_problems(config) + fused_kernel_problems(config)

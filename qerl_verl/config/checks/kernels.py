@@ -1,0 +1,89 @@
+"""Kernels that are insisted on (``qerl.kernel``, ``qerl.rollout.kernel``) against the layers of local models.
+
+The layers are asked again when they are built, for models that are on the hub and for devices; here the answer comes before
+Ray starts.
+"""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from qerl_verl.config.keys import get_value
+from qerl_verl.config.rules import ACTOR, MODEL, ROLLOUT
+
+_ROW_PARALLEL = ("o_proj", "down_proj")
+"""Their input channels are divided among tensor-parallel ranks, the others' output channels."""
+
+
+def find_problems(config: DictConfig, folder: Path) -> list[str]:
+    """What an insisted-on kernel does not serve of the actor's model, one sentence for each setting.
+
+    Args:
+        config: the configuration after :func:`~qerl_verl.config.rules.apply_rules`.
+        folder: the model, quantized or not.
+
+    Raises:
+        CheckpointError: the model cannot be read.
+    """
+    from transformers import AutoConfig
+
+    from qerl_verl.nvfp4.architectures import get_architecture
+    from qerl_verl.nvfp4.checkpoint import linear_shapes, read_config
+
+    actor, rollout = get_value(config, "qerl.kernel"), get_value(config, "qerl.rollout.kernel")
+    if all(kernel in (None, "auto", "pytorch", "marlin") for kernel in (actor, rollout)):
+        return []
+    architecture, shapes = get_architecture(read_config(folder)), linear_shapes(folder)
+    first = f"{architecture.layer_prefix}0."  # the other layers are like it
+    groups = [{linear: shapes[first + linear] for linear in group} for group in architecture.scale_groups()]
+    alone = {linear: (shape, ()) for group in groups for linear, shape in group.items()}
+    divided = get_value(config, f"{ROLLOUT}.tensor_model_parallel_size") or 1
+    heads = AutoConfig.from_pretrained(folder).num_key_value_heads
+    fused = {", ".join(group): _fused(group, divided, heads) for group in groups}
+    rank = get_value(config, f"{MODEL}.lora_rank") if get_value(config, "qerl.rollout.lora") == "inline" else None
+    found = (
+        _first_refusal("qerl.kernel", actor, alone, _actor_dtype(config), None),
+        _first_refusal("qerl.rollout.kernel", rollout, fused, get_value(config, f"{ROLLOUT}.dtype"), rank),
+    )
+    return [problem for problem in found if problem]
+
+
+def _fused(group: dict[str, tuple[int, int]], divided: int, key_value_heads: int) -> tuple[tuple[int, int], tuple]:
+    """Linears that vLLM makes one layer of: its shape on one tensor-parallel rank, and the row at which each of them ends."""
+    rows, columns = [], 0
+    for linear, (n, k) in group.items():
+        by_columns = linear.endswith(_ROW_PARALLEL)
+        among = 1 if by_columns else divided
+        if linear.endswith(("k_proj", "v_proj")):
+            among = min(among, key_value_heads)  # where there are fewer heads than ranks, they are repeated
+        rows.append(n // among)
+        columns = k // (divided if by_columns else 1)
+    return (sum(rows), columns), tuple(accumulate(rows))
+
+
+def _actor_dtype(config: DictConfig) -> str:
+    return get_value(config, f"{ACTOR}.fsdp_config.mixed_precision.param_dtype") or "bf16"
+
+
+def _first_refusal(key: str, kernel: str | None, layers: dict, dtype: str | None, rank: int | None) -> str | None:
+    import torch
+
+    from qerl_verl.kernels.backends import BACKENDS, get_backend
+
+    if kernel not in [backend.name for backend in BACKENDS]:
+        return None
+    short = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "half": "float16"}
+    chosen = getattr(torch, short.get(str(dtype), str(dtype)), None)
+    if not isinstance(chosen, torch.dtype):
+        chosen = torch.bfloat16
+    backend = get_backend(kernel)
+    for name, ((n, k), ends) in layers.items():
+        if reason := backend.refuses(n, k, chosen):
+            return f"{key}={kernel} does not serve {name} of {n} x {k}: {reason}; use auto"
+        if rank and ends and backend.takes_adapter:
+            if reason := backend.refuses_adapter(n, k, backend.padded_rank(rank), ends):
+                return f"{key}={kernel} does not take the adapter of {name} of {n} x {k}: {reason}; use auto"
+    return None

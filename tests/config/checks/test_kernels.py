@@ -1,0 +1,59 @@
+"""What an insisted-on kernel does not serve is known from the model's configuration."""
+
+import re
+
+import pytest
+from omegaconf import OmegaConf
+
+from qerl_verl.config.checks.kernels import find_problems
+
+
+def settings(actor="auto", rollout="auto", dtype="bfloat16", param_dtype=None, parallel=1, lora="inline", rank=32):
+    mixed = {"param_dtype": param_dtype} if param_dtype else None
+    return OmegaConf.create({
+        "qerl": {"kernel": actor, "rollout": {"kernel": rollout, "lora": lora}},
+        "actor_rollout_ref": {
+            "model": {"lora_rank": rank},
+            "actor": {"fsdp_config": {"mixed_precision": mixed}},
+            "rollout": {"dtype": dtype, "tensor_model_parallel_size": parallel},
+        },
+    })  # fmt: skip
+
+
+# The tiny model: hidden 128, MLP 256, 4 heads and 2 key and value heads of 32. So k and v have 64 rows each.
+PROBLEMS = [
+    ({}, None),
+    ({"actor": "hopper"}, None),
+    ({"actor": "triton", "rollout": "marlin"}, None),
+    ({"actor": "pytorch", "rollout": "pytorch", "dtype": "float32"}, None),
+    (
+        {"actor": "hopper", "param_dtype": "fp16"},
+        "qerl.kernel=hopper does not serve self_attn.q_proj of 128 x 128: activations have to be bfloat16, got torch.float16; use auto",
+    ),
+    (
+        {"rollout": "hopper", "dtype": "float16"},
+        "qerl.rollout.kernel=hopper does not serve self_attn.q_proj, self_attn.k_proj, self_attn.v_proj of 256 x 128: activations",
+    ),
+    (
+        {"rollout": "hopper"},
+        "qerl.rollout.kernel=hopper does not take the adapter of self_attn.q_proj, self_attn.k_proj, self_attn.v_proj of 256 x 128: "
+        "projections have to end at multiples of 128 rows, got [128, 192, 256]; use auto",
+    ),
+    ({"rollout": "hopper", "lora": "punica"}, None),
+    ({"rollout": "triton"}, None),
+    ({"rollout": "hopper", "parallel": 2, "lora": "punica"}, None),
+    (
+        {"rollout": "hopper", "parallel": 4, "lora": "punica"},
+        "of 96 x 128: N and K have to be multiples of 64, got 96 x 128; use auto",  # 32 of q, and a head of k and of v
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("values", "problem"), PROBLEMS)
+def test_what_does_not_fit_is_named_with_the_setting(bf16_checkpoint, values, problem):
+    found = find_problems(settings(**values), bf16_checkpoint)
+    if problem is None:
+        assert found == []
+    else:
+        (only,) = found
+        assert re.search(re.escape(problem), only)
