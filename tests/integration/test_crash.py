@@ -1,10 +1,11 @@
 """main_ppo is killed while it saves; what is on the disk then, and in the middle of an update, is a checkpoint to go on from.
 
-One start. That the next start passes over a half checkpoint is in ``test_main_ppo.py``; ``crash_table.py``, run by hand, kills
+One start, and a slow one for a signal to the driver. That the next start passes over a half checkpoint is in ``test_main_ppo.py``; ``crash_table.py``, run by hand, kills
 every process at every phase, resumes and compares bit for bit.
 """
 
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 from crash_table import START_SECONDS, kill_at, overrides  # noqa: E402
-from tiny_job import Job, checkpoint_differences, make_inputs  # noqa: E402
+from tiny_job import Job, checkpoint_differences, make_inputs, traces  # noqa: E402
 
 from qerl_verl.trainer.checkpoints import find_damage, find_resumable, list_checkpoints  # noqa: E402
 
@@ -52,3 +53,29 @@ def test_a_kill_in_the_middle_of_a_save_ends_the_job_and_leaves_the_checkpoint_b
     assert find_damage(checkpoints / "global_step_3") is not None
     assert find_resumable(checkpoints, print) == checkpoints / "global_step_2"
     assert sorted(job.metrics()) == [1, 2] and job.metrics()[2]["actor/grad_norm"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143)])
+def test_a_signal_to_the_driver_in_the_middle_of_a_step_ends_the_job_and_leaves_nothing(
+    tmp_path, bf16_checkpoint, number, code
+):
+    """As ``scancel`` and the end of a pod send it."""
+    before = traces()
+    inputs = make_inputs(tmp_path, bf16_checkpoint)
+    job = Job(tmp_path / "job", overrides(inputs, tmp_path / "job" / "checkpoints"), hold_folder=tmp_path / "hold")
+    job.start()
+    try:
+        job.hold("update", 2)
+        job.wait_until(job.held, START_SECONDS, "update of step 2")
+        job.process.send_signal(number)
+        ended = job.wait(60)
+        log = job.log.read_text(errors="replace")
+    finally:
+        outlived = job.end()
+    assert ended == code, log[-3000:]
+    assert log.count(f"[qerl] {number.name} ends this process") == 1 and "*** SIGTERM received" not in log
+    assert outlived == []
+    left = {path.name for path in traces() - before}
+    assert not [name for name in left if name.startswith(("qerl-job-", "psm_", "sem.mp-", "verl_weights_", "vllm"))]
+    assert find_resumable(tmp_path / "job" / "checkpoints", print).name == "global_step_1"
