@@ -253,15 +253,15 @@ def _exclusive(entry: Path) -> Iterator[None]:
     """Hold the lock of an entry; while another process holds it, say who and for how long. Goes on where there are no locks."""
     lock = FileLock(entry.with_name(f"{entry.name}.lock"))
     owner = entry.with_name(f"{entry.name}.owner.json")
+    if reason := _why_no_lock(lock.lock_file):
+        print(
+            f"qerl: {lock.lock_file} cannot be locked ({reason}); going on without, so another process may quantize the same model "
+            "meanwhile",
+            file=sys.stderr,
+        )
+    else:
+        _acquire(lock, entry.name, owner)
     try:
-        if reason := _why_no_lock(lock.lock_file):
-            print(
-                f"qerl: {lock.lock_file} cannot be locked ({reason}); going on without, so another process may quantize the same "
-                "model meanwhile",
-                file=sys.stderr,
-            )
-        else:
-            _acquire(lock, entry.name, owner)
         with contextlib.suppress(OSError):  # it only informs
             who = {"host": host_name(), "pid": os.getpid(), "since": time.time()}
             owner.write_text(json.dumps(who), encoding="utf-8")
