@@ -88,7 +88,7 @@ def error(found, expected):
     return ((found - expected).norm() / expected.norm()).item()
 
 
-@pytest.mark.parametrize("recompute", ["full", "selective"])
+@pytest.mark.parametrize("recompute", [pytest.param("full", marks=pytest.mark.slow), "selective"])
 def test_the_same_numbers_for_batches_of_every_shape(recompute):
     shapes = [(4, 24), (2, 40, 7), (1, 17), (1, 33), (3, 9)]
     plain = make_model(Qwen3Config(**SIZES), recompute)

@@ -1,6 +1,7 @@
 """The portable kernels against their references. ``test_portable.py`` runs this file in processes of its own.
 
-In Triton's interpreter (TRITON_INTERPRET=1) on a CPU, or on a GPU. The group ``compile`` needs neither.
+In Triton's interpreter (TRITON_INTERPRET=1) on a CPU, or on a GPU. The group ``compile`` needs neither. Each table has a part that
+is not marked slow.
 """
 
 from __future__ import annotations
@@ -36,6 +37,10 @@ ALPHA = 1 / 640.0
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def random_weight(n, k, scales=(1, 127)):
@@ -116,14 +121,14 @@ class TestQuantize:
 
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("order", ["sorted", "shuffled"])
-    @pytest.mark.parametrize("global_scale", [1.0, 3.7, 2688 / 0.19, 1e-3])
+    @pytest.mark.parametrize("global_scale", [slow(1.0), 3.7, slow(2688 / 0.19), slow(1e-3)])
     def test_every_16_bit_weight(self, dtype, order, global_scale):
         values = torch.arange(1 << 16).to(torch.int16).view(dtype)
         values = values[torch.isfinite(values)]
         values = values.sort().values if order == "sorted" else values[torch.randperm(len(values))]
         assert_same_bytes(values[: len(values) // 16 * 16].view(-1, 16), torch.tensor([global_scale]))
 
-    @pytest.mark.parametrize("global_scale", [1.0, 3.7, 1e-3, 1e30])
+    @pytest.mark.parametrize("global_scale", [slow(1.0), 3.7, slow(1e-3), 1e30])
     def test_float32_of_every_magnitude(self, global_scale):
         weight = torch.randint(-(2**31), 2**31, (1024, 32)).to(torch.int32).view(torch.float32)
         weight = torch.where(torch.isfinite(weight), weight, 0.0)
@@ -202,7 +207,7 @@ def call(x, packed, scale, bias, u, lora_b):
 class TestGemm:
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("bias, rank", [(False, 0), (True, 0), (False, 16), (True, 48), (True, 64)])
-    @pytest.mark.parametrize("m, n, k", [(1, 130, 64), (3, 65, 192), (17, 64, 512), (33, 7, 128), (129, 200, 64)])
+    @pytest.mark.parametrize("m, n, k", [(1, 130, 64), slow(3, 65, 192), slow(17, 64, 512), (33, 7, 128), slow(129, 200, 64)])
     def test_product(self, dtype, bias, rank, m, n, k):
         args = arguments(m, n, k, dtype, bias, rank)
         check_product(*args, call(*args))
@@ -342,7 +347,7 @@ class TestOps:
 
 
 # ----------------------------------------------------------------------------------------------------- compile
-CAPABILITIES = (80, 90, 120)  # 8.6 and 8.9 get the code of 8.0, in the shared memory of 12.0
+CAPABILITIES = (80, slow(90), slow(120))  # 8.6 and 8.9 get the code of 8.0, in the shared memory of 12.0
 SHARED_MEMORY = {80: 163, 90: 227, 120: 99}
 """KiB that a thread block can have."""
 

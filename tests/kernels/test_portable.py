@@ -1,4 +1,4 @@
-"""The portable Triton kernels, group by group in a process of its own (``portable_cases.py``).
+"""The portable Triton kernels, in processes of their own (``portable_cases.py``).
 
 Triton decides when it is imported whether it interprets kernels or compiles them, for the whole process, and other
 tests must not inherit that.
@@ -24,31 +24,37 @@ needs_triton = pytest.mark.skipif(
 )
 
 
-def run_group(group, tmp_path, **environment):
+def run_cases(selected, marks, tmp_path, **environment):
+    """The tests of ``portable_cases.py`` that pytest's ``-k selected -m marks`` selects."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     env |= {"TRITON_CACHE_DIR": str(tmp_path / "triton"), **environment}
     command = [sys.executable, "-m", "pytest", str(CASES), "-q", "-x", "--noconftest", "-p", "no:cacheprovider"]
-    result = subprocess.run([*command, "-k", f"Test{group}"], env=env, capture_output=True, text=True)
+    result = subprocess.run([*command, "-k", selected, "-m", marks], env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
 
 
-@needs_triton
-@pytest.mark.parametrize("group", GROUPS)
-def test_in_the_interpreter(group, tmp_path):
-    run_group(group, tmp_path, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+QUICK_AND_SLOW = ["not slow", pytest.param("slow", marks=pytest.mark.slow)]
 
 
 @needs_triton
-def test_compiles_for_every_architecture(tmp_path):
-    """From Ampere to Blackwell, without a GPU: shared memory, IEEE division, no flushing of subnormal numbers."""
-    run_group("Compile", tmp_path)
+@pytest.mark.parametrize("marks", QUICK_AND_SLOW)
+def test_in_the_interpreter(marks, tmp_path):
+    run_cases("not TestCompile", marks, tmp_path, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+
+
+@needs_triton
+@pytest.mark.parametrize("marks", QUICK_AND_SLOW)
+def test_compiles_for_every_architecture(marks, tmp_path):
+    """From Ampere to Blackwell, without a GPU: shared memory, IEEE division, no flushing of subnormal numbers. The quick tier
+    compiles for Ampere."""
+    run_cases("TestCompile", marks, tmp_path)
 
 
 @pytest.mark.gpu
 @needs_triton
 @pytest.mark.parametrize("group", GROUPS)
 def test_on_the_gpu(group, tmp_path):
-    run_group(group, tmp_path)
+    run_cases(f"Test{group}", "", tmp_path)
 
 
 @pytest.mark.parametrize("without", ["triton", "gpu"])

@@ -42,8 +42,14 @@ def test_without_the_switch_the_configuration_is_byte_identical(tmp_path):
     assert "actor_rollout_ref" in without.stdout and with_plugin.stdout == without.stdout
 
 
-def test_without_the_switch_no_class_of_verl_or_vllm_is_replaced(tmp_path):
-    stock = run([sys.executable, "-c", STATE], tmp_path, VERL_USE_EXTERNAL_PLUGINS="none", VLLM_PLUGINS="")
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory):
+    """What is registered where no plugin is loaded."""
+    folder = tmp_path_factory.mktemp("stock")
+    return run([sys.executable, "-c", STATE], folder, VERL_USE_EXTERNAL_PLUGINS="none", VLLM_PLUGINS="")
+
+
+def test_without_the_switch_no_class_of_verl_or_vllm_is_replaced(stock, tmp_path):
     ours = run([sys.executable, "-c", STATE], tmp_path)
     assert stock.returncode == ours.returncode == 0, stock.stderr + ours.stderr
     stock, ours = stock.stdout.splitlines()[-7:], ours.stdout.splitlines()[-7:]
@@ -52,8 +58,7 @@ def test_without_the_switch_no_class_of_verl_or_vllm_is_replaced(tmp_path):
     assert ours[:6] == stock[:6]
 
 
-def test_with_the_switch_a_worker_registers_everything_and_changes_vllms_quantization_and_replica(tmp_path):
-    stock = run([sys.executable, "-c", STATE], tmp_path, VERL_USE_EXTERNAL_PLUGINS="none", VLLM_PLUGINS="")
+def test_with_the_switch_a_worker_registers_everything_and_changes_vllms_quantization_and_replica(stock, tmp_path):
     ours = run([sys.executable, "-c", STATE, "qerl"], tmp_path, QERL_SWITCH="nvfp4")
     assert ours.returncode == 0, ours.stderr
     stock, ours = (
@@ -76,6 +81,11 @@ def test_with_the_switch_a_worker_registers_everything_and_changes_vllms_quantiz
     assert set(ours[5]) - set(stock[5]) == {"qerl"}
 
 
+def slow(*values):
+    """In a process of its own each; ``tests/config`` has the same refusals in this one."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def refused(tmp_path, *overrides, **environment):
     result = run([*MAIN, "+qerl=nvfp4", "algorithm.adv_estimator=grpo", *overrides], tmp_path, **environment)
     assert result.returncode != 0, result.stdout
@@ -87,9 +97,9 @@ def refused(tmp_path, *overrides, **environment):
     ("overrides", "expected"),
     [
         (["actor_rollout_ref.model.lora.merge=True"], "actor_rollout_ref.model.lora.merge=True"),
-        (["+qerl.aqn.sigmas=3"], "qerl.aqn.sigmas: no such setting"),
-        (["qerl.aqn.num_stages=1"], "qerl.aqn.num_stages=1: at least 2"),
-        (["actor_rollout_ref.model.path=/nowhere"], "/nowhere"),
+        slow(["+qerl.aqn.sigmas=3"], "qerl.aqn.sigmas: no such setting"),
+        slow(["qerl.aqn.num_stages=1"], "qerl.aqn.num_stages=1: at least 2"),
+        slow(["actor_rollout_ref.model.path=/nowhere"], "/nowhere"),
     ],
 )
 def test_a_refused_run_stops_before_ray_and_says_why(tmp_path, overrides, expected):
@@ -97,6 +107,7 @@ def test_a_refused_run_stops_before_ray_and_says_why(tmp_path, overrides, expect
     assert "[qerl] The run was not started:" in stderr and expected in stderr
 
 
+@pytest.mark.slow
 def test_an_unsupported_architecture_is_refused(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text(
