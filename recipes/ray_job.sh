@@ -40,6 +40,9 @@ if [ "$dry" != 0 ]; then
     printf 'command:'
     printf ' %q' "${command[@]}"
     printf '\n\n'
-    exec "${PYTHON:-python3}" -m qerl_verl.cli.main explain --platform "${PLATFORM:-cuda}" -- "$recipe" "${settings[@]}"
+    files=()
+    [ -d "$SHARED" ] || files=(--skip-files) # not on this machine
+    exec "${PYTHON:-python3}" -m qerl_verl.cli.main explain --platform "${PLATFORM:-cuda}" ${files[@]+"${files[@]}"} \
+        -- "$recipe" "${settings[@]}"
 fi
 exec "${command[@]}"

@@ -159,7 +159,10 @@ step "$head" 1 "$python" -m qerl_verl.cli.main cluster --nodes "$count" --gpus $
 step "$head" 1 "${train[@]}"
 if [ "$dry" != 0 ]; then
     echo
-    exec "$python" -m qerl_verl.cli.main explain --platform "${PLATFORM:-cuda}" -- "$recipe" "${settings[@]}"
+    files=()
+    [ -d "$SHARED" ] || files=(--skip-files) # not on this machine
+    exec "$python" -m qerl_verl.cli.main explain --platform "${PLATFORM:-cuda}" ${files[@]+"${files[@]}"} \
+        -- "$recipe" "${settings[@]}"
 fi
 rc=0
 finish "during training" || rc=$?

@@ -108,3 +108,32 @@ def dequantized_checkpoint(tmp_path_factory, nvfp4_checkpoint, bf16_checkpoint) 
 
     build_tokenizer().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def write_prompts():
+    """``write_prompts(file, rows)``: a parquet file of arithmetic prompts with the columns that verl reads."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    def write(file: Path, rows: int, **columns: list | None) -> Path:
+        content = {
+            "prompt": [[{"role": "user", "content": f"{i} + {i} ="}] for i in range(rows)],
+            "data_source": ["arithmetic"] * rows,
+            "reward_model": [{"ground_truth": str(2 * i)} for i in range(rows)],
+            **columns,
+        }
+        file.parent.mkdir(parents=True, exist_ok=True)
+        parquet.write_table(pa.table({name: values for name, values in content.items() if values is not None}), file)
+        return file
+
+    return write
+
+
+@pytest.fixture
+def gsm8k_files(tmp_path, monkeypatch, write_prompts) -> Path:
+    """A working directory in which the data of QeRL's recipes lies, as few rows as GSM8K's recipes take."""
+    write_prompts(tmp_path / "data/gsm8k/train.parquet", 1024)
+    write_prompts(tmp_path / "data/gsm8k/test.parquet", 8)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

@@ -85,8 +85,15 @@ def _is_recipe(name: str) -> bool:
     return name.removesuffix(".yaml") in recipes()
 
 
-def explain(name: str, overrides: list[str], config_path: str | None = None, platform: str = "cuda") -> int:
+def explain(
+    name: str, overrides: list[str], config_path: str | None = None, platform: str = "cuda", files: bool = True
+) -> int:
     """Print what the recipe sets, what the switch sets and what cannot run; exit code 2 if something cannot.
+
+    Args:
+        name, overrides, config_path: as for :func:`compose_with_keys`.
+        platform: ``cuda`` or ``cpu``.
+        files: whether data and model folders are looked at.
 
     Raises:
         ExplainError: the configuration cannot be composed.
@@ -108,7 +115,7 @@ def explain(name: str, overrides: list[str], config_path: str | None = None, pla
         made = Plan(problems=[f"{key}: no value yet; add {key}=..." for key in without_value])
     else:
         try:
-            made = plan(config, keys, Host.here(), platform)
+            made = plan(config, keys, Host.here(), platform, files)
         except OmegaConfBaseException as error:
             made = Plan(problems=[str(error).splitlines()[0]])
     print("\nset by the switch:")
@@ -118,6 +125,8 @@ def explain(name: str, overrides: list[str], config_path: str | None = None, pla
         print("\nthe switch's own settings:")
         for key, value in flatten(config.qerl, "qerl").items():
             print(f"  {key}: {value}")
+    for line in made.unseen:
+        print(f"\nnot looked at: {line}")
     print(f"\nproblems: {'none' if not made.problems else ''}".rstrip())
     for problem in made.problems:
         print(f"  - {problem}")

@@ -16,7 +16,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from qerl_verl.config.arms import ARMS
-from qerl_verl.config.checks import models
+from qerl_verl.config.checks import data, models
 from qerl_verl.config.checks.plugins import verl_policy_problem
 from qerl_verl.config.host import Host
 from qerl_verl.config.keys import written_keys
@@ -91,10 +91,11 @@ def prepare(config: DictConfig, keys: set[str]) -> None:
         raise SettingsError(made.problems)
     if made.platform == "cpu":
         _use_cpu_in_this_process()
+    remote = models.remote_paths(config)
     bases = _replace_models(config, made.settings)
-    if problems := models.find_misfits(
-        _on_local_models(config, bases), made.adapters
-    ):  # again, for what the hub has sent
+    local = _on_local_models(config, bases)  # what the hub has sent is looked at now
+    problems = models.find_misfits(local, made.adapters)
+    if problems := problems + (data.find_prompt_problems(local, bases[MODEL]) if remote else []):
         raise SettingsError(problems)
     if made.cluster is None:
         give_job_folder(config)

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from omegaconf import DictConfig, OmegaConf
 
 from qerl_verl.config.adapters import adopt_adapter
-from qerl_verl.config.checks import arms, models, plugins, recipe
+from qerl_verl.config.checks import arms, data, models, plugins, recipe
 from qerl_verl.config.host import Host, choose_platform
-from qerl_verl.config.rules import apply_rules, trained_models
+from qerl_verl.config.rules import MODEL, apply_rules, trained_models
 from qerl_verl.config.settings import QeRLSettings, SettingsError
 from qerl_verl.platform.ray_cluster import RAY_INIT, RayCluster, find_cluster
 from qerl_verl.versions import untested_versions
@@ -28,6 +28,7 @@ class Plan:
         platform: ``cuda`` or ``cpu``.
         settings: everything under ``qerl.*``.
         cluster: the Ray cluster that is joined, None where the run starts Ray.
+        unseen: what a run would look at too and was left out, one line each.
         adapters: of each trained model that goes on from an adapter, see :func:`~.adapters.adopt_adapter`.
     """
 
@@ -36,10 +37,13 @@ class Plan:
     platform: str = ""
     settings: QeRLSettings = field(default_factory=QeRLSettings)
     cluster: RayCluster | None = None
+    unseen: list[str] = field(default_factory=list)
     adapters: dict[str, dict] = field(default_factory=dict)
 
 
-def plan(config: DictConfig, keys: set[str], host: Host, platform: str | None = None) -> Plan:
+def plan(
+    config: DictConfig, keys: set[str], host: Host, platform: str | None = None, look_at_files: bool = True
+) -> Plan:
     """Check a composed configuration and set in it what QeRL needs, in place.
 
     Args:
@@ -47,6 +51,7 @@ def plan(config: DictConfig, keys: set[str], host: Host, platform: str | None = 
         keys: dotted keys that the user wrote, on the command line or in files of their own.
         host: the driver's machine.
         platform: ``cuda`` or ``cpu`` for a run on another machine; None chooses by ``host``.
+        look_at_files: False where the data and the model lie on another machine.
     """
     made = Plan()
     if problem := _other_program(config):
@@ -62,7 +67,7 @@ def plan(config: DictConfig, keys: set[str], host: Host, platform: str | None = 
     except SettingsError as error:
         made.problems += error.problems
         return made
-    for model in trained_models(config):
+    for model in trained_models(config) if look_at_files else ():
         try:
             if adapter := adopt_adapter(config, keys, model):
                 made.adapters[model] = adapter
@@ -78,8 +83,19 @@ def plan(config: DictConfig, keys: set[str], host: Host, platform: str | None = 
     )
     made.lines += recipe.find_remarks(config)
     made.problems += recipe.find_problems(config, keys) + arms.find_problems(config, host.environment)
-    made.problems += models.find_problems(config, made.adapters)
+    if look_at_files:
+        made.lines += data.find_remarks(config)
+        made.problems += data.find_problems(config) + _model_problems(config, made.adapters)
+        made.unseen += [f"{path}, which is not on this machine yet" for path in models.remote_paths(config)]
+    else:
+        made.unseen.append("data and model folders (--skip-files)")
     return made
+
+
+def _model_problems(config: DictConfig, adapters: dict[str, dict]) -> list[str]:
+    """What keeps the run from using its models, as far as they lie on this machine, and their tokenizer on the data."""
+    problems, folder = models.find_problems(config, adapters), models.local_folder(config, MODEL)
+    return problems or (data.find_prompt_problems(config, folder) if folder else [])
 
 
 def _other_program(config: DictConfig) -> str | None:

@@ -9,6 +9,10 @@ from qerl_verl.cli import cluster
 from qerl_verl.cli.explain import compose
 from qerl_verl.cli.main import main
 
+pytestmark = pytest.mark.usefixtures("gsm8k_files")
+FILES = ("data.train_files=data/gsm8k/train.parquet", "data.val_files=data/gsm8k/test.parquet")
+MODEL = "actor_rollout_ref.model.path=Qwen/Qwen2.5-0.5B-Instruct"
+
 
 def explained(capsys, *arguments):
     code = main(["explain", *arguments])
@@ -34,7 +38,9 @@ def test_a_recipe(capsys):
 
 
 def test_verls_own_configuration_with_the_switch(capsys):
-    code, lines = explained(capsys, "ppo_trainer", "+qerl=nvfp4", "algorithm.adv_estimator=grpo", "--platform", "cpu")
+    code, lines = explained(
+        capsys, "ppo_trainer", "+qerl=nvfp4", "algorithm.adv_estimator=grpo", *FILES, MODEL, "--platform", "cpu"
+    )
     assert code == 0
     switch = section(lines, "set by the switch")
     assert any(line.startswith("  actor_rollout_ref.model.lora_rank: 0 -> 32 (") for line in switch)
@@ -50,7 +56,7 @@ def test_verls_own_configuration_with_the_switch(capsys):
     ],
 )
 def test_options_and_overrides_in_any_order(capsys, words):
-    code, lines = explained(capsys, *words.split())
+    code, lines = explained(capsys, *words.split(), *FILES, MODEL)
     assert code == 0 and lines[0] == "ppo_trainer on cpu"
     assert "  algorithm.adv_estimator: gae -> grpo" in lines
 
@@ -73,7 +79,9 @@ def test_a_recipe_of_the_users(capsys, tmp_path):
         "hydra: {searchpath: ['pkg://verl.trainer.config']}\n"
         "algorithm: {adv_estimator: rloo}\n"
     )
-    code, lines = explained(capsys, "mine", "--config-path", str(tmp_path))
+    code, lines = explained(
+        capsys, "mine", *FILES, MODEL, "critic.model.path=" + MODEL.partition("=")[2], "--config-path", str(tmp_path)
+    )
     assert code == 0 and "  algorithm.adv_estimator: gae -> rloo" in lines
 
 
@@ -86,12 +94,26 @@ def test_a_recipe_of_the_users(capsys, tmp_path):
         (["ppo_trainer"], "the switch is off: add +qerl=nvfp4"),
         (["sft_trainer_engine", "+qerl=nvfp4"], "another program's configuration"),
         (["gsm8k_grpo", "actor_rollout_ref.model.lora_adapter_path=/nowhere"], "no adapter_config.json there"),
+        (["gsm8k_grpo", "data.train_files=nowhere.parquet"], "data.train_files=nowhere.parquet: there is no such file"),
+        (
+            ["gsm8k_grpo", "data.train_batch_size=2000"],
+            "data.train_batch_size=2000: the training data has 1024 prompts",
+        ),
+        (["gsm8k_grpo", "actor_rollout_ref.model.path=/nowhere"], "model.path=/nowhere: there is no such folder"),
     ],
 )
 def test_problems(capsys, arguments, problem):
     code, lines = explained(capsys, *arguments)
     assert code == 2
     assert any(line.startswith("  - ") and problem in line for line in lines[lines.index("problems:") :])
+
+
+def test_files_of_another_machine_are_left_out(capsys):
+    elsewhere = ["data.train_files=/there/a.parquet", "actor_rollout_ref.model.path=/there/model"]
+    code, lines = explained(capsys, "gsm8k_grpo", *elsewhere, "--skip-files")
+    assert code == 0 and "not looked at: data and model folders (--skip-files)" in lines
+    code, lines = explained(capsys, "gsm8k_grpo")
+    assert code == 0 and "not looked at: Qwen/Qwen2.5-7B-Instruct, which is not on this machine yet" in lines
 
 
 @pytest.mark.parametrize(
@@ -117,11 +139,11 @@ def test_composing_leaves_hydra_as_it_was():
     assert not GlobalHydra.instance().is_initialized()
 
 
-
 def test_explain_writes_nothing_and_needs_no_home(tmp_path):
     command = [sys.executable, "-m", "qerl_verl.cli.main", "explain", "gsm8k_grpo"]
+    before = sorted(tmp_path.rglob("*"))
     subprocess.run(command, check=True, cwd=tmp_path, capture_output=True)
-    assert list(tmp_path.iterdir()) == []
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 # --- qerl cluster ------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import pytest
 from omegaconf import OmegaConf
 
 import qerl_verl.plugin  # noqa: F401  (as verl loads it; a run asks for that)
-from qerl_verl.cli.explain import compose
+from qerl_verl.cli.explain import compose, compose_with_keys
 from qerl_verl.cli.main import main
 from qerl_verl.config import callback
 from qerl_verl.config.host import Host
@@ -41,9 +41,16 @@ def test_problems_of_all_areas_are_reported_together(tmp_path):
         assert expected in problems
 
 
-def test_a_run_says_what_explain_prints(monkeypatch, capsys):
+def test_a_run_says_what_explain_prints(monkeypatch, capsys, gsm8k_files, bf16_checkpoint):
     """Both go through plan(); this fails when one of them sets or checks something beside it."""
-    overrides = ["+qerl=nvfp4", "algorithm.adv_estimator=grpo"]
+    overrides = [
+        "+qerl=nvfp4",
+        "algorithm.adv_estimator=grpo",
+        "data.train_files=data/gsm8k/train.parquet",
+        "data.val_files=data/gsm8k/test.parquet",
+        f"actor_rollout_ref.model.path={bf16_checkpoint}",
+        "trainer.total_training_steps=100",  # the data gives 30
+    ]
     assert main(["explain", "ppo_trainer", "--platform", "cpu", *overrides]) == 0
     lines = capsys.readouterr().out.splitlines()
     start = lines.index("set by the switch:") + 1
@@ -52,7 +59,8 @@ def test_a_run_says_what_explain_prints(monkeypatch, capsys):
     for step in ("_use_cpu_in_this_process", "_replace_models", "give_job_folder"):
         monkeypatch.setattr(callback, step, lambda *arguments: {})
     monkeypatch.setattr(callback.Host, "here", lambda: HOST)
-    config = compose("ppo_trainer", overrides)
-    callback.prepare(config, {"algorithm.adv_estimator"})
+    config, keys = compose_with_keys("ppo_trainer", overrides)
+    callback.prepare(config, keys)
     said = [line.removeprefix("[qerl] ") for line in capsys.readouterr().out.splitlines()]
     assert [line for line in said if not line.startswith("platform:")] == explained
+    assert any("the training data ends after 30 steps" in line for line in said)

@@ -114,7 +114,7 @@ def test_shellcheck():
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_dry_run(launch, script):
+def test_dry_run(launch, gsm8k_files, script):
     arguments = ["gsm8k_grpo"] if script == "run.sh" else []
     arguments = ["--dry-run", *arguments, "trainer.logger=[console]"]
     result = launch(script, *arguments, **NEEDED[script], PYTHON=sys.executable)

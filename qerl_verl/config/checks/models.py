@@ -25,6 +25,16 @@ def local_folder(config: DictConfig, model: str) -> Path | None:
     return folder if folder.is_dir() else None
 
 
+def remote_paths(config: DictConfig) -> list[str]:
+    """Models that are still to be downloaded: names on the hub, and paths on a remote file system."""
+    paths = {str(get_value(config, f"{model}.path")): local_folder(config, model) for model in trained_models(config)}
+    return [path for path, folder in paths.items() if folder is None and not _is_path(path)]
+
+
+def _is_path(path: str) -> bool:
+    return path.startswith(("/", "./", "../", "~"))
+
+
 def find_problems(config: DictConfig, adapters: Mapping[str, dict] | None = None) -> list[str]:
     """What keeps the local models of a run from being quantized or used, one sentence each.
 
@@ -38,7 +48,11 @@ def find_problems(config: DictConfig, adapters: Mapping[str, dict] | None = None
     found: dict[str, str] = {}
     for model in trained_models(config):
         path, folder = get_value(config, f"{model}.path"), local_folder(config, model)
-        if folder is None or path in found:
+        if path in found:
+            continue
+        if folder is None:
+            if _is_path(str(path)):
+                found[path] = f"{model}.path={path}: there is no such folder"
             continue
         try:
             if get_arm(config).container:

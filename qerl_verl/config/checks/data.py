@@ -1,0 +1,244 @@
+"""The data files against batch size, steps and tokenizer, before Ray starts.
+
+Only what verl's own data set class (verl/utils/dataset/rl_dataset.py) would read is looked at: with ``data.custom_cls``
+the files are the user's business. A file on a remote file system is left to verl.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from qerl_verl.config.keys import Get, get_value
+from qerl_verl.config.rules import MODEL
+from qerl_verl.data.steps import ends_early, epochs_for, reachable_steps
+
+FORMATS = (".parquet", ".json", ".jsonl")
+MOST_ROWS = 20_000
+"""Prompts that are tokenized at most to find a full batch of short ones."""
+
+
+@dataclass(frozen=True)
+class Files:
+    """The files of one setting, ``data.train_files`` or ``data.val_files``.
+
+    Attributes:
+        key: the setting.
+        paths: local files; empty where they are remote or there is a problem.
+        rows: prompts in them, as far as verl takes them; None where they are not counted.
+        problems: what is wrong with them.
+    """
+
+    key: str
+    paths: tuple[str, ...] = ()
+    rows: int | None = None
+    problems: tuple[str, ...] = ()
+
+
+def find_problems(config: DictConfig) -> list[str]:
+    """Files that do not exist or hold fewer prompts than a batch, one sentence each."""
+    get = partial(get_value, config)
+    if get("data.custom_cls.path"):
+        return []
+    train, validation = look_at(get, "data.train_files"), look_at(get, "data.val_files")
+    out = [*train.problems, *validation.problems]
+    batch = get("data.train_batch_size")
+    if train.rows is not None and train.rows < batch:
+        out.append(
+            f"data.train_batch_size={batch}: the training data has {train.rows} prompts ({train.key}="
+            f"{get(train.key)}), so there is no batch; set it to {train.rows or 'a smaller number'} or less, or give more data"
+        )
+    generated = get("data.gen_batch_size")
+    if generated and train.rows is not None and batch <= train.rows < generated:
+        out.append(f"data.gen_batch_size={generated}: the training data has {train.rows} prompts; set it to {batch}")
+    if validation.rows == 0:
+        out.append(
+            f"{validation.key}={get(validation.key)}: no prompt in it; verl validates on it before the first step"
+        )
+    return out
+
+
+def find_remarks(config: DictConfig) -> list[str]:
+    """A run that ends before the number of steps that the user asked for, in one line."""
+    get = partial(get_value, config)
+    wanted, epochs, batch = (
+        get("trainer.total_training_steps"),
+        get("trainer.total_epochs"),
+        get("data.train_batch_size"),
+    )
+    if not wanted or get("data.custom_cls.path"):
+        return []
+    rows = look_at(get, "data.train_files").rows
+    if rows is None or rows < batch:
+        return []
+    reachable = reachable_steps(rows, batch, epochs)
+    return [ends_early(wanted, reachable, epochs, epochs_for(wanted, rows, batch))] if reachable < wanted else []
+
+
+def look_at(get: Get, key: str) -> Files:
+    """Find and count the files of ``key``."""
+    value = get(key)
+    named = [str(f) for f in (value if OmegaConf.is_list(value) or isinstance(value, list) else [value])]
+    if value is None:
+        return Files(key, problems=(f"{key}: no value; give the path of a parquet file",))
+    if any("://" in path for path in named):
+        return Files(key)
+    problems, paths = [], []
+    for path in named:
+        found = _matches(path)
+        if not found:
+            problems.append(_missing(key, path))
+        elif not path.endswith(FORMATS):
+            problems.append(f"{key}={path}: verl reads {', '.join(FORMATS)} files")
+        paths += found
+    if problems:
+        return Files(key, problems=tuple(problems))
+    try:
+        counts = [_rows(path) for path in paths]
+        problems = [_column_problem(get, key, path) for path in paths]
+    except Exception as error:  # pyarrow has a class of its own for each way in which a file can be broken
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return Files(key, problems=(f"{key}={value}: it cannot be read: {reason}",))
+    rows = None if None in counts else sum(counts)
+    most = get(f"data.{'train' if key == 'data.train_files' else 'val'}_max_samples") or -1
+    if rows is not None and most > 0:
+        rows = min(rows, most)
+    return Files(key, tuple(paths), rows, tuple(p for p in problems if p))
+
+
+def _matches(path: str) -> list[str]:
+    if os.path.isfile(path):
+        return [path]
+    return sorted(glob.glob(path)) if glob.has_magic(path) else []
+
+
+def _missing(key: str, path: str) -> str:
+    if path.startswith("~"):
+        return f"{key}={path}: verl does not expand ~; write {os.path.expanduser(path)}"
+    here = "" if os.path.isabs(path) else f" in {os.getcwd()}"
+    fix = "; `python -m qerl_verl.data.gsm8k --out data/gsm8k` makes GSM8K's" if "gsm8k" in path else ""
+    return f"{key}={path}: there is no such file{here}; give the path of a parquet file{fix}"
+
+
+def _rows(path: str) -> int | None:
+    if path.endswith(".parquet"):
+        from pyarrow.parquet import read_metadata
+
+        return read_metadata(path).num_rows
+    if path.endswith(".jsonl"):
+        with open(path, "rb") as file:
+            return sum(1 for line in file if line.strip())
+    return None
+
+
+def _column_problem(get: Get, key: str, path: str) -> str | None:
+    """A column that verl reads of every row and that is not there. Of a column for prompts that is missing verl says
+    nothing with ``filter_overlong_prompts``: it drops every row."""
+    if not path.endswith(".parquet"):
+        return None
+    from pyarrow.parquet import read_schema
+
+    columns = read_schema(path).names
+    wanted = {get("data.prompt_key") or "prompt": "data.prompt_key names another one"}
+    if get("reward.reward_manager.source") == "register":
+        wanted |= {name: "verl's reward managers read it" for name in ("data_source", "reward_model")}
+    missing = [f"{name} ({why})" for name, why in wanted.items() if name not in columns]
+    return (
+        f"{key}={path}: no column {' and no column '.join(missing)}; it has {', '.join(columns)}" if missing else None
+    )
+
+
+# --- the prompts, with the model's tokenizer ---------------------------------------------------------------------------
+
+
+def find_prompt_problems(config: DictConfig, folder: str | os.PathLike) -> list[str]:
+    """A tokenizer without a chat template, and prompts of which too few are short enough for one batch.
+
+    Args:
+        config: the configuration after the rules.
+        folder: the actor's model, on this machine.
+    """
+    get = partial(get_value, config)
+    if get("data.custom_cls.path") or _has_own_agent_loop(get):
+        return []
+    tokenizer = _tokenizer(get, folder)
+    if tokenizer is None:
+        return []
+    if not (get(f"{MODEL}.custom_chat_template") or tokenizer.chat_template):
+        return [
+            f"{MODEL}.path={get(f'{MODEL}.path')}: its tokenizer has no chat template, which verl makes every prompt with; "
+            f"give one with {MODEL}.custom_chat_template"
+        ]
+    if custom := get(f"{MODEL}.custom_chat_template"):
+        tokenizer.chat_template = custom
+    train = look_at(get, "data.train_files")
+    if not train.paths or not all(path.endswith(".parquet") for path in train.paths):
+        return []
+    return _length_problems(get, tokenizer, train)
+
+
+def _has_own_agent_loop(get: Get) -> bool:
+    agent = "actor_rollout_ref.rollout.agent"
+    return bool(get(f"{agent}.agent_loop_config_path") or get(f"{agent}.agent_loop_manager_class"))
+
+
+def _tokenizer(get: Get, folder: str | os.PathLike) -> Any | None:
+    """The run's tokenizer; None where there is none, which the check of the model's folder reports."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            get(f"{MODEL}.tokenizer_path") or str(folder), trust_remote_code=bool(get(f"{MODEL}.trust_remote_code"))
+        )
+    except Exception:  # whatever code of the hub's or a broken file raises
+        return None
+
+
+def _length_problems(get: Get, tokenizer: Any, train: Files) -> list[str]:
+    """Fails on the first prompt, or too few prompts within ``max_prompt_length``. Reading ends with the first full batch."""
+    longest, batch = get("data.max_prompt_length"), get("data.train_batch_size")
+    arguments = get("data.apply_chat_template_kwargs")
+    arguments = OmegaConf.to_container(arguments, resolve=True) if arguments else {}
+    for name in ("tokenize", "return_dict", "return_tensors"):
+        arguments.pop(name, None)
+    fitting = seen = 0
+    for prompt in _prompts(train, get("data.prompt_key") or "prompt"):
+        try:
+            text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False, **arguments)
+        except Exception as error:  # jinja, or a template's own raise_exception
+            if seen == 0:
+                reason = " ".join(str(error).split())[:200]
+                return [
+                    f"{train.key}={get(train.key)}: the chat template of {get(f'{MODEL}.path')} fails on the first prompt: "
+                    f"{reason}; mend the prompts, or give another with {MODEL}.custom_chat_template"
+                ]
+            text = None
+        seen += 1
+        if text is not None:
+            fitting += len(tokenizer(text, add_special_tokens=False)["input_ids"]) <= longest
+        if fitting >= batch or seen >= MOST_ROWS or not get("data.filter_overlong_prompts"):
+            return []
+    if not seen:
+        return []
+    return [
+        f"data.max_prompt_length={longest} with filter_overlong_prompts=True leaves {fitting} of {seen} prompts, fewer than "
+        f"data.train_batch_size={batch}; raise the length or lower the batch size"
+    ]
+
+
+def _prompts(files: Files, column: str) -> Iterator[Any]:
+    from pyarrow.parquet import ParquetFile
+
+    left = files.rows or 0
+    for path in files.paths:
+        for batch in ParquetFile(path).iter_batches(batch_size=256, columns=[column]):
+            yield from batch.column(0).to_pylist()[:left]
+            left -= batch.num_rows
+            if left <= 0:
+                return

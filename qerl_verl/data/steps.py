@@ -1,0 +1,36 @@
+"""How many training steps a data set gives. Importable without torch or verl."""
+
+from __future__ import annotations
+
+
+def reachable_steps(rows: int, batch_size: int, epochs: int) -> int:
+    """Steps until the epochs end: verl leaves out the rows that do not fill a batch.
+
+    Args:
+        rows: prompts of the training data, after filtering.
+        batch_size: prompts of a step (``data.train_batch_size``).
+        epochs: ``trainer.total_epochs``.
+    """
+    return rows // batch_size * epochs
+
+
+def epochs_for(steps: int, rows: int, batch_size: int) -> int:
+    """The smallest number of epochs that gives ``steps``; 0 where there is not one batch."""
+    per_epoch = rows // batch_size
+    return -(-steps // per_epoch) if per_epoch else 0
+
+
+def ends_early(steps: int, reachable: int, epochs: int, fix: int) -> str:
+    """One line for a run whose epochs end before ``trainer.total_training_steps``.
+
+    Args:
+        steps: what the user asked for.
+        reachable: what :func:`reachable_steps` gives.
+        epochs: ``trainer.total_epochs``.
+        fix: what :func:`epochs_for` gives.
+    """
+    return (
+        f"trainer.total_training_steps={steps}, but the training data ends after {reachable} steps "
+        f"(trainer.total_epochs={epochs}): the run is {reachable} steps long, and so is the noise schedule; for {steps} "
+        f"steps set trainer.total_epochs={fix}"
+    )
