@@ -1,7 +1,10 @@
-"""Which kernels compute an NVFP4 linear layer: one decision for each layer, made when it is built, for actor and rollout alike.
+"""Which kernels compute an NVFP4 linear layer: one decision for each layer, made when it is built,
+for actor and rollout alike.
 
-:func:`choose_backend` decides, and :class:`KernelCount` counts what was decided. A backend owns the layout of the weight: ``prepack`` turns the checkpoint's bytes into it, once and at the same size, and
-everything else takes what ``prepack`` gave. So a layer of the actor and one of the rollout engine could share a weight.
+:func:`choose_backend` decides, and :class:`KernelCount` counts what was decided. A backend owns the
+layout of the weight: ``prepack`` turns the checkpoint's bytes into it, once and at the same size,
+and everything else takes what ``prepack`` gave. So a layer of the actor and one of the rollout
+engine could share a weight.
 """
 
 from __future__ import annotations
@@ -29,7 +32,8 @@ class Candidate:
     lora_rank_multiple = 1
 
     takes_adapter = False
-    """Whether its kernel is meant to compute the adapter along with the base, so that whoever insists on it insists on that."""
+    """Whether its kernel is meant to compute the adapter along with the base, so that whoever
+    insists on it insists on that."""
 
     def padded_rank(self, rank: int) -> int:
         """The rank that an adapter's buffers have: the next multiple of ``lora_rank_multiple``."""
@@ -44,7 +48,8 @@ class Candidate:
         return None
 
     def refuses_adapter(self, n: int, k: int, rank: int, ends: Sequence[int]) -> str | None:
-        """Why PyTorch adds the adapter of an ``[n, k]`` weight to the kernel's output, or None where the kernel computes it.
+        """Why PyTorch adds the adapter of an ``[n, k]`` weight to the kernel's output, or None
+        where the kernel computes it.
 
         Args:
             rank: of each projection's adapter.
@@ -92,16 +97,19 @@ class Backend(Candidate):
         return y.addmm_(x, self.block_values(packed, scale, x.dtype).t(), alpha=alpha)
 
     def dequantizes(self, tokens: int, n: int, k: int) -> bool:
-        """Whether :meth:`linear` makes a 16-bit ``[n, k]`` weight for that many tokens and calls PyTorch's GEMM."""
+        """Whether :meth:`linear` makes a 16-bit ``[n, k]`` weight for that many tokens and calls
+        PyTorch's GEMM."""
         return True
 
     def tune(
         self, device: torch.device, n: int, k: int, ends: Sequence[int] | None = None, rank: int = 32
     ) -> str | None:
-        """Choose launch configurations for an ``[n, k]`` weight on ``device``, by measuring them or from the cache.
+        """Choose launch configurations for an ``[n, k]`` weight on ``device``, by measuring them or
+        from the cache.
 
         Args:
-            ends: for :meth:`lora_linear`, the row at which each fused projection ends; None for :meth:`linear`.
+            ends: for :meth:`lora_linear`, the row at which each fused projection ends; None for
+                :meth:`linear`.
             rank: of the adapter.
 
         Returns:
@@ -235,7 +243,8 @@ class Choice:
         backend: what was chosen.
         passed_over: of each better one, ``not NAME: reason``.
         setting: that insists on ``backend``; None where ``auto`` chose.
-        adapter: why PyTorch adds the adapter to the kernel's output; None where the kernel computes it or there is none.
+        adapter: why PyTorch adds the adapter to the kernel's output; None where the kernel computes
+            it or there is none.
     """
 
     backend: Candidate
@@ -267,7 +276,8 @@ def choose_backend(
         device: where the layer computes.
         shape: ``(N, K)`` of its weight on this rank; None asks for the device alone.
         dtype: of its activations.
-        wanted: ``auto`` takes the first of ``candidates`` that runs on the device and serves the layer; a name insists on it.
+        wanted: ``auto`` takes the first of ``candidates`` that runs on the device and serves the
+            layer; a name insists on it.
         setting: where ``wanted`` comes from.
         layer: its name, for messages.
         adapter: the adapter in the layer, if one is.
@@ -275,8 +285,8 @@ def choose_backend(
         elsewhere: why a candidate, by its name, cannot run for others that share the layer's bytes.
 
     Raises:
-        ValueError: an unknown name, or one that cannot run here, does not serve the layer, or is meant to compute the adapter
-            and cannot compute this one; with the reason.
+        ValueError: an unknown name, or one that cannot run here, does not serve the layer, or is
+            meant to compute the adapter and cannot compute this one; with the reason.
     """
     names = [c.name for c in candidates]
     if wanted != "auto" and wanted not in names:
@@ -308,7 +318,8 @@ def choose_backend(
 
 
 class KernelCount:
-    """Which kernels compute how many layers, by the last part of their names (``down_proj``), and why no better ones."""
+    """Which kernels compute how many layers, by the last part of their names (``down_proj``), and
+    why no better ones."""
 
     def __init__(self) -> None:
         self._kinds: dict[tuple[str, str | None], Counter[str]] = {}

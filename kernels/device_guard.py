@@ -1,6 +1,7 @@
 """Operators run on the device of their tensors, whichever device is current.
 
-A kernel is launched on the current device's stream. With tensors of another device it would read foreign memory or fail.
+A kernel is launched on the current device's stream. With tensors of another device it would read
+foreign memory or fail.
 """
 
 from __future__ import annotations

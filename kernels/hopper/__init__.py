@@ -8,7 +8,8 @@ The weight is permuted once (:func:`prepack`; same size) and then serves decodin
 * :func:`dequantize` writes that row-major bfloat16 weight, exactly ``e2m1 * scale``; also what the backward pass needs.
 
 All are registered with PyTorch as ``torch.ops.qerl_hopper.nvfp4_gemm``, ``nvfp4_lora_gemm`` and ``nvfp4_dequantize``, can be
-captured into CUDA graphs (call :func:`initialize` before) and never synchronize. They run on their tensors' device.
+captured into CUDA graphs (call :func:`initialize` before) and never synchronize. They run on their
+tensors' device.
 """
 
 from __future__ import annotations
@@ -40,10 +41,11 @@ _launches = itertools.count()
 
 
 def availability(device: int | None = None) -> str | None:
-    """Why the kernels cannot run on CUDA device ``device`` (default: the current one), one line, or None if they can.
+    """Why the kernels cannot run on CUDA device ``device`` (default: the current one), one line, or
+    None if they can.
 
-    Compiles them if need be, loads them and prepares the device, once in a process, so None means that they have been seen to
-    load. What costs that much comes after what can be known without.
+    Compiles them if need be, loads them and prepares the device, once in a process, so None means
+    that they have been seen to load. What costs that much comes after what can be known without.
     """
     if not torch.cuda.is_available():
         return "no CUDA device"
@@ -121,15 +123,18 @@ def _multiprocessors() -> int:
 
 
 def tune(device: torch.device, n: int, k: int, ends: Sequence[int] | None = None, rank: int = 32) -> str | None:
-    """Measure the launch configurations of an ``[n, k]`` weight, unless the cache has them, and use the fastest.
+    """Measure the launch configurations of an ``[n, k]`` weight, unless the cache has them, and use
+    the fastest.
 
     Args:
         device: a Hopper GPU.
-        ends: for :func:`lora_gemm`, the row at which each fused projection ends; None for :func:`gemm`.
+        ends: for :func:`lora_gemm`, the row at which each fused projection ends; None for
+            :func:`gemm`.
         rank: of the adapter, a multiple of 16.
 
     Returns:
-        A sentence that says what was measured, or why the built-in table stays in use; None if neither.
+        A sentence that says what was measured, or why the built-in table stays in use; None if
+        neither.
     """
     if not autotune.enabled():
         return None

@@ -1,8 +1,9 @@
 """Compile the Hopper kernels at first use, into a cache folder, and load them through ctypes.
 
 The library has a plain C interface over raw pointers and the caller's stream, so it depends on no C++ ABI of PyTorch and
-compiles in seconds. ``QERL_KERNEL_CACHE`` names the cache folder (default ``~/.cache/qerl_verl/kernels``). Hosts of several
-kinds may share the folder: the name of a library holds what it was compiled from, for and with (:func:`library_path`).
+compiles in seconds. ``QERL_KERNEL_CACHE`` names the cache folder (default
+``~/.cache/qerl_verl/kernels``). Hosts of several kinds may share the folder: the name of a library
+holds what it was compiled from, for and with (:func:`library_path`).
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from ..autotune import cache_folder
 
 ARCH = "sm_90a"
 MIN_NVCC = (12, 4)
-"""Oldest CUDA compiler. ``cudaGetDriverEntryPointByVersion`` is used where the toolkit has it (12.5)."""
+"""Oldest CUDA compiler. ``cudaGetDriverEntryPointByVersion`` is used where the toolkit has it
+(12.5)."""
 
 SOURCES = ("nvfp4_gemm.cu", "nvfp4_dequantize.cu", "lora_shrink.cu")
 HEADERS = ("lora_flag.cuh", "nvfp4_format.cuh", "wgmma.cuh")
@@ -69,7 +71,8 @@ def nvcc_version(nvcc: str) -> str:
 
 @functools.cache
 def host_compiler() -> str:
-    """Name and version of the C++ compiler that nvcc hands the host's code to (``NVCC_CCBIN``, or g++); empty without one."""
+    """Name and version of the C++ compiler that nvcc hands the host's code to (``NVCC_CCBIN``, or
+    g++); empty without one."""
     compiler = shutil.which(os.environ.get("NVCC_CCBIN") or "g++")
     if compiler is None:
         return ""
@@ -78,7 +81,8 @@ def host_compiler() -> str:
 
 
 def last_line(log: str) -> str:
-    """The last line of a compiler's output that reports an error, or else the last one that is not empty."""
+    """The last line of a compiler's output that reports an error, or else the last one that is not
+    empty."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     errors = [line for line in lines if re.search(r"\b(?:error|fatal)\b.*:", line)]
     return (errors or lines or ["it printed nothing"])[-1]
@@ -96,8 +100,9 @@ def _file_name(toolchain: str) -> str:
 def library_path() -> Path:
     """Where the compiled library belongs.
 
-    The name holds the sources and flags, the machine's architecture and C library, and the versions of nvcc (which is CUDA's)
-    and of the host's compiler. On a host without nvcc, whatever compiler made it: the newest library that fits otherwise.
+    The name holds the sources and flags, the machine's architecture and C library, and the versions
+    of nvcc (which is CUDA's) and of the host's compiler. On a host without nvcc, whatever compiler
+    made it: the newest library that fits otherwise.
 
     Raises:
         BuildError: nvcc does not run.
@@ -111,10 +116,12 @@ def library_path() -> Path:
 
 
 def compile_library(path: Path) -> None:
-    """Compile to ``path``. Processes that do so at the same time each write their own file and rename it.
+    """Compile to ``path``. Processes that do so at the same time each write their own file and
+    rename it.
 
     Raises:
-        BuildError: no nvcc, one older than :data:`MIN_NVCC`, or one that fails, with its last line and all of its output.
+        BuildError: no nvcc, one older than :data:`MIN_NVCC`, or one that fails, with its last line
+            and all of its output.
         OSError: the folder cannot be written to.
     """
     nvcc, oldest = find_nvcc(), ".".join(map(str, MIN_NVCC))
@@ -150,7 +157,8 @@ def compile_library(path: Path) -> None:
 
 @functools.cache
 def problem() -> str | None:
-    """Compile the library if the cache does not have it, and load it; why that failed, one line, or None.
+    """Compile the library if the cache does not have it, and load it; why that failed, one line, or
+    None.
 
     Tried once in a process: every layer asks.
     """

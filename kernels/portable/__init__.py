@@ -72,8 +72,8 @@ def is_available(device: int | None = None) -> bool:
 def trial(device: int | None = None) -> str | None:
     """:func:`availability`, and whether Triton compiles here: why not, one line, or None.
 
-    Triton needs a C compiler for what launches a kernel (triton/runtime/build.py) and fails at the first call without one. So
-    one block is unpacked, once in a process for a device.
+    Triton needs a C compiler for what launches a kernel (triton/runtime/build.py) and fails at the
+    first call without one. So one block is unpacked, once in a process for a device.
     """
     if (reason := availability(device)) or _interpreter():
         return reason

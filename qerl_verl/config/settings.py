@@ -52,8 +52,9 @@ class RolloutSettings:
     """The NVFP4 layers of the rollout engine.
 
     Attributes:
-        kernel: ``auto`` (for each layer the first of hopper, marlin, which is vLLM's, and pytorch that runs on the device and
-            serves the layer), or one of these or ``triton`` to insist on, which is refused where it does not.
+        kernel: ``auto`` (for each layer the first of hopper, marlin, which is vLLM's, and pytorch
+            that runs on the device and serves the layer), or one of these or ``triton`` to insist
+            on, which is refused where it does not.
         lora: ``inline``, the adapter is part of the layer; ``punica``, vLLM's own LoRA path.
         sleep_level: what the engine keeps of the packed base while the actor trains: 1, in host memory; 2, nothing, it is
             read from disk again.
@@ -69,13 +70,15 @@ class QeRLSettings:
     """Everything under ``qerl.*``.
 
     Attributes:
-        arm: what the frozen base is stored in, see :mod:`qerl_verl.config.arms`. Set by the choice of ``+qerl=``.
+        arm: what the frozen base is stored in, see :mod:`qerl_verl.config.arms`. Set by the choice
+            of ``+qerl=``.
         platform: ``cuda``, ``cpu``, or ``auto``: cuda where a GPU is visible or a Ray cluster is joined
             (``RAY_ADDRESS``, ``ray_kwargs.ray_init.address``), else cpu.
         cache_dir: folder of quantized checkpoints; None is ``$QERL_CACHE``, else ``~/.cache/qerl_verl``. On several nodes,
             a folder that all of them see.
-        kernel: of the NVFP4 layers in actor and critic: ``auto`` (for each layer the first of hopper, triton, pytorch that runs
-            on the device and serves the layer) or one of these to insist on, which is refused where it does not.
+        kernel: of the NVFP4 layers in actor and critic: ``auto`` (for each layer the first of
+            hopper, triton, pytorch that runs on the device and serves the layer) or one of these to
+            insist on, which is refused where it does not.
         recompute: what gradient checkpointing computes twice: ``full``, everything; ``selective``, all but the NVFP4 layers,
             whose outputs are kept; ``auto``, on a GPU selective for as many layers as free memory allows, else full.
         rollout: the NVFP4 layers of the rollout engine.

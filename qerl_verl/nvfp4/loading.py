@@ -148,10 +148,12 @@ def prepack_linears(
         device: where the model will compute.
         wanted: ``qerl.kernel``.
         dtype: of the activations.
-        elsewhere: why a backend, by its name, cannot run on another rank; the ranks share the bytes, so all need one layout.
+        elsewhere: why a backend, by its name, cannot run on another rank; the ranks share the
+            bytes, so all need one layout.
 
     Returns:
-        What was chosen for how many layers of each kind, and why nothing better, for the line ``[qerl] kernel:``.
+        What was chosen for how many layers of each kind, and why nothing better, for the line
+        ``[qerl] kernel:``.
 
     Raises:
         ValueError: a wanted kernel that cannot run here or does not serve a layer, which it names.

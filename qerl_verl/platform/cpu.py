@@ -106,11 +106,12 @@ def _peak_resident_bytes() -> int:
 
 
 def _interface_between_nodes() -> str | None:
-    """The network interface that has the node's address in the Ray cluster, where the ranks are on several nodes.
+    """The network interface that has the node's address in the Ray cluster, where the ranks are on
+    several nodes.
 
-    gloo takes the address that the host's own name stands for, which is a loopback address on many hosts (Debian's 127.0.1.1):
-    other nodes cannot connect to it. None where there is one node, where the user has set ``GLOO_SOCKET_IFNAME``, or where no
-    interface has the address.
+    gloo takes the address that the host's own name stands for, which is a loopback address on many
+    hosts (Debian's 127.0.1.1): other nodes cannot connect to it. None where there is one node,
+    where the user has set ``GLOO_SOCKET_IFNAME``, or where no interface has the address.
     """
     world = os.environ["WORLD_SIZE"]
     if os.environ.get("RAY_LOCAL_WORLD_SIZE", world) == world or "GLOO_SOCKET_IFNAME" in os.environ:

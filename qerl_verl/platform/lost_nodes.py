@@ -1,7 +1,8 @@
 """A run that ends because a node of the Ray cluster is gone says which one.
 
-What verl's driver shows then is whatever noticed first: an actor that died, or a rank whose peer closed the connection. Ray
-finds out later that the node is gone, so the report waits for that where the error is of such a kind.
+What verl's driver shows then is whatever noticed first: an actor that died, or a rank whose peer
+closed the connection. Ray finds out later that the node is gone, so the report waits for that where
+the error is of such a kind.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 DETECTION_SECONDS = 90.0
-"""How long Ray may take to declare a node dead (``health_check_*`` of ray_config_def.h: about a minute)."""
+"""How long Ray may take to declare a node dead (``health_check_*`` of ray_config_def.h: about a
+minute)."""
 
 _LOST_CONNECTION = re.compile(
     r"gloo|nccl|connection|broken pipe|timed out|unreachable|actor ?died|actor is dead|node.* died|unavailable|disconnect",
@@ -42,7 +44,8 @@ class NodeWatch:
         return [_describe(node) for node in gone]
 
     def find_lost(self, error: BaseException, say: Callable[[str], None]) -> list[str]:
-        """:meth:`lost`; waits for Ray where ``error`` is what a lost node leads to and the run has several.
+        """:meth:`lost`; waits for Ray where ``error`` is what a lost node leads to and the run has
+        several.
 
         Args:
             error: what ended the run.
@@ -59,8 +62,8 @@ class NodeWatch:
 
 
 def watch_nodes() -> NodeWatch | None:
-    """A watch that begins when this process has started or joined Ray; None where this version of Ray calls no hooks after
-    ``ray.init`` (ray/_private/worker.py, ``_post_init_hooks``)."""
+    """A watch that begins when this process has started or joined Ray; None where this version of
+    Ray calls no hooks after ``ray.init`` (ray/_private/worker.py, ``_post_init_hooks``)."""
     import ray
     from ray._private import worker
 

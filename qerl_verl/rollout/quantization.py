@@ -2,9 +2,9 @@
 
 Registered over vLLM's own through its public ``register_quantization_config``, in QeRL's jobs only. Weights are used with
 16-bit activations whatever the checkpoint says about activations, on a kernel of ours or on vLLM's
-(:mod:`qerl_verl.rollout.scheme`), with the adapter inside the layer or on vLLM's own LoRA path. What to use comes in vLLM's
-``additional_config`` under ``qerl``: ``kernel`` (``auto`` or a name of :data:`CANDIDATES`) and ``lora`` (rank and alpha, or
-null).
+(:mod:`qerl_verl.rollout.scheme`), with the adapter inside the layer or on vLLM's own LoRA path.
+What to use comes in vLLM's ``additional_config`` under ``qerl``: ``kernel`` (``auto`` or a name of
+:data:`CANDIDATES`) and ``lora`` (rank and alpha, or null).
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ then keeps the first adapter for ever (verl/workers/rollout/vllm_rollout/utils.p
 class QeRLCompressedTensorsConfig(CompressedTensorsConfig):
     """vLLM's configuration of ``compressed-tensors``, with the choice of the NVFP4 scheme replaced.
 
-    A ``kv_cache_scheme`` is left out: vLLM would serve an FP8 cache by it, beside an actor that has none. So the cache
-    has the dtype that vLLM's ``kv_cache_dtype`` says, and the checkpoint's scales for it are not loaded.
+    A ``kv_cache_scheme`` is left out: vLLM would serve an FP8 cache by it, beside an actor that has
+    none. So the cache has the dtype that vLLM's ``kv_cache_dtype`` says, and the checkpoint's
+    scales for it are not loaded.
     """
 
     def __init__(self, *args, **kwargs):
@@ -56,8 +57,9 @@ class QeRLCompressedTensorsConfig(CompressedTensorsConfig):
 
     @staticmethod
     def get_cache_scale_mapper():
-        """In place of the names under which vLLM would load scales of a KV cache: they are dropped. Those of an
-        ``attn_head`` scheme, one for each head, would not fit into a layer without the scheme."""
+        """In place of the names under which vLLM would load scales of a KV cache: they are dropped.
+        Those of an ``attn_head`` scheme, one for each head, would not fit into a layer without the
+        scheme."""
         from vllm.model_executor.models.utils import WeightsMapper
 
         return WeightsMapper(orig_to_new_regex={KV_CACHE_SCALE: None})

@@ -20,8 +20,9 @@ SETTING = "qerl.rollout.kernel"
 
 
 class VLLMKernel(Candidate):
-    """Whatever kernel vLLM chooses for 16-bit activations, which is Marlin (vllm/model_executor/kernels/linear,
-    init_nvfp4_linear_kernel). It pads shapes, so it serves all of them."""
+    """Whatever kernel vLLM chooses for 16-bit activations, which is Marlin
+    (vllm/model_executor/kernels/linear, init_nvfp4_linear_kernel). It pads shapes, so it serves all
+    of them."""
 
     name = "marlin"
 
@@ -49,7 +50,8 @@ CANDIDATES: tuple[Candidate, ...] = (get_backend("hopper"), VLLMKernel(), get_ba
 
 
 class KernelReport:
-    """Counts the layers of one engine and says once, when all that were built are loaded, what computes how many."""
+    """Counts the layers of one engine and says once, when all that were built are loaded, what
+    computes how many."""
 
     def __init__(self) -> None:
         self._count, self._built = KernelCount(), 0
@@ -76,7 +78,8 @@ class KernelReport:
 
 
 class NVFP4Scheme(CompressedTensorsScheme):
-    """Decides what computes a layer when vLLM builds it, and hands everything on to the scheme for that.
+    """Decides what computes a layer when vLLM builds it, and hands everything on to the scheme for
+    that.
 
     Args:
         device: where the layer computes.
@@ -86,7 +89,8 @@ class NVFP4Scheme(CompressedTensorsScheme):
         report: of the engine.
 
     Raises (from :meth:`create_weights`):
-        ValueError: a kernel that is insisted on cannot run here, or does not serve the layer or its adapter; names the layer.
+        ValueError: a kernel that is insisted on cannot run here, or does not serve the layer or its
+            adapter; names the layer.
     """
 
     def __init__(
@@ -156,15 +160,15 @@ class NVFP4Scheme(CompressedTensorsScheme):
 
 
 def _register_input_scale(layer: torch.nn.Module, parts: int, weight_loader: Callable) -> None:
-    """A place for ``input_global_scale`` of llm-compressor's W4A4 checkpoints, which is loaded and dropped: activations stay in
-    16 bits."""
+    """A place for ``input_global_scale`` of llm-compressor's W4A4 checkpoints, which is loaded and
+    dropped: activations stay in 16 bits."""
     scale = PerTensorScaleParameter(data=torch.ones(parts, dtype=torch.float32), weight_loader=weight_loader)
     layer.register_parameter("input_global_scale", scale)
 
 
 def _register_row_factor(layer: torch.nn.Module, scales: list[float], applied: float) -> None:
-    """Give a layer the buffer ``qerl_row_factor`` ``[N]``: what its output is multiplied by where its fused projections were
-    quantized one by one, None where they share a scale.
+    """Give a layer the buffer ``qerl_row_factor`` ``[N]``: what its output is multiplied by where
+    its fused projections were quantized one by one, None where they share a scale.
 
     Args:
         layer: with vLLM's ``logical_widths``.
@@ -179,7 +183,8 @@ def _register_row_factor(layer: torch.nn.Module, scales: list[float], applied: f
 
 
 class QeRLNVFP4Scheme(CompressedTensorsScheme):
-    """16-bit activations, NVFP4 weight in the layout of a backend (:mod:`qerl_verl.kernels.backends`).
+    """16-bit activations, NVFP4 weight in the layout of a backend
+    (:mod:`qerl_verl.kernels.backends`).
 
     Args:
         backend: computes the layer.
@@ -244,7 +249,8 @@ class QeRLNVFP4Scheme(CompressedTensorsScheme):
         self._tune(layer, packed.device)
 
     def _tune(self, layer: torch.nn.Module, device: torch.device) -> None:
-        """Choose the launches of this layer's GEMM, before any of them is captured into a CUDA graph."""
+        """Choose the launches of this layer's GEMM, before any of them is captured into a CUDA
+        graph."""
         ends, rank = None, 0
         if self.lora is not None and layer.qerl_row_factor is None:
             ends, rank = layer.qerl_lora_ends, layer.qerl_lora_b.shape[1]
@@ -269,10 +275,12 @@ class QeRLNVFP4Scheme(CompressedTensorsScheme):
 
 
 class VLLMScheme(CompressedTensorsScheme):
-    """A scheme of vLLM's for the base (Marlin); the adapter, if one is in the layer, is added by two small GEMMs.
+    """A scheme of vLLM's for the base (Marlin); the adapter, if one is in the layer, is added by
+    two small GEMMs.
 
-    vLLM's scheme for 16-bit activations registers no ``input_global_scale`` (compressed_tensors_w4a4_nvfp4.py,
-    create_weights with ``use_a16``), and its loader fails on a checkpoint that has one.
+    vLLM's scheme for 16-bit activations registers no ``input_global_scale``
+    (compressed_tensors_w4a4_nvfp4.py, create_weights with ``use_a16``), and its loader fails on a
+    checkpoint that has one.
     """
 
     def __init__(self, inner: CompressedTensorsScheme, lora: LoraSettings | None):

@@ -18,8 +18,9 @@ from qerl_verl.kernels.nvfp4_quantize import nvfp4_global_scale, quantize_nvfp4
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:
-    # The bounds of a kernel's loop are arrays of one element in Triton 3.6's interpreter, which takes their int()
-    # (triton/runtime/interpreter.py, _patch_lang_tensor); NumPy 2.4 and newer convert arrays without dimensions alone.
+    # The bounds of a kernel's loop are arrays of one element in Triton 3.6's interpreter, which
+    # takes their int() (triton/runtime/interpreter.py, _patch_lang_tensor); NumPy 2.4 and newer
+    # convert arrays without dimensions alone.
     from triton.runtime import interpreter
 
     _patch_lang_tensor = interpreter._patch_lang_tensor

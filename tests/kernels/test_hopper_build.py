@@ -1,4 +1,5 @@
-"""Compiling the Hopper kernels: with compilers that fail, in processes that share a cache, on a host like no other."""
+"""Compiling the Hopper kernels: with compilers that fail, in processes that share a cache, on a
+host like no other."""
 
 import platform
 import shutil
@@ -71,7 +72,8 @@ FAILURES = [
 def test_a_compiler_that_fails_is_the_reason_and_the_next_backend_takes_the_layer(
     monkeypatch, compiler, version, does, reason
 ):
-    """Decided before anything is computed; nothing is left in the cache, and the compiler is not asked again."""
+    """Decided before anything is computed; nothing is left in the cache, and the compiler is not
+    asked again."""
     nvcc = compiler(version, f"echo x >> {'{0}.calls'}; {does}".replace("{0}", "$0"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))

@@ -1,7 +1,8 @@
-"""Kernels that are insisted on (``qerl.kernel``, ``qerl.rollout.kernel``) against the layers of local models.
+"""Kernels that are insisted on (``qerl.kernel``, ``qerl.rollout.kernel``) against the layers of
+local models.
 
-The layers are asked again when they are built, for models that are on the hub and for devices; here the answer comes before
-Ray starts.
+The layers are asked again when they are built, for models that are on the hub and for devices; here
+the answer comes before Ray starts.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ _ROW_PARALLEL = ("o_proj", "down_proj")
 
 
 def find_problems(config: DictConfig, folder: Path) -> list[str]:
-    """What an insisted-on kernel does not serve of the actor's model, one sentence for each setting.
+    """What an insisted-on kernel does not serve of the actor's model, one sentence for each
+    setting.
 
     Args:
         config: the configuration after :func:`~qerl_verl.config.rules.apply_rules`.
@@ -52,7 +54,8 @@ def find_problems(config: DictConfig, folder: Path) -> list[str]:
 
 
 def _fused(group: dict[str, tuple[int, int]], divided: int, key_value_heads: int) -> tuple[tuple[int, int], tuple]:
-    """Linears that vLLM makes one layer of: its shape on one tensor-parallel rank, and the row at which each of them ends."""
+    """Linears that vLLM makes one layer of: its shape on one tensor-parallel rank, and the row at
+    which each of them ends."""
     rows, columns = [], 0
     for linear, (n, k) in group.items():
         by_columns = linear.endswith(_ROW_PARALLEL)
