@@ -14,6 +14,9 @@ KERNEL_ENV = "QERL_KERNEL"
 RECOMPUTE_ENV = "QERL_RECOMPUTE"
 """``qerl.recompute`` for the training workers."""
 
+SOURCES_ENV = "QERL_SOURCE_MODELS"
+"""JSON, role (actor, critic) -> name or path of the model as the user gave it, for the adapters that training workers save."""
+
 JOB_FOLDER_ENV = "QERL_JOB_FOLDER"
 """The job's own folder for temporary files, see platform/job_folder.py."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ def adapter_problems(config: DictConfig, model: str, adapter: dict) -> list[str]
         problems = _target_problems(layers, targets, exclude, model)
         if problems:
             return problems
-        if matched_layers(layers, targets, exclude) != _adapted(layers, adapter):
+        if matched_layers(layers, targets, exclude) != adapted_layers(config, model, layers, adapter):
             found = adapter["target_modules"]
             name = "target_modules" if "target_modules" in wanted else "exclude_modules"
             out.append(
@@ -95,7 +96,8 @@ def adapter_problems(config: DictConfig, model: str, adapter: dict) -> list[str]
     try:
         map_names({name: tuple(t.shape) for name, t in read_tensors(folder).items()}, adapter, layers, head)
     except AdapterError as error:
-        trained_on, source = adapter.get("base_model_name_or_path"), OmegaConf.select(config, "qerl.source_model")
+        trained_on = adapter.get("base_model_name_or_path")
+        source = OmegaConf.select(config, f"qerl.source_models.{'critic' if model == CRITIC else 'actor'}")
         other = f" (the adapter was trained on {trained_on}, not on {source or base})" if trained_on else ""
         out += [f"{where}: {problem}{other}" for problem in error.problems]
     return out
@@ -128,8 +130,17 @@ def _target_problems(layers, targets: Any, exclude: Any, model: str) -> list[str
     return find_problems(layers, targets, exclude, key=f"{model}.")
 
 
-def _adapted(layers, adapter: dict) -> set[str]:
+def adapted_layers(config: DictConfig, model: str, layers: Collection[str], adapter: dict | None) -> set[str]:
+    """The layers of a model that have an adapter in a run.
+
+    Args:
+        layers: full names, see :func:`~qerl_verl.nvfp4.checkpoint.linear_shapes`.
+        adapter: what :func:`adopt_adapter` returned, None for a new one.
+    """
     from qerl_verl.lora.targets import matched_layers
 
-    more = {name: adapter.get(name) for name in ("layers_to_transform", "layers_pattern")}
-    return matched_layers(layers, adapter["target_modules"], adapter.get("exclude_modules"), **more)
+    if adapter:
+        more = {name: adapter.get(name) for name in ("layers_to_transform", "layers_pattern")}
+        return matched_layers(layers, adapter["target_modules"], adapter.get("exclude_modules"), **more)
+    get = lambda name: OmegaConf.select(config, f"{model}.{name}")  # noqa: E731
+    return matched_layers(layers, get("target_modules"), get("exclude_modules"))

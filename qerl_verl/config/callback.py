@@ -7,6 +7,7 @@ leaves as SystemExit.
 from __future__ import annotations
 
 import copy
+import json
 import os
 import sys
 from pathlib import Path
@@ -16,13 +17,15 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from qerl_verl.config.arms import ARMS
-from qerl_verl.config.checks import data, models
+from qerl_verl.config.checks import data, models, resume
 from qerl_verl.config.checks.plugins import verl_policy_problem
 from qerl_verl.config.host import Host
 from qerl_verl.config.keys import written_keys
 from qerl_verl.config.plan import plan
+from qerl_verl.config.policy import describe_policy
 from qerl_verl.config.rules import CRITIC, MODEL, trained_models
 from qerl_verl.config.settings import QeRLSettings, SettingsError
+from qerl_verl.switch import SOURCES_ENV
 
 if TYPE_CHECKING:
     from qerl_verl.platform.lost_nodes import NodeWatch
@@ -94,9 +97,11 @@ def prepare(config: DictConfig, keys: set[str]) -> None:
     remote = models.remote_paths(config)
     bases = _replace_models(config, made.settings)
     local = _on_local_models(config, bases)  # what the hub has sent is looked at now
-    problems = models.find_misfits(local, made.adapters)
+    problems = models.find_misfits(local, made.adapters) + resume.find_problems(local, made.adapters)
     if problems := problems + (data.find_prompt_problems(local, bases[MODEL]) if remote else []):
         raise SettingsError(problems)
+    with open_dict(config):
+        config.qerl.policy = describe_policy(local, made.adapters)
     if made.cluster is None:
         give_job_folder(config)
 
@@ -162,11 +167,14 @@ def _replace_models(config: DictConfig, settings: QeRLSettings) -> dict[str, Pat
             folders[source] = _resolve(f"{model}.path", source, settings)
     prefix = "" if arm.container else f"{arm.name}-"  # the same files in two arms are two bases
     with open_dict(config):
-        config.qerl.source_model = sources[MODEL]
+        roles = {model: "critic" if model == CRITIC else "actor" for model in trained}
+        config.qerl.source_models = {roles[model]: _lasting_name(source) for model, source in sources.items()}
         config.qerl.base_fingerprint = {
-            "critic" if model == CRITIC else "actor": prefix + fingerprint(folders[source], settings.cache_dir)
-            for model, source in sources.items()
+            roles[model]: prefix + fingerprint(folders[source], settings.cache_dir) for model, source in sources.items()
         }
+        variables = OmegaConf.select(config, "ray_kwargs.ray_init.runtime_env.env_vars") or {}
+        variables = {**variables, SOURCES_ENV: json.dumps(dict(config.qerl.source_models))}
+        OmegaConf.update(config, "ray_kwargs.ray_init.runtime_env.env_vars", variables, force_add=True)
         for model, source in sources.items():
             # a name on the hub stays one where the model is used as it is: other nodes have their own copies
             if arm.container or os.path.exists(os.path.expanduser(source)):
@@ -182,6 +190,12 @@ def _on_local_models(config: DictConfig, bases: dict[str, Path]) -> DictConfig:
     for model, folder in bases.items():
         OmegaConf.update(config, f"{model}.path", str(folder))
     return config
+
+
+def _lasting_name(path: str) -> str:
+    """A model's name or path for what is read in another folder, or later: that of a local folder is absolute."""
+    folder = os.path.expanduser(path)
+    return os.path.abspath(folder) if "://" not in path and os.path.isdir(folder) else path
 
 
 def _resolve(key: str, path: str, settings: QeRLSettings) -> Path:

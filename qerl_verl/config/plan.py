@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from omegaconf import DictConfig, OmegaConf
 
 from qerl_verl.config.adapters import adopt_adapter
-from qerl_verl.config.checks import arms, data, models, plugins, recipe
+from qerl_verl.config.checks import arms, data, models, plugins, recipe, resume
 from qerl_verl.config.host import Host, choose_platform
 from qerl_verl.config.rules import MODEL, apply_rules, trained_models
 from qerl_verl.config.settings import QeRLSettings, SettingsError
@@ -86,6 +86,7 @@ def plan(
     if look_at_files:
         made.lines += data.find_remarks(config)
         made.problems += data.find_problems(config) + _model_problems(config, made.adapters)
+        made.problems += resume.find_problems(config, made.adapters)
         made.unseen += [f"{path}, which is not on this machine yet" for path in models.remote_paths(config)]
     else:
         made.unseen.append("data and model folders (--skip-files)")

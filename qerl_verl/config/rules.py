@@ -278,6 +278,11 @@ def force(
     for checkpoint in (f"{ACTOR}.checkpoint", "critic.checkpoint"):
         if get_value(config, checkpoint) is not None:
             set_value(config, f"{checkpoint}.save_lora_only", True, "the base is frozen", notify)
+        contents = get_value(config, f"{checkpoint}.save_contents") or []
+        if "hf_model" in contents:
+            why = "a checkpoint holds no base to write a model from; merge lora_adapter, in the checkpoint, with PEFT"
+            kept = [part for part in contents if part != "hf_model"]
+            set_value(config, f"{checkpoint}.save_contents", kept, why, notify)
     mode = get_value(config, "trainer.v1.trainer_mode")
     if mode in TRAINER_MODES:
         set_value(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
 import socket
 import warnings
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
@@ -46,7 +48,7 @@ from qerl_verl.lora.peft import adaptable_layers, draw_adapter, linear_names, re
 from qerl_verl.lora.targets import ALL_LINEAR, last_names
 from qerl_verl.lora.wire import CONFIG_TENSOR, pack_config
 from qerl_verl.nvfp4.loading import load_tensors, packed_linear_names, prepack_linears, swap_linears
-from qerl_verl.switch import KERNEL_ENV, RECOMPUTE_ENV
+from qerl_verl.switch import KERNEL_ENV, RECOMPUTE_ENV, SOURCES_ENV
 
 logger = logging.getLogger(__name__)
 logger.setLevel(os.getenv("VERL_LOGGING_LEVEL", "INFO"))
@@ -59,6 +61,22 @@ a GPU, and where the bytes look like a NaN it writes another NaN."""
 
 ADAPTER_FOLDER = "lora_adapter"
 """Folder of a checkpoint's ``actor`` or ``critic`` folder that holds the adapter in PEFT's format."""
+
+CHECKPOINT_README = """\
+This checkpoint holds a LoRA adapter with its optimizer, scheduler and random state. It does not hold the base model.
+
+`{folder}/` is a PEFT adapter of {base}. PEFT and vLLM load it as it is. `python -m verl.model_merger` looks for the base
+in the checkpoint and fails with "Incomplete Hugging Face model output". PEFT merges the adapter into the 16-bit base:
+
+    from peft import AutoPeftModelForCausalLM
+
+    model = AutoPeftModelForCausalLM.from_pretrained("{folder}", dtype="bfloat16")
+    model.merge_and_unload().save_pretrained("merged")
+
+The adapter was trained beside the quantized base, so the merged model differs from the trained policy by the
+quantization error of the base.
+"""
+"""What is written beside an actor's or a critic's adapter, for whoever wants a model of it."""
 
 VALUE_HEAD = "score"
 """The value head's name in transformers' token classification models (transformers/modeling_layers.py,
@@ -385,12 +403,10 @@ class AdapterEngineMixin:
         with writing(local_path, self._at_step(after=True)):
             super().save_checkpoint(local_path, hdfs_path, global_step, max_ckpt_to_keep, **kwargs)
             if self.rank == 0:
-                save_adapter(
-                    os.path.join(local_path, ADAPTER_FOLDER),
-                    dict(tensors),
-                    self.module.peft_config["default"],
-                    base_model=self.model_config.path,
-                )
+                base = json.loads(os.environ.get(SOURCES_ENV) or "{}").get(self.role, self.model_config.path)
+                config = self.module.peft_config["default"]
+                save_adapter(os.path.join(local_path, ADAPTER_FOLDER), dict(tensors), config, base_model=base)
+                Path(local_path, "README.md").write_text(CHECKPOINT_README.format(base=base, folder=ADAPTER_FOLDER))
         torch.distributed.barrier()
 
     def load_checkpoint(self, local_path: str, hdfs_path=None, del_local_after_load: bool = True, **kwargs):

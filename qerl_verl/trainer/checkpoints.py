@@ -3,7 +3,7 @@
 verl writes ``global_step_N/`` file by file and then overwrites ``latest_checkpointed_iteration.txt`` in place
 (verl/trainer/ppo/v1/trainer_base.py, _save_checkpoint). A run that dies meanwhile leaves a folder that looks like a
 checkpoint, or an empty tracker. After everything else the trainer therefore writes ``qerl_checkpoint.json`` into the folder:
-name and size of each file, and what base the adapter was trained on. A folder without it, or that does not match it, is not
+name and size of each file, what base the adapter was trained on, and what else defines the policy. A folder without it, or that does not match it, is not
 resumed from by itself.
 
 Before everything else it writes ``qerl_run``, the identifier of the run, which a restart with ``resume_mode=auto`` goes on with.
@@ -19,9 +19,12 @@ import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from verl.utils.checkpoint.checkpoint_manager import get_checkpoint_tracker_filename
 
+from qerl_verl.config.policy import find_changes
+from qerl_verl.config.rules import MODEL
 from qerl_verl.nvfp4.errors import CheckpointError
 
 RECORD_FILE = "qerl_checkpoint.json"
@@ -32,18 +35,23 @@ _OURS = (RECORD_FILE, PRUNED_FILE, RUN_FILE)
 _PREFIX = "global_step_"
 
 
-def write_record(folder: str | Path, base: dict[str, str]) -> None:
+def write_record(
+    folder: str | Path, base: dict[str, str], policy: dict[str, Any] | None = None, steps: int | None = None
+) -> None:
     """Declare a checkpoint whole. Its files are on the disk when this returns.
 
     Args:
         folder: ``global_step_N``.
         base: role -> fingerprint of the NVFP4 base, see :func:`qerl_verl.nvfp4.cache.fingerprint`.
+        policy: what else defines the policy, see :func:`qerl_verl.config.policy.describe_policy`.
+        steps: of the whole run, over which the noise schedule stretches.
     """
     folder = Path(folder)
     files = {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*")) if p.is_file() and p.name not in _OURS}
     for path in files.values():
         _sync(path)
-    record = {"base": base, "files": {name: path.stat().st_size for name, path in files.items()}}
+    record = {"base": base, "policy": policy or {}, "total_training_steps": steps}
+    record |= {"files": {name: path.stat().st_size for name, path in files.items()}}
     staging = folder / f".{RECORD_FILE}.tmp"
     staging.write_text(json.dumps(record, indent=1))
     _sync(staging)
@@ -136,6 +144,31 @@ def find_resumable(root: str | Path, notify) -> Path | None:
         "resume_path trainer.resume_from_path=FOLDER; or begin anew with trainer.resume_mode=disable and another "
         "trainer.default_local_dir."
     )
+
+
+def check_policy(folder: str | Path, policy: dict[str, Any]) -> None:
+    """Refuse to go on with another policy than the one that was trained: the adapter at another scale, other noise.
+
+    Args:
+        folder: a checkpoint; what it has not recorded is let through.
+        policy: of this run, see :func:`qerl_verl.config.policy.describe_policy`.
+
+    Raises:
+        CheckpointError: naming each setting, its value then and now, and the fix.
+    """
+    record = read_record(folder) or {}
+    if changes := find_changes(record.get("policy") or {}, json.loads(json.dumps(policy))):
+        raise CheckpointError(
+            f"{folder} was saved by a run with another policy: {'; '.join(changes)}. To begin a new run from its adapter: "
+            f"trainer.resume_mode=disable {MODEL}.lora_adapter_path={Path(folder) / 'actor' / 'lora_adapter'} and another "
+            "trainer.default_local_dir. Nothing was changed."
+        )
+
+
+def other_length(folder: str | Path, steps: int | None) -> int | None:
+    """How many steps the run was to have that saved a checkpoint, if that is another number than ``steps``."""
+    then = (read_record(folder) or {}).get("total_training_steps")
+    return then if then is not None and steps is not None and then != steps else None
 
 
 def check_base(folder: str | Path, base: dict[str, str]) -> None:

@@ -29,10 +29,12 @@ from qerl_verl.nvfp4.errors import CheckpointError
 from qerl_verl.trainer.checkpoints import (
     PRUNED_FILE,
     check_base,
+    check_policy,
     claim,
     find_damage,
     find_resumable,
     new_run,
+    other_length,
     prune,
     read_record,
     read_run,
@@ -142,7 +144,9 @@ class WholeCheckpointsMixin:
 
     def __init__(self, config: DictConfig):
         super().__init__(config)
-        self._base: dict[str, str] = OmegaConf.to_container(config.qerl).get("base_fingerprint") or {}
+        node = OmegaConf.to_container(config.qerl)
+        self._base: dict[str, str] = node.get("base_fingerprint") or {}
+        self._policy: dict = node.get("policy") or {}
         self._run = new_run()
         self._saved: list[Path] = []  # by this run, in its own folder
         self.checkpoint_callback = _RecordingCallback(self.checkpoint_callback, self._after_save)
@@ -151,7 +155,7 @@ class WholeCheckpointsMixin:
         """verl's, from the checkpoint that is chosen here.
 
         Raises:
-            CheckpointError: none is whole, or the base has changed since.
+            CheckpointError: none is whole, or the base or what else defines the policy has changed since.
         """
         trainer = self.config.trainer
         if trainer.resume_mode == "auto":
@@ -168,7 +172,11 @@ class WholeCheckpointsMixin:
         if folder is None:
             with self._trainer_setting(resume_mode="disable"):
                 return super()._load_checkpoint()
+        check_policy(folder, self._policy)
         check_base(folder, self._base)
+        steps = getattr(self, "total_training_steps", None)
+        if (then := other_length(folder, steps)) and self._policy.get("qerl.aqn.enable"):
+            say(f"the run that saved {folder} was to have {then} steps, this one has {steps}: the noise stages move")
         say(f"resuming from {folder}")
         if trainer.resume_mode == "auto":  # the same run goes on; what a path names may be another's, and has to stay
             self._run = read_run(folder) or self._run
@@ -195,7 +203,7 @@ class WholeCheckpointsMixin:
             super()._save_checkpoint()
 
     def _after_save(self, folder: Path) -> None:
-        write_record(folder, self._base)
+        write_record(folder, self._base, self._policy, getattr(self, "total_training_steps", None))
         self._saved = [*(f for f in self._saved if f != folder.absolute()), folder.absolute()]
         try:
             for role, keep in self._keep.items():
@@ -241,7 +249,7 @@ class AQNTrainerMixin(WholeCheckpointsMixin):
         with open_dict(config):
             config.trainer.v1.trainer_mode = self.verl_mode
         node = OmegaConf.to_container(config.qerl, resolve=True)
-        for written_by_the_callback in ("source_model", "base_fingerprint"):
+        for written_by_the_callback in ("source_models", "base_fingerprint", "policy"):
             node.pop(written_by_the_callback, None)
         self.qerl_settings = QeRLSettings.from_mapping(node)
         self._noise_step: int | None = None  # the step whose noise is on, None: clean

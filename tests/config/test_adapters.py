@@ -82,7 +82,9 @@ def problems_of(adapter, base, keys=(), role=MODEL, **model):
         **model,
     }
     node = {"model": {**model, "path": str(base)}}
-    config = OmegaConf.create({role.partition(".")[0]: node, "qerl": {"source_model": "Qwen/there"}})
+    config = OmegaConf.create(
+        {role.partition(".")[0]: node, "qerl": {"source_models": {"actor": "Qwen/there", "critic": "Qwen/critic"}}}
+    )
     return adapter_problems(config, role, adopt_adapter(config, set(keys), role))
 
 

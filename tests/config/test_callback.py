@@ -1,5 +1,6 @@
 """What the callback does around the rules."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +14,7 @@ from qerl_verl.config.settings import SettingsError
 
 def models(folder, actor, critic):
     config = {"actor_rollout_ref": {"model": {"path": actor}}, "critic": {"model": {"path": critic}, "enable": True}}
-    return OmegaConf.create({**config, "algorithm": {"adv_estimator": "gae"}, "qerl": {"source_model": None}})
+    return OmegaConf.create({**config, "algorithm": {"adv_estimator": "gae"}, "qerl": {"source_models": None}})
 
 
 @pytest.mark.parametrize("critic", ["same", "${actor_rollout_ref.model.path}", "other"])
@@ -26,7 +27,9 @@ def test_one_model_is_one_checkpoint_and_another_is_quantized_too(
     entries = [p for p in (tmp_path / "cache").iterdir() if p.is_dir()]
     assert len(entries) == (2 if critic == "other" else 1)
     assert (config.actor_rollout_ref.model.path == config.critic.model.path) is (critic != "other")
-    assert config.qerl.source_model == str(bf16_checkpoint)
+    sources = {"actor": str(bf16_checkpoint), "critic": str(path)}
+    assert config.qerl.source_models == sources
+    assert json.loads(config.ray_kwargs.ray_init.runtime_env.env_vars.QERL_SOURCE_MODELS) == sources
     assert {config.actor_rollout_ref.model.path, config.critic.model.path} == {str(e) for e in entries}
     assert ("critic: a checkpoint of its own" in capsys.readouterr().out) is (critic == "other")
     fingerprints = config.qerl.base_fingerprint
@@ -42,7 +45,7 @@ def test_a_model_that_cannot_be_had_is_named_with_its_key(tmp_path, bf16_checkpo
 
 
 def actor_alone(path, arm):
-    node = {"arm": arm, "source_model": None}
+    node = {"arm": arm, "source_models": None}
     return OmegaConf.create({"actor_rollout_ref": {"model": {"path": path}}, "algorithm": {}, "qerl": node})
 
 
@@ -50,7 +53,7 @@ def actor_alone(path, arm):
 def test_an_arm_without_packed_layers_runs_the_model_itself(tmp_path, bf16_checkpoint, capsys, arm):
     config, settings = actor_alone(str(bf16_checkpoint), arm), callback.QeRLSettings(arm, cache_dir=str(tmp_path))
     assert callback._replace_models(config, settings) == {"actor_rollout_ref.model": bf16_checkpoint}
-    assert config.actor_rollout_ref.model.path == config.qerl.source_model == str(bf16_checkpoint)
+    assert config.actor_rollout_ref.model.path == config.qerl.source_models.actor == str(bf16_checkpoint)
     assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == []
     assert config.qerl.base_fingerprint.actor.startswith(f"{arm}-")  # no run of one arm goes on in another
     assert f"model: {bf16_checkpoint} ({ARMS[arm].base})" in capsys.readouterr().out
@@ -86,3 +89,20 @@ def test_a_run_that_fails_because_a_node_is_gone_names_it_and_how_to_go_on(capsy
     if failed:
         assert said[0] == "[qerl] the run has ended because a node is gone: node2 (10.0.0.2): Connection closed by peer"
         assert said[1].startswith("[qerl] start the same command again") and said[1].endswith(" in /shared/checkpoints")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("Qwen/Qwen2.5-7B-Instruct", "Qwen/Qwen2.5-7B-Instruct"),
+        ("hdfs://host/model", "hdfs://host/model"),
+        ("~/model/", "{home}/model"),
+        ("model", "{home}/model"),
+        ("{home}/model", "{home}/model"),
+    ],
+)
+def test_the_name_of_a_model_lasts_beyond_this_folder(tmp_path, monkeypatch, given, expected):
+    (tmp_path / "model").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert callback._lasting_name(given.format(home=tmp_path)) == expected.format(home=tmp_path)

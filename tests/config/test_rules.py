@@ -201,6 +201,15 @@ def test_a_critic_gets_what_the_actor_gets(switched):
     assert any(line.startswith("critic.model.lora_rank: 0 -> 32") for line in lines)
 
 
+@pytest.mark.parametrize("checkpoint", ["actor_rollout_ref.actor.checkpoint", "critic.checkpoint"])
+def test_a_merged_model_is_left_out_of_checkpoints_with_a_line(switched, checkpoint):
+    """verl would write packed bytes as float32 under PEFT's names."""
+    contents = f"{checkpoint}.save_contents=[model,optimizer,extra,hf_model]"
+    config, lines, problems = switched("algorithm.adv_estimator=gae", contents, on_cpu=True)
+    assert problems == [] and OmegaConf.select(config, checkpoint).save_contents == ["model", "optimizer", "extra"]
+    assert any(line.startswith(f"{checkpoint}.save_contents: ") and "merge lora_adapter" in line for line in lines)
+
+
 def test_the_users_values_of_the_critic_win(switched):
     config, lines, problems = switched("algorithm.adv_estimator=gae", "critic.model.lora_rank=8")
     assert problems == [] and (config.critic.model.lora_rank, config.critic.model.lora_alpha) == (8, 16)

@@ -17,8 +17,9 @@ def critic(run_engine, tmp_path_factory, nvfp4_checkpoint):
     """Four steps on one rank, saved after the second."""
     folder = tmp_path_factory.mktemp("critic")
     save = str(folder / "ckpt" / "critic")
-    report = run_engine(nvfp4_checkpoint, folder / "r", model_type="value_model", steps=4, save_after=2, save=save)[0]
-    return folder, report
+    settings = {"model_type": "value_model", "steps": 4, "save_after": 2, "save": save}
+    environment = {"QERL_SOURCE_MODELS": '{"actor": "made/up", "critic": "made/up-critic"}'}
+    return folder, run_engine(nvfp4_checkpoint, folder / "r", environment=environment, **settings)[0]
 
 
 def test_an_nvfp4_base_trains_adapters_and_a_value_head_in_float32(critic):
@@ -97,6 +98,7 @@ def test_stock_peft_loads_the_critics_adapter(critic, dequantized_checkpoint):
     adapter = critic[0] / "ckpt" / "critic" / "lora_adapter"
     config = json.loads((adapter / "adapter_config.json").read_text())
     assert config["task_type"] == "TOKEN_CLS" and "score" in config["modules_to_save"]
+    assert config["base_model_name_or_path"] == "made/up-critic"
     base = AutoModelForTokenClassification.from_pretrained(dequantized_checkpoint, num_labels=1)
     model = PeftModel.from_pretrained(base, adapter)
     saved = load_file(adapter / "adapter_model.safetensors")

@@ -16,11 +16,12 @@ from qerl_verl.engine.recompute import Recompute
 
 
 @pytest.fixture(scope="module")
-def one_rank(run_engine, tmp_path_factory, nvfp4_checkpoint):
-    """Four steps on one rank, saved after the second."""
+def one_rank(run_engine, tmp_path_factory, nvfp4_checkpoint, bf16_checkpoint):
+    """Four steps on one rank, saved after the second; the user gave the 16-bit model."""
     folder = tmp_path_factory.mktemp("one")
-    report = run_engine(nvfp4_checkpoint, folder / "r", steps=4, save_after=2, save=str(folder / "ckpt" / "actor"))[0]
-    return folder, report
+    settings = {"steps": 4, "save_after": 2, "save": str(folder / "ckpt" / "actor")}
+    environment = {"QERL_SOURCE_MODELS": json.dumps({"actor": str(bf16_checkpoint)})}
+    return folder, run_engine(nvfp4_checkpoint, folder / "r", environment=environment, **settings)[0]
 
 
 def test_the_registry_gives_our_engine(one_rank):
@@ -61,6 +62,33 @@ def test_a_checkpoint_holds_adapter_optimizer_and_scheduler_but_not_the_base(one
     assert sorted(adapter) == one_rank[1]["adapter_names"]
     config = json.loads((folder / "lora_adapter" / "adapter_config.json").read_text())
     assert config["peft_type"] == "LORA" and config["r"] == 8 and "q_proj" in config["target_modules"]
+
+
+def test_what_the_checkpoint_says_about_merging_holds(one_rank, bf16_checkpoint, tmp_path):
+    """Stock PEFT finds the user's 16-bit model and merges; verl's merger fails as the README says."""
+    from peft import AutoPeftModelForCausalLM
+    from verl.model_merger.base_model_merger import ModelMergerConfig
+    from verl.model_merger.fsdp_model_merger import FSDPModelMerger
+
+    folder = one_rank[0] / "ckpt" / "actor"
+    guide = (folder / "README.md").read_text()
+    assert f"is a PEFT adapter of {bf16_checkpoint}." in guide
+    model = AutoPeftModelForCausalLM.from_pretrained(folder / "lora_adapter", dtype="bfloat16").merge_and_unload()
+    before = load_file(next(bf16_checkpoint.glob("*.safetensors")))
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert model.state_dict().keys() >= before.keys() and not torch.equal(model.state_dict()[name], before[name])
+
+    settings = {
+        "operation": "merge",
+        "backend": "fsdp",
+        "local_dir": str(folder),
+        "target_dir": str(tmp_path / "merged"),
+    }
+    with pytest.raises(RuntimeError) as error:
+        FSDPModelMerger(
+            ModelMergerConfig(hf_model_config_path=str(folder / "huggingface"), **settings)
+        ).merge_and_save()
+    assert str(error.value).split(" at ")[0] in guide
 
 
 def test_resuming_continues_bit_for_bit(run_engine, one_rank, nvfp4_checkpoint, tmp_path):

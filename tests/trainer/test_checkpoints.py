@@ -1,5 +1,6 @@
 """Which checkpoint a run goes on from, when the last save was cut off anywhere."""
 
+import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -62,11 +63,13 @@ class Base:
 
 
 class Trainer(WholeCheckpointsMixin, Base):
-    def __init__(self, root, base="b1", **trainer):
+    def __init__(self, root, base="b1", policy=None, steps=None, **trainer):
         settings = {"default_local_dir": str(root), "resume_mode": "auto", "resume_from_path": None}
         settings |= {"max_actor_ckpt_to_keep": None, "max_critic_ckpt_to_keep": None} | trainer
         self.root = root
-        super().__init__(OmegaConf.create({"trainer": settings, "qerl": {"base_fingerprint": {"actor": base}}}))
+        node = {"base_fingerprint": {"actor": base}, "policy": policy}
+        self.total_training_steps = steps
+        super().__init__(OmegaConf.create({"trainer": settings, "qerl": node}))
 
     def save(self, *steps):
         for self.global_steps in steps:
@@ -348,7 +351,7 @@ def test_verls_trainer_calls_the_callback_last(tmp_path, monkeypatch):
         def __init__(self, config):
             self.config = config
             self.use_critic, self.trainer_mode, self.global_steps = False, "sync", 5
-            self._base, self._saved, self._run = {}, [], new_run()
+            self._base, self._policy, self._saved, self._run = {}, {}, [], new_run()
             from qerl_verl.trainer.ppo import _RecordingCallback
 
             self.checkpoint_callback = _RecordingCallback(
@@ -371,3 +374,33 @@ def test_verls_trainer_calls_the_callback_last(tmp_path, monkeypatch):
     Real(OmegaConf.create({"trainer": trainer, "actor_rollout_ref": {"actor": {}}}))._save_checkpoint()
     assert set(read_record(tmp_path / "global_step_5")["files"]) == {"actor/model.pt", "data.pt"}
     assert find_resumable(tmp_path, print) == tmp_path / "global_step_5"
+
+
+ALPHA = "actor_rollout_ref.model.lora_alpha"
+
+
+@pytest.mark.parametrize("mode", ["auto", "resume_path"])
+def test_another_policy_is_refused_and_the_checkpoint_stays(tmp_path, mode):
+    start(tmp_path, policy={ALPHA: 32, "qerl.aqn.seed": 42}).save(1)
+    settings = {"resume_mode": mode, "resume_from_path": str(tmp_path / "global_step_1")}
+    with pytest.raises(CheckpointError, match=rf"{ALPHA} was 32 and is 16; set {ALPHA}=32\. To begin a new run"):
+        start(tmp_path, policy={ALPHA: 16, "qerl.aqn.seed": 42}, **settings).resume()
+    assert find_damage(tmp_path / "global_step_1") is None
+    assert start(tmp_path, policy={ALPHA: 32, "something.new": 1}, **settings).resume() == "global_step_1"
+
+
+def test_a_record_without_a_policy_is_let_through(tmp_path):
+    start(tmp_path).save(1)
+    file = tmp_path / "global_step_1" / RECORD_FILE
+    record = json.loads(file.read_text())
+    del record["policy"], record["total_training_steps"]
+    file.write_text(json.dumps(record))
+    assert start(tmp_path, policy={ALPHA: 16}, steps=9).resume() == "global_step_1"
+
+
+@pytest.mark.parametrize(("then", "now", "noise", "said"), [(40, 80, True, 1), (40, 40, True, 0), (40, 80, False, 0)])
+def test_another_number_of_steps_moves_the_stages_and_is_said(tmp_path, capsys, then, now, noise, said):
+    policy = {"qerl.aqn.enable": noise}
+    start(tmp_path, policy=policy, steps=then).save(1)
+    start(tmp_path, policy=policy, steps=now).resume()
+    assert capsys.readouterr().out.count(f"was to have {then} steps, this one has {now}: the noise stages move") == said

@@ -116,7 +116,10 @@ def trainer(monkeypatch):
     monkeypatch.setattr(ray, "get", lambda futures: futures)
     monkeypatch.setattr(ray, "wait", lambda futures, num_returns, timeout: (futures, []))
     aqn = {"sigma_start": 0.04, "sigma_end": 0.01, "num_stages": 4, "seed": 6}
-    config = {"trainer": {"v1": {"trainer_mode": "qerl_sync"}}, "qerl": {"aqn": aqn, "source_model": "somewhere"}}
+    config = {
+        "trainer": {"v1": {"trainer_mode": "qerl_sync"}},
+        "qerl": {"aqn": aqn, "source_models": {"actor": "somewhere"}},
+    }
     return Trainer(OmegaConf.create(config))
 
 

@@ -7,6 +7,7 @@
 - :mod:`.plugins`: installed versions, and whether verl and vLLM load QeRL
 - :mod:`.models`: model folders that lie on this machine, and what has to fit them
 - :mod:`.tokenizers`: their tokenizers
+- :mod:`.resume`: the checkpoint that a run resumes from
 
 A check returns problems: one sentence each, which begins with the setting and ends with the fix. Nothing here starts,
 downloads or writes anything.

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
@@ -97,6 +98,8 @@ REFUSED_OF_A_MODEL = (
     Refused("lora_rank", lambda v, get: not isinstance(v, int) or v <= 0,
             "the base is frozen, so there would be nothing to train; remove the setting (32 is then used) or give a "
             "positive rank"),
+    Refused("lora_alpha", lambda v, get: v is not None and not (isinstance(v, int | float) and 0 < v < math.inf),
+            "the LoRA delta would be multiplied by that, so that nothing trains; give a positive number"),
     Refused("lora.merge", _is_set, "the adapter alone is sent to the rollout, which applies it beside the base (rounded to 4 "
             "bits, a LoRA delta is lost); remove it"),
     Refused("mtp.enable", _is_set, "multi-token prediction layers are not quantized; remove it"),

@@ -1,0 +1,80 @@
+"""What defines a run's policy beside its weights, and what of it differs between a checkpoint and a run that resumes it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from qerl_verl.config.keys import get_value
+from qerl_verl.config.rules import ROLLOUT, trained_models
+
+NOISE = "qerl.aqn"
+
+
+def describe_policy(config: DictConfig, adapters: Mapping[str, dict] | None = None) -> dict[str, Any]:
+    """Setting -> value, as JSON has it: rank, alpha, rsLoRA and layers of each adapter, the noise, the base's
+    format and the sampling dtype.
+
+    Args:
+        config: the configuration after :func:`~qerl_verl.config.rules.apply_rules`.
+        adapters: see :class:`~qerl_verl.config.plan.Plan`.
+
+    Returns:
+        What is not known, as the layers of a model that has not been downloaded, is left out.
+    """
+    out = {}
+    for model in trained_models(config):
+        adapter = (adapters or {}).get(model)
+        out |= {f"{model}.{name}": get_value(config, f"{model}.{name}") for name in ("lora_rank", "lora_alpha")}
+        if adapter or get_value(config, f"{model}.lora_adapter_path") is None:
+            out[f"{model}.use_rslora"] = bool((adapter or {}).get("use_rslora"))
+            if layers := _adapted_layers(config, model, adapter):
+                out[f"{model}.target_modules"] = layers
+    out["qerl.arm"] = get_value(config, "qerl.arm")
+    out[f"{ROLLOUT}.dtype"] = get_value(config, f"{ROLLOUT}.dtype")
+    noise = get_value(config, NOISE)
+    if noise is not None:
+        out |= {f"{NOISE}.{name}": value for name, value in OmegaConf.to_container(noise, resolve=True).items()}
+    return out
+
+
+def find_changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs, one sentence each with both values and the fix. A setting that one of the two lacks is let through.
+
+    Args:
+        then: what a checkpoint recorded.
+        now: what :func:`describe_policy` returns for the run that resumes from it.
+    """
+    noiseless = then.get(f"{NOISE}.enable") is False and now.get(f"{NOISE}.enable") is False
+    out = []
+    for key in sorted(then.keys() & now.keys()):
+        if then[key] == now[key] or (noiseless and key.startswith(f"{NOISE}.")):
+            continue
+        model, _, name = key.rpartition(".")
+        if name == "use_rslora":
+            fix = f"give the lora_adapter_path that the first run had, or none ({model}.lora_adapter_path)"
+        else:
+            value = f"[{','.join(then[key])}]" if isinstance(then[key], list) else then[key]
+            fix = f"use +qerl={value}" if key == "qerl.arm" else f"set {key}={'null' if value is None else value}"
+        out.append(f"{key} was {then[key]} and is {now[key]}; {fix}")
+    return out
+
+
+def _adapted_layers(config: DictConfig, model: str, adapter: dict | None) -> list[str]:
+    """The layers with an adapter: their last names where those say it, else their full names; none if unknown."""
+    from qerl_verl.config.adapters import adapted_layers
+    from qerl_verl.config.checks.models import local_folder
+    from qerl_verl.lora.targets import last_names, matched_layers
+    from qerl_verl.nvfp4.checkpoint import linear_shapes
+    from qerl_verl.nvfp4.errors import CheckpointError
+
+    folder = local_folder(config, model)
+    try:
+        layers = linear_shapes(folder) if folder else {}
+        adapted = adapted_layers(config, model, layers, adapter) if layers else set()
+    except (CheckpointError, ValueError, TypeError):  # reported by the checks of models and adapters
+        return []
+    names = sorted(last_names(adapted))
+    return names if adapted and matched_layers(layers, names) == adapted else sorted(adapted)
