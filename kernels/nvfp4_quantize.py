@@ -8,9 +8,14 @@ the same global scale the bytes are the ones it writes:
     code         = e2m1(w / (block_scale / global_scale))
 
 Both roundings are to nearest, ties to even. A value that is negative and rounds to zero keeps its sign (code 8).
+
+"Four over six" (arXiv 2512.02010) writes the same format and leaves the largest E2M1 step (4 to 6) unused in the blocks
+where that lowers the squared error: see :func:`quantize_nvfp4_four_over_six`.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 
@@ -18,19 +23,23 @@ from qerl_verl.kernels.nvfp4_dequantize import BLOCK_SIZE, E2M1_VALUES
 
 E2M1_MAX = E2M1_VALUES[-1]
 E4M3_MAX = torch.finfo(torch.float8_e4m3fn).max
+FOUR_OVER_SIX_SCALE_MAX = 256.0
+"""Largest block scale under "four over six" where 6 stands for the block's maximum; where 4 does, it is 384 <= 448."""
 ZERO_BLOCK_SCALE = torch.finfo(torch.float8_e4m3fn).eps
 """Scale of a block whose own scale rounds to zero."""
 
-_CHUNK_ELEMENTS = 1 << 18  # temporaries stay in cache, and enough work for eight threads
+_CHUNK_ELEMENTS = (1 << 18, 1 << 24)
+"""Weights at a time, on a CPU (temporaries stay in cache, enough work for eight threads) and on a GPU."""
 
 
-def nvfp4_global_scale(amax: torch.Tensor) -> torch.Tensor:
-    """The per-tensor divisor, ``448 * 6 / amax``: the largest block scale becomes 448.
+def nvfp4_global_scale(amax: torch.Tensor, largest_block_scale: float = E4M3_MAX) -> torch.Tensor:
+    """The per-tensor divisor, ``largest_block_scale * 6 / amax``.
 
     As ``generate_gparam`` in ``compressed_tensors/quantization/utils/helpers.py`` computes it from float32 ranges.
 
     Args:
         amax: one finite value >= 0, the largest magnitude of the weight or of all weights that share the scale.
+        largest_block_scale: what the scale of the block with the largest magnitude becomes; at most 448.
 
     Returns:
         ``[1]`` float32. 1.0 where ``amax`` is zero or so small that the quotient exceeds float32 (below 7.9e-36).
@@ -40,7 +49,7 @@ def nvfp4_global_scale(amax: torch.Tensor) -> torch.Tensor:
     """
     if amax.numel() != 1 or not torch.isfinite(amax).item() or amax.item() < 0:
         raise ValueError(f"amax must be one finite value >= 0, got {amax.tolist()}")
-    scale = E4M3_MAX * E2M1_MAX / amax.float().reshape(1)
+    scale = largest_block_scale * E2M1_MAX / amax.float().reshape(1)
     return torch.where(torch.isfinite(scale), scale, 1.0)
 
 
@@ -62,6 +71,63 @@ def quantize_nvfp4(weight: torch.Tensor, global_scale: torch.Tensor) -> tuple[to
     Raises:
         ValueError: a shape or dtype other than the above.
     """
+    six = torch.tensor(E2M1_MAX, dtype=weight.dtype, device=weight.device)  # a Python 6.0 multiplies by 1/6 on CUDA
+
+    def quantize(blocks: torch.Tensor, global_scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        block_scale = _to_e4m3((blocks.abs().amax(-1) / six).float() * global_scale)
+        return _e2m1_codes(blocks.float() / (block_scale / global_scale).unsqueeze(-1)), block_scale
+
+    return _by_chunks(weight, global_scale, quantize)
+
+
+def quantize_nvfp4_four_over_six(weight: torch.Tensor, global_scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize with the better of two scales for each block (arXiv 2512.02010, section 3).
+
+    The block's largest magnitude becomes 6, as in :func:`quantize_nvfp4`, or 4, which gives the values below it finer steps:
+    whichever has the smaller squared error; 6 where they are equal. The bytes are plain NVFP4.
+
+    Args:
+        weight: as for :func:`quantize_nvfp4`.
+        global_scale: one float32, ``nvfp4_global_scale(amax, FOUR_OVER_SIX_SCALE_MAX)``.
+
+    Returns:
+        ``packed`` and ``scale``, as :func:`quantize_nvfp4` returns them.
+
+    Raises:
+        ValueError: as :func:`quantize_nvfp4`.
+    """
+
+    def candidate(blocks, amax, largest, global_scale):
+        block_scale = _to_e4m3(amax / amax.new_tensor(largest) * global_scale)
+        step = (block_scale / global_scale).unsqueeze(-1)
+        code = e2m1_magnitude_codes(blocks / step)
+        error = (e2m1_magnitudes(code) * step).sub_(blocks).square_().sum(-1)
+        return code, block_scale, error
+
+    def quantize(blocks: torch.Tensor, global_scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        negative = blocks < 0
+        blocks = blocks.float().abs()
+        amax = blocks.amax(-1)
+        six, scale_six, error_six = candidate(blocks, amax, 6.0, global_scale)
+        four, scale_four, error_four = candidate(blocks, amax, 4.0, global_scale)
+        use_four = error_four < error_six
+        code = torch.where(use_four.unsqueeze(-1), four, six).to(torch.uint8)
+        return code | negative.to(torch.uint8) << 3, torch.where(use_four, scale_four, scale_six)
+
+    return _by_chunks(weight, global_scale, quantize)
+
+
+def pack_e2m1(codes: torch.Tensor) -> torch.Tensor:
+    """Two codes a byte, the first in the low nibble: ``[N, K]`` uint8 to ``[N, K / 2]``."""
+    return codes[..., ::2] | codes[..., 1::2] << 4
+
+
+def _by_chunks(
+    weight: torch.Tensor,
+    global_scale: torch.Tensor,
+    quantize: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``packed`` and ``scale`` of a weight; ``quantize`` maps blocks ``[B, 16]`` to codes ``[B, 16]`` and scales ``[B]``."""
     if weight.ndim != 2 or weight.shape[1] % BLOCK_SIZE:
         raise ValueError(f"weight must be [N, K] with K a multiple of {BLOCK_SIZE}, got {tuple(weight.shape)}")
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -73,33 +139,39 @@ def quantize_nvfp4(weight: torch.Tensor, global_scale: torch.Tensor) -> tuple[to
     packed = torch.empty(n, k // 2, dtype=torch.uint8, device=weight.device)
     scale = torch.empty(n, k // BLOCK_SIZE, dtype=torch.float8_e4m3fn, device=weight.device)
     global_scale = global_scale.to(weight.device).reshape(1)
-    six = torch.tensor(E2M1_MAX, dtype=weight.dtype, device=weight.device)  # a Python 6.0 multiplies by 1/6 on CUDA
-    rows = max(1, _CHUNK_ELEMENTS // k)
+    rows = max(1, _CHUNK_ELEMENTS[weight.is_cuda] // k)
     for start in range(0, n, rows):
-        blocks = weight[start : start + rows].reshape(-1, BLOCK_SIZE)
-        block_scale = (blocks.abs().amax(-1) / six).float() * global_scale
-        block_scale = block_scale.clamp_(max=E4M3_MAX).to(torch.float8_e4m3fn).float()
-        block_scale[block_scale == 0] = ZERO_BLOCK_SCALE
-        scaled = blocks.float() / (block_scale / global_scale).unsqueeze(-1)
-        packed[start : start + rows] = _pack(_e2m1_codes(scaled)).view(-1, k // 2)
+        codes, block_scale = quantize(weight[start : start + rows].reshape(-1, BLOCK_SIZE), global_scale)
+        packed[start : start + rows] = pack_e2m1(codes).view(-1, k // 2)
         scale[start : start + rows] = block_scale.view(-1, k // BLOCK_SIZE)  # exact
     return packed, scale
 
 
-def _e2m1_codes(x: torch.Tensor) -> torch.Tensor:
-    """The E2M1 codes nearest to float32 ``x``, ties to even, in uint8.
+def _to_e4m3(scale: torch.Tensor) -> torch.Tensor:
+    """Float32 block scales >= 0 rounded to E4M3, in float32; overwrites its argument."""
+    scale = scale.clamp_(max=E4M3_MAX).to(torch.float8_e4m3fn).float()
+    scale[scale == 0] = ZERO_BLOCK_SCALE
+    return scale
 
-    The codes 0-4 are equidistant in x, with step 1/2; 4-6 have step 1; 6-7 have step 2. Each term below is the code as
+
+def _e2m1_codes(x: torch.Tensor) -> torch.Tensor:
+    """The E2M1 codes nearest to float32 ``x``, ties to even, in uint8."""
+    return e2m1_magnitude_codes(x.abs()).to(torch.uint8) | (x < 0).to(torch.uint8) << 3
+
+
+def e2m1_magnitude_codes(a: torch.Tensor) -> torch.Tensor:
+    """The codes nearest to float32 ``a`` >= 0, ties to even, in float32; overwrites its argument.
+
+    The codes 0-4 are equidistant in a, with step 1/2; 4-6 have step 1; 6-7 have step 2. Each line below is the code as
     if its step held everywhere, and the smallest is right.
     """
-    a = x.abs().clamp_(max=E2M1_MAX)
+    a = a.clamp_(max=E2M1_MAX)
     code = torch.round(a * 2)
-    code = torch.minimum(code, torch.round(a).add_(2))
-    code = torch.minimum(code, torch.round(a * 0.5).add_(4))
-    return code.to(torch.uint8) | (x < 0).to(torch.uint8) << 3
+    code = torch.minimum(code, torch.round(a).add_(2), out=code)
+    return torch.minimum(code, torch.round(a.mul_(0.5)).add_(4), out=code)
 
 
-def _pack(codes: torch.Tensor) -> torch.Tensor:
-    """Two codes a byte, the first in the low nibble."""
-    pairs = codes.view(-1, 2)
-    return pairs[:, 0] | pairs[:, 1] << 4
+def e2m1_magnitudes(code: torch.Tensor) -> torch.Tensor:
+    """The values of the codes 0 to 7, float32 to float32: as for the codes, the largest of three lines is right."""
+    value = torch.maximum(code * 0.5, code - 2)
+    return torch.maximum(value, code * 2 - 8, out=value)

@@ -11,7 +11,12 @@ from compressed_tensors.quantization import preset_name_to_scheme
 from compressed_tensors.quantization.utils.helpers import calculate_qparams, generate_gparam
 
 from qerl_verl.kernels.nvfp4_dequantize import dequantize_nvfp4
-from qerl_verl.kernels.nvfp4_quantize import nvfp4_global_scale, quantize_nvfp4
+from qerl_verl.kernels.nvfp4_quantize import (
+    FOUR_OVER_SIX_SCALE_MAX,
+    nvfp4_global_scale,
+    quantize_nvfp4,
+    quantize_nvfp4_four_over_six,
+)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -172,3 +177,61 @@ def test_quantizing_twice_changes_nothing():
 def test_rejects(weight, global_scale, message):
     with pytest.raises(ValueError, match=message):
         quantize_nvfp4(weight, global_scale)
+
+
+# --- four over six ---------------------------------------------------------------------------------------------------
+
+
+def by_definition(block, global_scale):
+    """arXiv 2512.02010 for one block, in float64 from the float32 scales: the better of the two; value and scale."""
+    candidates = []
+    for largest in (6.0, 4.0):
+        scale = (block.abs().max() / largest * global_scale).clamp(max=448).to(torch.float8_e4m3fn).float()
+        step = ((scale if scale > 0 else torch.tensor(0.125)) / global_scale).double()
+        grid = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64) * step
+        grid = torch.cat((grid, -grid))
+        values = grid[(block.double()[:, None] - grid).abs().argmin(1)]
+        candidates.append((((values - block.double()) ** 2).sum().item(), values, scale))
+    return min(candidates, key=lambda c: c[0])
+
+
+def test_four_over_six_takes_the_better_scale():
+    torch.manual_seed(0)
+    weight = torch.randn(64, 64) * 0.02
+    global_scale = nvfp4_global_scale(weight.abs().max(), FOUR_OVER_SIX_SCALE_MAX)
+    packed, scale = quantize_nvfp4_four_over_six(weight, global_scale)
+    decoded = dequantize_nvfp4(packed, scale, global_scale, torch.float64).view(-1, 16)
+    fours = 0
+    for block, got, s in zip(weight.view(-1, 16), decoded, scale.view(-1), strict=True):
+        error, values, want_scale = by_definition(block, global_scale)
+        assert ((got - block.double()) ** 2).sum().item() == pytest.approx(error, rel=1e-5)
+        fours += s.float() * block.abs().max().reciprocal() / global_scale > 0.2  # 1/4 or 1/6 of the block's maximum
+        assert s.float() == (want_scale if want_scale > 0 else 0.125) or got.allclose(values, rtol=1e-5)
+    assert 0.2 * len(decoded) < fours < 0.8 * len(decoded)  # both are taken
+    plain = dequantize_nvfp4(*quantize_nvfp4(weight, global_scale), global_scale, torch.float64).view(-1, 16)
+    errors = [((d - weight.view(-1, 16)) ** 2).sum(-1) for d in (decoded, plain)]
+    assert (errors[0] <= errors[1] * (1 + 1e-6)).all() and errors[0].sum() < 0.9 * errors[1].sum()
+
+
+def test_four_over_six_has_room_for_its_larger_scale():
+    """The block with the largest weight of all: 4 needs a scale of 256 * 6 / 4 = 384, which E4M3 holds."""
+    weight = torch.zeros(1, 32)
+    weight[0, :16] = torch.tensor([4.0, 3.0, 2.0, 1.5] * 4)  # exact where the maximum becomes 4
+    global_scale = nvfp4_global_scale(weight.abs().max(), FOUR_OVER_SIX_SCALE_MAX)
+    packed, scale = quantize_nvfp4_four_over_six(weight, global_scale)
+    assert scale[0, 0].float() == 384
+    assert dequantize_nvfp4(packed, scale, global_scale, torch.float32).allclose(weight)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_four_over_six_of_zeros_and_signs(dtype):
+    weight = torch.tensor([[0.0, -0.0, 1e-30, -1e-3] * 4, [0.0] * 16], dtype=dtype)
+    packed, scale = quantize_nvfp4_four_over_six(weight, torch.tensor([1536.0]))
+    values = dequantize_nvfp4(packed, scale, torch.tensor([1536.0]), torch.float32)
+    assert (values[1] == 0).all() and (values[0, 3::4] < 0).all() and (values[0, ::4] == 0).all()
+    assert scale.float().min() > 0
+
+
+def test_four_over_six_rejects_what_rounding_rejects():
+    with pytest.raises(ValueError, match="multiple of 16"):
+        quantize_nvfp4_four_over_six(torch.zeros(2, 24), torch.ones(1))
