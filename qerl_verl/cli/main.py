@@ -8,8 +8,11 @@ ExplainError or OSError and ends in one line on stderr and exit code 2; ``--debu
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import qerl_verl
@@ -22,24 +25,83 @@ EXIT_ERROR = 2
 
 def _add_quantize(subparsers, common: argparse.ArgumentParser) -> None:
     parser = subparsers.add_parser(
-        "quantize", parents=[common], help="write an NVFP4 copy of a 16- or 32-bit Hugging Face checkpoint"
+        "quantize",
+        parents=[common],
+        help="write an NVFP4 copy of a 16- or 32-bit Hugging Face checkpoint; or, with --check, verify one",
     )
-    parser.add_argument("src", type=Path, help="folder with config.json and safetensors")
-    parser.add_argument("dst", type=Path, help="folder to write, absent or empty")
+    parser.add_argument("src", type=Path, nargs="?", help="folder with config.json and safetensors")
+    parser.add_argument("dst", type=Path, nargs="?", help="folder to write, absent or empty")
     parser.add_argument(
         "--force",
         action="store_true",
         help="replace a checkpoint in DST that this command wrote, once the new one is complete",
     )
+    parser.add_argument("--check", type=Path, metavar="DST", help="verify an NVFP4 folder, all of its bytes")
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout, with the report")
+    _add_method(parser)
     parser.set_defaults(run=_quantize)
+
+
+def _add_method(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--method",
+        choices=("rtn", "four-over-six", "gptq"),
+        help="default: gptq with --calibration, else four-over-six",
+    )
+    parser.add_argument(
+        "--calibration",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="parquet, JSONL or text: what gptq looks at, and what the loss in the report is measured on",
+    )
+    parser.add_argument("--samples", type=int, default=128, help="sequences to calibrate with (default: %(default)s)")
+    parser.add_argument("--sample-tokens", type=int, default=512, help="tokens of a sequence (default: %(default)s)")
+    parser.add_argument("--device", help="cuda, cuda:1, cpu (default: the GPU if there is one)")
+
+
+def _read_calibration(arguments: argparse.Namespace, model: Path):
+    from qerl_verl.nvfp4.calibration import read_calibration
+
+    return read_calibration(
+        arguments.calibration, model, samples=arguments.samples, sample_tokens=arguments.sample_tokens
+    )
 
 
 def _quantize(arguments: argparse.Namespace) -> int:
     from qerl_verl.nvfp4.checkpoint import quantize_checkpoint
+    from qerl_verl.nvfp4.report import format_report, read_report
 
-    dst = arguments.dst.resolve()
-    quantize_checkpoint(arguments.src.resolve(), dst, replace=arguments.force)
-    print(dst)
+    if arguments.check is not None:
+        if arguments.src is not None:
+            raise CheckpointError("--check DST verifies a folder that is there; give it without SRC and DST.")
+        return _check(arguments.check.resolve(), arguments.json)
+    if arguments.dst is None:
+        raise CheckpointError("give SRC and DST, or --check DST.")
+    src, dst = arguments.src.resolve(), arguments.dst.resolve()
+    calibration = _read_calibration(arguments, src) if arguments.calibration else None
+    method = arguments.method or ("gptq" if calibration else "four-over-six")
+    started = time.monotonic()
+    quantize_checkpoint(
+        src, dst, method=method, calibration=calibration, device=arguments.device, replace=arguments.force
+    )
+    report = read_report(dst)
+    if arguments.json:
+        print(json.dumps({"path": str(dst), "seconds": round(time.monotonic() - started, 3), **report}))
+    else:
+        print(format_report(report), file=sys.stderr)
+        print(dst)
+    return 0
+
+
+def _check(path: Path, as_json: bool) -> int:
+    from qerl_verl.nvfp4.verify import verify_checkpoint
+
+    found = verify_checkpoint(path)
+    if as_json:
+        print(json.dumps({"path": str(path), **found}))
+    else:
+        print(f"{path}: " + ", ".join(f"{value:,} {name}" for name, value in found.items()) + ": no fault found")
     return 0
 
 
@@ -51,13 +113,22 @@ def _add_resolve(subparsers, common: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("model", help="local folder or name on the Hugging Face hub")
     parser.add_argument("--cache-dir", type=Path, help="default: $QERL_CACHE or ~/.cache/qerl_verl")
+    _add_method(parser)
     parser.set_defaults(run=_resolve)
 
 
 def _resolve(arguments: argparse.Namespace) -> int:
-    from qerl_verl.nvfp4.cache import resolve_checkpoint
+    from qerl_verl.nvfp4.cache import Quantization, resolve_checkpoint
 
-    print(resolve_checkpoint(arguments.model, arguments.cache_dir).path)
+    method = arguments.method or ("gptq" if arguments.calibration else "four-over-six")
+    if method == "gptq" and not arguments.calibration:
+        raise CheckpointError("method gptq needs a calibration text (--calibration FILE).")
+    calibration = partial(_read_calibration, arguments) if arguments.calibration else None
+    quantization = Quantization(method, calibration, arguments.device)
+    resolved = resolve_checkpoint(arguments.model, arguments.cache_dir, quantization)
+    for note in resolved.notes:
+        print(f"qerl: {note}", file=sys.stderr)
+    print(resolved.path)
     return 0
 
 

@@ -18,7 +18,7 @@ import re
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -26,6 +26,7 @@ from typing import Literal
 from filelock import FileLock, Timeout
 
 from qerl_verl.nvfp4.architectures import get_architecture
+from qerl_verl.nvfp4.calibration import Calibration
 from qerl_verl.nvfp4.checkpoint import (
     CONFIG_FILE,
     FORMAT,
@@ -42,6 +43,9 @@ from qerl_verl.nvfp4.checkpoint import (
     unused_settings,
 )
 from qerl_verl.nvfp4.errors import CheckpointError
+from qerl_verl.nvfp4.gptq import GPTQ_VERSION
+from qerl_verl.nvfp4.isolated import quantize_in_a_process
+from qerl_verl.nvfp4.quantizers import NEEDS_CALIBRATION
 from qerl_verl.ownership import host_name
 
 _DIGESTS_FILE = "digests.json"
@@ -69,8 +73,30 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("QERL_CACHE") or "~/.cache/qerl_verl").expanduser()
 
 
+@dataclass(frozen=True)
+class Quantization:
+    """How a model is quantized that is not NVFP4 yet.
+
+    Attributes:
+        method: see :data:`~qerl_verl.nvfp4.quantizers.Method`.
+        calibration: makes the text that the method needs from the model's folder (its tokenizer); called only where the
+            model has to be quantized or looked up.
+        device: where; by default the current GPU, or the CPU where there is none.
+        isolated: in a process of its own, see :mod:`qerl_verl.nvfp4.isolated`.
+    """
+
+    method: str = "four-over-six"
+    calibration: Callable[[Path], Calibration] | None = None
+    device: str | None = None
+    isolated: bool = False
+
+
 def resolve_checkpoint(
-    model_path: str | Path, cache_dir: str | Path | None = None, *, progress: bool = True
+    model_path: str | Path,
+    cache_dir: str | Path | None = None,
+    quantization: Quantization = Quantization(),
+    *,
+    progress: bool = True,
 ) -> ResolvedCheckpoint:
     """A local NVFP4 checkpoint of a model: the model itself if it is one, else quantized into the cache.
 
@@ -81,6 +107,7 @@ def resolve_checkpoint(
     Args:
         model_path: local folder, or name of a model on the Hugging Face hub (``HF_HUB_OFFLINE`` is respected).
         cache_dir: None means :func:`default_cache_dir`.
+        quantization: how. Another method or another calibration text makes another entry of the cache.
         progress: show a progress bar on stderr.
 
     Raises:
@@ -96,11 +123,15 @@ def resolve_checkpoint(
     cache = Path(cache_dir) if cache_dir is not None else default_cache_dir()
     cache = cache.expanduser().absolute()
     cache.mkdir(parents=True, exist_ok=True)
-    entry = cache / f"{config.get('model_type', 'model')}-{_content_key(folder, cache)}"
+    calibration = None
+    if quantization.method in NEEDS_CALIBRATION and quantization.calibration is not None:
+        calibration = quantization.calibration(folder)
+    key = _content_key(folder, cache, quantization.method, calibration)
+    entry = cache / f"{config.get('model_type', 'model')}-{key}"
     if not entry.exists():
         with _exclusive(entry):
             if not entry.exists():
-                _fill(entry, folder, progress, cache)
+                _fill(entry, folder, quantization, calibration, progress, cache)
     _verify(entry, cache)
     return ResolvedCheckpoint(entry, source, "quantized")
 
@@ -134,9 +165,17 @@ def fingerprint(folder: str | Path, cache_dir: str | Path | None = None) -> str:
     return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _fill(entry: Path, folder: Path, progress: bool, cache: Path) -> None:
+def _fill(
+    entry: Path,
+    folder: Path,
+    quantization: Quantization,
+    calibration: Calibration | None,
+    progress: bool,
+    cache: Path,
+) -> None:
+    how = dict(method=quantization.method, calibration=calibration, device=quantization.device, progress=progress)
     try:
-        records = quantize_checkpoint(folder, entry, progress=progress)
+        records = (quantize_in_a_process if quantization.isolated else quantize_checkpoint)(folder, entry, **how)
     except CheckpointError:
         if not (entry / MANIFEST_FILE).exists():  # else another node was faster
             raise
@@ -175,12 +214,15 @@ def _verify(entry: Path, cache: Path) -> None:
 # --- the key ---------------------------------------------------------------------------------------------------------
 
 
-def _content_key(folder: Path, cache: Path) -> str:
+def _content_key(folder: Path, cache: Path, method: str, calibration: Calibration | None) -> str:
     """Hash of what the output depends on: all files that are read or copied, and how they are quantized."""
     digests = _Digests(cache / _DIGESTS_FILE)
     files = {name: digests.of(folder / name) for name in source_files(folder)}
     digests.save()
-    content = json.dumps({"format": FORMAT, "version": FORMAT_VERSION, "files": files}, sort_keys=True)
+    content = {"format": FORMAT, "version": FORMAT_VERSION, "files": files, "method": method}
+    if calibration is not None:
+        content |= {"calibration": calibration.key, "gptq": GPTQ_VERSION}
+    content = json.dumps(content, sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 

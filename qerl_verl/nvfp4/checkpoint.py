@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fnmatch
+import hashlib
 import json
 import shutil
 import sys
@@ -24,10 +25,23 @@ import torch
 from tqdm import tqdm
 
 from qerl_verl.kernels.nvfp4_dequantize import BLOCK_SIZE
-from qerl_verl.kernels.nvfp4_quantize import nvfp4_global_scale, quantize_nvfp4
 from qerl_verl.nvfp4.architectures import Architecture, get_architecture
 from qerl_verl.nvfp4.atomic_folder import atomic_folder, settle_leftovers
+from qerl_verl.nvfp4.calibration import Calibration
 from qerl_verl.nvfp4.errors import CheckpointError
+from qerl_verl.nvfp4.gptq import GPTQ_VERSION
+from qerl_verl.nvfp4.layerwise import FinishedLayers, compare_checkpoints, gptq_layers
+from qerl_verl.nvfp4.quantizers import (
+    METHODS,
+    NEEDS_CALIBRATION,
+    Method,
+    PackedLinear,
+    SquaredError,
+    round_weight,
+    shared_global_scale,
+    tensors_of,
+)
+from qerl_verl.nvfp4.report import REPORT_FILE, build_report
 from qerl_verl.nvfp4.safetensors_stream import (
     FileRecord,
     HashedFile,
@@ -41,7 +55,7 @@ from qerl_verl.nvfp4.safetensors_stream import (
 from qerl_verl.nvfp4.unused_tensors import is_unused
 
 FORMAT = "nvfp4-pack-quantized"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Raise it when the same source would give other bytes than before: it is part of the key of the cache."""
 
 QUANTIZATION_CONFIG = {
@@ -92,8 +106,7 @@ _WEIGHT_FILES = (
     *("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt"),
     *("*.h5", "*.msgpack", "*.gguf", "*.onnx", "*.onnx_data", "*.ot"),
 )
-_WEIGHT_DTYPES = ("F32", "BF16", "F16")
-_SLAB_ELEMENTS = 1 << 20  # of a weight, what one thread quantizes at a time
+WEIGHT_DTYPES = ("F32", "BF16", "F16")
 _NAN_SCALE, _NEGATIVE_ZERO = 0x7F, 0x80  # E4M3 bytes
 _ANNOUNCED_SCALES = 500_000_000  # bytes; reading more of them shows a progress bar
 _SMALLEST, _LARGEST = 2.0**-126, 2.0**126  # of a global scale: it and its reciprocal are normal float32 numbers
@@ -103,6 +116,9 @@ def quantize_checkpoint(
     src: str | Path,
     dst: str | Path,
     *,
+    method: Method = "four-over-six",
+    calibration: Calibration | None = None,
+    device: str | torch.device | None = None,
     replace: bool = False,
     progress: bool = True,
     max_shard_bytes: int = 5_000_000_000,
@@ -111,12 +127,20 @@ def quantize_checkpoint(
 
     The q, k, v, o, gate, up and down projections are packed; q/k/v share one global scale per layer, and so do
     gate/up. lm_head, embeddings, norms and biases stay in bfloat16 or float16; float32 ones become bfloat16. Tokenizer,
-    generation config and every other file that is not a weight are copied. Tensors are read once, one
-    group of linears that share a scale at a time, so that host memory stays at about one decoder layer.
+    generation config and every other file that is not a weight are copied. Tensors are read one group of linears that
+    share a scale at a time, so that host memory stays at about one decoder layer. ``qerl_report.json`` says what
+    errors that makes.
+
+    GPTQ keeps each finished layer in a folder beside ``dst``, ``<name>.layers-<key>``, until ``dst`` is there: the same
+    call after a kill or a full disk goes on with the first layer that is missing.
 
     Args:
         src: folder with config.json and safetensors (one file, or shards and an index) in float32, bfloat16 or float16.
-        dst: folder to write, absent or empty. It appears when it is complete; on an error nothing is left.
+        dst: folder to write, absent or empty. It appears when it is complete; on an error nothing is left but GPTQ's
+            finished layers.
+        method: see :data:`~qerl_verl.nvfp4.quantizers.Method`.
+        calibration: what GPTQ looks at. With any method the loss on its ``held_out`` goes into the report.
+        device: where to compute; by default the current GPU, or the CPU where there is none.
         replace: ``dst`` may also be a checkpoint that this function wrote, with nothing else in it. It is moved aside when the
             new one is complete, and removed when the new one is in place; a killed process leaves either of them at ``dst``, or
             the next call brings the old one back.
@@ -130,8 +154,13 @@ def quantize_checkpoint(
         UnsupportedArchitecture: the model is none of :func:`~qerl_verl.nvfp4.architectures.supported_architectures`.
         CheckpointError: the source is incomplete, damaged, quantized already, or holds NaN, Inf or tensors that the
             model does not have; a weight has a number of input channels that 16 does not divide; ``dst`` is not empty
-            or may not be replaced; the disk is full.
+            or may not be replaced; the disk or the memory of the GPU is full; GPTQ without a calibration text.
     """
+    if method not in METHODS:
+        raise CheckpointError(f"method {method}: choose one of {', '.join(METHODS)}.")
+    if method in NEEDS_CALIBRATION and calibration is None:
+        raise CheckpointError(f"method {method} needs a calibration text (--calibration FILE).")
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     src, dst = Path(src), Path(dst)
     if read_quantization(src) == "nvfp4":
         raise CheckpointError(f"{src} is an NVFP4 checkpoint already: use it as it is.")
@@ -147,23 +176,39 @@ def quantize_checkpoint(
     architecture = get_architecture(config)
     tensors = _check_source(src, architecture)
     units = _plan(tensors, architecture)
-    others = [name for name in source_files(src) if name not in (CONFIG_FILE, MANIFEST_FILE) and not _is_weight(name)]
+    ours = (CONFIG_FILE, MANIFEST_FILE, REPORT_FILE)
+    others = [name for name in source_files(src) if name not in ours and not _is_weight(name)]
 
     written = sum(unit.output_bytes for unit in units) + sum((src / name).stat().st_size for name in others)
+    finished = None
+    if method == "gptq":
+        finished = FinishedLayers(dst, _attempt_key(src, tensors, calibration))
+        written += max(0, sum(unit.output_bytes for unit in units if unit.quantize) - finished.nbytes)
     _check_space(dst, written)
     config["quantization_config"] = QUANTIZATION_CONFIG
     dtype = "float16" if tensors["model.embed_tokens.weight"].dtype == "F16" else "bfloat16"
     config |= {key: dtype for key in ("dtype", "torch_dtype") if key in config} or {"torch_dtype": dtype}
 
     try:
+        packer = _Rounder(method, device)
+        if finished is not None:
+            packer = _Finished(gptq_layers(_hf_config(src), tensors, calibration, finished, device, progress))
         with atomic_folder(dst, replace=replace) as folder:
-            records = _write_weights(folder, tensors, units, max_shard_bytes, progress)
+            records = _write_weights(folder, tensors, units, max_shard_bytes, progress, packer)
             for name in others:
                 records[name] = _copy(src / name, folder / name)
             records[CONFIG_FILE] = _write_json(folder / CONFIG_FILE, config)
+            text = None
+            if calibration is not None:
+                packed = read_headers(folder)
+                text = compare_checkpoints(_hf_config(src), tensors, packed, calibration.held_out, device, progress)
+            report = build_report(method, packer.errors, architecture.layer_prefix, calibration, text)
+            records[REPORT_FILE] = _write_json(folder / REPORT_FILE, report)
             manifest = {
                 "format": FORMAT,
                 "format_version": FORMAT_VERSION,
+                "method": method,
+                "calibration": calibration.describe() if calibration else None,
                 "source": str(src.resolve()),
                 "files": {name: asdict(record) for name, record in records.items()},
             }
@@ -172,10 +217,25 @@ def quantize_checkpoint(
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise CheckpointError(
                 f"{dst}: the disk (or the quota) was full before all of the {_gb(written)} were written. What had been "
-                "written is removed. Free some space, or choose a folder on another disk."
+                f"written is removed{finished.kept if finished else ''}. Free some space, or choose a folder on another disk."
             ) from error
         raise
+    except torch.OutOfMemoryError as error:
+        raise CheckpointError(
+            f"{dst}: {device} has too little free memory for {method} ({error}). Free some, or choose another device or "
+            f"method (four-over-six needs the least){finished.kept if finished else ''}."
+        ) from error
+    if finished is not None:
+        finished.remove()
     return records
+
+
+def _attempt_key(src: Path, tensors: dict[str, TensorInfo], calibration: Calibration) -> str:
+    """What the finished layers of an attempt depend on. The source is told by its files' sizes and times."""
+    files = sorted({info.file for info in tensors.values()} | {src / CONFIG_FILE})
+    stamps = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    content = json.dumps([FORMAT_VERSION, GPTQ_VERSION, stamps, calibration.key])
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def _check_replaceable(src: Path, dst: Path) -> None:
@@ -325,7 +385,7 @@ def validate_nvfp4_checkpoint(path: str | Path) -> None:
     packed = {}  # linear -> (N, K)
     for group in _scale_groups(architecture, hf_config.num_hidden_layers):
         packed |= {linear: unpacked.pop(f"{linear}.weight") for linear in group}
-    _check_tensors(path, tensors, unpacked, _WEIGHT_DTYPES)
+    _check_tensors(path, tensors, unpacked, WEIGHT_DTYPES)
     for linear, (n, k) in packed.items():
         if f"{linear}.weight" in tensors:
             raise CheckpointError(
@@ -475,7 +535,12 @@ def _scale_groups(architecture: Architecture, layers: int) -> Iterator[tuple[str
 
 
 def _write_weights(
-    dst: Path, tensors: dict[str, TensorInfo], units: list[_Unit], max_shard_bytes: int, progress: bool
+    dst: Path,
+    tensors: dict[str, TensorInfo],
+    units: list[_Unit],
+    max_shard_bytes: int,
+    progress: bool,
+    packer: _Rounder | _Finished,
 ) -> dict[str, FileRecord]:
     shards: list[list[_Unit]] = [[]]
     size = 0
@@ -491,7 +556,7 @@ def _write_weights(
     names = names if len(shards) > 1 else [SINGLE_FILE]
     bar = tqdm(
         total=sum(info.nbytes for info in tensors.values()),
-        desc="Quantizing to NVFP4",
+        desc=packer.title,
         unit="B",
         unit_scale=True,
         disable=not progress,
@@ -503,7 +568,7 @@ def _write_weights(
             with ShardWriter(dst / name, layout) as writer:
                 for unit in shard:
                     if unit.quantize:
-                        _write_packed(writer, tensors, unit, pool)
+                        _write_packed(writer, tensors, unit, pool, packer)
                     else:
                         _write_copied(writer, tensors, unit)
                     bar.update(sum(tensors[source].nbytes for source in unit.sources))
@@ -531,17 +596,61 @@ def _worker_pool() -> Iterator[ThreadPoolExecutor]:
         torch.set_num_threads(threads)
 
 
-def _write_packed(writer: ShardWriter, tensors: dict[str, TensorInfo], unit: _Unit, pool: ThreadPoolExecutor) -> None:
-    weights = {name: read_tensor(tensors[name]) for name in unit.sources}
-    amax = torch.stack([_finite_amax(weight, name, tensors[name]) for name, weight in weights.items()]).max()
-    global_scale = nvfp4_global_scale(amax)
-    for name in unit.sources:
-        weight = weights.pop(name)
-        slabs = weight.split(max(1, _SLAB_ELEMENTS // weight.shape[1]))
-        packed, scale = zip(*pool.map(lambda slab: quantize_nvfp4(slab, global_scale), slabs), strict=True)
-        writer.write_tensor(f"{name}_global_scale", [global_scale])
-        writer.write_tensor(f"{name}_packed", packed)
-        writer.write_tensor(f"{name}_scale", scale)
+def _write_packed(
+    writer: ShardWriter,
+    tensors: dict[str, TensorInfo],
+    unit: _Unit,
+    pool: ThreadPoolExecutor,
+    packer: _Rounder | _Finished,
+) -> None:
+    for linear, packed in packer.pack(tensors, unit.sources, pool):
+        for name, tensor in tensors_of({linear: packed}).items():
+            writer.write_tensor(name, [tensor])
+
+
+class _Rounder:
+    """Gives the writer packed linears, by a method that needs nothing but their weights.
+
+    Attributes:
+        errors: of the linears so far.
+    """
+
+    def __init__(self, method: str, device: torch.device):
+        self.title = f"Quantizing to NVFP4 ({method})"
+        self.errors: dict[str, SquaredError] = {}
+        self._method, self._device = method, device
+
+    def pack(
+        self, tensors: dict[str, TensorInfo], sources: tuple[str, ...], pool: ThreadPoolExecutor
+    ) -> Iterator[tuple[str, PackedLinear]]:
+        """Linears that share a global scale, one after the other, from the names of their weights."""
+        weights = {name: read_tensor(tensors[name]).to(self._device) for name in sources}
+        amax = [_finite_amax(weight, name, tensors[name]) for name, weight in weights.items()]
+        global_scale = shared_global_scale(amax, self._method)
+        for name in sources:
+            packed = round_weight(
+                weights.pop(name), global_scale, self._method, pool if self._device.type == "cpu" else None
+            )
+            linear = name.removesuffix(".weight")
+            self.errors[linear] = packed.error
+            yield linear, packed
+
+
+class _Finished:
+    """Gives the writer the linears that GPTQ has finished."""
+
+    title = "Writing the checkpoint"
+
+    def __init__(self, finished: FinishedLayers):
+        self.errors = finished.errors
+        self._finished = finished
+
+    def pack(
+        self, tensors: dict[str, TensorInfo], sources: tuple[str, ...], pool: ThreadPoolExecutor
+    ) -> Iterator[tuple[str, PackedLinear]]:
+        for name in sources:
+            linear = name.removesuffix(".weight")
+            yield linear, self._finished.linear(linear)
 
 
 def _write_copied(writer: ShardWriter, tensors: dict[str, TensorInfo], unit: _Unit) -> None:
@@ -550,7 +659,7 @@ def _write_copied(writer: ShardWriter, tensors: dict[str, TensorInfo], unit: _Un
 
     def pieces() -> Iterator[torch.Tensor]:
         for piece in read_pieces(info):
-            if info.dtype in _WEIGHT_DTYPES:
+            if info.dtype in WEIGHT_DTYPES:
                 _finite_amax(piece, name, info)
             yield piece if dtype == info.dtype else piece.bfloat16()
 
@@ -568,7 +677,7 @@ def _check_source(path: Path, architecture: Architecture) -> dict[str, TensorInf
     """The headers of a 16- or 32-bit checkpoint, which holds the tensors of its model and no others."""
     tensors, hf_config = read_headers(path), _hf_config(path)
     shapes = architecture.tensor_shapes(hf_config)
-    _check_tensors(path, tensors, shapes, _WEIGHT_DTYPES)
+    _check_tensors(path, tensors, shapes, WEIGHT_DTYPES)
     _check_names(path, tensors, shapes.keys(), hf_config.tie_word_embeddings)
     return tensors
 

@@ -152,3 +152,67 @@ def test_usage_without_importing_torch():
     assert "quantize" in out and "resolve" in out and out.endswith("False\n")
     wrong = subprocess.run([sys.executable, "-m", "qerl_verl.cli.main", "quantise"], capture_output=True, text=True)
     assert wrong.returncode == 2 and "invalid choice: 'quantise'" in wrong.stderr
+
+
+# --- methods, report, check ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def text(tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_text(" ".join(str(i * i % 97) for i in range(400)))
+    return file
+
+
+def test_quantize_with_a_text_is_gptq(src, text, tmp_path, capsys):
+    arguments = ["quantize", src, tmp_path / "dst", "--calibration", text, "--samples", 8, "--sample-tokens", 40]
+    assert main([str(a) for a in arguments]) == 0
+    out, err = capsys.readouterr()
+    assert out == f"{tmp_path / 'dst'}\n"
+    assert "GPTQ" in err and "outputs" in err and "KL divergence" in err and "mlp.down_proj" in err
+    report = json.loads((tmp_path / "dst" / "qerl_report.json").read_text())
+    assert report["method"] == "gptq" and report["calibration"]["sequences"] == 8
+
+    cache = ["--cache-dir", str(tmp_path / "cache")]
+    with_text = [*cache, *(str(a) for a in arguments[3:])]
+    folders = set()
+    for rest in (cache, with_text, [*cache, "--method", "rtn"], [*with_text[:-1], "30"], with_text):
+        assert main(["resolve", str(src), *rest]) == 0
+        folders.add(capsys.readouterr().out)
+    assert len(folders) == 4  # a folder of the cache for each method and text
+
+
+def test_json_for_scripts(src, tmp_path, capsys):
+    assert main(["quantize", str(src), str(tmp_path / "dst"), "--json", "--method", "rtn"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["path"] == str(tmp_path / "dst") and result["method"] == "rtn" and result["seconds"] > 0
+    assert main(["quantize", "--check", str(tmp_path / "dst"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["linears"] == 14
+
+
+def test_check(src, tmp_path, capsys):
+    dst = tmp_path / "dst"
+    assert main(["quantize", str(src), str(dst)]) == 0
+    capsys.readouterr()
+    assert main(["quantize", "--check", str(dst)]) == 0
+    assert "14 linears" in capsys.readouterr().out
+    (dst / "tokenizer_config.json").unlink()
+    assert main(["quantize", "--check", str(dst)]) == 2
+    assert "tokenizer_config.json is missing" in capsys.readouterr().err
+    assert "without SRC" in failed(capsys, "quantize", src, "--check", dst)
+
+
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        (["quantize"], "give SRC and DST"),
+        (["quantize", "src"], "give SRC and DST"),
+        (["quantize", "src", "dst", "--method", "gptq"], "--calibration"),
+        (["resolve", "src", "--method", "gptq"], "--calibration"),
+        (["quantize", "src", "dst", "--calibration", "none.jsonl"], "there is no file none.jsonl"),
+    ],
+)
+def test_what_is_missing_is_named(src, monkeypatch, tmp_path, capsys, arguments, named):
+    monkeypatch.chdir(tmp_path)
+    assert named in failed(capsys, *arguments)
+    assert not (tmp_path / "dst").exists()

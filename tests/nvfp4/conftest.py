@@ -27,7 +27,7 @@ def make_checkpoint(_built, tmp_path):
     root, cache = _built
 
     def make(architecture="Qwen2ForCausalLM", name="src", *, dtype=torch.bfloat16, shards=False, **kwargs):
-        key = (architecture, dtype, shards, *sorted(kwargs.items()))
+        key = repr((architecture, dtype, shards, sorted(kwargs.items())))
         if key not in cache:
             torch.manual_seed(len(architecture))
             sizes = SIZES | ({"head_dim": 16} if architecture == "Qwen3ForCausalLM" else {}) | kwargs

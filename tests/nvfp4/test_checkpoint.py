@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from qerl_verl.kernels.nvfp4_dequantize import dequantize_nvfp4
-from qerl_verl.kernels.nvfp4_quantize import nvfp4_global_scale, quantize_nvfp4
+from qerl_verl.kernels.nvfp4_quantize import nvfp4_global_scale, quantize_nvfp4, quantize_nvfp4_four_over_six
 from qerl_verl.nvfp4 import checkpoint as checkpoint_module
 from qerl_verl.nvfp4.architectures import UnsupportedArchitecture, get_architecture, supported_architectures
 from qerl_verl.nvfp4.cache import resolve_checkpoint
@@ -64,9 +64,9 @@ def edit_weights(folder, change):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def quantized(make_checkpoint, tmp_path, *args, **kwargs):
+def quantized(make_checkpoint, tmp_path, *args, method="rtn", **kwargs):
     src, dst = make_checkpoint(*args, **kwargs), tmp_path / "dst"
-    quantize_checkpoint(src, dst, progress=False)
+    quantize_checkpoint(src, dst, method=method, progress=False)
     return src, dst
 
 
@@ -78,10 +78,20 @@ def assert_nothing_left(dst):
 # --- what is written -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("architecture", supported_architectures())
-def test_tensors(make_checkpoint, tmp_path, architecture, tied):
-    src, dst = quantized(make_checkpoint, tmp_path, architecture, tie_word_embeddings=tied)
+DATA_FREE = {
+    "rtn": (nvfp4_global_scale, quantize_nvfp4),
+    "four-over-six": (lambda amax: nvfp4_global_scale(amax, 256.0), quantize_nvfp4_four_over_six),
+}
+
+
+@pytest.mark.parametrize(
+    "architecture, method, tied",
+    [(name, "rtn", tied) for name in supported_architectures() for tied in (False, True)]
+    + [("LlamaForCausalLM", "four-over-six", False)],
+)
+def test_tensors(make_checkpoint, tmp_path, architecture, method, tied):
+    src, dst = quantized(make_checkpoint, tmp_path, architecture, method=method, tie_word_embeddings=tied)
+    make_global_scale, quantize = DATA_FREE[method]
     source, output = load(src), load(dst)
     assert ("lm_head.weight" in source) is not tied
     names = get_architecture({"architectures": [architecture]}).linears
@@ -93,8 +103,8 @@ def test_tensors(make_checkpoint, tmp_path, architecture, tied):
         group = next((group for group in FUSED if name in group), (name,))
         amax = max(load_file(src / "model.safetensors")[f"{parent}.{member}.weight"].abs().max() for member in group)
         global_scale = output.pop(f"{linear}.weight_global_scale")
-        assert torch.equal(global_scale, nvfp4_global_scale(amax))
-        packed, scale = quantize_nvfp4(weight, global_scale)
+        assert torch.equal(global_scale, make_global_scale(amax))
+        packed, scale = quantize(weight, global_scale)
         assert torch.equal(output.pop(f"{linear}.weight_packed"), packed)
         written_scale = output.pop(f"{linear}.weight_scale")
         assert written_scale.dtype == torch.float8_e4m3fn
@@ -168,7 +178,7 @@ def test_other_files_are_copied_and_weights_are_not(make_checkpoint, tmp_path):
     records = quantize_checkpoint(src, tmp_path / "dst", progress=False)
     copied = {"chat_template.jinja", "generation_config.json", "original/params.json", "tokenizer.json"}
     files = {p.relative_to(tmp_path / "dst").as_posix() for p in (tmp_path / "dst").rglob("*") if p.is_file()}
-    assert files == copied | {"config.json", "model.safetensors", "qerl_manifest.json"}
+    assert files == copied | {"config.json", "model.safetensors", "qerl_manifest.json", "qerl_report.json"}
     for name in copied:
         assert (tmp_path / "dst" / name).read_bytes() == (src / name).read_bytes()
     manifest = json.loads((tmp_path / "dst" / "qerl_manifest.json").read_text())

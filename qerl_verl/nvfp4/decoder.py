@@ -1,0 +1,177 @@
+"""Run a checkpoint's decoder one layer at a time, so that memory holds one layer and the activations between two layers.
+
+The layers are transformers' own modules. Rotary embeddings, masks and whatever else a layer is called with come from the
+model class: its forward pass runs once for each batch with recorders in the layers' places.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from qerl_verl.nvfp4.architectures import get_architecture
+from qerl_verl.nvfp4.safetensors_stream import TensorInfo, read_tensor
+
+_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
+_SCORED_TOKENS = 512  # at a time through the output layer
+
+
+@dataclass
+class Activations:
+    """What flows between two decoder layers, for a batch of sequences that are padded at their ends.
+
+    Attributes:
+        hidden: ``[batch, length, hidden_size]``.
+        inside: ``[batch, length]`` bool, False at padding. Attention is causal, so that nothing real sees it.
+        tokens: ``[batch, length]`` int64.
+        scored: ``[batch, length]`` bool, positions whose next token counts in the loss.
+        calls: for each layer, the keyword arguments that the model class gives it.
+    """
+
+    hidden: torch.Tensor
+    inside: torch.Tensor
+    tokens: torch.Tensor
+    scored: torch.Tensor
+    calls: list[dict[str, Any]]
+
+    def advance(self, layer: nn.Module, index: int) -> None:
+        """Put the activations through a decoder layer."""
+        output = layer(self.hidden, **self.calls[index])
+        self.hidden = output[0] if isinstance(output, tuple) else output
+
+    def copy(self) -> Activations:
+        """The same at this point; the two may go through different layers."""
+        return Activations(self.hidden, self.inside, self.tokens, self.scored, self.calls)
+
+
+class _Recorder(nn.Module):
+    """Stands in a layer's place, notes how it is called and hands its input on."""
+
+    def __init__(self, calls: list[dict[str, Any]]):
+        super().__init__()
+        self._calls = calls
+
+    def forward(self, hidden: torch.Tensor, **arguments: Any) -> torch.Tensor:
+        self._calls.append(arguments)
+        return hidden
+
+
+class LayerwiseDecoder:
+    """A causal language model whose weights stay in its checkpoint until they are asked for.
+
+    Args:
+        config: transformers' configuration of the model.
+        tensors: name -> place of the checkpoint's tensors.
+        device: where to compute. On a CPU in float32, for bfloat16 there can be fifty times slower; elsewhere in the
+            checkpoint's dtype.
+    """
+
+    def __init__(self, config: Any, tensors: dict[str, TensorInfo], device: torch.device):
+        from accelerate import init_empty_weights
+        from transformers import AutoModelForCausalLM
+
+        self._tensors, self.device = tensors, device
+        self._prefix = get_architecture(config).layer_prefix
+        half = torch.float16 if tensors["model.embed_tokens.weight"].dtype == "F16" else torch.bfloat16
+        self.dtype = torch.float32 if device.type == "cpu" else half
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=self.dtype, attn_implementation="sdpa")
+        model.eval().requires_grad_(False)
+        self._model = model.base_model
+        self._layers = list(model.get_submodule(self._prefix.rstrip(".")))
+        self._norm = self._model.norm
+        self._model.norm = nn.Identity()
+        self._head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+        for buffer_owner in (m for name, m in self._model.named_children() if name not in ("layers", "embed_tokens")):
+            buffer_owner.to(device)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    @torch.no_grad()
+    def embed(self, sequences: Sequence[tuple[Sequence[int], int]]) -> list[Activations]:
+        """The input of the first layer, in batches of sequences of similar length.
+
+        Args:
+            sequences: token ids, and how many of the first of them are not scored (the prompt).
+        """
+        table = read_tensor(self._tensors["model.embed_tokens.weight"])
+        batches = []
+        for batch in _by_length(sequences, _BATCH_TOKENS[self.device.type]):
+            lengths = torch.tensor([len(ids) for ids, _ in batch])
+            place = torch.arange(int(lengths.max())).expand(len(batch), -1)
+            tokens = torch.zeros(place.shape, dtype=torch.int64)
+            for row, (ids, _) in enumerate(batch):
+                tokens[row, : len(ids)] = torch.tensor(ids)
+            inside = place < lengths[:, None]
+            unscored = torch.tensor([max(begin, 1) for _, begin in batch])[:, None]
+            scored = (place >= unscored - 1) & (place < lengths[:, None] - 1)
+            hidden = F.embedding(tokens, table).to(self.device, self.dtype)
+            calls: list[dict[str, Any]] = []
+            self._model.layers = nn.ModuleList(_Recorder(calls) for _ in self._layers)
+            self._model(inputs_embeds=hidden, use_cache=False)
+            batches.append(Activations(hidden, *(t.to(self.device) for t in (inside, tokens, scored)), calls))
+        return batches
+
+    def load_layer(self, index: int) -> nn.Module:
+        """The decoder layer with its weights on the device; :meth:`drop_layer` takes them away again."""
+        layer, prefix = self._layers[index], f"{self._prefix}{index}."
+        state = {}
+        for name in layer.state_dict():
+            state[name] = read_tensor(self._tensors[f"{prefix}{name}"]).to(self.device, self.dtype)
+        layer.load_state_dict(state, assign=True)
+        return layer
+
+    def drop_layer(self, index: int) -> None:
+        self._layers[index].to("meta")
+
+    @torch.no_grad()
+    def compare(self, ours: list[Activations], reference: list[Activations]) -> dict[str, float]:
+        """Loss of the scored tokens and how far the predictions are from the reference's, both after the last layer.
+
+        Returns:
+            ``tokens``; in nats a token ``loss`` and ``entropy`` of ``ours``, ``reference_loss``, and ``kl``, the mean of
+            KL(reference || ours).
+        """
+        weight = read_tensor(self._tensors["model.norm.weight"]).to(self.device, self.dtype)
+        self._norm.load_state_dict({"weight": weight}, assign=True)
+        head = read_tensor(self._tensors[self._head]).to(self.device, self.dtype)
+        names = ("tokens", "loss", "entropy", "reference_loss", "kl")
+        total = dict.fromkeys(names, 0.0)
+        for mine, other in zip(ours, reference, strict=True):
+            next_tokens = mine.tokens.roll(-1, 1)[mine.scored]
+            for target, a, b in zip(
+                *(t.split(_SCORED_TOKENS) for t in (next_tokens, mine.hidden[mine.scored], other.hidden[other.scored])),
+                strict=True,
+            ):
+                p, q = (F.linear(self._norm(x), head).float().log_softmax(-1) for x in (a, b))
+                values = (
+                    torch.ones_like(target),
+                    -p.gather(-1, target[:, None]),
+                    -(p.exp() * p).sum(-1),
+                    -q.gather(-1, target[:, None]),
+                    (q.exp() * (q - p)).sum(-1),
+                )
+                for name, value in zip(names, values, strict=True):
+                    total[name] += value.double().sum().item()
+        count = total.pop("tokens")
+        return {"tokens": int(count), **{name: value / max(count, 1) for name, value in total.items()}}
+
+
+def _by_length(
+    sequences: Sequence[tuple[Sequence[int], int]], batch_tokens: int
+) -> Iterator[list[tuple[Sequence[int], int]]]:
+    """Batches of at most ``batch_tokens`` tokens with padding (or of one sequence), longest first."""
+    batch: list[tuple[Sequence[int], int]] = []
+    for sequence in sorted(sequences, key=lambda s: len(s[0]), reverse=True):
+        if batch and (len(batch) + 1) * len(batch[0][0]) > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(sequence)
+    if batch:
+        yield batch

@@ -1,0 +1,62 @@
+"""Quantize in a process of its own, so that the caller holds no memory of the GPU afterwards.
+
+The driver of a run is such a caller: a CUDA context, once made, takes some hundred MB of the GPU that actor and rollout are
+about to share, until its process ends.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from qerl_verl.nvfp4.calibration import Calibration
+from qerl_verl.nvfp4.checkpoint import quantize_checkpoint
+from qerl_verl.nvfp4.errors import CheckpointError
+from qerl_verl.nvfp4.safetensors_stream import FileRecord
+
+
+def quantize_in_a_process(
+    src: Path, dst: Path, *, method: str, calibration: Calibration | None, device: str | None, progress: bool
+) -> dict[str, FileRecord]:
+    """:func:`~qerl_verl.nvfp4.checkpoint.quantize_checkpoint` in a process that has ended when this returns.
+
+    Its progress bar appears on this process's stderr.
+
+    Raises:
+        CheckpointError: the same, or the process was ended by a signal.
+    """
+    job = dict(src=str(src), dst=str(dst), method=method, device=device, progress=progress)
+    job["calibration"] = calibration and [calibration.sequences, calibration.held_out, calibration.source]
+    command = [sys.executable, "-m", "qerl_verl.nvfp4.isolated"]
+    done = subprocess.run(command, input=json.dumps(job), stdout=subprocess.PIPE, text=True)
+    answer = done.stdout.splitlines()[-1:]  # others print, too
+    try:
+        result = json.loads(answer[0])
+    except (IndexError, ValueError):
+        raise CheckpointError(
+            f"{dst}: the process that quantizes ended with code {done.returncode}; stderr says more."
+        ) from None
+    if "error" in result:
+        raise CheckpointError(result["error"])
+    return {name: FileRecord(*record) for name, record in result["files"].items()}
+
+
+def _main() -> int:
+    job = json.load(sys.stdin)
+    sequences = job.pop("calibration")
+    if sequences:
+        *parts, source = sequences
+        job["calibration"] = Calibration(*(tuple((tuple(ids), begin) for ids, begin in part) for part in parts), source)
+    try:
+        records = quantize_checkpoint(job.pop("src"), job.pop("dst"), **job)
+    except (CheckpointError, OSError) as error:
+        print(json.dumps({"error": str(error)}))
+        return 1
+    print(json.dumps({"files": {name: [record.size, record.sha256] for name, record in records.items()}}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_main())

@@ -1,0 +1,103 @@
+"""``qerl quantize --check``: every byte of an NVFP4 folder looked at once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from qerl_verl.kernels.nvfp4_dequantize import dequantize_nvfp4
+from qerl_verl.nvfp4.checkpoint import MANIFEST_FILE, WEIGHT_DTYPES, read_headers, validate_nvfp4_checkpoint
+from qerl_verl.nvfp4.errors import CheckpointError
+from qerl_verl.nvfp4.safetensors_stream import TensorInfo, read_pieces, read_tensor
+
+
+def verify_checkpoint(path: str | Path, *, progress: bool = True) -> dict[str, int]:
+    """Check an NVFP4 folder as thoroughly as can be done without the model that it was made from.
+
+    First what :func:`~qerl_verl.nvfp4.checkpoint.validate_nvfp4_checkpoint` checks: names, shapes, dtypes, scales. Then
+    each packed linear is decoded to bfloat16, which has to give finite values, and no block may have a zero
+    scale under codes that are not zero; everything that is not packed has to be finite; and the files have to have the sizes and
+    SHA-256 hashes of the manifest, if `qerl quantize` wrote one.
+
+    Args:
+        path: the folder.
+        progress: show a progress bar on stderr.
+
+    Returns:
+        What was looked at: ``linears``, ``weights`` in them, ``other tensors``, and ``files`` of the manifest.
+
+    Raises:
+        UnsupportedArchitecture, CheckpointError: names the first file or tensor that is wrong.
+    """
+    path = Path(path)
+    validate_nvfp4_checkpoint(path)
+    tensors = read_headers(path)
+    linears = [name.removesuffix(".weight_packed") for name in tensors if name.endswith(".weight_packed")]
+    parts = ("weight_packed", "weight_scale", "weight_global_scale")
+    others = [name for name in tensors if not name.endswith(parts)]
+    weights = 0
+    interval = 0.2 if sys.stderr.isatty() else 30
+    size = sum(info.nbytes for info in tensors.values())
+    with tqdm(
+        total=size, desc="Checking", unit="B", unit_scale=True, disable=not progress, mininterval=interval
+    ) as bar:
+        for linear in linears:
+            names = [f"{linear}.{part}" for part in parts]
+            packed, scale, global_scale = (read_tensor(tensors[name]) for name in names)
+            _check_decoded(linear, tensors[names[0]], packed, scale, global_scale)
+            weights += 2 * packed.numel()
+            bar.update(sum(tensors[name].nbytes for name in names))
+        for name in others:
+            for piece in read_pieces(tensors[name]):
+                if tensors[name].dtype in WEIGHT_DTYPES and not torch.isfinite(piece).all():
+                    raise CheckpointError(f"{tensors[name].file}: tensor {name} holds NaN or Inf. Export it again.")
+            bar.update(tensors[name].nbytes)
+    return {
+        "linears": len(linears),
+        "weights": weights,
+        "other tensors": len(others),
+        "files": _check_manifest(path, progress),
+    }
+
+
+def _check_decoded(
+    linear: str, info: TensorInfo, packed: torch.Tensor, scale: torch.Tensor, global_scale: torch.Tensor
+) -> None:
+    zero_blocks = scale.view(torch.uint8) & 0x7F == 0
+    rows = max(1, (1 << 22) // packed.shape[1])
+    for p, s, z in zip(packed.split(rows), scale.split(rows), zero_blocks.split(rows), strict=True):
+        values = dequantize_nvfp4(p, s, global_scale, torch.bfloat16)
+        if not torch.isfinite(values).all():
+            raise CheckpointError(f"{info.file}: {linear} decodes to NaN or Inf. Fetch or export the checkpoint again.")
+        codes = (p & 0x77 != 0).view(len(p), -1, 8).any(-1)  # the sign alone is a zero
+        if lost := int((codes & z).sum()):
+            raise CheckpointError(
+                f"{info.file}: {linear} has {lost} blocks of 16 whose scale is zero and whose codes are not: their "
+                "weights are lost. Quantize the original checkpoint again."
+            )
+
+
+def _check_manifest(path: Path, progress: bool) -> int:
+    """The number of files that the manifest lists, all of which are as it says; 0 without a manifest."""
+    if not (path / MANIFEST_FILE).exists():
+        return 0
+    try:
+        files = json.loads((path / MANIFEST_FILE).read_text(encoding="utf-8"))["files"]
+        records = {name: (record["size"], record["sha256"]) for name, record in files.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path / MANIFEST_FILE} is damaged: {error!r}.") from error
+    for name in tqdm(records, desc="Checking hashes", unit="file", disable=not progress):
+        file, (size, sha256) = path / name, records[name]
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing, but {MANIFEST_FILE} lists it.")
+        if file.stat().st_size != size:
+            raise CheckpointError(f"{file} is {file.stat().st_size} bytes long, {MANIFEST_FILE} says {size}.")
+        with file.open("rb") as opened:
+            if hashlib.file_digest(opened, "sha256").hexdigest() != sha256:
+                raise CheckpointError(f"{file}: its content is not what `qerl quantize` wrote ({MANIFEST_FILE}).")
+    return len(records)
