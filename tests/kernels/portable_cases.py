@@ -208,7 +208,9 @@ def call(x, packed, scale, bias, u, lora_b):
 class TestGemm:
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("bias, rank", [(False, 0), (True, 0), (False, 16), (True, 48), (True, 64)])
-    @pytest.mark.parametrize("m, n, k", [(1, 130, 64), slow(3, 65, 192), slow(17, 64, 512), (33, 7, 128), slow(129, 200, 64)])
+    @pytest.mark.parametrize(
+        "m, n, k", [(1, 130, 64), slow(3, 65, 192), slow(17, 64, 512), (33, 7, 128), slow(129, 200, 64)]
+    )
     def test_product(self, dtype, bias, rank, m, n, k):
         args = arguments(m, n, k, dtype, bias, rank)
         check_product(*args, call(*args))

@@ -1,0 +1,299 @@
+"""Write a model with the LoRA deltas added to its weights, one tensor at a time."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from tqdm import tqdm
+
+from qerl_verl.kernels.nvfp4_dequantize import dequantize_nvfp4
+from qerl_verl.lora.adapter_files import PREFIX, AdapterError, map_names, read_adapter_config, read_tensors
+from qerl_verl.nvfp4 import checkpoint as files
+from qerl_verl.nvfp4.atomic_folder import atomic_folder
+from qerl_verl.nvfp4.errors import CheckpointError
+from qerl_verl.nvfp4.report import REPORT_FILE
+from qerl_verl.nvfp4.safetensors_stream import ShardWriter, TensorInfo, nbytes, read_tensor
+
+Format = Literal["merged", "fp8", "nvfp4"]
+
+FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
+FP8_CONFIG = {
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": {
+                "num_bits": 8,
+                "type": "float",
+                "strategy": "channel",
+                "symmetric": True,
+                "dynamic": False,
+                "observer": "minmax",
+            },
+            "input_activations": {
+                "num_bits": 8,
+                "type": "float",
+                "strategy": "token",
+                "symmetric": True,
+                "dynamic": True,
+            },
+            "output_activations": None,
+        }
+    },
+    "format": "float-quantized",
+    "ignore": ["lm_head"],
+    "kv_cache_scheme": None,
+    "quant_method": "compressed-tensors",
+    "quantization_status": "compressed",
+}
+"""compressed-tensors' preset FP8_DYNAMIC: a scale for each output channel, activations scaled by token while serving."""
+
+
+@dataclass(frozen=True)
+class Deltas:
+    """The LoRA deltas of an adapter, by the full name of the linear.
+
+    Attributes:
+        factors: ``(A [rank, K], B [N, rank])`` of each adapted linear, float32 on the CPU.
+        scaling: ``lora_alpha / rank``, or over the root of the rank for rsLoRA.
+    """
+
+    factors: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    scaling: float
+
+    def add_to(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """``weight + scaling B A`` for ``weight`` ``[N, K]`` in float32, in place; as it is without an adapter."""
+        if name in self.factors:
+            a, b = (factor.to(weight.device) for factor in self.factors[name])
+            weight.addmm_(b, a, alpha=self.scaling)
+        return weight
+
+
+def read_deltas(adapter: Path, base: Path) -> Deltas:
+    """The LoRA deltas of an adapter for the linears of a base.
+
+    Raises:
+        CheckpointError: the adapter is not plain LoRA or does not fit the base, with the reason.
+    """
+    layers = files.linear_shapes(base)
+    try:
+        config = read_adapter_config(adapter)
+        tensors = read_tensors(adapter)
+        places = map_names({name: tuple(t.shape) for name, t in tensors.items()}, config, layers)
+    except AdapterError as error:
+        raise CheckpointError(f"{adapter}: {error}") from error
+    by_place = {place.removeprefix(PREFIX): tensors[name].float() for name, place in places.items()}
+    linears = {place.partition(".lora_")[0] for place in by_place}
+    rank = config["r"]
+    scaling = config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
+    parts = {name: tuple(by_place[f"{name}.lora_{part}.weight"] for part in "AB") for name in linears}
+    return Deltas(parts, scaling)
+
+
+class Base:
+    """The weights of a base, packed or in 16 bits, as float32."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.packed = files.check_checkpoint(folder) == "nvfp4"
+        self.tensors = files.read_headers(folder)
+        self.linears = files.linear_shapes(folder)
+        self.dtype = "F16" if self.tensors["model.embed_tokens.weight"].dtype == "F16" else "BF16"
+
+    def others(self) -> dict[str, TensorInfo]:
+        """What is not a linear of the decoder layers: embeddings, norms, biases, output layer."""
+        of_linears = {f"{linear}.{part}" for linear in self.linears for part in _PARTS}
+        return {name: info for name, info in self.tensors.items() if name not in of_linears}
+
+    def weight(self, linear: str, device: torch.device) -> torch.Tensor:
+        """``[N, K]`` float32."""
+        if not self.packed:
+            return read_tensor(self.tensors[f"{linear}.weight"]).to(device).float()
+        packed, scale, divisor = (read_tensor(self.tensors[f"{linear}.{part}"]).to(device) for part in _PACKED)
+        return dequantize_nvfp4(packed, scale, divisor.reshape(1), torch.float32)
+
+
+_PACKED = ("weight_packed", "weight_scale", "weight_global_scale")
+_PARTS = ("weight", *_PACKED, "input_global_scale")
+
+
+def export_merged(
+    base: Path,
+    adapter: Path,
+    dst: Path,
+    form: Format = "merged",
+    *,
+    device: str | None = None,
+    progress: bool = True,
+    max_shard_bytes: int = 5_000_000_000,
+) -> dict[str, Any]:
+    """Write a model whose linears are the base's, decoded, plus the LoRA deltas.
+
+    The sum is formed in float32 and rounded once. Host memory stays at the largest tensor.
+
+    Args:
+        base: folder of an NVFP4 checkpoint, or of one in 16 or 32 bits.
+        adapter: folder in PEFT's format.
+        dst: folder to write, absent or empty; complete or absent.
+        form: ``merged``, the base's 16-bit dtype, for transformers and vLLM; ``fp8``, compressed-tensors FP8_DYNAMIC for
+            serving; ``nvfp4``, the merged weights rounded to NVFP4 again, which loses most of the deltas.
+        device: where the sums are formed; by default the current GPU, or the CPU.
+        progress: show a progress bar on stderr.
+        max_shard_bytes: size of a safetensors file above which the next one is begun.
+
+    Returns:
+        ``linears``, how many were written; ``adapted``, how many have a delta; with ``nvfp4`` also ``delta_kept``, see
+        :func:`delta_kept`.
+
+    Raises:
+        CheckpointError: base and adapter do not fit together, ``dst`` is not empty, or the disk is too small.
+    """
+    if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
+        raise CheckpointError(f"{dst} exists and is not an empty folder: choose another one or remove it.")
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    source, deltas = Base(base), read_deltas(adapter, base)
+    result = {"linears": len(source.linears), "adapted": len(deltas.factors)}
+    if form != "nvfp4":
+        _write(source, deltas, dst, form, where, progress, max_shard_bytes)
+        return result
+    with atomic_folder(dst) as folder:
+        merged = folder / "merged"
+        _write(source, deltas, merged, "merged", where, progress, max_shard_bytes)
+        files.quantize_checkpoint(merged, folder / "nvfp4", progress=progress)
+        shutil.rmtree(merged)
+        for file in (folder / "nvfp4").iterdir():
+            file.rename(folder / file.name)
+        (folder / "nvfp4").rmdir()
+        return result | {"delta_kept": delta_kept(source, deltas, Base(folder), where)}
+
+
+def delta_kept(base: Base, deltas: Deltas, merged: Base, device: torch.device) -> float:
+    """The share of the LoRA deltas that is left in merged weights.
+
+    With the delta ``D`` of a linear, its base ``W`` and what was written ``Q``: ``sum <Q - W, D> / sum <D, D>`` over all
+    linears. It is 1 where nothing is lost and 0 where nothing is left.
+    """
+    kept = total = 0.0
+    for name in deltas.factors:
+        weight = base.weight(name, device)
+        delta = deltas.add_to(name, torch.zeros_like(weight))
+        kept += torch.sum((merged.weight(name, device) - weight).double() * delta).item()
+        total += torch.sum(delta.double().square()).item()
+    return kept / total if total else 1.0
+
+
+def _write(
+    base: Base, deltas: Deltas, dst: Path, form: str, device: torch.device, progress: bool, max_shard_bytes: int
+) -> None:
+    units = [*_units(base, form)]
+    total = sum(nbytes(*entry) for _, layout in units for entry in layout.values())
+    files._check_space(dst, total)
+    config = {
+        k: v
+        for k, v in files.read_config(base.folder).items()
+        if k not in ("quantization_config", "compression_config")
+    }
+    if form == "fp8":
+        config["quantization_config"] = FP8_CONFIG
+    shards: list[list] = [[]]
+    size = 0
+    for unit in units:
+        length = sum(nbytes(*entry) for entry in unit[1].values())
+        if shards[-1] and size + length > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(unit)
+        size += length
+    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    names = names if len(shards) > 1 else [files.SINGLE_FILE]
+    bar = tqdm(
+        total=total,
+        desc="Merging",
+        unit="B",
+        unit_scale=True,
+        disable=not progress,
+        mininterval=0.2 if sys.stderr.isatty() else 30,
+    )
+    with atomic_folder(dst) as folder, bar:
+        weight_map = {}
+        for name, shard in zip(names, shards, strict=True):
+            layout = {output: entry for _, part in shard for output, entry in part.items()}
+            weight_map |= dict.fromkeys(layout, name)
+            with ShardWriter(folder / name, layout) as writer:
+                for source, part in shard:
+                    for output, tensor in _tensors(base, deltas, source, form, device):
+                        writer.write_tensor(output, [tensor.cpu().contiguous()])
+                        bar.update(nbytes(*part[output]))
+        if len(shards) > 1:
+            files._write_json(folder / files.INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        for name in files.source_files(base.folder):
+            if name not in (files.CONFIG_FILE, files.MANIFEST_FILE, REPORT_FILE) and not files._is_weight(name):
+                files._copy(base.folder / name, folder / name)
+        files._write_json(folder / files.CONFIG_FILE, config)
+
+
+def _units(base: Base, form: str) -> Iterator[tuple[str, dict[str, tuple[str, tuple[int, ...]]]]]:
+    """What is written at a time: name of the tensor or the linear, and output name -> (dtype, shape)."""
+    for name, info in base.others().items():
+        yield name, {name: (base.dtype if info.dtype == "F32" else info.dtype, info.shape)}
+    for linear, (rows, columns) in base.linears.items():
+        if form == "fp8":
+            yield (
+                linear,
+                {f"{linear}.weight": ("F8_E4M3", (rows, columns)), f"{linear}.weight_scale": ("F32", (rows, 1))},
+            )
+        else:
+            yield linear, {f"{linear}.weight": (base.dtype, (rows, columns))}
+
+
+def _tensors(
+    base: Base, deltas: Deltas, source: str, form: str, device: torch.device
+) -> Iterator[tuple[str, torch.Tensor]]:
+    dtype = torch.float16 if base.dtype == "F16" else torch.bfloat16
+    if source not in base.linears:
+        tensor = read_tensor(base.tensors[source])
+        yield source, tensor.to(dtype) if tensor.dtype == torch.float32 else tensor
+        return
+    weight = deltas.add_to(source, base.weight(source, device))
+    if not torch.isfinite(weight).all():
+        raise CheckpointError(f"{base.folder}: {source}.weight with its LoRA delta holds NaN or Inf.")
+    if form == "fp8":
+        scale = (weight.abs().amax(1, keepdim=True) / FP8_MAX).clamp_min(torch.finfo(torch.float32).tiny)
+        yield f"{source}.weight", (weight / scale).clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+        yield f"{source}.weight_scale", scale
+    else:
+        yield f"{source}.weight", weight.to(dtype)
+
+
+def export_adapter(adapter: Path, base: Path | None, dst: Path) -> dict[str, Any]:
+    """Copy an adapter in PEFT's format to a folder of its own.
+
+    Args:
+        adapter: its folder.
+        base: the model that it is checked against; None checks the adapter alone.
+        dst: folder to write, absent or empty.
+
+    Returns:
+        ``adapted``, how many linears have a LoRA delta; None without a base.
+
+    Raises:
+        CheckpointError: the adapter is damaged or does not fit the base, or ``dst`` is not empty.
+    """
+    if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
+        raise CheckpointError(f"{dst} exists and is not an empty folder: choose another one or remove it.")
+    try:
+        read_adapter_config(adapter)
+        read_tensors(adapter)
+    except AdapterError as error:
+        raise CheckpointError(f"{adapter}: {error}") from error
+    adapted = None if base is None else len(read_deltas(adapter, base).factors)
+    with atomic_folder(dst) as folder:
+        for file in sorted(adapter.iterdir()):
+            if file.is_file() and not file.name.startswith("."):
+                files._copy(file, folder / file.name)
+    return {"adapted": adapted}
