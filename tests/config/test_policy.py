@@ -25,6 +25,11 @@ def configuration(model, *overrides):
     return config, made
 
 
+def problems_of(model, *overrides):
+    """Of the plan, but for those of verl's default data files, which are not there."""
+    return [p for p in configuration(model, *overrides)[1].problems if not p.startswith("data.")]
+
+
 def policy(model, *overrides):
     config, made = configuration(model, *overrides)
     return json.loads(json.dumps(describe_policy(config, made.adapters)))
@@ -114,8 +119,8 @@ def test_a_resume_with_another_policy_is_refused_before_ray(bf16_checkpoint, tmp
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("3")
     settings = [f"trainer.default_local_dir={tmp_path}", f"trainer.resume_mode={mode}"]
     settings += [f"trainer.resume_from_path={folder}"] if mode == "resume_path" else []
-    assert configuration(bf16_checkpoint, *settings)[1].problems == []
-    (problem,) = configuration(bf16_checkpoint, *settings, f"{MODEL}.lora_rank=32")[1].problems
+    assert problems_of(bf16_checkpoint, *settings) == []
+    (problem,) = problems_of(bf16_checkpoint, *settings, f"{MODEL}.lora_rank=32")
     assert f"{folder} was saved by a run with another policy: {MODEL}.lora_alpha was 32 and is 16; set " in problem
     assert f"trainer.resume_mode=disable {MODEL}.lora_adapter_path={folder}/actor/lora_adapter" in problem
 
@@ -128,5 +133,5 @@ def test_a_resume_with_another_policy_is_refused_before_ray(bf16_checkpoint, tmp
 def test_a_folder_in_which_nothing_is_whole_is_refused_before_ray(bf16_checkpoint, tmp_path):
     (tmp_path / "global_step_3").mkdir()
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("3")
-    config, made = configuration(bf16_checkpoint, f"trainer.default_local_dir={tmp_path}")
-    assert any(f"trainer.default_local_dir={tmp_path}: no checkpoint in" in p for p in made.problems)
+    (problem,) = problems_of(bf16_checkpoint, f"trainer.default_local_dir={tmp_path}")
+    assert problem.startswith(f"trainer.default_local_dir={tmp_path}: no checkpoint in")
