@@ -270,6 +270,7 @@ class _Digests:
             return
         temporary = self._store.with_name(f"{self._store.name}.{uuid.uuid4().hex[:8]}")
         with contextlib.suppress(OSError):
+            self._store.parent.mkdir(parents=True, exist_ok=True)
             temporary.write_text(json.dumps(self._load() | self._new), encoding="utf-8")
             temporary.replace(self._store)
         with contextlib.suppress(OSError):
