@@ -66,7 +66,7 @@ def run_variant(name: str, args: argparse.Namespace) -> dict:
     if quantized:
         inline = settings["lora"] == "inline"
         lora = {"rank": RANK, "alpha": RANK} if inline else None
-        extra["additional_config"] = {"qerl": {"kernel": settings["kernel"], "lora": lora}}
+        extra["additional_config"] = {"qerl": {"kernel": settings["kernel"], "lora": lora, "noise": inline}}
         extra["worker_extension_cls"] = "qerl_verl.rollout.worker.QeRLWorkerExtension"
         if "compilation_config" in extra:
             from qerl_verl.config.rules import COMPILATION

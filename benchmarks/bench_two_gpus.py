@@ -305,7 +305,7 @@ def run_shards(args: argparse.Namespace) -> None:
         enable_prefix_caching=False,
         tensor_parallel_size=args.world,
         worker_extension_cls="qerl_verl.rollout.worker.QeRLWorkerExtension",
-        additional_config={"qerl": {"kernel": "auto", "lora": {"rank": RANK, "alpha": RANK}}},
+        additional_config={"qerl": {"kernel": "auto", "lora": {"rank": RANK, "alpha": RANK}, "noise": True}},
         **memory,
     )
     generator = torch.Generator().manual_seed(0)

@@ -54,7 +54,12 @@ def register_verl() -> None:
 
 
 def register_vllm() -> None:
-    """vLLM's general plugin: serve ``compressed-tensors`` NVFP4 weights the way QeRL does, in jobs whose base is such."""
+    """vLLM's general plugin, in QeRL's jobs only: norms that take noise, and where the base is such,
+    ``compressed-tensors`` NVFP4 weights served the way QeRL does."""
+    if switched_on():
+        from qerl_verl.rollout.norm import register_norm
+
+        register_norm()
     if running_arm() in ("nvfp4", "mxfp4"):
         from qerl_verl.rollout.quantization import register_quantization
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -32,8 +36,8 @@ def draw_noise(seed: int, step: int, layer: str, size: int, sigma: float) -> tor
     return torch.from_numpy(generator.standard_normal(size, dtype=np.float32)) * sigma
 
 
-def find_noise_targets(model: nn.Module, architecture: Architecture, fused: dict[str, str]) -> dict[str, nn.Parameter]:
-    """The norm weights that receive noise, found by what they feed.
+def find_noise_targets(model: nn.Module, architecture: Architecture, fused: dict[str, str]) -> dict[str, nn.Module]:
+    """The norms that receive noise, found by what they feed.
 
     ``architecture.noise_targets`` says which norm of a decoder layer is the input of which linears. A norm counts
     where it stands beside those linears in the model at hand, under their own or their fused name; the class of the
@@ -45,57 +49,146 @@ def find_noise_targets(model: nn.Module, architecture: Architecture, fused: dict
         fused: names under which the model fuses linears, e.g. ``{"self_attn.q_proj": "self_attn.qkv_proj"}``.
 
     Returns:
-        Full module name to weight ``[hidden]``, in the model's order.
+        Full module name to norm, in the model's order. Each has a ``weight`` [hidden].
 
     Raises:
-        ValueError: a norm without one of the linears it should feed, or of another width, or no target at all.
+        ValueError: a norm without one of the linears it should feed, or no target at all.
     """
     modules = dict(model.named_modules())
-    targets: dict[str, nn.Parameter] = {}
+    targets: dict[str, nn.Module] = {}
     for name, module in modules.items():
         for norm, linears in architecture.noise_targets.items():
             if not (name.startswith(architecture.layer_prefix) and name.endswith(f".{norm}")):
                 continue
-            weight = getattr(module, "weight", None)
-            if not isinstance(weight, torch.Tensor):
+            if not isinstance(getattr(module, "weight", None), torch.Tensor):
                 continue  # another pipeline rank's layer
             layer = name[: -len(norm)]
             for linear in linears:
                 if layer + linear not in modules and layer + fused.get(linear, linear) not in modules:
                     raise ValueError(f"{name} should feed {layer}{linear}, but the model has no such module")
-            targets[name] = weight
+            targets[name] = module
     if not targets:
         raise ValueError(f"no norm of {architecture.name} found in {type(model).__name__}: nothing to put noise on")
     return targets
 
 
-class NoiseInjector:
-    """Puts noise on norm weights and takes it off, always from a clean copy.
+def _no_switch(noised: bool) -> None:
+    """For a norm that always multiplies by its live weight."""
 
-    Args:
-        targets: name to weight, see :func:`find_noise_targets`. The weights must be clean now: they are copied to the CPU.
+
+@dataclass(frozen=True)
+class NoiseTarget:
+    """A norm that receives noise.
+
+    Attributes:
+        clean: ``[hidden]``, the checkpoint's weight. Only read.
+        live: ``[hidden]`` float32, what the norm multiplies by. A 16-bit weight would round small noise off.
+        switch: called with whether ``live`` differs from ``clean``, for a norm that computes the two in different ways.
     """
 
-    def __init__(self, targets: dict[str, torch.Tensor]):
-        self._targets = targets
-        self._clean = {name: weight.detach().to("cpu", copy=True) for name, weight in targets.items()}
+    clean: torch.Tensor
+    live: torch.Tensor
+    switch: Callable[[bool], None] = _no_switch
+
+    def __post_init__(self):
+        if self.live.dtype != torch.float32:
+            raise ValueError(f"noise needs a float32 weight to act on, got {self.live.dtype}")
+
+
+class NoiseInjector:
+    """Puts noise on norms and takes it off, always from the clean weights.
+
+    Args:
+        targets: full module name -> norm.
+    """
+
+    def __init__(self, targets: Mapping[str, NoiseTarget]):
+        self.targets = dict(targets)
 
     @torch.no_grad()
-    def set_noise(self, seed: int, step: int, sigma: float) -> None:
-        """Make every target its clean value plus the noise of ``step``; with ``sigma`` 0, bit for bit its clean value.
+    def set_noise(self, seed: int, step: int, sigma: float, unit: str = "absolute") -> None:
+        """Make every live weight the clean one plus the noise of ``step``; with ``sigma`` 0 exactly the clean one.
 
         In place, so captured CUDA graphs see it.
+
+        Args:
+            seed: see :func:`draw_noise`.
+            step: see :func:`draw_noise`.
+            sigma: standard deviation, in ``unit``.
+            unit: ``absolute``, or ``relative``: to the root mean square of each norm's clean weight.
 
         Raises:
             FloatingPointError: a noised weight is not finite; the message names it. No target has changed then.
         """
         values = {}
-        for name, clean in self._clean.items():
-            value = clean
+        for name, target in self.targets.items():
+            value = target.clean.detach().float().cpu()
             if sigma:
-                value = (clean.float() + draw_noise(seed, step, name, clean.numel(), sigma)).to(clean.dtype)
+                scale = root_mean_square(value) if unit == "relative" else 1.0
+                value = value + draw_noise(seed, step, name, value.numel(), sigma * scale)
                 if not torch.isfinite(value).all():
                     raise FloatingPointError(f"the noise of step {step} makes {name}.weight non-finite (sigma {sigma})")
             values[name] = value
-        for name, weight in self._targets.items():
-            weight.data.copy_(values[name])
+        for name, target in self.targets.items():
+            target.live.copy_(values[name])
+            target.switch(bool(sigma))
+
+    @torch.no_grad()
+    def measure(self) -> dict[str, float]:
+        """What acts: standard deviation of the noise, read back from the live weights.
+
+        Returns:
+            ``absolute``: root mean square of live minus clean over all channels of all targets; ``relative``: the same in units
+            of the root mean square of each target's clean weight; ``weight_min``, ``weight_median``, ``weight_max``: of those
+            root mean squares over the targets.
+        """
+        absolute, relative, sizes = [], [], []
+        for target in self.targets.values():
+            clean = target.clean.detach().float().cpu()
+            noise = root_mean_square(target.live.detach().cpu() - clean)
+            size = root_mean_square(clean)
+            absolute.append(noise**2)
+            relative.append((noise / size) ** 2 if size else math.inf if noise else 0.0)
+            sizes.append(size)
+        return {
+            "absolute": math.sqrt(statistics.fmean(absolute)),
+            "relative": math.sqrt(statistics.fmean(relative)),
+            "weight_min": min(sizes),
+            "weight_median": statistics.median(sizes),
+            "weight_max": max(sizes),
+        }
+
+
+def combine(measured: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Of several workers' :meth:`NoiseInjector.measure` one: tensor-parallel ranks and replicas measure the same, pipeline
+    ranks their own layers' norms, as many each."""
+    combined = {key: math.sqrt(statistics.fmean(m[key] ** 2 for m in measured)) for key in ("absolute", "relative")}
+    for key, pick in (("weight_min", min), ("weight_median", statistics.median), ("weight_max", max)):
+        combined[key] = pick([m[key] for m in measured])
+    return combined
+
+
+def describe_size(sigmas: Mapping[str, float], unit: str, measured: Mapping[str, float]) -> str:
+    """How large noise is on a model, in one line.
+
+    Args:
+        sigmas: what is said of a sigma -> the sigma, in ``unit``, e.g. ``{"in the first noisy stage": 0.01}``.
+        unit: ``absolute`` or ``relative``.
+        measured: see :meth:`NoiseInjector.measure`.
+    """
+    low, median, high = (measured[f"weight_{which}"] for which in ("min", "median", "max"))
+    parts = []
+    for where, sigma in sigmas.items():
+        if unit == "relative":
+            parts.append(f"{100 * sigma:.2g} % {where} ({sigma * median:.2g} on the median norm)")
+        else:
+            parts.append(f"{sigma:.2g} {where} ({100 * sigma / median:.2g} % of the median norm's)")
+    return (
+        f"the root mean square of a noised norm's weight is {median:.2g} (median; {low:.2g} to {high:.2g}); sigma is "
+        + " and ".join(parts)
+    )
+
+
+def root_mean_square(values: torch.Tensor) -> float:
+    """In float64."""
+    return values.double().square().mean().sqrt().item()

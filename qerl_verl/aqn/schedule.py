@@ -64,3 +64,8 @@ class AQNSchedule:
     def sigma(self, step: int) -> float:
         """Standard deviation of the noise under which a step samples."""
         return self.sigma_of_stage(self.stage(step))
+
+    def bounds(self) -> dict[str, float]:
+        """The first noisy stage's sigma and the last one's, by what is said of them."""
+        first, last = min(1, self.num_stages - 1), self.num_stages - 1
+        return {"in the first noisy stage": self.sigma_of_stage(first), "in the last": self.sigma_of_stage(last)}

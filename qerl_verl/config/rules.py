@@ -314,16 +314,19 @@ def force(
 
 
 def rollout_layers(config: DictConfig) -> dict[str, Any]:
-    """What every process of the rollout engine learns through vLLM's ``additional_config``, see rollout/quantization.py.
+    """What every process of the rollout engine learns through vLLM's ``additional_config``, see
+    rollout/quantization.py and rollout/norm.py.
 
     Without NVFP4 layers: that the adapter is on vLLM's own LoRA path, and that the base stays while the actor trains.
     """
+    noise = get_value(config, "qerl.aqn.enable") is not False
     if not get_arm(config).container:
-        return {"lora": None, "sleep_level": 1}
+        return {"lora": None, "sleep_level": 1, "noise": noise}
     settings = RolloutSettings(
         **OmegaConf.to_container(get_value(config, "qerl.rollout") or OmegaConf.create(), resolve=True)
     )
     lora = None
     if settings.lora == "inline":
         lora = {"rank": get_value(config, f"{MODEL}.lora_rank"), "alpha": get_value(config, f"{MODEL}.lora_alpha")}
-    return {"kernel": settings.kernel, "lora": lora, "sleep_level": settings.sleep_level}
+    layers = {"kernel": settings.kernel, "lora": lora, "sleep_level": settings.sleep_level}
+    return layers | {"noise": noise}

@@ -14,7 +14,9 @@ ROLLOUT_KERNELS = (*KERNELS, "marlin")
 RECOMPUTE = ("auto", "full", "selective")
 LORA_PATHS = ("inline", "punica")
 PLATFORMS = ("auto", "cuda", "cpu")
-SCHEDULES = ("exponential", "linear", "cosine", "logarithmic")
+ADAPTIVE = "adaptive"
+SCHEDULES = ("exponential", "linear", "cosine", "logarithmic", ADAPTIVE)
+NOISE_UNITS = ("absolute", "relative")
 
 
 class SettingsError(ValueError):
@@ -35,8 +37,12 @@ class AQNSettings:
         sigma_end: standard deviation in the last stage. Above 0 and at most ``sigma_start``.
         num_stages: K. Stages of equal length over ``trainer.total_training_steps``; stage 0 has no noise, the last one
             has ``sigma_end``. At least 2. A run of fewer steps than stages has one stage a step.
-        schedule: how sigma falls from ``sigma_start`` to ``sigma_end``: exponential (Eq. 8), linear, cosine or logarithmic.
+        schedule: how sigma falls from ``sigma_start`` to ``sigma_end``: exponential (Eq. 8), linear, cosine or logarithmic; or
+            ``adaptive``: no stages, sigma follows the measured divergence toward ``target_kl`` between the two.
         seed: with the trainer's step and the layer's name, determines the noise.
+        unit: of sigma: ``absolute``, as in the paper, or ``relative`` to the root mean square of each norm's weight.
+        target_kl: divergence of the sampling policy from the clean one that ``schedule=adaptive`` keeps, nats a token. Above 0
+            and below 1; None with the other schedules.
     """
 
     enable: bool = True
@@ -45,6 +51,8 @@ class AQNSettings:
     num_stages: int = 10
     schedule: str = "exponential"
     seed: int = 42
+    unit: str = "absolute"
+    target_kl: float | None = None
 
 
 @dataclass(frozen=True)
@@ -134,6 +142,9 @@ class QeRLSettings:
             )
         if aqn.schedule not in SCHEDULES:
             out.append(f"qerl.aqn.schedule={aqn.schedule}: choose one of {', '.join(SCHEDULES)}")
+        if aqn.unit not in NOISE_UNITS:
+            out.append(f"qerl.aqn.unit={aqn.unit}: choose one of {', '.join(NOISE_UNITS)}")
+        out += _target_problems(aqn)
         for name in ("sigma_start", "sigma_end"):
             value = getattr(aqn, name)
             if not 0 < value < float("inf"):
@@ -153,8 +164,31 @@ class QeRLSettings:
         return out
 
 
+def _target_problems(aqn: AQNSettings) -> list[str]:
+    target, key = aqn.target_kl, f"qerl.aqn.target_kl={aqn.target_kl}"
+    if aqn.schedule != ADAPTIVE:
+        if target is None:
+            return []
+        return [f"{key}: only qerl.aqn.schedule={ADAPTIVE} follows a target; set that, or remove the setting"]
+    if target is None:
+        return [f"qerl.aqn.schedule={ADAPTIVE}: sigma needs a divergence to follow; set qerl.aqn.target_kl, e.g. 1e-3"]
+    if not 0 < target < 1:
+        return [
+            f"{key}: a divergence in nats a token, which noise on the norms keeps far below 1; give a number above 0 and "
+            "below 1, e.g. 1e-3"
+        ]
+    return []
+
+
 _GROUPS = {"AQNSettings": AQNSettings, "RolloutSettings": RolloutSettings}
-_TYPES = {"bool": bool, "int": int, "float": (int, float), "str": str, "str | None": (str, type(None))}
+_TYPES = {
+    "bool": bool,
+    "int": int,
+    "float": (int, float),
+    "float | None": (int, float, type(None)),
+    "str": str,
+    "str | None": (str, type(None)),
+}
 
 
 def _build(cls, values, path: str, problems: list[str]):
@@ -173,5 +207,6 @@ def _build(cls, values, path: str, problems: list[str]):
             if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
                 problems.append(f"{path}.{key}={value!r}: expected {fields[key].type}, got {type(value).__name__}")
             else:
-                arguments[key] = float(value) if fields[key].type == "float" else value
+                wants_float = fields[key].type.startswith("float") and value is not None
+                arguments[key] = float(value) if wants_float else value
     return cls(**arguments)

@@ -67,6 +67,11 @@ class QeRLHttpServer(vLLMHttpServer):
         if not self._qerl().get(ADDITIONAL_CONFIG):
             await super().resume_kv_cache()
 
+    async def qerl_set_noise(self, **arguments) -> list[dict[str, float]]:
+        """:meth:`qerl_verl.rollout.worker.QeRLWorkerExtension.qerl_set_noise` in each worker; what acts in each. verl's
+        ``collective_rpc`` returns nothing."""
+        return await self.engine.collective_rpc("qerl_set_noise", kwargs=arguments)
+
     async def qerl_check_engine(self) -> None:
         """Raises: vLLM's EngineDeadError, if the engine's process or one of its workers has ended."""
         if self.node_rank == 0 and self.engine.errored:

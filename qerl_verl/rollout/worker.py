@@ -27,7 +27,9 @@ class QeRLWorkerExtension(vLLMColocateWorkerExtension):
         if injector is None:
             model = self.model_runner.get_model()
             architecture = get_architecture(self.model_runner.vllm_config.model_config.hf_config)
-            injector = self._qerl_injector = NoiseInjector(find_noise_targets(model, architecture, NOISE_FUSED))
+            norms = find_noise_targets(model, architecture, NOISE_FUSED)
+            targets = {name: norm.noise_target() for name, norm in norms.items()}
+            injector = self._qerl_injector = NoiseInjector(targets)
         return injector
 
     def update_weights_from_ipc(self, peft_config: dict = None, base_sync_done=False, use_shm: bool = False):
@@ -96,6 +98,9 @@ class QeRLWorkerExtension(vLLMColocateWorkerExtension):
                 scale = getattr(module, name, None)
                 if isinstance(scale, torch.nn.Parameter):
                     scale.data.fill_(getattr(module, f"{name}_float"))
+            if getattr(module, "qerl_weight", None) is not None:
+                module.qerl_weight.copy_(module.weight)
+                module.qerl_noised = False
 
     def qerl_adapter_digest(self) -> str:
         """SHA-256 over the adapter in this worker's layers."""
@@ -106,25 +111,27 @@ class QeRLWorkerExtension(vLLMColocateWorkerExtension):
                 digest.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
-    def qerl_set_noise(self, seed: int, step: int, sigma: float) -> None:
+    def qerl_set_noise(self, seed: int, step: int, sigma: float, unit: str = "absolute") -> dict[str, float]:
         """Put the noise of a training step on the norms of this worker's part of the model; ``sigma`` 0 takes it off.
 
-        Every rank draws the same, see :func:`qerl_verl.aqn.noise.draw_noise`. The engine must be awake: the first
-        call takes the clean copy.
+        Every rank draws the same, see :func:`qerl_verl.aqn.noise.draw_noise`. The engine must be awake.
+
+        Returns:
+            What acts now, see :meth:`qerl_verl.aqn.noise.NoiseInjector.measure`.
         """
-        self._qerl_noise_injector().set_noise(seed, step, sigma)
+        injector = self._qerl_noise_injector()
+        injector.set_noise(seed, step, sigma, unit)
+        return injector.measure()
 
     def qerl_norm_weights(self) -> dict[str, list[float]]:
-        """The live weights of the norms that receive noise, by full module name (float32 holds 16-bit values exactly)."""
-        return {name: w.detach().float().cpu().tolist() for name, w in self._qerl_noise_injector()._targets.items()}
+        """What the norms that receive noise multiply by, by full module name, float32."""
+        return {name: t.live.cpu().tolist() for name, t in self._qerl_noise_injector().targets.items()}
 
     def qerl_base_digest(self) -> str:
-        """SHA-256 over the names and bytes of every tensor of the base but the norms that receive noise."""
-        model = self.model_runner.get_model()
-        noisy = {f"{name}.weight" for name in self._qerl_noise_injector()._targets}
+        """SHA-256 over the names and bytes of every tensor of the base, which noise does not touch."""
         digest = hashlib.sha256()
-        for name, tensor in sorted(model.named_parameters()):
-            if "lora_" in name or name in noisy:
+        for name, tensor in sorted(self.model_runner.get_model().named_parameters()):
+            if "lora_" in name:
                 continue
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import logging
+import math
 import os
 import threading
 import time
@@ -12,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import ray
+import torch
 import transfer_queue as tq
 from omegaconf import DictConfig, OmegaConf, open_dict
 from verl.checkpoint_engine import CheckpointEngineManager
@@ -20,9 +24,12 @@ from verl.trainer.ppo.v1 import PPOTrainerColocateAsync, PPOTrainerSeparateAsync
 from verl.trainer.ppo.v1 import trainer_separate_async as verl_separate_async
 from verl.utils.ray_utils import auto_await
 
+from qerl_verl.aqn.adaptive import AdaptiveSigma
+from qerl_verl.aqn.divergence import measure_samples, truncation_bounds
+from qerl_verl.aqn.noise import combine, describe_size
 from qerl_verl.aqn.schedule import AQNSchedule
 from qerl_verl.config.callback import say
-from qerl_verl.config.settings import QeRLSettings
+from qerl_verl.config.settings import ADAPTIVE, QeRLSettings
 from qerl_verl.engine.checkpoint_errors import writing
 from qerl_verl.engine.detached import AdapterDetachWorker
 from qerl_verl.nvfp4.errors import CheckpointError
@@ -178,11 +185,15 @@ class WholeCheckpointsMixin:
         if (then := other_length(folder, steps)) and self._policy.get("qerl.aqn.enable"):
             say(f"the run that saved {folder} was to have {then} steps, this one has {steps}: the noise stages move")
         say(f"resuming from {folder}")
+        self._resume_own_state(folder)
         if trainer.resume_mode == "auto":  # the same run goes on; what a path names may be another's, and has to stay
             self._run = read_run(folder) or self._run
             self._saved = [folder]
         with self._trainer_setting(resume_mode="resume_path", resume_from_path=str(folder)):
             return super()._load_checkpoint()
+
+    def _resume_own_state(self, folder: Path) -> None:
+        """Called with the checkpoint that training goes on from, before verl reads it."""
 
     def _save_checkpoint(self):
         """verl's; old checkpoints go when the new one is whole.
@@ -224,6 +235,17 @@ class WholeCheckpointsMixin:
                 self.config.trainer.update(before)
 
 
+NOISE_FILE = "qerl_noise.json"
+"""In ``global_step_N``: the noise levels that ``qerl.aqn.schedule=adaptive`` has decided."""
+
+SAMPLE_METRICS = {
+    "entropy": "qerl/sampling_entropy",
+    "kl": "qerl/sampling_kl",
+    "effective_sample_size": "qerl/effective_sample_size",
+    "truncated": "qerl/truncated_weights",
+}
+
+
 VERL_POLL_INTERVAL = 2.0
 """Seconds between two looks for finished samples, for which verl has no setting."""
 
@@ -237,9 +259,15 @@ class AQNTrainerMixin(WholeCheckpointsMixin):
     """Drives the noise of the rollout engines from the trainer's clock.
 
     A sync at ``global_steps`` = s puts on the noise under which step s + 1 samples; so does the first sync after a
-    resume at s. Validation runs on the clean policy. Metrics: ``qerl/aqn_sigma`` and ``qerl/aqn_stage`` of the step, and
-    ``qerl/aqn_sigma_of_samples/*``, what the samples that the step trains on were drawn under. The two differ where an
-    asynchronous trainer trains on samples of an earlier step.
+    resume at s. Validation runs on the clean policy. With ``qerl.aqn.enable=False`` the engines are told nothing. Metrics:
+
+    - ``qerl/aqn_sigma`` and ``qerl/aqn_stage``: what the schedule asks for in the step (``adaptive`` has no stages);
+    - ``qerl/aqn_sigma_effective``: the same, read back from the engines' live weights, in the unit of ``qerl.aqn.unit``;
+      with ``_absolute`` and ``_relative`` behind the name, in either unit;
+    - ``qerl/aqn_sigma_of_samples/*``: what the samples that the step trains on were drawn under. It differs where an
+      asynchronous trainer trains on samples of an earlier step;
+    - ``qerl/sampling_entropy``, ``qerl/sampling_kl``, ``qerl/effective_sample_size``, ``qerl/truncated_weights``: of those
+      samples, see :func:`qerl_verl.aqn.divergence.measure_samples`. verl's ``actor/entropy`` is the clean policy's.
     """
 
     verl_mode: str
@@ -252,8 +280,8 @@ class AQNTrainerMixin(WholeCheckpointsMixin):
         for written_by_the_callback in ("source_models", "base_fingerprint", "policy"):
             node.pop(written_by_the_callback, None)
         self.qerl_settings = QeRLSettings.from_mapping(node)
-        self._noise_step: int | None = None  # the step whose noise is on, None: clean
         self._sampling_step = 1
+        self._acting: dict[int, dict[str, float]] = {}  # by step, what acts in the engines
         self._validating = False
         self._training = False
         super().__init__(config)
@@ -273,17 +301,53 @@ class AQNTrainerMixin(WholeCheckpointsMixin):
 
     def _setup(self):
         super()._setup()
-        self.aqn_schedule = AQNSchedule(self.qerl_settings.aqn, self.total_training_steps)
-        schedule = self.aqn_schedule
-        if schedule.num_stages < self.qerl_settings.aqn.num_stages:
-            logger.warning(
-                "[qerl] %d training steps are fewer than qerl.aqn.num_stages=%d: one stage a step",
-                self.total_training_steps,
-                self.qerl_settings.aqn.num_stages,
+        aqn, schedule = self.qerl_settings.aqn, self.aqn_schedule
+        if aqn.enable and aqn.schedule == ADAPTIVE:
+            say(
+                f"AQN sigma: adaptive toward a divergence of {aqn.target_kl:.3g} nats a token, from {aqn.sigma_end:.3g} to "
+                f"{aqn.sigma_start:.3g}"
             )
-        sigmas = [schedule.sigma_of_stage(k) for k in range(schedule.num_stages)]
-        print(f"[qerl] AQN sigma by stage: {', '.join(f'{s:.3g}' for s in sigmas)}", flush=True)
+        elif aqn.enable:
+            if schedule.num_stages < aqn.num_stages:
+                logger.warning(
+                    "[qerl] %d training steps are fewer than qerl.aqn.num_stages=%d: one stage a step",
+                    self.total_training_steps,
+                    aqn.num_stages,
+                )
+            sigmas = [schedule.sigma_of_stage(k) for k in range(schedule.num_stages)]
+            say(f"AQN sigma by stage: {', '.join(f'{s:.3g}' for s in sigmas)}")
         self.checkpoint_manager = _NoisyCheckpointManager(self.checkpoint_manager, self._after_sync)
+
+    @functools.cached_property
+    def aqn_schedule(self) -> AQNSchedule | AdaptiveSigma:
+        """The noise level by step; first asked for when verl has counted the training steps."""
+        aqn = self.qerl_settings.aqn
+        return AdaptiveSigma(aqn) if aqn.schedule == ADAPTIVE else AQNSchedule(aqn, self.total_training_steps)
+
+    def _resume_own_state(self, folder: Path) -> None:
+        """Take the adaptive noise level up where the checkpoint left it.
+
+        Raises:
+            CheckpointError: its file is damaged.
+        """
+        super()._resume_own_state(folder)
+        if not isinstance(self.aqn_schedule, AdaptiveSigma):
+            return
+        file = folder / NOISE_FILE
+        if not file.exists():
+            say(
+                f"{folder} has no {NOISE_FILE}: it was not written with qerl.aqn.schedule={ADAPTIVE}, so sigma starts anew"
+            )
+            return
+        try:
+            self.aqn_schedule.load_state_dict(json.loads(file.read_text()))
+        except ValueError as error:
+            raise CheckpointError(f"{file}: {error}. Restore it, or resume from another checkpoint.") from error
+
+    def _after_save(self, folder: Path) -> None:
+        if isinstance(self.aqn_schedule, AdaptiveSigma):
+            (folder / NOISE_FILE).write_text(json.dumps(self.aqn_schedule.state_dict()))
+        super()._after_save(folder)
 
     def _after_sync(self, replicas: list, global_steps: int | None) -> None:
         if global_steps is not None:
@@ -293,14 +357,28 @@ class AQNTrainerMixin(WholeCheckpointsMixin):
 
     def _apply_noise(self, replicas: list) -> None:
         step = min(self._sampling_step, self.total_training_steps)
-        self._push(replicas, step, self.aqn_schedule.sigma(step))
+        acting = self._push(replicas, step, self.aqn_schedule.sigma(step))
+        if acting:
+            found = combine(acting)
+            if not self._acting:
+                aqn = self.qerl_settings.aqn
+                say(f"AQN on this model: {describe_size(self.aqn_schedule.bounds(), aqn.unit, found)}")
+            self._acting = {s: a for s, a in self._acting.items() if s >= step - 1} | {step: found}
 
-    def _push(self, replicas: list, step: int, sigma: float) -> None:
-        """Tell the replicas' engines, wait until all of them have it, and drop what was cached under other weights."""
+    def _push(self, replicas: list, step: int, sigma: float) -> list[dict[str, float]]:
+        """Tell the replicas' engines, wait until all of them have it, and drop what was cached under other weights.
+
+        Returns:
+            What acts in each worker now, see :meth:`qerl_verl.aqn.noise.NoiseInjector.measure`; nothing without noise.
+        """
+        if not self.qerl_settings.aqn.enable:
+            return []
         servers = [replica.server_handle for replica in replicas]
-        arguments = {"seed": self.qerl_settings.aqn.seed, "step": step, "sigma": sigma}
-        ray.get([s.collective_rpc.remote("qerl_set_noise", kwargs=arguments) for s in servers])
+        aqn = self.qerl_settings.aqn
+        arguments = {"seed": aqn.seed, "step": step, "sigma": sigma, "unit": aqn.unit}
+        acting = ray.get([s.qerl_set_noise.remote(**arguments) for s in servers])
         ray.get([s.clear_kv_cache.remote() for s in servers])
+        return [worker for server in acting for worker in server]
 
     def on_train_begin(self):
         super().on_train_begin()
@@ -327,14 +405,50 @@ class AQNTrainerMixin(WholeCheckpointsMixin):
 
     def step(self, metrics: dict, timing_raw: dict):
         batch = super().step(metrics, timing_raw)
-        metrics["qerl/aqn_sigma"] = self.aqn_schedule.sigma(self.global_steps)
-        metrics["qerl/aqn_stage"] = self.aqn_schedule.stage(self.global_steps)
+        step, schedule = self.global_steps, self.aqn_schedule
+        metrics["qerl/aqn_sigma"] = schedule.sigma(step)
+        if isinstance(schedule, AQNSchedule):
+            metrics["qerl/aqn_stage"] = schedule.stage(step)
+        if acting := self._acting.get(step):
+            metrics["qerl/aqn_sigma_effective"] = acting[self.qerl_settings.aqn.unit]
+            metrics["qerl/aqn_sigma_effective_absolute"] = acting["absolute"]
+            metrics["qerl/aqn_sigma_effective_relative"] = acting["relative"]
         sigmas = self._sigmas_of_samples(batch.tags)
         if sigmas:
             metrics["qerl/aqn_sigma_of_samples/mean"] = sum(sigmas) / len(sigmas)
             metrics["qerl/aqn_sigma_of_samples/min"] = min(sigmas)
             metrics["qerl/aqn_sigma_of_samples/max"] = max(sigmas)
+        if isinstance(schedule, AdaptiveSigma):
+            schedule.update(step, metrics.get("qerl/sampling_kl", math.nan), sigmas)
         return batch
+
+    def _compute_advantage(self, batch, metrics: dict):
+        metrics.update(self._measure_samples(batch))
+        return super()._compute_advantage(batch, metrics=metrics)
+
+    def _measure_samples(self, batch) -> dict[str, float]:
+        """Metrics of the samples' own log-probabilities, before verl's rejection sampling changes their mask; nothing without
+        them (``rollout.calculate_log_probs``). In verl's bypass mode only the entropy: there the clean policy's are not computed."""
+        if not self.config.actor_rollout_ref.rollout.calculate_log_probs:
+            return {}
+        correction = self.config.algorithm.get("rollout_correction") or {}
+        fields = ["rollout_log_probs", "response_mask"]
+        if not correction.get("bypass_mode"):
+            fields.append("old_log_probs")
+        data = tq.kv_batch_get(
+            keys=batch.keys, partition_id=batch.partition_id, select_fields=fields
+        ).to_padded_tensor()
+        samples = torch.tensor([not tag.get("is_padding", False) for tag in batch.tags])
+        found = measure_samples(
+            sampled=data["rollout_log_probs"][samples],
+            clean=data["old_log_probs"][samples] if "old_log_probs" in fields else None,
+            mask=data["response_mask"][samples],
+            level=correction.get("rollout_is") or "token",
+            bounds=truncation_bounds(correction.get("rollout_is_threshold", 2.0)),
+        )
+        if not correction.get("rollout_is"):
+            found.pop("truncated", None)  # no weight acts, so none is truncated
+        return {SAMPLE_METRICS[name]: value for name, value in found.items()}
 
     def _sigmas_of_samples(self, tags: list[dict]) -> list[float]:
         """Sigma at a sample's first and at its last token; the samples' versions count the syncs, see :meth:`_after_sync`."""

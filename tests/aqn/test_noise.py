@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from qerl_verl.aqn.noise import NoiseInjector, draw_noise, find_noise_targets
+from qerl_verl.aqn.noise import NoiseInjector, NoiseTarget, combine, describe_size, draw_noise, find_noise_targets
 from qerl_verl.nvfp4.architectures import get_architecture
 
 CONFIG = dict(
@@ -28,6 +28,16 @@ def model():
 
 def targets_of(model):
     return find_noise_targets(model, get_architecture(model.config), fused={})
+
+
+def targets_and_injector(model):
+    """The norms multiply by a float32 parameter here; the clean weights are copies in the model's dtype."""
+    norms, targets = targets_of(model), {}
+    for name, norm in norms.items():
+        clean = norm.weight.detach().clone()
+        norm.weight = torch.nn.Parameter(clean.float())
+        targets[name] = NoiseTarget(clean=clean, live=norm.weight)
+    return targets, NoiseInjector(targets)
 
 
 def test_distribution():
@@ -75,15 +85,15 @@ def test_a_model_without_targets_is_an_error(model):
 
 
 def test_noise_is_added_to_the_clean_weights_each_time_and_comes_off_bit_for_bit(model):
-    clean = {n: p.detach().clone() for n, p in model.named_parameters()}
-    injector = NoiseInjector(targets_of(model))
+    clean = {n: p.detach().float() for n, p in model.named_parameters()}
+    targets, injector = targets_and_injector(model)
     for step in (1, 2, 3):
         injector.set_noise(seed=9, step=step, sigma=0.1)
-        for name, weight in targets_of(model).items():
-            expected = clean[f"{name}.weight"].float() + draw_noise(9, step, name, weight.numel(), 0.1)
-            assert torch.equal(weight, expected.bfloat16()), (step, name)
+        for name, target in targets.items():
+            expected = clean[f"{name}.weight"] + draw_noise(9, step, name, target.live.numel(), 0.1)
+            assert torch.equal(target.live, expected), (step, name)
     for name, parameter in model.named_parameters():
-        if name.removesuffix(".weight") not in targets_of(model):
+        if name.removesuffix(".weight") not in targets:
             assert torch.equal(parameter, clean[name]), name
     injector.set_noise(seed=9, step=3, sigma=0.0)
     assert all(torch.equal(p, clean[n]) for n, p in model.named_parameters())
@@ -95,16 +105,83 @@ def test_one_draw_serves_q_k_and_v_as_row_noise_of_their_weights(model):
     layer, x = model.model.layers[0], torch.randn(5, 64, dtype=torch.float64)
     w = layer.input_layernorm.weight.detach().clone()
     before = layer.input_layernorm(x).detach()
-    NoiseInjector(targets_of(model)).set_noise(seed=1, step=1, sigma=0.05)
+    targets_and_injector(model)[1].set_noise(seed=1, step=1, sigma=0.05)
     z = draw_noise(1, 1, "model.layers.0.input_layernorm", 64, 0.05).double()
     for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
-        noised = projection(layer.input_layernorm(x))
+        noised = projection(layer.input_layernorm(x).double())
         torch.testing.assert_close(noised, before @ (projection.weight * (z / w + 1)).T, rtol=1e-5, atol=1e-6)
 
 
 def test_a_non_finite_result_is_refused_and_nothing_changes(model):
-    before = {n: w.detach().clone() for n, w in targets_of(model).items()}
-    injector = NoiseInjector(targets_of(model))
+    targets, injector = targets_and_injector(model)
     with pytest.raises(FloatingPointError, match="step 4 makes model.layers.0.input_layernorm.weight non-finite"):
         injector.set_noise(seed=1, step=4, sigma=float("inf"))
-    assert all(torch.equal(w, before[n]) for n, w in targets_of(model).items())
+    assert all(torch.equal(t.live, t.clean.float()) for t in targets.values())
+
+
+def test_a_weight_that_would_round_the_noise_off_is_refused():
+    weight = torch.ones(8, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="float32 weight to act on, got torch.bfloat16"):
+        NoiseTarget(clean=weight, live=weight)
+
+
+def make_targets(*sizes, hidden=2**16):
+    cleans = [torch.full((hidden,), size, dtype=torch.bfloat16) for size in sizes]
+    return {f"norm{i}": NoiseTarget(clean=c, live=c.float()) for i, c in enumerate(cleans)}
+
+
+def test_relative_noise_is_in_units_of_each_norms_own_weight():
+    targets = make_targets(0.25, 4.0)
+    injector = NoiseInjector(targets)
+    injector.set_noise(seed=3, step=2, sigma=0.01, unit="relative")
+    for name, size in (("norm0", 0.25), ("norm1", 4.0)):
+        z = targets[name].live - size
+        torch.testing.assert_close(z, draw_noise(3, 2, name, z.numel(), 0.01 * size), rtol=0, atol=2**-21)
+    found = injector.measure()
+    assert found["relative"] == pytest.approx(0.01, rel=0.01)
+    assert found["absolute"] == pytest.approx(0.01 * ((0.25**2 + 4**2) / 2) ** 0.5, rel=0.01)
+
+
+def test_what_acts_is_read_from_the_live_weights():
+    targets = make_targets(0.25, 1.0, 4.0)
+    injector = NoiseInjector(targets)
+    assert injector.measure() == {
+        "absolute": 0.0, "relative": 0.0, "weight_min": 0.25, "weight_median": 1.0, "weight_max": 4.0,
+    }  # fmt: skip
+    injector.set_noise(seed=3, step=2, sigma=0.01)
+    assert injector.measure()["absolute"] == pytest.approx(0.01, rel=0.01)
+    for target in targets.values():
+        target.live.copy_(target.live.bfloat16())  # a 16-bit weight
+    assert injector.measure()["absolute"] != pytest.approx(0.01, rel=0.01)
+
+
+def test_the_norm_is_told_whether_it_is_noised():
+    told, weight = [], torch.ones(8)
+    injector = NoiseInjector({"norm": NoiseTarget(clean=weight, live=weight.clone(), switch=told.append)})
+    for sigma in (0.1, 0.0):
+        injector.set_noise(seed=1, step=1, sigma=sigma)
+    assert told == [True, False]
+
+
+MEASURED = {"absolute": 0.01, "relative": 0.04, "weight_min": 0.1, "weight_median": 0.25, "weight_max": 2.0}
+
+
+def test_several_workers_are_one():
+    other = {"absolute": 0.02, "relative": 0.03, "weight_min": 0.2, "weight_median": 0.35, "weight_max": 3.0}
+    assert combine([MEASURED, MEASURED]) == pytest.approx(MEASURED)
+    expected = {"absolute": (2.5e-4) ** 0.5, "relative": (1.25e-3) ** 0.5}
+    assert combine([MEASURED, other]) == pytest.approx(
+        expected | {"weight_min": 0.1, "weight_median": 0.3, "weight_max": 3.0}
+    )
+
+
+@pytest.mark.parametrize(
+    ("unit", "expected"),
+    [
+        ("absolute", "sigma is 0.01 first (4 % of the median norm's) and 0.0005 last (0.2 % of the median norm's)"),
+        ("relative", "sigma is 1 % first (0.0025 on the median norm) and 0.05 % last (0.00013 on the median norm)"),
+    ],
+)
+def test_how_large_the_noise_is_on_a_model_is_told_in_both_units(unit, expected):
+    line = describe_size({"first": 0.01, "last": 0.0005}, unit, MEASURED)
+    assert line == f"the root mean square of a noised norm's weight is 0.25 (median; 0.1 to 2); {expected}"

@@ -58,15 +58,19 @@ def in_engine(config):
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        ([], {"kernel": "auto", "lora": {"rank": 32, "alpha": 32}, "sleep_level": 1}),
+        ([], {"kernel": "auto", "lora": {"rank": 32, "alpha": 32}, "sleep_level": 1, "noise": True}),
         (
             ["actor_rollout_ref.model.lora_rank=8"],
-            {"kernel": "auto", "lora": {"rank": 8, "alpha": 16}, "sleep_level": 1},
+            {"kernel": "auto", "lora": {"rank": 8, "alpha": 16}, "sleep_level": 1, "noise": True},
         ),
-        (["qerl.rollout.lora=punica"], {"kernel": "auto", "lora": None, "sleep_level": 1}),
+        (["qerl.rollout.lora=punica"], {"kernel": "auto", "lora": None, "sleep_level": 1, "noise": True}),
         (
             ["qerl.rollout.kernel=marlin", "qerl.rollout.sleep_level=2"],
-            {"kernel": "marlin", "lora": {"rank": 32, "alpha": 32}, "sleep_level": 2},
+            {"kernel": "marlin", "lora": {"rank": 32, "alpha": 32}, "sleep_level": 2, "noise": True},
+        ),
+        (
+            ["qerl.aqn.enable=False"],
+            {"kernel": "auto", "lora": {"rank": 32, "alpha": 32}, "sleep_level": 1, "noise": False},
         ),
     ],
 )

@@ -17,7 +17,14 @@ def problems_of(**values):
 def test_defaults_are_the_papers():
     settings = QeRLSettings.from_mapping({})
     assert settings.aqn == AQNSettings(
-        enable=True, sigma_start=1e-2, sigma_end=5e-4, num_stages=10, schedule="exponential", seed=42
+        enable=True,
+        sigma_start=1e-2,
+        sigma_end=5e-4,
+        num_stages=10,
+        schedule="exponential",
+        seed=42,
+        unit="absolute",
+        target_kl=None,
     )
     assert settings.platform == "auto" and settings.cache_dir is None
 
@@ -42,6 +49,13 @@ def test_values_are_taken_over():
         ({"aqn": {"sigma_start": 1e-4, "sigma_end": 1e-3}}, "qerl.aqn.sigma_end=0.001", "at most sigma_start"),
         ({"aqn": {"num_stages": 1}}, "qerl.aqn.num_stages=1", "At least 2".lower()),
         ({"aqn": {"schedule": "step"}}, "qerl.aqn.schedule=step", "cosine"),
+        ({"aqn": {"unit": "percent"}}, "qerl.aqn.unit=percent", "choose one of absolute, relative"),
+        ({"aqn": {"schedule": "adaptive"}}, "qerl.aqn.schedule=adaptive", "set qerl.aqn.target_kl"),
+        ({"aqn": {"target_kl": 1e-3}}, "qerl.aqn.target_kl=0.001", "only qerl.aqn.schedule=adaptive follows a target"),
+        ({"aqn": {"schedule": "adaptive", "target_kl": 0}}, "qerl.aqn.target_kl=0.0", "above 0 and below 1"),
+        ({"aqn": {"schedule": "adaptive", "target_kl": float("nan")}}, "qerl.aqn.target_kl=nan", "above 0 and below 1"),
+        ({"aqn": {"schedule": "adaptive", "target_kl": 5}}, "qerl.aqn.target_kl=5.0", "above 0 and below 1"),
+        ({"aqn": {"schedule": "adaptive", "target_kl": "low"}}, "qerl.aqn.target_kl='low'", "expected float | None"),
         ({"aqn": {"num_stages": 2.5}}, "qerl.aqn.num_stages=2.5", "expected int"),
         ({"aqn": {"enable": "yes"}}, "qerl.aqn.enable='yes'", "expected bool"),
         ({"aqn": 3}, "qerl.aqn=3", "group of settings"),

@@ -78,11 +78,10 @@ def check_engines(folder: Path, clean: dict[str, torch.Tensor], hybrid: bool, st
                 found = json.loads(file.read_text())
                 sigma = SCHEDULE.sigma(step) if partition == "train" else 0.0
                 for name, live in found["norms"].items():
-                    expected = clean[f"{name}.weight"]
+                    expected = clean[f"{name}.weight"].float()
                     if sigma:
-                        noise = draw_noise(SEED, step, name, expected.numel(), sigma)
-                        expected = (expected.float() + noise).to(expected.dtype)
-                    assert torch.equal(torch.tensor(live), expected.float()), (file, name)
+                        expected = expected + draw_noise(SEED, step, name, expected.numel(), sigma)
+                    assert torch.equal(torch.tensor(live), expected), (file, name)
                 version = step - (partition == "train")
                 assert version == 0 or found["adapter"] == found["checkpoint"], file
                 lines.append(

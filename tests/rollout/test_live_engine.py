@@ -31,7 +31,8 @@ pytestmark = [
 PROMPTS = [list(range(5 + i, 25 + i)) for i in range(4)]
 RANK, ALPHA = 8, 16
 FILE = "adapter_model.safetensors"
-IN_LAYER = {"additional_config": {"qerl": {"kernel": "auto", "lora": {"rank": RANK, "alpha": ALPHA}, "sleep_level": 1}}}
+LORA = {"rank": RANK, "alpha": ALPHA}
+IN_LAYER = {"additional_config": {"qerl": {"kernel": "auto", "lora": LORA, "sleep_level": 1, "noise": True}}}
 PUNICA = {"enable_lora": True, "max_loras": 1, "max_lora_rank": RANK}
 
 
@@ -225,11 +226,66 @@ def test_noise_is_on_the_right_norms_drawn_from_seed_step_and_layer(engine, nvfp
         live = norms(engine)
         assert set(live) == expected_names
         for name, weight in live.items():
-            clean = checkpoint[f"{name}.weight"]
-            expected = (clean.float() + draw_noise(5, step, name, clean.numel(), 0.02)).to(clean.dtype)
-            np.testing.assert_array_equal(weight, expected.float().numpy(), err_msg=f"{name} at step {step}")
-    assert engine.collective_rpc("qerl_base_digest") == digest  # q/k-norm-free model: everything but the noised norms
+            clean = checkpoint[f"{name}.weight"].float()
+            expected = clean + draw_noise(5, step, name, clean.numel(), 0.02)
+            np.testing.assert_array_equal(weight, expected.numpy(), err_msg=f"{name} at step {step}")
+    assert engine.collective_rpc("qerl_base_digest") == digest  # the checkpoint's norm weights, too
     set_noise(engine)
+
+
+def make_probe():
+    """A function for the worker, which cannot import this module: by target, the change that noise makes to the effective weight.
+
+    The effective weight is the least-squares slope of the norm's outputs on its normalized inputs, here from two halves of the
+    rows.
+    """
+
+    def probe(worker, rows, seed):
+        import torch
+
+        def slopes(norm):
+            generator, found = torch.Generator().manual_seed(seed), []
+            for _ in range(2):
+                x = torch.randn(rows, norm.hidden_size, generator=generator).to(norm.weight.dtype)
+                unit = x.double() * (x.double().square().mean(-1, keepdim=True) + norm.variance_epsilon).rsqrt()
+                y, _ = norm(x.clone(), torch.zeros_like(x))
+                found.append((y.double() * unit).sum(0) / unit.square().sum(0))
+            return torch.stack(found)
+
+        out = {}
+        for name in worker.qerl_norm_weights():
+            norm = worker.model_runner.get_model().get_submodule(name)
+            noised, live = slopes(norm), norm.qerl_weight.clone()
+            norm.qerl_weight.copy_(norm.weight)
+            out[name] = (noised - slopes(norm)).tolist()
+            norm.qerl_weight.copy_(live)
+        return out
+
+    return probe
+
+
+@pytest.mark.parametrize("sigma", [5e-4, 1e-2])
+def test_the_noise_that_acts_in_the_engines_norms_is_the_noise_that_was_drawn(engine, sigma):
+    first, second = [], []
+    for step in range(1, 26):  # 4 norms of 128 channels each
+        engine.collective_rpc("qerl_set_noise", kwargs={"seed": 1, "step": step, "sigma": sigma})
+        (found,) = engine.collective_rpc(make_probe(), args=(512, step))
+        for a, b in found.values():
+            first += a
+            second += b
+    set_noise(engine)
+    first, second = np.array(first), np.array(second)
+    both = (first + second) / 2
+    assert np.cov(first, second)[0, 1] ** 0.5 == pytest.approx(sigma, rel=0.02)  # leaves out what rounding adds to each
+    assert abs(both.mean()) < 3 * both.std() / len(both) ** 0.5
+
+
+def test_the_engine_tells_what_acts(engine):
+    (found,) = engine.collective_rpc("qerl_set_noise", kwargs={"seed": 1, "step": 2, "sigma": 0.02, "unit": "relative"})
+    assert found["relative"] == pytest.approx(0.02, rel=0.1)
+    assert found["absolute"] == pytest.approx(found["relative"] * found["weight_median"], rel=0.2)
+    (found,) = engine.collective_rpc("qerl_set_noise", kwargs={"seed": 1, "step": 2, "sigma": 0.0})
+    assert found["relative"] == found["absolute"] == 0 < found["weight_min"]
 
 
 def test_noise_changes_what_is_generated_and_sigma_zero_restores_it_bit_for_bit(engine, adapters):

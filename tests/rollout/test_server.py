@@ -1,6 +1,7 @@
 """QeRL's vLLM server around fake engines: what it hides from verl, and when the base is read again."""
 
 import asyncio
+import inspect
 
 import pytest
 from verl.workers.config import HFModelConfig
@@ -127,6 +128,21 @@ def test_the_replica_starts_our_server(nvfp4_checkpoint):
     config = RolloutConfig(name="vllm", mode="async", tensor_model_parallel_size=1)
     replica = QeRLReplica(0, config, HFModelConfig(path=str(nvfp4_checkpoint)), gpus_per_node=1)
     assert replica.server_class.__ray_metadata__.modified_class.__mro__[1:3] == (QeRLHttpServer, vLLMHttpServer)
+
+
+def test_the_server_hands_on_what_acts_in_its_workers():
+    """verl's collective_rpc returns nothing (vllm_async_server.py); where this fails, the method can go."""
+    made, told = server(level=1), []
+
+    async def collective_rpc(method, kwargs):
+        told.append((method, kwargs))
+        return [{"absolute": 0.1}]
+
+    made.engine.collective_rpc = collective_rpc
+    arguments = {"seed": 1, "step": 2, "sigma": 0.1, "unit": "absolute"}
+    assert asyncio.run(made.qerl_set_noise(**arguments)) == [{"absolute": 0.1}]
+    assert told == [("qerl_set_noise", arguments)]
+    assert "return" not in inspect.getsource(vLLMHttpServer.collective_rpc)
 
 
 def test_a_dead_engine_is_named_on_the_node_that_has_it():

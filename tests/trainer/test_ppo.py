@@ -2,12 +2,16 @@
 
 import inspect
 import logging
+import math
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import ray
+import torch
 from omegaconf import OmegaConf
+from tensordict import TensorDict
 from verl.checkpoint_engine import base as verl_checkpoint_engine
 from verl.trainer.ppo.utils import Role
 from verl.trainer.ppo.v1 import PPOTrainerSeparateAsync
@@ -19,6 +23,7 @@ from verl.workers.config import CheckpointEngineConfig
 from qerl_verl.aqn.schedule import AQNSchedule
 from qerl_verl.config.rules import TRANSPORT
 from qerl_verl.engine.detached import AdapterDetachWorker
+from qerl_verl.nvfp4.errors import CheckpointError
 from qerl_verl.rollout.register import register_transport
 from qerl_verl.trainer import ppo
 from qerl_verl.trainer.ppo import (
@@ -37,13 +42,17 @@ class Server:
 
     def __init__(self, events):
         self.events = events
-        self.collective_rpc = SimpleNamespace(remote=self._rpc)
+        self.qerl_set_noise = SimpleNamespace(remote=self._set_noise)
         self.qerl_check_engine = SimpleNamespace(remote=lambda: events.append("alive"))
         self.clear_kv_cache = SimpleNamespace(remote=lambda: events.append("clear"))
 
-    def _rpc(self, method, kwargs):
-        assert method == "qerl_set_noise"
-        self.events.append((kwargs["seed"], kwargs["step"], round(kwargs["sigma"], 6)))
+    def _set_noise(self, seed, step, sigma, unit):
+        assert unit == "absolute"
+        self.events.append((seed, step, round(sigma, 6)))
+        acting = 0.99 * sigma  # what the engine finds in its weights, not what the schedule asked for
+        return [
+            {"absolute": acting, "relative": 2 * acting, "weight_min": 0.1, "weight_median": 0.5, "weight_max": 2.0}
+        ]
 
 
 class Manager:
@@ -65,6 +74,7 @@ class Base:
     """The order of calls of verl/trainer/ppo/v1/trainer_base.py, fit(), without the work."""
 
     staleness = 0
+    measured = {}  # by step, what came of its samples
 
     def __init__(self, config):
         assert config.trainer.v1.trainer_mode == "sync"
@@ -89,6 +99,7 @@ class Base:
         self.events.append(f"step {self.global_steps}")
         newest = self.global_steps - 1 - self.staleness
         sample = {"min_global_steps": max(0, newest - self.staleness), "max_global_steps": max(0, newest)}
+        metrics |= self.measured.get(self.global_steps, {})
         return SimpleNamespace(tags=[sample, {"is_padding": True, "min_global_steps": 0, "max_global_steps": 0}])
 
     def fit(self, first_step):
@@ -111,16 +122,20 @@ class Trainer(AQNTrainerMixin, Base):
     verl_mode = "sync"
 
 
-@pytest.fixture
-def trainer(monkeypatch):
-    monkeypatch.setattr(ray, "get", lambda futures: futures)
-    monkeypatch.setattr(ray, "wait", lambda futures, num_returns, timeout: (futures, []))
-    aqn = {"sigma_start": 0.04, "sigma_end": 0.01, "num_stages": 4, "seed": 6}
+def make_trainer(**aqn):
+    aqn = {"sigma_start": 0.04, "sigma_end": 0.01, "num_stages": 4, "seed": 6, **aqn}
     config = {
         "trainer": {"v1": {"trainer_mode": "qerl_sync"}},
         "qerl": {"aqn": aqn, "source_models": {"actor": "somewhere"}},
     }
     return Trainer(OmegaConf.create(config))
+
+
+@pytest.fixture
+def trainer(monkeypatch):
+    monkeypatch.setattr(ray, "get", lambda futures: futures)
+    monkeypatch.setattr(ray, "wait", lambda futures, num_returns, timeout: (futures, []))
+    return make_trainer()
 
 
 def test_each_sync_brings_the_noise_of_the_next_step_and_validation_is_clean(trainer):
@@ -146,6 +161,130 @@ def test_metrics_tell_the_noise_that_the_step_sampled_under(trainer):
     trainer.fit(first_step=1)
     assert {s: m["qerl/aqn_stage"] for s, m in trainer.logged.items()} == {1: 0, 2: 1, 3: 2, 4: 3}
     assert [round(m["qerl/aqn_sigma"], 6) for m in trainer.logged.values()] == [0.0, 0.04, 0.02, 0.01]
+
+
+def test_metrics_tell_the_noise_that_acts_in_the_engines(trainer):
+    trainer.fit(first_step=1)
+    for unit, factor in (("", 0.99), ("_absolute", 0.99), ("_relative", 1.98)):
+        found = [m[f"qerl/aqn_sigma_effective{unit}"] for m in trainer.logged.values()]
+        assert found == pytest.approx([factor * m["qerl/aqn_sigma"] for m in trainer.logged.values()])
+
+
+def test_without_noise_the_engines_are_told_nothing(trainer):
+    """Their norms are vLLM's own then and could not take any."""
+    trainer.qerl_settings = replace(trainer.qerl_settings, aqn=replace(trainer.qerl_settings.aqn, enable=False))
+    trainer.fit(first_step=1)
+    assert not [e for e in trainer.events if e == "clear" or isinstance(e, tuple)]
+    assert not any("effective" in key for metrics in trainer.logged.values() for key in metrics)
+
+
+def test_the_size_of_the_noise_on_this_model_is_told_once(trainer, capsys):
+    trainer.fit(first_step=1)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "AQN on this model" in line]
+    assert "sigma is 0.04 in the first noisy stage (8 % of the median norm's) and 0.01 in the last (2 %" in line
+
+
+KL = "qerl/sampling_kl"
+
+
+def adaptive(**measured):
+    """A trainer whose samples show the given divergences, by step."""
+    trainer = make_trainer(schedule="adaptive", target_kl=1e-3, sigma_start=0.04, sigma_end=0.001)
+    trainer.measured = {int(step[1:]): {KL: kl} for step, kl in measured.items()}
+    return trainer
+
+
+def test_an_adaptive_sigma_follows_the_divergence_of_the_samples(trainer):
+    trainer = adaptive(s1=1e-3 / 1.21, s2=4e-3, s3=1e-3 * 1.21**2)
+    trainer.fit(first_step=1)
+    sigmas = [m["qerl/aqn_sigma"] for m in trainer.logged.values()]
+    assert sigmas == pytest.approx([0.001, 0.0011, 0.001, 0.001])  # lower than sigma_end it does not get
+    assert [e[2] for e in trainer.events if isinstance(e, tuple) and e[2]][-1] == round(sigmas[3], 6)
+    assert "qerl/aqn_stage" not in trainer.logged[1]
+
+
+def test_an_adaptive_sigma_is_measured_against_what_stale_samples_were_drawn_under(trainer):
+    """At step 3 the samples are of step 1 and before, which had sigma_end, although sigma has grown since."""
+    trainer = adaptive(s1=1e-5, s2=1e-5, s3=1e-3)
+    trainer.staleness = 2
+    trainer.fit(first_step=1)
+    assert trainer.logged[2]["qerl/aqn_sigma"] == pytest.approx(0.0015)
+    assert trainer.logged[4]["qerl/aqn_sigma"] == pytest.approx(0.001)
+
+
+def test_an_adaptive_sigma_is_part_of_the_checkpoint(trainer, tmp_path, monkeypatch, capsys):
+    """The run that is resumed at step 2 has the sigmas of the one that was not interrupted."""
+    recorded = []
+    monkeypatch.setattr(WholeCheckpointsMixin, "_after_save", lambda self, folder: recorded.append(sorted(
+        p.name for p in folder.iterdir())))  # fmt: skip
+    measured = {"s1": 5e-4, "s2": 7e-4, "s3": 3e-3}
+    whole = adaptive(**measured)
+    whole.fit(first_step=1)
+    first = adaptive(s1=5e-4, s2=7e-4)
+    first.total_training_steps = 2
+    first._setup()
+    for first.global_steps in (1, 2):
+        first.step({}, {})
+    first._after_save(tmp_path)
+    assert recorded == [[ppo.NOISE_FILE]]  # before the record is written, which lists it
+    resumed = adaptive(**measured)
+    resumed._resume_own_state(tmp_path)
+    resumed.fit(first_step=3)
+    for step in (3, 4):
+        assert resumed.logged[step]["qerl/aqn_sigma"] == whole.logged[step]["qerl/aqn_sigma"]
+    assert resumed.logged[3]["qerl/aqn_sigma"] != adaptive().aqn_schedule.sigma(3)
+    (tmp_path / ppo.NOISE_FILE).write_text("{")
+    with pytest.raises(CheckpointError, match=f"{ppo.NOISE_FILE}.*Restore it"):
+        adaptive()._resume_own_state(tmp_path)
+    (tmp_path / ppo.NOISE_FILE).unlink()
+    adaptive()._resume_own_state(tmp_path)
+    assert f"has no {ppo.NOISE_FILE}" in capsys.readouterr().out
+
+
+def nested(*rows):
+    return torch.nested.as_nested_tensor([torch.tensor(row) for row in rows], layout=torch.jagged)
+
+
+@pytest.mark.parametrize(
+    ("correction", "expected"),
+    [
+        ({"rollout_is": "token", "rollout_is_threshold": 2.0}, {"entropy", "kl", "effective_sample_size", "truncated"}),
+        ({"rollout_is": None}, {"entropy", "kl", "effective_sample_size"}),
+        ({"bypass_mode": True}, {"entropy"}),
+        (None, {"entropy", "kl", "effective_sample_size"}),
+    ],
+)
+def test_the_samples_own_log_probabilities_are_measured(trainer, monkeypatch, correction, expected):
+    """Of the samples alone: the third row fills up the batch."""
+    fields = {
+        "rollout_log_probs": nested([-1.0, -2.0, -3.0], [-2.0], [-50.0]),
+        "old_log_probs": nested([-1.0, -2.0, -3.0], [-1.0], [-1.0]),
+        "response_mask": nested([1, 1, 0], [1], [1]),
+    }
+
+    def get(keys, partition_id, select_fields):
+        return TensorDict({name: fields[name] for name in select_fields}, batch_size=len(keys))
+
+    monkeypatch.setattr(ppo.tq, "kv_batch_get", get)
+    settings = {"actor_rollout_ref": {"rollout": {"calculate_log_probs": True}}}
+    trainer.config = OmegaConf.create(settings | {"algorithm": {"rollout_correction": correction}})
+    batch = SimpleNamespace(keys=["a", "b", "c"], partition_id="train", tags=[{}, {}, {"is_padding": True}])
+    found = trainer._measure_samples(batch)
+    assert set(found) == {ppo.SAMPLE_METRICS[name] for name in expected}
+    assert found["qerl/sampling_entropy"] == pytest.approx(5 / 3)
+    if "kl" in expected:
+        assert found["qerl/sampling_kl"] == pytest.approx((math.e - 2) / 3)
+    if "truncated" in expected:
+        assert found["qerl/truncated_weights"] == pytest.approx(1 / 3)
+    trainer.config.actor_rollout_ref.rollout.calculate_log_probs = False
+    assert trainer._measure_samples(batch) == {}
+
+
+def test_the_metrics_of_samples_are_averages_over_the_updates_of_a_step():
+    """verl's aggregator, which ``separate_async`` uses, goes by parts of a metric's name."""
+    from verl.trainer.ppo.v1.utils import MetricsAggregator
+
+    assert {MetricsAggregator()._get_aggregation_type(name) for name in ppo.SAMPLE_METRICS.values()} == {"weighted_avg"}
 
 
 def test_metrics_tell_the_noise_that_stale_samples_were_drawn_under(trainer):

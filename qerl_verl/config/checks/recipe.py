@@ -25,6 +25,7 @@ from qerl_verl.config.rules import (
     is_separate,
     trained_models,
 )
+from qerl_verl.config.settings import ADAPTIVE
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,10 @@ def _uses_rollout_log_probs(get: Get) -> bool:
     return any(get(f"algorithm.rollout_correction.{key}") for key in ("rollout_is", "rollout_rs", "bypass_mode"))
 
 
+def _is_adaptive(schedule: Any, get: Get) -> bool:
+    return schedule == ADAPTIVE and get("qerl.aqn.enable") is not False
+
+
 _QAT = "QAT trains the weights that QeRL keeps frozen; remove it"
 
 REFUSED = (
@@ -90,6 +95,15 @@ REFUSED = (
             "correction out or fails in the first step; remove the setting"),
     Refused("algorithm.rollout_correction.rollout_is", lambda v, get: v not in (None, "token", "sequence"),
             "verl knows token and sequence; null takes the correction away"),
+    Refused("qerl.aqn.schedule",
+            lambda v, get: _is_adaptive(v, get) and get(f"{ROLLOUT}.calculate_log_probs") is False,
+            "sigma follows the divergence between rollout and actor, which needs the rollout's log-"
+            f"probabilities; remove {ROLLOUT}.calculate_log_probs=False, or choose another schedule"),
+    Refused("qerl.aqn.schedule",
+            lambda v, get: _is_adaptive(v, get) and get("algorithm.rollout_correction.bypass_mode"),
+            "sigma follows the divergence between rollout and actor, and in verl's bypass mode the "
+            "actor's log-probabilities are not computed; remove algorithm.rollout_correction."
+            "bypass_mode=True, or choose another schedule"),
     Refused("distillation.enabled", _is_set, "on-policy distillation is not supported with QeRL; remove it"),
 )  # fmt: skip
 

@@ -127,6 +127,7 @@ def test_several_problems_are_reported_together(switched):
 
 LORA = "actor_rollout_ref.model.lora"
 CORRECTION = "algorithm.rollout_correction"
+ADAPTIVE = ["qerl.aqn.schedule=adaptive", "qerl.aqn.target_kl=1e-3"]
 LOG_PROBS = "actor_rollout_ref.rollout.calculate_log_probs=False"
 
 
@@ -148,6 +149,11 @@ LOG_PROBS = "actor_rollout_ref.rollout.calculate_log_probs=False"
         ([LOG_PROBS, f"{CORRECTION}.bypass_mode=True"], "calculate_log_probs=False"),
         ([LOG_PROBS, f"{CORRECTION}.rollout_is=null", f"{CORRECTION}.rollout_rs=token_k1"], "calculate_log_probs=False"),
         ([LOG_PROBS, f"{CORRECTION}.rollout_is=null"], None),
+        # so does sigma where it follows the divergence
+        ([*ADAPTIVE, LOG_PROBS, f"{CORRECTION}.rollout_is=null"], "qerl.aqn.schedule=adaptive: sigma follows the divergence"),
+        ([*ADAPTIVE, f"{CORRECTION}.bypass_mode=True"], "the actor's log-probabilities are not computed"),
+        ([*ADAPTIVE, "qerl.aqn.enable=False", LOG_PROBS, f"{CORRECTION}.rollout_is=null"], None),
+        (ADAPTIVE, None),
         ([f"{CORRECTION}.rollout_is=tokens"], f"{CORRECTION}.rollout_is=tokens: verl knows token and sequence"),
     ],
 )  # fmt: skip

@@ -1,0 +1,140 @@
+"""vLLM's RMSNorm with a float32 weight beside the checkpoint's, so that noise acts as it was drawn.
+
+A bfloat16 weight of 1 has neighbours 4e-3 to 8e-3 away, so that noise of the schedule's late stages
+is rounded off when it is added to the weight. The input must not be rounded first either: in
+bfloat16 it has 128 mantissas, and the products of a weight with so few numbers round with a bias of
+1e-4 of the weight. So the noised norm multiplies in float32 and rounds once::
+
+    y = round(x / rms(x) * (w + z))        vLLM's own operator, given a float32 weight
+
+Without noise the bits are vLLM's:
+
+- Where operators run one by one (``enforce_eager``, the CPU engine), a clean norm is vLLM's own
+  code on the checkpoint's weight, which rounds twice: round(round(x / rms(x)) * w).
+- Where the model is compiled, both are the formula above, for TorchInductor keeps intermediate
+  values in float32, and the float32 copy of a 16-bit weight is exact. CUDA graphs hold addresses,
+  not values, so one graph serves both.
+
+Where CUDA graphs are captured without TorchInductor, or vLLM is told to call kernels for its norms
+that TorchInductor does not write (``ir_op_priority``), a clean norm differs from vLLM's by
+roundings; its weight is the clean one all the same. vLLM's all-reduce with a norm in it
+(FlashInfer, tensor parallelism on GPUs) takes 16-bit weights, so norms that receive noise stay
+outside.
+
+The class replaces vLLM's through ``CustomOp.register_oot``, in QeRL's jobs only. An engine whose
+``additional_config`` does not ask for noise runs vLLM's code, and so do norms of another width than
+the hidden size (q and k norms).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from vllm import envs, ir
+from vllm.config import CUDAGraphMode, get_current_vllm_config
+from vllm.model_executor.custom_op import op_registry_oot
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+
+from qerl_verl.aqn.noise import NoiseTarget
+from qerl_verl.rollout.lora import ADDITIONAL_CONFIG
+
+
+def wants_noise(additional_config) -> bool:
+    """Whether an engine's norms are to receive noise, from vLLM's ``additional_config``
+    (``qerl.aqn.enable``)."""
+    return bool((additional_config or {}).get(ADDITIONAL_CONFIG, {}).get("noise"))
+
+
+class _AfterLoading(QuantizeMethodBase):
+    """How vLLM tells a layer that its weights are loaded, at the start and after each
+    ``reload_weights``."""
+
+    def create_weights(self, layer: nn.Module, *args, **kwargs) -> None:
+        """The norm has created its weight itself."""
+
+    def apply(self, layer: nn.Module, *args, **kwargs):
+        return layer(*args, **kwargs)
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        live = layer.weight.data.to(torch.float32, copy=True)
+        layer.register_buffer("qerl_weight", live, persistent=False)
+
+
+class NoisyRMSNorm(RMSNorm):
+    """:class:`vllm.model_executor.layers.layernorm.RMSNorm` with an effective weight in float32.
+
+    Attributes:
+        weight: ``[hidden]``, the checkpoint's, in the model's dtype. Noise never touches it.
+        qerl_weight: ``[hidden]`` float32, what a noised norm multiplies by; None where the norm is
+            vLLM's own. Overwritten in place, so captured CUDA graphs see it.
+    """
+
+    def __init__(self, hidden_size: int, *args, **kwargs) -> None:
+        super().__init__(hidden_size, *args, **kwargs)
+        self.register_buffer("qerl_weight", None, persistent=False)
+        config = get_current_vllm_config()
+        if not wants_noise(config.additional_config) or not self.has_weight or self.variance_size_override is not None:
+            return
+        if config.model_config is not None and config.model_config.get_hidden_size() != hidden_size:
+            return
+        if envs.VLLM_BATCH_INVARIANT:
+            raise ValueError(
+                "VLLM_BATCH_INVARIANT=1: vLLM's batch-invariant norms take 16-bit weights, in which "
+                "noise is rounded off; unset it, or set qerl.aqn.enable=False"
+            )
+        self.quant_method = _AfterLoading()
+        self.qerl_noised = False
+        self.qerl_captured = config.compilation_config.cudagraph_mode not in (
+            None,
+            CUDAGraphMode.NONE,
+        )
+
+    def forward_native(
+        self, x: torch.Tensor, residual: torch.Tensor | None = None
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """As vLLM's: ``[..., hidden]`` in and out, with ``residual`` also the sum that was
+        normalized."""
+        if self.qerl_weight is None:
+            return super().forward_native(x, residual)
+        if not (torch.compiler.is_compiling() or self.qerl_captured or self.qerl_noised):
+            return super().forward_native(x, residual)
+        if residual is None:
+            return ir.ops.rms_norm(x, self.qerl_weight, self.variance_epsilon, None)
+        return ir.ops.fused_add_rms_norm.maybe_inplace(x, residual, self.qerl_weight, self.variance_epsilon, None)
+
+    def noise_target(self) -> NoiseTarget:
+        """For :class:`qerl_verl.aqn.noise.NoiseInjector`.
+
+        Raises:
+            ValueError: the engine was not asked for noise, so there is no float32 weight.
+        """
+        if self.qerl_weight is None:
+            raise ValueError(
+                "the engine's norms are vLLM's own, whose 16-bit weights round noise off: it needs "
+                "additional_config={'qerl': {'noise': True}}, which qerl.aqn.enable=True sets"
+            )
+        return NoiseTarget(clean=self.weight, live=self.qerl_weight, switch=self._switch)
+
+    def _switch(self, noised: bool) -> None:
+        self.qerl_noised = noised
+
+
+def register_norm() -> None:
+    """Make vLLM build :class:`NoisyRMSNorm` where its models ask for an RMSNorm, in this process.
+    Idempotent.
+
+    Raises:
+        RuntimeError: another plugin has replaced vLLM's RMSNorm already.
+    """
+    present = op_registry_oot.get(RMSNorm.__name__)
+    if present is NoisyRMSNorm:
+        return
+    if present is not None:
+        raise RuntimeError(
+            f"{present.__module__}.{present.__qualname__} has replaced vLLM's RMSNorm, which QeRL's "
+            "noise needs for itself: leave that plugin out with VLLM_PLUGINS"
+        )
+    name = RMSNorm.name
+    RMSNorm.register_oot(name=RMSNorm.__name__)(NoisyRMSNorm)
+    NoisyRMSNorm.name = name  # under which compilation_config.custom_ops turns it on or off

@@ -1,0 +1,194 @@
+"""The norm that noise acts on, one layer at a time: what it really computes, and that it computes
+vLLM's bits without noise."""
+
+import pytest
+import torch
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.custom_op import op_registry_oot
+from vllm.model_executor.layers.layernorm import RMSNorm
+
+from qerl_verl.aqn.noise import NoiseInjector, draw_noise
+from qerl_verl.aqn.schedule import AQNSchedule
+from qerl_verl.config.settings import AQNSettings
+from qerl_verl.platform.compilers import missing_compiler
+from qerl_verl.rollout import norm as norm_module
+from qerl_verl.rollout.norm import NoisyRMSNorm, register_norm
+
+HIDDEN = 8192
+
+
+@pytest.fixture(autouse=True)
+def registered():
+    """As vLLM's plugin does it, taken back afterwards: other tests in this process look at vLLM's
+    own norm."""
+    before = op_registry_oot.pop("RMSNorm", None)
+    register_norm()
+    yield
+    op_registry_oot.pop("RMSNorm")
+    if before is not None:
+        op_registry_oot["RMSNorm"] = before
+
+
+def build(weight, noise=True, **arguments):
+    """A norm as vLLM's models ask for it, after its weight was loaded."""
+    config = VllmConfig(additional_config={"qerl": {"noise": noise}})
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(weight.dtype)  # as vLLM's loader does
+    try:
+        with set_current_vllm_config(config):
+            norm = RMSNorm(weight.numel(), **arguments)
+    finally:
+        torch.set_default_dtype(before)
+    assert norm.weight.dtype == weight.dtype
+    norm.weight.data.copy_(weight)
+    if hasattr(norm, "quant_method"):
+        norm.quant_method.process_weights_after_loading(norm)
+    return norm
+
+
+def injector(norm, name="model.layers.0.input_layernorm"):
+    return NoiseInjector({name: norm.noise_target()})
+
+
+def effective_weight(norm, rows=4096, seed=0):
+    """Least squares of the norm's output on its normalized input, by channel, from two halves of
+    the rows: [2, hidden]."""
+    generator, halves = torch.Generator().manual_seed(seed), []
+    for _ in range(2):
+        numerator, denominator = torch.zeros(2, norm.hidden_size, dtype=torch.float64)
+        for _ in range(rows // 512):
+            x = torch.randn(256, norm.hidden_size, generator=generator).to(norm.weight.dtype)
+            unit = x.float() * (x.float().square().mean(-1, keepdim=True) + norm.variance_epsilon).rsqrt()
+            numerator += (norm(x.clone()).float() * unit).sum(0)
+            denominator += unit.square().sum(0)
+        halves.append(numerator / denominator)
+    return torch.stack(halves)
+
+
+def acting_noise(norm, noise, **arguments):
+    """Standard deviation and mean of the change of the effective weight, and the mean's standard
+    error.
+
+    Rounding the outputs adds an error of its own to each half, which their covariance leaves out.
+    """
+    noise.set_noise(**arguments | {"sigma": 0.0})
+    clean = effective_weight(norm)
+    noise.set_noise(**arguments)
+    first, second = effective_weight(norm) - clean
+    both = (first + second) / 2
+    variance = ((first - first.mean()) * (second - second.mean())).mean().item()
+    return max(variance, 0.0) ** 0.5, both.mean().item(), both.std().item() / len(both) ** 0.5
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size"),
+    [
+        (torch.bfloat16, 1.0),
+        (torch.float16, 16.0),
+        pytest.param(torch.bfloat16, 0.05, marks=SLOW),
+        pytest.param(torch.bfloat16, 4.0, marks=SLOW),
+        pytest.param(torch.bfloat16, 16.0, marks=SLOW),
+        pytest.param(torch.float16, 0.05, marks=SLOW),
+        pytest.param(torch.float16, 1.0, marks=SLOW),
+        pytest.param(torch.float16, 4.0, marks=SLOW),
+    ],
+)
+def test_the_noise_that_acts_is_the_noise_that_was_drawn(dtype, size):
+    """The smallest sigma of the default schedule. In a bfloat16 weight nothing of it is left from 1
+    on."""
+    clean = (size * (0.75 + 0.5 * torch.rand(HIDDEN, generator=torch.Generator().manual_seed(1)))).to(dtype)
+    norm = build(clean)
+    norm.qerl_captured = True  # the clean norm by the noised one's formula: the noise is all that changes
+    std, mean, error = acting_noise(norm, injector(norm), seed=42, step=9, sigma=5e-4)
+    assert std == pytest.approx(5e-4, rel=0.02)
+    assert abs(mean) < 3 * error
+
+
+def test_every_stage_of_the_default_schedule_is_what_the_live_weight_holds():
+    hidden = 2**17
+    clean = torch.logspace(-1.3, 1.2, hidden).bfloat16()
+    norm, schedule = build(clean), AQNSchedule(AQNSettings(), total_steps=10)
+    noise = injector(norm)
+    for step in range(1, 11):
+        sigma = schedule.sigma(step)
+        noise.set_noise(seed=42, step=step, sigma=sigma)
+        assert noise.measure()["absolute"] == pytest.approx(sigma, rel=0.02)
+        z = norm.qerl_weight - clean.float()
+        assert abs(z.mean()) <= 3 * sigma / hidden**0.5
+        expected = draw_noise(42, step, "model.layers.0.input_layernorm", hidden, sigma)
+        torch.testing.assert_close(z, expected, rtol=0, atol=16 * 2**-23)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_without_noise_the_bits_are_vllms(dtype):
+    generator = torch.Generator().manual_seed(2)
+    clean = (torch.randn(1536, generator=generator).exp() * 0.5).to(dtype)
+    norm, stock = build(clean, eps=1e-5), build(clean, noise=False, eps=1e-5)
+    assert stock.qerl_weight is None and not hasattr(stock, "quant_method")
+    noise = injector(norm)
+    x, residual = ((3 * torch.randn(64, 1536, generator=generator)).to(dtype) for _ in range(2))
+    for _ in range(2):
+        assert torch.equal(norm(x.clone()), stock(x.clone()))
+        both = zip(norm(x.clone(), residual.clone()), stock(x.clone(), residual.clone()), strict=True)
+        assert all(torch.equal(a, b) for a, b in both)
+        noise.set_noise(seed=1, step=1, sigma=0.1)
+        assert not torch.equal(norm(x.clone()), stock(x.clone()))
+        assert torch.equal(norm.weight, clean)
+        noise.set_noise(seed=1, step=1, sigma=0.0)
+
+
+@SLOW
+@pytest.mark.skipif(missing_compiler("cpu") is not None, reason="needs a C++ compiler")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_without_noise_the_bits_are_vllms_under_torchinductor_too(dtype):
+    import vllm.ir.op as ir
+
+    generator = torch.Generator().manual_seed(3)
+    clean = (torch.randn(512, generator=generator).exp() * 0.5).to(dtype)
+    x, residual = (torch.randn(32, 512, generator=generator).to(dtype) for _ in range(2))
+    results = []
+    with ir.enable_torch_wrap(False):  # TorchInductor sees the operations, as after vLLM's lowering pass
+        for noise in (True, False):
+            norm = build(clean, noise=noise)
+            torch._dynamo.reset()
+            compiled = torch.compile(norm.forward_native, fullgraph=True)
+            results.append((compiled(x.clone()), *compiled(x.clone(), residual.clone())))
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_norms_of_another_width_than_the_models_are_left_to_vllm():
+    """The q and k norms of Qwen3, which vLLM fuses with the rotary embedding."""
+    norm = build(torch.ones(64, dtype=torch.bfloat16))
+    assert norm.qerl_weight is not None
+    config = VllmConfig(additional_config={"qerl": {"noise": True}})
+    config.model_config = type("Model", (), {"get_hidden_size": lambda self: 128})()
+    with set_current_vllm_config(config):
+        assert not hasattr(RMSNorm(64), "quant_method") and hasattr(RMSNorm(128), "quant_method")
+        assert not hasattr(RMSNorm(128, has_weight=False), "quant_method")
+
+
+def test_vllm_builds_ours_under_its_own_name_and_another_plugins_norm_is_refused(monkeypatch):
+    assert type(build(torch.ones(8), noise=False)) is NoisyRMSNorm
+    assert NoisyRMSNorm.name == RMSNorm.name == "rms_norm"  # what compilation_config.custom_ops goes by
+    register_norm()  # twice is once
+    monkeypatch.setitem(op_registry_oot, "RMSNorm", dict)
+    with pytest.raises(RuntimeError, match="builtins.dict has replaced vLLM's RMSNorm.*VLLM_PLUGINS"):
+        register_norm()
+
+
+@pytest.mark.parametrize(
+    ("additional", "wanted"),
+    [
+        (None, False),
+        ({}, False),
+        ({"qerl": {}}, False),
+        ({"qerl": {"noise": False}}, False),
+        ({"qerl": {"noise": True}}, True),
+    ],
+)
+def test_an_engine_asks_for_noise_in_its_additional_config(additional, wanted):
+    assert norm_module.wants_noise(additional) is wanted
