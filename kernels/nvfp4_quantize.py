@@ -75,7 +75,7 @@ def quantize_nvfp4(weight: torch.Tensor, global_scale: torch.Tensor) -> tuple[to
 
     def quantize(blocks: torch.Tensor, global_scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         block_scale = _to_e4m3((blocks.abs().amax(-1) / six).float() * global_scale)
-        return _e2m1_codes(blocks.float() / (block_scale / global_scale).unsqueeze(-1)), block_scale
+        return e2m1_codes(blocks.float() / (block_scale / global_scale).unsqueeze(-1)), block_scale
 
     return _by_chunks(weight, global_scale, quantize)
 
@@ -154,7 +154,7 @@ def _to_e4m3(scale: torch.Tensor) -> torch.Tensor:
     return scale
 
 
-def _e2m1_codes(x: torch.Tensor) -> torch.Tensor:
+def e2m1_codes(x: torch.Tensor) -> torch.Tensor:
     """The E2M1 codes nearest to float32 ``x``, ties to even, in uint8."""
     return e2m1_magnitude_codes(x.abs()).to(torch.uint8) | (x < 0).to(torch.uint8) << 3
 

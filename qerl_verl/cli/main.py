@@ -45,8 +45,8 @@ def _add_quantize(subparsers, common: argparse.ArgumentParser) -> None:
 def _add_method(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--method",
-        choices=("rtn", "four-over-six", "gptq"),
-        help="default: gptq with --calibration, else four-over-six",
+        choices=("rtn", "four-over-six", "gptq", "mxfp4"),
+        help="default: gptq with --calibration, else four-over-six; mxfp4 is the base of +qerl=mxfp4",
     )
     parser.add_argument(
         "--calibration",

@@ -5,6 +5,7 @@ Everything else is the same in every arm: trainer, noise, adapters and where the
 | arm | base | actor | rollout |
 |---|---|---|---|
 | nvfp4 | NVFP4, quantized once into the cache | QeRL's engine and kernels | QeRL's or vLLM's kernels |
+| mxfp4 | MXFP4, in the container of NVFP4 | as nvfp4 | as nvfp4 |
 | bf16 | the 16-bit checkpoint | verl's FSDP2 engine | vLLM with its own LoRA path |
 | nf4 | NF4, quantized by bitsandbytes at each load | verl's FSDP2 engine on bitsandbytes' linears | vLLM's bitsandbytes |
 
@@ -43,6 +44,7 @@ ARMS = {
     arm.name: arm
     for arm in (
         Arm("nvfp4", "NVFP4", container=True, critic=True),
+        Arm("mxfp4", "MXFP4", container=True, critic=True),
         Arm("bf16", "16 bits", container=False),
         Arm("nf4", "NF4", container=False, load_format="bitsandbytes"),
     )

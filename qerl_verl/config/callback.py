@@ -206,7 +206,8 @@ def _resolve(key: str, path: str, settings: QeRLSettings) -> Path:
     """
     from verl.utils.fs import copy_to_local
 
-    from qerl_verl.nvfp4.cache import resolve_checkpoint, resolve_source
+    from qerl_verl.nvfp4.cache import Quantization, resolve_checkpoint, resolve_source
+    from qerl_verl.nvfp4.checkpoint import check_method
     from qerl_verl.nvfp4.errors import CheckpointError
 
     arm = ARMS[settings.arm]
@@ -216,7 +217,9 @@ def _resolve(key: str, path: str, settings: QeRLSettings) -> Path:
             folder = resolve_source(local).absolute()
             say(f"model: {folder} ({arm.base})")
             return folder
-        resolved = resolve_checkpoint(local, settings.cache_dir)
+        quantization = Quantization(method="mxfp4") if arm.name == "mxfp4" else Quantization()
+        resolved = resolve_checkpoint(local, settings.cache_dir, quantization)
+        check_method(resolved.path, arm.name)
     except CheckpointError as error:
         raise SettingsError([f"{key}={path}: {error}"]) from error
     say(f"model: {resolved.path} ({arm.base}, {resolved.kind})")

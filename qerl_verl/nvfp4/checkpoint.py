@@ -24,6 +24,7 @@ from typing import Any, Literal
 import torch
 from tqdm import tqdm
 
+from qerl_verl.kernels.mxfp4_quantize import LARGEST_SPAN, MX_BLOCK_SIZE, NO_EXPONENT, mxfp4_exponents
 from qerl_verl.kernels.nvfp4_dequantize import BLOCK_SIZE
 from qerl_verl.nvfp4.architectures import Architecture, get_architecture
 from qerl_verl.nvfp4.atomic_folder import atomic_folder, settle_leftovers
@@ -330,6 +331,27 @@ def linear_shapes(path: str | Path) -> dict[str, tuple[int, int]]:
     return {linear: shapes[f"{linear}.weight"] for group in groups for linear in group}
 
 
+def check_method(path: str | Path, wanted: Literal["nvfp4", "mxfp4"]) -> None:
+    """Tell a ready-made MXFP4 checkpoint from an NVFP4 one, which have the same container: by the manifest.
+
+    Args:
+        path: a packed checkpoint. One without a manifest of ours is NVFP4.
+        wanted: the form that the run wants.
+
+    Raises:
+        CheckpointError: the checkpoint has the other form.
+    """
+    try:
+        method = json.loads((Path(path) / MANIFEST_FILE).read_text(encoding="utf-8")).get("method")
+    except (OSError, ValueError, AttributeError):
+        method = None
+    found = "mxfp4" if method == "mxfp4" else "nvfp4"
+    if found != wanted:
+        raise CheckpointError(
+            f"{path} is packed as {found.upper()}: use +qerl={found}, or give the original model in 16 or 32 bits"
+        )
+
+
 def check_source(path: str | Path) -> None:
     """Check that a 16- or 32-bit model folder can be used as it is, from its headers.
 
@@ -616,7 +638,7 @@ class _Rounder:
     """
 
     def __init__(self, method: str, device: torch.device):
-        self.title = f"Quantizing to NVFP4 ({method})"
+        self.title = "Quantizing to MXFP4" if method == "mxfp4" else f"Quantizing to NVFP4 ({method})"
         self.errors: dict[str, SquaredError] = {}
         self._method, self._device = method, device
 
@@ -626,6 +648,8 @@ class _Rounder:
         """Linears that share a global scale, one after the other, from the names of their weights."""
         weights = {name: read_tensor(tensors[name]).to(self._device) for name in sources}
         amax = [_finite_amax(weight, name, tensors[name]) for name, weight in weights.items()]
+        if self._method == "mxfp4":
+            _check_exponents(weights, tensors)
         global_scale = shared_global_scale(amax, self._method)
         for name in sources:
             packed = round_weight(
@@ -634,6 +658,29 @@ class _Rounder:
             linear = name.removesuffix(".weight")
             self.errors[linear] = packed.error
             yield linear, packed
+
+
+def _check_exponents(weights: dict[str, torch.Tensor], tensors: dict[str, TensorInfo]) -> None:
+    """Refuse fused linears whose MXFP4 exponents span more than the container of NVFP4 holds, naming the tensor."""
+    lowest, highest = {}, []
+    for name, weight in weights.items():
+        if weight.shape[1] % MX_BLOCK_SIZE:
+            raise CheckpointError(
+                f"{tensors[name].file}: {name} has {weight.shape[1]} input channels. MXFP4 needs a multiple of "
+                f"{MX_BLOCK_SIZE}: use +qerl=nvfp4 for this model."
+            )
+        exponents = mxfp4_exponents(weight)
+        exponents = exponents[exponents != NO_EXPONENT]
+        if exponents.numel():
+            lowest[name] = exponents.min().item()
+            highest.append(exponents.max().item())
+    for name, low in lowest.items():
+        if max(highest) - low > LARGEST_SPAN:
+            raise CheckpointError(
+                f"{tensors[name].file}: tensor {name}: the shared exponents of its blocks of {MX_BLOCK_SIZE} go down to {low}, and "
+                f"up to {max(highest)} with the linears that it is fused with. That is a span of {max(highest) - low}, and the "
+                f"container of NVFP4 holds {LARGEST_SPAN}, the powers of two of E4M3: use +qerl=nvfp4 for this model."
+            )
 
 
 class _Finished:

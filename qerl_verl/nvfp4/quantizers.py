@@ -9,6 +9,7 @@ from typing import Literal, get_args
 
 import torch
 
+from qerl_verl.kernels.mxfp4_quantize import mxfp4_global_scale, quantize_mxfp4
 from qerl_verl.kernels.nvfp4_dequantize import dequantize_nvfp4
 from qerl_verl.kernels.nvfp4_quantize import (
     E4M3_MAX,
@@ -18,9 +19,10 @@ from qerl_verl.kernels.nvfp4_quantize import (
     quantize_nvfp4_four_over_six,
 )
 
-Method = Literal["rtn", "four-over-six", "gptq"]
+Method = Literal["rtn", "four-over-six", "gptq", "mxfp4"]
 """``rtn`` rounds to the nearest value. ``four-over-six`` does the same with the better of two scales a block (arXiv
-2512.02010). ``gptq`` rounds so that the outputs of the layer change least on a calibration text (arXiv 2210.17323)."""
+2512.02010). ``gptq`` rounds so that the outputs of the layer change least on a calibration text (arXiv 2210.17323).
+``mxfp4`` is another format, one power of two for 32 values, in the container of NVFP4 (OCP Microscaling Formats v1.0)."""
 
 METHODS: tuple[str, ...] = get_args(Method)
 NEEDS_CALIBRATION = ("gptq",)
@@ -66,6 +68,8 @@ def shared_global_scale(amax: Iterable[torch.Tensor], method: str) -> torch.Tens
 
     GPTQ starts from the block scales of four-over-six.
     """
+    if method == "mxfp4":
+        return mxfp4_global_scale(torch.stack(list(amax)).max())
     largest = E4M3_MAX if method == "rtn" else FOUR_OVER_SIX_SCALE_MAX
     return nvfp4_global_scale(torch.stack(list(amax)).max(), largest)
 
@@ -73,17 +77,20 @@ def shared_global_scale(amax: Iterable[torch.Tensor], method: str) -> torch.Tens
 def round_weight(
     weight: torch.Tensor, global_scale: torch.Tensor, method: str, pool: Executor | None = None
 ) -> PackedLinear:
-    """Quantize a weight by ``rtn`` or ``four-over-six``.
+    """Quantize a weight by ``rtn``, ``four-over-six`` or ``mxfp4``.
 
     Args:
-        weight: ``[N, K]`` float32, bfloat16 or float16, finite, K a multiple of 16.
+        weight: ``[N, K]`` float32, bfloat16 or float16, finite, K a multiple of 16, of 32 for ``mxfp4``.
         global_scale: see :func:`shared_global_scale`.
         pool: threads that share the work, for a weight on the CPU.
 
     Returns:
         Tensors on the CPU.
+
+    Raises:
+        ValueError: ``mxfp4``, and the shared exponents of the weight are not all in the container's span.
     """
-    function = quantize_nvfp4 if method == "rtn" else quantize_nvfp4_four_over_six
+    function = _FUNCTIONS[method]
     rows = max(1, _SLAB_ELEMENTS // weight.shape[1]) if pool is not None else len(weight)
 
     def work(slab: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -98,6 +105,9 @@ def round_weight(
         global_scale.cpu(),
         SquaredError(torch.stack(error).sum().item(), torch.stack(square).sum().item()),
     )
+
+
+_FUNCTIONS = {"rtn": quantize_nvfp4, "four-over-six": quantize_nvfp4_four_over_six, "mxfp4": quantize_mxfp4}
 
 
 def squared_error(

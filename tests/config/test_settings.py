@@ -59,7 +59,7 @@ def test_values_are_taken_over():
         ({"aqn": {"num_stages": 2.5}}, "qerl.aqn.num_stages=2.5", "expected int"),
         ({"aqn": {"enable": "yes"}}, "qerl.aqn.enable='yes'", "expected bool"),
         ({"aqn": 3}, "qerl.aqn=3", "group of settings"),
-        ({"arm": "fp8"}, "qerl.arm=fp8", "choose one of nvfp4, bf16, nf4"),
+        ({"arm": "fp8"}, "qerl.arm=fp8", "choose one of nvfp4, mxfp4, bf16, nf4"),
         ({"platform": "tpu"}, "qerl.platform=tpu", "cuda"),
         ({"kernel": "marlin"}, "qerl.kernel=marlin", "hopper"),
         ({"recompute": "none"}, "qerl.recompute=none", "choose one of auto, full, selective"),

@@ -42,7 +42,7 @@ def find_problems(config: DictConfig, adapters: Mapping[str, dict] | None = None
         config: the configuration after :func:`~qerl_verl.config.rules.apply_rules`.
         adapters: see :class:`~qerl_verl.config.plan.Plan`.
     """
-    from qerl_verl.nvfp4.checkpoint import check_checkpoint, check_source
+    from qerl_verl.nvfp4.checkpoint import check_checkpoint, check_method, check_source
     from qerl_verl.nvfp4.errors import CheckpointError
 
     found: dict[str, str] = {}
@@ -56,7 +56,8 @@ def find_problems(config: DictConfig, adapters: Mapping[str, dict] | None = None
             continue
         try:
             if get_arm(config).container:
-                check_checkpoint(folder)
+                if check_checkpoint(folder) == "nvfp4":
+                    check_method(folder, get_arm(config).name)
             else:
                 check_source(folder)
         except CheckpointError as error:
