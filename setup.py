@@ -14,6 +14,7 @@ ELSEWHERE = {
     "qerl_verl.kernels.hopper": "kernels/hopper",
     "qerl_verl.kernels.portable": "kernels/portable",
     "qerl_verl.recipes": "recipes",
+    "qerl_verl.recipes.paper": "recipes/paper",
     "hydra_plugins": "qerl_verl/config/hydra_plugins",
 }
 """Packages whose folders do not lie where their names say."""
@@ -32,6 +33,7 @@ setup(
         "qerl_verl": ["config/**/*.yaml"],
         "qerl_verl.kernels.hopper": ["*.cu", "*.cuh"],
         "qerl_verl.recipes": ["*.yaml", "*.sh"],
+        "qerl_verl.recipes.paper": ["*.yaml", "*.md"],
     },
     install_requires=[
         "verl>=0.9.1,<0.10",

@@ -6,6 +6,7 @@ written, and no GPU is needed.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from omegaconf import DictConfig, open_dict
@@ -74,11 +75,17 @@ def compose_with_keys(name: str, overrides: list[str], config_path: str | None =
 
 
 def recipes() -> list[str]:
-    """Names of the recipes that come with QeRL."""
+    """Names of the recipes that come with QeRL, those of a subfolder as ``FOLDER/NAME``."""
     from importlib.resources import files
 
-    named = (entry for entry in files("qerl_verl.recipes").iterdir() if entry.name.endswith(".yaml"))
-    return sorted(e.name.removesuffix(".yaml") for e in named if "\ndefaults:" in e.read_text(encoding="utf-8"))
+    def names(folder, prefix: str = "") -> Iterator[str]:
+        for entry in folder.iterdir():
+            if entry.is_dir():
+                yield from names(entry, f"{prefix}{entry.name}/")
+            elif entry.name.endswith(".yaml") and "\ndefaults:" in entry.read_text(encoding="utf-8"):
+                yield prefix + entry.name.removesuffix(".yaml")
+
+    return sorted(names(files("qerl_verl.recipes")))
 
 
 def _is_recipe(name: str) -> bool:
