@@ -280,7 +280,7 @@ def force(
             set_value(config, f"{checkpoint}.save_lora_only", True, "the base is frozen", notify)
         contents = get_value(config, f"{checkpoint}.save_contents") or []
         if "hf_model" in contents:
-            why = "a checkpoint holds no base to write a model from; merge lora_adapter, in the checkpoint, with PEFT"
+            why = "a checkpoint holds no base to write a model from; `qerl export` writes one that is merged"
             kept = [part for part in contents if part != "hf_model"]
             set_value(config, f"{checkpoint}.save_contents", kept, why, notify)
     mode = get_value(config, "trainer.v1.trainer_mode")

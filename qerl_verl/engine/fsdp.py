@@ -65,16 +65,16 @@ ADAPTER_FOLDER = "lora_adapter"
 CHECKPOINT_README = """\
 This checkpoint holds a LoRA adapter with its optimizer, scheduler and random state. It does not hold the base model.
 
-`{folder}/` is a PEFT adapter of {base}. PEFT and vLLM load it as it is. `python -m verl.model_merger` looks for the base
-in the checkpoint and fails with "Incomplete Hugging Face model output". PEFT merges the adapter into the 16-bit base:
+`{folder}/` is a PEFT adapter of {base}. PEFT and vLLM load it as it is.
+
+For a merged model, `qerl export` adds the adapter to the base that it was trained beside. PEFT adds it to the original:
 
     from peft import AutoPeftModelForCausalLM
 
     model = AutoPeftModelForCausalLM.from_pretrained("{folder}", dtype="bfloat16")
     model.merge_and_unload().save_pretrained("merged")
 
-The adapter was trained beside the quantized base, so the merged model differs from the trained policy by the
-quantization error of the base.
+`python -m verl.model_merger` looks for the base in the checkpoint and fails with "Incomplete Hugging Face model output".
 """
 """What is written beside an actor's or a critic's adapter, for whoever wants a model of it."""
 

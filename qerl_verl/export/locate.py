@@ -49,6 +49,8 @@ def find_adapter(checkpoint: Path) -> Source:
     base_model = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
     record = next((p / RECORD_FILE for p in (adapter, *adapter.parents[:2]) if (p / RECORD_FILE).is_file()), None)
     recorded = None if record is None else json.loads(record.read_text(encoding="utf-8")).get("base", {}).get("actor")
+    if recorded:  # with the arm's name in front where a model is used as it is (config/callback.py, _replace_models)
+        recorded = recorded.rpartition("-")[2]
     return Source(adapter, base_model, recorded)
 
 

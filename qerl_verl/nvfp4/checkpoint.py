@@ -13,6 +13,7 @@ import errno
 import fnmatch
 import hashlib
 import json
+import re
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Set
@@ -421,6 +422,7 @@ def validate_nvfp4_checkpoint(path: str | Path) -> None:
             _check_tensors(path, tensors, {name: () if scalar else shape}, dtypes)
     outputs = {name for linear, (n, k) in packed.items() for name in _packed_layout(linear, n, k)}
     _check_names(path, tensors, unpacked.keys() | outputs, hf_config.tie_word_embeddings)
+    _check_matched(path, packed)
     _check_scales(tensors, packed)
     for name in unpacked:
         if len(tensors[name].shape) == 1:
@@ -445,6 +447,10 @@ def read_config(path: Path) -> dict[str, Any]:
     """
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a folder.")
+    if not (path / CONFIG_FILE).exists() and (path / "adapter_config.json").exists():
+        raise CheckpointError(
+            f"{path} holds a PEFT adapter and no model. Give the model that it belongs to, and this folder as lora_adapter_path."
+        )
     return _read_json(path / CONFIG_FILE, "This is not the folder of a Hugging Face model.")
 
 
@@ -752,6 +758,34 @@ def _check_tied(head: TensorInfo, embeddings: TensorInfo) -> None:
             f"{head.file}: lm_head.weight differs from model.embed_tokens.weight, but config.json says "
             "tie_word_embeddings: true. Set it to false, or remove lm_head.weight."
         )
+
+
+def _check_matched(path: Path, linears: Iterable[str]) -> None:
+    """Refuse a config.json by which vLLM would build some packed linear without NVFP4 (its compressed_tensors/utils.py,
+    should_ignore_layer and find_matched_target): the actor goes by the tensors alone."""
+    config = read_config(path)
+    quantization = config.get("quantization_config") or config.get("compression_config")
+    targets = [
+        target for group in quantization.get("config_groups", {}).values() for target in group.get("targets") or ()
+    ]
+    for linear in linears:
+        ignored = next((i for i in quantization.get("ignore") or () if _names(i, linear)), None)
+        if ignored is not None or not any(target == "Linear" or _names(target, linear) for target in targets):
+            why = (
+                f"its ignore list has {ignored}"
+                if ignored
+                else f"its config_groups have the targets {', '.join(targets)}"
+            )
+            raise CheckpointError(
+                f"{path / CONFIG_FILE}: {linear} is packed, but quantization_config leaves it out: {why}. Fetch or export the "
+                "checkpoint again."
+            )
+
+
+def _names(pattern: str, linear: str) -> bool:
+    """Whether compressed-tensors' ``name`` or ``re:expression`` stands for a linear."""
+    expression = pattern.removeprefix("re:")
+    return re.match(expression, linear) is not None if expression != pattern else pattern == linear
 
 
 def _check_scales(tensors: dict[str, TensorInfo], linears: Iterable[str]) -> None:

@@ -40,6 +40,14 @@ def run(tmp_path_factory, bf16_checkpoint, nvfp4_checkpoint):
     return step
 
 
+def test_an_arm_whose_base_is_the_model_itself_records_its_name_too(run, bf16_checkpoint, tmp_path):
+    base = fingerprint(bf16_checkpoint, tmp_path)
+    (tmp_path / "actor").symlink_to(run / "actor")
+    (tmp_path / "qerl_checkpoint.json").write_text(json.dumps({"base": {"actor": f"bf16-{base}"}}))
+    assert find_adapter(tmp_path).base_fingerprint == base
+    assert find_base(find_adapter(tmp_path), cache_dir=tmp_path) == bf16_checkpoint
+
+
 def logits(model):
     ids = torch.arange(3, 40).unsqueeze(0)
     with torch.no_grad():

@@ -158,6 +158,18 @@ def test_names_the_kernels_that_ran(unbroken):
     assert "[qerl] platform: cpu" in log
 
 
+def test_a_checkpoint_records_the_policy_and_the_users_model(unbroken, resumed, bf16_checkpoint):
+    for folder in (unbroken[0], resumed[0]):
+        checkpoint = folder / "global_step_4"
+        record = json.loads((checkpoint / "qerl_checkpoint.json").read_text())
+        policy, model = record["policy"], "actor_rollout_ref.model"
+        assert record["total_training_steps"] == STEPS and policy["qerl.aqn.sigma_start"] == 0.05
+        assert policy[f"{model}.lora_alpha"] > 0 and len(policy[f"{model}.target_modules"]) == 7
+        adapter = json.loads((checkpoint / "actor" / "lora_adapter" / "adapter_config.json").read_text())
+        assert adapter["base_model_name_or_path"] == str(bf16_checkpoint)
+        assert "README.md" in {Path(name).name for name in record["files"]}
+
+
 def test_a_checkpoint_is_small_and_its_adapter_is_pefts(unbroken):
     from safetensors.torch import load_file
 

@@ -432,6 +432,8 @@ def test_no_model_folder(tmp_path):
     refused(tmp_path / "nowhere", tmp_path, "nowhere", "not a folder")
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", tmp_path, "config.json", "no such file")
+    (tmp_path / "empty" / "adapter_config.json").write_text("{}")
+    refused(tmp_path / "empty", tmp_path, "holds a PEFT adapter and no model", "lora_adapter_path")
     (tmp_path / "empty" / "config.json").write_text("{")
     refused(tmp_path / "empty", tmp_path, "config.json", "not valid JSON")
 
@@ -634,6 +636,31 @@ def test_every_scale_that_is_a_number_and_not_negative_is_taken(make_checkpoint,
     _, dst = quantized(make_checkpoint, tmp_path)
     edit_weights(dst, fill_byte(SCALE, code))
     validate_nvfp4_checkpoint(dst)
+
+
+def grouped(**changes):
+    group = QUANTIZATION_CONFIG["config_groups"]["group_0"]
+    return QUANTIZATION_CONFIG | {"config_groups": {"group_0": group | changes}}
+
+
+LEFT_OUT = [
+    (QUANTIZATION_CONFIG | {"ignore": ["lm_head", f"{Q0}"]}, f"{Q0} is packed, but .* its ignore list has {Q0}"),
+    (QUANTIZATION_CONFIG | {"ignore": ["re:.*mlp.*"]}, r"mlp.gate_proj is packed, .* its ignore list has re:\.\*mlp"),
+    (grouped(targets=["re:.*self_attn.*"]), r"mlp.gate_proj is packed, but .* have the targets re:\.\*self_attn"),
+    (QUANTIZATION_CONFIG | {"ignore": ["re:.*lm_head", "model.embed_tokens"]}, None),
+    (grouped(targets=["re:.*self_attn.*", "re:.*mlp.*"]), None),
+]
+"""``quantization_config`` and what the message says."""
+
+
+@pytest.mark.parametrize("quantization, expected", LEFT_OUT)
+def test_a_packed_linear_that_the_configuration_leaves_out(make_checkpoint, tmp_path, quantization, expected):
+    _, dst = quantized(make_checkpoint, tmp_path)
+    edit_config(dst, quantization_config=quantization)
+    if expected is None:
+        return validate_nvfp4_checkpoint(dst)
+    with pytest.raises(CheckpointError, match=expected):
+        validate_nvfp4_checkpoint(dst)
 
 
 KV_SCHEME = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}

@@ -104,6 +104,8 @@ REFUSED = (
             "sigma follows the divergence between rollout and actor, and in verl's bypass mode the "
             "actor's log-probabilities are not computed; remove algorithm.rollout_correction."
             "bypass_mode=True, or choose another schedule"),
+    Refused(f"{MODEL}.lora_rank", lambda v, get: get("qerl.rollout.lora") == "punica" and isinstance(v, int) and v > 512,
+            "vLLM's LoRA path takes ranks up to 512; set qerl.rollout.lora=inline, or a lower rank"),
     Refused("distillation.enabled", _is_set, "on-policy distillation is not supported with QeRL; remove it"),
 )  # fmt: skip
 
