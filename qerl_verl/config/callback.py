@@ -165,12 +165,11 @@ def _replace_models(config: DictConfig, settings: QeRLSettings) -> dict[str, Pat
     for model, source in sources.items():
         if source not in folders:
             folders[source] = _resolve(f"{model}.path", source, settings)
-    prefix = "" if arm.container else f"{arm.name}-"  # the same files in two arms are two bases
     with open_dict(config):
         roles = {model: "critic" if model == CRITIC else "actor" for model in trained}
         config.qerl.source_models = {roles[model]: _lasting_name(source) for model, source in sources.items()}
         config.qerl.base_fingerprint = {
-            roles[model]: prefix + fingerprint(folders[source], settings.cache_dir) for model, source in sources.items()
+            roles[model]: fingerprint(folders[source], settings.cache_dir) for model, source in sources.items()
         }
         variables = OmegaConf.select(config, "ray_kwargs.ray_init.runtime_env.env_vars") or {}
         variables = {**variables, SOURCES_ENV: json.dumps(dict(config.qerl.source_models))}
