@@ -154,7 +154,7 @@ def export_merged(
         CheckpointError: base and adapter do not fit together, ``dst`` is not empty, or the disk is too small.
     """
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
-        raise CheckpointError(f"{dst} exists and is not an empty folder: choose another one or remove it.")
+        raise CheckpointError(f"{dst} exists and is not an empty folder: choose another one.")
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     source, deltas = Base(base), read_deltas(adapter, base)
     result = {"linears": len(source.linears), "adapted": len(deltas.factors)}
@@ -285,7 +285,7 @@ def export_adapter(adapter: Path, base: Path | None, dst: Path) -> dict[str, Any
         CheckpointError: the adapter is damaged or does not fit the base, or ``dst`` is not empty.
     """
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
-        raise CheckpointError(f"{dst} exists and is not an empty folder: choose another one or remove it.")
+        raise CheckpointError(f"{dst} exists and is not an empty folder: choose another one.")
     try:
         read_adapter_config(adapter)
         read_tensors(adapter)

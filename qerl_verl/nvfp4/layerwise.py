@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import shutil
+import re
 import sys
 import uuid
 from collections.abc import Iterator, Sequence
@@ -116,8 +116,12 @@ class FinishedLayers:
         return self._last[1][name]
 
     def remove(self) -> None:
-        """Remove them, when the checkpoint is in place."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Remove them, when the checkpoint is in place, and their folder if nothing else is in it."""
+        for file in self.folder.glob("*"):
+            if re.fullmatch(r"layer-\d{5}\.safetensors|[0-9a-f]{32}\.tmp", file.name):
+                file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()
 
 
 @torch.no_grad()

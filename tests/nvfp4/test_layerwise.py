@@ -236,3 +236,12 @@ def test_activations_that_are_not_finite_are_named(model_and_text, tmp_path):
 def test_gptq_needs_a_text(make_checkpoint, tmp_path):
     with pytest.raises(CheckpointError, match="--calibration"):
         quantize_checkpoint(make_checkpoint(), tmp_path / "dst", method="gptq", progress=False)
+
+
+def test_what_somebody_else_put_beside_the_finished_layers_stays(tmp_path):
+    finished = layerwise.FinishedLayers(tmp_path / "dst", "0123")
+    finished.folder.mkdir(parents=True)
+    for name in ("layer-00000.safetensors", f"{'0' * 32}.tmp", "notes.txt", "layer-mine.safetensors"):
+        (finished.folder / name).touch()
+    finished.remove()
+    assert sorted(path.name for path in finished.folder.iterdir()) == ["layer-mine.safetensors", "notes.txt"]
