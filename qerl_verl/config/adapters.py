@@ -20,19 +20,21 @@ _SAVED_HEADS = ("classifier", "score")
 
 
 def adopt_adapter(config: DictConfig, keys: set[str], model: str = MODEL) -> dict | None:
-    """Take rank and alpha from the adapter that training goes on from; verl and vLLM size their buffers by the setting.
+    """Take rank and alpha from the adapter that training goes on from: they size verl's and vLLM's buffers.
 
-    The path becomes absolute: the processes of a run have other working folders, and verl takes neither ``~`` nor a
-    slash at the end (verl/utils/fs.py, copy_local_path_from_hdfs).
+    The path becomes absolute: the processes of a run have other working folders, and verl takes
+    neither ``~`` nor a slash at the end (verl/utils/fs.py, copy_local_path_from_hdfs).
 
     Args:
         model: key of the model, actor's or critic's.
 
     Returns:
-        The content of adapter_config.json and, under ``wanted``, what the user set; None where there is no adapter to read.
+        The content of adapter_config.json and, under ``wanted``, what the user set; None where
+        there is no adapter to read.
 
     Raises:
-        SettingsError: no adapter there, one that is not plain LoRA, or one of another rank or alpha than the user set.
+        SettingsError: no adapter there, one that is not plain LoRA, or one of another rank or alpha
+            than the user set.
     """
     from qerl_verl.lora.adapter_files import AdapterError, read_adapter_config
 
@@ -64,7 +66,7 @@ def adopt_adapter(config: DictConfig, keys: set[str], model: str = MODEL) -> dic
 
 
 def adapter_problems(config: DictConfig, model: str, adapter: dict) -> list[str]:
-    """What keeps an adapter from going on on its model: other layers or shapes, tensors without a place, or too few.
+    """What keeps an adapter from going on: other layers or shapes, tensors without a place, or too few.
 
     Args:
         config: ``{model}.path`` is a local folder, quantized or not.
@@ -118,7 +120,7 @@ def target_problems(config: DictConfig, model: str) -> list[str]:
 
 
 def value_head_shapes(base: Path) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of the tensors of a critic's value head on a model (engine/fsdp.py, NVFP4EngineWithValueHead)."""
+    """Name -> shape of a critic's value head (engine/fsdp.py, NVFP4EngineWithValueHead)."""
     from transformers import AutoConfig
 
     return {"score.weight": (1, AutoConfig.from_pretrained(base).hidden_size), "score.bias": (1,)}

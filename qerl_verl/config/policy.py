@@ -1,4 +1,4 @@
-"""What defines a run's policy beside its weights, and what of it differs between a checkpoint and a run that resumes it."""
+"""What defines a run's policy beside its weights, and what of it changes between save and resume."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Read adapters in PEFT's format (``adapter_config.json``, ``adapter_model.safetensors``) and check them against a model.
+"""Read adapters in PEFT's format and check them against a model.
 
-PEFT loads what fits and warns about the rest (peft/peft_model.py, load_adapter), so that training could go on from an
-adapter that is partly, or not at all, the one of the folder. Here every tensor of the file has a place in the model and
-every place has a tensor, or the adapter is refused.
+PEFT loads what fits and warns about the rest (peft/peft_model.py, load_adapter), so that training
+could go on from an adapter that is partly, or not at all, the one of the folder. Here every tensor
+of the file has a place in the model and every place has a tensor, or the adapter is refused.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ _CHOICES = {
     *("r", "lora_alpha", "use_rslora", "lora_dropout", "init_lora_weights"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
 }
-"""Fields of a LoraConfig whose value may be another one than PEFT's default, or is looked at by itself."""
+"""Fields of a LoraConfig that may differ from PEFT's default, or are looked at by themselves."""
 
 _HARMLESS_INITIALIZATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
-"""Values of ``init_lora_weights`` that leave the base as it is. The others (pissa, olora, corda, loftq, lora_ga) move a
-part of the base's weight into the adapter, which then belongs to that changed base."""
+"""Values of ``init_lora_weights`` that leave the base as it is. The others (pissa, olora, corda,
+loftq, lora_ga) move a part of the base's weight into the adapter, which then belongs to that base."""
 
 
 class AdapterError(ValueError):
@@ -63,7 +63,8 @@ def read_adapter_config(folder: str | Path, heads: Collection[str] = ()) -> dict
         heads: modules that a critic trains beside LoRA, which may be among ``modules_to_save``.
 
     Raises:
-        AdapterError: there is none, it is not readable, or it is not plain LoRA, see :func:`find_unsupported`.
+        AdapterError: there is none, it is not readable, or it is not plain LoRA, see
+            :func:`find_unsupported`.
     """
     path = Path(folder) / CONFIG_FILE
     if not path.is_file():
@@ -80,10 +81,10 @@ def read_adapter_config(folder: str | Path, heads: Collection[str] = ()) -> dict
 
 
 def find_unsupported(config: Mapping[str, Any], heads: Collection[str] = ()) -> list[str]:
-    """What an adapter's configuration asks for beyond plain LoRA and rsLoRA with one rank, one sentence each.
+    """What an adapter asks for beyond plain LoRA and rsLoRA with one rank, one sentence each.
 
-    Whatever is no field of this PEFT's LoraConfig, or has another value than its default, is named, so that a feature
-    of a newer PEFT is not lost.
+    Whatever is no field of this PEFT's LoraConfig, or has another value than its default, is named,
+    so that a feature of a newer PEFT is not lost.
     """
     from peft import LoraConfig
 
@@ -147,20 +148,22 @@ def map_names(
 ) -> dict[str, str]:
     """Find the place of every tensor of an adapter's file in a model.
 
-    Names may lack PEFT's prefix, may carry an adapter's name (``lora_A.default.weight``), and may have been saved from a
-    model that was compiled or wrapped.
+    Names may lack PEFT's prefix, may carry an adapter's name (``lora_A.default.weight``), and may
+    have been saved from a model that was compiled or wrapped.
 
     Args:
         shapes: of the file's tensors.
         config: see :func:`read_adapter_config`.
-        layers: full name -> (output features, input features) of every linear layer of the model's decoder.
+        layers: full name -> (output features, input features) of every linear layer of the model's
+            decoder.
         head: name -> shape of the tensors of a critic's value head, ``score.weight``.
 
     Returns:
         Name in the file -> PEFT's name.
 
     Raises:
-        AdapterError: tensors without a place or of another shape, or places without a tensor, with the counts.
+        AdapterError: tensors without a place or of another shape, or places without a tensor, with
+            the counts.
     """
     rank, head = config["r"], head or {}
     settings = {name: config.get(name) for name in ("layers_to_transform", "layers_pattern")}
@@ -206,7 +209,8 @@ def check_loaded(loaded: Mapping[str, torch.Tensor], expected: Mapping[str, torc
     """Compare the adapter in a model with what was read.
 
     Args:
-        loaded: as ``peft.get_peft_model_state_dict`` gives it. What lies on the meta device is passed over.
+        loaded: as ``peft.get_peft_model_state_dict`` gives it. What lies on the meta device is
+            passed over.
         expected: by PEFT's names.
 
     Raises:

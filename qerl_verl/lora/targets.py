@@ -18,7 +18,8 @@ def matched_layers(layers: Collection[str], targets: Any, exclude: Any = None, *
 
     Args:
         layers: full names.
-        targets: ``all-linear``, a regular expression for full names, or a list of (last parts of) names.
+        targets: ``all-linear``, a regular expression for full names, or a list of (last parts of)
+            names.
         exclude: a regular expression or a list, as ``targets``.
         config: further fields of a LoraConfig that choose layers.
     """
@@ -34,7 +35,8 @@ def find_problems(layers: Collection[str], targets: Any, exclude: Any = None, ke
     """What keeps target modules from being what the user wrote, one sentence each.
 
     Args:
-        layers: full names of the linear layers of the model's decoder, which alone can have an adapter.
+        layers: full names of the linear layers of the model's decoder, which alone can have an
+            adapter.
         targets: see :func:`matched_layers`.
         exclude: see :func:`matched_layers`.
         key: the model's setting, with which the problems begin.
