@@ -28,7 +28,9 @@ def texts(tree):
             yield node.lineno, node.value
 
 
-@pytest.mark.parametrize("advice", [r"\bdelet(e|ing)\b", r"\brm -", r"\bremove the (file|folder|checkpoint)|not an empty folder.*remove"])
+@pytest.mark.parametrize(
+    "advice", [r"\bdelet(e|ing)\b", r"\brm -", r"\bremove the (file|folder|checkpoint)|not an empty folder.*remove"]
+)
 def test_no_message_advises_to_delete_a_file(advice):
     """What a message takes for broken may be whole, for another node or in another run's use: it may be moved."""
     found = [
