@@ -23,11 +23,13 @@ from qerl_verl.config.host import Host
 from qerl_verl.config.keys import written_keys
 from qerl_verl.config.plan import plan
 from qerl_verl.config.policy import describe_policy
+from qerl_verl.config.quantization import Choice, choose_quantization
 from qerl_verl.config.rules import CRITIC, MODEL, trained_models
 from qerl_verl.config.settings import QeRLSettings, SettingsError
 from qerl_verl.switch import SOURCES_ENV
 
 if TYPE_CHECKING:
+    from qerl_verl.nvfp4.cache import Quantization
     from qerl_verl.platform.lost_nodes import NodeWatch
 
 
@@ -95,7 +97,7 @@ def prepare(config: DictConfig, keys: set[str]) -> None:
     if made.platform == "cpu":
         _use_cpu_in_this_process()
     remote = models.remote_paths(config)
-    bases = _replace_models(config, made.settings)
+    bases = _replace_models(config, made.settings, made.quantization)
     local = _on_local_models(config, bases)  # what the hub has sent is looked at now
     problems = models.find_misfits(local, made.adapters) + resume.find_problems(local, made.adapters)
     if problems := problems + (data.find_prompt_problems(local, bases[MODEL]) if remote else []):
@@ -150,7 +152,7 @@ def _use_cpu_in_this_process() -> None:
     set_platform(PlatformCPU())
 
 
-def _replace_models(config: DictConfig, settings: QeRLSettings) -> dict[str, Path]:
+def _replace_models(config: DictConfig, settings: QeRLSettings, choice: Choice | None = None) -> dict[str, Path]:
     """Replace model paths by what the arm runs: a packed checkpoint, quantized where it is not yet, or the model itself. The
     same model twice is the same checkpoint.
 
@@ -161,10 +163,11 @@ def _replace_models(config: DictConfig, settings: QeRLSettings) -> dict[str, Pat
 
     arm, trained = ARMS[settings.arm], trained_models(config)
     sources = {model: OmegaConf.select(config, f"{model}.path") for model in trained}  # before one may refer to another
+    choice = choice or choose_quantization(config, settings, gpu=False)
     folders: dict[str, Path] = {}
     for model, source in sources.items():
         if source not in folders:
-            folders[source] = _resolve(f"{model}.path", source, settings)
+            folders[source] = _resolve(f"{model}.path", source, settings, choice)
     with open_dict(config):
         roles = {model: "critic" if model == CRITIC else "actor" for model in trained}
         config.qerl.source_models = {roles[model]: _lasting_name(source) for model, source in sources.items()}
@@ -183,6 +186,33 @@ def _replace_models(config: DictConfig, settings: QeRLSettings) -> dict[str, Pat
     return {model: folders[source] for model, source in sources.items()}
 
 
+def _quantization(choice: Choice) -> Quantization:
+    """What the cache asks for; the text is read when it is needed."""
+    from verl.utils.fs import copy_to_local
+
+    from qerl_verl.nvfp4.cache import Quantization
+    from qerl_verl.nvfp4.calibration import Calibration, read_calibration
+    from qerl_verl.nvfp4.errors import CheckpointError
+
+    def calibration(model: Path) -> Calibration:
+        files = [copy_to_local(file) if "://" in file else file for file in choice.files]
+        try:
+            return read_calibration(
+                files,
+                model,
+                samples=choice.samples,
+                sample_tokens=choice.sample_tokens,
+                prompt_key=choice.prompt_key,
+                chat_template=choice.chat_template,
+            )
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{error} Set qerl.quantization.calibration to a file with text, or qerl.quantization.method=four-over-six."
+            ) from error
+
+    return Quantization(choice.method, calibration, choice.device, isolated=choice.device == "cuda")
+
+
 def _on_local_models(config: DictConfig, bases: dict[str, Path]) -> DictConfig:
     """A copy of the configuration whose models are local folders, for checks that read them."""
     config = copy.deepcopy(config)
@@ -197,7 +227,7 @@ def _lasting_name(path: str) -> str:
     return os.path.abspath(folder) if "://" not in path and os.path.isdir(folder) else path
 
 
-def _resolve(key: str, path: str, settings: QeRLSettings) -> Path:
+def _resolve(key: str, path: str, settings: QeRLSettings, choice: Choice | None) -> Path:
     """The folder of a model in the arm's form, said aloud.
 
     Raises:
@@ -205,7 +235,7 @@ def _resolve(key: str, path: str, settings: QeRLSettings) -> Path:
     """
     from verl.utils.fs import copy_to_local
 
-    from qerl_verl.nvfp4.cache import Quantization, resolve_checkpoint, resolve_source
+    from qerl_verl.nvfp4.cache import resolve_checkpoint, resolve_source
     from qerl_verl.nvfp4.checkpoint import check_method
     from qerl_verl.nvfp4.errors import CheckpointError
 
@@ -216,8 +246,7 @@ def _resolve(key: str, path: str, settings: QeRLSettings) -> Path:
             folder = resolve_source(local).absolute()
             say(f"model: {folder} ({arm.base})")
             return folder
-        quantization = Quantization(method="mxfp4") if arm.name == "mxfp4" else Quantization()
-        resolved = resolve_checkpoint(local, settings.cache_dir, quantization)
+        resolved = resolve_checkpoint(local, settings.cache_dir, _quantization(choice))
         check_method(resolved.path, arm.name)
     except CheckpointError as error:
         raise SettingsError([f"{key}={path}: {error}"]) from error

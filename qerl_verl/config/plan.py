@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 
 from omegaconf import DictConfig, OmegaConf
 
+from qerl_verl.config import quantization
 from qerl_verl.config.adapters import adopt_adapter
 from qerl_verl.config.checks import arms, data, models, plugins, recipe, resume
 from qerl_verl.config.host import Host, choose_platform
+from qerl_verl.config.quantization import Choice, choose_quantization
 from qerl_verl.config.rules import MODEL, apply_rules, trained_models
 from qerl_verl.config.settings import QeRLSettings, SettingsError
 from qerl_verl.platform.ray_cluster import RAY_INIT, RayCluster, find_cluster
@@ -30,6 +32,7 @@ class Plan:
         cluster: the Ray cluster that is joined, None where the run starts Ray.
         unseen: what a run would look at too and was left out, one line each.
         adapters: of each trained model that goes on from an adapter, see :func:`~.adapters.adopt_adapter`.
+        quantization: how a model is quantized that is not yet; None where the arm does not.
     """
 
     problems: list[str] = field(default_factory=list)
@@ -39,6 +42,7 @@ class Plan:
     cluster: RayCluster | None = None
     unseen: list[str] = field(default_factory=list)
     adapters: dict[str, dict] = field(default_factory=dict)
+    quantization: Choice | None = None
 
 
 def plan(
@@ -81,6 +85,12 @@ def plan(
         starts_ray=made.cluster is None,
         environment=host.environment,
     )
+    made.quantization = choose_quantization(
+        config, made.settings, host.gpus > 0 if platform is None else platform == "cuda"
+    )
+    if made.quantization and models.find_unquantized(config):
+        made.lines.append(made.quantization.line)
+        made.problems += quantization.find_problems(made.quantization)
     made.lines += recipe.find_remarks(config)
     made.problems += recipe.find_problems(config, keys) + arms.find_problems(config, host.environment)
     if look_at_files:

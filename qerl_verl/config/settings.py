@@ -17,6 +17,7 @@ PLATFORMS = ("auto", "cuda", "cpu")
 ADAPTIVE = "adaptive"
 SCHEDULES = ("exponential", "linear", "cosine", "logarithmic", ADAPTIVE)
 NOISE_UNITS = ("absolute", "relative")
+QUANTIZATION_METHODS = ("auto", "rtn", "four-over-six", "gptq")
 
 
 class SettingsError(ValueError):
@@ -56,6 +57,26 @@ class AQNSettings:
 
 
 @dataclass(frozen=True)
+class QuantizationSettings:
+    """How a 16- or 32-bit model is quantized when a run begins. Each method and text has its own entry in the cache.
+
+    Attributes:
+        method: ``gptq`` rounds so that the outputs of each layer change least on a text; ``four-over-six`` rounds to
+            nearest with the better of two scales for 16 weights; ``rtn`` rounds to nearest; ``auto`` is gptq where
+            the driver has a GPU and there is text, else four-over-six.
+        calibration: the text, a parquet, JSONL or text file; None takes prompts, and answers where there are any, of
+            ``data.train_files``.
+        samples: rows of it.
+        sample_tokens: tokens of a row; what lies beyond is cut off.
+    """
+
+    method: str = "auto"
+    calibration: str | None = None
+    samples: int = 128
+    sample_tokens: int = 512
+
+
+@dataclass(frozen=True)
 class RolloutSettings:
     """The NVFP4 layers of the rollout engine.
 
@@ -89,6 +110,7 @@ class QeRLSettings:
             insist on, which is refused where it does not.
         recompute: what gradient checkpointing computes twice: ``full``, everything; ``selective``, all but the NVFP4 layers,
             whose outputs are kept; ``auto``, on a GPU selective for as many layers as free memory allows, else full.
+        quantization: how a model becomes NVFP4.
         rollout: the NVFP4 layers of the rollout engine.
         aqn: the noise.
     """
@@ -98,6 +120,7 @@ class QeRLSettings:
     cache_dir: str | None = None
     kernel: str = "auto"
     recompute: str = "auto"
+    quantization: QuantizationSettings = field(default_factory=QuantizationSettings)
     rollout: RolloutSettings = field(default_factory=RolloutSettings)
     aqn: AQNSettings = field(default_factory=AQNSettings)
 
@@ -129,6 +152,14 @@ class QeRLSettings:
             out.append(f"qerl.kernel={self.kernel}: choose one of {', '.join(KERNELS)}")
         if self.recompute not in RECOMPUTE:
             out.append(f"qerl.recompute={self.recompute}: choose one of {', '.join(RECOMPUTE)}")
+        quantization = self.quantization
+        if quantization.method not in QUANTIZATION_METHODS:
+            out.append(
+                f"qerl.quantization.method={quantization.method}: choose one of {', '.join(QUANTIZATION_METHODS)}"
+            )
+        for name, least in (("samples", 1), ("sample_tokens", 2)):
+            if getattr(quantization, name) < least:
+                out.append(f"qerl.quantization.{name}={getattr(quantization, name)}: at least {least}")
         rollout = self.rollout
         if rollout.kernel not in ROLLOUT_KERNELS:
             out.append(f"qerl.rollout.kernel={rollout.kernel}: choose one of {', '.join(ROLLOUT_KERNELS)}")
@@ -180,7 +211,7 @@ def _target_problems(aqn: AQNSettings) -> list[str]:
     return []
 
 
-_GROUPS = {"AQNSettings": AQNSettings, "RolloutSettings": RolloutSettings}
+_GROUPS = {group.__name__: group for group in (AQNSettings, QuantizationSettings, RolloutSettings)}
 _TYPES = {
     "bool": bool,
     "int": int,

@@ -40,7 +40,7 @@ def test_values_are_taken_over():
         (
             {"sigma_stat": 1},
             "qerl.sigma_stat",
-            "known under qerl: arm, platform, cache_dir, kernel, recompute, rollout, aqn",
+            "known under qerl: arm, platform, cache_dir, kernel, recompute, quantization, rollout, aqn",
         ),
         ({"aqn": {"sigma": 1}}, "qerl.aqn.sigma", "sigma_start"),
         ({"aqn": {"sigma_start": 0}}, "qerl.aqn.sigma_start=0", "qerl.aqn.enable=False"),
@@ -63,6 +63,9 @@ def test_values_are_taken_over():
         ({"platform": "tpu"}, "qerl.platform=tpu", "cuda"),
         ({"kernel": "marlin"}, "qerl.kernel=marlin", "hopper"),
         ({"recompute": "none"}, "qerl.recompute=none", "choose one of auto, full, selective"),
+        ({"quantization": {"method": "awq"}}, "qerl.quantization.method=awq", "four-over-six, gptq"),
+        ({"quantization": {"samples": 0}}, "qerl.quantization.samples=0", "at least 1"),
+        ({"quantization": {"sample_tokens": 1}}, "qerl.quantization.sample_tokens=1", "at least 2"),
         ({"rollout": {"kernel": "cutlass"}}, "qerl.rollout.kernel=cutlass", "marlin"),
         ({"rollout": {"lora": "merged"}}, "qerl.rollout.lora=merged", "punica"),
         ({"rollout": {"sleep_level": 3}}, "qerl.rollout.sleep_level=3", "choose 1 or 2"),

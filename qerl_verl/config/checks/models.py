@@ -31,6 +31,23 @@ def remote_paths(config: DictConfig) -> list[str]:
     return [path for path, folder in paths.items() if folder is None and not _is_path(path)]
 
 
+def find_unquantized(config: DictConfig) -> list[str]:
+    """Paths of trained models that are not, or may not be, in four bits: what a run would quantize."""
+    from qerl_verl.nvfp4.checkpoint import read_quantization
+    from qerl_verl.nvfp4.errors import CheckpointError
+
+    found = []
+    for model in trained_models(config):
+        folder = local_folder(config, model)
+        try:
+            if folder is not None and read_quantization(folder) == "nvfp4":
+                continue
+        except CheckpointError:  # refused elsewhere
+            continue
+        found.append(str(get_value(config, f"{model}.path")))
+    return found
+
+
 def _is_path(path: str) -> bool:
     return path.startswith(("/", "./", "../", "~"))
 

@@ -1,0 +1,114 @@
+"""How a run quantizes a model that is not NVFP4 yet: by which method, and with which text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from qerl_verl.config.arms import ARMS
+from qerl_verl.config.keys import get_value
+from qerl_verl.config.settings import QeRLSettings
+
+KEY = "qerl.quantization"
+TRAIN_FILES = "data.train_files"
+
+_GAIN = "once for a model; it keeps the policy closer to the 16-bit model than rounding does"
+_QUICK = f"{KEY}.method=four-over-six takes seconds"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A method and what it needs.
+
+    Attributes:
+        method: see :data:`qerl_verl.nvfp4.quantizers.Method`.
+        reason: why this one.
+        files: what it calibrates with; empty for a method that needs no text.
+        text_from: the key that names ``files``.
+        device: ``cuda`` or ``cpu``.
+        samples, sample_tokens, prompt_key, chat_template: see :func:`qerl_verl.nvfp4.calibration.read_calibration`.
+    """
+
+    method: str = "four-over-six"
+    reason: str = ""
+    files: tuple[str, ...] = ()
+    text_from: str = ""
+    device: str = "cpu"
+    samples: int = 128
+    sample_tokens: int = 512
+    prompt_key: str = "prompt"
+    chat_template: str | None = None
+
+    @property
+    def line(self) -> str:
+        """For the user, before it begins."""
+        if self.method == "gptq":
+            how = f"gptq with {self.samples} rows of {self.text_from} ({self.reason}); takes minutes, {_GAIN}; {_QUICK}"
+        elif self.method == "four-over-six":
+            how = (
+                f"four-over-six ({self.reason}); takes seconds for a billion weights; {KEY}.method=gptq keeps the policy "
+                "closer to the 16-bit model and takes minutes on a GPU, far longer without one"
+            )
+        else:
+            how = f"{self.method} ({self.reason})"
+        return f"quantization of a model that is not NVFP4 yet: {how}"
+
+
+def choose_quantization(config: DictConfig, settings: QeRLSettings, gpu: bool) -> Choice | None:
+    """The method of a run; None where nothing is quantized into a checkpoint (other arms than NVFP4).
+
+    ``auto`` is GPTQ where the driver has a GPU and the run has text, which its training data are, else four-over-six.
+
+    Args:
+        config: verl's configuration.
+        settings: of the run.
+        gpu: whether the driver has a GPU.
+    """
+    if not ARMS[settings.arm].container:
+        return None
+    wanted = settings.quantization
+    if settings.arm == "mxfp4":
+        return Choice("mxfp4", "the arm's own", device="cuda" if gpu else "cpu")
+    files, text_from = _as_files(wanted.calibration), f"{KEY}.calibration"
+    if not files and get_value(config, "data.custom_cls.path") is None:  # such a class reads what only it knows
+        files, text_from = _as_files(get_value(config, TRAIN_FILES)), TRAIN_FILES
+    method, reason = wanted.method, f"{KEY}.method"
+    if method == "auto":
+        method = "gptq" if gpu and files else "four-over-six"
+        reason = "a GPU is visible" if gpu and files else "no GPU" if not gpu else "no text to calibrate with"
+    if method != "gptq":
+        files = ()
+    return Choice(
+        method,
+        reason,
+        files,
+        text_from,
+        "cuda" if gpu else "cpu",
+        wanted.samples,
+        wanted.sample_tokens,
+        get_value(config, "data.prompt_key") or "prompt",
+        get_value(config, "actor_rollout_ref.model.custom_chat_template"),
+    )
+
+
+def find_problems(choice: Choice) -> list[str]:
+    """What keeps the method from being used, one sentence each; training files have checks of their own."""
+    if choice.method != "gptq":
+        return []
+    if not choice.files:
+        return [
+            f"{KEY}.method=gptq needs text, and {TRAIN_FILES} has none that can be read here: set {KEY}.calibration to a "
+            "parquet, JSONL or text file, or the method to four-over-six"
+        ]
+    if choice.text_from == TRAIN_FILES:
+        return []
+    missing = [file for file in choice.files if "://" not in file and not Path(file).expanduser().is_file()]
+    return [f"{KEY}.calibration={file}: there is no such file" for file in missing]
+
+
+def _as_files(value: object) -> tuple[str, ...]:
+    if OmegaConf.is_list(value):
+        return tuple(str(item) for item in value)
+    return () if value is None else (str(value),)
