@@ -41,7 +41,7 @@ if [ "$dry" != 0 ]; then
     printf 'command:'
     printf ' %q' "${command[@]}"
     printf '\n\n%s\n\n' "$manifest"
-    exec "${PYTHON:-python3}" -m qerl_verl.cli.main explain --platform "${PLATFORM:-cuda}" --skip-files \
+    exec "${PYTHON:-python3}" -m qerl_verl.cli.main explain --platform "${PLATFORM:-cuda}" --elsewhere \
         -- "$RECIPE" ++shared=/shared "actor_rollout_ref.model.path=$MODEL" "trainer.nnodes=$NNODES" "trainer.n_gpus_per_node=$GPUS_PER_NODE" "$@"
 fi
 "${command[@]}" <<<"$manifest"

@@ -40,9 +40,9 @@ if [ "$dry" != 0 ]; then
     printf 'command:'
     printf ' %q' "${command[@]}"
     printf '\n\n'
-    files=()
-    [ -d "$SHARED" ] || files=(--skip-files) # not on this machine
-    exec "${PYTHON:-python3}" -m qerl_verl.cli.main explain --platform "${PLATFORM:-cuda}" ${files[@]+"${files[@]}"} \
+    elsewhere=()
+    [ -d "$SHARED" ] || elsewhere=(--elsewhere)
+    exec "${PYTHON:-python3}" -m qerl_verl.cli.main explain --platform "${PLATFORM:-cuda}" ${elsewhere[@]+"${elsewhere[@]}"} \
         -- "$recipe" "${settings[@]}"
 fi
 exec "${command[@]}"

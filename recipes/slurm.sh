@@ -159,9 +159,9 @@ step "$head" 1 "$python" -m qerl_verl.cli.main cluster --nodes "$count" --gpus $
 step "$head" 1 "${train[@]}"
 if [ "$dry" != 0 ]; then
     echo
-    files=()
-    [ -d "$SHARED" ] || files=(--skip-files) # not on this machine
-    exec "$python" -m qerl_verl.cli.main explain --platform "${PLATFORM:-cuda}" ${files[@]+"${files[@]}"} \
+    elsewhere=()
+    [ -d "$SHARED" ] || elsewhere=(--elsewhere)
+    exec "$python" -m qerl_verl.cli.main explain --platform "${PLATFORM:-cuda}" ${elsewhere[@]+"${elsewhere[@]}"} \
         -- "$recipe" "${settings[@]}"
 fi
 rc=0

@@ -93,14 +93,14 @@ def _is_recipe(name: str) -> bool:
 
 
 def explain(
-    name: str, overrides: list[str], config_path: str | None = None, platform: str = "cuda", files: bool = True
+    name: str, overrides: list[str], config_path: str | None = None, platform: str = "cuda", here: bool = True
 ) -> int:
     """Print what the recipe sets, what the switch sets and what cannot run; exit code 2 if something cannot.
 
     Args:
         name, overrides, config_path: as for :func:`compose_with_keys`.
         platform: ``cuda`` or ``cpu``.
-        files: whether data and model folders are looked at.
+        here: as for :func:`~qerl_verl.config.plan.plan`.
 
     Raises:
         ExplainError: the configuration cannot be composed.
@@ -122,7 +122,7 @@ def explain(
         made = Plan(problems=[f"{key}: no value yet; add {key}=..." for key in without_value])
     else:
         try:
-            made = plan(config, keys, Host.here(), platform, files)
+            made = plan(config, keys, Host.here(), platform, here)
         except OmegaConfBaseException as error:
             made = Plan(problems=[str(error).splitlines()[0]])
     print("\nset by the switch:")

@@ -196,7 +196,7 @@ def _add_explain(subparsers, common: argparse.ArgumentParser) -> None:
         "explain",
         parents=[common],
         help="print what a recipe and the switch set in verl's configuration, and what cannot run; starts nothing",
-        usage="%(prog)s NAME [key=value ...] [--config-path PATH] [--platform {cuda,cpu}] [--skip-files]",
+        usage="%(prog)s NAME [key=value ...] [--config-path PATH] [--platform {cuda,cpu}] [--elsewhere]",
     )
     parser.add_argument(
         "words",
@@ -208,7 +208,9 @@ def _add_explain(subparsers, common: argparse.ArgumentParser) -> None:
     parser.add_argument("--config-path", help="folder or pkg://package of NAME (default: QeRL's recipes, then verl's)")
     parser.add_argument("--platform", choices=("cuda", "cpu"), default="cuda", help="default: %(default)s")
     parser.add_argument(
-        "--skip-files", action="store_true", help="data and model folders are on another machine: do not look at them"
+        "--elsewhere",
+        action="store_true",
+        help="the run takes place on another machine: do not look at this one's files, CPUs, GPUs and Ray",
     )
     parser.set_defaults(run=_explain)
 
@@ -220,7 +222,7 @@ def _explain(arguments: argparse.Namespace) -> int:
     if not names:
         raise ExplainError("explain: give the name of a recipe, for example `qerl explain gsm8k_grpo`")
     arguments.words.remove(names[0])
-    return explain(names[0], arguments.words, arguments.config_path, arguments.platform, not arguments.skip_files)
+    return explain(names[0], arguments.words, arguments.config_path, arguments.platform, not arguments.elsewhere)
 
 
 def _add_cluster(subparsers, common: argparse.ArgumentParser) -> None:

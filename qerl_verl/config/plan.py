@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from qerl_verl.config import quantization
 from qerl_verl.config.adapters import adopt_adapter
-from qerl_verl.config.checks import arms, data, models, plugins, recipe, resume
+from qerl_verl.config.checks import arms, data, models, plugins, recipe, resources, resume
 from qerl_verl.config.host import Host, choose_platform
 from qerl_verl.config.quantization import Choice, choose_quantization
 from qerl_verl.config.rules import MODEL, apply_rules, trained_models
@@ -45,9 +45,7 @@ class Plan:
     quantization: Choice | None = None
 
 
-def plan(
-    config: DictConfig, keys: set[str], host: Host, platform: str | None = None, look_at_files: bool = True
-) -> Plan:
+def plan(config: DictConfig, keys: set[str], host: Host, platform: str | None = None, here: bool = True) -> Plan:
     """Check a composed configuration and set in it what QeRL needs, in place.
 
     Args:
@@ -55,7 +53,7 @@ def plan(
         keys: dotted keys that the user wrote, on the command line or in files of their own.
         host: the driver's machine.
         platform: ``cuda`` or ``cpu`` for a run on another machine; None chooses by ``host``.
-        look_at_files: False where the data and the model lie on another machine.
+        here: False where the run takes place on another machine: this one's files, CPUs, GPUs and Ray say nothing then.
     """
     made = Plan()
     if problem := _other_program(config):
@@ -71,7 +69,7 @@ def plan(
     except SettingsError as error:
         made.problems += error.problems
         return made
-    for model in trained_models(config) if look_at_files else ():
+    for model in trained_models(config) if here else ():
         try:
             if adapter := adopt_adapter(config, keys, model):
                 made.adapters[model] = adapter
@@ -93,13 +91,18 @@ def plan(
         made.problems += quantization.find_problems(made.quantization)
     made.lines += recipe.find_remarks(config)
     made.problems += recipe.find_problems(config, keys) + arms.find_problems(config, host.environment)
-    if look_at_files:
+    if here:
         made.lines += data.find_remarks(config)
         made.problems += data.find_problems(config) + _model_problems(config, made.adapters)
         made.problems += resume.find_problems(config, made.adapters)
         made.unseen += [f"{path}, which is not on this machine yet" for path in models.remote_paths(config)]
     else:
-        made.unseen.append("data and model folders (--skip-files)")
+        made.unseen.append("data, model folders, CPUs, GPUs and Ray (--elsewhere)")
+    if here and platform == "cuda" and not host.gpus and made.cluster is None:
+        made.unseen.append("CPUs and GPUs, since this machine has no GPU")
+    elif here:
+        made.lines += resources.find_remarks(config, made.cluster)
+        made.problems += resources.find_problems(config, host, made.cluster)
     return made
 
 

@@ -15,6 +15,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -23,6 +24,7 @@ from packaging.version import Version
 
 from qerl_verl.config.arms import get_arm
 from qerl_verl.config.keys import get_value, is_written, set_value
+from qerl_verl.config.reserved import reserved
 from qerl_verl.config.settings import RolloutSettings
 from qerl_verl.platform.compilers import missing_compiler
 from qerl_verl.platform.cpu_features import missing_bfloat16
@@ -302,7 +304,8 @@ def force(
         if starts_ray:
             set_value(config, "ray_kwargs.ray_init.num_gpus", slots, "slots for workers, not GPUs", notify)
             if get_value(config, "ray_kwargs.ray_init.num_cpus") is None:
-                set_value(config, "ray_kwargs.ray_init.num_cpus", 8 + 8 * slots, "verl reserves logical CPUs", notify)
+                cpus = max(8 + 8 * slots, reserved(partial(get_value, config)).cpus)
+                set_value(config, "ray_kwargs.ray_init.num_cpus", cpus, "verl reserves logical CPUs", notify)
             if get_value(config, "ray_kwargs.ray_init.include_dashboard") is None:
                 set_value(config, "ray_kwargs.ray_init.include_dashboard", False, "a faster start", notify)
     for key, variable in (("qerl.kernel", KERNEL_ENV), ("qerl.recompute", RECOMPUTE_ENV)):

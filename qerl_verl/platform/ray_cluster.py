@@ -7,6 +7,7 @@ depend on it, and all ask :func:`find_cluster`.
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -49,6 +50,24 @@ def find_cluster(ray_init: Mapping, environment: Mapping[str, str] = os.environ)
         return RayCluster(address, found_by)
     if started := find_bootstrap_address(ray_init.get("_temp_dir")):
         return RayCluster(started, "a Ray that runs on this machine")
-    if address == "auto" and (running := find_gcs_addresses()):
-        return RayCluster(next(iter(running)), "a Ray that runs on this machine")
+    if address == "auto":
+        running = find_gcs_addresses()
+        return (
+            RayCluster(next(iter(running)), "a Ray that runs on this machine")
+            if running
+            else RayCluster("auto", found_by)
+        )
     return None
+
+
+def answers(address: str, seconds: float = 5.0) -> bool:
+    """Whether something listens at an address of :class:`RayCluster`. The file of a Ray that crashed names one where
+    nothing does."""
+    host, _, port = address.rpartition("://")[2].partition("/")[0].rpartition(":")
+    if not port.isdigit():
+        return address != "auto"
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=seconds):
+            return True
+    except OSError:
+        return False

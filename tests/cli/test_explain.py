@@ -110,8 +110,8 @@ def test_problems(capsys, arguments, problem):
 
 def test_files_of_another_machine_are_left_out(capsys):
     elsewhere = ["data.train_files=/there/a.parquet", "actor_rollout_ref.model.path=/there/model"]
-    code, lines = explained(capsys, "gsm8k_grpo", *elsewhere, "--skip-files")
-    assert code == 0 and "not looked at: data and model folders (--skip-files)" in lines
+    code, lines = explained(capsys, "gsm8k_grpo", *elsewhere, "--elsewhere")
+    assert code == 0 and "not looked at: data, model folders, CPUs, GPUs and Ray (--elsewhere)" in lines
     code, lines = explained(capsys, "gsm8k_grpo")
     assert code == 0 and "not looked at: Qwen/Qwen2.5-7B-Instruct, which is not on this machine yet" in lines
 

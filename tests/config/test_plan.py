@@ -8,7 +8,7 @@ from qerl_verl.cli.explain import compose, compose_with_keys
 from qerl_verl.cli.main import main
 from qerl_verl.config import callback
 from qerl_verl.config.host import Host
-from qerl_verl.config.plan import plan
+from qerl_verl.config.plan import Plan, plan
 
 HOST = Host(cpus=64, gpus=0, cpu_vllm=True)
 
@@ -64,3 +64,36 @@ def test_a_run_says_what_explain_prints(monkeypatch, capsys, gsm8k_files, bf16_c
     said = [line.removeprefix("[qerl] ") for line in capsys.readouterr().out.splitlines()]
     assert [line for line in said if not line.startswith("platform:")] == explained
     assert any("the training data ends after 30 steps" in line for line in said)
+
+
+@pytest.mark.parametrize(
+    ("cpu_vllm", "expected"),
+    [(False, "cuda"), (True, "cpu")],  # a cluster's head without GPUs, and a machine without any
+)
+def test_a_ray_that_runs_already_is_joined_without_its_address_being_given(
+    monkeypatch, gsm8k_files, bf16_checkpoint, cpu_vllm, expected
+):
+    """Ray would join it: so the platform is the cluster's, nothing is declared to it, and no folder of this host is given."""
+    from ray._private import services
+
+    from qerl_verl.config.checks import resources
+
+    monkeypatch.setattr(services, "find_bootstrap_address", lambda folder: "10.0.0.1:6379")
+    monkeypatch.setattr(resources, "answers", lambda address: True)
+    config = compose("gsm8k_grpo_8gpu", [f"actor_rollout_ref.model.path={bf16_checkpoint}"])
+    made = plan(config, set(), Host(cpus=2, gpus=0, cpu_vllm=cpu_vllm))
+    assert made.problems == [] and made.platform == expected and made.cluster.address == "10.0.0.1:6379"
+    assert config.ray_kwargs.ray_init.num_cpus is None and "num_gpus" not in config.ray_kwargs.ray_init
+    assert any(line.startswith("Ray: joins the cluster at 10.0.0.1:6379 (a Ray that runs") for line in made.lines)
+
+    for step in ("_use_cpu_in_this_process", "_check_that_verl_loaded_the_plugin"):
+        monkeypatch.setattr(callback, step, lambda *arguments: None)
+    given = []
+    monkeypatch.setattr(callback, "give_job_folder", given.append)
+    monkeypatch.setattr(callback, "_replace_models", lambda *arguments: {callback.MODEL: bf16_checkpoint})
+    for cluster in (made.cluster, None):
+        monkeypatch.setattr(
+            callback, "plan", lambda *arguments, cluster=cluster: Plan(platform="cuda", cluster=cluster)
+        )
+        callback.prepare(config, set())
+        assert bool(given) is (cluster is None)

@@ -33,6 +33,7 @@ from qerl_verl.trainer.ppo import (
     QeRLTrainerSync,
     WholeCheckpointsMixin,
 )
+from qerl_verl.trainer.run_length import RunLengthMixin
 
 TOTAL = 4
 
@@ -385,7 +386,8 @@ def test_our_trainers_are_verls_with_the_mixin_in_front():
         ("qerl_colocate_async", QeRLTrainerColocateAsync, PPOTrainerColocateAsync),
         ("qerl_separate_async", QeRLTrainerSeparateAsync, PPOTrainerSeparateAsync),
     ):
-        assert get_trainer_cls(name) is ours and ours.__mro__[1:4] == (AQNTrainerMixin, WholeCheckpointsMixin, theirs)
+        mixins = AQNTrainerMixin, RunLengthMixin, WholeCheckpointsMixin
+        assert get_trainer_cls(name) is ours and ours.__mro__[1:5] == (*mixins, theirs)
         assert get_trainer_cls(ours.verl_mode) is theirs
 
 

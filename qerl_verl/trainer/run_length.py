@@ -1,0 +1,42 @@
+"""A run whose epochs end before ``trainer.total_training_steps`` ends as every other does.
+
+verl leaves its loop when the epochs are over (verl/trainer/ppo/v1/trainer_base.py, fit), but saves and validates for the
+last time at the step ``total_training_steps`` alone, and its learning rate and the noise are scheduled over that number.
+So the number of steps that the data gives takes its place.
+"""
+
+from __future__ import annotations
+
+from omegaconf import OmegaConf, open_dict
+
+from qerl_verl.config.callback import say
+from qerl_verl.data.steps import ends_early, epochs_for, reachable_steps
+
+
+class RunLengthMixin:
+    """Sets ``total_training_steps`` of one of verl's V1 trainers to what the data and ``trainer.total_epochs`` give."""
+
+    def _init_dataloader(self):
+        """verl's; then the true number of steps, for the trainer and the schedulers of the learning rates.
+
+        Raises:
+            ValueError: the data has fewer prompts than a batch, after overlong ones were dropped.
+        """
+        super()._init_dataloader()
+        rows, batch = len(self.train_dataset), self.config.data.train_batch_size
+        epochs, wanted = self.config.trainer.total_epochs, self.total_training_steps
+        if rows < batch:
+            raise ValueError(
+                f"data.train_batch_size={batch}: the training data has {rows} prompts, after those longer than "
+                f"data.max_prompt_length={self.config.data.max_prompt_length} were dropped; lower the one or raise the other"
+            )
+        reachable = reachable_steps(rows, batch, epochs)
+        if reachable >= wanted:
+            return
+        say(ends_early(wanted, reachable, epochs, epochs_for(wanted, rows, batch)))
+        self.total_training_steps = reachable
+        with open_dict(self.config):
+            for optimizer in ("actor_rollout_ref.actor.optim", "critic.optim"):
+                if OmegaConf.select(self.config, optimizer):
+                    updates = reachable * self.parameter_sync_step
+                    OmegaConf.update(self.config, f"{optimizer}.total_training_steps", updates)

@@ -1,0 +1,78 @@
+"""A run that the epochs end is as long as it is, for the trainer, the learning rate and the noise."""
+
+import inspect
+
+import pytest
+from omegaconf import OmegaConf
+from verl.trainer.ppo.v1.trainer_base import PPOTrainer
+
+from qerl_verl.trainer.ppo import AQNTrainerMixin, QeRLTrainerColocateAsync, QeRLTrainerSeparateAsync, QeRLTrainerSync
+from qerl_verl.trainer.run_length import RunLengthMixin
+
+
+def trainer(rows, batch, epochs, wanted, updates=1):
+    """One whose parent computes what verl's ``_init_dataloader`` does of ``rows`` prompts."""
+
+    class Parent:
+        def _init_dataloader(self):
+            self.train_dataset = range(rows)
+            self.steps_per_epoch = rows // batch
+            self.total_training_steps = wanted or self.steps_per_epoch * epochs
+            for optimizer in (self.config.actor_rollout_ref.actor.optim, self.config.critic.optim):
+                optimizer.total_training_steps = self.total_training_steps * self.parameter_sync_step
+
+    made = type("Trainer", (RunLengthMixin, Parent), {})()
+    optimizer = {"optim": {"total_training_steps": -1}}
+    made.config = OmegaConf.create(
+        {
+            "data": {"train_batch_size": batch, "max_prompt_length": 16},
+            "trainer": {"total_epochs": epochs, "total_training_steps": wanted},
+            "actor_rollout_ref": {"actor": optimizer},
+            "critic": optimizer,
+        }
+    )
+    OmegaConf.set_struct(made.config, True)
+    made.parameter_sync_step = updates
+    return made
+
+
+@pytest.mark.parametrize(
+    ("rows", "batch", "epochs", "wanted", "updates", "steps", "line"),
+    [
+        (32, 8, 1, 40, 1, 4, "trainer.total_training_steps=40, but the training data ends after 4 steps"),
+        (39, 8, 3, 40, 4, 12, "for 40 steps set trainer.total_epochs=10"),
+        (32, 8, 10, 40, 1, 40, ""),
+        (32, 8, 2, None, 1, 8, ""),
+        (32, 8, 20, 3, 2, 3, ""),
+    ],
+)
+def test_the_steps_are_those_that_the_data_gives(capsys, rows, batch, epochs, wanted, updates, steps, line):
+    made = trainer(rows, batch, epochs, wanted, updates)
+    made._init_dataloader()
+    assert made.total_training_steps == steps
+    assert made.config.actor_rollout_ref.actor.optim.total_training_steps == steps * updates
+    assert made.config.critic.optim.total_training_steps == steps * updates
+    out = capsys.readouterr().out
+    assert line in out and bool(out) is bool(line)
+
+
+def test_fewer_prompts_than_a_batch_are_named_with_both_numbers():
+    with pytest.raises(
+        ValueError, match="data.train_batch_size=8: the training data has 7 prompts, after those longer"
+    ):
+        trainer(7, 8, 1, 40)._init_dataloader()
+
+
+@pytest.mark.parametrize("made", [QeRLTrainerSync, QeRLTrainerColocateAsync, QeRLTrainerSeparateAsync])
+def test_every_trainer_has_it(made):
+    order = made.__mro__
+    assert order.index(RunLengthMixin) < order.index(PPOTrainer) and issubclass(AQNTrainerMixin, RunLengthMixin)
+
+
+def test_verl_ends_a_run_at_the_step_that_is_set_here():
+    """Fails when verl saves and validates at the end of the epochs itself, or computes the number elsewhere."""
+    fit, dataloader = inspect.getsource(PPOTrainer.fit), inspect.getsource(PPOTrainer._init_dataloader)
+    assert "is_last_step = self.global_steps >= self.total_training_steps" in fit
+    assert "current_epoch < self.config.trainer.total_epochs" in fit
+    assert "self.total_training_steps = total_training_steps" in dataloader
+    assert "optim_total_training_steps = total_training_steps * self.parameter_sync_step" in dataloader
