@@ -18,8 +18,8 @@ from qerl_verl.nvfp4.architectures import Architecture
 def draw_noise(seed: int, step: int, layer: str, size: int, sigma: float) -> torch.Tensor:
     """Z ~ N(0, sigma^2 I), one value per hidden channel (QeRL, Eq. 10).
 
-    A function of its arguments alone: every tensor-parallel rank, replica and restart draws the same. NumPy's
-    Philox generator gives the same stream on every machine.
+    A function of its arguments alone: every tensor-parallel rank, replica and restart draws the
+    same. NumPy's Philox generator gives the same stream on every machine.
 
     Args:
         seed: ``qerl.aqn.seed``.
@@ -39,14 +39,15 @@ def draw_noise(seed: int, step: int, layer: str, size: int, sigma: float) -> tor
 def find_noise_targets(model: nn.Module, architecture: Architecture, fused: dict[str, str]) -> dict[str, nn.Module]:
     """The norms that receive noise, found by what they feed.
 
-    ``architecture.noise_targets`` says which norm of a decoder layer is the input of which linears. A norm counts
-    where it stands beside those linears in the model at hand, under their own or their fused name; the class of the
-    norm does not matter (an inference engine has its own).
+    ``architecture.noise_targets`` says which norm of a decoder layer is the input of which linears.
+    A norm counts where it stands beside those linears in the model at hand, under their own or
+    their fused name; the class of the norm does not matter (an inference engine has its own).
 
     Args:
         model: the model or this rank's part of it (a pipeline rank holds some of the layers).
         architecture: wiring of the model's decoder layer.
-        fused: names under which the model fuses linears, e.g. ``{"self_attn.q_proj": "self_attn.qkv_proj"}``.
+        fused: names under which the model fuses linears, e.g.
+            ``{"self_attn.q_proj": "self_attn.qkv_proj"}``.
 
     Returns:
         Full module name to norm, in the model's order. Each has a ``weight`` [hidden].
@@ -82,8 +83,10 @@ class NoiseTarget:
 
     Attributes:
         clean: ``[hidden]``, the checkpoint's weight. Only read.
-        live: ``[hidden]`` float32, what the norm multiplies by. A 16-bit weight would round small noise off.
-        switch: called with whether ``live`` differs from ``clean``, for a norm that computes the two in different ways.
+        live: ``[hidden]`` float32, what the norm multiplies by. A 16-bit weight would round small
+            noise off.
+        switch: called with whether ``live`` differs from ``clean``, for a norm that computes the
+            two in different ways.
     """
 
     clean: torch.Tensor
@@ -107,7 +110,8 @@ class NoiseInjector:
 
     @torch.no_grad()
     def set_noise(self, seed: int, step: int, sigma: float, unit: str = "absolute") -> None:
-        """Make every live weight the clean one plus the noise of ``step``; with ``sigma`` 0 exactly the clean one.
+        """Make every live weight the clean one plus the noise of ``step``; with ``sigma`` 0 exactly
+        the clean one.
 
         In place, so captured CUDA graphs see it.
 
@@ -115,10 +119,12 @@ class NoiseInjector:
             seed: see :func:`draw_noise`.
             step: see :func:`draw_noise`.
             sigma: standard deviation, in ``unit``.
-            unit: ``absolute``, or ``relative``: to the root mean square of each norm's clean weight.
+            unit: ``absolute``, or ``relative``: to the root mean square of each norm's clean
+                weight.
 
         Raises:
-            FloatingPointError: a noised weight is not finite; the message names it. No target has changed then.
+            FloatingPointError: a noised weight is not finite; the message names it. No target has
+                changed then.
         """
         values = {}
         for name, target in self.targets.items():
@@ -138,9 +144,10 @@ class NoiseInjector:
         """What acts: standard deviation of the noise, read back from the live weights.
 
         Returns:
-            ``absolute``: root mean square of live minus clean over all channels of all targets; ``relative``: the same in units
-            of the root mean square of each target's clean weight; ``weight_min``, ``weight_median``, ``weight_max``: of those
-            root mean squares over the targets.
+            ``absolute``: root mean square of live minus clean over all channels of all targets;
+            ``relative``: the same in units of the root mean square of each target's clean weight;
+            ``weight_min``, ``weight_median``, ``weight_max``: of those root mean squares over the
+            targets.
         """
         absolute, relative, sizes = [], [], []
         for target in self.targets.values():
@@ -160,8 +167,8 @@ class NoiseInjector:
 
 
 def combine(measured: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Of several workers' :meth:`NoiseInjector.measure` one: tensor-parallel ranks and replicas measure the same, pipeline
-    ranks their own layers' norms, as many each."""
+    """One measurement of several workers' (:meth:`NoiseInjector.measure`). Tensor-parallel ranks
+    and replicas measure the same; pipeline ranks, each the norms of its own layers."""
     combined = {key: math.sqrt(statistics.fmean(m[key] ** 2 for m in measured)) for key in ("absolute", "relative")}
     for key, pick in (("weight_min", min), ("weight_median", statistics.median), ("weight_max", max)):
         combined[key] = pick([m[key] for m in measured])
@@ -172,7 +179,8 @@ def describe_size(sigmas: Mapping[str, float], unit: str, measured: Mapping[str,
     """How large noise is on a model, in one line.
 
     Args:
-        sigmas: what is said of a sigma -> the sigma, in ``unit``, e.g. ``{"in the first noisy stage": 0.01}``.
+        sigmas: what is said of a sigma -> the sigma, in ``unit``, e.g.
+            ``{"in the first noisy stage": 0.01}``.
         unit: ``absolute`` or ``relative``.
         measured: see :meth:`NoiseInjector.measure`.
     """
@@ -182,7 +190,8 @@ def describe_size(sigmas: Mapping[str, float], unit: str, measured: Mapping[str,
         if unit == "relative":
             parts.append(f"{100 * sigma:.2g} % {where} ({sigma * median:.2g} on the median norm)")
         else:
-            parts.append(f"{sigma:.2g} {where} ({100 * sigma / median:.2g} % of the median norm's)")
+            share = sigma / median if median else math.inf
+            parts.append(f"{sigma:.2g} {where} ({100 * share:.2g} % of the median norm's)")
     return (
         f"the root mean square of a noised norm's weight is {median:.2g} (median; {low:.2g} to {high:.2g}); sigma is "
         + " and ".join(parts)

@@ -34,16 +34,18 @@ class AQNSettings:
 
     Attributes:
         enable: False keeps the rollout policy clean at every step.
-        sigma_start: standard deviation of the noise in the first noisy stage (an RMSNorm weight is about 1). Above 0.
+        sigma_start: standard deviation of the noise in the first noisy stage (in ``unit``). Above 0.
         sigma_end: standard deviation in the last stage. Above 0 and at most ``sigma_start``.
         num_stages: K. Stages of equal length over ``trainer.total_training_steps``; stage 0 has no noise, the last one
             has ``sigma_end``. At least 2. A run of fewer steps than stages has one stage a step.
-        schedule: how sigma falls from ``sigma_start`` to ``sigma_end``: exponential (Eq. 8), linear, cosine or logarithmic; or
-            ``adaptive``: no stages, sigma follows the measured divergence toward ``target_kl`` between the two.
+        schedule: how sigma falls from ``sigma_start`` to ``sigma_end``: exponential (Eq. 8),
+            linear, cosine or logarithmic; or ``adaptive``: no stages, sigma follows the measured
+            divergence toward ``target_kl`` between the two.
         seed: with the trainer's step and the layer's name, determines the noise.
-        unit: of sigma: ``absolute``, as in the paper, or ``relative`` to the root mean square of each norm's weight.
-        target_kl: divergence of the sampling policy from the clean one that ``schedule=adaptive`` keeps, nats a token. Above 0
-            and below 1; None with the other schedules.
+        unit: of sigma: ``absolute``, as in the paper, or ``relative`` to the root mean square of
+            each norm's weight.
+        target_kl: divergence of the sampling policy from the clean one that ``schedule=adaptive``
+            keeps, nats a token. Above 0 and below 1; None with the other schedules.
     """
 
     enable: bool = True

@@ -33,6 +33,7 @@ from torch import nn
 from vllm import envs, ir
 from vllm.config import CUDAGraphMode, get_current_vllm_config
 from vllm.model_executor.custom_op import op_registry_oot
+from vllm.model_executor.layers.batch_invariant import rms_norm_batch_invariant
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
@@ -74,15 +75,14 @@ class NoisyRMSNorm(RMSNorm):
         super().__init__(hidden_size, *args, **kwargs)
         self.register_buffer("qerl_weight", None, persistent=False)
         config = get_current_vllm_config()
-        if not wants_noise(config.additional_config) or not self.has_weight or self.variance_size_override is not None:
+        if (
+            not wants_noise(config.additional_config)
+            or not self.has_weight
+            or self.variance_size_override is not None
+        ):
             return
         if config.model_config is not None and config.model_config.get_hidden_size() != hidden_size:
             return
-        if envs.VLLM_BATCH_INVARIANT:
-            raise ValueError(
-                "VLLM_BATCH_INVARIANT=1: vLLM's batch-invariant norms take 16-bit weights, in which "
-                "noise is rounded off; unset it, or set qerl.aqn.enable=False"
-            )
         self.quant_method = _AfterLoading()
         self.qerl_noised = False
         self.qerl_captured = config.compilation_config.cudagraph_mode not in (
@@ -95,13 +95,29 @@ class NoisyRMSNorm(RMSNorm):
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """As vLLM's: ``[..., hidden]`` in and out, with ``residual`` also the sum that was
         normalized."""
-        if self.qerl_weight is None:
+        if not self._uses_live_weight():
             return super().forward_native(x, residual)
-        if not (torch.compiler.is_compiling() or self.qerl_captured or self.qerl_noised):
-            return super().forward_native(x, residual)
+        weight, epsilon = self.qerl_weight, self.variance_epsilon
         if residual is None:
-            return ir.ops.rms_norm(x, self.qerl_weight, self.variance_epsilon, None)
-        return ir.ops.fused_add_rms_norm.maybe_inplace(x, residual, self.qerl_weight, self.variance_epsilon, None)
+            return ir.ops.rms_norm(x, weight, epsilon, None)
+        return ir.ops.fused_add_rms_norm.maybe_inplace(x, residual, weight, epsilon, None)
+
+    def forward_cuda(
+        self, x: torch.Tensor, residual: torch.Tensor | None = None
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """As :meth:`forward_native`; verl's ``rollout.full_determinism`` makes vLLM's batch-invariant."""
+        if not (envs.VLLM_BATCH_INVARIANT and self._uses_live_weight()):
+            return super().forward_cuda(x, residual)
+        if residual is None:
+            return rms_norm_batch_invariant(x, self.qerl_weight, self.variance_epsilon)
+        residual = x + residual  # vLLM's kernel that adds takes 16-bit weights alone
+        y = rms_norm_batch_invariant(residual, self.qerl_weight, self.variance_epsilon)
+        return y, residual
+
+    def _uses_live_weight(self) -> bool:
+        if self.qerl_weight is None:
+            return False
+        return torch.compiler.is_compiling() or self.qerl_captured or self.qerl_noised
 
     def noise_target(self) -> NoiseTarget:
         """For :class:`qerl_verl.aqn.noise.NoiseInjector`.

@@ -259,16 +259,20 @@ def poll_interval(samples: int) -> float:
 class AQNTrainerMixin(RunLengthMixin, WholeCheckpointsMixin):
     """Drives the noise of the rollout engines from the trainer's clock.
 
-    A sync at ``global_steps`` = s puts on the noise under which step s + 1 samples; so does the first sync after a
-    resume at s. Validation runs on the clean policy. With ``qerl.aqn.enable=False`` the engines are told nothing. Metrics:
+    A sync at ``global_steps`` = s puts on the noise under which step s + 1 samples; so does the
+    first sync after a resume at s. Validation runs on the clean policy. With
+    ``qerl.aqn.enable=False`` the engines are told nothing. Metrics:
 
-    - ``qerl/aqn_sigma`` and ``qerl/aqn_stage``: what the schedule asks for in the step (``adaptive`` has no stages);
-    - ``qerl/aqn_sigma_effective``: the same, read back from the engines' live weights, in the unit of ``qerl.aqn.unit``;
-      with ``_absolute`` and ``_relative`` behind the name, in either unit;
-    - ``qerl/aqn_sigma_of_samples/*``: what the samples that the step trains on were drawn under. It differs where an
-      asynchronous trainer trains on samples of an earlier step;
-    - ``qerl/sampling_entropy``, ``qerl/sampling_kl``, ``qerl/effective_sample_size``, ``qerl/truncated_weights``: of those
-      samples, see :func:`qerl_verl.aqn.divergence.measure_samples`. verl's ``actor/entropy`` is the clean policy's.
+    - ``qerl/aqn_sigma`` and ``qerl/aqn_stage``: what the schedule asks for in the step
+      (``adaptive`` has no stages);
+    - ``qerl/aqn_sigma_effective``: the same, read back from the engines' live weights, in the unit
+      of ``qerl.aqn.unit``; with ``_absolute`` and ``_relative`` behind the name, in either unit;
+    - ``qerl/aqn_sigma_of_samples/*``: what the samples that the step trains on were drawn under. It
+      differs where an asynchronous trainer trains on samples of an earlier step;
+    - ``qerl/sampling_entropy``, ``qerl/sampling_kl``, ``qerl/effective_sample_size`` and
+      ``qerl/truncated_weights``: of those samples, see
+      :func:`qerl_verl.aqn.divergence.measure_samples`. verl's ``actor/entropy`` is the clean
+      policy's.
     """
 
     verl_mode: str
@@ -367,10 +371,12 @@ class AQNTrainerMixin(RunLengthMixin, WholeCheckpointsMixin):
             self._acting = {s: a for s, a in self._acting.items() if s >= step - 1} | {step: found}
 
     def _push(self, replicas: list, step: int, sigma: float) -> list[dict[str, float]]:
-        """Tell the replicas' engines, wait until all of them have it, and drop what was cached under other weights.
+        """Tell the replicas' engines, wait until all of them have it, and drop what was cached under
+        other weights.
 
         Returns:
-            What acts in each worker now, see :meth:`qerl_verl.aqn.noise.NoiseInjector.measure`; nothing without noise.
+            What acts in each worker now, see :meth:`qerl_verl.aqn.noise.NoiseInjector.measure`;
+            nothing without noise.
         """
         if not self.qerl_settings.aqn.enable:
             return []
@@ -428,8 +434,9 @@ class AQNTrainerMixin(RunLengthMixin, WholeCheckpointsMixin):
         return super()._compute_advantage(batch, metrics=metrics)
 
     def _measure_samples(self, batch) -> dict[str, float]:
-        """Metrics of the samples' own log-probabilities, before verl's rejection sampling changes their mask; nothing without
-        them (``rollout.calculate_log_probs``). In verl's bypass mode only the entropy: there the clean policy's are not computed."""
+        """Metrics of the samples' own log-probabilities, before verl's rejection sampling changes
+        their mask; nothing without them (``rollout.calculate_log_probs``). In verl's bypass mode
+        only the entropy: there the clean policy's are not computed."""
         if not self.config.actor_rollout_ref.rollout.calculate_log_probs:
             return {}
         correction = self.config.algorithm.get("rollout_correction") or {}

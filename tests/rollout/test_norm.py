@@ -58,7 +58,10 @@ def effective_weight(norm, rows=4096, seed=0):
         numerator, denominator = torch.zeros(2, norm.hidden_size, dtype=torch.float64)
         for _ in range(rows // 512):
             x = torch.randn(256, norm.hidden_size, generator=generator).to(norm.weight.dtype)
-            unit = x.float() * (x.float().square().mean(-1, keepdim=True) + norm.variance_epsilon).rsqrt()
+            unit = (
+                x.float()
+                * (x.float().square().mean(-1, keepdim=True) + norm.variance_epsilon).rsqrt()
+            )
             numerator += (norm(x.clone()).float() * unit).sum(0)
             denominator += unit.square().sum(0)
         halves.append(numerator / denominator)
@@ -99,9 +102,13 @@ SLOW = pytest.mark.slow
 def test_the_noise_that_acts_is_the_noise_that_was_drawn(dtype, size):
     """The smallest sigma of the default schedule. In a bfloat16 weight nothing of it is left from 1
     on."""
-    clean = (size * (0.75 + 0.5 * torch.rand(HIDDEN, generator=torch.Generator().manual_seed(1)))).to(dtype)
+    clean = (
+        size * (0.75 + 0.5 * torch.rand(HIDDEN, generator=torch.Generator().manual_seed(1)))
+    ).to(dtype)
     norm = build(clean)
-    norm.qerl_captured = True  # the clean norm by the noised one's formula: the noise is all that changes
+    norm.qerl_captured = (
+        True  # the clean norm by the noised one's formula: the noise is all that changes
+    )
     std, mean, error = acting_noise(norm, injector(norm), seed=42, step=9, sigma=5e-4)
     assert std == pytest.approx(5e-4, rel=0.02)
     assert abs(mean) < 3 * error
@@ -132,7 +139,9 @@ def test_without_noise_the_bits_are_vllms(dtype):
     x, residual = ((3 * torch.randn(64, 1536, generator=generator)).to(dtype) for _ in range(2))
     for _ in range(2):
         assert torch.equal(norm(x.clone()), stock(x.clone()))
-        both = zip(norm(x.clone(), residual.clone()), stock(x.clone(), residual.clone()), strict=True)
+        both = zip(
+            norm(x.clone(), residual.clone()), stock(x.clone(), residual.clone()), strict=True
+        )
         assert all(torch.equal(a, b) for a, b in both)
         noise.set_noise(seed=1, step=1, sigma=0.1)
         assert not torch.equal(norm(x.clone()), stock(x.clone()))
@@ -150,7 +159,9 @@ def test_without_noise_the_bits_are_vllms_under_torchinductor_too(dtype):
     clean = (torch.randn(512, generator=generator).exp() * 0.5).to(dtype)
     x, residual = (torch.randn(32, 512, generator=generator).to(dtype) for _ in range(2))
     results = []
-    with ir.enable_torch_wrap(False):  # TorchInductor sees the operations, as after vLLM's lowering pass
+    with ir.enable_torch_wrap(
+        False
+    ):  # TorchInductor sees the operations, as after vLLM's lowering pass
         for noise in (True, False):
             norm = build(clean, noise=noise)
             torch._dynamo.reset()
@@ -158,6 +169,34 @@ def test_without_noise_the_bits_are_vllms_under_torchinductor_too(dtype):
             results.append((compiled(x.clone()), *compiled(x.clone(), residual.clone())))
     for ours, theirs in zip(*results, strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_under_batch_invariance_vllms_kernel_gets_the_float32_weight(monkeypatch):
+    """The kernel, Triton on a GPU, is stood in for; a clean norm goes vLLM's own way."""
+    import vllm.model_executor.layers.layernorm as theirs
+
+    seen = []
+
+    def kernel(x, weight, eps, residual=None):
+        seen.append((weight.dtype, residual is not None))
+        y = (x.float() * (x.float().square().mean(-1, keepdim=True) + eps).rsqrt() * weight).to(
+            x.dtype
+        )
+        return y if residual is None else (y, residual)
+
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    for module in (norm_module, theirs):
+        monkeypatch.setattr(module, "rms_norm_batch_invariant", kernel)
+    clean = (torch.rand(256, generator=torch.Generator().manual_seed(5)) + 0.5).bfloat16()
+    norm = build(clean)
+    x, residual = torch.randn(2, 8, 256, generator=torch.Generator().manual_seed(6)).bfloat16()
+    norm.forward_cuda(x), norm.forward_cuda(x, residual)
+    assert seen == [(torch.bfloat16, False), (torch.bfloat16, True)]
+    injector(norm).set_noise(seed=1, step=1, sigma=0.1)
+    assert torch.equal(norm.forward_cuda(x), norm.forward_native(x.clone()))
+    y, total = norm.forward_cuda(x, residual)
+    assert torch.equal(total, x + residual) and torch.equal(y, norm.forward_native(total.clone()))
+    assert seen[2:] == [(torch.float32, False)] * 2
 
 
 def test_norms_of_another_width_than_the_models_are_left_to_vllm():
@@ -173,10 +212,14 @@ def test_norms_of_another_width_than_the_models_are_left_to_vllm():
 
 def test_vllm_builds_ours_under_its_own_name_and_another_plugins_norm_is_refused(monkeypatch):
     assert type(build(torch.ones(8), noise=False)) is NoisyRMSNorm
-    assert NoisyRMSNorm.name == RMSNorm.name == "rms_norm"  # what compilation_config.custom_ops goes by
+    assert (
+        NoisyRMSNorm.name == RMSNorm.name == "rms_norm"
+    )  # what compilation_config.custom_ops goes by
     register_norm()  # twice is once
     monkeypatch.setitem(op_registry_oot, "RMSNorm", dict)
-    with pytest.raises(RuntimeError, match="builtins.dict has replaced vLLM's RMSNorm.*VLLM_PLUGINS"):
+    with pytest.raises(
+        RuntimeError, match="builtins.dict has replaced vLLM's RMSNorm.*VLLM_PLUGINS"
+    ):
         register_norm()
 
 
