@@ -37,7 +37,7 @@ _CHOICES = {
         "revision",
         "inference_mode",
     ),
-    *("r", "lora_alpha", "use_rslora", "lora_dropout", "init_lora_weights"),
+    *("r", "lora_alpha", "use_rslora", "lora_dropout", "init_lora_weights", "eva_config"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
 }
 """Fields of a LoraConfig that may differ from PEFT's default, or are looked at by themselves."""

@@ -192,6 +192,7 @@ def test_what_is_not_plain_lora_is_refused_by_its_field(name, value, named):
         {},
         {"use_rslora": True, "lora_dropout": 0.1, "lora_alpha": 12.5},
         {"layers_to_transform": [0], "layers_pattern": "layers", "exclude_modules": ["o_proj"]},
+        {"init_lora_weights": "eva", "eva_config": {"rho": 2.0}},
         {"init_lora_weights": "gaussian", "revision": "main", "auto_mapping": {"base_model_class": "X"}},
         {"use_something_new": False, "another_config": None, "peft_version": "0.99"},
     ],

@@ -1,8 +1,11 @@
 """LoRA on NVFP4 layers: numbers against float64, and PEFT's own behaviour around them."""
 
+import shutil
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -247,10 +250,6 @@ def test_a_saved_adapter_loads_in_stock_peft(tmp_path, nvfp4_checkpoint, dequant
 
 
 def test_a_checkpoint_that_does_not_fit_says_what_is_missing(tmp_path, nvfp4_checkpoint):
-    import shutil
-
-    from safetensors.torch import load_file, save_file
-
     folder = shutil.copytree(nvfp4_checkpoint, tmp_path / "broken")
     file = next(folder.glob("*.safetensors"))
     tensors = load_file(file)
@@ -259,3 +258,13 @@ def test_a_checkpoint_that_does_not_fit_says_what_is_missing(tmp_path, nvfp4_che
     save_file(tensors, file)
     with pytest.raises(ValueError, match="missing .*model.norm.weight.*unexpected .*model.surprise"):
         build(folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["layers.0.self_attn.k_scale", "layers.1.self_attn.v_proj.output_scale", "rotary_emb.inv_freq"]
+)
+def test_what_no_engine_computes_with_is_passed_over(tmp_path, nvfp4_checkpoint, name):
+    folder = shutil.copytree(nvfp4_checkpoint, tmp_path / "more")
+    file = next(folder.glob("*.safetensors"))
+    save_file(load_file(file) | {f"model.{name}": torch.ones(2)}, file)
+    assert build(folder).state_dict().keys() == build(nvfp4_checkpoint).state_dict().keys()

@@ -79,7 +79,7 @@ def find_problems(config: DictConfig, adapters: Mapping[str, dict] | None = None
                 check_source(folder)
         except CheckpointError as error:
             found[path] = f"{model}.path={path}: {error}"
-    return list(found.values()) + find_misfits(config, adapters)
+    return list(found.values()) or find_misfits(config, adapters)
 
 
 def find_misfits(config: DictConfig, adapters: Mapping[str, dict] | None = None) -> list[str]:

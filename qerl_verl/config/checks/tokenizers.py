@@ -27,8 +27,11 @@ def _problem(folder: Path, where: str, trust_remote_code: bool) -> str:
     from transformers import AutoConfig, AutoTokenizer
 
     fix = "Put the tokenizer's files there (tokenizer.json, tokenizer_config.json), or set tokenizer_path"
+    arguments = {"trust_remote_code": trust_remote_code}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **arguments)
+        has_config = (folder / "config.json").is_file()
+        rows = getattr(AutoConfig.from_pretrained(folder, **arguments), "vocab_size", None) if has_config else None
     except Exception as error:  # whatever transformers makes of what is there
         return f"{where}: no tokenizer can be loaded from this folder ({' '.join(str(error).split())[:200]}). {fix}"
     words = tokenizer.get_vocab().keys() - {str(token) for token in tokenizer.added_tokens_decoder.values()}
@@ -36,9 +39,6 @@ def _problem(folder: Path, where: str, trust_remote_code: bool) -> str:
         return f"{where}: no tokenizer in this folder. {fix}"
     if tokenizer.eos_token_id is None:
         return f"{where}: the tokenizer has no eos_token, so no response would end. Set it in tokenizer_config.json"
-    if not (folder / "config.json").is_file():
-        return ""
-    rows = getattr(AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code), "vocab_size", None)
     for name in ("bos_token", "eos_token", "pad_token"):
         index = getattr(tokenizer, f"{name}_id")
         if rows is not None and index is not None and index >= rows:

@@ -75,8 +75,12 @@ def test_what_does_not_fit_a_local_model_is_named(bf16_checkpoint, tmp_path, cha
 def test_a_folder_that_cannot_be_read_is_one_problem(tmp_path, bf16_checkpoint):
     shutil.copytree(bf16_checkpoint, tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").unlink()
-    (problem,) = models.find_problems(run_of(tmp_path / "model"))
-    assert problem.startswith(f"actor_rollout_ref.model.path={tmp_path / 'model'}: ") and "holds no weights" in problem
+    for expected in ("holds no weights", "not valid JSON", "no such file"):
+        (problem,) = models.find_problems(run_of(tmp_path / "model"))
+        assert problem.startswith(f"actor_rollout_ref.model.path={tmp_path / 'model'}: ") and expected in problem
+        file = tmp_path / "model" / "config.json"
+        file.write_text("{") if expected == "holds no weights" else file.unlink(missing_ok=True)
+        (tmp_path / "model" / "tokenizer.json").unlink(missing_ok=True)  # one thing at a time
 
 
 def test_an_adapter_that_the_plan_has_read_is_looked_at(bf16_checkpoint, tmp_path):
