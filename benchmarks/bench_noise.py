@@ -37,22 +37,29 @@ SIGMAS = (1e-2, 5e-4)
 def make_probe():
     """For ``collective_rpc``: a worker cannot import this file."""
 
-    def probe(worker, sigma, rows, compiled):
+    def probe(worker, sigma, rows, path):
         import torch
         from vllm import ir
 
-        device = next(worker.model_runner.get_model().parameters()).device
+        model = worker.model_runner.get_model()
+        device = next(model.parameters()).device
         injector = worker._qerl_noise_injector()
-        names = list(injector.targets)[:8]
+
+        def forward_of(norm):
+            if path == "compiled":
+                return torch.compile(norm.forward_native, dynamic=False)
+            return norm.forward_cuda if path == "kernel" else norm.forward_native
 
         def slopes(norm, seed):
             generator, found = torch.Generator(device).manual_seed(seed), []
-            forward = torch.compile(norm.forward_native, dynamic=False) if compiled else norm.forward_native
+            forward, dtype = forward_of(norm), norm.weight.dtype
             for _ in range(2):
                 numerator = denominator = 0
                 for _ in range(rows // 2048):
-                    x = torch.randn(1024, norm.hidden_size, generator=generator, device=device).to(norm.weight.dtype)
-                    unit = x.float() * (x.float().square().mean(-1, keepdim=True) + norm.variance_epsilon).rsqrt()
+                    x = torch.randn(1024, norm.hidden_size, generator=generator, device=device)
+                    x = x.to(dtype)
+                    square = x.float().square().mean(-1, keepdim=True)
+                    unit = x.float() * (square + norm.variance_epsilon).rsqrt()
                     y, _ = forward(x.clone(), torch.zeros_like(x))
                     numerator = numerator + (y.double() * unit).sum(0)
                     denominator = denominator + unit.double().square().sum(0)
@@ -60,20 +67,19 @@ def make_probe():
             return torch.stack(found)
 
         changes = []
-        with ir.enable_torch_wrap(not compiled), torch.no_grad():
-            for seed, name in enumerate(names):
-                norm = worker.model_runner.get_model().get_submodule(name)
-                injector.set_noise(7, 1, 0.0)
-                clean = slopes(norm, seed)
+        with ir.enable_torch_wrap(path != "compiled"), torch.no_grad():
+            for seed, name in enumerate(list(injector.targets)[:8]):
                 injector.set_noise(7, 1, sigma)
-                changes.append(slopes(norm, seed) - clean)
+                norm = model.get_submodule(name)
+                noised = slopes(norm, seed)
+                norm.qerl_weight.copy_(norm.weight)
+                changes.append(noised - slopes(norm, seed))
                 torch._dynamo.reset()
         injector.set_noise(7, 1, 0.0)
         first, second = torch.cat(changes, dim=1)
         both = (first + second) / 2
-        variance = (
-            (first - first.mean()) * (second - second.mean())
-        ).mean()  # leaves out what rounding adds to each half
+        # the covariance of the halves leaves out what rounding the outputs adds to each
+        variance = ((first - first.mean()) * (second - second.mean())).mean()
         return {
             "sigma": sigma,
             "std_over_sigma": variance.clamp(min=0).sqrt().item() / sigma,
@@ -124,7 +130,9 @@ def run_engine(noise: bool, eager: bool, args: argparse.Namespace) -> dict:
         enable_prefix_caching=False,
         seed=0,
         worker_extension_cls="qerl_verl.rollout.worker.QeRLWorkerExtension",
-        additional_config={"qerl": {"kernel": "auto", "lora": {"rank": RANK, "alpha": RANK}, "noise": noise}},
+        additional_config={
+            "qerl": {"kernel": "auto", "lora": {"rank": RANK, "alpha": RANK}, "noise": noise}
+        },
         **extra,
     )
     result: dict = {
@@ -152,7 +160,9 @@ def run_engine(noise: bool, eager: bool, args: argparse.Namespace) -> dict:
             detokenize=False,
         )
         found = []
-        for output in llm.generate(make_prompts(min(4, max(args.sequences)), 64, 1), parameters, use_tqdm=False):
+        for output in llm.generate(
+            make_prompts(min(4, max(args.sequences)), 64, 1), parameters, use_tqdm=False
+        ):
             prompt = zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True)
             found += [place[token].logprob for token, place in prompt]
             found += [next(iter(place.values())).logprob for place in output.outputs[0].logprobs]
@@ -184,18 +194,20 @@ def run_engine(noise: bool, eager: bool, args: argparse.Namespace) -> dict:
         set_noise(2, 1e-2)
         other = log_probabilities()
         set_noise(1, 1e-2)
-        result["graphs_see_noise"] = on != off and other not in (on, off) and log_probabilities() == on
+        result["graphs_see_noise"] = (
+            on != off and other not in (on, off) and log_probabilities() == on
+        )
         set_noise(1, 0.0)
         result["off_again"] = log_probabilities() == off
         if not eager:
             result["probes"] = []
-            for compiled in (False, True):
+            for path in ("native", "kernel", "compiled") if DEVICE == "cuda" else ("native",):
                 for sigma in SIGMAS:
                     try:
-                        (found,) = llm.collective_rpc(make_probe(), args=(sigma, args.rows, compiled))
+                        (found,) = llm.collective_rpc(make_probe(), args=(sigma, args.rows, path))
                     except Exception as error:
                         found = {"sigma": sigma, "failed": f"{type(error).__name__}: {error}"[:300]}
-                    result["probes"].append(found | {"compiled": compiled})
+                    result["probes"].append(found | {"path": path})
         set_noise(1, 1e-2)
     for sequences in args.sequences:
         call(sequences, 16)
@@ -206,20 +218,28 @@ def run_engine(noise: bool, eager: bool, args: argparse.Namespace) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", default="7B")
     parser.add_argument("--sequences", type=int, nargs="*", default=[1, 8, 64, 256])
     parser.add_argument("--generated", type=int, default=256, help="tokens a sequence")
     parser.add_argument("--repeats", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=2, help="engines of each kind with CUDA graphs")
+    parser.add_argument(
+        "--rounds", type=int, default=2, help="engines of each kind with CUDA graphs"
+    )
     parser.add_argument(
         "--rows",
         type=int,
         default=16384,
         help="inputs of a norm whose effective weight is measured",
     )
-    parser.add_argument("--budget", type=float, default=1e9, help="seconds after which no further engine is started")
-    parser.add_argument("--work", default="/tmp/qerl-bench", help="where the random models are written")
+    parser.add_argument(
+        "--budget", type=float, default=1e9, help="seconds after which no further engine is started"
+    )
+    parser.add_argument(
+        "--work", default="/tmp/qerl-bench", help="where the random models are written"
+    )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--engine", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -309,34 +329,46 @@ def summarize(out: dict) -> None:
                 "stock_spread": 100 * (worst / best[1] - 1),
             }
         reference = stock[0]["log_probabilities"]
-        differences = [abs(a - b) for e in ours for a, b in zip(e["log_probabilities"], reference, strict=True)]
+        differences = [
+            abs(a - b) for e in ours for a, b in zip(e["log_probabilities"], reference, strict=True)
+        ]
         out["eager" if eager else "graphs"] = {
             "cost": cost,
             "off_is_stock": max(differences) == 0,
             "largest_difference": max(differences),
             "stock_is_stock": all(e["log_probabilities"] == reference for e in stock),
-            **{key: all(e[key] for e in ours) for key in ("graphs_see_noise", "off_again", "repeats_itself")},
+            **{
+                key: all(e[key] for e in ours)
+                for key in ("graphs_see_noise", "off_again", "repeats_itself")
+            },
         }
 
 
 def table(out: dict) -> list[str]:
     lines = [
-        f"{out['shape']} on {out['gpu']}, " + ", ".join(f"{name} {number}" for name, number in out["versions"].items())
+        f"{out['shape']} on {out['gpu']}, "
+        + ", ".join(f"{name} {number}" for name, number in out["versions"].items())
     ]
     for kind in ("graphs", "eager"):
         if found := out.get(kind):
             cost = "  ".join(
-                f"{s}: {c['percent']:+.2f} % (spread {c['stock_spread']:.2f})" for s, c in found["cost"].items()
+                f"{s}: {c['percent']:+.2f} % (spread {c['stock_spread']:.2f})"
+                for s, c in found["cost"].items()
             )
             lines.append(f"{kind}: decoding with noise against vLLM's norms, by sequences  {cost}")
             checks = {key: value for key, value in found.items() if key != "cost"}
             lines.append(f"{kind}: " + "  ".join(f"{key}={value}" for key, value in checks.items()))
     for engine in out["engines"]:
         if "set_s" in engine:
-            lines.append(f"putting noise on takes {1e3 * engine['set_s']:.0f} ms; acting: {engine['acting']}")
+            lines.append(
+                f"putting noise on takes {1e3 * engine['set_s']:.0f} ms; acting: {engine['acting']}"
+            )
         for probe in engine.get("probes", ()):
             lines.append(
-                "  " + "  ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in probe.items())
+                "  "
+                + "  ".join(
+                    f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in probe.items()
+                )
             )
     return lines
 

@@ -105,12 +105,15 @@ class NoisyRMSNorm(RMSNorm):
     def forward_cuda(
         self, x: torch.Tensor, residual: torch.Tensor | None = None
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """As :meth:`forward_native`; verl's ``rollout.full_determinism`` makes vLLM's batch-invariant."""
-        if not (envs.VLLM_BATCH_INVARIANT and self._uses_live_weight()):
+        """As :meth:`forward_native`, where the model is not compiled, in one launch and one that
+        adds: of vLLM's kernels the batch-invariant one takes a float32 weight."""
+        if not self._uses_live_weight():
             return super().forward_cuda(x, residual)
+        if torch.compiler.is_compiling() and not envs.VLLM_BATCH_INVARIANT:
+            return self.forward_native(x, residual)
         if residual is None:
             return rms_norm_batch_invariant(x, self.qerl_weight, self.variance_epsilon)
-        residual = x + residual  # vLLM's kernel that adds takes 16-bit weights alone
+        residual = x + residual
         y = rms_norm_batch_invariant(residual, self.qerl_weight, self.variance_epsilon)
         return y, residual
 

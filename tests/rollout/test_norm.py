@@ -171,32 +171,37 @@ def test_without_noise_the_bits_are_vllms_under_torchinductor_too(dtype):
         assert torch.equal(ours, theirs)
 
 
-def test_under_batch_invariance_vllms_kernel_gets_the_float32_weight(monkeypatch):
-    """The kernel, Triton on a GPU, is stood in for; a clean norm goes vLLM's own way."""
+@pytest.mark.parametrize("batch_invariant", ["0", "1"])
+def test_on_a_gpu_vllms_batch_invariant_kernel_gets_the_float32_weight(
+    monkeypatch, batch_invariant
+):
+    """The kernel, which is Triton's, is stood in for; a clean norm goes vLLM's own way."""
     import vllm.model_executor.layers.layernorm as theirs
 
     seen = []
 
     def kernel(x, weight, eps, residual=None):
         seen.append((weight.dtype, residual is not None))
-        y = (x.float() * (x.float().square().mean(-1, keepdim=True) + eps).rsqrt() * weight).to(
-            x.dtype
-        )
+        unit = x.float() * (x.float().square().mean(-1, keepdim=True) + eps).rsqrt()
+        y = (unit * weight).to(x.dtype)
         return y if residual is None else (y, residual)
 
-    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", batch_invariant)
     for module in (norm_module, theirs):
         monkeypatch.setattr(module, "rms_norm_batch_invariant", kernel)
     clean = (torch.rand(256, generator=torch.Generator().manual_seed(5)) + 0.5).bfloat16()
     norm = build(clean)
     x, residual = torch.randn(2, 8, 256, generator=torch.Generator().manual_seed(6)).bfloat16()
-    norm.forward_cuda(x), norm.forward_cuda(x, residual)
-    assert seen == [(torch.bfloat16, False), (torch.bfloat16, True)]
+    norm.forward_cuda(x.clone()), norm.forward_cuda(x.clone(), residual.clone())
+    stock = [(torch.bfloat16, False), (torch.bfloat16, True)]
+    assert seen == (stock if batch_invariant == "1" else [])
+    seen.clear()
     injector(norm).set_noise(seed=1, step=1, sigma=0.1)
     assert torch.equal(norm.forward_cuda(x), norm.forward_native(x.clone()))
     y, total = norm.forward_cuda(x, residual)
-    assert torch.equal(total, x + residual) and torch.equal(y, norm.forward_native(total.clone()))
-    assert seen[2:] == [(torch.float32, False)] * 2
+    assert torch.equal(total, x + residual)
+    assert torch.equal(y, norm.forward_native(total.clone()))
+    assert seen == [(torch.float32, False)] * 2
 
 
 def test_norms_of_another_width_than_the_models_are_left_to_vllm():
