@@ -10,6 +10,7 @@ import copy
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -20,12 +21,14 @@ from qerl_verl.config.arms import ARMS
 from qerl_verl.config.checks import data, models, resume
 from qerl_verl.config.checks.plugins import verl_policy_problem
 from qerl_verl.config.host import Host
-from qerl_verl.config.keys import written_keys
+from qerl_verl.config.keys import get_value, written_keys
 from qerl_verl.config.plan import plan
 from qerl_verl.config.policy import describe_policy
 from qerl_verl.config.quantization import Choice, choose_quantization
+from qerl_verl.config.reserved import reserved
 from qerl_verl.config.rules import CRITIC, MODEL, trained_models
 from qerl_verl.config.settings import QeRLSettings, SettingsError
+from qerl_verl.platform.waiting import start_watch
 from qerl_verl.switch import SOURCES_ENV
 
 if TYPE_CHECKING:
@@ -106,6 +109,8 @@ def prepare(config: DictConfig, keys: set[str]) -> None:
         config.qerl.policy = describe_policy(local, made.adapters)
     if made.cluster is None:
         give_job_folder(config)
+    needed = reserved(partial(get_value, config))
+    start_watch(needed.gpus, needed.cpus, say)
 
 
 def say_lost_nodes(config: DictConfig, nodes: NodeWatch, error: BaseException) -> None:

@@ -56,7 +56,7 @@ def test_a_run_says_what_explain_prints(monkeypatch, capsys, gsm8k_files, bf16_c
     start = lines.index("set by the switch:") + 1
     explained = [line.strip() for line in lines[start : lines.index("", start)]]
 
-    for step in ("_use_cpu_in_this_process", "_replace_models", "give_job_folder"):
+    for step in ("_use_cpu_in_this_process", "_replace_models", "give_job_folder", "start_watch"):
         monkeypatch.setattr(callback, step, lambda *arguments: {})
     monkeypatch.setattr(callback.Host, "here", lambda: HOST)
     config, keys = compose_with_keys("ppo_trainer", overrides)
@@ -86,7 +86,7 @@ def test_a_ray_that_runs_already_is_joined_without_its_address_being_given(
     assert config.ray_kwargs.ray_init.num_cpus is None and "num_gpus" not in config.ray_kwargs.ray_init
     assert any(line.startswith("Ray: joins the cluster at 10.0.0.1:6379 (a Ray that runs") for line in made.lines)
 
-    for step in ("_use_cpu_in_this_process", "_check_that_verl_loaded_the_plugin"):
+    for step in ("_use_cpu_in_this_process", "_check_that_verl_loaded_the_plugin", "start_watch"):
         monkeypatch.setattr(callback, step, lambda *arguments: None)
     given = []
     monkeypatch.setattr(callback, "give_job_folder", given.append)
