@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from qerl_verl.data.math_score import INSTRUCTION, can_be_boxed
-from qerl_verl.data.prompts import prompt_row, write_parquet
-from qerl_verl.data.sources import read_hub, read_jsonl, text_of
+from qerl_verl.data.prompts import prompt_row
+from qerl_verl.data.sources import convert, read_hub, read_jsonl, text_of
 
 DATA_SOURCE = "bigmath"
 HUB = "open-r1/Big-Math-RL-Verified-Processed"
@@ -58,14 +58,11 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     for level in arguments.level or LEVELS:
         file = arguments.local_dir and arguments.local_dir / f"{level}.jsonl"
-        try:
-            rows = Rows(read_jsonl(file) if file else read_hub(arguments.hub, level, "train"), level)
-            count = write_parquet(rows, arguments.out / f"{level}.parquet")
-        except (ValueError, OSError) as error:
-            print(f"error: {error}", file=sys.stderr)
+        rows = Rows(read_jsonl(file) if file else read_hub(arguments.hub, level, "train"), level)
+        if convert(rows, arguments.out / f"{level}.parquet") is None:
             return 1
-        without = f", {rows.left_out} left out whose answers have unbalanced braces" if rows.left_out else ""
-        print(f"{arguments.out / f'{level}.parquet'}: {count} problems{without}")
+        if rows.left_out:
+            print(f"{level}: {rows.left_out} left out whose answers have unbalanced braces")
     return 0
 
 

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from qerl_verl.data.prompts import prompt_row, write_parquet
-from qerl_verl.data.sources import read_hub, read_jsonl
+from qerl_verl.data.prompts import prompt_row
+from qerl_verl.data.sources import convert, read_hub, read_jsonl
 
 DATA_SOURCE = "openai/gsm8k"
 SPLITS = ("train", "test")
@@ -64,14 +64,10 @@ def main(argv: list[str] | None = None) -> int:
     source.add_argument("--hub", default=DATA_SOURCE, help="data set on the Hugging Face hub (default: %(default)s)")
     arguments = parser.parse_args(argv)
     for split in SPLITS:
-        source_file = arguments.local_dir and arguments.local_dir / f"{split}.jsonl"
-        try:
-            examples = read_jsonl(source_file) if source_file else read_hub(arguments.hub, "main", split)
-            count = write_parquet(rows(examples, split), arguments.out / f"{split}.parquet")
-        except (ValueError, OSError) as error:
-            print(f"error: {error}", file=sys.stderr)
+        file = arguments.local_dir and arguments.local_dir / f"{split}.jsonl"
+        examples = read_jsonl(file) if file else read_hub(arguments.hub, "main", split)
+        if convert(rows(examples, split), arguments.out / f"{split}.parquet") is None:
             return 1
-        print(f"{arguments.out / f'{split}.parquet'}: {count} problems")
     return 0
 
 

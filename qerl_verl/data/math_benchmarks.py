@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from qerl_verl.data.math_score import INSTRUCTION
-from qerl_verl.data.prompts import prompt_row, write_parquet
-from qerl_verl.data.sources import read_hub, read_jsonl, text_of
+from qerl_verl.data.prompts import prompt_row
+from qerl_verl.data.sources import convert, read_hub, read_jsonl, text_of
 
 BENCHMARKS = {
     "math500": ("HuggingFaceH4/MATH-500", "test"),
@@ -56,13 +56,9 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     for name, (dataset, split) in BENCHMARKS.items():
         file = arguments.local_dir and arguments.local_dir / f"{name}.jsonl"
-        try:
-            examples = read_jsonl(file) if file else read_hub(dataset, None, split)
-            count = write_parquet(rows(examples, name), arguments.out / f"{name}.parquet")
-        except (ValueError, OSError) as error:
-            print(f"error: {error}", file=sys.stderr)
+        examples = read_jsonl(file) if file else read_hub(dataset, None, split)
+        if convert(rows(examples, name), arguments.out / f"{name}.parquet") is None:
             return 1
-        print(f"{arguments.out / f'{name}.parquet'}: {count} problems")
     return 0
 
 

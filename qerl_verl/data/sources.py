@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+from qerl_verl.data.prompts import write_parquet
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
@@ -55,3 +58,14 @@ def text_of(example: Any, keys: tuple[str, ...], place: str) -> str:
     if not text:
         raise ValueError(f"{place}: `{key}` is empty")
     return text
+
+
+def convert(rows: Iterable[dict[str, Any]], file: Path) -> int | None:
+    """Write a parquet of prompts and print how many it holds; None, with the reason on stderr, where a row or a file is bad."""
+    try:
+        count = write_parquet(rows, file)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return None
+    print(f"{file}: {count} problems")
+    return count

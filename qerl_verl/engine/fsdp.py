@@ -136,13 +136,7 @@ class NVFP4EngineMixin:
                 f"[qerl] kernel: {self.role} NVFP4 linear = {kernel}; attention {config._attn_implementation}",
                 flush=True,
             )
-        apply_monkey_patch(
-            model=module,
-            use_remove_padding=self.use_remove_padding,
-            ulysses_sp_size=self.ulysses_sequence_parallel_size,
-            use_fused_kernels=self.model_config.use_fused_kernels,
-            fused_kernels_backend=(self.model_config.fused_kernel_options or {}).get("impl_backend"),
-        )
+        self._patch_forward(module)
         if self.model_config.enable_gradient_checkpointing:
             self._recompute = Recompute(os.environ.get(RECOMPUTE_ENV, "auto"), device, self._say_recompute)
             checkpointing = {
@@ -234,6 +228,16 @@ class AdapterEngineMixin:
         settings = self.engine_config.mixed_precision or {}
         names = settings.get("param_dtype", "bf16"), settings.get("reduce_dtype", "fp32")
         return tuple(PrecisionType.to_dtype(name) for name in names)
+
+    def _patch_forward(self, module: nn.Module) -> None:
+        """verl's own changes to a model's forward pass, as its engine makes them (_build_module)."""
+        apply_monkey_patch(
+            model=module,
+            use_remove_padding=self.use_remove_padding,
+            ulysses_sp_size=self.ulysses_sequence_parallel_size,
+            use_fused_kernels=self.model_config.use_fused_kernels,
+            fused_kernels_backend=(self.model_config.fused_kernel_options or {}).get("impl_backend"),
+        )
 
     def _build_lora_module(self, module: nn.Module) -> nn.Module:
         """PEFT's LoRA with float32 master weights, which are cast to 16 bits for the forward pass."""

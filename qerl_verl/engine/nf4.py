@@ -17,7 +17,6 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from transformers import BitsAndBytesConfig
-from verl.models.transformers.monkey_patch import apply_monkey_patch
 from verl.utils.device import get_device_id
 from verl.utils.fsdp_utils import apply_fsdp2
 from verl.utils.model import get_hf_auto_model_class
@@ -60,13 +59,7 @@ class NF4EngineWithLMHead(AdapterEngineMixin, FSDPEngineWithLMHead):
         if self.rank == 0:
             version = bitsandbytes.__version__
             print(f"[qerl] kernel: {self.role} NF4 linear = bitsandbytes {version}, {len(layers)} layers", flush=True)
-        apply_monkey_patch(
-            model=module,
-            use_remove_padding=self.use_remove_padding,
-            ulysses_sp_size=self.ulysses_sequence_parallel_size,
-            use_fused_kernels=self.model_config.use_fused_kernels,
-            fused_kernels_backend=(self.model_config.fused_kernel_options or {}).get("impl_backend"),
-        )
+        self._patch_forward(module)
         if self.model_config.enable_gradient_checkpointing:
             module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         return module

@@ -88,6 +88,7 @@ def test_arms_differ_in_the_base_alone(on_cpu):
         ("bf16", [f"{ROLLOUT}.quantization=fp8"], {}, f"{ROLLOUT}.quantization=fp8: +qerl= chooses"),
         ("bf16", [f"+{ROLLOUT}.engine_kwargs.vllm.quantization=bitsandbytes"], {}, "quantization=bitsandbytes: +qerl="),
         ("nf4", [f"+{ROLLOUT}.engine_kwargs.vllm.quantization=fp8"], {}, "vllm.quantization=fp8: +qerl= chooses"),
+        ("nf4", ["actor_rollout_ref.model.lora_rank=1024"], {}, "lora_rank=1024"),
         ("bf16", ["actor_rollout_ref.model.lora.merge=True"], {}, "lora.merge=True: the adapter alone is sent"),
     ],
 )

@@ -29,7 +29,9 @@ def test_bigmath_becomes_prompts_that_the_reward_scores(tmp_path, capsys):
     assert bigmath.main(["--local-dir", str(source), "--out", str(tmp_path / "out")]) == 0
     first, second = read(tmp_path / "out" / "level_3_4_5.parquet")
     assert len(read(tmp_path / "out" / "level_4_5.parquet")) == 1
-    assert "level_3_4_5.parquet: 2 problems, 1 left out whose answers have unbalanced braces" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "level_3_4_5.parquet: 2 problems" in said
+    assert "level_3_4_5: 1 left out whose answers have unbalanced braces" in said
     (turn,) = first["prompt"]
     assert turn == {"role": "user", "content": f"What is $1 + 1$?\n\n{INSTRUCTION}"} and "\\boxed{}" in INSTRUCTION
     for row, answer in ((first, "2"), (second, "\\frac{x}{2}")):

@@ -67,6 +67,11 @@ def _is_adaptive(schedule: Any, get: Get) -> bool:
     return schedule == ADAPTIVE and get("qerl.aqn.enable") is not False
 
 
+def _is_on_vllms_path(get: Get) -> bool:
+    """Whether the rollout's adapter is on vLLM's own LoRA path."""
+    return get("qerl.rollout.lora") == "punica" or get("qerl.arm") in ("bf16", "nf4")
+
+
 _QAT = "QAT trains the weights that QeRL keeps frozen; remove it"
 
 REFUSED = (
@@ -104,8 +109,8 @@ REFUSED = (
             "sigma follows the divergence between rollout and actor, and in verl's bypass mode the "
             "actor's log-probabilities are not computed; remove algorithm.rollout_correction."
             "bypass_mode=True, or choose another schedule"),
-    Refused(f"{MODEL}.lora_rank", lambda v, get: get("qerl.rollout.lora") == "punica" and isinstance(v, int) and v > 512,
-            "vLLM's LoRA path takes ranks up to 512; set qerl.rollout.lora=inline, or a lower rank"),
+    Refused(f"{MODEL}.lora_rank", lambda v, get: _is_on_vllms_path(get) and isinstance(v, int) and v > 512,
+            "vLLM's own LoRA path takes ranks up to 512; set a lower rank, or with packed layers qerl.rollout.lora=inline"),
     Refused("distillation.enabled", _is_set, "on-policy distillation is not supported with QeRL; remove it"),
 )  # fmt: skip
 
