@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from tqdm import tqdm
 
 from qerl_verl.kernels.nvfp4_dequantize import dequantize_nvfp4
 from qerl_verl.lora.adapter_files import PREFIX, AdapterError, map_names, read_adapter_config, read_tensors
@@ -18,7 +16,8 @@ from qerl_verl.nvfp4 import checkpoint as files
 from qerl_verl.nvfp4.atomic_folder import atomic_folder
 from qerl_verl.nvfp4.errors import CheckpointError
 from qerl_verl.nvfp4.report import REPORT_FILE
-from qerl_verl.nvfp4.safetensors_stream import ShardWriter, TensorInfo, nbytes, read_tensor
+from qerl_verl.nvfp4.safetensors_stream import TensorInfo, nbytes, read_tensor
+from qerl_verl.nvfp4.shards import write_shards
 
 Format = Literal["merged", "fp8", "nvfp4"]
 
@@ -200,37 +199,15 @@ def _write(
     }
     if form == "fp8":
         config["quantization_config"] = FP8_CONFIG
-    shards: list[list] = [[]]
-    size = 0
-    for unit in units:
-        length = sum(nbytes(*entry) for entry in unit[1].values())
-        if shards[-1] and size + length > max_shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(unit)
-        size += length
-    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    names = names if len(shards) > 1 else [files.SINGLE_FILE]
-    bar = tqdm(
-        total=total,
-        desc="Merging",
-        unit="B",
-        unit_scale=True,
-        disable=not progress,
-        mininterval=0.2 if sys.stderr.isatty() else 30,
-    )
-    with atomic_folder(dst) as folder, bar:
-        weight_map = {}
-        for name, shard in zip(names, shards, strict=True):
-            layout = {output: entry for _, part in shard for output, entry in part.items()}
-            weight_map |= dict.fromkeys(layout, name)
-            with ShardWriter(folder / name, layout) as writer:
-                for source, part in shard:
-                    for output, tensor in _tensors(base, deltas, source, form, device):
-                        writer.write_tensor(output, [tensor.cpu().contiguous()])
-                        bar.update(nbytes(*part[output]))
-        if len(shards) > 1:
-            files._write_json(folder / files.INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    with atomic_folder(dst) as folder:
+        write_shards(
+            folder,
+            [(layout, unit) for unit, layout in units],
+            lambda unit: _tensors(base, deltas, unit, form, device),
+            title="Merging",
+            progress=progress,
+            max_shard_bytes=max_shard_bytes,
+        )
         for name in files.source_files(base.folder):
             if name not in (files.CONFIG_FILE, files.MANIFEST_FILE, REPORT_FILE) and not files._is_weight(name):
                 files._copy(base.folder / name, folder / name)

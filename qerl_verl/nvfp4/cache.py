@@ -42,6 +42,7 @@ from qerl_verl.nvfp4.checkpoint import (
     source_files,
     unused_settings,
 )
+from qerl_verl.nvfp4.convert import CONVERT_VERSION, convert_checkpoint
 from qerl_verl.nvfp4.errors import CheckpointError
 from qerl_verl.nvfp4.gptq import GPTQ_VERSION
 from qerl_verl.nvfp4.isolated import quantize_in_a_process
@@ -49,6 +50,7 @@ from qerl_verl.nvfp4.quantizers import NEEDS_CALIBRATION
 from qerl_verl.ownership import host_name
 
 _DIGESTS_FILE = "digests.json"
+_CONVERT = "convert-"  # in the place of a method, for a source that is quantized already
 _HUB_PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken")
 _HUB_IGNORE = ("consolidated*", "original/*", "onnx/*")
 _ANNOUNCED_BYTES = 1_000_000_000  # hashing a larger file is announced
@@ -62,8 +64,8 @@ class ResolvedCheckpoint:
     path: Path
     source: str
     """What was asked for."""
-    kind: Literal["as_is", "quantized"]
-    """``as_is``: the source was NVFP4 already. ``quantized``: ``path`` is an entry of the cache."""
+    kind: Literal["as_is", "quantized", "converted"]
+    """``as_is``: the source was NVFP4 already. ``quantized`` and ``converted``: ``path`` is an entry of the cache."""
     notes: tuple[str, ...] = ()
     """What the source asks for and does not get, see :func:`~qerl_verl.nvfp4.checkpoint.unused_settings`."""
 
@@ -116,8 +118,11 @@ def resolve_checkpoint(
     """
     source = str(model_path)
     folder = _local_folder(source)
-    if check_checkpoint(folder) == "nvfp4":  # fails before the hashing of many gigabytes
+    kind = check_checkpoint(folder)  # fails before the hashing of many gigabytes
+    if kind == "nvfp4":
         return ResolvedCheckpoint(folder, source, "as_is", tuple(unused_settings(folder)))
+    if kind != "none":
+        quantization = Quantization(f"{_CONVERT}{kind}")
 
     config = read_config(folder)
     cache = Path(cache_dir) if cache_dir is not None else default_cache_dir()
@@ -133,7 +138,9 @@ def resolve_checkpoint(
             if not entry.exists():
                 _fill(entry, folder, quantization, calibration, progress, cache)
     _verify(entry, cache)
-    return ResolvedCheckpoint(entry, source, "quantized")
+    if kind == "none":
+        return ResolvedCheckpoint(entry, source, "quantized")
+    return ResolvedCheckpoint(entry, source, "converted", tuple(unused_settings(folder)))
 
 
 def resolve_source(model_path: str | Path) -> Path:
@@ -175,7 +182,10 @@ def _fill(
 ) -> None:
     how = dict(method=quantization.method, calibration=calibration, device=quantization.device, progress=progress)
     try:
-        records = (quantize_in_a_process if quantization.isolated else quantize_checkpoint)(folder, entry, **how)
+        if quantization.method.startswith(_CONVERT):
+            records = convert_checkpoint(folder, entry, progress=progress)
+        else:
+            records = (quantize_in_a_process if quantization.isolated else quantize_checkpoint)(folder, entry, **how)
     except CheckpointError:
         if not (entry / MANIFEST_FILE).exists():  # else another node was faster
             raise
@@ -220,6 +230,8 @@ def _content_key(folder: Path, cache: Path, method: str, calibration: Calibratio
     files = {name: digests.of(folder / name) for name in source_files(folder)}
     digests.save()
     content = {"format": FORMAT, "version": FORMAT_VERSION, "files": files, "method": method}
+    if method.startswith(_CONVERT):
+        content |= {"convert": CONVERT_VERSION}
     if calibration is not None:
         content |= {"calibration": calibration.key, "gptq": GPTQ_VERSION}
     content = json.dumps(content, sort_keys=True)

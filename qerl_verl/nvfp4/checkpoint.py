@@ -295,18 +295,23 @@ def read_quantization(path: str | Path) -> Literal["none", "nvfp4"]:
     return "nvfp4"
 
 
-def check_checkpoint(path: str | Path) -> Literal["none", "nvfp4"]:
-    """Check that a model folder can be used: as it is, or quantized. Nothing is written.
+def check_checkpoint(path: str | Path) -> Literal["none", "nvfp4", "modelopt", "mxfp4"]:
+    """Check that a model folder can be used: as it is, quantized, or converted. Nothing is written.
 
     Of a 16- or 32-bit checkpoint the headers are read, of an NVFP4 one the scales, too.
 
     Returns:
-        As :func:`read_quantization`.
+        As :func:`read_quantization`, or a format that :mod:`qerl_verl.nvfp4.convert` converts.
 
     Raises:
         UnsupportedArchitecture, CheckpointError: as :func:`quantize_checkpoint` or :func:`validate_nvfp4_checkpoint`.
     """
+    from qerl_verl.nvfp4.convert import check_foreign, foreign_format  # built on this module
+
     path = Path(path)
+    if foreign := foreign_format(path):
+        check_foreign(path)
+        return foreign
     kind = read_quantization(path)
     if kind == "nvfp4":
         validate_nvfp4_checkpoint(path)
@@ -373,12 +378,16 @@ def unused_settings(path: str | Path) -> list[str]:
     Actor and rollout compute with the same 16-bit keys and values, so a scheme for the KV cache is not used: vLLM
     would serve an FP8 cache by it (vllm/model_executor/layers/attention/attention.py), the actor has none.
     """
-    config = read_config(Path(path))
+    from qerl_verl.nvfp4.convert import modelopt_settings  # built on this module
+
+    path = Path(path)
+    config = read_config(path)
     quantization = config.get("quantization_config") or config.get("compression_config") or {}
-    scheme = quantization.get("kv_cache_scheme")
-    if not scheme:
+    scheme, modelopt = quantization.get("kv_cache_scheme"), modelopt_settings(path) or {}
+    if isinstance(scheme, dict):
+        kind = f"{scheme.get('num_bits', '?')}-bit {scheme.get('type', 'unknown')}"
+    elif not (kind := modelopt.get("kv_cache_quant_algo")):
         return []
-    kind = f"{scheme.get('num_bits', '?')}-bit {scheme.get('type', 'unknown')}"
     return [
         f"kv_cache_scheme ({kind}) of the checkpoint is not used: the KV cache keeps the dtype of the rollout. For "
         "another one set actor_rollout_ref.rollout.engine_kwargs.vllm.kv_cache_dtype."
@@ -388,10 +397,9 @@ def unused_settings(path: str | Path) -> list[str]:
 def validate_nvfp4_checkpoint(path: str | Path) -> None:
     """Check that an NVFP4 checkpoint is complete and sound, from its headers, scales, norms and biases.
 
-    Every tensor of the model must be there in the right dtype and shape and no other one, all linears of the decoder
-    layers packed. Scales must be positive and finite; a ninth of the file is read for that, in pieces. Linears that vLLM
-    fuses must share their global scale (vLLM uses the largest one for all of them, so that rollout and training would
-    disagree).
+    Every tensor of the model must be there in the right dtype and shape and no other one. The linears of the decoder layers are
+    packed, or in 16 bits where ``ignore`` of the quantization names them. Scales must be positive and finite; a ninth of
+    the file is read for that, in pieces.
 
     Raises:
         UnsupportedArchitecture: the model is none of :func:`~qerl_verl.nvfp4.architectures.supported_architectures`.
@@ -408,13 +416,10 @@ def validate_nvfp4_checkpoint(path: str | Path) -> None:
     packed = {}  # linear -> (N, K)
     for group in _scale_groups(architecture, hf_config.num_hidden_layers):
         packed |= {linear: unpacked.pop(f"{linear}.weight") for linear in group}
+    for linear in _check_plain_linears(path, tensors, packed, architecture):
+        unpacked[f"{linear}.weight"] = packed.pop(linear)
     _check_tensors(path, tensors, unpacked, WEIGHT_DTYPES)
     for linear, (n, k) in packed.items():
-        if f"{linear}.weight" in tensors:
-            raise CheckpointError(
-                f"{path}: {linear} is not quantized. All of {', '.join(architecture.linears)} have to be; "
-                "quantize the original checkpoint with `qerl quantize`."
-            )
         outputs = {name: ((dtype,), shape) for name, (dtype, shape) in _packed_layout(linear, n, k).items()}
         for name, (dtypes, shape) in outputs.items():
             info = tensors.get(name)
@@ -428,15 +433,50 @@ def validate_nvfp4_checkpoint(path: str | Path) -> None:
         if len(tensors[name].shape) == 1:
             _finite_amax(read_tensor(tensors[name]), name, tensors[name])
 
-    for group in architecture.shared_scale_groups:
-        for i in range(hf_config.num_hidden_layers):
-            names = [f"{architecture.layer_prefix}{i}.{linear}.weight_global_scale" for linear in group]
-            scales = [read_tensor(tensors[name]).item() for name in names]
-            if len(set(scales)) > 1:
-                raise CheckpointError(
-                    f"{path}: {', '.join(names)} differ ({', '.join(f'{s:g}' for s in scales)}), but vLLM fuses these "
-                    "linears under one. Quantize the original checkpoint with `qerl quantize`, which shares it."
-                )
+
+def _check_plain_linears(
+    path: Path, tensors: dict[str, TensorInfo], linears: dict[str, tuple[int, int]], architecture: Architecture
+) -> set[str]:
+    """The linears that an NVFP4 checkpoint leaves in 16 bits; vLLM takes them for packed unless ``ignore`` names them."""
+    plain = {linear for linear in linears if f"{linear}.weight" in tensors}
+    ignore = read_ignore(path)
+    for linear in sorted(linears):
+        if (linear in plain) != is_ignored(linear, ignore):
+            state = (
+                "is in 16 bits, but ignore in config.json does not name it"
+                if linear in plain
+                else "is packed, but ignore in config.json names it"
+            )
+            raise CheckpointError(f"{path}: {linear} {state}. Export the checkpoint again.")
+    if plain == set(linears):
+        raise CheckpointError(
+            f"{path}: none of its linears is packed. Quantize the original checkpoint with `qerl quantize`."
+        )
+    layers = sum(linear.endswith(f".{architecture.linears[0]}") for linear in linears)
+    for group in _scale_groups(architecture, layers):
+        if 0 < len(plain.intersection(group)) < len(group):
+            raise CheckpointError(
+                f"{path}: of {', '.join(group)} some are packed and some are not, but vLLM fuses them. Quantize the original "
+                "checkpoint with `qerl quantize`."
+            )
+    return plain
+
+
+def is_ignored(linear: str, ignore: Iterable[str]) -> bool:
+    """Whether compressed-tensors leaves a linear in 16 bits.
+
+    Args:
+        linear: its full name.
+        ignore: of the quantization: names, or regular expressions behind ``re:``.
+    """
+    return any(re.match(i.removeprefix("re:"), linear) if i.startswith("re:") else i == linear for i in ignore)
+
+
+def read_ignore(path: Path) -> list[str]:
+    """``ignore`` of a checkpoint's quantization, empty where it has none."""
+    config = read_config(path)
+    quantization = config.get("quantization_config") or config.get("compression_config") or {}
+    return list(quantization.get("ignore") or [])
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -833,8 +873,8 @@ def _check_tensors(
 
 def _other_quantization(path: Path, kind: str) -> CheckpointError:
     return CheckpointError(
-        f"{path}: quantized already, as {kind}. Only {FORMAT} checkpoints can be used as they are; "
-        "otherwise give the original checkpoint in 16 or 32 bits."
+        f"{path}: quantized already, as {kind}. A run uses {FORMAT} checkpoints as they are and converts ModelOpt's NVFP4 and "
+        "compressed-tensors' MXFP4; otherwise give the original checkpoint in 16 or 32 bits."
     )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import torch
 from vllm.config import get_current_vllm_config
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
 from vllm.platforms import current_platform
@@ -18,7 +19,7 @@ from vllm.platforms import current_platform
 from qerl_verl.kernels.nvfp4_dequantize import BLOCK_SIZE
 from qerl_verl.nvfp4.unused_tensors import KV_CACHE_SCALE
 from qerl_verl.rollout.lora import ADDITIONAL_CONFIG, lora_settings
-from qerl_verl.rollout.scheme import KernelReport, NVFP4Scheme
+from qerl_verl.rollout.scheme import AdapterOnLinear, KernelReport, NVFP4Scheme
 
 QUANT_FORMAT = "qerl-nvfp4-pack-quantized"
 """Our name for the format inside vLLM. verl takes ``nvfp4-pack-quantized`` for its QAT, patches vLLM for that and
@@ -54,6 +55,14 @@ class QeRLCompressedTensorsConfig(CompressedTensorsConfig):
             ),
             self.qerl_report,
         )
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str):
+        """vLLM's, with room for the adapter in linears that the checkpoint leaves in 16 bits."""
+        method = super().get_quant_method(layer, prefix)
+        lora = lora_settings(get_current_vllm_config().additional_config)
+        if lora is not None and type(method) is UnquantizedLinearMethod:
+            return AdapterOnLinear(lora)
+        return method
 
     @staticmethod
     def get_cache_scale_mapper():

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import torch
 from torch.nn import Parameter
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.compressed_tensors.schemes import CompressedTensorsScheme
 from vllm.model_executor.parameter import GroupQuantScaleParameter, ModelWeightParameter, PerTensorScaleParameter
 
@@ -316,6 +317,51 @@ class VLLMScheme(CompressedTensorsScheme):
             y = y if bias is None else y + layer.qerl_bias
         if self.lora is None:
             return y
+        return add_lora_reference(
+            y, x, layer.qerl_lora_a, layer.qerl_lora_b, layer.qerl_lora_ends, layer.qerl_lora_scaling
+        )
+
+
+class AdapterOnLinear(UnquantizedLinearMethod):
+    """vLLM's method for a linear that the checkpoint leaves in 16 bits, with the adapter in the layer.
+
+    Args:
+        lora: of the adapter.
+    """
+
+    def __init__(self, lora: LoraSettings):
+        super().__init__()
+        self.lora = lora
+
+    def create_weights(
+        self,
+        layer: torch.nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs,
+    ) -> None:
+        super().create_weights(
+            layer,
+            input_size_per_partition,
+            output_partition_sizes,
+            input_size,
+            output_size,
+            params_dtype,
+            **extra_weight_attrs,
+        )
+        layer.logical_widths = output_partition_sizes
+        layer.input_size_per_partition = input_size_per_partition
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        weight = layer.weight  # on a CPU vLLM replaces it by an order of its own
+        super().process_weights_after_loading(layer)
+        attach_adapter(layer, self.lora, get_backend("pytorch"), weight.dtype, weight.device)
+
+    def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        y = super().apply(layer, x, bias)
         return add_lora_reference(
             y, x, layer.qerl_lora_a, layer.qerl_lora_b, layer.qerl_lora_ends, layer.qerl_lora_scaling
         )

@@ -13,7 +13,15 @@ from qerl_verl.kernels.backends import HopperBackend, get_backend
 from qerl_verl.kernels.nvfp4_dequantize import block_values_nvfp4, dequantize_nvfp4
 from qerl_verl.kernels.nvfp4_quantize import quantize_nvfp4
 from qerl_verl.rollout.lora import AdapterStore, LoraSettings
-from qerl_verl.rollout.scheme import CANDIDATES, KernelReport, NVFP4Scheme, QeRLNVFP4Scheme, VLLMKernel, VLLMScheme
+from qerl_verl.rollout.scheme import (
+    CANDIDATES,
+    AdapterOnLinear,
+    KernelReport,
+    NVFP4Scheme,
+    QeRLNVFP4Scheme,
+    VLLMKernel,
+    VLLMScheme,
+)
 
 K, WIDTHS, RANK = 128, [256, 128, 128], 8
 LORA = LoraSettings(rank=RANK, alpha=16)
@@ -81,6 +89,20 @@ def test_a_layer_is_the_dequantized_weight_and_its_adapter(global_scales, lora, 
         scheme.apply_weights(layer, x, b), nn.functional.linear(x, weight, b), rtol=1e-4, atol=1e-4
     )
     assert {n for n, _ in layer.named_parameters()} == {"weight_packed", "weight_scale", "weight_global_scale"}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_linear_in_16_bits_takes_the_adapter_too(bias):
+    method, layer = AdapterOnLinear(LORA), nn.Module()
+    method.create_weights(layer, K, WIDTHS, K, sum(WIDTHS), torch.float32, weight_loader=lambda *args: None)
+    torch.manual_seed(0)
+    weight = torch.randn(sum(WIDTHS), K) * 0.05
+    layer.weight.data.copy_(weight)
+    method.process_weights_after_loading(layer)
+    b, x = torch.randn(sum(WIDTHS)) if bias else None, torch.randn(5, K)
+    torch.testing.assert_close(method.apply(layer, x, b), nn.functional.linear(x, weight, b), rtol=1e-4, atol=1e-4)
+    weight = weight + adapt(layer)
+    torch.testing.assert_close(method.apply(layer, x, b), nn.functional.linear(x, weight, b), rtol=1e-4, atol=1e-4)
 
 
 class MarlinOnTheCPU:
