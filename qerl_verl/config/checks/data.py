@@ -119,9 +119,9 @@ def _matches(path: str) -> list[str]:
 
 
 def _missing(key: str, path: str) -> str:
-    if path.startswith("~"):
+    if path.startswith("~") and _matches(os.path.expanduser(path)):
         return f"{key}={path}: verl does not expand ~; write {os.path.expanduser(path)}"
-    here = "" if os.path.isabs(path) else f" in {os.getcwd()}"
+    here = "" if os.path.isabs(path) or path.startswith("~") else f" in {os.getcwd()}"
     fix = "; `python -m qerl_verl.data.gsm8k --out data/gsm8k` makes GSM8K's" if "gsm8k" in path else ""
     return f"{key}={path}: there is no such file{here}; give the path of a parquet file{fix}"
 

@@ -26,6 +26,7 @@ def files(tmp_path, monkeypatch, write_prompts):
     (tmp_path / "32.csv").write_text("a,b\n")
     (tmp_path / "4.jsonl").write_text('{"prompt": 1}\n' * 4)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
     return tmp_path
 
 
@@ -50,7 +51,8 @@ def configured(composed, settings):
         ({"data.train_files": ["32.parquet", "b.parquet"]}, ["data.train_files=b.parquet: there is no such file"]),
         ({"data.train_files": "none/*.parquet"}, ["data.train_files=none/*.parquet: there is no such file"]),
         ({"data.train_files": "data/gsm8k/train.parquet"}, ["`python -m qerl_verl.data.gsm8k --out data/gsm8k` makes"]),
-        ({"data.train_files": "~/32.parquet"}, ["data.train_files=~/32.parquet: verl does not expand ~; write /"]),
+        ({"data.train_files": "~/32.parquet"}, ["data.train_files=~/32.parquet: verl does not expand ~; write {folder}/32.parquet"]),
+        ({"data.train_files": "~/none.parquet"}, ["data.train_files=~/none.parquet: there is no such file; give the path"]),
         ({"data.train_files": "32.csv"}, ["data.train_files=32.csv: verl reads .parquet, .json, .jsonl files"]),
         ({"data.train_files": "broken.parquet"}, ["data.train_files=broken.parquet: it cannot be read: "]),
         ({"data.train_files": None}, ["data.train_files: no value"]),
