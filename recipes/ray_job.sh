@@ -14,6 +14,8 @@
 #   GPUS_PER_NODE  (8)
 #   JOB_PYTHON     interpreter on the cluster, which has verl and QeRL on every node (python3)
 #   RAY_JOB_ARGS   more options for `ray job submit`, for example --no-wait or --submission-id=NAME
+#   RAY_AUTH_MODE, RAY_AUTH_TOKEN  (token, and the token) for a cluster that asks for one: Ray 2.60 turns that on where
+#                  ~/.ray/auth_token exists when the head starts; RAY_AUTH_TOKEN_PATH names another file
 #   PYTHON         interpreter here that has QeRL, for the dry run (python3)
 #   PLATFORM       for the dry run: cuda or cpu (cuda)
 set -euo pipefail
