@@ -17,7 +17,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Set
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -630,13 +630,16 @@ def _write_weights(
         disable=not progress,
         mininterval=0.2 if sys.stderr.isatty() else 30,
     )
-    with bar, _worker_pool() as pool:
+    coming = [unit.sources for unit in units if unit.quantize]
+    with bar, _worker_pool() as pool, packer:
         for name, shard in zip(names, shards, strict=True):
             layout = {output: entry for unit in shard for output, entry in unit.layout.items()}
             with ShardWriter(dst / name, layout) as writer:
                 for unit in shard:
                     if unit.quantize:
+                        packer.begin(tensors, coming[:2])
                         _write_packed(writer, tensors, unit, pool, packer)
+                        del coming[0]
                     else:
                         _write_copied(writer, tensors, unit)
                     bar.update(sum(tensors[source].nbytes for source in unit.sources))
@@ -687,12 +690,30 @@ class _Rounder:
         self.title = "Quantizing to MXFP4" if method == "mxfp4" else f"Quantizing to NVFP4 ({method})"
         self.errors: dict[str, SquaredError] = {}
         self._method, self._device = method, device
+        self._reader = ThreadPoolExecutor(1)
+        self._weights: dict[tuple[str, ...], Future[dict[str, torch.Tensor]]] = {}
+
+    def __enter__(self) -> _Rounder:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._reader.shutdown(cancel_futures=True)
+
+    def begin(self, tensors: dict[str, TensorInfo], coming: list[tuple[str, ...]]) -> None:
+        """Read the weights of the units to come in a thread. Not for a CPU, whose cores and memory the units at hand need."""
+        for sources in coming if self._device.type != "cpu" else ():
+            if sources not in self._weights:
+                self._weights[sources] = self._reader.submit(self._read, tensors, sources)
+
+    def _read(self, tensors: dict[str, TensorInfo], sources: tuple[str, ...]) -> dict[str, torch.Tensor]:
+        return {name: read_tensor(tensors[name]).to(self._device) for name in sources}
 
     def pack(
         self, tensors: dict[str, TensorInfo], sources: tuple[str, ...], pool: ThreadPoolExecutor
     ) -> Iterator[tuple[str, PackedLinear]]:
         """Linears that share a global scale, one after the other, from the names of their weights."""
-        weights = {name: read_tensor(tensors[name]).to(self._device) for name in sources}
+        ahead = self._weights.pop(sources, None)
+        weights = ahead.result() if ahead else self._read(tensors, sources)
         amax = [_finite_amax(weight, name, tensors[name]) for name, weight in weights.items()]
         if self._method == "mxfp4":
             _check_exponents(weights, tensors)
@@ -737,6 +758,15 @@ class _Finished:
     def __init__(self, finished: FinishedLayers):
         self.errors = finished.errors
         self._finished = finished
+
+    def __enter__(self) -> _Finished:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def begin(self, tensors: dict[str, TensorInfo], coming: list[tuple[str, ...]]) -> None:
+        """Nothing is to be read ahead: a layer is read at once."""
 
     def pack(
         self, tensors: dict[str, TensorInfo], sources: tuple[str, ...], pool: ThreadPoolExecutor

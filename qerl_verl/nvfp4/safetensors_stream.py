@@ -11,6 +11,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -135,15 +136,17 @@ class HashedFile:
 
     def __enter__(self) -> HashedFile:
         self._file = self._path.open("xb")
+        self._hasher = ThreadPoolExecutor(1)
         return self
 
     def write(self, data: bytes | memoryview) -> None:
+        hashed = self._hasher.submit(self._hash.update, data)  # while the system copies it
         self._file.write(data)
-        self._hash.update(data)
+        hashed.result()
         self._size += len(data)
 
     def __exit__(self, exc_type, exc, tb) -> None:
-        with self._file:
+        with self._file, self._hasher:
             if exc_type is None:
                 self._file.flush()
                 os.fsync(self._file.fileno())  # a network or full disk may refuse only now

@@ -186,7 +186,7 @@ def test_gptq_goes_on_where_it_was_killed(model_and_text, tmp_path, monkeypatch,
     (layers,) = tmp_path.glob("dst.layers-*")
     finished = ["layer-00000.safetensors", "layer-00001.safetensors"][: 1 if killed_at == "second layer" else 2]
     assert sorted(p.name for p in layers.iterdir()) == finished
-    (layers / "half.tmp").write_bytes(b"left by a kill")
+    (layers / f"{0:032x}.tmp").write_bytes(b"left by a kill")
 
     solved.clear()
     monkeypatch.setattr(layerwise, "_gptq_group", counted)
