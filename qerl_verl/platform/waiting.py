@@ -6,6 +6,7 @@ run reserves is known (:mod:`qerl_verl.config.reserved`), so a thread of the dri
 
 from __future__ import annotations
 
+import atexit
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -27,19 +28,28 @@ def start_watch(gpus: int, cpus: int, say: Callable[[str], None]) -> threading.T
         gpus, cpus: what the run reserves.
         say: called with each line.
     """
-    thread = threading.Thread(target=_watch, args=(gpus, cpus, say), name="qerl resources", daemon=True)
+    stop = threading.Event()
+    thread = threading.Thread(target=_watch, args=(gpus, cpus, say, stop), name="qerl resources", daemon=True)
     thread.start()
+    atexit.register(_end, stop, thread)  # before Ray's own end, so that no look is under way then
     return thread
 
 
-def _watch(gpus: int, cpus: int, say: Callable[[str], None]) -> None:
+def _end(stop: threading.Event, thread: threading.Thread) -> None:
+    stop.set()
+    thread.join(2.0)
+
+
+def _watch(gpus: int, cpus: int, say: Callable[[str], None], stop: threading.Event) -> None:
     import ray
 
     while not ray.is_initialized():
-        time.sleep(1.0)
+        if stop.wait(1.0):
+            return
     settled, remarked, waiting = 0, -REMARK_SECONDS, False
     while settled < SETTLED_LOOKS:
-        time.sleep(LOOK_SECONDS)
+        if stop.wait(LOOK_SECONDS):
+            return
         try:
             line = describe(gpus, cpus, ray.cluster_resources(), ray.available_resources(), _groups())
         except Exception:  # Ray has been shut down, or its client does not offer the table: it only informs

@@ -39,3 +39,14 @@ def test_a_line_comes_when_it_waits_longer_than_a_look_and_the_watch_ends_when_a
     lines = []
     waiting.start_watch(2, 16, lines.append).join(10)
     assert len(lines) == 1 and lines[0].startswith("waiting for resources: 2 times 3 CPU") and not list(looks)
+
+
+def test_the_watch_ends_with_the_process(monkeypatch):
+    """Also before Ray is up; Ray's own end comes later, and must not meet a look."""
+    ends = []
+    monkeypatch.setattr(waiting.atexit, "register", lambda *call: ends.append(call))
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    thread = waiting.start_watch(1, 1, lambda line: None)
+    ((end, *arguments),) = ends
+    end(*arguments)
+    assert not thread.is_alive()

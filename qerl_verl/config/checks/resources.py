@@ -69,6 +69,11 @@ def _started_problems(get: Get, host: Host) -> list[str]:
 
 
 def _joining_problems(get: Get, cluster: RayCluster) -> list[str]:
+    if cluster.address.startswith(("http://", "https://")):
+        return [
+            f"{cluster.found_by}={cluster.address}: that is an address for `ray job submit`; start the run with "
+            "recipes/ray_job.sh, or give host:port of the cluster's head"
+        ]
     if not answers(cluster.address):
         what = "no Ray runs on this machine" if cluster.address == "auto" else f"no Ray answers at {cluster.address}"
         return [

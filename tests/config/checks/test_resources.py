@@ -104,6 +104,12 @@ def test_a_cluster_that_is_joined_has_its_own_resources(composed, monkeypatch, o
         assert expected is None or problems[0].startswith(expected)
 
 
+def test_the_address_of_a_dashboard_is_none_to_join(composed):
+    cluster = RayCluster("http://head:8265", "RAY_ADDRESS")
+    (problem,) = problems_of(composed, Host(cpus=2, gpus=0, cpu_vllm=False), (), cluster)
+    assert problem.startswith("RAY_ADDRESS=http://head:8265: that is an address for `ray job submit`")
+
+
 SHORT, LONG, LONGER = "/scratch/" + "a" * 26, "/scratch/" + "a" * 36, "/scratch/" + "a" * 51
 
 
