@@ -41,6 +41,7 @@ bench:
 	$(PYTHON) benchmarks/bench_training.py --json $(RESULTS)/training_7b.json
 	$(PYTHON) benchmarks/bench_training.py --batch 16 --length 768 --variants bf16_peft nvfp4_selective nvfp4_selective_compiled \
 		--json $(RESULTS)/training_7b_12288.json
+	$(PYTHON) benchmarks/bench_without_flash_attn.py --json $(RESULTS)/without_flash_attn.json
 	$(PYTHON) benchmarks/bench_rollout.py --shape 7B --json $(RESULTS)/rollout_7b.json
 	$(PYTHON) benchmarks/bench_rollout.py --shape 32B-32 --sequences 8 64 256 --json $(RESULTS)/rollout_32b.json
 	$(PYTHON) benchmarks/bench_grpo_step.py --variants bf16_lora nvfp4_lora nvfp4_lora_not_compiled --json $(RESULTS)/grpo_step_7b.json

@@ -130,9 +130,7 @@ def run_engine(noise: bool, eager: bool, args: argparse.Namespace) -> dict:
         enable_prefix_caching=False,
         seed=0,
         worker_extension_cls="qerl_verl.rollout.worker.QeRLWorkerExtension",
-        additional_config={
-            "qerl": {"kernel": "auto", "lora": {"rank": RANK, "alpha": RANK}, "noise": noise}
-        },
+        additional_config={"qerl": {"kernel": "auto", "lora": {"rank": RANK, "alpha": RANK}, "noise": noise}},
         **extra,
     )
     result: dict = {
@@ -160,9 +158,7 @@ def run_engine(noise: bool, eager: bool, args: argparse.Namespace) -> dict:
             detokenize=False,
         )
         found = []
-        for output in llm.generate(
-            make_prompts(min(4, max(args.sequences)), 64, 1), parameters, use_tqdm=False
-        ):
+        for output in llm.generate(make_prompts(min(4, max(args.sequences)), 64, 1), parameters, use_tqdm=False):
             prompt = zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True)
             found += [place[token].logprob for token, place in prompt]
             found += [next(iter(place.values())).logprob for place in output.outputs[0].logprobs]
@@ -194,9 +190,7 @@ def run_engine(noise: bool, eager: bool, args: argparse.Namespace) -> dict:
         set_noise(2, 1e-2)
         other = log_probabilities()
         set_noise(1, 1e-2)
-        result["graphs_see_noise"] = (
-            on != off and other not in (on, off) and log_probabilities() == on
-        )
+        result["graphs_see_noise"] = on != off and other not in (on, off) and log_probabilities() == on
         set_noise(1, 0.0)
         result["off_again"] = log_probabilities() == off
         if not eager:
@@ -218,28 +212,20 @@ def run_engine(noise: bool, eager: bool, args: argparse.Namespace) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="7B")
     parser.add_argument("--sequences", type=int, nargs="*", default=[1, 8, 64, 256])
     parser.add_argument("--generated", type=int, default=256, help="tokens a sequence")
     parser.add_argument("--repeats", type=int, default=4)
-    parser.add_argument(
-        "--rounds", type=int, default=2, help="engines of each kind with CUDA graphs"
-    )
+    parser.add_argument("--rounds", type=int, default=2, help="engines of each kind with CUDA graphs")
     parser.add_argument(
         "--rows",
         type=int,
         default=16384,
         help="inputs of a norm whose effective weight is measured",
     )
-    parser.add_argument(
-        "--budget", type=float, default=1e9, help="seconds after which no further engine is started"
-    )
-    parser.add_argument(
-        "--work", default="/tmp/qerl-bench", help="where the random models are written"
-    )
+    parser.add_argument("--budget", type=float, default=1e9, help="seconds after which no further engine is started")
+    parser.add_argument("--work", default="/tmp/qerl-bench", help="where the random models are written")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--engine", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -329,46 +315,34 @@ def summarize(out: dict) -> None:
                 "stock_spread": 100 * (worst / best[1] - 1),
             }
         reference = stock[0]["log_probabilities"]
-        differences = [
-            abs(a - b) for e in ours for a, b in zip(e["log_probabilities"], reference, strict=True)
-        ]
+        differences = [abs(a - b) for e in ours for a, b in zip(e["log_probabilities"], reference, strict=True)]
         out["eager" if eager else "graphs"] = {
             "cost": cost,
             "off_is_stock": max(differences) == 0,
             "largest_difference": max(differences),
             "stock_is_stock": all(e["log_probabilities"] == reference for e in stock),
-            **{
-                key: all(e[key] for e in ours)
-                for key in ("graphs_see_noise", "off_again", "repeats_itself")
-            },
+            **{key: all(e[key] for e in ours) for key in ("graphs_see_noise", "off_again", "repeats_itself")},
         }
 
 
 def table(out: dict) -> list[str]:
     lines = [
-        f"{out['shape']} on {out['gpu']}, "
-        + ", ".join(f"{name} {number}" for name, number in out["versions"].items())
+        f"{out['shape']} on {out['gpu']}, " + ", ".join(f"{name} {number}" for name, number in out["versions"].items())
     ]
     for kind in ("graphs", "eager"):
         if found := out.get(kind):
             cost = "  ".join(
-                f"{s}: {c['percent']:+.2f} % (spread {c['stock_spread']:.2f})"
-                for s, c in found["cost"].items()
+                f"{s}: {c['percent']:+.2f} % (spread {c['stock_spread']:.2f})" for s, c in found["cost"].items()
             )
             lines.append(f"{kind}: decoding with noise against vLLM's norms, by sequences  {cost}")
             checks = {key: value for key, value in found.items() if key != "cost"}
             lines.append(f"{kind}: " + "  ".join(f"{key}={value}" for key, value in checks.items()))
     for engine in out["engines"]:
         if "set_s" in engine:
-            lines.append(
-                f"putting noise on takes {1e3 * engine['set_s']:.0f} ms; acting: {engine['acting']}"
-            )
+            lines.append(f"putting noise on takes {1e3 * engine['set_s']:.0f} ms; acting: {engine['acting']}")
         for probe in engine.get("probes", ()):
             lines.append(
-                "  "
-                + "  ".join(
-                    f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in probe.items()
-                )
+                "  " + "  ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in probe.items())
             )
     return lines
 

@@ -132,6 +132,25 @@ def between_section(folder: Path) -> str:
     return table(["us with / without an adapter", *map(str, tokens)], rows) + f"\n\nFile: `{data['file']}`."
 
 
+def without_flash_attn_section(folder: Path) -> str:
+    data = load(folder, "without_flash_attn")
+    if not data:
+        return ""
+    names = {
+        ("attention", "dense_mask"): "attention of a layer, SDPA with a dense mask",
+        ("attention", "packed"): "attention of a layer, `qerl_packed`",
+        ("logprobs", "row_by_row"): "output layer and log-probabilities, a row at a time",
+        ("logprobs", "chunks"): "output layer and log-probabilities, in chunks",
+    }
+    rows = []
+    for (part, name), text in names.items():
+        row = data[part][name]
+        rows.append([text, f"{row['forward_ms']:.2f}", f"{row['forward_backward_ms']:.2f}", f"{row['peak_gib']:.2f}"])
+    tokens = data["attention"]["tokens"]
+    head = [f"{tokens} tokens, 32B shape", "forward, ms", "forward and backward, ms", "peak memory, GiB"]
+    return f"{table(head, rows)}\n\nGPU: {data['gpu']}. {file_of(data)}"
+
+
 def rollout_section(folder: Path) -> str:
     out = []
     for stem in ("rollout_7b", "rollout_32b"):
@@ -314,6 +333,7 @@ def main() -> None:
         "In a model another kernel runs before each product. Microseconds of a product with an adapter, and without:",
         between_section(folder), "### Shapes without an entry in the built-in table", other_shapes_section(folder),
         "### Rollout", rollout_section(folder), "### A LoRA training step", training_section(folder),
+        "### In place of flash-attn", without_flash_attn_section(folder),
         "### One GRPO step of main_ppo", step_section(folder), *filter(None, [two_gpus_section(folder)]),
         *(["![ratios](performance.png)"] if drawn else []),
     ])  # fmt: skip

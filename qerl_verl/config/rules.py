@@ -38,6 +38,9 @@ TRAINER_MODES = {
 }
 """verl's trainer modes that run with QeRL, and the names our trainers are registered under."""
 
+PACKED_ATTENTION = "qerl_packed"
+"""The attention of engine/attention.py in transformers' registry."""
+
 TRANSPORT = "qerl"
 """The checkpoint engine of rollout/transport.py in verl's registry."""
 
@@ -151,8 +154,8 @@ def apply_rules(
     """
     models = trained_models(config)
     defaults = DEFAULTS + (CRITIC_DEFAULTS if CRITIC in models else ())
-    defaults += _attention_defaults(models, on_cpu) + (CPU_DEFAULTS if on_cpu else ())
     arm = get_arm(config)
+    defaults += _attention_defaults(models, on_cpu, arm.container) + (CPU_DEFAULTS if on_cpu else ())
     if on_cpu and arm.name != "nf4":  # bitsandbytes' layers compute in bfloat16 in the rollout (vllm_bnb_plugin)
         defaults += _compute_dtype_defaults(config, models, user_keys, environment)
     if arm.container and not on_cpu:
@@ -189,12 +192,24 @@ def is_separate(config: DictConfig) -> bool:
     return get_value(config, "trainer.v1.trainer_mode") in ("separate_async", TRAINER_MODES["separate_async"])
 
 
-def _attention_defaults(models: tuple[str, ...], on_cpu: bool) -> tuple[Default, ...]:
-    """verl's default is flash_attention_2; where that is not to be had, PyTorch's SDPA, which takes packed sequences too."""
+def _attention_defaults(models: tuple[str, ...], on_cpu: bool, own_engine: bool) -> tuple[Default, ...]:
+    """What takes the place of flash-attn where it is not to be had.
+
+    verl's default for attention is flash_attention_2, and without flash-attn's cross entropy verl computes
+    log-probabilities one row after the other.
+
+    Args:
+        own_engine: whether the actor's engine is that of an NVFP4 base, which has an output layer of its own.
+    """
     if has_flash_attention() and not on_cpu:
         return ()
-    keys = (f"{model}.override_config.attn_implementation" for model in models)
-    return tuple(Default(key, None, "sdpa", "flash-attn is not installed") for key in keys)
+    attention, why = "sdpa" if on_cpu else PACKED_ATTENTION, "flash-attn is not installed"
+    found = [Default(f"{model}.override_config.attn_implementation", None, attention, why) for model in models]
+    if own_engine and not on_cpu:
+        found.append(
+            Default(f"{MODEL}.use_fused_kernels", False, True, f"log-probabilities in chunks of tokens: {why}")
+        )
+    return tuple(found)
 
 
 def has_flash_attention() -> bool:

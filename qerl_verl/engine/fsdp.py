@@ -41,6 +41,7 @@ from qerl_verl.engine.checkpoint_errors import reading, writing
 from qerl_verl.engine.compile import compile_layers, unavailable
 from qerl_verl.engine.finite import NonFiniteError, first_nonfinite, gather_first, gradient_norms, named_tensors
 from qerl_verl.engine.offload import wait_for_offload
+from qerl_verl.engine.output_layer import use_logprob_layer
 from qerl_verl.engine.recompute import Recompute
 from qerl_verl.kernels.backends import BACKENDS
 from qerl_verl.lora.adapter_files import check_loaded, map_names, read_adapter_config, read_tensors
@@ -136,7 +137,9 @@ class NVFP4EngineMixin:
                 f"[qerl] kernel: {self.role} NVFP4 linear = {kernel}; attention {config._attn_implementation}",
                 flush=True,
             )
-        self._patch_forward(module)
+        self._patch_forward(module, use_fused_kernels=False)
+        if self.model_config.use_fused_kernels and self.task_type == TaskType.CAUSAL_LM:
+            use_logprob_layer(module)  # in place of verl's fused kernels
         if self.model_config.enable_gradient_checkpointing:
             self._recompute = Recompute(os.environ.get(RECOMPUTE_ENV, "auto"), device, self._say_recompute)
             checkpointing = {
@@ -229,13 +232,13 @@ class AdapterEngineMixin:
         names = settings.get("param_dtype", "bf16"), settings.get("reduce_dtype", "fp32")
         return tuple(PrecisionType.to_dtype(name) for name in names)
 
-    def _patch_forward(self, module: nn.Module) -> None:
+    def _patch_forward(self, module: nn.Module, use_fused_kernels: bool) -> None:
         """verl's own changes to a model's forward pass, as its engine makes them (_build_module)."""
         apply_monkey_patch(
             model=module,
             use_remove_padding=self.use_remove_padding,
             ulysses_sp_size=self.ulysses_sequence_parallel_size,
-            use_fused_kernels=self.model_config.use_fused_kernels,
+            use_fused_kernels=use_fused_kernels,
             fused_kernels_backend=(self.model_config.fused_kernel_options or {}).get("impl_backend"),
         )
 

@@ -59,7 +59,7 @@ class NF4EngineWithLMHead(AdapterEngineMixin, FSDPEngineWithLMHead):
         if self.rank == 0:
             version = bitsandbytes.__version__
             print(f"[qerl] kernel: {self.role} NF4 linear = bitsandbytes {version}, {len(layers)} layers", flush=True)
-        self._patch_forward(module)
+        self._patch_forward(module, self.model_config.use_fused_kernels)
         if self.model_config.enable_gradient_checkpointing:
             module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         return module

@@ -32,6 +32,9 @@ def register_engines(engine_package=None) -> None:
     """
     from verl.workers.engine.base import EngineRegistry
 
+    from qerl_verl.engine.attention import register_attention
+
+    register_attention()
     for model_type in ("language_model", "value_model"):
         registered = EngineRegistry._engines.get(model_type, {}).get("fsdp2", {})
         engine = engine_class(running_arm(), model_type)

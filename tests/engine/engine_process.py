@@ -26,7 +26,6 @@ from many_ranks import (  # noqa: E402
     full,
     loss_function,
     randomize_adapters,
-    use_packed_attention,
     verl_batch,
 )
 from torch.distributed.tensor import DTensor  # noqa: E402
@@ -40,6 +39,7 @@ from verl.workers.config import (  # noqa: E402
 from verl.workers.engine import EngineRegistry  # noqa: E402
 from verl.workers.engine.fsdp import FSDPEngineWithLMHead  # noqa: E402
 
+from qerl_verl.config.rules import PACKED_ATTENTION  # noqa: E402
 from qerl_verl.engine.compile import CompiledMLP  # noqa: E402
 from qerl_verl.engine.register import engine_class  # noqa: E402
 from qerl_verl.lora.wire import CONFIG_TENSOR, pack_config  # noqa: E402
@@ -62,8 +62,9 @@ def make_engine(**variant):
         lora_alpha=16,
         lora_adapter_path=get("lora_adapter_path"),
         enable_gradient_checkpointing=get("gradient_checkpointing", True),
-        override_config={"attn_implementation": use_packed_attention() if get("packed_attention") else "sdpa"},
+        override_config={"attn_implementation": PACKED_ATTENTION if get("packed_attention") else "sdpa"},
         use_remove_padding=get("use_remove_padding", False),
+        use_fused_kernels=get("use_fused_kernels", False),
     )
     new = FSDPEngineWithLMHead if get("stock") else partial(EngineRegistry.new, model_type=model_type, backend="fsdp2")
     if get("arm"):
@@ -141,6 +142,7 @@ def run_variant(name, variant):
             engine.get_data_parallel_rank(),
             engine.get_data_parallel_size(),
             use_remove_padding=variant.get("use_remove_padding", False),
+            use_fused_kernels=variant.get("use_fused_kernels", False),
             use_dynamic_bsz=variant.get("use_dynamic_bsz", False),
             max_token_len_per_gpu=32,
             micro_batch_size_per_gpu=min(4, 8 // engine.get_data_parallel_size()),

@@ -11,9 +11,6 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-PACKED_ATTENTION = "packed_sdpa"
-"""``attn_implementation`` after :func:`use_packed_attention`."""
-
 
 def full(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -139,40 +136,3 @@ def changed_bytes(engine, checkpoint: str) -> int:
                 )
         part.reshard()
     return changed
-
-
-def _packed_attention(query, key, value, attention_mask, query_length, *args, position_ids=None, **kwargs):
-    """transformers' ``_flash_attention_forward`` for causal sequences laid end to end, by PyTorch's SDPA, one after the other.
-
-    Args:
-        query: ``[1, tokens, heads, head_dim]``; key and value with their own number of heads.
-        position_ids: ``[1, tokens]``; a sequence begins at each 0.
-    """
-    assert attention_mask is None and query.shape[0] == 1 and kwargs.get("sliding_window") is None
-    starts = (position_ids[0] == 0).nonzero().flatten().tolist()
-    parts = []
-    for begin, end in zip(starts, [*starts[1:], query.shape[1]]):
-        q, k, v = (t[:, begin:end].transpose(1, 2) for t in (query, key, value))
-        y = nn.functional.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=kwargs.get("softmax_scale"), enable_gqa=True
-        )
-        parts.append(y.transpose(1, 2))
-    return torch.cat(parts, dim=1)
-
-
-def use_packed_attention() -> str:
-    """Put PyTorch's SDPA where verl's Ulysses calls flash-attn. Returns the name to give as ``attn_implementation``.
-
-    verl 0.9.1 exchanges the heads in a replacement of transformers' ``_flash_attention_forward``
-    (verl/models/transformers/monkey_patch.py, apply_monkey_patch), which only an attention that goes through
-    transformers/integrations/flash_attention.py reaches, and flash-attn itself runs on GPUs only.
-    """
-    from transformers import AttentionInterface
-    from transformers.integrations.flash_attention import flash_attention_forward
-    from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
-    from verl.models.transformers import monkey_patch
-
-    AttentionInterface.register(PACKED_ATTENTION, flash_attention_forward)
-    AttentionMaskInterface.register(PACKED_ATTENTION, flash_attention_mask)
-    monkey_patch._flash_attention_forward = _packed_attention
-    return PACKED_ATTENTION

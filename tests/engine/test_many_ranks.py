@@ -15,6 +15,7 @@ import torch
 
 from qerl_verl.engine.compile import unavailable
 from qerl_verl.engine.fsdp import CARRIER
+from qerl_verl.nvfp4.checkpoint import quantize_checkpoint
 
 WORLD = int(os.environ.get("QERL_TEST_RANKS", "2"))
 FLOAT32 = {
@@ -26,6 +27,7 @@ FLOAT32 = {
 VARIANTS = {
     "fsdp": FLOAT32,
     "ulysses": {**FLOAT32, "ulysses": 2},
+    "fused": {**FLOAT32, "use_fused_kernels": True},
     "compiled": {**FLOAT32, "use_torch_compile": True, "recompute": "selective"},
 }
 if WORLD > 2:
@@ -34,8 +36,12 @@ REFUSED = {"ulysses_sdpa": {**VARIANTS["ulysses"], "packed_attention": False, "s
 
 
 @pytest.fixture(scope="module")
-def adapters_and_reports(run_engine, tmp_path_factory, nvfp4_checkpoint, bf16_checkpoint):
+def adapters_and_reports(run_engine, tmp_path_factory, model_factory):
+    """On a model with an output layer of its own, which FSDP2 shards by itself."""
     folder = tmp_path_factory.mktemp("ranks")
+    bf16_checkpoint, nvfp4_checkpoint = folder / "bf16", folder / "nvfp4"
+    model_factory(bf16_checkpoint, tie_word_embeddings=False)
+    quantize_checkpoint(bf16_checkpoint, nvfp4_checkpoint, progress=False)
     (one,) = run_engine(nvfp4_checkpoint, folder / "one", lr_warmup_steps=0, variants={"one": FLOAT32})
     counted = {
         "packed": {"steps": 1, "count": True},
@@ -68,8 +74,8 @@ def test_three_steps_are_those_of_one_rank(adapters_and_reports, name):
     assert (found["compiled"]["norms"], found["compiled"]["mlps"]) == ((5, 2) if compiled else (0, 0))
 
 
-def test_ulysses_is_not_what_one_rank_does_without_flash_attn(adapters_and_reports):
-    """So the switch refuses it (config/rules.py): verl exchanges the heads in front of flash-attn alone and says nothing."""
+def test_ulysses_with_sdpa_is_not_what_one_rank_does(adapters_and_reports):
+    """So the switch refuses it (config/checks/recipe.py): verl exchanges heads in front of flash-attn alone and says nothing."""
     adapters, one, reports = adapters_and_reports
     assert abs(reports[0]["ulysses_sdpa"]["loss"][0] - one["loss"][0]) > 1e-2
     nothing = {n: torch.zeros_like(t) for n, t in adapters["one_grad"].items()}

@@ -17,6 +17,7 @@ from qerl_verl.config.keys import Get, get_value
 from qerl_verl.config.rules import (
     ACTOR,
     MODEL,
+    PACKED_ATTENTION,
     ROLLOUT,
     TRAINER_MODES,
     TRANSPORT,
@@ -238,13 +239,14 @@ def _model_problems(get: Get, model: str) -> list[str]:
     divided = f"{role}.{engine}.ulysses_sequence_parallel_size"
     if (get(divided) or 1) == 1:
         divided = f"{role}.ulysses_sequence_parallel_size"  # the older name
-    flash = (attention or "flash_attention_2").startswith("flash_attention") and not on_cpu
+    exchanges = attention == PACKED_ATTENTION or (
+        (attention or "flash_attention_2").startswith("flash_attention") and not on_cpu
+    )
     found = {
         f"use_remove_padding=True with override_config.attn_implementation={attention}: packed sequences need "
-        "flash_attention_2 or sdpa": packed and attention == "eager",
-        f"override_config.attn_implementation={attention} with {divided}={get(divided)}: verl exchanges the heads in "
-        "front of flash-attn alone (models/transformers/monkey_patch.py), so each rank would attend to its own part of a sequence "
-        f"without a word; install flash-attn and set flash_attention_2, or {divided}=1": (get(divided) or 1) > 1
-        and not flash,
+        f"flash_attention_2, {PACKED_ATTENTION} or sdpa": packed and attention == "eager",
+        f"override_config.attn_implementation={attention} with {divided}={get(divided)}: heads are exchanged between ranks for "
+        f"flash_attention_2 and {PACKED_ATTENTION} alone, so each rank would attend to its own part of a sequence; "
+        f"set {PACKED_ATTENTION}, or {divided}=1": (get(divided) or 1) > 1 and not exchanges,
     }
     return [f"{model}.{text}" for text, applies in found.items() if applies]

@@ -114,6 +114,7 @@ def test_ulysses_without_flash_attn_is_refused(switched, key):
     )
     assert switched(*chosen, f"+{attention}=flash_attention_2", on_cpu=False)[2] == []
     assert len(switched(*chosen, f"+{attention}=flash_attention_2", on_cpu=True)[2]) == 1
+    assert switched(*chosen, f"+{attention}=qerl_packed", on_cpu=False)[2] == []
 
 
 def test_megatron_is_refused(switched):

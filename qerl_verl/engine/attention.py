@@ -1,0 +1,106 @@
+"""Attention of packed sequences for transformers' models, registered under :data:`PACKED_ATTENTION`.
+
+verl packs a micro-batch into one row (``use_remove_padding``). transformers' SDPA then gets a dense mask of all tokens
+against all tokens; this function passes the borders of the sequences to FlashAttention of PyTorch instead, which
+needs no flash-attn. Under Ulysses sequence parallelism it exchanges heads as verl does in front of flash-attn
+(verl/models/transformers/monkey_patch.py, _ulysses_flash_attention_forward).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch.utils.weak import WeakIdKeyDictionary
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from verl.utils.ulysses import (
+    gather_heads_scatter_seq,
+    gather_seq_scatter_heads,
+    get_ulysses_sequence_parallel_group,
+    get_ulysses_sequence_parallel_world_size,
+)
+
+from qerl_verl.config.rules import PACKED_ATTENTION
+from qerl_verl.kernels.packed_attention import Packing, packed_attention, packing_of
+
+_packings: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""Packing of each ``position_ids`` that is alive: all layers of a forward pass, and its second run, share one."""
+
+
+def register_attention() -> None:
+    """Make ``attn_implementation=qerl_packed`` known to transformers in this process. Idempotent."""
+    AttentionInterface.register(PACKED_ATTENTION, packed_attention_forward)
+    AttentionMaskInterface.register(PACKED_ATTENTION, packed_attention_mask)
+
+
+def packed_attention_mask(batch_size: int, *args, attention_mask: torch.Tensor | None = None, **kwargs):
+    """No mask for one row without padding; transformers' SDPA mask for everything else."""
+    if batch_size == 1 and attention_mask is None:
+        return None
+    return sdpa_mask(batch_size, *args, attention_mask=attention_mask, **kwargs)
+
+
+def packed_attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    position_ids: torch.Tensor | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """Attention of one layer, with the signature of transformers' attention interface.
+
+    Args:
+        query: ``[batch, heads, tokens, head_dim]``; under Ulysses, this rank's part of the tokens.
+        key, value: ``[batch, key_value_heads, tokens, head_dim]``.
+        attention_mask: from :func:`packed_attention_mask`; None means one packed row.
+        position_ids: ``[1, tokens]``; each sequence begins at 0.
+
+    Returns:
+        ``[batch, tokens, heads, head_dim]``, and None for the weights of the attention.
+
+    Raises:
+        ValueError: a packed row without position_ids, or with dropout or a softcap, which FlashAttention's variable-length
+            form does not have.
+    """
+    if attention_mask is not None or query.shape[0] != 1:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    if position_ids is None:
+        raise ValueError(f"{PACKED_ATTENTION}: {type(module).__name__} passes no position_ids to its attention")
+    for name, setting in (("dropout", dropout), ("softcap", kwargs.get("softcap"))):
+        if setting:
+            raise ValueError(f"{PACKED_ATTENTION} has no {name}; set override_config.attn_implementation=sdpa")
+    if query.dtype == torch.float32 and torch.is_autocast_enabled(query.device.type):
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    ranks = get_ulysses_sequence_parallel_world_size()
+    query, key, value = (t.transpose(1, 2) for t in (query, key, value))  # [1, tokens, heads, head_dim]
+    if ranks > 1:
+        repeats = max(ranks // key.shape[2], 1)
+        key, value = (t.repeat_interleave(repeats, dim=2) for t in (key, value))
+        query, key, value = (gather_seq_scatter_heads(t, seq_dim=1, head_dim=2) for t in (query, key, value))
+    output = packed_attention(query[0], key[0], value[0], _packing(position_ids, ranks), scaling, sliding_window)
+    output = output.unsqueeze(0)
+    if ranks > 1:
+        output = gather_heads_scatter_seq(output, seq_dim=1, head_dim=2)
+    return output, None
+
+
+def _packing(position_ids: torch.Tensor, ranks: int) -> Packing:
+    """Of all tokens of the row, those of other Ulysses ranks included."""
+    packing = _packings.get(position_ids)
+    if packing is None:
+        whole = position_ids
+        if ranks > 1:
+            parts = [torch.empty_like(position_ids) for _ in range(ranks)]
+            dist.all_gather(parts, position_ids.contiguous(), group=get_ulysses_sequence_parallel_group())
+            whole = torch.cat(parts, dim=-1)
+        packing = _packings[position_ids] = packing_of(whole)
+    return packing
