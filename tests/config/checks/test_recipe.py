@@ -32,7 +32,7 @@ def test_a_gpus_kernel_is_refused_on_the_cpu(switched, setting):
         ("actor_rollout_ref.model.lora_rank=0", "actor_rollout_ref.model.lora_rank=0", "positive rank"),
         ("actor_rollout_ref.model.lora_alpha=0", "actor_rollout_ref.model.lora_alpha=0", "give a positive number"),
         ("actor_rollout_ref.model.lora_alpha=-8", "actor_rollout_ref.model.lora_alpha=-8", "give a positive number"),
-        ("qerl.rollout.lora=punica actor_rollout_ref.model.lora_rank=1024", "lora_rank=1024", "lora=inline, or a lower"),
+        ("qerl.rollout.lora=punica actor_rollout_ref.model.lora_rank=1024", "lora_rank=1024", "qerl.rollout.lora=inline"),
         ("actor_rollout_ref.model.lora.rank=16", "actor_rollout_ref.model.lora.rank=16", "lora_rank"),
         ("actor_rollout_ref.rollout.name=sglang", "actor_rollout_ref.rollout.name=sglang", "vllm"),
         ("actor_rollout_ref.rollout.quantization=fp8", "rollout.quantization=fp8", "remove it"),
