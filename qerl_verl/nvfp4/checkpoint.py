@@ -341,7 +341,8 @@ def check_method(path: str | Path, wanted: Literal["nvfp4", "mxfp4"]) -> None:
     """Tell a ready-made MXFP4 checkpoint from an NVFP4 one, which have the same container: by the manifest.
 
     Args:
-        path: a packed checkpoint. One without a manifest of ours is NVFP4.
+        path: a packed checkpoint. One without a manifest of ours is NVFP4; one that was converted from another
+            library's MXFP4 serves as either.
         wanted: the form that the run wants.
 
     Raises:
@@ -352,7 +353,7 @@ def check_method(path: str | Path, wanted: Literal["nvfp4", "mxfp4"]) -> None:
     except (OSError, ValueError, AttributeError):
         method = None
     found = "mxfp4" if method == "mxfp4" else "nvfp4"
-    if found != wanted:
+    if found != wanted and method != "converted from mxfp4":
         raise CheckpointError(
             f"{path} is packed as {found.upper()}: use +qerl={found}, or give the original model in 16 or 32 bits"
         )

@@ -4,13 +4,20 @@ import json
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 from qerl_verl.config import callback
+from qerl_verl.config.quantization import choose_quantization
 from qerl_verl.config.settings import QeRLSettings, SettingsError
 from qerl_verl.kernels.mxfp4_quantize import mxfp4_exponents, mxfp4_global_scale, quantize_mxfp4
 from qerl_verl.kernels.nvfp4_dequantize import dequantize_nvfp4
-from qerl_verl.nvfp4.checkpoint import MANIFEST_FILE, quantize_checkpoint, validate_nvfp4_checkpoint
+from qerl_verl.nvfp4.checkpoint import (
+    MANIFEST_FILE,
+    check_method,
+    quantize_checkpoint,
+    validate_nvfp4_checkpoint,
+)
 from qerl_verl.nvfp4.errors import CheckpointError
 from qerl_verl.nvfp4.verify import verify_checkpoint
 
@@ -78,17 +85,29 @@ def test_input_channels_that_32_does_not_divide_are_refused(tmp_path, model_fact
         quantize_checkpoint(source, tmp_path / "out", method="mxfp4", progress=False)
 
 
+def resolve(path, arm, cache):
+    settings = QeRLSettings(arm, cache_dir=str(cache))
+    return callback._resolve(
+        "model.path", str(path), settings, choose_quantization(OmegaConf.create(), settings, gpu=False)
+    )
+
+
 def test_the_cache_keeps_the_forms_of_one_model_apart(tmp_path, bf16_checkpoint):
-    folders = {
-        arm: callback._resolve("model.path", str(bf16_checkpoint), QeRLSettings(arm, cache_dir=str(tmp_path)))
-        for arm in ("nvfp4", "mxfp4")
-    }
+    folders = {arm: resolve(bf16_checkpoint, arm, tmp_path) for arm in ("nvfp4", "mxfp4")}
     methods = {arm: json.loads((folder / MANIFEST_FILE).read_text())["method"] for arm, folder in folders.items()}
     assert folders["nvfp4"] != folders["mxfp4"] and methods["mxfp4"] == "mxfp4" != methods["nvfp4"]
 
 
 def test_a_ready_made_checkpoint_of_the_other_form_is_refused(tmp_path, nvfp4_checkpoint, mxfp4_checkpoint):
     for arm, folder, form in (("nvfp4", mxfp4_checkpoint, "MXFP4"), ("mxfp4", nvfp4_checkpoint, "NVFP4")):
-        settings = QeRLSettings(arm, cache_dir=str(tmp_path))
         with pytest.raises(SettingsError, match=f"is packed as {form}: use .qerl={form.lower()}"):
-            callback._resolve("model.path", str(folder), settings)
+            resolve(folder, arm, tmp_path)
+
+
+def test_mxfp4_that_was_converted_from_another_librarys_serves_either_arm(tmp_path):
+    (tmp_path / MANIFEST_FILE).write_text(json.dumps({"method": "converted from mxfp4"}))
+    for arm in ("nvfp4", "mxfp4"):
+        check_method(tmp_path, arm)
+    (tmp_path / MANIFEST_FILE).write_text(json.dumps({"method": "converted from modelopt"}))
+    with pytest.raises(CheckpointError, match="use .qerl=nvfp4"):
+        check_method(tmp_path, "mxfp4")

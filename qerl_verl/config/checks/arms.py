@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -13,9 +14,12 @@ from packaging.version import Version
 from qerl_verl.config.arms import Arm, get_arm
 from qerl_verl.config.keys import Get, get_value
 from qerl_verl.config.rules import ACTOR, CRITIC, MODEL, trained_models
-from qerl_verl.config.settings import QeRLSettings
+from qerl_verl.config.settings import QeRLSettings, QuantizationSettings
 
-OF_THE_CONTAINER = ("kernel", "recompute", "rollout.kernel", "rollout.lora", "rollout.sleep_level")
+OF_QUANTIZATION = tuple(f"quantization.{field.name}" for field in dataclasses.fields(QuantizationSettings))
+"""Settings under ``qerl`` that concern how a model becomes NVFP4."""
+
+OF_THE_CONTAINER = ("kernel", "recompute", "rollout.kernel", "rollout.lora", "rollout.sleep_level", *OF_QUANTIZATION)
 """Settings under ``qerl`` that concern the layers of an NVFP4 container alone."""
 
 BITSANDBYTES = "0.48.1"
@@ -36,6 +40,8 @@ def find_problems(
     out = missing_packages(arm, installed, environment)
     if not arm.container:
         out += [p for key in OF_THE_CONTAINER if (p := _foreign_setting(arm, key, get))]
+    elif arm.name == "mxfp4":
+        out += [p for key in OF_QUANTIZATION if (p := _foreign_setting(arm, key, get))]
     if not arm.critic and CRITIC in trained_models(config):
         estimator = get("algorithm.adv_estimator")
         out.append(
@@ -54,6 +60,8 @@ def _foreign_setting(arm: Arm, key: str, get: Get) -> str | None:
     value = get(f"qerl.{key}")
     if value in (None, default):
         return None
+    if key in OF_QUANTIZATION:
+        return f"qerl.{key}={value}: how a model becomes NVFP4, and the arm {arm.name} has another base; remove it"
     return (
         f"qerl.{key}={value}: a setting of the packed layers of +qerl=nvfp4 and mxfp4, and the arm {arm.name} has none; "
         "remove it"

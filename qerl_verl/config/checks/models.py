@@ -73,7 +73,7 @@ def find_problems(config: DictConfig, adapters: Mapping[str, dict] | None = None
             continue
         try:
             if get_arm(config).container:
-                if check_checkpoint(folder) == "nvfp4":
+                if check_checkpoint(folder) in ("nvfp4", "modelopt"):
                     check_method(folder, get_arm(config).name)
             else:
                 check_source(folder)
