@@ -19,6 +19,8 @@ from qerl_verl.nvfp4.loading import prepack_linears, swap_linears
 from qerl_verl.platform import compilers
 
 CPU, VOCABULARY = torch.device("cpu"), 128
+ROUNDING = 10 * torch.finfo(torch.bfloat16).eps
+"""What other kernels may change in a gradient that goes through some ten roundings to bfloat16 one after the other."""
 SIZES = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
     "head_dim": 16, "vocab_size": VOCABULARY,
@@ -189,7 +191,7 @@ def test_inductor_stays_within_bfloat16s_rounding():
     expected = step(model, 3, 24)
     compile_layers(model)
     for found, wanted in zip(step(model, 3, 24), expected, strict=True):
-        assert error(found, wanted) < 0.08
+        assert error(found, wanted) < ROUNDING
     assert counters["stats"]["unique_graphs"] > 0
 
 
@@ -203,4 +205,4 @@ def test_on_a_gpu_for_batches_of_every_shape(recompute):
     compile_layers(model)
     for shape, wanted in zip(shapes, expected, strict=True):
         for found, value in zip(step(model, *shape), wanted, strict=True):
-            assert error(found, value) < 0.08, shape
+            assert error(found, value) < ROUNDING, shape

@@ -79,8 +79,9 @@ def test_two_ranks_train_the_same_critic(run_engine, critic, nvfp4_checkpoint, t
     assert reports[0]["adapter"] == reports[1]["adapter"]
     assert reports[0]["built"] == reports[1]["built"] == critic[1]["built"]  # the head starts from the seed alone
     for found, expected in zip(reports[0]["steps"], critic[1]["steps"], strict=True):
-        assert found["loss"] == pytest.approx(expected["loss"], rel=2e-2)
-        assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=3e-2)
+        rounding = 4 * torch.finfo(torch.bfloat16).eps  # of sums in another order, squared in the loss
+        assert found["loss"] == pytest.approx(expected["loss"], rel=rounding)
+        assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=rounding)
 
 
 def test_training_goes_on_from_a_critics_adapter_folder_head_included(

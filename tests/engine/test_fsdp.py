@@ -14,6 +14,9 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngine
 from qerl_verl.engine.fsdp import AdapterEngineMixin, NVFP4EngineMixin
 from qerl_verl.engine.recompute import Recompute
 
+ROUNDING = torch.finfo(torch.bfloat16).eps
+"""Ranks add in another order, in bfloat16; ``test_many_ranks.py`` compares them in float32."""
+
 
 @pytest.fixture(scope="module")
 def one_rank(run_engine, tmp_path_factory, nvfp4_checkpoint, bf16_checkpoint):
@@ -120,12 +123,12 @@ def test_two_ranks_shard_the_bytes_and_train_the_same_adapter(run_engine, one_ra
             assert p["local_bytes"] * 2 == p["bytes"], name
     assert reports[0]["adapter"] == reports[1]["adapter"]
     for found, expected in zip(reports[0]["steps"], one_rank[1]["steps"], strict=True):
-        assert found["loss"] == pytest.approx(expected["loss"], rel=2e-3)
-        assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=3e-2)
+        assert found["loss"] == pytest.approx(expected["loss"], rel=ROUNDING)
+        assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=4 * ROUNDING)
     ours, theirs = torch.load(f"{tmp_path}/r.adapter.pt"), torch.load(one_rank[0] / "r.adapter.pt")
     difference = sum((ours[n] - theirs[n]).square().sum() for n in ours) ** 0.5
     moved = sum(t.square().sum() for t in theirs.values()) ** 0.5
-    assert difference / moved < 3e-2
+    assert difference / moved < 4 * ROUNDING
 
 
 def test_building_never_holds_the_model_in_16_bits(run_engine, model_factory, tmp_path):
