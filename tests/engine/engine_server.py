@@ -15,7 +15,7 @@ import traceback
 from pathlib import Path
 
 SCRIPT = Path(__file__).with_name("engine_process.py")
-SECONDS = 300
+SECONDS = 900
 """What a rank may take before it is killed."""
 
 

@@ -36,7 +36,7 @@ from tiny_job import (  # noqa: E402
 STEPS = 400  # the horizon of the noise schedule; no run goes that far
 TRACKER = "latest_checkpointed_iteration.txt"
 END_SECONDS = 60.0  # how long a job may go on after one of its processes was killed
-START_SECONDS = 300.0
+START_SECONDS = 1200.0
 
 
 def overrides(inputs: list[str], checkpoints: Path) -> list[str]:

@@ -22,7 +22,7 @@ from qerl_verl.config.settings import AQNSettings
 from qerl_verl.data.prompts import write_parquet
 from qerl_verl.quickstart.arithmetic import rows, split
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(3600)]
 
 HERE = Path(__file__).parent
 STEPS = 4
@@ -76,7 +76,7 @@ def train(folder: Path, *overrides: str) -> tuple[dict[int, dict], str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=600,
+        timeout=1200,
     )
     (folder / "log").write_text(result.stdout)
     assert result.returncode == 0, result.stdout[-6000:]

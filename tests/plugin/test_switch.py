@@ -31,7 +31,7 @@ print(sorted(m for m in sys.modules if m.startswith("qerl_verl")) if "qerl" not 
 
 def run(command, cwd, **environment):
     return subprocess.run(
-        command, capture_output=True, text=True, cwd=cwd, env={**os.environ, **environment}, timeout=300
+        command, capture_output=True, text=True, cwd=cwd, env={**os.environ, **environment}, timeout=900
     )
 
 
