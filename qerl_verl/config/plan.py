@@ -83,9 +83,8 @@ def plan(config: DictConfig, keys: set[str], host: Host, platform: str | None = 
         starts_ray=made.cluster is None,
         environment=host.environment,
     )
-    made.quantization = choose_quantization(
-        config, made.settings, host.gpus > 0 if platform is None else platform == "cuda"
-    )
+    gpu = made.platform == "cuda" and (platform == "cuda" or host.gpus > 0)
+    made.quantization = choose_quantization(config, made.settings, gpu)
     if made.quantization and models.find_unquantized(config):
         made.lines.append(made.quantization.line)
         made.problems += quantization.find_problems(made.quantization)

@@ -1,5 +1,8 @@
 """Quantizing in a process of its own: the same result, the same errors."""
 
+import os
+import threading
+
 import pytest
 
 from qerl_verl.nvfp4 import isolated
@@ -31,3 +34,14 @@ def test_its_errors_are_raised_here(make_checkpoint, tmp_path, monkeypatch):
     monkeypatch.undo()
     with pytest.raises(CheckpointError, match="nowhere is not a folder"):
         isolated.quantize_in_a_process(tmp_path / "nowhere", tmp_path / "dst", **arguments)
+
+
+def test_it_ends_when_nobody_waits_any_more():
+    left = []
+    isolated._end_with(os.getppid() + 1, left.append, 0.01)  # its parent is another process by now
+    assert left == [1]
+    left.clear()
+    waiting = threading.Thread(target=isolated._end_with, args=(os.getppid(), left.append, 0.01), daemon=True)
+    waiting.start()
+    waiting.join(0.1)
+    assert waiting.is_alive() and not left
