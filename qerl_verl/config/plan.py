@@ -25,13 +25,16 @@ class Plan:
     """A run that has not begun.
 
     Attributes:
-        problems: what cannot work, one sentence each with the key and the fix. With any, the run is not started.
-        lines: what the user reads: each value that the switch sets, with its reason, and what else there is to know.
+        problems: what cannot work, one sentence each with the key and the fix. With any, the run is
+            not started.
+        lines: what the user reads: each value that the switch sets, with its reason, and what else
+            there is to know.
         platform: ``cuda`` or ``cpu``.
         settings: everything under ``qerl.*``.
         cluster: the Ray cluster that is joined, None where the run starts Ray.
         unseen: what a run would look at too and was left out, one line each.
-        adapters: of each trained model that goes on from an adapter, see :func:`~.adapters.adopt_adapter`.
+        adapters: of each trained model that goes on from an adapter, see
+            :func:`~.adapters.adopt_adapter`.
         quantization: how a model is quantized that is not yet; None where the arm does not.
     """
 
@@ -53,7 +56,8 @@ def plan(config: DictConfig, keys: set[str], host: Host, platform: str | None = 
         keys: dotted keys that the user wrote, on the command line or in files of their own.
         host: the driver's machine.
         platform: ``cuda`` or ``cpu`` for a run on another machine; None chooses by ``host``.
-        here: False where the run takes place on another machine: this one's files, CPUs, GPUs and Ray say nothing then.
+        here: False where the run takes place on another machine: this one's files, CPUs, GPUs and
+            Ray say nothing then.
     """
     made = Plan()
     if problem := _other_program(config):
@@ -106,7 +110,8 @@ def plan(config: DictConfig, keys: set[str], host: Host, platform: str | None = 
 
 
 def _model_problems(config: DictConfig, adapters: dict[str, dict]) -> list[str]:
-    """What keeps the run from using its models, as far as they lie on this machine, and their tokenizer on the data."""
+    """What keeps the run from using its models, as far as they lie on this machine, and their
+    tokenizer on the data."""
     problems, folder = models.find_problems(config, adapters), models.local_folder(config, MODEL)
     return problems or (data.find_prompt_problems(config, folder) if folder else [])
 

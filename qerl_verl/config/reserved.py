@@ -23,8 +23,9 @@ class Reserved:
 
 
 def reserved(get: Get) -> Reserved:
-    """Count what verl reserves (verl/single_controller/ray/base.py: 3 CPUs for each GPU of a resource pool, 2 for one of
-    rollout engines of their own; transfer_queue: 1 for its controller and 1 for each storage unit)."""
+    """Count what verl reserves (verl/single_controller/ray/base.py: 3 CPUs for each GPU of a
+    resource pool, 2 for one of rollout engines of their own; transfer_queue: 1 for its controller
+    and 1 for each storage unit)."""
     training = get("trainer.n_gpus_per_node") * get("trainer.nnodes")
     if get("reward.reward_model.enable_resource_pool"):
         training += get("reward.reward_model.n_gpus_per_node") * get("reward.reward_model.nnodes")

@@ -1,7 +1,7 @@
 """Whether a run joins a Ray cluster that runs already, or starts Ray itself.
 
-The choice of the platform, the job's folder for temporary files and the resources that the switch declares to Ray all
-depend on it, and all ask :func:`find_cluster`.
+The choice of the platform, the job's folder for temporary files and the resources that the switch
+declares to Ray all depend on it, and all ask :func:`find_cluster`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ class RayCluster:
 
     Attributes:
         address: ``host:port`` of its GCS, or ``ray://host:port`` for Ray's client.
-        found_by: where Ray learns of it: a setting, ``RAY_ADDRESS``, or the file of a ``ray start``.
+        found_by: where Ray learns of it: a setting, ``RAY_ADDRESS``, or the file of a ``ray
+            start``.
     """
 
     address: str
@@ -30,8 +31,9 @@ class RayCluster:
 def find_cluster(ray_init: Mapping, environment: Mapping[str, str] = os.environ) -> RayCluster | None:
     """The cluster that ``ray.init(**ray_init)`` joins, None where it starts one on this machine.
 
-    Follows ``ray/_private/services.py``, ``canonicalize_bootstrap_address``: an address in the call, unless it is
-    ``auto``; then ``RAY_ADDRESS``; then the file that ``ray start`` writes beside Ray's sessions.
+    Follows ``ray/_private/services.py``, ``canonicalize_bootstrap_address``: an address in the
+    call, unless it is ``auto``; then ``RAY_ADDRESS``; then the file that ``ray start`` writes
+    beside Ray's sessions.
 
     Args:
         ray_init: verl's ``ray_kwargs.ray_init``.
@@ -61,8 +63,8 @@ def find_cluster(ray_init: Mapping, environment: Mapping[str, str] = os.environ)
 
 
 def answers(address: str, seconds: float = 5.0) -> bool:
-    """Whether something listens at an address of :class:`RayCluster`. The file of a Ray that crashed names one where
-    nothing does."""
+    """Whether something listens at an address of :class:`RayCluster`. The file of a Ray that
+    crashed names one where nothing does."""
     host, _, port = address.rpartition("://")[2].partition("/")[0].rpartition(":")
     if not port.isdigit():
         return address != "auto"

@@ -1,7 +1,8 @@
 """Says what a run waits for, where Ray does not have what verl reserves.
 
-verl and TransferQueue wait without limit and without a word for placement groups and actors that Ray cannot place. What a
-run reserves is known (:mod:`qerl_verl.config.reserved`), so a thread of the driver compares it with what the cluster has.
+verl and TransferQueue wait without limit and without a word for placement groups and actors that
+Ray cannot place. What a run reserves is known (:mod:`qerl_verl.config.reserved`), so a thread of
+the driver compares it with what the cluster has.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ REMARK_SECONDS = 60.0
 """Between two lines about the same."""
 
 SETTLED_LOOKS = 20
-"""So many looks in a row without anything to wait for end the watch: five minutes, in which all workers are placed."""
+"""So many looks in a row without anything to wait for end the watch: five minutes, in which all
+workers are placed."""
 
 
 def start_watch(gpus: int, cpus: int, say: Callable[[str], None]) -> threading.Thread:

@@ -1,8 +1,9 @@
 """A run whose epochs end before ``trainer.total_training_steps`` ends as every other does.
 
-verl leaves its loop when the epochs are over (verl/trainer/ppo/v1/trainer_base.py, fit), but saves and validates for the
-last time at the step ``total_training_steps`` alone, and its learning rate and the noise are scheduled over that number.
-So the number of steps that the data gives takes its place.
+verl leaves its loop when the epochs are over (verl/trainer/ppo/v1/trainer_base.py, fit), but saves
+and validates for the last time at the step ``total_training_steps`` alone, and its learning rate
+and the noise are scheduled over that number. So the number of steps that the data gives takes its
+place.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ from qerl_verl.data.steps import ends_early, epochs_for, reachable_steps
 
 
 class RunLengthMixin:
-    """Sets ``total_training_steps`` of one of verl's V1 trainers to what the data and ``trainer.total_epochs`` give."""
+    """Sets ``total_training_steps`` of one of verl's V1 trainers to what the data and
+    ``trainer.total_epochs`` give."""
 
     def _init_dataloader(self):
-        """verl's; then the true number of steps, for the trainer and the schedulers of the learning rates.
+        """verl's; then the true number of steps, for the trainer and the schedulers of the learning
+        rates.
 
         Raises:
             ValueError: the data has fewer prompts than a batch, after overlong ones were dropped.

@@ -18,14 +18,16 @@ def _composed(choices: tuple[str, ...]):
 
 
 def _is_choice(override: str) -> bool:
-    """Whether an override takes Hydra's own grammar: a choice of a group, or anything that is not ``key=value``."""
+    """Whether an override takes Hydra's own grammar: a choice of a group, or anything that is not
+    ``key=value``."""
     key, separator, _ = override.partition("=")
     return not separator or "." not in key or key.startswith("~")
 
 
 @pytest.fixture(scope="session")
 def composed():
-    """``composed(*overrides)``: verl's ``ppo_trainer`` with ``+qerl=nvfp4`` and a command line's overrides."""
+    """``composed(*overrides)``: verl's ``ppo_trainer`` with ``+qerl=nvfp4`` and a command line's
+    overrides."""
 
     def compose(*overrides: str):
         config = copy.deepcopy(_composed(tuple(o for o in overrides if _is_choice(o))))
@@ -41,8 +43,9 @@ def composed():
 
 @pytest.fixture(scope="session")
 def switched(composed):
-    """``switched(*overrides, on_cpu=False, written=())``: the configuration after the rules, the lines that the user
-    sees, and the problems. ``written`` are keys that a recipe of the user's writes."""
+    """``switched(*overrides, on_cpu=False, written=())``: the configuration after the rules, the
+    lines that the user sees, and the problems. ``written`` are keys that a recipe of the user's
+    writes."""
     from qerl_verl.config.checks import recipe
     from qerl_verl.config.keys import override_keys
     from qerl_verl.config.rules import apply_rules

@@ -1,4 +1,5 @@
-"""One plan for a run and for `qerl explain`: the same values, the same problems, and nothing is started."""
+"""One plan for a run and for `qerl explain`: the same values, the same problems, and nothing is
+started."""
 
 import pytest
 from omegaconf import OmegaConf
@@ -73,7 +74,8 @@ def test_a_run_says_what_explain_prints(monkeypatch, capsys, gsm8k_files, bf16_c
 def test_a_ray_that_runs_already_is_joined_without_its_address_being_given(
     monkeypatch, gsm8k_files, bf16_checkpoint, cpu_vllm, expected
 ):
-    """Ray would join it: so the platform is the cluster's, nothing is declared to it, and no folder of this host is given."""
+    """Ray would join it: so the platform is the cluster's, nothing is declared to it, and no folder
+    of this host is given."""
     from ray._private import services
 
     from qerl_verl.config.checks import resources

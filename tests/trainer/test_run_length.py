@@ -1,4 +1,5 @@
-"""A run that the epochs end is as long as it is, for the trainer, the learning rate and the noise."""
+"""A run that the epochs end is as long as it is, for the trainer, the learning rate and the
+noise."""
 
 import inspect
 
@@ -70,7 +71,8 @@ def test_every_trainer_has_it(made):
 
 
 def test_verl_ends_a_run_at_the_step_that_is_set_here():
-    """Fails when verl saves and validates at the end of the epochs itself, or computes the number elsewhere."""
+    """Fails when verl saves and validates at the end of the epochs itself, or computes the number
+    elsewhere."""
     fit, dataloader = inspect.getsource(PPOTrainer.fit), inspect.getsource(PPOTrainer._init_dataloader)
     assert "is_last_step = self.global_steps >= self.total_training_steps" in fit
     assert "current_epoch < self.config.trainer.total_epochs" in fit

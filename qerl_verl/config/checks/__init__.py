@@ -1,4 +1,5 @@
-"""What keeps a run from working, by area: known from the configuration, the machine and local files, before Ray starts.
+"""What keeps a run from working, by area: known from the configuration, the machine and local
+files, before Ray starts.
 
 - :mod:`.recipe`: settings of verl's and the switch's, alone and together
 - :mod:`.arms`: what an arm cannot do, and what it needs installed
@@ -9,6 +10,6 @@
 - :mod:`.tokenizers`: their tokenizers
 - :mod:`.resume`: the checkpoint that a run resumes from
 
-A check returns problems: one sentence each, which begins with the setting and ends with the fix. Nothing here starts,
-downloads or writes anything.
+A check returns problems: one sentence each, which begins with the setting and ends with the fix.
+Nothing here starts, downloads or writes anything.
 """

@@ -1,7 +1,8 @@
 """The data files against batch size, steps and tokenizer, before Ray starts.
 
-Only what verl's own data set class (verl/utils/dataset/rl_dataset.py) would read is looked at: with ``data.custom_cls``
-the files are the user's business. A file on a remote file system is left to verl.
+Only what verl's own data set class (verl/utils/dataset/rl_dataset.py) would read is looked at: with
+``data.custom_cls`` the files are the user's business. A file on a remote file system is left to
+verl.
 """
 
 from __future__ import annotations
@@ -138,8 +139,8 @@ def _rows(path: str) -> int | None:
 
 
 def _column_problem(get: Get, key: str, path: str) -> str | None:
-    """A column that verl reads of every row and that is not there. Of a column for prompts that is missing verl says
-    nothing with ``filter_overlong_prompts``: it drops every row."""
+    """A column that verl reads of every row and that is not there. Of a column for prompts that is
+    missing verl says nothing with ``filter_overlong_prompts``: it drops every row."""
     if not path.endswith(".parquet"):
         return None
     from pyarrow.parquet import read_schema
@@ -158,7 +159,8 @@ def _column_problem(get: Get, key: str, path: str) -> str | None:
 
 
 def find_prompt_problems(config: DictConfig, folder: str | os.PathLike) -> list[str]:
-    """A tokenizer without a chat template, and prompts of which too few are short enough for one batch.
+    """A tokenizer without a chat template, and prompts of which too few are short enough for one
+    batch.
 
     Args:
         config: the configuration after the rules.
@@ -189,7 +191,8 @@ def _has_own_agent_loop(get: Get) -> bool:
 
 
 def _tokenizer(get: Get, folder: str | os.PathLike) -> Any | None:
-    """The run's tokenizer; None where there is none, which the check of the model's folder reports."""
+    """The run's tokenizer; None where there is none, which the check of the model's folder
+    reports."""
     from transformers import AutoTokenizer
 
     try:
@@ -201,7 +204,8 @@ def _tokenizer(get: Get, folder: str | os.PathLike) -> Any | None:
 
 
 def _length_problems(get: Get, tokenizer: Any, train: Files) -> list[str]:
-    """Fails on the first prompt, or too few prompts within ``max_prompt_length``. Reading ends with the first full batch."""
+    """Fails on the first prompt, or too few prompts within ``max_prompt_length``. Reading ends with
+    the first full batch."""
     longest, batch = get("data.max_prompt_length"), get("data.train_batch_size")
     arguments = get("data.apply_chat_template_kwargs")
     arguments = OmegaConf.to_container(arguments, resolve=True) if arguments else {}

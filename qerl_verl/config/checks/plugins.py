@@ -13,7 +13,8 @@ def find_problems(
 
     Args:
         environment: environment variables of the driver, which a Ray that it starts hands on.
-        job_environment: what the job's processes get beside them (``ray_init.runtime_env.env_vars``).
+        job_environment: what the job's processes get beside them
+            (``ray_init.runtime_env.env_vars``).
     """
     from qerl_verl.versions import version_problems
 
@@ -27,7 +28,8 @@ def find_problems(
 
 
 def verl_policy_problem(environment: Mapping[str, str]) -> str:
-    """Whether ``VERL_USE_EXTERNAL_PLUGINS`` leaves QeRL out, read as in ``verl/__init__.py``; empty if not."""
+    """Whether ``VERL_USE_EXTERNAL_PLUGINS`` leaves QeRL out, read as in ``verl/__init__.py``; empty
+    if not."""
     policy = environment.get("VERL_USE_EXTERNAL_PLUGINS", "auto")
     wanted = policy.strip().lower()
     if wanted == "auto" or "qerl" in (name.strip() for name in wanted.split(",")):
@@ -40,7 +42,8 @@ def verl_policy_problem(environment: Mapping[str, str]) -> str:
 def vllm_policy_problem(environment: Mapping[str, str]) -> str:
     """Whether ``VLLM_PLUGINS`` leaves QeRL out, read as in ``vllm/envs.py``; empty if not.
 
-    vLLM then serves the checkpoint with layers of its own, without the adapter in them, and says nothing.
+    vLLM then serves the checkpoint with layers of its own, without the adapter in them, and says
+    nothing.
     """
     names = environment.get("VLLM_PLUGINS")
     if names is None or "qerl" in names.split(","):

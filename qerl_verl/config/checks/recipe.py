@@ -1,4 +1,5 @@
-"""Settings that cannot work with QeRL, alone or together, looked at after :func:`~qerl_verl.config.rules.apply_rules`.
+"""Settings that cannot work with QeRL, alone or together, looked at after
+:func:`~qerl_verl.config.rules.apply_rules`.
 
 :data:`REFUSED` and :data:`REFUSED_OF_A_MODEL` are tables: a new refusal is a new row.
 """
@@ -35,9 +36,10 @@ class Refused:
 
     Attributes:
         key: the setting; in the table of a model, below the model.
-        when: whether the value is refused; given the value, and a function that reads another setting.
-        why: the rest of the message, which begins with ``key=value:``: the reason and the fix. ``{value}`` in it is
-            the value.
+        when: whether the value is refused; given the value, and a function that reads another
+            setting.
+        why: the rest of the message, which begins with ``key=value:``: the reason and the fix.
+            ``{value}`` in it is the value.
     """
 
     key: str
@@ -137,11 +139,13 @@ MEGATRON_LORA = {
     "exclude_modules": "exclude_modules",
     "adapter_path": "lora_adapter_path",
 }
-"""Settings under ``model.lora``, which verl reads for Megatron alone, and those beside it that FSDP reads."""
+"""Settings under ``model.lora``, which verl reads for Megatron alone, and those beside it that FSDP
+reads."""
 
 
 def find_problems(config: DictConfig, keys: Collection[str] = ()) -> list[str]:
-    """Settings that cannot work, one sentence each with the key and the fix. Empty when all is well.
+    """Settings that cannot work, one sentence each with the key and the fix. Empty when all is
+    well.
 
     Args:
         config: the configuration after :func:`~qerl_verl.config.rules.apply_rules`.
@@ -190,8 +194,8 @@ def _estimator_problem(get: Get) -> str | None:
 
 
 def _separate_problems(get: Get) -> list[str]:
-    """What engines of their own cannot do with QeRL, and what verl's trainer asserts when Ray and the model's processes run
-    already (verl/trainer/ppo/v1/trainer_separate_async.py, __init__)."""
+    """What engines of their own cannot do with QeRL, and what verl's trainer asserts when Ray and
+    the model's processes run already (verl/trainer/ppo/v1/trainer_separate_async.py, __init__)."""
     engine = f"{ROLLOUT}.checkpoint_engine.backend"
     backend, on_cpu = get(engine), get("trainer.device") == "cpu"
     batch, updates = get("data.train_batch_size"), get("trainer.v1.separate_async.parameter_sync_step")
@@ -217,7 +221,8 @@ def _separate_problems(get: Get) -> list[str]:
 
 
 def _megatron_lora_problems(get: Get, model: str, keys: Collection[str]) -> list[str]:
-    """Settings under ``model.lora`` that FSDP ignores, also where the user wrote the value that they have anyway."""
+    """Settings under ``model.lora`` that FSDP ignores, also where the user wrote the value that
+    they have anyway."""
     prefix = f"{model}.lora."
     found = {key.removeprefix(prefix) for key in keys if key.startswith(prefix)} - {"merge"}
     if get(f"{prefix}rank"):

@@ -16,7 +16,8 @@ from qerl_verl.config.rules import ROLLOUT, has_flash_attention, trained_models
 from qerl_verl.platform.ray_cluster import RAY_INIT, RayCluster, answers
 
 SOCKET_PATH = 107
-"""Characters that the path of a Unix socket has room for (sun_path of unix(7), less the closing zero)."""
+"""Characters that the path of a Unix socket has room for (sun_path of unix(7), less the closing
+zero)."""
 
 RAY_SOCKET = "/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
 """What Ray adds to its folder (ray/_private/node.py)."""
@@ -116,11 +117,13 @@ def _attention_problems(config: DictConfig, host: Host) -> list[str]:
 
 
 def folder_problems(host: Host, ray_folder: str | None = None) -> list[str]:
-    """Folders for temporary files whose sockets would have too long a path. Ray ends with "AF_UNIX path length".
+    """Folders for temporary files whose sockets would have too long a path. Ray ends with "AF_UNIX
+    path length".
 
     Args:
         host: the driver's machine.
-        ray_folder: Ray's own folder, ``ray_init._temp_dir``; None is ``ray`` in RAY_TMPDIR, TMPDIR or /tmp.
+        ray_folder: Ray's own folder, ``ray_init._temp_dir``; None is ``ray`` in RAY_TMPDIR, TMPDIR
+            or /tmp.
     """
     environment = host.environment
     out = []

@@ -150,7 +150,8 @@ def test_prompts_are_read_until_one_batch_is_full(composed, files, bf16_checkpoi
 
 
 def test_verl_still_drops_every_prompt_when_the_template_fails():
-    """Why a missing chat template is refused: verl prints the error of each row and takes the row for too long."""
+    """Why a missing chat template is refused: verl prints the error of each row and takes the row
+    for too long."""
     import inspect
 
     from verl.utils.dataset.rl_dataset import RLHFDataset

@@ -59,7 +59,8 @@ def test_what_ray_would_wait_for_is_refused_with_both_numbers(composed, cpus, gp
 
 @pytest.mark.parametrize("overrides", [(), (f"{UNITS}=20",), ("trainer.v1.trainer_mode=separate_async",)])
 def test_the_cpu_platform_declares_what_is_reserved(composed, overrides):
-    """Slots and CPUs are logical there, so the switch declares as many as the run takes, on any machine."""
+    """Slots and CPUs are logical there, so the switch declares as many as the run takes, on any
+    machine."""
     assert problems_of(composed, Host(cpus=2, gpus=0, cpu_vllm=True), overrides, on_cpu=True) == []
 
 
