@@ -13,7 +13,7 @@ from qerl_verl.config.adapters import adapter_problems, target_problems
 from qerl_verl.config.arms import get_arm
 from qerl_verl.config.checks import kernels, tokenizers
 from qerl_verl.config.keys import get_value
-from qerl_verl.config.rules import MODEL, trained_models
+from qerl_verl.config.rules import MODEL, ROLLOUT, trained_models
 
 
 def local_folder(config: DictConfig, model: str) -> Path | None:
@@ -102,7 +102,7 @@ def find_misfits(config: DictConfig, adapters: Mapping[str, dict] | None = None)
                 out += kernels.find_problems(config, local_folder(config, model))
         except CheckpointError:
             continue
-    return out + tokenizers.find_problems(config) + fused_kernel_problems(config)
+    return out + tokenizers.find_problems(config) + fused_kernel_problems(config) + length_problems(config)
 
 
 def _new_adapter_problems(config: DictConfig, model: str) -> list[str]:
@@ -126,3 +126,18 @@ def fused_kernel_problems(config: DictConfig) -> list[str]:
         f"{MODEL}.use_fused_kernels=True: verl 0.9 cannot run its fused kernels under FSDP2 on a model whose output layer "
         "is not tied to the embeddings; remove the setting"
     ]
+
+
+def length_problems(config: DictConfig) -> list[str]:
+    """A length beyond the model's positions, which verl's server refuses when it starts
+    (verl/workers/rollout/vllm_rollout/vllm_async_server.py)."""
+    folder = local_folder(config, MODEL)
+    if folder is None or not (folder / "config.json").is_file():
+        return []
+    positions = json.loads((folder / "config.json").read_text()).get("max_position_embeddings")
+    if not isinstance(positions, int):
+        return []
+    longest = get_value(config, f"{ROLLOUT}.max_model_len")
+    if not longest or longest <= positions:
+        return []
+    return [f"{ROLLOUT}.max_model_len={longest}: the model has {positions} positions; set it to {positions} or less"]

@@ -79,3 +79,21 @@ def test_an_adapter_that_the_plan_has_read_is_looked_at(bf16_checkpoint, tmp_pat
     config = run_of(bf16_checkpoint, lora_adapter_path=str(tmp_path))
     (problem,) = models.find_problems(config, {"actor_rollout_ref.model": adapter})
     assert "neither adapter_model.safetensors nor adapter_model.bin is there" in problem
+
+
+@pytest.mark.parametrize(
+    ("positions", "longest", "expected"),
+    [
+        (512, None, None),
+        (512, 512, None),
+        (512, 1024, "max_model_len=1024: the model has 512 positions; set it to 512 or less"),
+        (None, 1024, None),
+    ],
+)
+def test_a_length_beyond_the_models_positions_is_refused(tmp_path, positions, longest, expected):
+    (tmp_path / "config.json").write_text(json.dumps({"max_position_embeddings": positions}))
+    actor = {"model": {"path": str(tmp_path)}, "rollout": {"max_model_len": longest}}
+    config = OmegaConf.create({"actor_rollout_ref": actor})
+    problems = models.length_problems(config)
+    assert len(problems) == (expected is not None), problems
+    assert not problems or expected in problems[0]
