@@ -32,6 +32,8 @@ def set_value(config: DictConfig, key: str, value: Any, why: str, notify: Callab
     before = get_value(config, key)
     if before == value:
         return
+    if OmegaConf.is_config(before):  # which the update would change, too
+        before = OmegaConf.to_container(before)
     OmegaConf.update(config, key, value, force_add=True)
     if not key.endswith("env_vars"):
         notify(f"{key}: {before} -> {value} ({why})")

@@ -187,8 +187,9 @@ def check_base(folder: str | Path, base: dict[str, str]) -> None:
         if now is not None and now != before:
             raise CheckpointError(
                 f"{folder}: its {role} was trained on another base than the one that this run reads now (fingerprint "
-                f"{before} then, {now} now): the model's files have changed since. Restore them, or begin anew with "
-                "trainer.resume_mode=disable and another trainer.default_local_dir; nothing was changed."
+                f"{before} then, {now} now): the model's files, or how they are quantized "
+                "(qerl.quantization), have changed since. Restore that, or begin anew with trainer.resume_mode=disable "
+                "and another trainer.default_local_dir; nothing was changed."
             )
 
 
