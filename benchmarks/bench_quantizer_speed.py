@@ -112,12 +112,13 @@ def main() -> None:
         return
 
     import torch
-    from bench_quantizers import processor
+    from bench_quantizers import processor, short
     from shapes import SHAPES
 
     everything = arguments.all_layers or SHAPES[arguments.shape]["num_hidden_layers"]
     layers = arguments.layers or everything
-    result = {"command": shlex.join(["python", *sys.argv]), "shape": arguments.shape, "layers": layers}
+    command = shlex.join(["python", f"benchmarks/{Path(__file__).name}", *map(short, sys.argv[1:])])
+    result = {"command": command, "shape": arguments.shape, "layers": layers}
     result |= {"all_layers": everything, "processor": processor(), "methods": {}}
     result |= {"versions": {name: version(name) for name in ("torch", "transformers")}}
     result |= {"calibration_tokens": SEQUENCES * arguments.tokens}

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 from qerl_verl.nvfp4.architectures import get_architecture
-from qerl_verl.nvfp4.calibration import _sequence, _tokenizer, read_calibration
+from qerl_verl.nvfp4.calibration import encode_row, load_tokenizer, read_calibration
 from qerl_verl.nvfp4.checkpoint import _hf_config, quantize_checkpoint, read_headers
 from qerl_verl.nvfp4.decoder import LayerwiseDecoder
 from qerl_verl.nvfp4.layerwise import load_packed_weights
@@ -38,6 +38,11 @@ def processor() -> str:
     names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").open() if line.startswith("model name")]
     capability = torch.backends.cpu.get_cpu_capability()
     return f"{names[0] if names else platform.processor()}, {capability}, {torch.get_num_threads()} threads"
+
+
+def short(argument: str) -> str:
+    """An argument as it stands in the result file, which tells nothing of the folders of one machine."""
+    return Path(argument).name if Path(argument).is_absolute() else argument
 
 
 @torch.no_grad()
@@ -84,12 +89,12 @@ def main() -> None:
     calibration = read_calibration(
         arguments.train, arguments.model, samples=arguments.samples, sample_tokens=arguments.sample_tokens
     )
-    tokenizer = _tokenizer(arguments.model)
+    tokenizer = load_tokenizer(arguments.model)
     with arguments.test.open() as lines:
         rows = [json.loads(line) for line in islice(lines, arguments.problems)]
-    sequences = [_sequence(row, tokenizer, 10**6, "prompt") for row in rows]
+    sequences = [encode_row(row, tokenizer, 10**6, "prompt") for row in rows]
     result = {
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join(["python", f"benchmarks/{Path(__file__).name}", *map(short, sys.argv[1:])]),
         "model": arguments.model.name,
         "processor": processor(),
         "versions": {name: version(name) for name in ("torch", "transformers")},

@@ -14,7 +14,10 @@ from qerl_verl.config.settings import QeRLSettings
 KEY = "qerl.quantization"
 TRAIN_FILES = "data.train_files"
 
-_GAIN = "once for a model; it keeps the policy closer to the 16-bit model than rounding does"
+_GAIN = (
+    "once for a model; it keeps the policy closer to the 16-bit model (of SmolLM2-135M 0.04 nats a token away in KL "
+    "divergence, four-over-six 0.21)"
+)
 _QUICK = f"{KEY}.method=four-over-six takes seconds"
 
 
@@ -48,8 +51,8 @@ class Choice:
             how = f"gptq with {self.samples} rows of {self.text_from} ({self.reason}); takes minutes, {_GAIN}; {_QUICK}"
         elif self.method == "four-over-six":
             how = (
-                f"four-over-six ({self.reason}); takes seconds for a billion weights; {KEY}.method=gptq keeps the policy "
-                "closer to the 16-bit model and takes minutes on a GPU, far longer without one"
+                f"four-over-six ({self.reason}); takes about half a minute for a billion weights on two cores; {KEY}.method=gptq takes minutes on a "
+                f"GPU, far longer without one, {_GAIN}"
             )
         else:
             how = f"{self.method} ({self.reason})"

@@ -87,7 +87,7 @@ def read_calibration(
             raise CheckpointError(f"calibration: {name}={value}: at least {least}.")
     files = [Path(f).expanduser() for f in ([files] if isinstance(files, (str, Path)) else files)]
     source = ", ".join(str(f) for f in files)
-    tokenizer = _tokenizer(model)
+    tokenizer = load_tokenizer(model)
     if chat_template:
         tokenizer.chat_template = chat_template
     sequences: list[tuple[tuple[int, ...], int]] = []
@@ -110,7 +110,12 @@ def read_calibration(
     return Calibration(kept[:samples], tuple(sequences[i] for i in sorted(apart)), source)
 
 
-def _tokenizer(model: str | Path) -> Any:
+def load_tokenizer(model: str | Path) -> Any:
+    """The tokenizer in a model's folder.
+
+    Raises:
+        CheckpointError: there is none, or transformers cannot load it.
+    """
     from transformers import AutoTokenizer
 
     try:
@@ -131,7 +136,7 @@ def _sequences(
             ids = tokenizer(file.read_text(encoding="utf-8"))["input_ids"]
             pieces = [tuple(ids[i : i + tokens]) for i in range(0, len(ids), tokens)]
             return [(piece, 0) for piece in _spread(pieces, wanted)]
-        return [s for row in rows if (s := _sequence(row, tokenizer, tokens, prompt_key)) is not None]
+        return [s for row in rows if (s := encode_row(row, tokenizer, tokens, prompt_key)) is not None]
     except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
         raise CheckpointError(f"calibration: {file} cannot be read: {error}") from error
 
@@ -174,10 +179,17 @@ def _jsonl_rows(file: Path, wanted: int) -> Iterator[Mapping[str, Any]]:
         yield row
 
 
-def _sequence(
+def encode_row(
     row: Mapping[str, Any], tokenizer: Any, tokens: int, prompt_key: str
 ) -> tuple[tuple[int, ...], int] | None:
-    """Token ids of a row and the number of those that are its prompt; None where the row holds no text."""
+    """Token ids of a row, at most ``tokens`` of them, and how many of the first are its prompt.
+
+    Args:
+        row: see :func:`read_calibration`.
+
+    Returns:
+        None where the row holds no text. The prompt counts as 0 tokens where no answer follows it.
+    """
     if isinstance(row.get("messages"), list):
         chat, answer = list(row["messages"]), None
         if chat and chat[-1].get("role") == "assistant":

@@ -115,8 +115,9 @@ def test_tensors(make_checkpoint, tmp_path, architecture, method, tied):
     validate_nvfp4_checkpoint(dst)
 
 
-def test_decompressed_by_compressed_tensors(make_checkpoint, tmp_path):
-    _, dst = quantized(make_checkpoint, tmp_path)
+@pytest.mark.parametrize("method", DATA_FREE)
+def test_decompressed_by_compressed_tensors(make_checkpoint, tmp_path, method):
+    _, dst = quantized(make_checkpoint, tmp_path, method=method)
     output = load(dst)
     names = ("weight_packed", "weight_scale", "weight_global_scale")
     packed, scale, global_scale = (output[f"{Q0}.{name}"] for name in names)
