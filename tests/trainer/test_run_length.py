@@ -2,9 +2,11 @@
 noise."""
 
 import inspect
+from types import SimpleNamespace
 
 import pytest
 from omegaconf import OmegaConf
+from verl.trainer.ppo.v1 import trainer_base
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 
 from qerl_verl.trainer.ppo import AQNTrainerMixin, QeRLTrainerColocateAsync, QeRLTrainerSeparateAsync, QeRLTrainerSync
@@ -68,6 +70,52 @@ def test_fewer_prompts_than_a_batch_are_named_with_both_numbers():
 def test_every_trainer_has_it(made):
     order = made.__mro__
     assert order.index(RunLengthMixin) < order.index(PPOTrainer) and issubclass(AQNTrainerMixin, RunLengthMixin)
+
+
+@pytest.mark.parametrize(("wanted", "steps"), [(40, 4), (3, 3)])
+def test_the_last_step_saves_and_validates(monkeypatch, tmp_path, wanted, steps):
+    """verl's own loop, around a trainer whose steps do nothing: 32 prompts in batches of 8, one epoch."""
+    from qerl_verl.cli.explain import compose
+
+    done = {"steps": 0, "saved": [], "validated": []}
+
+    class Trainer(RunLengthMixin, PPOTrainer):
+        def __init__(self, config):
+            self.config = config
+            self.parameter_sync_step, self.global_steps = 1, 0
+
+        def step(self, metrics, timing_raw):
+            done["steps"] += 1
+            return SimpleNamespace(keys=[], partition_id="train")
+
+        def _save_checkpoint(self):
+            done["saved"].append(self.global_steps)
+
+        def _validate(self):
+            done["validated"].append(self.global_steps)
+            return {"score": 1.0}
+
+        def nothing(self, *arguments, **keywords):
+            pass
+
+        on_step_end = on_sample_end = _compute_metrics = _reissue_inflight_prompts = nothing
+        _start_profiling = _stop_profiling = _shutdown_dump_executor = nothing
+
+    monkeypatch.setattr(trainer_base, "create_rl_dataset", lambda *a, **k: range(32))
+    monkeypatch.setattr(trainer_base, "StatefulDataLoader", lambda **k: None)
+    monkeypatch.setattr(trainer_base, "create_rl_sampler", lambda *a: None)
+    monkeypatch.setattr(trainer_base.tq, "kv_clear", lambda **k: None)
+    monkeypatch.chdir(tmp_path)
+    settings = (
+        f"trainer.total_training_steps={wanted}", "trainer.total_epochs=1", "data.train_batch_size=8", "trainer.logger=[]",
+        "trainer.save_freq=100", "trainer.test_freq=100", "trainer.val_before_train=False",
+    )  # fmt: skip
+    made = Trainer(compose("ppo_trainer", ["+qerl=nvfp4", "actor_rollout_ref.rollout.name=vllm", *settings]))
+    made.tokenizer = made.processor = None
+    made.trainer_mode = "sync"
+    made._init_dataloader()
+    made.fit(None)
+    assert done == {"steps": steps, "saved": [steps], "validated": [steps]}
 
 
 def test_verl_ends_a_run_at_the_step_that_is_set_here():
