@@ -44,7 +44,10 @@ if [ "$dry" != 0 ]; then
     printf '\n\n'
     elsewhere=()
     [ -d "$SHARED" ] || elsewhere=(--elsewhere)
-    exec "${PYTHON:-python3}" -m qerl_verl.cli.main explain --platform "${PLATFORM:-cuda}" ${elsewhere[@]+"${elsewhere[@]}"} \
+    host=${RAY_ADDRESS#*://}
+    host=${host%%/*}
+    # in the job RAY_ADDRESS is the head's own address, not the dashboard's
+    RAY_ADDRESS=${host%:*}:6379 exec "${PYTHON:-python3}" -m qerl_verl.cli.main explain --platform "${PLATFORM:-cuda}" ${elsewhere[@]+"${elsewhere[@]}"} \
         -- "$recipe" "${settings[@]}"
 fi
 exec "${command[@]}"
