@@ -24,6 +24,7 @@ OF_THE_BASE = {
     f"{ROLLOUT}.engine_kwargs.vllm.quantization",
     f"{ROLLOUT}.load_format",
     f"{ACTOR}.fsdp_config.model_dtype",
+    "actor_rollout_ref.model.use_fused_kernels",  # without flash-attn, QeRL's engine has an output layer of its own
 }
 """Settings that say how the base is stored and run. Nothing else may depend on the arm: not the data or their order, not
 the sampling or its seeds, not the adapter or the seed of its initial values, not the noise, not the loss."""
