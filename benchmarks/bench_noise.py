@@ -2,8 +2,7 @@
 drawn.
 
     python benchmarks/bench_noise.py --json benchmarks/results/noise_7b.json
-    python benchmarks/bench_noise.py --shape tiny --sequences 2 --generated 8 --rounds 1    # to try
-    it on the CPU
+    python benchmarks/bench_noise.py --shape tiny --sequences 2 --generated 8 --rounds 1  # on a CPU
 
 An engine whose norms take noise (``qerl.aqn.enable=True``) against one with vLLM's own norms, each
 a process of its own, in turn: an NVFP4 model with random weights, the adapter in the layers,
@@ -15,7 +14,7 @@ Decoding is the better of ``--repeats`` calls, less a call that generates one to
   (``graphs_see_noise``), and the same noise changes them in the same way;
 - standard deviation and mean of the noise that acts, for the first and the last sigma of the
   default schedule: the change of the effective weight (least squares of a norm's outputs on its
-  normalized inputs) of the operators one by one, and compiled.
+  normalized inputs), by vLLM's operators one by one, by the kernel of eager engines, and compiled.
 """
 
 from __future__ import annotations
@@ -251,6 +250,10 @@ def main() -> None:
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
     }
     environment |= {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
+    if not torch.cuda.is_available():
+        from qerl_verl.config.rules import CPU_ENVIRONMENT
+
+        environment |= CPU_ENVIRONMENT
     environment.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     for noise, eager in [(True, False), (False, False)] * args.rounds + [
         (True, True),
