@@ -644,8 +644,8 @@ def grouped(**changes):
 
 
 LEFT_OUT = [
-    (QUANTIZATION_CONFIG | {"ignore": ["lm_head", f"{Q0}"]}, f"{Q0} is packed, but .* its ignore list has {Q0}"),
-    (QUANTIZATION_CONFIG | {"ignore": ["re:.*mlp.*"]}, r"mlp.gate_proj is packed, .* its ignore list has re:\.\*mlp"),
+    (QUANTIZATION_CONFIG | {"ignore": ["lm_head", f"{Q0}"]}, f"{Q0} is packed, but ignore in config.json names it"),
+    (QUANTIZATION_CONFIG | {"ignore": ["re:.*mlp.*"]}, r"mlp\.\w+_proj is packed, but ignore in config.json names it"),
     (grouped(targets=["re:.*self_attn.*"]), r"mlp.gate_proj is packed, but .* have the targets re:\.\*self_attn"),
     (QUANTIZATION_CONFIG | {"ignore": ["re:.*lm_head", "model.embed_tokens"]}, None),
     (grouped(targets=["re:.*self_attn.*", "re:.*mlp.*"]), None),
