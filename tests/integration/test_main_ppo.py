@@ -151,6 +151,22 @@ def test_rollout_and_training_agree_without_noise_and_part_with_it(unbroken):
     assert metrics[1]["rollout_corr/rollout_is_mean"] == pytest.approx(1.0, abs=0.05)
 
 
+def test_the_noise_that_acts_and_the_policy_that_sampled_are_logged(unbroken):
+    """The tiny model's norm weights are 1, so both units say the same; 512 channels receive noise."""
+    _, metrics, log = unbroken
+    for step in range(1, STEPS + 1):
+        m = metrics[step]
+        assert m["qerl/aqn_sigma_effective"] == pytest.approx(m["qerl/aqn_sigma"], rel=0.1)
+        assert m["qerl/aqn_sigma_effective_relative"] == pytest.approx(
+            m["qerl/aqn_sigma_effective_absolute"], rel=1e-3
+        )
+        assert m["qerl/sampling_entropy"] == pytest.approx(m["actor/entropy"], rel=0.5)
+        assert m["qerl/sampling_kl"] == pytest.approx(m["rollout_corr/k3_kl"], rel=1e-3)
+        assert 0 < m["qerl/effective_sample_size"] <= 1 and 0 <= m["qerl/truncated_weights"] < 1
+    assert metrics[2]["qerl/sampling_kl"] > 2 * metrics[1]["qerl/sampling_kl"]  # the largest sigma against none
+    assert log.count("AQN on this model: the root mean square of a noised norm's weight is 1 (median; 1 to 1)") == 1
+
+
 def test_names_the_kernels_that_ran(unbroken):
     log = unbroken[2]
     assert "[qerl] kernel: actor NVFP4 linear = PyTorch" in log
