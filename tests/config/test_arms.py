@@ -12,7 +12,7 @@ from qerl_verl.config.checks import arms, recipe
 from qerl_verl.config.keys import flatten, override_keys
 
 ROLLOUT, ACTOR = "actor_rollout_ref.rollout", "actor_rollout_ref.actor"
-VERSIONS = {"bitsandbytes": "0.50.2", "vllm": "0.28.0", "vllm-bnb-plugin": "0.0.3"}
+VERSIONS = {"bitsandbytes": "0.50.2", "vllm": "0.28.0", "vllm-bnb-plugin": "0.0.2"}
 OF_THE_BASE = {
     "qerl.arm",
     "ray_kwargs.ray_init.runtime_env.env_vars.QERL_SWITCH",
@@ -39,7 +39,7 @@ def installed(**versions):
     return version
 
 
-def switched(arm, *overrides, on_cpu=True, packages=VERSIONS, environment=None):
+def switched(arm, *overrides, on_cpu=False, packages=VERSIONS, environment=None):
     """verl's configuration in an arm, after the rules, and the problems."""
     overrides = [f"+qerl={arm}", "algorithm.adv_estimator=grpo", *overrides]
     config = compose("ppo_trainer", overrides)
@@ -84,7 +84,8 @@ def test_arms_differ_in_the_base_alone(on_cpu):
         ("nf4", ["algorithm.adv_estimator=gae"], {}, "the arm nf4 does not have"),
         ("nf4", [], {"bitsandbytes": None}, "bitsandbytes is not installed; `pip install 'bitsandbytes>=0.48.1'`"),
         ("nf4", [], {"bitsandbytes": "0.45.0"}, "bitsandbytes 0.45.0 is installed; `pip install"),
-        ("nf4", [], {"vllm-bnb-plugin": None}, "`pip install vllm-bnb-plugin` on every node"),
+        ("nf4", [], {"vllm-bnb-plugin": None}, "`pip install 'vllm-bnb-plugin<0.0.3'` on every node"),
+        ("nf4", [], {"vllm-bnb-plugin": "0.0.3"}, "vllm-bnb-plugin 0.0.3 calls what vLLM 0.28.0 does not have"),
         ("nf4", [f"{ACTOR}.fsdp_config.param_offload=True"], {}, "fsdp_config.param_offload=True: bitsandbytes"),
         ("nf4", [f"{ACTOR}.fsdp_config.offload_policy=True"], {}, "fsdp_config.offload_policy=True: bitsandbytes"),
         ("nf4", ["actor_rollout_ref.model.use_fused_kernels=True"], {}, "use_fused_kernels=True: not tried"),
@@ -112,6 +113,11 @@ def test_vllms_list_of_plugins_has_to_name_the_layers():
             refused and "VLLM_PLUGINS=qerl keeps vLLM from loading vllm-bnb-plugin" in problems[0]
         )
         assert bool(problems) is refused
+
+
+def test_nf4_is_refused_on_a_cpu():
+    assert "vLLM's CPU build does not run bitsandbytes' layers" in switched("nf4", on_cpu=True)[1][0]
+    assert switched("bf16", on_cpu=True)[1] == switched("mxfp4", on_cpu=True)[1] == []
 
 
 def test_an_unknown_arm_is_refused_with_the_names_of_the_others():

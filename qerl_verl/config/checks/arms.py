@@ -26,6 +26,10 @@ BITSANDBYTES = "0.48.1"
 """The lowest version that vLLM's bitsandbytes layers take (vllm-bnb-plugin 0.0.3, quantization/utils.py)."""
 
 
+PLUGIN_END = "0.0.3"
+"""The first version of vllm-bnb-plugin that needs a newer vLLM than the versions that QeRL works with."""
+
+
 def find_problems(
     config: DictConfig, environment: Mapping[str, str] = os.environ, installed: Callable[[str], str] = version
 ) -> list[str]:
@@ -82,16 +86,23 @@ def missing_packages(
         except PackageNotFoundError:
             return None
 
-    out, bitsandbytes, vllm = [], found("bitsandbytes"), found("vllm")
+    out, bitsandbytes, vllm, layers = [], found("bitsandbytes"), found("vllm"), found("vllm-bnb-plugin")
     if bitsandbytes is None or bitsandbytes < Version(BITSANDBYTES):
         has = "is not installed" if bitsandbytes is None else f"{bitsandbytes} is installed"
         out.append(f"+qerl=nf4: bitsandbytes {has}; `pip install 'bitsandbytes>={BITSANDBYTES}'` on every node")
-    if vllm is not None and vllm >= Version("0.28.dev0") and found("vllm-bnb-plugin") is None:
+    if vllm is None or vllm < Version("0.28.dev0"):
+        return out
+    if layers is None:
         out.append(
             f"+qerl=nf4: vLLM {vllm} has its bitsandbytes layers in a package of their own, vllm-bnb-plugin, which is not "
-            "installed; `pip install vllm-bnb-plugin` on every node"
+            f"installed; `pip install 'vllm-bnb-plugin<{PLUGIN_END}'` on every node"
         )
-    elif vllm is not None and vllm >= Version("0.28.dev0") and "bitsandbytes" not in _allowed_plugins(environment):
+    elif layers >= Version(PLUGIN_END):
+        out.append(
+            f"+qerl=nf4: vllm-bnb-plugin {layers} calls what vLLM {vllm} does not have (WeightsMapper.get_rename_mapper); "
+            f"`pip install 'vllm-bnb-plugin<{PLUGIN_END}'` on every node"
+        )
+    elif "bitsandbytes" not in _allowed_plugins(environment):
         out.append(
             f"+qerl=nf4: VLLM_PLUGINS={environment['VLLM_PLUGINS']} keeps vLLM from loading vllm-bnb-plugin; unset it or add "
             "bitsandbytes to its list"
@@ -106,6 +117,12 @@ def _allowed_plugins(environment: Mapping[str, str]) -> list[str]:
 
 def _nf4_problems(get: Get) -> list[str]:
     found = {
+        "+qerl=nf4: there is no GPU, and vLLM's CPU build does not run bitsandbytes' layers; use another arm, or a GPU": get(
+            "trainer.device"
+        )
+        == "cpu"
+    }
+    found |= {
         f"{ACTOR}.fsdp_config.{name}=True: bitsandbytes keeps the scales of its weights where verl's offloading does not "
         "reach them; remove the setting (the NF4 base takes half a byte a weight)": get(f"{ACTOR}.fsdp_config.{name}")
         for name in ("param_offload", "offload_policy")
