@@ -312,6 +312,10 @@ def force(
             # vLLM compiles its sampling on a CPU, also with enforce_eager (v1/sample/ops/topk_topp_sampler.py, forward_cpu)
             variables["TORCH_COMPILE_DISABLE"] = "1"
             notify(f"TORCH_COMPILE_DISABLE=1, nothing is compiled: {reason}")
+        if environment.get("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0)))) == "1":
+            # vLLM 0.28, also without QeRL: "double free or corruption" once a batch mixes prefill and decoding
+            variables["OMP_NUM_THREADS"] = "2"
+            notify("OMP_NUM_THREADS=2 in the job's processes: vLLM's CPU engine corrupts its memory on one thread")
         slots = get_value(config, "trainer.n_gpus_per_node")
         if is_separate(config):
             slots += get_value(config, f"{ROLLOUT}.nnodes") * get_value(config, f"{ROLLOUT}.n_gpus_per_node")

@@ -305,6 +305,27 @@ def test_without_bfloat16_arithmetic_actor_and_rollout_compute_in_float32(
     assert any("float32 (no bfloat16, float32 is faster)" in line for line in lines) is (rollout == "float32")
 
 
+@pytest.mark.parametrize(
+    ("on_cpu", "threads", "cores", "expected"),
+    [
+        (True, "1", 8, "2"),
+        (True, None, 1, "2"),
+        (True, None, 2, None),
+        (True, "4", 1, None),
+        (False, "1", 8, None),
+    ],
+)
+def test_vllm_never_gets_one_thread_on_a_cpu(switched, monkeypatch, on_cpu, threads, cores, expected):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if threads:
+        monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    config, lines, problems = switched(on_cpu=on_cpu)
+    assert problems == []
+    assert config.ray_kwargs.ray_init.runtime_env.env_vars.get("OMP_NUM_THREADS") == expected
+    assert any(line.startswith("OMP_NUM_THREADS=2") for line in lines) is (expected == "2")
+
+
 def test_vllm_compiles_sampling_on_a_cpu_itself():
     """What makes a C++ compiler necessary; if vLLM stops doing so, TORCH_COMPILE_DISABLE need not be set."""
     source = find_spec("vllm").submodule_search_locations[0] + "/v1/sample/ops/topk_topp_sampler.py"
