@@ -53,6 +53,7 @@ def nvfp4_global_scale(amax: torch.Tensor, largest_block_scale: float = E4M3_MAX
     return torch.where(torch.isfinite(scale), scale, 1.0)
 
 
+@torch.no_grad()
 def quantize_nvfp4(weight: torch.Tensor, global_scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Round ``weight`` to NVFP4 under a given global scale.
 
@@ -80,6 +81,7 @@ def quantize_nvfp4(weight: torch.Tensor, global_scale: torch.Tensor) -> tuple[to
     return _by_chunks(weight, global_scale, quantize)
 
 
+@torch.no_grad()
 def quantize_nvfp4_four_over_six(weight: torch.Tensor, global_scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize with the better of two scales for each block (arXiv 2512.02010, section 3).
 

@@ -64,6 +64,6 @@ def test_of_a_copy_of_verls_files_the_changes_count(tmp_path):
 
 
 def test_qerls_recipes_are_recipes_and_the_switch_itself_is_none():
-    _, keys = compose_with_keys("gsm8k_grpo", [])
-    assert {"trainer.n_gpus_per_node", "data.train_batch_size"} <= keys
+    _, keys = compose_with_keys("quickstart_cpu", [])
+    assert {"trainer.total_epochs", "data.train_batch_size"} <= keys
     assert "qerl.aqn.num_stages" in keys and "qerl.platform" not in keys

@@ -414,5 +414,6 @@ def test_transformers_decides_whether_flash_attn_is_there(
     monkeypatch.setattr(rules.importlib.util, "find_spec", lambda name: object())
     assert rules.has_flash_attention() is expected
     key = "actor_rollout_ref.model.override_config.attn_implementation"
-    assert OmegaConf.select(switched()[0], key) == (None if expected else "sdpa")
+    assert OmegaConf.select(switched()[0], key) == (None if expected else "qerl_packed")
+    assert switched()[0].actor_rollout_ref.model.use_fused_kernels is not expected
     assert OmegaConf.select(switched(on_cpu=True)[0], key) == "sdpa"
