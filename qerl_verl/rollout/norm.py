@@ -75,11 +75,7 @@ class NoisyRMSNorm(RMSNorm):
         super().__init__(hidden_size, *args, **kwargs)
         self.register_buffer("qerl_weight", None, persistent=False)
         config = get_current_vllm_config()
-        if (
-            not wants_noise(config.additional_config)
-            or not self.has_weight
-            or self.variance_size_override is not None
-        ):
+        if not wants_noise(config.additional_config) or not self.has_weight or self.variance_size_override is not None:
             return
         if config.model_config is not None and config.model_config.get_hidden_size() != hidden_size:
             return

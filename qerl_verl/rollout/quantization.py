@@ -59,10 +59,10 @@ class QeRLCompressedTensorsConfig(CompressedTensorsConfig):
     def get_quant_method(self, layer: torch.nn.Module, prefix: str):
         """vLLM's, with room for the adapter in linears that the checkpoint leaves in 16 bits."""
         method = super().get_quant_method(layer, prefix)
+        if type(method) is not UnquantizedLinearMethod:
+            return method  # of attention, vLLM also asks after a reload, when no configuration is set
         lora = lora_settings(get_current_vllm_config().additional_config)
-        if lora is not None and type(method) is UnquantizedLinearMethod:
-            return AdapterOnLinear(lora)
-        return method
+        return method if lora is None else AdapterOnLinear(lora)
 
     @staticmethod
     def get_cache_scale_mapper():

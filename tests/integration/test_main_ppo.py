@@ -157,9 +157,7 @@ def test_the_noise_that_acts_and_the_policy_that_sampled_are_logged(unbroken):
     for step in range(1, STEPS + 1):
         m = metrics[step]
         assert m["qerl/aqn_sigma_effective"] == pytest.approx(m["qerl/aqn_sigma"], rel=0.1)
-        assert m["qerl/aqn_sigma_effective_relative"] == pytest.approx(
-            m["qerl/aqn_sigma_effective_absolute"], rel=1e-3
-        )
+        assert m["qerl/aqn_sigma_effective_relative"] == pytest.approx(m["qerl/aqn_sigma_effective_absolute"], rel=1e-3)
         assert m["qerl/sampling_entropy"] == pytest.approx(m["actor/entropy"], rel=0.5)
         assert m["qerl/sampling_kl"] == pytest.approx(m["rollout_corr/k3_kl"], rel=1e-3)
         assert 0 < m["qerl/effective_sample_size"] <= 1 and 0 <= m["qerl/truncated_weights"] < 1

@@ -51,7 +51,9 @@ def prepare(name, on_cpu):
     config = load(name)
     QeRLSettings.from_mapping(OmegaConf.to_container(config.qerl, resolve=True))
     rules.apply_rules(config, set(), on_cpu=on_cpu, notify=lambda line: None)
-    return config, recipe.find_problems(config) + arms.find_problems(config, {}, installed=lambda package: {"vllm": "0.24.0"}.get(package, "0.50"))
+    return config, recipe.find_problems(config) + arms.find_problems(
+        config, {}, installed=lambda package: {"vllm": "0.24.0"}.get(package, "0.50")
+    )
 
 
 def test_the_recipes():

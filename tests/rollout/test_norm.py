@@ -58,10 +58,7 @@ def effective_weight(norm, rows=4096, seed=0):
         numerator, denominator = torch.zeros(2, norm.hidden_size, dtype=torch.float64)
         for _ in range(rows // 512):
             x = torch.randn(256, norm.hidden_size, generator=generator).to(norm.weight.dtype)
-            unit = (
-                x.float()
-                * (x.float().square().mean(-1, keepdim=True) + norm.variance_epsilon).rsqrt()
-            )
+            unit = x.float() * (x.float().square().mean(-1, keepdim=True) + norm.variance_epsilon).rsqrt()
             numerator += (norm(x.clone()).float() * unit).sum(0)
             denominator += unit.square().sum(0)
         halves.append(numerator / denominator)
@@ -102,13 +99,9 @@ SLOW = pytest.mark.slow
 def test_the_noise_that_acts_is_the_noise_that_was_drawn(dtype, size):
     """The smallest sigma of the default schedule. In a bfloat16 weight nothing of it is left from 1
     on."""
-    clean = (
-        size * (0.75 + 0.5 * torch.rand(HIDDEN, generator=torch.Generator().manual_seed(1)))
-    ).to(dtype)
+    clean = (size * (0.75 + 0.5 * torch.rand(HIDDEN, generator=torch.Generator().manual_seed(1)))).to(dtype)
     norm = build(clean)
-    norm.qerl_captured = (
-        True  # the clean norm by the noised one's formula: the noise is all that changes
-    )
+    norm.qerl_captured = True  # the clean norm by the noised one's formula: the noise is all that changes
     std, mean, error = acting_noise(norm, injector(norm), seed=42, step=9, sigma=5e-4)
     assert std == pytest.approx(5e-4, rel=0.02)
     assert abs(mean) < 3 * error
@@ -139,9 +132,7 @@ def test_without_noise_the_bits_are_vllms(dtype):
     x, residual = ((3 * torch.randn(64, 1536, generator=generator)).to(dtype) for _ in range(2))
     for _ in range(2):
         assert torch.equal(norm(x.clone()), stock(x.clone()))
-        both = zip(
-            norm(x.clone(), residual.clone()), stock(x.clone(), residual.clone()), strict=True
-        )
+        both = zip(norm(x.clone(), residual.clone()), stock(x.clone(), residual.clone()), strict=True)
         assert all(torch.equal(a, b) for a, b in both)
         noise.set_noise(seed=1, step=1, sigma=0.1)
         assert not torch.equal(norm(x.clone()), stock(x.clone()))
@@ -159,9 +150,7 @@ def test_without_noise_the_bits_are_vllms_under_torchinductor_too(dtype):
     clean = (torch.randn(512, generator=generator).exp() * 0.5).to(dtype)
     x, residual = (torch.randn(32, 512, generator=generator).to(dtype) for _ in range(2))
     results = []
-    with ir.enable_torch_wrap(
-        False
-    ):  # TorchInductor sees the operations, as after vLLM's lowering pass
+    with ir.enable_torch_wrap(False):  # TorchInductor sees the operations, as after vLLM's lowering pass
         for noise in (True, False):
             norm = build(clean, noise=noise)
             torch._dynamo.reset()
@@ -172,9 +161,7 @@ def test_without_noise_the_bits_are_vllms_under_torchinductor_too(dtype):
 
 
 @pytest.mark.parametrize("batch_invariant", ["0", "1"])
-def test_on_a_gpu_vllms_batch_invariant_kernel_gets_the_float32_weight(
-    monkeypatch, batch_invariant
-):
+def test_on_a_gpu_vllms_batch_invariant_kernel_gets_the_float32_weight(monkeypatch, batch_invariant):
     """The kernel, which is Triton's, is stood in for; a clean norm goes vLLM's own way."""
     import vllm.model_executor.layers.layernorm as theirs
 
@@ -217,14 +204,10 @@ def test_norms_of_another_width_than_the_models_are_left_to_vllm():
 
 def test_vllm_builds_ours_under_its_own_name_and_another_plugins_norm_is_refused(monkeypatch):
     assert type(build(torch.ones(8), noise=False)) is NoisyRMSNorm
-    assert (
-        NoisyRMSNorm.name == RMSNorm.name == "rms_norm"
-    )  # what compilation_config.custom_ops goes by
+    assert NoisyRMSNorm.name == RMSNorm.name == "rms_norm"  # what compilation_config.custom_ops goes by
     register_norm()  # twice is once
     monkeypatch.setitem(op_registry_oot, "RMSNorm", dict)
-    with pytest.raises(
-        RuntimeError, match="builtins.dict has replaced vLLM's RMSNorm.*VLLM_PLUGINS"
-    ):
+    with pytest.raises(RuntimeError, match="builtins.dict has replaced vLLM's RMSNorm.*VLLM_PLUGINS"):
         register_norm()
 
 
