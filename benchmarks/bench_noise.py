@@ -157,7 +157,9 @@ def run_engine(noise: bool, eager: bool, args: argparse.Namespace) -> dict:
             detokenize=False,
         )
         found = []
-        for output in llm.generate(make_prompts(min(4, max(args.sequences)), 64, 1), parameters, use_tqdm=False):
+        # one after the other: which prompts share a step depends on when they arrive, and roundings on that
+        prompts = make_prompts(min(4, max(args.sequences)), 64, 1)
+        for output in (llm.generate([prompt], parameters, use_tqdm=False)[0] for prompt in prompts):
             prompt = zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True)
             found += [place[token].logprob for token, place in prompt]
             found += [next(iter(place.values())).logprob for place in output.outputs[0].logprobs]
