@@ -1,10 +1,10 @@
-"""`python -m verl.trainer.main_ppo` with the switch, in real processes: verl, Ray, vLLM.
+"""`python -m verl.trainer.main_ppo` with the switch, in real processes: verl, Ray, vLLM. Five runs, at each of which many tests look.
 
-One run trains four steps with GRPO, validates and saves; a second one starts from its checkpoint of step 2 and has to arrive
-where the first one did; it goes on with RLOO, a KL loss and settings of verl's example scripts, on which nothing depends that
-it must restore. A third runs the GSM8K recipe, with REINFORCE++ and CISPO's loss and the asynchronous trainer, through verl's
-own reward. PPO with a critic trains two steps and is resumed after the first, with the trainer whose rollout has a slot of its
-own (``separate_async.py`` looks closer at that one, by hand).
+The first trains with GRPO, validates, saves, and is killed while it saves step 6. The second starts from what is left, the
+checkpoint of step 4 beside half of another one, and has to go on where the first one was: under the GSM8K recipe with RLOO, a KL loss
+and settings of verl's example scripts, on which nothing depends that it must restore. PPO with a critic trains two steps and is
+resumed after the first, with the trainer whose rollout has a slot of its own. The last runs the GSM8K recipe with REINFORCE++,
+CISPO's loss and the asynchronous trainer, through verl's own reward.
 """
 
 import json
@@ -17,18 +17,24 @@ from pathlib import Path
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+from crash_table import START_SECONDS, kill_at  # noqa: E402
+from tiny_job import Job, checkpoint_differences  # noqa: E402
+
 from qerl_verl.aqn.schedule import AQNSchedule
 from qerl_verl.config.settings import AQNSettings
 from qerl_verl.data.prompts import write_parquet
 from qerl_verl.quickstart.arithmetic import rows, split
+from qerl_verl.trainer.checkpoints import find_damage, find_resumable, list_checkpoints
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(3600)]
 
 HERE = Path(__file__).parent
-STEPS = 4
+STEPS = 6
 RECIPE = [
     "+qerl=nvfp4",
-    "qerl.aqn.num_stages=4",
+    f"qerl.aqn.num_stages={STEPS}",
     "qerl.aqn.sigma_start=0.05",
     "qerl.aqn.sigma_end=0.005",
     "algorithm.adv_estimator=grpo",
@@ -54,6 +60,11 @@ RECIPE = [
 
 EXAMPLE_SCRIPTS = [
     "algorithm.adv_estimator=rloo",
+    # what the first run left at verl's values and the recipe sets
+    "actor_rollout_ref.model.lora_alpha=16",
+    "actor_rollout_ref.rollout.val_kwargs.do_sample=False",
+    "actor_rollout_ref.rollout.val_kwargs.temperature=0",
+    "actor_rollout_ref.rollout.max_num_batched_tokens=2048",
     "actor_rollout_ref.actor.strategy=fsdp",
     "actor_rollout_ref.model.use_remove_padding=True",
     "actor_rollout_ref.actor.use_dynamic_bsz=True",
@@ -108,53 +119,62 @@ def common(tmp_path_factory, bf16_checkpoint):
 
 
 @pytest.fixture(scope="module")
-def unbroken(common):
+def first(common):
+    """Checkpoints, metrics and log of a run that is killed in the middle of the save of step 6, how it ended, and its checkpoints as
+    they were in the middle of the update of step 4."""
     folder, overrides = common
-    metrics, log = train(folder / "unbroken", *overrides, f"trainer.default_local_dir={folder / 'checkpoints'}")
-    return folder / "checkpoints", metrics, log
+    checkpoints = folder / "first" / "checkpoints"
+    hooks = ["actor_rollout_ref.model.external_lib=repeatable", f"trainer.default_local_dir={checkpoints}"]
+    job = Job(folder / "first", [*overrides, *hooks], hold_folder=folder / "hold").start()
+    try:
+        job.hold("update", 4)
+        job.wait_until(job.held, START_SECONDS, "update of step 4")
+        shutil.copytree(checkpoints, folder / "in_update")
+        end = kill_at(job, "actor", "save", STEPS)
+    finally:
+        job.end()
+    return checkpoints, job.metrics(), job.log.read_text(), end, folder / "in_update"
 
 
 @pytest.fixture(scope="module")
-def resumed(common, unbroken):
+def resumed(common, first):
     folder, overrides = common
-    (folder / "again").mkdir()
-    shutil.copytree(unbroken[0] / "global_step_2", folder / "again" / "global_step_2")
-    half = folder / "again" / "global_step_3"  # as if the run had been killed while it saved that
-    shutil.copytree(unbroken[0] / "global_step_4", half)
-    (half / "actor" / "optim_world_size_1_rank_0.pt").unlink()
-    (folder / "again" / "latest_checkpointed_iteration.txt").write_text("3")
+    again = shutil.copytree(first[0], folder / "again")
+    (again / "latest_checkpointed_iteration.txt").write_text("6")  # as if it named the half checkpoint
+    recipe = ["--config-path=pkg://qerl_verl.recipes", "--config-name=gsm8k_grpo"]
+    overrides = [o for o in overrides if o != "+qerl=nvfp4"]  # the recipe has the switch
     metrics, log = train(
-        folder / "resumed", *overrides, *EXAMPLE_SCRIPTS, f"trainer.default_local_dir={folder / 'again'}"
+        folder / "resumed", *recipe, *overrides, *EXAMPLE_SCRIPTS, f"trainer.default_local_dir={again}"
     )
-    return folder / "again", metrics, log
+    return again, metrics, log
 
 
-SCHEDULE = AQNSchedule(AQNSettings(sigma_start=0.05, sigma_end=0.005, num_stages=4), STEPS)
+SCHEDULE = AQNSchedule(AQNSettings(sigma_start=0.05, sigma_end=0.005, num_stages=STEPS), STEPS)
 
 
-def test_trains_under_the_noise_schedule_and_logs_it(unbroken):
-    _, metrics, _ = unbroken
-    for step in range(1, STEPS + 1):
+def test_trains_under_the_noise_schedule_and_logs_it(first):
+    metrics = first[1]
+    for step in range(1, STEPS):
         m = metrics[step]
         assert m["qerl/aqn_stage"] == step - 1 and m["qerl/aqn_sigma"] == pytest.approx(SCHEDULE.sigma(step))
         assert m["actor/entropy"] > 0 and m["actor/grad_norm"] > 0
         assert m["actor/lr"] == pytest.approx(1e-2 * step / 8)
-    assert metrics[1]["qerl/aqn_sigma"] == 0 and metrics[STEPS]["qerl/aqn_sigma"] == 0.005
+    assert metrics[1]["qerl/aqn_sigma"] == 0 and metrics[2]["qerl/aqn_sigma"] == 0.05
 
 
-def test_rollout_and_training_agree_without_noise_and_part_with_it(unbroken):
-    """Both run the same NVFP4 base, so without noise they differ by bfloat16's rounding alone."""
-    _, metrics, _ = unbroken
-    difference = {step: metrics[step]["training/rollout_probs_diff_mean"] for step in range(1, STEPS + 1)}
-    assert difference[1] < 2e-3
+def test_rollout_and_training_agree_without_noise_and_part_with_it(first):
+    """Both run the same NVFP4 base, so without noise a probability differs by bfloat16's rounding alone."""
+    metrics = first[1]
+    difference = {step: metrics[step]["training/rollout_probs_diff_mean"] for step in range(1, STEPS)}
+    assert difference[1] < torch.finfo(torch.bfloat16).eps
     assert difference[2] > 2 * difference[1]  # sigma 0.05
     assert metrics[1]["rollout_corr/rollout_is_mean"] == pytest.approx(1.0, abs=0.05)
 
 
-def test_the_noise_that_acts_and_the_policy_that_sampled_are_logged(unbroken):
+def test_the_noise_that_acts_and_the_policy_that_sampled_are_logged(first):
     """The tiny model's norm weights are 1, so both units say the same; 512 channels receive noise."""
-    _, metrics, log = unbroken
-    for step in range(1, STEPS + 1):
+    _, metrics, log, _, _ = first
+    for step in range(1, STEPS):
         m = metrics[step]
         assert m["qerl/aqn_sigma_effective"] == pytest.approx(m["qerl/aqn_sigma"], rel=0.1)
         assert m["qerl/aqn_sigma_effective_relative"] == pytest.approx(m["qerl/aqn_sigma_effective_absolute"], rel=1e-3)
@@ -165,16 +185,15 @@ def test_the_noise_that_acts_and_the_policy_that_sampled_are_logged(unbroken):
     assert log.count("AQN on this model: the root mean square of a noised norm's weight is 1 (median; 1 to 1)") == 1
 
 
-def test_names_the_kernels_that_ran(unbroken):
-    log = unbroken[2]
+def test_names_the_kernels_that_ran(first):
+    log = first[2]
     assert "[qerl] kernel: actor NVFP4 linear = PyTorch" in log
     assert "[qerl] kernel: rollout NVFP4 linear = PyTorch" in log
     assert "[qerl] platform: cpu" in log
 
 
-def test_a_checkpoint_records_the_policy_and_the_users_model(unbroken, resumed, bf16_checkpoint):
-    for folder in (unbroken[0], resumed[0]):
-        checkpoint = folder / "global_step_4"
+def test_a_checkpoint_records_the_policy_and_the_users_model(first, resumed, bf16_checkpoint):
+    for checkpoint in (first[0] / "global_step_4", resumed[0] / "global_step_6"):
         record = json.loads((checkpoint / "qerl_checkpoint.json").read_text())
         policy, model = record["policy"], "actor_rollout_ref.model"
         assert record["total_training_steps"] == STEPS and policy["qerl.aqn.sigma_start"] == 0.05
@@ -184,28 +203,45 @@ def test_a_checkpoint_records_the_policy_and_the_users_model(unbroken, resumed, 
         assert "README.md" in {Path(name).name for name in record["files"]}
 
 
-def test_a_checkpoint_is_small_and_its_adapter_is_pefts(unbroken):
+def test_a_checkpoint_is_small_and_its_adapter_is_pefts(first):
     from safetensors.torch import load_file
 
-    actor = unbroken[0] / "global_step_4" / "actor"
+    actor = first[0] / "global_step_4" / "actor"
     state = torch.load(actor / "model_world_size_1_rank_0.pt", weights_only=False)
     assert state and all("lora_" in name for name in state)
     adapter = load_file(actor / "lora_adapter" / "adapter_model.safetensors")
     assert any(t.abs().max() > 0 for n, t in adapter.items() if "lora_B" in n)
 
 
-def test_resuming_restores_adapter_optimizer_scheduler_data_and_noise(unbroken, resumed):
-    _, before, _ = unbroken
+def test_in_the_middle_of_an_update_the_checkpoint_before_is_there_untouched(first):
+    checkpoints, _, _, _, in_update = first
+    assert [f.name for f in list_checkpoints(in_update)] == ["global_step_2"]
+    assert find_resumable(in_update, print) == in_update / "global_step_2"
+    assert checkpoint_differences(in_update / "global_step_2", checkpoints / "global_step_2") == []
+    assert checkpoint_differences(in_update / "global_step_2", checkpoints / "global_step_4") != []
+
+
+def test_a_kill_in_the_middle_of_a_save_ends_the_job_and_leaves_the_checkpoint_before(first):
+    checkpoints, metrics, _, end, _ = first
+    assert end["ended"].endswith("code 1") and end["outlived"] == []
+    assert 0 < end["files"] < 10 and list((checkpoints / "global_step_6" / "actor").glob("optim_*"))
+    assert find_damage(checkpoints / "global_step_6") is not None
+    assert find_resumable(checkpoints, print) == checkpoints / "global_step_4"
+    assert max(metrics) == 5 and metrics[5]["actor/grad_norm"] > 0
+
+
+def test_resuming_restores_adapter_optimizer_scheduler_data_and_noise(first, resumed):
+    before = first[1]
     folder, after, _ = resumed
-    assert sorted(s for s in after if "actor/lr" in after[s]) == [3, 4]
-    # greedy validation right after the resume is that of the unbroken run at step 2: same adapter in the rollout, no noise
-    assert validation(after[2]) == validation(before[2])
-    assert validation(before[2]) != validation(before[0])
-    for step in (3, 4):
-        for name in ("qerl/aqn_sigma", "qerl/aqn_stage", "actor/lr"):
-            assert after[step][name] == before[step][name], (step, name)
-        assert after[step]["prompt_length/mean"] == before[step]["prompt_length/mean"]  # the same prompts
-    actor = folder / "global_step_4" / "actor"
+    assert sorted(s for s in after if "actor/lr" in after[s]) == [5, 6]
+    # greedy validation right after the resume is that of the first run at step 4: same adapter in the rollout, no noise
+    assert validation(after[4]) == validation(before[4])
+    assert validation(before[4]) != validation(before[0])
+    for name in ("qerl/aqn_sigma", "qerl/aqn_stage", "actor/lr"):
+        assert after[5][name] == before[5][name], name
+    assert after[5]["prompt_length/mean"] == before[5]["prompt_length/mean"]  # the same prompts
+    assert after[6]["qerl/aqn_sigma"] == 0.005 and after[6]["actor/lr"] == pytest.approx(1e-2 * 6 / 8)
+    actor = folder / "global_step_6" / "actor"
     optimizer = torch.load(actor / "optim_world_size_1_rank_0.pt", weights_only=False)
     assert {int(s["step"]) for s in optimizer["state"].values()} == {2 * STEPS}  # two mini-batches a step
     extra = torch.load(actor / "extra_state_world_size_1_rank_0.pt", weights_only=False)
@@ -214,13 +250,13 @@ def test_resuming_restores_adapter_optimizer_scheduler_data_and_noise(unbroken, 
 
 def test_a_half_checkpoint_is_passed_over(resumed):
     folder, _, log = resumed
-    assert f"{folder / 'global_step_3'} is passed over: actor/optim_world_size_1_rank_0.pt is missing" in log
-    assert f"resuming from {folder / 'global_step_2'}" in log
+    assert f"{folder / 'global_step_6'} is passed over: " in log
+    assert f"resuming from {folder / 'global_step_4'}" in log
 
 
 def test_rloo_and_a_kl_loss_run_under_the_settings_of_verls_example_scripts(resumed):
     _, metrics, log = resumed
-    for step in (3, 4):
+    for step in (5, 6):
         assert metrics[step]["actor/grad_norm"] > 0
         assert metrics[step]["actor/kl_loss"] > 0  # the reference is the base without the adapter
         assert metrics[step]["critic/advantages/min"] < 0 < metrics[step]["critic/advantages/max"]
