@@ -21,8 +21,8 @@ $(VENV)/.ready-test: $(VENV)/.ready requirements/test.txt
 	$(BIN)/python -m pip --disable-pip-version-check install -q --no-deps -r requirements/test.txt
 	touch $@
 
-# Two workers side by side, and one of them for everything that starts Ray or a vLLM engine (tests/conftest.py, ALONE).
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+# Two workers side by side, and one of them for everything that starts Ray or a vLLM engine (tests/conftest.py, ALONE_PLACES).
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 test: setup $(VENV)/.ready-test
 	$(PYTEST) -m "not slow" $(ARGS)

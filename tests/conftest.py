@@ -21,18 +21,38 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 ALONE = ("integration", "engine")
 """Marks of tests that start Ray or a vLLM engine. They need up to 10 GB, so one worker runs all of them, one after the other."""
 
+ALONE_PLACES = ("tests/integration/", "tests/rollout/test_live_engine.py")
+"""Where such tests are: folders, and files with their names."""
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Give each file to one worker, for the sake of its fixtures, and what runs alone to one worker as a whole.
+
+    pytest-xdist 3.8 marks groups in a private field that pytest 9.2 does not read any more, so ``--dist loadgroup`` divides
+    nothing there. The files are told apart by their names.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduler(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "alone" if nodeid.startswith(ALONE_PLACES) else nodeid.partition("::")[0]
+
+    return Scheduler(config, log)
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Put each file, for the sake of its fixtures, and all tests of :data:`ALONE` into one group of ``--dist loadgroup``.
+    """What runs alone takes longest and starts first (``--no-loadscope-reorder`` keeps the order).
 
-    Groups start in the order in which they are collected (``--no-loadscope-reorder``): what runs alone takes longest.
+    Raises:
+        pytest.UsageError: a test that starts Ray or an engine lies outside :data:`ALONE_PLACES`.
     """
     for item in items:
-        alone = any(mark in item.keywords for mark in ALONE)
-        item.add_marker(pytest.mark.xdist_group("alone" if alone else item.path.parent.name + "/" + item.path.stem))
+        if any(mark in item.keywords for mark in ALONE) and not item.nodeid.startswith(ALONE_PLACES):
+            raise pytest.UsageError(f"{item.nodeid} is marked as one of {ALONE}, but lies outside {ALONE_PLACES}")
     if "PYTEST_XDIST_WORKER" in os.environ:
-        items.sort(key=lambda item: item.get_closest_marker("xdist_group").args[0] != "alone")
+        items.sort(key=lambda item: not item.nodeid.startswith(ALONE_PLACES))
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="needs an NVIDIA GPU")
         for item in items:
