@@ -49,7 +49,7 @@ def pytest_collection_modifyitems(items):
         pytest.UsageError: a test that starts Ray or an engine lies outside :data:`ALONE_PLACES`.
     """
     for item in items:
-        if any(mark in item.keywords for mark in ALONE) and not item.nodeid.startswith(ALONE_PLACES):
+        if any(item.get_closest_marker(mark) for mark in ALONE) and not item.nodeid.startswith(ALONE_PLACES):
             raise pytest.UsageError(f"{item.nodeid} is marked as one of {ALONE}, but lies outside {ALONE_PLACES}")
     if "PYTEST_XDIST_WORKER" in os.environ:
         items.sort(key=lambda item: not item.nodeid.startswith(ALONE_PLACES))
