@@ -61,7 +61,9 @@ def test_a_worker_notes_message_queues_and_the_end_removes_those_that_nobody_use
 
 
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES])
-def test_a_full_folder_for_temporary_files_does_not_end_a_weight_sync(host, mapped, monkeypatch, caplog, error):
+def test_a_full_folder_for_temporary_files_does_not_end_a_weight_sync(host, mapped, monkeypatch, error):
+    lines = []
+    monkeypatch.setattr(job_folder.logger, "warning", lambda text, *arguments: lines.append(text % arguments))
     folder = job_folder.open_job_folder()
     monkeypatch.setenv(job_folder.JOB_FOLDER_ENV, str(folder))
 
@@ -70,7 +72,7 @@ def test_a_full_folder_for_temporary_files_does_not_end_a_weight_sync(host, mapp
 
     monkeypatch.setattr(Path, "write_text", fails)
     job_folder.note_segments()
-    assert os.strerror(error) in caplog.text and "the run goes on" in caplog.text
+    assert any(os.strerror(error) in line and "the run goes on" in line for line in lines)
     monkeypatch.setattr(Path, "read_text", fails)
     monkeypatch.setattr(Path, "unlink", fails)
     (folder / "segments" / "1").touch()
