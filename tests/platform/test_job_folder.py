@@ -2,6 +2,7 @@
 
 import errno
 import inspect
+import logging
 import mmap
 import os
 import subprocess
@@ -78,6 +79,14 @@ def test_a_full_folder_for_temporary_files_does_not_end_a_weight_sync(host, mapp
     (folder / "segments" / "1").touch()
     job_folder.close_job_folder(folder, patience=0.0)
     assert not folder.exists()
+
+
+def test_a_warning_comes_also_where_a_library_raised_the_level_of_all_loggers(monkeypatch):
+    root = logging.getLogger()
+    monkeypatch.setattr(root, "level", logging.ERROR)
+    root.manager._clear_cache()
+    assert job_folder.logger.isEnabledFor(logging.WARNING)
+    root.manager._clear_cache()
 
 
 def test_a_folder_that_cannot_be_finished_is_an_error_and_leaves_nothing(host, monkeypatch):
