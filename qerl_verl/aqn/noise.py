@@ -109,7 +109,9 @@ class NoiseInjector:
         self.targets = dict(targets)
 
     @torch.no_grad()
-    def set_noise(self, seed: int, step: int, sigma: float, unit: str = "absolute") -> None:
+    def set_noise(
+        self, seed: int, step: int, sigma: float, unit: str = "absolute", rounding: str = "none"
+    ) -> None:
         """Make every live weight the clean one plus the noise of ``step``; with ``sigma`` 0 exactly
         the clean one.
 
@@ -121,6 +123,7 @@ class NoiseInjector:
             sigma: standard deviation, in ``unit``.
             unit: ``absolute``, or ``relative``: to the root mean square of each norm's clean
                 weight.
+            rounding: ``none``, or ``weight``: the sum is rounded to the dtype of the clean weight.
 
         Raises:
             FloatingPointError: a noised weight is not finite; the message names it. No target has
@@ -132,6 +135,8 @@ class NoiseInjector:
             if sigma:
                 scale = root_mean_square(value) if unit == "relative" else 1.0
                 value = value + draw_noise(seed, step, name, value.numel(), sigma * scale)
+                if rounding == "weight":
+                    value = value.to(target.clean.dtype).float()
                 if not torch.isfinite(value).all():
                     raise FloatingPointError(f"the noise of step {step} makes {name}.weight non-finite (sigma {sigma})")
             values[name] = value

@@ -17,6 +17,7 @@ PLATFORMS = ("auto", "cuda", "cpu")
 ADAPTIVE = "adaptive"
 SCHEDULES = ("exponential", "linear", "cosine", "logarithmic", ADAPTIVE)
 NOISE_UNITS = ("absolute", "relative")
+NOISE_ROUNDING = ("none", "weight")
 QUANTIZATION_METHODS = ("auto", "rtn", "four-over-six", "gptq")
 
 
@@ -44,6 +45,9 @@ class AQNSettings:
         seed: with the trainer's step and the layer's name, determines the noise.
         unit: of sigma: ``absolute``, as in the paper, or ``relative`` to the root mean square of
             each norm's weight.
+        rounding: of the noised weight: ``none``, it acts in float32 as drawn; ``weight``, it is
+            rounded to the dtype of the norm's weight, which takes small noise off. That is what an
+            implementation that writes the noise into a 16-bit weight does; for comparisons.
         target_kl: divergence of the sampling policy from the clean one that ``schedule=adaptive``
             keeps, nats a token. Above 0 and below 1; None with the other schedules.
     """
@@ -55,6 +59,7 @@ class AQNSettings:
     schedule: str = "exponential"
     seed: int = 42
     unit: str = "absolute"
+    rounding: str = "none"
     target_kl: float | None = None
 
 
@@ -177,6 +182,8 @@ class QeRLSettings:
             out.append(f"qerl.aqn.schedule={aqn.schedule}: choose one of {', '.join(SCHEDULES)}")
         if aqn.unit not in NOISE_UNITS:
             out.append(f"qerl.aqn.unit={aqn.unit}: choose one of {', '.join(NOISE_UNITS)}")
+        if aqn.rounding not in NOISE_ROUNDING:
+            out.append(f"qerl.aqn.rounding={aqn.rounding}: choose one of {', '.join(NOISE_ROUNDING)}")
         out += _target_problems(aqn)
         for name in ("sigma_start", "sigma_end"):
             value = getattr(aqn, name)

@@ -111,7 +111,9 @@ class QeRLWorkerExtension(vLLMColocateWorkerExtension):
                 digest.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
-    def qerl_set_noise(self, seed: int, step: int, sigma: float, unit: str = "absolute") -> dict[str, float]:
+    def qerl_set_noise(
+        self, seed: int, step: int, sigma: float, unit: str = "absolute", rounding: str = "none"
+    ) -> dict[str, float]:
         """Put the noise of a training step on the norms of this worker's part of the model; ``sigma`` 0 takes it off.
 
         Every rank draws the same, see :func:`qerl_verl.aqn.noise.draw_noise`. The engine must be awake.
@@ -120,7 +122,7 @@ class QeRLWorkerExtension(vLLMColocateWorkerExtension):
             What acts now, see :meth:`qerl_verl.aqn.noise.NoiseInjector.measure`.
         """
         injector = self._qerl_noise_injector()
-        injector.set_noise(seed, step, sigma, unit)
+        injector.set_noise(seed, step, sigma, unit, rounding)
         return injector.measure()
 
     def qerl_norm_weights(self) -> dict[str, list[float]]:

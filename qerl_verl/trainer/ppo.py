@@ -382,7 +382,7 @@ class AQNTrainerMixin(RunLengthMixin, WholeCheckpointsMixin):
             return []
         servers = [replica.server_handle for replica in replicas]
         aqn = self.qerl_settings.aqn
-        arguments = {"seed": aqn.seed, "step": step, "sigma": sigma, "unit": aqn.unit}
+        arguments = {"seed": aqn.seed, "step": step, "sigma": sigma, "unit": aqn.unit, "rounding": aqn.rounding}
         acting = ray.get([s.qerl_set_noise.remote(**arguments) for s in servers])
         ray.get([s.clear_kv_cache.remote() for s in servers])
         return [worker for server in acting for worker in server]

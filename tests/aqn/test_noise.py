@@ -155,6 +155,17 @@ def test_what_acts_is_read_from_the_live_weights():
     assert injector.measure()["absolute"] != pytest.approx(0.01, rel=0.01)
 
 
+def test_rounding_to_the_weights_dtype_takes_small_noise_off():
+    targets = make_targets(1.5, 3.0)
+    injector = NoiseInjector(targets)
+    injector.set_noise(seed=3, step=2, sigma=5e-4, rounding="weight")
+    for target in targets.values():
+        assert torch.equal(target.live, target.live.bfloat16().float())
+    assert injector.measure()["absolute"] < 5e-5
+    injector.set_noise(seed=3, step=2, sigma=5e-4)
+    assert injector.measure()["absolute"] == pytest.approx(5e-4, rel=0.01)
+
+
 def test_the_norm_is_told_whether_it_is_noised():
     told, weight = [], torch.ones(8)
     injector = NoiseInjector({"norm": NoiseTarget(clean=weight, live=weight.clone(), switch=told.append)})

@@ -24,6 +24,7 @@ def test_defaults_are_the_papers():
         schedule="exponential",
         seed=42,
         unit="absolute",
+        rounding="none",
         target_kl=None,
     )
     assert settings.platform == "auto" and settings.cache_dir is None
@@ -50,6 +51,7 @@ def test_values_are_taken_over():
         ({"aqn": {"num_stages": 1}}, "qerl.aqn.num_stages=1", "At least 2".lower()),
         ({"aqn": {"schedule": "step"}}, "qerl.aqn.schedule=step", "cosine"),
         ({"aqn": {"unit": "percent"}}, "qerl.aqn.unit=percent", "choose one of absolute, relative"),
+        ({"aqn": {"rounding": "up"}}, "qerl.aqn.rounding=up", "choose one of none, weight"),
         ({"aqn": {"schedule": "adaptive"}}, "qerl.aqn.schedule=adaptive", "set qerl.aqn.target_kl"),
         ({"aqn": {"target_kl": 1e-3}}, "qerl.aqn.target_kl=0.001", "only qerl.aqn.schedule=adaptive follows a target"),
         ({"aqn": {"schedule": "adaptive", "target_kl": 0}}, "qerl.aqn.target_kl=0.0", "above 0 and below 1"),
