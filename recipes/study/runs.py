@@ -1,0 +1,146 @@
+"""Arms and seeds of the study as runs of ``verl.trainer.main_ppo``, several side by side."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+SHARED = ("common",)
+"""Files of this folder that are no arms."""
+
+ARMS = tuple(sorted(file.stem for file in HERE.glob("*.yaml") if file.stem not in SHARED))
+SCALES = tuple(sorted(file.stem for file in (HERE / "scale").glob("*.yaml")))
+POLL_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class Run:
+    """One arm with one seed."""
+
+    arm: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """As the recipe's ``trainer.experiment_name``."""
+        return f"{self.arm}_s{self.seed}"
+
+
+def parse_arm(text: str) -> list[Run]:
+    """``nvfp4:1-3,7`` as runs; without seeds, seed 1.
+
+    Raises:
+        SystemExit: an unknown arm, or seeds that are no numbers; the message says what there is.
+    """
+    arm, _, seeds = text.partition(":")
+    if arm not in ARMS:
+        raise SystemExit(f"{arm}: no arm of the study; there are {', '.join(ARMS)}")
+    found: list[int] = []
+    for part in (seeds or "1").split(","):
+        low, _, high = part.partition("-")
+        if not low.isdigit() or (high and not high.isdigit()):
+            raise SystemExit(f"{text}: seeds are numbers and ranges, e.g. {arm}:1-3,7")
+        found += range(int(low), int(high or low) + 1)
+    return [Run(arm, seed) for seed in found]
+
+
+def metrics_file(out: Path, run: Run) -> Path:
+    """Where verl's file logger writes the run's metrics, one JSON object a step."""
+    return out / "runs" / run.name / "metrics.jsonl"
+
+
+def is_finished(out: Path, run: Run) -> bool:
+    """Whether the run has ended by itself."""
+    return (out / "runs" / run.name / "finished.json").exists()
+
+
+def command(run: Run, out: Path, scale: str, overrides: Sequence[str]) -> list[str]:
+    """What a person would type for this run."""
+    return [
+        sys.executable, "-m", "verl.trainer.main_ppo", "--config-path", "pkg://qerl_verl.recipes",
+        "--config-name", f"study/{run.arm}", f"study/scale={scale}", f"study.out={out}", f"study.seed={run.seed}", *overrides,
+    ]  # fmt: skip
+
+
+def run_all(
+    wanted: Sequence[Run],
+    out: Path,
+    scale: str,
+    gpus: Sequence[str],
+    per_gpu: int,
+    stagger: float,
+    overrides: Sequence[str] = (),
+) -> int:
+    """Run what has not finished yet, ``per_gpu`` side by side on each GPU, in the order given.
+
+    Args:
+        wanted: the runs.
+        out: folder of the study.
+        scale: a file of ``scale/``.
+        gpus: names for ``CUDA_VISIBLE_DEVICES``; empty on a CPU.
+        per_gpu: runs side by side on one GPU.
+        stagger: seconds between two starts.
+        overrides: ``key=value`` for all runs.
+
+    Returns:
+        0 if every run has finished, else 1. The log of a run is ``runs/NAME/log.txt``.
+    """
+    out = out.absolute()
+    waiting = [run for run in wanted if not is_finished(out, run)]
+    slots = [gpu for _ in range(per_gpu) for gpu in (gpus or [None])]
+    running: dict[subprocess.Popen, tuple[Run, str | None, float]] = {}
+    failed = []
+    print(
+        f"{len(wanted)} runs, {len(wanted) - len(waiting)} of them finished already; {len(slots)} side by side",
+        flush=True,
+    )
+    while waiting or running:
+        while waiting and slots:
+            run, gpu = waiting.pop(0), slots.pop(0)
+            running[_start(run, gpu, out, scale, overrides)] = (run, gpu, time.monotonic())
+            print(f"{run.name}: started" + (f" on GPU {gpu}" if gpu else ""), flush=True)
+            time.sleep(stagger)
+        for process in [p for p in running if p.poll() is not None]:
+            run, gpu, begin = running.pop(process)
+            slots.append(gpu)
+            seconds = time.monotonic() - begin
+            if process.returncode == 0:
+                record = {"command": command(run, out, scale, overrides), "seconds": seconds}
+                (metrics_file(out, run).parent / "finished.json").write_text(json.dumps(record))
+                print(f"{run.name}: finished in {seconds:.0f} s; {len(waiting)} wait, {len(running)} run", flush=True)
+            else:
+                failed.append(run)
+                log = metrics_file(out, run).parent / "log.txt"
+                print(f"{run.name}: ended with {process.returncode} after {seconds:.0f} s, see {log}", flush=True)
+        time.sleep(POLL_SECONDS)
+    if failed:
+        print(
+            f"not finished: {', '.join(run.name for run in failed)}; the same command takes them up again", flush=True
+        )
+    return 1 if failed else 0
+
+
+def _start(run: Run, gpu: str | None, out: Path, scale: str, overrides: Sequence[str]) -> subprocess.Popen:
+    file = metrics_file(out, run)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if file.exists():  # verl's file logger begins a new file, also where the run resumes from a checkpoint
+        earlier = len(list(file.parent.glob("metrics.*.jsonl")))
+        file.rename(file.with_name(f"metrics.{earlier}.jsonl"))
+    environment = os.environ | {"VERL_FILE_LOGGER_PATH": str(file)}
+    if gpu is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = gpu
+    with open(file.parent / "log.txt", "a") as log:
+        return subprocess.Popen(
+            command(run, out, scale, overrides),
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )

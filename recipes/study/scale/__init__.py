@@ -1,0 +1,1 @@
+"""Models that the study runs on, with the settings that fit them."""
