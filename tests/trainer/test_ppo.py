@@ -34,6 +34,7 @@ from qerl_verl.trainer.ppo import (
     WholeCheckpointsMixin,
 )
 from qerl_verl.trainer.run_length import RunLengthMixin
+from qerl_verl.trainer.run_record import RunRecordMixin
 
 TOTAL = 4
 
@@ -386,8 +387,8 @@ def test_our_trainers_are_verls_with_the_mixin_in_front():
         ("qerl_colocate_async", QeRLTrainerColocateAsync, PPOTrainerColocateAsync),
         ("qerl_separate_async", QeRLTrainerSeparateAsync, PPOTrainerSeparateAsync),
     ):
-        mixins = AQNTrainerMixin, RunLengthMixin, WholeCheckpointsMixin
-        assert get_trainer_cls(name) is ours and ours.__mro__[1:5] == (*mixins, theirs)
+        mixins = AQNTrainerMixin, RunLengthMixin, RunRecordMixin, WholeCheckpointsMixin
+        assert get_trainer_cls(name) is ours and ours.__mro__[1:6] == (*mixins, theirs)
         assert get_trainer_cls(ours.verl_mode) is theirs
 
 

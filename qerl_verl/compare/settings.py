@@ -1,0 +1,250 @@
+"""The configuration of a run, and whether runs with these configurations can be compared.
+
+Sources, the first that is there: the record that QeRL's trainers write beside the metrics
+(:mod:`qerl_verl.trainer.run_record`), Hydra's ``.hydra/config.yaml`` in the run's folder, the
+configuration that verl prints at the start of a console log.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qerl_verl.compare.runs import Run
+
+RECORD_SUFFIX = ".settings.json"
+"""Of the record beside ``<stem>.jsonl``: ``<stem>.settings.json``."""
+
+CONTENT = ".sha256"
+"""Ends the key of the record that holds the SHA-256 of what ``key`` names, a file or a list."""
+
+MODEL = "model"
+"""Stands for ``actor_rollout_ref.model.path`` before the switch replaced it by a folder of its
+cache."""
+
+_MUST_AGREE = (
+    "data.train_files",
+    "data.val_files",
+    "data.train_max_samples",
+    "data.val_max_samples",
+    "data.prompt_key",
+    "data.train_batch_size",
+    "data.max_prompt_length",
+    "data.max_response_length",
+    "data.custom_cls.",
+    "actor_rollout_ref.rollout.n",
+    "actor_rollout_ref.rollout.temperature",
+    "actor_rollout_ref.rollout.top_p",
+    "actor_rollout_ref.rollout.top_k",
+    "actor_rollout_ref.rollout.val_kwargs.",
+    "reward.custom_reward_function.",
+    "reward.reward_manager.",
+    "reward.reward_model.enable",
+    "reward.reward_model.model_path",
+    "custom_reward_function.",
+    "reward_model.",
+)
+"""Settings without which a reward means something else; with a dot at the end, all below."""
+
+_NOT_COMPARED = re.compile(
+    r"(^|\.)(_target_|seed|seed_.*)$"
+    r"|^ray_kwargs\.|^hydra\.|^global_profiler\.|^transfer_queue\.|profiler\.|rollout_trace|\.trace\."
+    r"|^trainer\.(project_name|experiment_name|default_local_dir|default_hdfs_dir|logger|resume_\w+|\w+_data_dir"
+    r"|save_freq|max_\w+_ckpt_to_keep|v1\.)"
+    r"|^qerl\.(policy|base_fingerprint|source_models|cache_dir)|^(actor_rollout_ref\.model|critic\.model)\.path$"
+    r"|tokenizer_path$|hf_config_path$|_dir$|\.sha256$"
+)
+"""Seeds, names, folders and what observes a run."""
+
+_SEEDS = (
+    "data.seed",
+    "actor_rollout_ref.rollout.seed",
+    "actor_rollout_ref.actor.fsdp_config.seed",
+    "qerl.aqn.seed",
+)
+
+
+def read_settings(path: Path, alone: bool) -> dict[str, Any] | None:
+    """The configuration of the run whose metrics are in ``path``, by dotted keys.
+
+    Args:
+        path: a metrics file or a console log.
+        alone: no other run has its metrics in the same folder, so that a ``.hydra`` folder below it
+            is this run's.
+
+    Returns:
+        None where no source is there or none can be read.
+    """
+    record = path.with_suffix(RECORD_SUFFIX)
+    if record.is_file():
+        try:
+            settings = json.loads(record.read_text())["settings"]
+            return _normalize(settings) if isinstance(settings, dict) else None
+        except (ValueError, KeyError, TypeError):
+            return None
+    if alone and (found := _hydra_settings(path.parent)):
+        return found
+    return _printed_settings(path)
+
+
+def _hydra_settings(folder: Path) -> dict[str, Any] | None:
+    """From the newest ``.hydra/config.yaml`` in the folder or up to three levels below it."""
+    import yaml
+
+    patterns = ("", "*/", "*/*/", "*/*/*/")
+    files = [f for p in patterns for f in folder.glob(f"{p}.hydra/config.yaml")]
+    for file in sorted(files, key=lambda f: f.stat().st_mtime, reverse=True):
+        try:
+            content = yaml.safe_load(file.read_text())
+        except (yaml.YAMLError, UnicodeDecodeError):
+            continue
+        if isinstance(content, dict) and "actor_rollout_ref" in content:
+            return _normalize(_resolve(_flatten(content)))
+    return None
+
+
+def _resolve(settings: dict[str, Any]) -> dict[str, Any]:
+    """Replace interpolations ``${a.b}`` of absolute keys by the values that they refer to."""
+
+    def resolve(value: Any, depth: int = 8) -> Any:
+        if isinstance(value, list):
+            return [resolve(item, depth) for item in value]
+        if not isinstance(value, str) or "${" not in value or not depth:
+            return value
+        if (match := _REFERENCE.fullmatch(value)) and match.group(1) in settings:
+            return resolve(settings[match.group(1)], depth - 1)
+        return _REFERENCE.sub(lambda m: str(resolve(settings.get(m.group(1), m.group(0)), depth - 1)), value)
+
+    return {key: resolve(value) for key, value in settings.items()}
+
+
+_REFERENCE = re.compile(r"\$\{([\w.]+)\}")
+_PRINTED_START = re.compile(r"^(\x1b\[\d+m\(TaskRunner\w* pid=\d+[^)]*\)\x1b\[0m |\(TaskRunner\w* pid=\d+[^)]*\) )?\{'")
+_PRINTED_LINES = 5000
+
+
+def _printed_settings(path: Path) -> dict[str, Any] | None:
+    """From the dictionary that ``verl.trainer.main_ppo`` prints before it trains."""
+    prefix, lines, depth = None, [], 0
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            if prefix is None:
+                match = _PRINTED_START.match(line)
+                if match is None or "'actor_rollout_ref'" not in line:
+                    continue
+                prefix = match.group(1) or ""
+            elif not line.startswith(prefix):
+                continue
+            lines.append(line[len(prefix) :])
+            depth += line.count("{") - line.count("}")
+            if depth <= 0 or len(lines) > _PRINTED_LINES:
+                break
+    try:
+        found = ast.literal_eval("".join(lines).strip())
+    except (ValueError, SyntaxError):
+        return None
+    return _normalize(_flatten(found)) if isinstance(found, dict) else None
+
+
+def _flatten(node: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(node, dict) or not node:
+        return {prefix: node}
+    out: dict[str, Any] = {}
+    for key, value in node.items():
+        out |= _flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    return out
+
+
+def _normalize(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """One form for all sources: a single data file is a list of one, and :data:`MODEL` is set."""
+    out = dict(settings)
+    for key in ("data.train_files", "data.val_files"):
+        if isinstance(out.get(key), str):
+            out[key] = [out[key]]
+    out[MODEL] = out.get("qerl.source_models.actor", out.get("actor_rollout_ref.model.path"))
+    return out
+
+
+def find_seed(settings: Mapping[str, Any] | None) -> int | None:
+    """The first seed that the user can set in verl's configuration and that has a value."""
+    values = ((settings or {}).get(key) for key in _SEEDS)
+    return next((v for v in values if isinstance(v, int) and not isinstance(v, bool)), None)
+
+
+@dataclass
+class Agreement:
+    """What the configurations of the compared runs have in common.
+
+    Attributes:
+        conflicts: sentences about what makes a comparison meaningless.
+        differing: key -> arm -> value, for the other settings that the arms do not share.
+        unknown: names of the runs whose settings are not known.
+    """
+
+    conflicts: list[str] = field(default_factory=list)
+    differing: dict[str, dict[str, Any]] = field(default_factory=dict)
+    unknown: list[str] = field(default_factory=list)
+
+
+def compare_settings(arms: Mapping[str, list[Run]]) -> Agreement:
+    """Compare the settings of all runs whose settings are known. A key that a run's configuration
+    lacks, as that of another version of verl, is not compared for this run.
+
+    Args:
+        arms: arm -> its runs.
+    """
+    out = Agreement(unknown=[run.name for runs in arms.values() for run in runs if run.settings is None])
+    known = {arm: [run for run in runs if run.settings is not None] for arm, runs in arms.items()}
+    everything = [run for runs in known.values() for run in runs]
+    keys = sorted({key for run in everything for key in run.settings if not _NOT_COMPARED.search(key)})
+    for key in keys:
+        having = {arm: [run for run in runs if key in run.settings] for arm, runs in known.items()}
+        if len(_by_value([run for runs in having.values() for run in runs], key)) < 2:
+            continue
+        mixed = {arm: runs for arm, runs in having.items() if len(_by_value(runs, key)) > 1}
+        if _must_agree(key):
+            out.conflicts.append(_disagreement(key, [run for runs in having.values() for run in runs]))
+        elif mixed:
+            out.conflicts += [
+                f"the runs of arm {arm} are not seeds of one arm, give each its own (ARM=GLOB): {_disagreement(key, runs)}"
+                for arm, runs in mixed.items()
+            ]
+        else:
+            out.differing[key] = {arm: runs[0].settings[key] for arm, runs in having.items() if runs}
+    return out
+
+
+def _must_agree(key: str) -> bool:
+    return any(key == k or (k.endswith(".") and key.startswith(k)) for k in _MUST_AGREE)
+
+
+def _by_value(runs: list[Run], key: str) -> list[list[Run]]:
+    """The runs, grouped by what counts as the same value: of a file its content, where the records
+    of all runs have it."""
+    content = f"{key}{CONTENT}"
+    if runs and all(run.settings.get(content) for run in runs):
+        key = content
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(json.dumps(run.settings[key], sort_keys=True, default=str), []).append(run)
+    return list(groups.values())
+
+
+def _disagreement(key: str, runs: list[Run]) -> str:
+    said = []
+    for group in _by_value(runs, key):
+        names = ", ".join(run.name for run in group[:3]) + (f" and {len(group) - 3} more" if len(group) > 3 else "")
+        said.append(f"{show_value(group[0].settings[key])} ({names})")
+    return f"{key} is {' and '.join(said)}"
+
+
+def show_value(value: Any) -> str:
+    """A setting's value for a sentence or a table."""
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return "null" if value is None else str(value)

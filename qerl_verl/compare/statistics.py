@@ -1,0 +1,155 @@
+"""Intervals over seeds: the percentile bootstrap (Efron and Tibshirani, An Introduction to the
+Bootstrap, 1993, chapter 13), with the runs of an arm as the sample.
+
+A run is the unit that is resampled, since the steps of one run depend on each other.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+_COLUMNS = 512
+"""Steps that are resampled at a time, to bound the memory."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with its percentile interval.
+
+    Attributes:
+        value: NaN where no run has one; infinite where most runs never reached it.
+        low, high: NaN where there is no interval.
+        runs: how many runs it rests on.
+    """
+
+    value: float
+    low: float = math.nan
+    high: float = math.nan
+    runs: int = 0
+
+    @property
+    def has_interval(self) -> bool:
+        return not math.isnan(self.low)
+
+
+@dataclass(frozen=True)
+class Bootstrap:
+    """How intervals are computed.
+
+    Attributes:
+        samples: number of resamples.
+        confidence: share that an interval covers.
+        seed: of the resampling. With the same seed, runs and name the interval is the same.
+    """
+
+    samples: int = 5000
+    confidence: float = 0.95
+    seed: int = 0
+
+    def _counts(self, runs: int, name: str) -> np.ndarray:
+        """``[samples, runs]`` float64: how often each run is drawn. ``name`` keeps the draws of two
+        arms independent."""
+        rng = np.random.default_rng([self.seed, zlib.crc32(name.encode())])
+        return rng.multinomial(runs, np.full(runs, 1 / runs), size=self.samples).astype(np.float64)
+
+    def _limits(self, estimates: np.ndarray, method: str = "linear") -> np.ndarray:
+        tail = (1 - self.confidence) / 2 * 100
+        return np.nanpercentile(estimates, [tail, 100 - tail], axis=0, method=method)
+
+    def mean(self, values: np.ndarray, name: str) -> Interval:
+        """Of ``[runs]``, one value a run; NaN is left out. No interval for a single run."""
+        values = values[~np.isnan(values)]
+        if len(values) == 0:
+            return Interval(math.nan)
+        if len(values) == 1:
+            return Interval(float(values[0]), runs=1)
+        estimates = self._counts(len(values), name) @ values / len(values)
+        low, high = self._limits(estimates)
+        return Interval(float(values.mean()), float(low), float(high), len(values))
+
+    def median(self, values: np.ndarray, name: str) -> Interval:
+        """The lower median of ``[runs]``, for values of which some are infinite: a run that has not
+        reached something counts as later than all others."""
+        values = np.sort(values[~np.isnan(values)])
+        if len(values) == 0:
+            return Interval(math.nan)
+        middle = (len(values) - 1) // 2
+        if len(values) == 1:
+            return Interval(float(values[0]), runs=1)
+        drawn = np.cumsum(self._counts(len(values), name), axis=1)
+        estimates = values[np.argmax(drawn > middle, axis=1)]
+        low, high = self._limits(estimates, method="inverted_cdf")
+        return Interval(float(values[middle]), float(low), float(high), len(values))
+
+    def difference(self, one: Mapping[str, float], other: Mapping[str, float], names: tuple[str, str]) -> Interval:
+        """Mean of ``one`` less mean of ``other``, resampled independently.
+
+        Args:
+            one, other: run -> value; NaN is left out.
+            names: of the two arms.
+        """
+        pairs = zip((one, other), names, strict=True)
+        parts = [(np.array([v for v in values.values() if not math.isnan(v)]), name) for values, name in pairs]
+        if not all(len(values) for values, _ in parts):
+            return Interval(math.nan)
+        value = float(parts[0][0].mean() - parts[1][0].mean())
+        runs = min(len(values) for values, _ in parts)
+        if runs < 2:
+            return Interval(value, runs=runs)
+        estimates = [self._counts(len(values), name) @ values / len(values) for values, name in parts]
+        low, high = self._limits(estimates[0] - estimates[1])
+        return Interval(value, float(low), float(high), runs)
+
+    def curve(self, values: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Mean, lower and upper limit by step, each ``[steps]``; limits are pointwise and NaN for a
+        single run.
+
+        Args:
+            values: ``[runs, steps]``; NaN is left out, so that a step's mean rests on the runs that
+                have it.
+        """
+        known = ~np.isnan(values)
+        filled = np.where(known, values, 0.0)
+        count = known.sum(axis=0)
+        mean = np.divide(filled.sum(axis=0), count, out=np.full(count.shape, np.nan), where=count > 0)
+        low, high = np.full_like(mean, np.nan), np.full_like(mean, np.nan)
+        if len(values) > 1:
+            counts = self._counts(len(values), name)
+            for start in range(0, values.shape[1], _COLUMNS):
+                part = slice(start, start + _COLUMNS)
+                weight = counts @ known[:, part]
+                sums = counts @ filled[:, part]
+                estimates = np.divide(sums, weight, out=np.full(sums.shape, np.nan), where=weight > 0)
+                enough = count[part] > 1
+                if enough.any():
+                    columns = np.flatnonzero(enough) + start
+                    low[columns], high[columns] = self._limits(estimates[:, enough])
+        return mean, low, high
+
+
+def moving_average(values: np.ndarray, window: int) -> np.ndarray:
+    """Centred moving average over the last axis; NaN is left out.
+
+    At the ends the window is shorter, and stays centred: the first and last value are themselves.
+
+    Args:
+        values: ``[..., steps]``.
+        window: odd number of steps; 1 changes nothing.
+    """
+    if window <= 1:
+        return values.copy()
+    half, steps = window // 2, values.shape[-1]
+    known = ~np.isnan(values)
+    zero = np.zeros((*values.shape[:-1], 1))
+    sums = np.concatenate([zero, np.cumsum(np.where(known, values, 0.0), axis=-1)], axis=-1)
+    counts = np.concatenate([zero, np.cumsum(known, axis=-1)], axis=-1)
+    at = np.arange(steps)
+    reach = np.minimum(half, np.minimum(at, steps - 1 - at))
+    total = sums[..., at + reach + 1] - sums[..., at - reach]
+    count = counts[..., at + reach + 1] - counts[..., at - reach]
+    return np.divide(total, count, out=np.full(values.shape, np.nan), where=count > 0)

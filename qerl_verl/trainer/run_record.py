@@ -1,0 +1,113 @@
+"""What a run leaves beside its metrics, so that ``qerl compare`` can tell what it compares.
+
+verl's ``file`` logger writes metrics alone, and opens its file anew when a run resumes
+(verl/utils/tracking.py, FileLogger). So beside ``<stem>.jsonl`` stands ``<stem>.settings.json`` with
+the run's configuration, and what a resumed run would overwrite moves to ``<stem>.0.jsonl``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from qerl_verl.compare.runs import SCORE, next_part
+from qerl_verl.compare.settings import CONTENT, RECORD_SUFFIX
+from qerl_verl.config.callback import say
+from qerl_verl.config.keys import flatten
+
+HASHED_BYTES = 1 << 30
+"""Larger files are not read for their hash."""
+
+_CONTENTS = ("data.train_files", "data.val_files", "reward.custom_reward_function.path")
+_PRIVATE = re.compile(r"^ray_kwargs\.|token$|password|secret|api_key", re.IGNORECASE)
+"""Keys that may hold credentials stay out of the record."""
+
+
+def metrics_file(config: DictConfig) -> Path | None:
+    """Where verl's ``file`` logger writes, None without it."""
+    backends = OmegaConf.select(config, "trainer.logger") or []
+    if "file" not in ([backends] if isinstance(backends, str) else backends):
+        return None
+    if path := os.getenv("VERL_FILE_LOGGER_PATH"):
+        return Path(path)
+    root = os.path.expanduser(os.getenv("VERL_FILE_LOGGER_ROOT", "."))
+    return Path(root, config.trainer.project_name, f"{config.trainer.experiment_name}.jsonl")
+
+
+def keep_earlier_metrics(path: Path) -> Path | None:
+    """Move the metrics of the run's earlier start aside before verl opens the file anew.
+
+    Returns:
+        Where they are now; None where there are none.
+
+    Raises:
+        OSError: the file cannot be moved.
+    """
+    try:
+        if SCORE not in path.read_text(errors="replace"):
+            return None
+    except FileNotFoundError:
+        return None
+    part = next_part(path)
+    path.rename(part)
+    return part
+
+
+def describe_run(config: DictConfig) -> dict[str, Any]:
+    """Dotted keys and values of the configuration, as JSON has them, and the SHA-256 of the files
+    that define data and reward under ``<key>.sha256``, null where one is not at hand."""
+    settings = flatten(OmegaConf.to_container(config, resolve=True))
+    settings = {key: value for key, value in settings.items() if not _PRIVATE.search(key)}
+    for key in _CONTENTS:
+        if (value := settings.get(key)) is not None:
+            hashes = [_hash(Path(str(file))) for file in ([value] if isinstance(value, str) else value)]
+            settings[f"{key}{CONTENT}"] = None if None in hashes else hashes
+    return settings
+
+
+def _hash(path: Path) -> str | None:
+    try:
+        if path.stat().st_size > HASHED_BYTES:
+            return None
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        return digest.hexdigest()
+    except OSError:  # on the hub, or in a file system that verl copies from
+        return None
+
+
+def write_record(path: Path, config: DictConfig) -> None:
+    """Write the record of the run whose metrics are in ``path``.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    record = path.with_suffix(RECORD_SUFFIX)
+    staging = record.with_name(f".{record.name}.tmp")
+    staging.write_text(json.dumps({"settings": describe_run(config)}, indent=1, default=str))
+    staging.replace(record)
+
+
+class RunRecordMixin:
+    """Writes the record of one of verl's V1 trainers, and keeps what a resumed run would overwrite.
+    A full disk or a folder without permission is said and does not end the run."""
+
+    def fit(self, *args, **kwargs):
+        path = metrics_file(self.config)
+        if path is not None:
+            try:
+                if getattr(self, "global_steps", 0) > 0 and (part := keep_earlier_metrics(path)):
+                    say(f"the metrics of the steps before are in {part} from now on; qerl compare reads both")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_record(path, self.config)
+            except OSError as error:
+                say(f"the record of the run beside {path} could not be written: {error}")
+        return super().fit(*args, **kwargs)
