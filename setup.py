@@ -15,6 +15,8 @@ ELSEWHERE = {
     "qerl_verl.kernels.portable": "kernels/portable",
     "qerl_verl.recipes": "recipes",
     "qerl_verl.recipes.paper": "recipes/paper",
+    "qerl_verl.recipes.study": "recipes/study",
+    "qerl_verl.recipes.study.scale": "recipes/study/scale",
     "hydra_plugins": "qerl_verl/config/hydra_plugins",
 }
 """Packages whose folders do not lie where their names say."""
@@ -34,6 +36,8 @@ setup(
         "qerl_verl.kernels.hopper": ["*.cu", "*.cuh"],
         "qerl_verl.recipes": ["*.yaml", "*.sh"],
         "qerl_verl.recipes.paper": ["*.yaml", "*.md"],
+        "qerl_verl.recipes.study": ["*.yaml"],
+        "qerl_verl.recipes.study.scale": ["*.yaml"],
     },
     install_requires=[
         "verl>=0.9.1,<0.10",
