@@ -37,9 +37,13 @@ def add_compare(subparsers, common: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers")
     parser.add_argument("--png", type=Path, metavar="FILE", help="write the figure")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write one page with figure and tables")
+    parser.add_argument(
+        "--html", type=Path, metavar="FILE", help="write one page with figure and tables"
+    )
     parser.add_argument("--title", default="", help="of the figure and the page")
-    parser.add_argument("--reward", default="critic/score/mean", metavar="METRIC", help="default: %(default)s")
+    parser.add_argument(
+        "--reward", default="critic/score/mean", metavar="METRIC", help="default: %(default)s"
+    )
     parser.add_argument(
         "--metric",
         action="append",
@@ -68,8 +72,12 @@ def add_compare(subparsers, common: argparse.ArgumentParser) -> None:
         help="count the steps to this reward; repeatable (default: the baseline's last value)",
     )
     parser.add_argument("--up-to", type=_positive, metavar="STEP", help="look at no later step")
-    parser.add_argument("--min-steps", type=_positive, default=1, metavar="N", help="leave shorter runs out")
-    parser.add_argument("--confidence", type=_share, default=0.95, help="of the intervals (default: %(default)s)")
+    parser.add_argument(
+        "--min-steps", type=_positive, default=1, metavar="N", help="leave shorter runs out"
+    )
+    parser.add_argument(
+        "--confidence", type=_share, default=0.95, help="of the intervals (default: %(default)s)"
+    )
     parser.add_argument(
         "--resamples",
         type=_positive,
@@ -77,13 +85,17 @@ def add_compare(subparsers, common: argparse.ArgumentParser) -> None:
         metavar="N",
         help="of the bootstrap (default: %(default)s)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the bootstrap (default: %(default)s)"
+    )
     parser.add_argument(
         "--allow-differences",
         action="store_true",
         help="compare runs with other data, rewards or lengths; every output names the difference",
     )
-    parser.add_argument("--all", action="store_true", help="print the means over the first and over all steps, too")
+    parser.add_argument(
+        "--all", action="store_true", help="print the means over the first and over all steps, too"
+    )
     parser.set_defaults(run=_compare)
 
 
@@ -97,7 +109,9 @@ def _positive(text: str) -> int:
 def _odd(text: str) -> int:
     value = _positive(text)
     if value % 2 == 0:
-        raise argparse.ArgumentTypeError(f"{text} is even; a centred average takes an odd number of steps")
+        raise argparse.ArgumentTypeError(
+            f"{text} is even; a centred average takes an odd number of steps"
+        )
     return value
 
 
@@ -131,7 +145,6 @@ def _compare(arguments: argparse.Namespace) -> int:
     )
     grouping = group_runs(arguments.words)
     comparison = compare(grouping.arms, options, grouping.notes)
-    show(comparison, arguments.all)
     if arguments.json:
         arguments.json.write_text(json.dumps(to_json(comparison), indent=1, allow_nan=False) + "\n")
     if arguments.png or arguments.html:
@@ -140,6 +153,7 @@ def _compare(arguments: argparse.Namespace) -> int:
             arguments.png.write_bytes(picture)
         if arguments.html:
             page.write(comparison, arguments.html, picture, arguments.title)
+    show(comparison, arguments.all)
     for path in filter(None, (arguments.json, arguments.png, arguments.html)):
         print(f"qerl: wrote {path}", file=sys.stderr)
     return 0
@@ -161,9 +175,15 @@ def show(comparison, everything: bool = False) -> None:
     console = Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH, highlight=False)
 
     def print_table(table) -> None:
-        shown = RichTable(title=escape(table.title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        shown = RichTable(
+            title=escape(table.title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
+        )
         for index, head in enumerate(table.head):
-            shown.add_column(escape(head), justify="left" if index == 0 else "right", overflow="fold")
+            shown.add_column(
+                escape(head),
+                justify="left" if index == 0 or head == "names" else "right",
+                overflow="fold",
+            )
         for row in table.rows:
             shown.add_row(*map(escape, row))
         console.print(shown)

@@ -60,7 +60,7 @@ def group_runs(arguments: Sequence[str]) -> Grouping:
         for place in _expand(path, argument):
             found += [(arm, place, file) for file in find_metrics_files(place)]
     owners: dict[Path, str | None] = {}
-    unique, notes = [], []
+    unique = []
     for arm, place, file in found:
         real = file.resolve()
         if real not in owners:
@@ -72,7 +72,9 @@ def group_runs(arguments: Sequence[str]) -> Grouping:
             )
     files_in = Counter(file.parent for _, _, file in unique)
     files_of = Counter(place for _, place, _ in unique)
-    names = _unique_names([(_name(place, file, files_in, files_of), file) for _, place, file in unique])
+    names = _unique_names(
+        [(_name(place, file, files_in, files_of), file) for _, place, file in unique]
+    )
     arms: dict[str, list[Run]] = {}
     automatic: set[str] = set()
     for (arm, _, file), name in zip(unique, names, strict=True):
@@ -82,11 +84,12 @@ def group_runs(arguments: Sequence[str]) -> Grouping:
         if arm is None:
             automatic.add(by_name)
         seed = find_seed(settings) if seed is None else seed
-        arms.setdefault(arm or by_name, []).append(Run(name, file, steps, run_notes, settings, seed))
-    for arm, runs in arms.items():
+        arms.setdefault(arm or by_name, []).append(
+            Run(name, file, steps, run_notes, settings, seed)
+        )
+    for runs in arms.values():
         runs.sort(key=lambda run: (run.seed is None, run.seed or 0, run.name))
-        notes += _describe_arm(arm, runs, arm in automatic)
-    return Grouping(arms, notes)
+    return Grouping(arms, _describe(arms, automatic))
 
 
 def _split_argument(argument: str) -> tuple[str | None, str]:
@@ -119,7 +122,11 @@ def _name(place: Path, file: Path, files_in: Counter, files_of: Counter) -> str:
 
 def _stem(file: Path) -> str:
     """Without the suffix, where it is one: a dot is usual in names of runs, too."""
-    return file.name[: -len(file.suffix)] if file.suffix in (".jsonl", ".log", ".txt", ".out") else file.name
+    return (
+        file.name[: -len(file.suffix)]
+        if file.suffix in (".jsonl", ".log", ".txt", ".out")
+        else file.name
+    )
 
 
 def _is_plain(file: Path) -> bool:
@@ -135,19 +142,24 @@ def _unique_names(named: list[tuple[str, Path]]) -> list[str]:
         above = folder.parent if folder.name == name else folder
         out.append(f"{above.name}/{name}" if counts[name] > 1 else name)
     still = Counter(out)
-    return [str(file) if still[name] > 1 else name for name, (_, file) in zip(out, named, strict=True)]
+    return [
+        str(file) if still[name] > 1 else name for name, (_, file) in zip(out, named, strict=True)
+    ]
 
 
-def _describe_arm(arm: str, runs: list[Run], automatic: bool) -> list[str]:
+def _describe(arms: dict[str, list[Run]], automatic: set[str]) -> list[str]:
     out = []
-    if len(runs) > 1:
-        how = ", grouped by their names" if automatic else ""
-        out.append(f"arm {arm}: {len(runs)} runs{how}: {', '.join(run.name for run in runs)}")
-    same = [seed for seed, count in Counter(run.seed for run in runs if run.seed is not None).items() if count > 1]
-    if same:
+    if grouped := [arm for arm in arms if arm in automatic and len(arms[arm]) > 1]:
         out.append(
-            f"arm {arm}: seed {', '.join(map(str, same))} occurs more than once; each run counts as a seed of its own"
+            f"grouped by their names without the seed (ARM=GLOB groups by hand): {', '.join(grouped)}"
         )
-        for run in runs:
-            run.seed = None if run.seed in same else run.seed
+    for arm, runs in arms.items():
+        counts = Counter(run.seed for run in runs if run.seed is not None)
+        if same := [seed for seed, count in counts.items() if count > 1]:
+            out.append(
+                f"arm {arm}: seed {', '.join(map(str, same))} occurs more than once; each run counts as "
+                "a seed of its own"
+            )
+            for run in runs:
+                run.seed = None if run.seed in same else run.seed
     return out

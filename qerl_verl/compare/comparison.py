@@ -104,7 +104,7 @@ class Comparison:
     """All that is shown of the compared runs.
 
     Attributes:
-        arms: arm -> its runs.
+        arms: arm -> its runs, the baseline first.
         baseline: arm.
         steps: training steps that all runs have; first and last values and the area are over these.
         window: steps of first and last values, after :attr:`Options.window` was bounded.
@@ -130,7 +130,9 @@ class Comparison:
         return [q for q in self.quantities if q.group == group]
 
 
-def compare(arms: Mapping[str, list[Run]], options: Options, notes: Sequence[str] = ()) -> Comparison:
+def compare(
+    arms: Mapping[str, list[Run]], options: Options, notes: Sequence[str] = ()
+) -> Comparison:
     """Compare arms.
 
     Args:
@@ -146,6 +148,7 @@ def compare(arms: Mapping[str, list[Run]], options: Options, notes: Sequence[str
     baseline = options.baseline or next(iter(arms))
     if baseline not in arms:
         raise CompareError(f"--baseline {baseline}: the arms are {', '.join(arms)}")
+    arms = {baseline: arms[baseline]} | arms
     agreement = compare_settings(arms)
     said = _refuse_or_name(agreement, options)
     steps, about_steps = _common_steps(arms, options)
@@ -156,10 +159,14 @@ def compare(arms: Mapping[str, list[Run]], options: Options, notes: Sequence[str
     _add_policy(builder, arms, steps, window, options)
     _add_seconds(builder, arms, steps)
     curves = _curves(arms, steps, options)
-    return Comparison(arms, baseline, steps, window, builder.quantities, curves, agreement, said, options)
+    return Comparison(
+        arms, baseline, steps, window, builder.quantities, curves, agreement, said, options
+    )
 
 
-def _with_enough_steps(arms: Mapping[str, list[Run]], options: Options) -> tuple[dict[str, list[Run]], list[str]]:
+def _with_enough_steps(
+    arms: Mapping[str, list[Run]], options: Options
+) -> tuple[dict[str, list[Run]], list[str]]:
     kept, notes = {}, []
     for arm, runs in arms.items():
         for run in runs:
@@ -215,9 +222,13 @@ def _common_steps(arms: Mapping[str, list[Run]], options: Options) -> tuple[list
             f"end{'s' if len(shortest) == 1 else ''} there, the longest at {max(last.values())}. --min-steps leaves "
             "short runs out"
         )
-    missing = {n: len([x for x in range(steps[0], steps[-1] + 1) if x not in s]) for n, s in sets.items()}
+    missing = {
+        n: len([x for x in range(steps[0], steps[-1] + 1) if x not in s]) for n, s in sets.items()
+    }
     if gaps := {name: count for name, count in missing.items() if count}:
-        notes.append(f"steps that are missing: {', '.join(f'{count} in {name}' for name, count in gaps.items())}")
+        notes.append(
+            f"steps that are missing: {', '.join(f'{count} in {name}' for name, count in gaps.items())}"
+        )
     return steps, notes
 
 
@@ -235,7 +246,9 @@ def _about_seeds(arms: Mapping[str, list[Run]], agreement: Agreement) -> list[st
     if single := [arm for arm, runs in arms.items() if len(runs) == 1]:
         out.append(f"one run only, so no interval: {_join(single, 8)}")
     if few := [arm for arm, runs in arms.items() if 1 < len(runs) < FEW_SEEDS]:
-        out.append(f"with fewer than {FEW_SEEDS} runs a bootstrap interval is too narrow: {_join(few, 8)}")
+        out.append(
+            f"with fewer than {FEW_SEEDS} runs a bootstrap interval is too narrow: {_join(few, 8)}"
+        )
     if agreement.unknown:
         out.append(
             "settings not known, so not checked for the same data, reward and lengths: "
@@ -251,7 +264,9 @@ class _Builder:
         self.arms, self.baseline, self.bootstrap = arms, baseline, bootstrap
         self.quantities: list[Quantity] = []
 
-    def add(self, id: str, group: str, label: str, of: Callable[[Run], float], steps: bool = False) -> None:
+    def add(
+        self, id: str, group: str, label: str, of: Callable[[Run], float], steps: bool = False
+    ) -> None:
         """Add a quantity unless no run has it.
 
         Args:
@@ -261,8 +276,12 @@ class _Builder:
         if all(math.isnan(v) for by_run in values.values() for v in by_run.values()):
             return
         estimate = self.bootstrap.median if steps else self.bootstrap.mean
-        intervals = {arm: estimate(np.array(list(by_run.values())), arm) for arm, by_run in values.items()}
-        differences = {arm: self._difference(values, arm, steps) for arm in self.arms if arm != self.baseline}
+        intervals = {
+            arm: estimate(np.array(list(by_run.values())), arm) for arm, by_run in values.items()
+        }
+        differences = {
+            arm: self._difference(values, arm, steps) for arm in self.arms if arm != self.baseline
+        }
         self.quantities.append(Quantity(id, group, label, steps, values, intervals, differences))
 
     def _difference(self, values: dict[str, dict[str, float]], arm: str, steps: bool) -> Difference:
@@ -272,8 +291,10 @@ class _Builder:
         common = sorted(one.keys() & other.keys())
         if len(common) >= 2:
             pairs = np.array([one[seed] - other[seed] for seed in common])
-            return Difference(self.bootstrap.mean(pairs, arm), tuple(common))
-        return Difference(self.bootstrap.difference(values[arm], values[self.baseline], (arm, self.baseline)))
+            return Difference(self.bootstrap.paired_difference(pairs, arm), tuple(common))
+        return Difference(
+            self.bootstrap.difference(values[arm], values[self.baseline], (arm, self.baseline))
+        )
 
     def _by_seed(self, values: dict[str, dict[str, float]], arm: str) -> dict[int, float]:
         found = {run.seed: values[arm][run.name] for run in self.arms[arm] if run.seed is not None}
@@ -349,7 +370,9 @@ def _add_rewards(
             f"{REWARD}/reach/{level:.6g}",
             REWARD,
             text,
-            lambda run, level=level: first_step_at(run.series(reward, steps), steps, level, options.smooth),
+            lambda run, level=level: first_step_at(
+                run.series(reward, steps), steps, level, options.smooth
+            ),
             steps=True,
         )
     keys = {key for runs in arms.values() for run in runs for key in run.metrics()}
@@ -402,10 +425,14 @@ def _add_policy(
 def _add_seconds(builder: _Builder, arms: Mapping[str, list[Run]], steps: list[int]) -> None:
     keys = {key for runs in arms.values() for run in runs for key in run.metrics()}
     for key in [names.STEP_SECONDS, *names.second_keys(keys)]:
-        builder.add(key, TIME, key.removeprefix("timing_s/"), lambda run, k=key: _median(run, k, steps))
+        builder.add(
+            key, TIME, key.removeprefix("timing_s/"), lambda run, k=key: _median(run, k, steps)
+        )
 
 
-def _curves(arms: Mapping[str, list[Run]], steps: list[int], options: Options) -> dict[str, dict[str, Curve]]:
+def _curves(
+    arms: Mapping[str, list[Run]], steps: list[int], options: Options
+) -> dict[str, dict[str, Curve]]:
     keys = {key for runs in arms.values() for run in runs for key in run.metrics()}
     wanted = [options.reward, *names.validation_keys(keys), *names.PANELS, *options.more]
     out: dict[str, dict[str, Curve]] = {}
@@ -482,11 +509,14 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
                 "label": q.label,
                 "statistic": "median" if q.steps else "mean",
                 "arms": {
-                    arm: interval(i) | {"by_run": {name: number(v) for name, v in q.values[arm].items()}}
+                    arm: interval(i)
+                    | {"by_run": {name: number(v) for name, v in q.values[arm].items()}}
                     for arm, i in q.arms.items()
                 },
                 "differences": {
-                    arm: interval(d.interval) | {"paired_seeds": list(d.paired)} for arm, d in q.differences.items()
+                    arm: interval(d.interval)
+                    | {"p": number(d.interval.p), "paired_seeds": list(d.paired)}
+                    for arm, d in q.differences.items()
                 },
             }
             for q in comparison.quantities

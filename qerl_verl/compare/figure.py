@@ -74,10 +74,16 @@ def write(comparison: Comparison, path: Path, title: str = "") -> None:
 
 def _caption(comparison: Comparison) -> list[str]:
     options = comparison.options
-    smooth = f"centred moving average of {options.smooth} steps" if options.smooth > 1 else "not smoothed"
+    smooth = (
+        f"centred moving average of {options.smooth} steps"
+        if options.smooth > 1
+        else "not smoothed"
+    )
     lines = [f"Curves: mean over runs, {smooth} (validation and sigma: not smoothed)"]
     if any(len(runs) > 1 for runs in comparison.arms.values()):
-        lines[0] += f"; bands: {options.bootstrap.confidence:.0%} bootstrap interval over runs, step by step"
+        lines[0] += (
+            f"; bands: {options.bootstrap.confidence:.0%} bootstrap interval over runs, step by step"
+        )
     if single := [arm for arm, runs in comparison.arms.items() if len(runs) == 1]:
         lines.append(f"One run, so no band: {', '.join(single)}")
     lines += [f"NOT THE SAME: {conflict}" for conflict in comparison.agreement.conflicts]
@@ -93,7 +99,11 @@ def _panels(comparison: Comparison) -> list[list[str]]:
             continue
         if key == names.SIGMA and names.SIGMA_EFFECTIVE in comparison.curves:
             continue
-        out.append([key, names.SIGMA] if key == names.SIGMA_EFFECTIVE and names.SIGMA in comparison.curves else [key])
+        out.append(
+            [key, names.SIGMA]
+            if key == names.SIGMA_EFFECTIVE and names.SIGMA in comparison.curves
+            else [key]
+        )
     return out
 
 
@@ -109,6 +119,7 @@ def _draw_panel(axis, comparison: Comparison, keys: list[str]) -> None:
     key = keys[0]
     metric = names.find_metric(key)
     sparse = bool(names.VALIDATION.match(key))
+    alpha = 0.2 if len(comparison.arms) <= 4 else 0.08
     for index, arm in enumerate(comparison.arms):
         line = _line(index)
         if curve := comparison.curves[key].get(arm):
@@ -120,7 +131,14 @@ def _draw_panel(axis, comparison: Comparison, keys: list[str]) -> None:
                 **line,
             )
             if not np.isnan(curve.low).all():
-                axis.fill_between(curve.steps, curve.low, curve.high, color=line["color"], alpha=0.18, linewidth=0)
+                axis.fill_between(
+                    curve.steps,
+                    curve.low,
+                    curve.high,
+                    color=line["color"],
+                    alpha=alpha,
+                    linewidth=0,
+                )
         for other in keys[1:]:
             if curve := comparison.curves[other].get(arm):
                 axis.plot(curve.steps, curve.mean, **line | {"linestyle": ":", "linewidth": 1.0})
@@ -146,7 +164,9 @@ def _draw_seconds(axis, comparison: Comparison, parts: list) -> None:
         )
         left += values
     if total is not None:
-        rest = np.maximum(0.0, np.nan_to_num([total.arms[arm].value for arm in comparison.arms]) - left)
+        rest = np.maximum(
+            0.0, np.nan_to_num([total.arms[arm].value for arm in comparison.arms]) - left
+        )
         axis.barh(range(len(left)), rest, left=left, label="other", color="lightgrey", height=0.6)
     axis.set_yticks(range(len(left)), list(comparison.arms))
     axis.invert_yaxis()

@@ -49,7 +49,9 @@ POLICY = (
     Metric("qerl/sampling_kl", "KL(sampling || clean), k3", "nats a token"),
     Metric("rollout_corr/k3_kl", "KL(rollout || actor), k3 of verl", "nats a token"),
     Metric("qerl/effective_sample_size", "effective sample size", "share"),
-    Metric("rollout_corr/rollout_is_eff_sample_size", "effective sample size after truncation", "share"),
+    Metric(
+        "rollout_corr/rollout_is_eff_sample_size", "effective sample size after truncation", "share"
+    ),
     Metric("qerl/truncated_weights", "truncated weights", "share"),
     Metric("rollout_corr/rollout_is_ratio_fraction_high", "weights above the threshold", "share"),
     Metric("training/rollout_probs_diff_mean", "|rollout - actor| probability"),

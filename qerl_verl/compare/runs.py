@@ -31,7 +31,9 @@ LOG_NAMES = ("log", *(f"*{suffix}" for suffix in _LOG_SUFFIXES))
 """Console logs in a folder that holds no file of verl's ``file`` logger."""
 
 _CONSOLE_STEP = re.compile(r"(?<![\w/])step:(\d+) - (.*)")
-_CONSOLE_VALUE = re.compile(r"^(\S.*?):(?:np\.\w+\()?([-+]?(?:\d[\d.]*(?:[eE][-+]?\d+)?|inf|nan))\)?\s*$")
+_CONSOLE_VALUE = re.compile(
+    r"^(\S.*?):(?:np\.\w+\()?([-+]?(?:\d[\d.]*(?:[eE][-+]?\d+)?|inf|nan))\)?\s*$"
+)
 
 
 @dataclass
@@ -151,7 +153,11 @@ def _entries(path: Path) -> Iterator[tuple[str, Any]]:
                     if line.startswith('{"step"'):
                         yield "damaged", raw.endswith(b"\n")
                     continue
-                if isinstance(entry, dict) and isinstance(entry.get("data"), dict) and _is_step(entry.get("step")):
+                if (
+                    isinstance(entry, dict)
+                    and isinstance(entry.get("data"), dict)
+                    and _is_step(entry.get("step"))
+                ):
                     yield "entry", (entry["step"], _numbers(entry["data"]))
             elif match := _CONSOLE_STEP.search(line):
                 if values := _console_values(match.group(2)):
@@ -202,7 +208,9 @@ def read_steps(path: Path) -> tuple[dict[int, dict[str, float]], list[str]]:
             cut_off += not what
             continue
         step, values = what
-        lost = {s for s in steps if s > step or (s == step and SCORE in values and SCORE in steps[s])}
+        lost = {
+            s for s in steps if s > step or (s == step and SCORE in values and SCORE in steps[s])
+        }
         repeated |= lost
         for s in lost:
             del steps[s]

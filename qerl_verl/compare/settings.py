@@ -118,13 +118,17 @@ def _resolve(settings: dict[str, Any]) -> dict[str, Any]:
             return value
         if (match := _REFERENCE.fullmatch(value)) and match.group(1) in settings:
             return resolve(settings[match.group(1)], depth - 1)
-        return _REFERENCE.sub(lambda m: str(resolve(settings.get(m.group(1), m.group(0)), depth - 1)), value)
+        return _REFERENCE.sub(
+            lambda m: str(resolve(settings.get(m.group(1), m.group(0)), depth - 1)), value
+        )
 
     return {key: resolve(value) for key, value in settings.items()}
 
 
 _REFERENCE = re.compile(r"\$\{([\w.]+)\}")
-_PRINTED_START = re.compile(r"^(\x1b\[\d+m\(TaskRunner\w* pid=\d+[^)]*\)\x1b\[0m |\(TaskRunner\w* pid=\d+[^)]*\) )?\{'")
+_PRINTED_START = re.compile(
+    r"^(\x1b\[\d+m\(TaskRunner\w* pid=\d+[^)]*\)\x1b\[0m |\(TaskRunner\w* pid=\d+[^)]*\) )?\{'"
+)
 _PRINTED_LINES = 5000
 
 
@@ -198,24 +202,32 @@ def compare_settings(arms: Mapping[str, list[Run]]) -> Agreement:
     Args:
         arms: arm -> its runs.
     """
-    out = Agreement(unknown=[run.name for runs in arms.values() for run in runs if run.settings is None])
+    out = Agreement(
+        unknown=[run.name for runs in arms.values() for run in runs if run.settings is None]
+    )
     known = {arm: [run for run in runs if run.settings is not None] for arm, runs in arms.items()}
     everything = [run for runs in known.values() for run in runs]
-    keys = sorted({key for run in everything for key in run.settings if not _NOT_COMPARED.search(key)})
+    keys = sorted(
+        {key for run in everything for key in run.settings if not _NOT_COMPARED.search(key)}
+    )
     for key in keys:
         having = {arm: [run for run in runs if key in run.settings] for arm, runs in known.items()}
         if len(_by_value([run for runs in having.values() for run in runs], key)) < 2:
             continue
         mixed = {arm: runs for arm, runs in having.items() if len(_by_value(runs, key)) > 1}
         if _must_agree(key):
-            out.conflicts.append(_disagreement(key, [run for runs in having.values() for run in runs]))
+            out.conflicts.append(
+                _disagreement(key, [run for runs in having.values() for run in runs])
+            )
         elif mixed:
             out.conflicts += [
                 f"the runs of arm {arm} are not seeds of one arm, give each its own (ARM=GLOB): {_disagreement(key, runs)}"
                 for arm, runs in mixed.items()
             ]
         else:
-            out.differing[key] = {arm: runs[0].settings[key] for arm, runs in having.items() if runs}
+            out.differing[key] = {
+                arm: runs[0].settings[key] for arm, runs in having.items() if runs
+            }
     return out
 
 
@@ -231,14 +243,18 @@ def _by_value(runs: list[Run], key: str) -> list[list[Run]]:
         key = content
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        groups.setdefault(json.dumps(run.settings[key], sort_keys=True, default=str), []).append(run)
+        groups.setdefault(json.dumps(run.settings[key], sort_keys=True, default=str), []).append(
+            run
+        )
     return list(groups.values())
 
 
 def _disagreement(key: str, runs: list[Run]) -> str:
     said = []
     for group in _by_value(runs, key):
-        names = ", ".join(run.name for run in group[:3]) + (f" and {len(group) - 3} more" if len(group) > 3 else "")
+        names = ", ".join(run.name for run in group[:3]) + (
+            f" and {len(group) - 3} more" if len(group) > 3 else ""
+        )
         said.append(f"{show_value(group[0].settings[key])} ({names})")
     return f"{key} is {' and '.join(said)}"
 

@@ -41,7 +41,10 @@ class Table:
         rest = range(1, len(self.head), most)
         parts = [slice(start, start + most) for start in rest] or [slice(1, 1)]
         return [
-            Table(self.title, [self.head[0], *self.head[p]], [[row[0], *row[p]] for row in self.rows]) for p in parts
+            Table(
+                self.title, [self.head[0], *self.head[p]], [[row[0], *row[p]] for row in self.rows]
+            )
+            for p in parts
         ]
 
 
@@ -53,6 +56,7 @@ def tables(comparison: Comparison, everything: bool = False) -> list[Table]:
             over the first and over all steps.
     """
     out = [_runs_table(comparison)]
+    confidence = comparison.options.bootstrap.confidence
     window, steps, baseline = comparison.window, comparison.steps, comparison.baseline
     last = f"last {window} steps ({steps[-window]} to {steps[-1]})"
     titles = {
@@ -68,11 +72,16 @@ def tables(comparison: Comparison, everything: bool = False) -> list[Table]:
         quantities = comparison.group(group)
         if not quantities:
             continue
-        rows = [[q.label, *(format_quantity(q, arm) for arm in comparison.arms)] for q in quantities]
+        rows = [
+            [q.label, *(format_quantity(q, arm) for arm in comparison.arms)] for q in quantities
+        ]
         out.append(Table(title, ["", *comparison.arms], rows))
         others = [arm for arm in comparison.arms if arm != baseline]
         if others:
-            rows = [[q.label, *(format_difference(q.differences[arm]) for arm in others)] for q in quantities]
+            rows = [
+                [q.label, *(format_difference(q.differences[arm], confidence) for arm in others)]
+                for q in quantities
+            ]
             rows = [row for row in rows if set(row[1:]) != {NOTHING}]
         if others and rows:
             out.append(Table(f"{title}: difference from {baseline}", ["", *others], rows))
@@ -96,8 +105,12 @@ def _runs_table(comparison: Comparison) -> Table:
     for arm, runs in comparison.arms.items():
         seeds = ", ".join(NOTHING if run.seed is None else str(run.seed) for run in runs)
         lengths = [len(run.training_steps(comparison.options.reward)) for run in runs]
-        span = str(lengths[0]) if min(lengths) == max(lengths) else f"{min(lengths)} to {max(lengths)}"
-        name = f"{arm} (baseline)" if arm == comparison.baseline and len(comparison.arms) > 1 else arm
+        span = (
+            str(lengths[0]) if min(lengths) == max(lengths) else f"{min(lengths)} to {max(lengths)}"
+        )
+        name = (
+            f"{arm} (baseline)" if arm == comparison.baseline and len(comparison.arms) > 1 else arm
+        )
         rows.append([name, str(len(runs)), seeds, span, ", ".join(run.name for run in runs)])
     return Table("arms", ["arm", "runs", "seeds", "steps", "names"], rows)
 
@@ -114,9 +127,14 @@ def explain_intervals(comparison: Comparison) -> list[str]:
     paired = {d.paired for q in comparison.quantities for d in q.differences.values() if d.paired}
     if paired:
         said = "; ".join(", ".join(map(str, seeds)) for seeds in sorted(paired))
-        out.append(f"Differences are taken seed by seed where two arms share at least two seeds (seeds {said}).")
+        out.append(
+            f"Differences are taken seed by seed where two arms share at least two seeds (seeds {said})."
+        )
     if any(d.interval.has_interval for q in comparison.quantities for d in q.differences.values()):
-        out.append("A star marks a difference whose interval does not hold 0.")
+        out.append(
+            f"A star marks p < {1 - bootstrap.confidence:.2g} of a t test over runs, paired where the difference "
+            "is, else Welch's; not corrected for the number of comparisons."
+        )
     return out
 
 
@@ -130,7 +148,11 @@ def format_number(value: float) -> str:
 
 
 def _limits(interval: Interval) -> str:
-    return f"\n[{format_number(interval.low)}, {format_number(interval.high)}]" if interval.has_interval else ""
+    return (
+        f"\n[{format_number(interval.low)}, {format_number(interval.high)}]"
+        if interval.has_interval
+        else ""
+    )
 
 
 def format_quantity(quantity: Quantity, arm: str) -> str:
@@ -143,11 +165,11 @@ def format_quantity(quantity: Quantity, arm: str) -> str:
     return text
 
 
-def format_difference(difference: Difference) -> str:
-    """With its sign, and a star where its interval does not hold 0."""
+def format_difference(difference: Difference, confidence: float) -> str:
+    """With its sign, and a star where its t test says that it is none of chance."""
     interval = difference.interval
     text = format_number(interval.value)
     if math.isfinite(interval.value) and interval.value > 0:
         text = f"+{text}"
-    star = " *" if interval.has_interval and (interval.low > 0 or interval.high < 0) else ""
+    star = " *" if interval.p < 1 - confidence else ""
     return f"{text}{star}{_limits(interval)}"

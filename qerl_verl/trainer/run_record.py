@@ -66,7 +66,9 @@ def describe_run(config: DictConfig) -> dict[str, Any]:
     settings = {key: value for key, value in settings.items() if not _PRIVATE.search(key)}
     for key in _CONTENTS:
         if (value := settings.get(key)) is not None:
-            hashes = [_hash(Path(str(file))) for file in ([value] if isinstance(value, str) else value)]
+            hashes = [
+                _hash(Path(str(file))) for file in ([value] if isinstance(value, str) else value)
+            ]
             settings[f"{key}{CONTENT}"] = None if None in hashes else hashes
     return settings
 
@@ -105,7 +107,9 @@ class RunRecordMixin:
         if path is not None:
             try:
                 if getattr(self, "global_steps", 0) > 0 and (part := keep_earlier_metrics(path)):
-                    say(f"the metrics of the steps before are in {part} from now on; qerl compare reads both")
+                    say(
+                        f"the metrics of the steps before are in {part} from now on; qerl compare reads both"
+                    )
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_record(path, self.config)
             except OSError as error:

@@ -46,7 +46,7 @@ def test_the_tables_name_arms_values_intervals_and_differences(runs, capsys):
         "entropy, clean policy",
         "percentile bootstrap over runs, 95%, 5000 resamples, seed 0",
         "seed by seed where two arms share at least two seeds (seeds 1, 2)",
-        "arm nvfp4: 2 runs, grouped by their names: nvfp4_s1, nvfp4_s2",
+        "grouped by their names without the seed (ARM=GLOB groups by hand): bf16, nvfp4",
         "with fewer than 5 runs a bootstrap interval is too narrow: bf16, nvfp4",
         "qerl.arm",
     ):
@@ -69,7 +69,9 @@ class Page(HTMLParser):
         self.cells.append(data.strip())
 
 
-def test_figure_page_and_json_name_a_difference_that_is_allowed(runs, tmp_path, capsys, monkeypatch):
+def test_figure_page_and_json_name_a_difference_that_is_allowed(
+    runs, tmp_path, capsys, monkeypatch
+):
     from matplotlib.figure import Figure
 
     titles = []
@@ -83,10 +85,17 @@ def test_figure_page_and_json_name_a_difference_that_is_allowed(runs, tmp_path, 
         "--title",
         "A <title>",
     ]
-    assert main([*arguments, *(a for kind, path in files.items() for a in (f"--{kind}", str(path)))]) == 0
+    assert (
+        main([*arguments, *(a for kind, path in files.items() for a in (f"--{kind}", str(path)))])
+        == 0
+    )
     said = "data.train_batch_size is 8 (bf16_s1, bf16_s2, nvfp4_s1 and 1 more) and 9 (other)"
     assert f"NOT THE SAME: {said}" in capsys.readouterr().out
-    assert said in titles[0] and "centred moving average of 5 steps" in titles[0] and "no band: other" in titles[0]
+    assert (
+        said in titles[0]
+        and "centred moving average of 5 steps" in titles[0]
+        and "no band: other" in titles[0]
+    )
     found = json.loads(files["json"].read_text())
     assert found["conflicts"] == [said] and found["options"]["smooth"] == 5
     assert files["png"].read_bytes().startswith(b"\x89PNG")
@@ -94,7 +103,11 @@ def test_figure_page_and_json_name_a_difference_that_is_allowed(runs, tmp_path, 
     page = Page(text)
     assert len(page.sources) == 1 and page.sources[0].startswith("data:image/png;base64,")
     assert not re.search(r"https?://|url\(|@import", text.replace(page.sources[0], ""))
-    assert said in page.cells and "A <title>" in page.cells and "0.4395\n[0.4345, 0.4445]" in page.cells
+    assert (
+        said in page.cells
+        and "A <title>" in page.cells
+        and "0.4395\n[0.4345, 0.4445]" in page.cells
+    )
 
 
 REFUSED = {
@@ -111,13 +124,17 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("arguments", "message"), REFUSED.values(), ids=REFUSED.keys())
-def test_what_cannot_be_compared_ends_with_the_reason(runs, tmp_path, monkeypatch, capsys, arguments, message):
+def test_what_cannot_be_compared_ends_with_the_reason(
+    runs, tmp_path, monkeypatch, capsys, arguments, message
+):
     monkeypatch.chdir(tmp_path)
     assert main(["compare", *arguments]) == 2
     assert capsys.readouterr().err.startswith(f"qerl: {message}")
 
 
-@pytest.mark.parametrize("option", ["--smooth=4", "--smooth=0", "--window=0", "--confidence=1.5", "--min-steps=-1"])
+@pytest.mark.parametrize(
+    "option", ["--smooth=4", "--smooth=0", "--window=0", "--confidence=1.5", "--min-steps=-1"]
+)
 def test_options_out_of_range_are_refused(runs, capsys, option):
     with pytest.raises(SystemExit) as end:
         main(["compare", str(runs), option])
@@ -125,5 +142,7 @@ def test_options_out_of_range_are_refused(runs, capsys, option):
 
 
 def test_runs_may_stand_after_the_options(runs, tmp_path, capsys):
-    assert main(["compare", str(runs / "bf16_s1"), "--smooth", "1", f"four={runs / 'nvfp4_s'}*"]) == 0
+    assert (
+        main(["compare", str(runs / "bf16_s1"), "--smooth", "1", f"four={runs / 'nvfp4_s'}*"]) == 0
+    )
     assert "four" in capsys.readouterr().out

@@ -31,39 +31,44 @@ GROUPS = {
         ["a_s1", "a_s2", "b_s1"],
         ["*"],
         {"a": ["a_s1", "a_s2"], "b": ["b_s1"]},
-        ["grouped by their names"],
+        ["names without the seed (ARM=GLOB groups by hand): a"],
     ),
     "seeds in order": (
         ["a_s10", "a_s2"],
         ["*"],
         {"a": ["a_s2", "a_s10"]},
-        ["grouped by their names"],
+        ["names without the seed (ARM=GLOB groups by hand): a"],
     ),
     "by glob": (
         ["x_s1", "y_s2", "z"],
         ["one=x_*", "one=y_*", "z"],
         {"one": ["x_s1", "y_s2"], "z": ["z"]},
-        ["arm one"],
+        [],
     ),
     "folder of runs": (
         ["r/a_s1", "r/a_s2"],
         ["r"],
         {"a": ["a_s1", "a_s2"]},
-        ["grouped by their names"],
+        ["names without the seed (ARM=GLOB groups by hand): a"],
     ),
     "files": (
         ["a_s1", "a_s2"],
         ["*/metrics.jsonl"],
         {"a": ["a_s1", "a_s2"]},
-        ["grouped by their names"],
+        ["names without the seed (ARM=GLOB groups by hand): a"],
     ),
     "arm is the folder": (
         ["a/s1", "a/s2"],
         ["a/*"],
         {"a": ["s1", "s2"]},
-        ["grouped by their names"],
+        ["names without the seed (ARM=GLOB groups by hand): a"],
     ),
-    "same name twice": (["1/a", "2/a"], ["*/a"], {"a": ["1/a", "2/a"]}, ["grouped by their names"]),
+    "same name twice": (
+        ["1/a", "2/a"],
+        ["*/a"],
+        {"a": ["1/a", "2/a"]},
+        ["names without the seed (ARM=GLOB groups by hand): a"],
+    ),
     "given twice": (["a_s1", "b"], ["a_s1", "a_*", "b"], {"a": ["a_s1"], "b": ["b"]}, []),
     "path with =": (["lr=1_s1"], ["lr=1_s1"], {"lr=1": ["lr=1_s1"]}, []),
     "same seed twice": (
@@ -83,7 +88,9 @@ def test_the_arms(tmp_path, monkeypatch, make_run, runs, arguments, arms, said):
         make_run(name)
     grouping = group_runs(arguments)
     assert {arm: [run.name for run in found] for arm, found in grouping.arms.items()} == arms
-    assert len(grouping.notes) == len(said) and all(s in n for s, n in zip(said, grouping.notes, strict=True))
+    assert len(grouping.notes) == len(said) and all(
+        s in n for s, n in zip(said, grouping.notes, strict=True)
+    )
 
 
 def test_several_files_in_one_folder_are_runs_by_their_names(tmp_path, make_run):
@@ -97,7 +104,9 @@ def test_the_seed_comes_from_the_name_and_else_from_the_settings(make_run, tmp_p
     make_run("b", settings={"data.seed": 7})
     make_run("c", settings={"data.seed": None, "actor_rollout_ref.rollout.seed": 5})
     make_run("d")
-    seeds = {run.name: run.seed for runs in group_runs([str(tmp_path)]).arms.values() for run in runs}
+    seeds = {
+        run.name: run.seed for runs in group_runs([str(tmp_path)]).arms.values() for run in runs
+    }
     assert seeds == {"a_s3": 3, "b": 7, "c": 5, "d": None}
 
 
@@ -111,7 +120,9 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("arguments", "message"), REFUSED.values(), ids=REFUSED.keys())
-def test_arguments_that_name_no_run_are_refused(tmp_path, monkeypatch, make_run, arguments, message):
+def test_arguments_that_name_no_run_are_refused(
+    tmp_path, monkeypatch, make_run, arguments, message
+):
     monkeypatch.chdir(tmp_path)
     make_run("run")
     with pytest.raises(CompareError) as error:

@@ -48,7 +48,9 @@ def test_the_file_is_the_one_that_verl_writes(tmp_path, monkeypatch, environment
 def test_the_record_has_the_settings_and_what_the_files_hold_but_no_credentials(tmp_path):
     found = json.loads(json.dumps(describe_run(config(tmp_path))))
     digest = hashlib.sha256(b"train").hexdigest()
-    assert found["data.train_files"] == str(tmp_path / "train") and found["data.train_files.sha256"] == [digest]
+    assert found["data.train_files"] == str(tmp_path / "train") and found[
+        "data.train_files.sha256"
+    ] == [digest]
     assert found["reward.custom_reward_function.path.sha256"] == [digest]
     assert found["data.val_files.sha256"] is None  # one of them is not at hand
     assert found["actor_rollout_ref.rollout.n"] == 4
@@ -107,7 +109,9 @@ def test_a_record_that_cannot_be_written_is_said_and_the_run_goes_on(tmp_path, m
     (metrics.parent / "metrics.settings.json" / "x").mkdir(parents=True)
     Recorded(config(tmp_path), 0).fit(0.5)
     assert (
-        metrics.exists() and f"the record of the run beside {metrics} could not be written" in capsys.readouterr().out
+        metrics.exists()
+        and f"the record of the run beside {metrics} could not be written"
+        in capsys.readouterr().out
     )
 
 
