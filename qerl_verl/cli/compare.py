@@ -21,14 +21,14 @@ def add_compare(subparsers, common: argparse.ArgumentParser) -> None:
         "compare",
         parents=[common],
         help="compare training runs: curves and final values with intervals over seeds",
-        usage="%(prog)s RUN [RUN ...] [--baseline ARM] [--json FILE] [--png FILE] [--html FILE] [options]",
+        usage="%(prog)s RUN [RUN ...] [--baseline ARM] [--json FILE] [--png FILE] [--html FILE] ...",
     )
     parser.add_argument(
         "words",
         nargs="+",
         metavar="RUN",
-        help="a metrics file of verl's file logger, a console log, or a folder with either; or ARM=GLOB, whose matches are "
-        "seeds of one arm. Runs whose names differ in a seed at the end (_s1, -seed1) are one arm",
+        help="a metrics file of verl's file logger, a console log, or a folder with either; or "
+        "ARM=GLOB, whose matches are seeds of one arm. Runs whose names differ in a seed at the end (_s1, -seed1) are one arm",
     )
     parser.add_argument(
         "--baseline",

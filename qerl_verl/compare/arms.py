@@ -68,7 +68,8 @@ def group_runs(arguments: Sequence[str]) -> Grouping:
             unique.append((arm, place, file))
         elif owners[real] != arm:
             raise CompareError(
-                f"{file} is in two arms, {owners[real] or 'its own'} and {arm or 'its own'}: make the arguments disjoint"
+                f"{file} is in two arms, {owners[real] or 'its own'} and {arm or 'its own'}: "
+                "make the arguments disjoint"
             )
     files_in = Counter(file.parent for _, _, file in unique)
     files_of = Counter(place for _, place, _ in unique)
@@ -151,14 +152,15 @@ def _describe(arms: dict[str, list[Run]], automatic: set[str]) -> list[str]:
     out = []
     if grouped := [arm for arm in arms if arm in automatic and len(arms[arm]) > 1]:
         out.append(
-            f"grouped by their names without the seed (ARM=GLOB groups by hand): {', '.join(grouped)}"
+            "grouped by their names without the seed (ARM=GLOB groups by hand): "
+            + ", ".join(grouped)
         )
     for arm, runs in arms.items():
         counts = Counter(run.seed for run in runs if run.seed is not None)
         if same := [seed for seed, count in counts.items() if count > 1]:
             out.append(
-                f"arm {arm}: seed {', '.join(map(str, same))} occurs more than once; each run counts as "
-                "a seed of its own"
+                f"arm {arm}: seed {', '.join(map(str, same))} occurs more than once; each run "
+                "counts as a seed of its own"
             )
             for run in runs:
                 run.seed = None if run.seed in same else run.seed

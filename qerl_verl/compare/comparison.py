@@ -175,7 +175,8 @@ def _with_enough_steps(
                 kept.setdefault(arm, []).append(run)
             elif trained or options.min_steps > 1:
                 notes.append(
-                    f"{run.name} is left out: it has {trained} training steps (--min-steps {options.min_steps})"
+                    f"{run.name} is left out: it has {trained} training steps "
+                    f"(--min-steps {options.min_steps})"
                 )
             else:
                 raise CompareError(f"{run.path} {_why_no_steps(run, options.reward)}")
@@ -186,7 +187,10 @@ def _with_enough_steps(
 
 def _why_no_steps(run: Run, reward: str) -> str:
     if reward == SCORE:
-        return f"logged no training step (no {SCORE}): leave it out, or give --reward METRIC where it has another name"
+        return (
+            f"logged no training step (no {SCORE}): leave it out, or give --reward METRIC where it "
+            "has another name"
+        )
     near = [key for key in sorted(run.metrics()) if key.split("/")[0] == reward.split("/")[0]]
     return f"did not log --reward {reward}; it has {', '.join(near) or 'nothing under that name'}"
 
@@ -195,8 +199,8 @@ def _refuse_or_name(agreement: Agreement, options: Options) -> list[str]:
     if agreement.conflicts and not options.allow_differences:
         listed = "".join(f"\n  - {conflict}" for conflict in agreement.conflicts)
         raise CompareError(
-            f"the runs cannot be compared:{listed}\nCompare runs that share these, or pass --allow-differences: then every "
-            "output names them."
+            f"the runs cannot be compared:{listed}\nCompare runs that share these, or pass "
+            "--allow-differences: then every output names them."
         )
     return [f"NOT THE SAME: {conflict}" for conflict in agreement.conflicts]
 
@@ -210,8 +214,9 @@ def _common_steps(arms: Mapping[str, list[Run]], options: Options) -> tuple[list
     if not common:
         spans = ", ".join(f"{name} {min(s)} to {max(s)}" for name, s in sets.items())
         raise CompareError(
-            f"no training step is common to all runs (steps: {spans}). A file that verl began anew when a run resumed lacks "
-            "the steps before: join the parts, oldest first (cat part1 part2 > run.jsonl)."
+            f"no training step is common to all runs (steps: {spans}). A file that verl began anew "
+            "when a run resumed lacks the steps before: join the parts, oldest first "
+            "(cat part1 part2 > run.jsonl)."
         )
     steps, notes = sorted(common), []
     last = {name: max(s) for name, s in sets.items()}
@@ -219,15 +224,16 @@ def _common_steps(arms: Mapping[str, list[Run]], options: Options) -> tuple[list
         shortest = [name for name, step in last.items() if step == min(last.values())]
         notes.append(
             f"steps {steps[0]} to {steps[-1]} are compared, which all runs have: {_join(shortest)} "
-            f"end{'s' if len(shortest) == 1 else ''} there, the longest at {max(last.values())}. --min-steps leaves "
-            "short runs out"
+            f"end{'s' if len(shortest) == 1 else ''} there, the longest at {max(last.values())}. "
+            "--min-steps leaves short runs out"
         )
     missing = {
         n: len([x for x in range(steps[0], steps[-1] + 1) if x not in s]) for n, s in sets.items()
     }
     if gaps := {name: count for name, count in missing.items() if count}:
         notes.append(
-            f"steps that are missing: {', '.join(f'{count} in {name}' for name, count in gaps.items())}"
+            "steps that are missing: "
+            + ", ".join(f"{count} in {name}" for name, count in gaps.items())
         )
     return steps, notes
 
@@ -252,7 +258,8 @@ def _about_seeds(arms: Mapping[str, list[Run]], agreement: Agreement) -> list[st
     if agreement.unknown:
         out.append(
             "settings not known, so not checked for the same data, reward and lengths: "
-            f"{_join(agreement.unknown)} (no record of the switch, no .hydra folder, no printed configuration)"
+            f"{_join(agreement.unknown)} (no record of the switch, no .hydra folder, no printed "
+            "configuration)"
         )
     return out
 

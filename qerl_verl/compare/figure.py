@@ -82,7 +82,8 @@ def _caption(comparison: Comparison) -> list[str]:
     lines = [f"Curves: mean over runs, {smooth} (validation and sigma: not smoothed)"]
     if any(len(runs) > 1 for runs in comparison.arms.values()):
         lines[0] += (
-            f"; bands: {options.bootstrap.confidence:.0%} bootstrap interval over runs, step by step"
+            f"; bands: {options.bootstrap.confidence:.0%} bootstrap interval over runs, step by "
+            "step"
         )
     if single := [arm for arm, runs in comparison.arms.items() if len(runs) == 1]:
         lines.append(f"One run, so no band: {', '.join(single)}")

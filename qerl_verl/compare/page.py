@@ -10,13 +10,16 @@ from qerl_verl.compare.comparison import Comparison
 from qerl_verl.compare.tables import Table, explain_intervals, settings_table, tables
 
 _STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 1200px; padding: 0 1rem; color: #1a1a1a; }
+body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 1200px;
+  padding: 0 1rem; color: #1a1a1a; background: #fff; }
 h1 { font-size: 1.4rem; } h2 { font-size: 1.05rem; margin-top: 2rem; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; display: block; overflow-x: auto; }
-th, td { border-bottom: 1px solid #ddd; padding: .3rem .8rem .3rem 0; text-align: right; vertical-align: top;
-  white-space: pre-line; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; display: block;
+  overflow-x: auto; }
+th, td { border-bottom: 1px solid #ddd; padding: .3rem .8rem .3rem 0; text-align: right;
+  vertical-align: top; white-space: pre-line; }
 th:first-child, td:first-child { text-align: left; }
-img { max-width: 100%; height: auto; } .conflict { background: #fde8e8; border-left: 4px solid #c00; padding: .5rem 1rem; }
+img { max-width: 100%; height: auto; }
+.conflict { background: #fde8e8; border-left: 4px solid #c00; padding: .5rem 1rem; }
 """
 
 
@@ -39,8 +42,8 @@ def page(comparison: Comparison, picture: bytes, title: str = "") -> str:
     image = base64.b64encode(picture).decode("ascii")
     shown = [*tables(comparison, everything=True), *filter(None, [settings_table(comparison)])]
     return (
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{heading}</title>\n<style>{_STYLE}</style>'
-        f"</head><body>\n<h1>{heading}</h1>\n{conflicts}\n"
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{heading}</title>\n'
+        f"<style>{_STYLE}</style></head><body>\n<h1>{heading}</h1>\n{conflicts}\n"
         f'<img alt="curves by step" src="data:image/png;base64,{image}">\n'
         + "\n".join(map(_table, shown))
         + f"\n<h2>notes</h2>\n<ul>{listed}</ul>\n</body></html>\n"

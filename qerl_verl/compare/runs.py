@@ -1,8 +1,8 @@
 """The metrics of one run, from the file of verl's ``file`` logger or from a console log.
 
 verl's ``file`` logger (verl/utils/tracking.py, FileLogger) writes one JSON object a step,
-``{"step": N, "data": {...}}``. Its ``console`` logger (verl/utils/logger/aggregate_logger.py) prints
-``step:N - key:value - key:value``, to which Ray adds the name of the process.
+``{"step": N, "data": {...}}``. Its ``console`` logger (verl/utils/logger/aggregate_logger.py)
+prints ``step:N - key:value - key:value``, to which Ray adds the name of the process.
 """
 
 from __future__ import annotations
@@ -217,13 +217,14 @@ def read_steps(path: Path) -> tuple[dict[int, dict[str, float]], list[str]]:
         steps.setdefault(step, {}).update(values)
     if not steps:
         raise CompareError(
-            f"{path} holds no metrics of a verl run: neither lines of verl's file logger nor `step:N - key:value` lines"
+            f"{path} holds no metrics of a verl run: neither lines of verl's file logger nor "
+            "`step:N - key:value` lines"
         )
     notes = []
     if repeated:
         notes.append(
-            f"was resumed or restarted: steps {min(repeated)} to {max(repeated)} were logged more than once or "
-            "abandoned; the later lines count"
+            f"was resumed or restarted: steps {min(repeated)} to {max(repeated)} were logged more "
+            "than once or lost; the later lines count"
         )
     if parts:
         notes.append(f"read from {len(parts) + 1} files, since it was resumed")

@@ -51,15 +51,37 @@ _MUST_AGREE = (
 )
 """Settings without which a reward means something else; with a dot at the end, all below."""
 
-_NOT_COMPARED = re.compile(
-    r"(^|\.)(_target_|seed|seed_.*)$"
-    r"|^ray_kwargs\.|^hydra\.|^global_profiler\.|^transfer_queue\.|profiler\.|rollout_trace|\.trace\."
-    r"|^trainer\.(project_name|experiment_name|default_local_dir|default_hdfs_dir|logger|resume_\w+|\w+_data_dir"
-    r"|save_freq|max_\w+_ckpt_to_keep|v1\.)"
-    r"|^qerl\.(policy|base_fingerprint|source_models|cache_dir)|^(actor_rollout_ref\.model|critic\.model)\.path$"
-    r"|tokenizer_path$|hf_config_path$|_dir$|\.sha256$"
+_GROUPS = (
+    MODEL,
+    "data",
+    "actor_rollout_ref",
+    "critic",
+    "algorithm",
+    "reward",
+    "reward_model",
+    "trainer",
+    "qerl",
 )
-"""Seeds, names, folders and what observes a run."""
+"""First parts of the keys that are compared. What else is in a configuration is a recipe's own or
+says how a run is observed."""
+
+_NOT_COMPARED = re.compile(
+    "|".join((
+        r"(^|[._])seed$",
+        r"_target_$",
+        r"_dir$",
+        r"\.sha256$",
+        r"(tokenizer|hf_config)_path$",
+        r"profiler\.",
+        r"\.trace\.",
+        r"gpu_memory_utilization$",
+        r"^(actor_rollout_ref|critic)\.model\.path$",  # MODEL stands for it
+        r"^qerl\.(policy|base_fingerprint|source_models)\b",
+        r"^trainer\.(project_name|experiment_name|logger|resume_\w+|test_freq|save_freq|v1\.)",
+        r"^trainer\.(max_\w+_ckpt_to_keep|val_before_train)",
+    ))
+)  # fmt: skip
+"""Seeds, names, folders, what observes a run and what only says how fast it is."""
 
 _SEEDS = (
     "data.seed",
@@ -171,6 +193,7 @@ def _normalize(settings: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(out.get(key), str):
             out[key] = [out[key]]
     out[MODEL] = out.get("qerl.source_models.actor", out.get("actor_rollout_ref.model.path"))
+    out[f"{MODEL}{CONTENT}"] = out.get("qerl.base_fingerprint.actor")
     return out
 
 
@@ -207,9 +230,7 @@ def compare_settings(arms: Mapping[str, list[Run]]) -> Agreement:
     )
     known = {arm: [run for run in runs if run.settings is not None] for arm, runs in arms.items()}
     everything = [run for runs in known.values() for run in runs]
-    keys = sorted(
-        {key for run in everything for key in run.settings if not _NOT_COMPARED.search(key)}
-    )
+    keys = sorted({key for run in everything for key in run.settings if _is_compared(key)})
     for key in keys:
         having = {arm: [run for run in runs if key in run.settings] for arm, runs in known.items()}
         if len(_by_value([run for runs in having.values() for run in runs], key)) < 2:
@@ -221,7 +242,8 @@ def compare_settings(arms: Mapping[str, list[Run]]) -> Agreement:
             )
         elif mixed:
             out.conflicts += [
-                f"the runs of arm {arm} are not seeds of one arm, give each its own (ARM=GLOB): {_disagreement(key, runs)}"
+                f"the runs of arm {arm} are not seeds of one arm, give each its own (ARM=GLOB): "
+                + _disagreement(key, runs)
                 for arm, runs in mixed.items()
             ]
         else:
@@ -231,16 +253,22 @@ def compare_settings(arms: Mapping[str, list[Run]]) -> Agreement:
     return out
 
 
+def _is_compared(key: str) -> bool:
+    return key.partition(".")[0] in _GROUPS and not _NOT_COMPARED.search(key)
+
+
 def _must_agree(key: str) -> bool:
     return any(key == k or (k.endswith(".") and key.startswith(k)) for k in _MUST_AGREE)
 
 
 def _by_value(runs: list[Run], key: str) -> list[list[Run]]:
-    """The runs, grouped by what counts as the same value: of a file its content, where the records
-    of all runs have it."""
+    """The runs, grouped by what counts as the same value: of files their content, where the records
+    of all runs have it. A model under two paths is the same where its bytes are; under one path it
+    is also the same in two arms, which quantize it differently."""
     content = f"{key}{CONTENT}"
     if runs and all(run.settings.get(content) for run in runs):
-        key = content
+        if key != MODEL or len({run.settings[key] for run in runs}) > 1:
+            key = content
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(json.dumps(run.settings[key], sort_keys=True, default=str), []).append(

@@ -1,9 +1,9 @@
 """Intervals over seeds: the percentile bootstrap (Efron and Tibshirani, An Introduction to the
 Bootstrap, 1993, chapter 13), with the runs of an arm as the sample.
 
-A run is the unit that is resampled, since the steps of one run depend on each other. The interval of
-so few values as there are seeds is too narrow: with three it is their range, which leaves out 0 by
-chance in one of four cases. So a difference also has the p value of a t test.
+A run is the unit that is resampled, since the steps of one run depend on each other. The interval
+of so few values as there are seeds is too narrow: with three it is their range, which leaves out 0
+by chance in one of four cases. So a difference also has the p value of a t test.
 """
 
 from __future__ import annotations

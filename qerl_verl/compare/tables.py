@@ -121,19 +121,20 @@ def explain_intervals(comparison: Comparison) -> list[str]:
     out = []
     if any(len(runs) > 1 for runs in comparison.arms.values()):
         out.append(
-            f"Intervals: percentile bootstrap over runs, {bootstrap.confidence:.0%}, {bootstrap.samples} resamples, seed "
-            f"{bootstrap.seed}."
+            f"Intervals: percentile bootstrap over runs, {bootstrap.confidence:.0%}, "
+            f"{bootstrap.samples} resamples, seed {bootstrap.seed}."
         )
     paired = {d.paired for q in comparison.quantities for d in q.differences.values() if d.paired}
     if paired:
         said = "; ".join(", ".join(map(str, seeds)) for seeds in sorted(paired))
         out.append(
-            f"Differences are taken seed by seed where two arms share at least two seeds (seeds {said})."
+            "Differences are taken seed by seed where two arms share at least two seeds "
+            f"(seeds {said})."
         )
     if any(d.interval.has_interval for q in comparison.quantities for d in q.differences.values()):
         out.append(
-            f"A star marks p < {1 - bootstrap.confidence:.2g} of a t test over runs, paired where the difference "
-            "is, else Welch's; not corrected for the number of comparisons."
+            f"A star marks p < {1 - bootstrap.confidence:.2g} of a t test over runs, paired where "
+            "the difference is, else Welch's; not corrected for the number of comparisons."
         )
     return out
 

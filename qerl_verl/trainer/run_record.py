@@ -1,8 +1,8 @@
 """What a run leaves beside its metrics, so that ``qerl compare`` can tell what it compares.
 
 verl's ``file`` logger writes metrics alone, and opens its file anew when a run resumes
-(verl/utils/tracking.py, FileLogger). So beside ``<stem>.jsonl`` stands ``<stem>.settings.json`` with
-the run's configuration, and what a resumed run would overwrite moves to ``<stem>.0.jsonl``.
+(verl/utils/tracking.py, FileLogger). So beside ``<stem>.jsonl`` stands ``<stem>.settings.json``
+with the run's configuration, and what a resumed run would overwrite moves to ``<stem>.0.jsonl``.
 """
 
 from __future__ import annotations
@@ -108,7 +108,8 @@ class RunRecordMixin:
             try:
                 if getattr(self, "global_steps", 0) > 0 and (part := keep_earlier_metrics(path)):
                     say(
-                        f"the metrics of the steps before are in {part} from now on; qerl compare reads both"
+                        f"the metrics of the steps before are in {part} from now on; qerl compare "
+                        "reads both"
                     )
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_record(path, self.config)

@@ -4,10 +4,13 @@ import pprint
 
 import pytest
 import yaml
+from omegaconf import OmegaConf
 
+from qerl_verl.cli.explain import compose
 from qerl_verl.compare.arms import group_runs
 from qerl_verl.compare.runs import SCORE
 from qerl_verl.compare.settings import compare_settings, read_settings
+from qerl_verl.config.keys import flatten
 
 CONFIG = {
     "data": {
@@ -99,13 +102,25 @@ BASE = {
     "data.seed": 1,
     "actor_rollout_ref.rollout.n": 4,
     "actor_rollout_ref.model.path": "/m/base",
+    "actor_rollout_ref.actor.data_loader_seed": 1,
+    "study.seed": 1,
+    "study.out": "out",
     "trainer.experiment_name": "one",
     "qerl.arm": "nvfp4",
     "reward.custom_reward_function.path": None,
 }
 HASH = "data.train_files.sha256"
 DIFFERENCES = {
-    "seed, name": ({"data.seed": 2, "trainer.experiment_name": "two"}, [], []),
+    "seed, name": (
+        {
+            "data.seed": 2,
+            "trainer.experiment_name": "two",
+            "actor_rollout_ref.actor.data_loader_seed": 2,
+        },
+        [],
+        [],
+    ),
+    "a recipe's own": ({"study.seed": 2, "study.out": "/o"}, [], []),
     "arm": ({"qerl.arm": "bf16"}, [], ["qerl.arm"]),
     "model": ({"actor_rollout_ref.model.path": "/m/other"}, [], ["model"]),
     "data": (
@@ -156,6 +171,35 @@ def test_data_are_the_same_when_their_content_is(tmp_path, make_run, one, other,
     make_run("a", settings=BASE | {HASH: one})
     make_run("b", settings=BASE | {HASH: other, "data.train_files": [path]})
     assert len(compare_settings(group_runs([str(tmp_path)]).arms).conflicts) == conflicts
+
+
+MODELS = {
+    "same bytes, another path": ("/m/base", "/n/base", "1", "1", False),
+    "other bytes, another path": ("/m/base", "/n/base", "1", "2", True),
+    "quantized differently": ("/m/base", "/m/base", "1", "2", False),
+}
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "first", "second", "differing"), MODELS.values(), ids=MODELS.keys()
+)
+def test_a_model_is_the_same_under_another_path(
+    tmp_path, make_run, one, other, first, second, differing
+):
+    for name, path, fingerprint in (("a", one, first), ("b", other, second)):
+        change = {"qerl.source_models.actor": path, "qerl.base_fingerprint.actor": fingerprint}
+        make_run(name, settings=BASE | change)
+    found = compare_settings(group_runs([str(tmp_path)]).arms)
+    assert (list(found.differing), found.conflicts) == (["model"] if differing else [], [])
+
+
+@pytest.mark.parametrize("arm", ["nvfp4_aqn", "bf16"])
+def test_two_seeds_of_the_studys_recipe_are_seeds_of_one_arm(tmp_path, make_run, arm):
+    for seed in (1, 2):
+        config = compose(f"study/{arm}", [f"study.seed={seed}", f"study.out={tmp_path}"])
+        make_run(f"{arm}_s{seed}", settings=flatten(OmegaConf.to_container(config, resolve=True)))
+    found = compare_settings(group_runs([str(tmp_path)]).arms)
+    assert not found.conflicts and not found.differing
 
 
 def test_runs_of_one_arm_that_differ_in_more_than_the_seed_are_no_seeds_of_it(tmp_path, make_run):
