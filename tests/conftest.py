@@ -21,7 +21,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 ALONE = ("integration", "engine")
 """Marks of tests that start Ray or a vLLM engine. They need up to 10 GB, so one worker runs all of them, one after the other."""
 
-ALONE_PLACES = ("tests/integration/", "tests/rollout/test_live_engine.py")
+ALONE_PLACES = (
+    "tests/integration/",
+    "tests/rollout/test_live_engine.py",
+    "tests/evaluation/test_live_evaluation.py",
+)
 """Where such tests are: folders, and files with their names."""
 
 

@@ -1,9 +1,10 @@
-"""The ``qerl`` command: ``quantize SRC DST``, ``resolve MODEL``, ``export CHECKPOINT DST``, ``compare RUN...``, ``explain NAME``,
-``cluster`` and ``doctor``.
+"""The ``qerl`` command: ``quantize SRC DST``, ``resolve MODEL``, ``export CHECKPOINT DST``, ``eval MODEL``, ``compare RUN...``,
+``explain NAME``, ``cluster`` and ``doctor``.
 
 A subcommand is a function ``_add_<name>(subparsers, common)`` that declares its arguments and sets ``run``, listed in
 ``_COMMANDS``. ``run(arguments)`` returns the exit code. What the user can put right is raised as CheckpointError,
-CompareError, ExplainError or OSError and ends in one line on stderr and exit code 2; ``--debug`` shows the traceback.
+CompareError, EvaluationError, ExplainError or OSError and ends in one line on stderr and exit code 2; ``--debug`` shows
+the traceback.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ from pathlib import Path
 
 import qerl_verl
 from qerl_verl.cli.compare import add_compare
+from qerl_verl.cli.evaluate import add_eval
 from qerl_verl.cli.explain import ExplainError
 from qerl_verl.compare.errors import CompareError
+from qerl_verl.evaluation.errors import EvaluationError
 from qerl_verl.nvfp4.errors import CheckpointError
 from qerl_verl.platform.signals import ends_on_signals
 
@@ -245,7 +248,7 @@ def _cluster(arguments: argparse.Namespace) -> int:
     return wait_for_cluster(arguments.nodes, arguments.gpus, arguments.timeout, arguments.address)
 
 
-_COMMANDS = (_add_quantize, _add_resolve, _add_export, add_compare, _add_explain, _add_cluster, _add_doctor)
+_COMMANDS = (_add_quantize, _add_resolve, _add_export, add_eval, add_compare, _add_explain, _add_cluster, _add_doctor)
 
 
 def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
@@ -277,7 +280,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with ends_on_signals():
             return arguments.run(arguments)
-    except (CheckpointError, CompareError, ExplainError, OSError) as error:
+    except (CheckpointError, CompareError, EvaluationError, ExplainError, OSError) as error:
         if arguments.debug:
             raise
         text = str(error) if isinstance(error, CompareError) else " ".join(str(error).split())

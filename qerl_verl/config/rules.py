@@ -307,15 +307,7 @@ def force(
         )
     variables = {}
     if on_cpu:
-        variables |= {name: environment.get(name, value) for name, value in CPU_ENVIRONMENT.items()}
-        if reason := missing_compiler("cpu"):
-            # vLLM compiles its sampling on a CPU, also with enforce_eager (v1/sample/ops/topk_topp_sampler.py, forward_cpu)
-            variables["TORCH_COMPILE_DISABLE"] = "1"
-            notify(f"TORCH_COMPILE_DISABLE=1, nothing is compiled: {reason}")
-        if environment.get("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0)))) == "1":
-            # vLLM 0.28, also without QeRL: "double free or corruption" once a batch mixes prefill and decoding
-            variables["OMP_NUM_THREADS"] = "2"
-            notify("OMP_NUM_THREADS=2 in the job's processes: vLLM's CPU engine corrupts its memory on one thread")
+        variables |= cpu_environment(environment, notify)
         slots = get_value(config, "trainer.n_gpus_per_node")
         if is_separate(config):
             slots += get_value(config, f"{ROLLOUT}.nnodes") * get_value(config, f"{ROLLOUT}.n_gpus_per_node")
@@ -333,6 +325,25 @@ def force(
     user_environment = get_value(config, "ray_kwargs.ray_init.runtime_env.env_vars") or {}
     merged = {**variables, **user_environment, SWITCH_ENV: arm.name, "VERL_ENGINE_VENDOR": ENGINE_VENDOR}
     set_value(config, "ray_kwargs.ray_init.runtime_env.env_vars", merged, "every process learns of the switch", notify)
+
+
+def cpu_environment(environment: Mapping[str, str], notify: Callable[[str], None]) -> dict[str, str]:
+    """Environment variables of the processes that run vLLM's CPU engine.
+
+    Args:
+        environment: the caller's; what it sets stays, as far as vLLM can run with it.
+        notify: called with one line for each variable that changes how the engine computes.
+    """
+    variables = {name: environment.get(name, value) for name, value in CPU_ENVIRONMENT.items()}
+    if reason := missing_compiler("cpu"):
+        # vLLM compiles its sampling on a CPU, also with enforce_eager (v1/sample/ops/topk_topp_sampler.py, forward_cpu)
+        variables["TORCH_COMPILE_DISABLE"] = "1"
+        notify(f"TORCH_COMPILE_DISABLE=1, nothing is compiled: {reason}")
+    if environment.get("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0)))) == "1":
+        # vLLM 0.28, also without QeRL: "double free or corruption" once a batch mixes prefill and decoding
+        variables["OMP_NUM_THREADS"] = "2"
+        notify("OMP_NUM_THREADS=2 in the job's processes: vLLM's CPU engine corrupts its memory on one thread")
+    return variables
 
 
 def rollout_layers(config: DictConfig) -> dict[str, Any]:

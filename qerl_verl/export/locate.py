@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from qerl_verl.lora.adapter_files import CONFIG_FILE as ADAPTER_CONFIG
 from qerl_verl.nvfp4.cache import default_cache_dir, fingerprint
@@ -37,7 +38,7 @@ def find_adapter(checkpoint: Path) -> Source:
         checkpoint: ``global_step_N``, its ``actor`` folder, or the folder of a PEFT adapter.
 
     Raises:
-        CheckpointError: there is no adapter in it.
+        CheckpointError: there is no adapter in it, or its configuration or the checkpoint's record is damaged.
     """
     places = (checkpoint, checkpoint / "lora_adapter", checkpoint / "actor" / "lora_adapter")
     adapter = next((place for place in places if (place / ADAPTER_CONFIG).is_file()), None)
@@ -46,12 +47,22 @@ def find_adapter(checkpoint: Path) -> Source:
             f"{checkpoint}: no {ADAPTER_CONFIG} in it, in lora_adapter or in actor/lora_adapter. Give a global_step_N folder "
             "of a run, or the folder of a PEFT adapter."
         )
-    base_model = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    base_model = _read_object(adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
     record = next((p / RECORD_FILE for p in (adapter, *adapter.parents[:2]) if (p / RECORD_FILE).is_file()), None)
-    recorded = None if record is None else json.loads(record.read_text(encoding="utf-8")).get("base", {}).get("actor")
+    recorded = None if record is None else _read_object(record).get("base", {}).get("actor")
     if recorded:  # with the arm's name in front where a model is used as it is (config/callback.py, _replace_models)
         recorded = recorded.rpartition("-")[2]
     return Source(adapter, base_model, recorded)
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{file}: not valid JSON ({error}); save or fetch it again") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file}: not a JSON object; save or fetch it again")
+    return content
 
 
 def find_base(source: Source, wanted: Path | None = None, cache_dir: Path | None = None) -> Path:

@@ -117,7 +117,7 @@ def resolve_checkpoint(
             model is neither a folder nor to be had from the hub; or a cache entry has been damaged.
     """
     source = str(model_path)
-    folder = _local_folder(source)
+    folder = fetch_model(source)
     kind = check_checkpoint(folder)  # fails before the hashing of many gigabytes
     if kind == "nvfp4":
         return ResolvedCheckpoint(folder, source, "as_is", tuple(unused_settings(folder)))
@@ -152,7 +152,7 @@ def resolve_source(model_path: str | Path) -> Path:
     Raises:
         UnsupportedArchitecture, CheckpointError: as :func:`resolve_checkpoint`; or the checkpoint is quantized.
     """
-    folder = _local_folder(str(model_path))
+    folder = fetch_model(str(model_path))
     check_source(folder)
     return folder
 
@@ -369,7 +369,12 @@ def _describe(owner: Path) -> str:
 # --- the source ------------------------------------------------------------------------------------------------------
 
 
-def _local_folder(model: str) -> Path:
+def fetch_model(model: str) -> Path:
+    """The local folder of a model, fetched from the Hugging Face hub where ``model`` is no folder. Nothing in it is checked.
+
+    Raises:
+        CheckpointError: as :func:`resolve_checkpoint`, where the model is not to be had.
+    """
     path = Path(model).expanduser()
     if path.exists():
         return path.absolute()

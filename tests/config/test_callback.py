@@ -61,7 +61,7 @@ def test_an_arm_without_packed_layers_runs_the_model_itself(tmp_path, bf16_check
 
 
 def test_a_name_on_the_hub_stays_one_for_the_nodes_to_resolve(tmp_path, bf16_checkpoint, monkeypatch):
-    monkeypatch.setattr("qerl_verl.nvfp4.cache._local_folder", lambda name: bf16_checkpoint)
+    monkeypatch.setattr("qerl_verl.nvfp4.cache.fetch_model", lambda name: bf16_checkpoint)
     config = actor_alone("someone/model", "bf16")
     callback._replace_models(config, callback.QeRLSettings("bf16", cache_dir=str(tmp_path)))
     assert config.actor_rollout_ref.model.path == "someone/model"

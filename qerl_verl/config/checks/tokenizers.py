@@ -19,11 +19,16 @@ def find_problems(config: DictConfig) -> list[str]:
         path = get_value(config, key)
         if not isinstance(path, str) or path in out or not (folder := Path(os.path.expanduser(path))).is_dir():
             continue  # a name on the hub, or a folder of a remote file system
-        out[path] = _problem(folder, f"{key}={path}", bool(get_value(config, f"{model}.trust_remote_code")))
+        out[path] = folder_problem(folder, f"{key}={path}", bool(get_value(config, f"{model}.trust_remote_code")))
     return [problem for problem in out.values() if problem]
 
 
-def _problem(folder: Path, where: str, trust_remote_code: bool) -> str:
+def folder_problem(folder: Path, where: str, trust_remote_code: bool = False) -> str:
+    """What keeps the tokenizer of a model's folder from being used, in one sentence; empty if nothing does.
+
+    Args:
+        where: what names the folder, with which the sentence begins.
+    """
     from transformers import AutoConfig, AutoTokenizer
 
     fix = "Put the tokenizer's files there (tokenizer.json, tokenizer_config.json), or set tokenizer_path"

@@ -1,0 +1,125 @@
+"""What came out of an evaluation: a table for the terminal, a JSON object for programs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from qerl_verl.evaluation.estimators import Estimate, estimate, pass_at_k
+from qerl_verl.evaluation.responses import Response
+
+
+@dataclass(frozen=True)
+class Result:
+    """One policy on one data source of one data set.
+
+    Attributes:
+        policy: name of the adapter, or of the model without one.
+        data: name of the data set.
+        source: verl's ``data_source``.
+        reward: the function that scored it.
+        problems: how many.
+        samples: responses to each.
+        pass_at: k -> pass@k.
+        difference: k -> pass@k less that of the first policy, problem by problem; empty for the first.
+        score: mean of the scores, which verl's validation calls ``mean@N``.
+        tokens: mean length of a response.
+        cut_off: share of responses that reached the largest number of tokens.
+    """
+
+    policy: str
+    data: str
+    source: str
+    reward: str
+    problems: int
+    samples: int
+    pass_at: dict[int, Estimate]
+    difference: dict[int, Estimate]
+    score: Estimate
+    tokens: float
+    cut_off: float
+
+
+def summarize(
+    policy: str,
+    data: str,
+    source: str,
+    reward: str,
+    responses: Sequence[Sequence[Response]],
+    ks: Iterable[int],
+    *,
+    correct_from: float,
+    confidence: float,
+    first: dict[int, np.ndarray] | None = None,
+) -> tuple[Result, dict[int, np.ndarray]]:
+    """Estimate pass@k of one policy on the problems of one source.
+
+    Args:
+        responses: of each problem, as many of each.
+        ks: each k of pass@k.
+        correct_from: the smallest score of a right response.
+        confidence: of the intervals.
+        first: k -> pass@k of each problem for the policy to compare with.
+
+    Returns:
+        The result, and k -> pass@k of each problem.
+    """
+    scores = np.array([[response.score for response in row] for row in responses])
+    problems, samples = scores.shape
+    solved = (scores >= correct_from).sum(axis=1)
+    values = {k: pass_at_k(samples, solved, k) for k in ks}
+    every = [response for row in responses for response in row]
+    result = Result(
+        policy=policy,
+        data=data,
+        source=source,
+        reward=reward,
+        problems=problems,
+        samples=samples,
+        pass_at={k: estimate(v, confidence) for k, v in values.items()},
+        difference={k: estimate(v - first[k], confidence) for k, v in values.items()} if first else {},
+        score=estimate(scores.mean(axis=1), confidence),
+        tokens=float(np.mean([response.tokens for response in every])),
+        cut_off=float(np.mean([response.finish == "length" for response in every])),
+    )
+    return result, values
+
+
+def as_json(result: Result) -> dict[str, Any]:
+    """A result as JSON has it: ``pass@1`` and so on, each with value, low and high, as fractions of 1."""
+    out = asdict(result)
+    for name, prefix in (("pass_at", "pass@"), ("difference", "difference of pass@")):
+        out |= {f"{prefix}{k}": value for k, value in out.pop(name).items()}
+    return out
+
+
+def format_table(results: Sequence[Result]) -> str:
+    """The table for the terminal, in percent."""
+    header = ["policy", "data", "problems", "samples"]
+    ks = sorted({k for result in results for k in result.pass_at})
+    compared = any(result.difference for result in results)
+    graded = any(abs(result.score.value - result.pass_at[1].value) > 1e-9 for result in results if 1 in result.pass_at)
+    header += [f"pass@{k}, %" for k in ks]
+    header += [f"vs {results[0].policy}, pass@{ks[0]}"] if compared else []
+    header += ["mean score"] if graded else []
+    header += ["tokens", "cut off, %"]
+    rows = [header]
+    for result in results:
+        several = sum(r.policy == result.policy and r.data == result.data for r in results) > 1
+        row = [result.policy, f"{result.data} {result.source}" if several else result.data]
+        row += [f"{result.problems}", f"{result.samples}"]
+        row += [_percent(result.pass_at[k]) for k in ks]
+        if compared:
+            row.append(_percent(result.difference[ks[0]], "+") if result.difference else "")
+        row += [f"{result.score.value:.3f}"] if graded else []
+        rows.append([*row, f"{result.tokens:.0f}", f"{100 * result.cut_off:.1f}"])
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows]
+    return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
+
+
+def _percent(value: Estimate, sign: str = "") -> str:
+    return f"{100 * value.value:{sign}.1f} [{100 * value.low:{sign}.1f}, {100 * value.high:{sign}.1f}]"

@@ -1,0 +1,146 @@
+"""The JSONL file of responses: written as they come, read again by a call that goes on."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from qerl_verl.evaluation.errors import EvaluationError
+
+SETTINGS = "settings"
+"""Key of the lines that hold settings; the other lines are responses."""
+
+
+@dataclass(frozen=True)
+class Response:
+    """One line of the file.
+
+    Attributes:
+        policy: name of the adapter, or of the model without one.
+        data: name of the data set.
+        index: row of the problem in it.
+        sample: 0 to N - 1.
+        seed: of its sampling.
+        score: see :class:`~qerl_verl.evaluation.rewards.Score`.
+        tokens: of the response, with its end token.
+        finish: vLLM's reason: ``stop``, or ``length`` where it was cut off.
+        text: without special tokens.
+        details: what the reward function returned beside the score.
+    """
+
+    policy: str
+    data: str
+    index: int
+    sample: int
+    seed: int
+    score: float
+    tokens: int
+    finish: str
+    text: str
+    details: dict[str, Any]
+
+    @property
+    def key(self) -> tuple[str, str, int, int]:
+        return self.policy, self.data, self.index, self.sample
+
+
+class ResponseFile:
+    """Open a file of responses to add to it; made where there is none.
+
+    A last line without an end, as a killed process leaves it, is cut off. The process has the file to itself while it is
+    open, where the file system has locks.
+
+    Args:
+        path: of the file.
+        settings: name -> value, as JSON has them, of all that decides what a response is. The file keeps them. A later
+            call may have settings that the file lacks, for example another adapter; one with another value is refused.
+
+    Attributes:
+        done: key -> response, of those in the file.
+
+    Raises:
+        EvaluationError: a setting has changed, a line is no response, or another process writes the file.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any]):
+        self.path = path
+        self.done: dict[tuple[str, str, int, int], Response] = {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a+b")
+        try:
+            self._lock()
+            known = self._read()
+            settings = json.loads(json.dumps(settings))
+            changed = [
+                f"{name} was {known[name]} and is {value}"
+                for name, value in settings.items()
+                if name in known and known[name] != value
+            ]
+            if changed:
+                raise EvaluationError(
+                    f"{path} holds responses of another evaluation: {'; '.join(changed)}. Call it as before, or name another "
+                    "file with --responses"
+                )
+            if new := {name: value for name, value in settings.items() if name not in known}:
+                self._append({SETTINGS: new})
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise EvaluationError(
+                    f"{self.path}: another process writes it; wait for that one, or name another file with --responses"
+                ) from error
+
+    def _read(self) -> dict[str, Any]:
+        """Fill :attr:`done`, return the settings, and cut off what a killed process did not finish."""
+        self._file.seek(0)
+        content = self._file.read()
+        whole = content.rpartition(b"\n")[0]
+        if len(whole) + 1 < len(content) or (content and not whole):
+            self._file.truncate(len(whole) + 1 if whole else 0)
+        known: dict[str, Any] = {}
+        for number, line in enumerate(whole.splitlines(), start=1):
+            try:
+                record = json.loads(line)
+                if SETTINGS in record:
+                    known |= record[SETTINGS]
+                else:
+                    response = Response(**record)
+                    self.done[response.key] = response
+            except (ValueError, TypeError) as error:
+                raise EvaluationError(
+                    f"{self.path}:{number}: no response ({error}). Name another file with --responses, or remove the line"
+                ) from error
+        return known
+
+    def add(self, response: Response) -> None:
+        """Write a response, so that it is there if the process is killed right after."""
+        self._append(asdict(response))
+        self.done[response.key] = response
+
+    def _append(self, record: dict[str, Any]) -> None:
+        self._file.write(json.dumps(record, default=str).encode() + b"\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Write all to disk and let others open the file."""
+        if not self._file.closed:
+            os.fsync(self._file.fileno())
+            self._file.close()
+
+    def __enter__(self) -> ResponseFile:
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.close()
