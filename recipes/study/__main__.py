@@ -28,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--gpus", default="0", help="comma-separated; `none` on a CPU (default: %(default)s)")
     run.add_argument("--per-gpu", type=int, default=1, help="runs side by side on one GPU (default: 1)")
     run.add_argument("--stagger", type=float, default=0.0, help="seconds between two starts")
-    run.add_argument("overrides", nargs=argparse.REMAINDER, help="after `--`: key=value for every run")
+    run.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="for every run; may be repeated")
     return parser
 
 
@@ -48,10 +48,9 @@ def main(argv: list[str] | None = None) -> int:
             )
             print(record)
         return 0
-    overrides = [o for o in arguments.overrides if o != "--"]
     wanted = [run for text in arguments.arms for run in runs.parse_arm(text)]
     gpus = [] if arguments.gpus == "none" else arguments.gpus.split(",")
-    return runs.run_all(wanted, arguments.out, arguments.scale, gpus, arguments.per_gpu, arguments.stagger, overrides)
+    return runs.run_all(wanted, arguments.out, arguments.scale, gpus, arguments.per_gpu, arguments.stagger, arguments.set)
 
 
 if __name__ == "__main__":
