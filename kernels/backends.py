@@ -68,6 +68,10 @@ class Backend(Candidate):
     name = "pytorch"
     description = "PyTorch (dequantize, matrix product)"
 
+    fused_row_multiple = 1
+    """:meth:`prepack` of several projections stacked by rows is the stack of what it makes of each
+    one, where the rows of all but the last are a multiple of this."""
+
     def prepack(self, packed: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """From the checkpoint's layout to this backend's; new tensors or the same ones."""
         return packed, scale
@@ -131,6 +135,7 @@ class HopperBackend(Backend):
     description = "Hopper W4A16 (WGMMA, CUDA C++)"
     lora_rank_multiple = hopper.LORA_UNIT
     takes_adapter = True
+    fused_row_multiple = hopper.layout.UNIT * hopper.layout.GROUP
 
     def unavailable(self, device):
         return _needs_cuda(device) or hopper.availability(device.index)

@@ -62,8 +62,10 @@ def register_vllm() -> None:
         register_norm()
     if running_arm() in ("nvfp4", "mxfp4"):
         from qerl_verl.rollout.quantization import register_quantization
+        from qerl_verl.rollout.shared_base import register_shared_base
 
         register_quantization()
+        register_shared_base()
 
 
 def _load() -> None:

@@ -14,6 +14,9 @@ KERNEL_ENV = "QERL_KERNEL"
 RECOMPUTE_ENV = "QERL_RECOMPUTE"
 """``qerl.recompute`` for the training workers."""
 
+BASE_ENV = "QERL_BASE"
+"""Where actor and rollout use one copy of the base: JSON, see :class:`qerl_verl.config.base.BaseSharing`."""
+
 SOURCES_ENV = "QERL_SOURCE_MODELS"
 """JSON, role (actor, critic) -> name or path of the model as the user gave it, for the adapters that training workers save."""
 

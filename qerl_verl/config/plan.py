@@ -11,6 +11,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from qerl_verl.config import quantization
 from qerl_verl.config.adapters import adopt_adapter
+from qerl_verl.config.arms import get_arm
+from qerl_verl.config.base import choose_base, find_obstacle, share_base
 from qerl_verl.config.checks import arms, data, models, plugins, recipe, resources, resume
 from qerl_verl.config.host import Host, choose_platform
 from qerl_verl.config.quantization import Choice, choose_quantization
@@ -36,6 +38,7 @@ class Plan:
         adapters: of each trained model that goes on from an adapter, see
             :func:`~.adapters.adopt_adapter`.
         quantization: how a model is quantized that is not yet; None where the arm does not.
+        shares_base: whether actor and rollout are to use one copy of the base.
     """
 
     problems: list[str] = field(default_factory=list)
@@ -46,6 +49,7 @@ class Plan:
     unseen: list[str] = field(default_factory=list)
     adapters: dict[str, dict] = field(default_factory=dict)
     quantization: Choice | None = None
+    shares_base: bool = False
 
 
 def plan(config: DictConfig, keys: set[str], host: Host, platform: str | None = None, here: bool = True) -> Plan:
@@ -87,6 +91,7 @@ def plan(config: DictConfig, keys: set[str], host: Host, platform: str | None = 
         starts_ray=made.cluster is None,
         environment=host.environment,
     )
+    _plan_base(made, config, host)
     gpu = made.platform == "cuda" and (platform == "cuda" or host.gpus > 0)
     made.quantization = choose_quantization(config, made.settings, gpu)
     if made.quantization and models.find_unquantized(config):
@@ -107,6 +112,21 @@ def plan(config: DictConfig, keys: set[str], host: Host, platform: str | None = 
         made.lines += resources.find_remarks(config, made.cluster)
         made.problems += resources.find_problems(config, host, made.cluster)
     return made
+
+
+def _plan_base(made: Plan, config: DictConfig, host: Host) -> None:
+    """Decide whether actor and rollout share the base, and set what that needs."""
+    if not get_arm(config).container:
+        return
+    setting, obstacle = made.settings.base, find_obstacle(config, host.environment)
+    made.shares_base, reason = choose_base(setting, obstacle, made.platform == "cpu")
+    if setting == "shared" and obstacle:
+        made.problems.append(f"qerl.base=shared: {obstacle}; use qerl.base=auto or separate")
+    else:
+        how = "one copy for actor and rollout" if made.shares_base else "a copy each in actor and rollout"
+        made.lines.append(f"base: {how} ({reason})")
+    if made.shares_base:
+        share_base(config, setting == "shared", made.lines.append)
 
 
 def _model_problems(config: DictConfig, adapters: dict[str, dict]) -> list[str]:

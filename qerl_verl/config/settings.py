@@ -11,6 +11,7 @@ from qerl_verl.config.arms import ARMS
 
 KERNELS = ("auto", "hopper", "triton", "pytorch")
 ROLLOUT_KERNELS = (*KERNELS, "marlin")
+BASES = ("auto", "shared", "separate")
 RECOMPUTE = ("auto", "full", "selective")
 LORA_PATHS = ("inline", "punica")
 PLATFORMS = ("auto", "cuda", "cpu")
@@ -117,6 +118,9 @@ class QeRLSettings:
             insist on, which is refused where it does not.
         recompute: what gradient checkpointing computes twice: ``full``, everything; ``selective``, all but the NVFP4 layers,
             whose outputs are kept; ``auto``, on a GPU selective for as many layers as free memory allows, else full.
+        base: ``shared``, actor and rollout of a device use one copy of the frozen base; ``separate``, each
+            has its own; ``auto``, shared on the CPU where the run allows it. On GPUs ``auto`` is
+            separate, since sharing has not been measured there yet.
         quantization: how a model becomes NVFP4.
         rollout: the NVFP4 layers of the rollout engine.
         aqn: the noise.
@@ -127,6 +131,7 @@ class QeRLSettings:
     cache_dir: str | None = None
     kernel: str = "auto"
     recompute: str = "auto"
+    base: str = "auto"
     quantization: QuantizationSettings = field(default_factory=QuantizationSettings)
     rollout: RolloutSettings = field(default_factory=RolloutSettings)
     aqn: AQNSettings = field(default_factory=AQNSettings)
@@ -159,6 +164,8 @@ class QeRLSettings:
             out.append(f"qerl.kernel={self.kernel}: choose one of {', '.join(KERNELS)}")
         if self.recompute not in RECOMPUTE:
             out.append(f"qerl.recompute={self.recompute}: choose one of {', '.join(RECOMPUTE)}")
+        if self.base not in BASES:
+            out.append(f"qerl.base={self.base}: choose one of {', '.join(BASES)}")
         quantization = self.quantization
         if quantization.method not in QUANTIZATION_METHODS:
             out.append(

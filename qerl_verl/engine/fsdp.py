@@ -37,6 +37,7 @@ from verl.utils.torch_dtypes import PrecisionType
 from verl.utils.torch_functional import entropy_from_logits, entropy_from_logits_with_chunking
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead, FSDPEngineWithValueHead
 
+from qerl_verl.config.base import BaseSharing
 from qerl_verl.engine.checkpoint_errors import reading, writing
 from qerl_verl.engine.compile import compile_layers, unavailable
 from qerl_verl.engine.finite import NonFiniteError, first_nonfinite, gather_first, gradient_norms, named_tensors
@@ -48,7 +49,12 @@ from qerl_verl.lora.adapter_files import check_loaded, map_names, read_adapter_c
 from qerl_verl.lora.peft import adaptable_layers, draw_adapter, linear_names, register_nvfp4, save_adapter
 from qerl_verl.lora.targets import ALL_LINEAR, last_names
 from qerl_verl.lora.wire import CONFIG_TENSOR, pack_config
+from qerl_verl.nvfp4.architectures import get_architecture
 from qerl_verl.nvfp4.loading import load_tensors, packed_linear_names, prepack_linears, swap_linears
+from qerl_verl.rollout.candidates import CANDIDATES
+from qerl_verl.sharing.base import OtherSide, load_base, plan_layout
+from qerl_verl.sharing.channel import BaseOwner
+from qerl_verl.sharing.errors import SharingError
 from qerl_verl.switch import KERNEL_ENV, RECOMPUTE_ENV, SOURCES_ENV
 
 logger = logging.getLogger(__name__)
@@ -125,13 +131,15 @@ class NVFP4EngineMixin:
         packed = packed_linear_names(path)
         swap_linears(module, packed, dtype, storage_dtype=CARRIER)
         module.requires_grad_(False)
-        if self.rank == 0:
-            load_tensors(module, path, dtype, new_modules=self.new_modules)
-        else:
-            module.tie_weights()
         device = torch.device(self._device_type(), get_device_id() if self._device_type() == "cuda" else None)
         wanted = os.environ.get(KERNEL_ENV, "auto")
-        kernel = prepack_linears(module, device, wanted, compute_dtype, unavailable_elsewhere(device))
+        kernel = self._share_base(module, device, wanted, dtype)
+        if kernel is None:
+            if self.rank == 0:
+                load_tensors(module, path, dtype, new_modules=self.new_modules)
+            else:
+                module.tie_weights()
+            kernel = prepack_linears(module, device, wanted, compute_dtype, unavailable_elsewhere(device))
         if self.rank == 0:
             print(
                 f"[qerl] kernel: {self.role} NVFP4 linear = {kernel}; attention {config._attn_implementation}",
@@ -156,6 +164,35 @@ class NVFP4EngineMixin:
             if self.rank == 0:
                 print(f"[qerl] compile: {self.role}, {said}", flush=True)
         return module
+
+    def _share_base(self, module: nn.Module, device: torch.device, kernel: str, dtype: torch.dtype) -> str | None:
+        """Load the base into memory that the rollout maps too (``qerl.base``), where this engine is the actor's.
+
+        Returns:
+            As :func:`prepack_linears`; None where this engine has a base of its own, and has loaded nothing.
+
+        Raises:
+            SharingError: with ``qerl.base=shared``, why the base cannot be shared.
+        """
+        settings = BaseSharing.of_this_job()
+        if settings is None or self.task_type != TaskType.CAUSAL_LM or self.engine_config.forward_only:
+            return None
+        other = OtherSide(settings.kernel, CANDIDATES, settings.lora_rank, PrecisionType.to_dtype(settings.dtype))
+        compute_dtype, path = self._dtypes()[0], self.model_config.local_path
+        try:
+            architecture = get_architecture(self.model_config.hf_config)
+            layout = plan_layout(module, architecture, device, compute_dtype, kernel, other)
+            memory, layout, kernels = load_base(module, path, layout, device, dtype, compute_dtype, kernel)
+        except SharingError as error:
+            if settings.required:
+                raise SharingError(f"qerl.base=shared: {error}; use qerl.base=separate") from error
+            print(f"[qerl] base: actor and rollout have a copy each: {error}", flush=True)
+            self._base_owner = BaseOwner(str(error), settings.key, self.rank)
+            return None
+        self._base_owner = BaseOwner((memory, layout), settings.key, self.rank)
+        size = layout.shared_bytes() / 2**30
+        print(f"[qerl] base: the actor owns {size:.2f} GiB, which the rollout uses in place", flush=True)
+        return kernels
 
     def _say_recompute(self, text: str) -> None:
         if self.rank == 0:

@@ -26,6 +26,9 @@ class NVFP4Linear(nn.Module):
         bias: ``[out_features]`` or None, frozen.
         backend: whose kernels compute the layer, and in whose layout the bytes are.
 
+    After :meth:`place` there is no ``weight_joined``: the bytes belong to memory that other layers or processes use too, and
+    nothing that moves, shards or saves parameters touches them.
+
     Args:
         storage_dtype: what the bytes are declared as; only ever copied, never computed with. uint8 by itself; under FSDP2 see
             :data:`qerl_verl.engine.fsdp.CARRIER`.
@@ -59,6 +62,7 @@ class NVFP4Linear(nn.Module):
         self.register_buffer("weight_global_scale", torch.empty(1, dtype=torch.float32, device=device))
         self.bias = frozen(out_features, dtype) if bias else None
         self._alpha: float | None = None
+        self._placed: tuple[torch.Tensor, torch.Tensor] | None = None
         self.backend: Backend = get_backend("pytorch")
 
     @property
@@ -108,9 +112,25 @@ class NVFP4Linear(nn.Module):
         self.backend = chosen
         return choice
 
+    def place(self, packed: torch.Tensor, scale: torch.Tensor) -> None:
+        """Keep the weight in memory of the caller's from now on; what the layer held is dropped.
+
+        Args:
+            packed: ``[out_features, in_features / 2]`` uint8, where the packed values go.
+            scale: ``[out_features, in_features / 16]`` uint8, where the scales go.
+        """
+        shapes = tuple(t.shape for t in self.weight_bytes())
+        if (packed.shape, scale.shape) != shapes:
+            raise ValueError(f"a weight of {shapes} cannot be placed in {(packed.shape, scale.shape)}")
+        del self.weight_joined
+        self._placed = packed, scale
+        self.qweight = packed  # PEFT asks for the device of a weight of this name, of a parameter or not (tuners/lora/model.py)
+
     def weight_bytes(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Views of the packed values ``[out_features, in_features / 2]`` and of the scales ``[out_features, in_features / 16]``,
         both uint8, in the backend's layout."""
+        if self._placed is not None:
+            return self._placed
         joined, n, k = self.weight_joined.detach().view(torch.uint8), self.out_features, self.in_features
         end = n * k // 2
         return joined[:end].view(n, k // 2), joined[end:].view(n, k // BLOCK_SIZE)

@@ -183,7 +183,7 @@ def _fill(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
     """Copy one part into its layer's ``weight_joined``, which the first part brings into being."""
     owner, _, leaf = name.rpartition(".")
     layer = model.get_submodule(owner)
-    if layer.weight_joined.is_meta:
+    if layer.weight_bytes()[0].is_meta:
         empty = torch.empty_like(layer.weight_joined, device=tensor.device)
         layer.weight_joined = nn.Parameter(empty, requires_grad=False)
     layer.weight_bytes()[leaf == "weight_scale"].copy_(tensor)

@@ -14,12 +14,14 @@ from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.platforms import current_platform
 
 from qerl_verl.kernels.nvfp4_dequantize import BLOCK_SIZE
 from qerl_verl.nvfp4.unused_tensors import KV_CACHE_SCALE
 from qerl_verl.rollout.lora import ADDITIONAL_CONFIG, lora_settings
 from qerl_verl.rollout.scheme import AdapterOnLinear, KernelReport, NVFP4Scheme
+from qerl_verl.rollout.shared_base import shared_embedding
 
 QUANT_FORMAT = "qerl-nvfp4-pack-quantized"
 """Our name for the format inside vLLM. verl takes ``nvfp4-pack-quantized`` for its QAT, patches vLLM for that and
@@ -57,8 +59,11 @@ class QeRLCompressedTensorsConfig(CompressedTensorsConfig):
         )
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str):
-        """vLLM's, with room for the adapter in linears that the checkpoint leaves in 16 bits."""
+        """vLLM's, with room for the adapter in linears that the checkpoint leaves in 16 bits, and for an embedding or output layer
+        in the actor's memory."""
         method = super().get_quant_method(layer, prefix)
+        if method is None and isinstance(layer, VocabParallelEmbedding):
+            return shared_embedding(layer)
         if type(method) is not UnquantizedLinearMethod:
             return method  # of attention, vLLM also asks after a reload, when no configuration is set
         lora = lora_settings(get_current_vllm_config().additional_config)

@@ -12,42 +12,16 @@ from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.compressed_tensors.schemes import CompressedTensorsScheme
 from vllm.model_executor.parameter import GroupQuantScaleParameter, ModelWeightParameter, PerTensorScaleParameter
 
-from qerl_verl.kernels.backends import Adapter, Backend, Candidate, Choice, KernelCount, choose_backend, get_backend
+from qerl_verl.kernels.backends import Adapter, Backend, Choice, KernelCount, choose_backend, get_backend
 from qerl_verl.kernels.nvfp4_dequantize import BLOCK_SIZE
 from qerl_verl.kernels.nvfp4_lora_linear import add_lora_reference
+from qerl_verl.rollout.candidates import CANDIDATES, VLLMKernel
 from qerl_verl.rollout.lora import LoraSettings, attach_adapter
+from qerl_verl.rollout.shared_base import shared_weights
 
 SETTING = "qerl.rollout.kernel"
 
-
-class VLLMKernel(Candidate):
-    """Whatever kernel vLLM chooses for 16-bit activations, which is Marlin
-    (vllm/model_executor/kernels/linear, init_nvfp4_linear_kernel). It pads shapes, so it serves all
-    of them."""
-
-    name = "marlin"
-
-    def __init__(self, kernel: str = "Marlin"):
-        self.description = f"vLLM's {kernel}"
-
-    def unavailable(self, device):
-        if device.type != "cuda":
-            return f"it runs on CUDA, not on {device.type}"
-        if torch.cuda.get_device_capability(device) < (7, 5):
-            return "it needs compute capability 7.5"
-        return None
-
-    def refuses(self, n, k, dtype):
-        if dtype not in (torch.bfloat16, torch.float16):
-            return f"activations have to be bfloat16 or float16, got {dtype}"
-        return None
-
-    def refuses_adapter(self, n, k, rank, ends):
-        return "the kernel takes no adapter"
-
-
-CANDIDATES: tuple[Candidate, ...] = (get_backend("hopper"), VLLMKernel(), get_backend("triton"), get_backend("pytorch"))
-"""The best first: vLLM's Marlin is tuned for the GPUs on which the Triton kernels are not."""
+WEIGHTS = ("weight_packed", "weight_scale", "weight_global_scale")
 
 
 class KernelReport:
@@ -129,8 +103,9 @@ class NVFP4Scheme(CompressedTensorsScheme):
             adapter=Adapter(self.lora.rank, ends) if self.lora else None,
             candidates=CANDIDATES,
         )
+        shared = shared_weights(self.name, output_partition_sizes, self.choice.backend.name)
         if isinstance(self.choice.backend, Backend):
-            self.inner = QeRLNVFP4Scheme(self.choice.backend, self.lora)
+            self.inner = QeRLNVFP4Scheme(self.choice.backend, self.lora, shared)
         else:
             scheme = self.vllm_scheme()
             self.choice = replace(self.choice, backend=VLLMKernel(type(scheme.kernel).__name__))
@@ -190,10 +165,17 @@ class QeRLNVFP4Scheme(CompressedTensorsScheme):
     Args:
         backend: computes the layer.
         lora: of the adapter that lives in the layer, or None.
+        shared: packed values, scales and global scales of a base that another process has loaded
+            and laid out; None where the layer has a weight of its own.
     """
 
-    def __init__(self, backend: Backend, lora: LoraSettings | None = None):
-        self.backend, self.lora = backend, lora
+    def __init__(
+        self,
+        backend: Backend,
+        lora: LoraSettings | None = None,
+        shared: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+    ):
+        self.backend, self.lora, self.shared = backend, lora, shared
 
     @classmethod
     def get_min_capability(cls) -> int:
@@ -218,6 +200,10 @@ class QeRLNVFP4Scheme(CompressedTensorsScheme):
         layer.input_size_per_partition = columns
         layer.output_size_per_partition = rows
         layer.qerl_dtype = params_dtype
+        if self.shared is not None:
+            for name, tensor in zip(WEIGHTS, self.shared, strict=True):
+                layer.register_parameter(name, Parameter(tensor, requires_grad=False))
+            return
         matrix = {"input_dim": 1, "output_dim": 0, "weight_loader": weight_loader}
         layer.register_parameter(
             "weight_packed", ModelWeightParameter(data=torch.empty(rows, columns // 2, dtype=torch.uint8), **matrix)
@@ -236,12 +222,13 @@ class QeRLNVFP4Scheme(CompressedTensorsScheme):
         _register_input_scale(layer, parts, weight_loader)
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        del layer.input_global_scale
-        packed, scale = layer.weight_packed.data, layer.weight_scale.data.view(torch.uint8)
-        packed, scale = self.backend.prepack(packed, scale)
-        layer.weight_packed = Parameter(packed, requires_grad=False)
-        layer.weight_scale = Parameter(scale, requires_grad=False)
-        layer.weight_global_scale = Parameter(layer.weight_global_scale.data, requires_grad=False)
+        packed = layer.weight_packed.data
+        if self.shared is None:
+            del layer.input_global_scale
+            packed, scale = self.backend.prepack(packed, layer.weight_scale.data.view(torch.uint8))
+            layer.weight_packed = Parameter(packed, requires_grad=False)
+            layer.weight_scale = Parameter(scale, requires_grad=False)
+            layer.weight_global_scale = Parameter(layer.weight_global_scale.data, requires_grad=False)
         scales = layer.weight_global_scale.tolist()
         layer.qerl_alpha = 1.0 / scales[0]
         _register_row_factor(layer, scales, scales[0])

@@ -13,6 +13,7 @@ import ray
 from verl.workers.rollout.replica import RolloutMode
 from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, vLLMReplica
 
+from qerl_verl.config.base import BaseSharing
 from qerl_verl.config.checks.plugins import vllm_policy_problem
 from qerl_verl.rollout.lora import ADDITIONAL_CONFIG, lora_settings
 
@@ -44,7 +45,12 @@ class QeRLHttpServer(vLLMHttpServer):
         return model_config
 
     def _resolve_sleep_level(self) -> int:
-        """1 keeps the packed base in host memory; 2 drops it and reads it from disk again (``qerl.rollout.sleep_level``)."""
+        """1 keeps the packed base in host memory; 2 drops it and reads it from disk again (``qerl.rollout.sleep_level``).
+
+        A base that is the actor's stays where it is at either level; what remains (norms, adapter) is small and waits on the host.
+        """
+        if BaseSharing.of_this_job() is not None:
+            return 1
         node = self._qerl().get(ADDITIONAL_CONFIG)
         return int(node.get("sleep_level", 1)) if node else super()._resolve_sleep_level()
 

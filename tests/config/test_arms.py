@@ -74,6 +74,7 @@ def test_arms_differ_in_the_base_alone(on_cpu):
     [
         ("bf16", ["qerl.kernel=pytorch"], {}, "qerl.kernel=pytorch: a setting of the packed layers"),
         ("bf16", ["qerl.recompute=full"], {}, "qerl.recompute=full: a setting of the packed layers"),
+        ("bf16", ["qerl.base=shared"], {}, "qerl.base=shared: a setting of the packed layers"),
         ("nf4", ["qerl.rollout.kernel=pytorch"], {}, "the arm nf4 has none; remove it"),
         ("bf16", ["qerl.rollout.lora=punica"], {}, "qerl.rollout.lora=punica: a setting of the packed layers"),
         ("bf16", ["qerl.rollout.sleep_level=2"], {}, "qerl.rollout.sleep_level=2: a setting"),

@@ -41,7 +41,7 @@ def test_values_are_taken_over():
         (
             {"sigma_stat": 1},
             "qerl.sigma_stat",
-            "known under qerl: arm, platform, cache_dir, kernel, recompute, quantization, rollout, aqn",
+            "known under qerl: arm, platform, cache_dir, kernel, recompute, base, quantization, rollout, aqn",
         ),
         ({"aqn": {"sigma": 1}}, "qerl.aqn.sigma", "sigma_start"),
         ({"aqn": {"sigma_start": 0}}, "qerl.aqn.sigma_start=0", "qerl.aqn.enable=False"),
@@ -65,6 +65,7 @@ def test_values_are_taken_over():
         ({"platform": "tpu"}, "qerl.platform=tpu", "cuda"),
         ({"kernel": "marlin"}, "qerl.kernel=marlin", "hopper"),
         ({"recompute": "none"}, "qerl.recompute=none", "choose one of auto, full, selective"),
+        ({"base": "copy"}, "qerl.base=copy", "choose one of auto, shared, separate"),
         ({"quantization": {"method": "awq"}}, "qerl.quantization.method=awq", "four-over-six, gptq"),
         ({"quantization": {"samples": 0}}, "qerl.quantization.samples=0", "at least 1"),
         ({"quantization": {"sample_tokens": 1}}, "qerl.quantization.sample_tokens=1", "at least 2"),

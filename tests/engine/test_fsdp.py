@@ -1,8 +1,10 @@
 """The training engine, in processes of its own: one rank, two gloo ranks, checkpoints, memory."""
 
+import dataclasses
 import inspect
 import json
 import re
+import uuid
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import Qwen2Config
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngine
 
+from qerl_verl.config.base import BaseSharing
 from qerl_verl.engine.fsdp import AdapterEngineMixin, NVFP4EngineMixin
 from qerl_verl.engine.recompute import Recompute
 
@@ -92,6 +95,40 @@ def test_what_the_checkpoint_says_about_merging_holds(one_rank, bf16_checkpoint,
             ModelMergerConfig(hf_model_config_path=str(folder / "huggingface"), **settings)
         ).merge_and_save()
     assert str(error.value).split(" at ")[0] in guide
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_a_base_that_the_rollout_uses_too_trains_the_same_adapter(
+    run_engine, one_rank, nvfp4_checkpoint, tmp_path, offload
+):
+    """qerl.base=shared: bit for bit, with and without verl's offload, which leaves the base where it is; a checkpoint is the same."""
+    sharing = BaseSharing(uuid.uuid4().hex, True, "auto", 8, "bfloat16").environment()
+    save = tmp_path / "ckpt" / "actor"
+    settings = {"steps": 4, "save_after": 2, "save": str(save), "param_offload": offload, "optimizer_offload": offload}
+    report = run_engine(nvfp4_checkpoint, tmp_path / "r", environment=sharing, **settings)[0]
+    unbroken = one_rank[1]
+    assert all(report[what] == unbroken[what] for what in ("built", "steps", "saved", "adapter"))
+    frozen = {n for n, p in report["parameters"].items() if not p["trains"]}
+    assert frozen and all("norm" in name or name.endswith(".bias") for name in frozen)
+    assert "base: the actor owns" in (tmp_path / "r.0.log").read_text()
+    state, expected = (
+        torch.load(folder / "model_world_size_1_rank_0.pt", weights_only=False)
+        for folder in (save, one_rank[0] / "ckpt" / "actor")
+    )
+    assert state.keys() == expected.keys()
+
+
+def test_an_actor_that_cannot_share_says_why_and_trains_on_a_copy_of_its_own(
+    run_engine, one_rank, nvfp4_checkpoint, tmp_path
+):
+    settings = BaseSharing(uuid.uuid4().hex, False, "hopper", 8, "bfloat16")
+    report = run_engine(nvfp4_checkpoint, tmp_path / "r", environment=settings.environment(), steps=1)[0]
+    assert report["steps"] == one_rank[1]["steps"][:1] and report["parameters"] == one_rank[1]["parameters"]
+    said = "base: actor and rollout have a copy each: qerl.rollout.kernel=hopper cannot run on cpu"
+    assert said in (tmp_path / "r.0.log").read_text()
+    required = dataclasses.replace(settings, required=True).environment()
+    with pytest.raises(AssertionError, match="SharingError: qerl.base=shared: qerl.rollout.kernel=hopper cannot run"):
+        run_engine(nvfp4_checkpoint, tmp_path / "r", environment=required, steps=1)
 
 
 def test_resuming_continues_bit_for_bit(run_engine, one_rank, nvfp4_checkpoint, tmp_path):

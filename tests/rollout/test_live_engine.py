@@ -207,6 +207,69 @@ def test_adapters_a_b_a_give_a_again_and_the_base_never_changes(engine, adapters
 
 
 @pytest.fixture
+def actors_base(nvfp4_checkpoint, monkeypatch):
+    """The base in this process, which stands for the actor's."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig
+
+    from qerl_verl.config.base import BaseSharing
+    from qerl_verl.nvfp4.architectures import get_architecture
+    from qerl_verl.nvfp4.loading import packed_linear_names, swap_linears
+    from qerl_verl.rollout.candidates import CANDIDATES
+    from qerl_verl.sharing.base import OtherSide, load_base, plan_layout
+    from qerl_verl.sharing.channel import BaseOwner
+
+    cpu, dtype = torch.device("cpu"), torch.bfloat16
+    config = AutoConfig.from_pretrained(nvfp4_checkpoint)
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    swap_linears(model, packed_linear_names(nvfp4_checkpoint), dtype)
+    other = OtherSide("auto", CANDIDATES, RANK, dtype)
+    layout = plan_layout(model, get_architecture(config), cpu, dtype, "auto", other)
+    memory, layout, _ = load_base(model, nvfp4_checkpoint, layout, cpu, dtype, dtype, "auto")
+    settings = BaseSharing(os.urandom(16).hex(), True, "auto", RANK, "bfloat16")
+    owner = BaseOwner((memory, layout), settings.key, 0)
+    for name, value in {**settings.environment(), "VERL_REPLICA_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    yield
+    owner.close()
+
+
+def make_finder():
+    """A function for the worker: names of the parameters that lie in the memory of another process."""
+
+    def find(worker):
+        model = worker.model_runner.get_model()
+        data = model.qerl_shared_base.data
+        begin, end = data.data_ptr(), data.data_ptr() + data.numel()
+        return [name for name, p in model.named_parameters() if begin <= p.data_ptr() < end]
+
+    return find
+
+
+def test_an_engine_on_the_actors_base_is_the_same_engine(engine, adapters, actors_base, nvfp4_checkpoint):
+    """qerl.base=shared: base, adapters A, B, A and noise, bit for bit, on memory that this process owns."""
+
+    def behaviour(engine):
+        load(engine)
+        seen = [generate(engine), digests(engine)]
+        for adapter in (*adapters, adapters[0]):
+            load(engine, adapter)
+            seen += [generate(engine), digests(engine)]
+        set_noise(engine, step=2, sigma=0.05)
+        seen += [generate(engine), {name: weight.tolist() for name, weight in norms(engine).items()}]
+        set_noise(engine)
+        return [*seen, digests(engine)]
+
+    expected = behaviour(engine)
+    with running(nvfp4_checkpoint, load_format="qerl_shared", **IN_LAYER) as other:
+        (inside,) = other.collective_rpc(make_finder())
+        assert behaviour(other) == expected
+    names = {name.rpartition(".")[2] for name in inside}
+    assert names == {"weight_packed", "weight_scale", "weight"} and len(inside) == 2 * 4 * 2 + 1
+
+
+@pytest.fixture
 def with_kv_cache_scheme(tmp_path, nvfp4_checkpoint):
     """The checkpoint as llm-compressor writes it with an FP8 KV cache, here one scale for each head."""
     folder = shutil.copytree(nvfp4_checkpoint, tmp_path / "model")

@@ -8,6 +8,7 @@ from verl.workers.config import HFModelConfig
 from verl.workers.rollout.replica import RolloutMode
 from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer
 
+from qerl_verl.config.base import BaseSharing
 from qerl_verl.rollout.server import QeRLHttpServer, QeRLReplica
 
 PATHS = {
@@ -77,6 +78,16 @@ def test_the_sleep_level_is_ours_where_there_is_a_node_of_ours(model_config):
         made.config = type("Config", (dict,), {"mtp": None})(made.config)
         made.model_config = type("Model", (), {"lora_rank": lora_rank, "lora": {}})()
         assert made._resolve_sleep_level() == vLLMHttpServer._resolve_sleep_level(made) == level
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_a_base_that_is_the_actors_is_neither_copied_to_the_host_nor_read_again(monkeypatch, level):
+    for name, value in BaseSharing("0" * 32, False, "auto", 8, "bfloat16").environment().items():
+        monkeypatch.setenv(name, value)
+    made = server(level=level)
+    asyncio.run(made._sleep_hybrid())
+    asyncio.run(made.wake_up(["weights"]))
+    assert made.engine.calls == [("sleep", 1), ("wake_up", "weights")]
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,15 @@ from qerl_verl.config.settings import QeRLSettings, QuantizationSettings
 OF_QUANTIZATION = tuple(f"quantization.{field.name}" for field in dataclasses.fields(QuantizationSettings))
 """Settings under ``qerl`` that concern how a model becomes NVFP4."""
 
-OF_THE_CONTAINER = ("kernel", "recompute", "rollout.kernel", "rollout.lora", "rollout.sleep_level", *OF_QUANTIZATION)
+OF_THE_CONTAINER = (
+    "kernel",
+    "recompute",
+    "base",
+    "rollout.kernel",
+    "rollout.lora",
+    "rollout.sleep_level",
+    *OF_QUANTIZATION,
+)
 """Settings under ``qerl`` that concern the layers of an NVFP4 container alone."""
 
 BITSANDBYTES = "0.48.1"

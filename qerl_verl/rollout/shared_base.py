@@ -1,0 +1,229 @@
+"""vLLM's side of one copy of the base: a model loader whose NVFP4 layers, embeddings and output layer
+are the memory of the actor.
+
+Registered as the load format ``qerl_shared`` through vLLM's ``register_model_loader``. The model is
+built by vLLM as always; a layer that finds its weights in the actor's memory takes them in place of
+memory of its own, so that no second copy exists at any time. Everything else (norms, biases) is
+copied from there through the model's own ``load_weights``, and nothing is read from disk. What is
+mapped lies outside of vLLM's memory pools: it stays where it is while the engine sleeps, and
+``gpu_memory_utilization`` does not count it.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.nn import Parameter
+from vllm.config import ModelConfig, VllmConfig
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    UnquantizedEmbeddingMethod,
+    VocabParallelEmbedding,
+)
+from vllm.model_executor.model_loader import DefaultModelLoader, register_model_loader
+from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+from vllm.platforms import current_platform
+
+from qerl_verl.config.base import LOAD_FORMAT, BaseSharing
+from qerl_verl.rollout.lora import FUSED
+from qerl_verl.sharing.channel import SharedBase
+from qerl_verl.sharing.errors import SharingError
+from qerl_verl.sharing.layout import Group, Plain
+
+
+@dataclass
+class _Loading:
+    """The base that the model under construction uses, and what of it has found its layer."""
+
+    base: SharedBase
+    taken: set[str] = field(default_factory=set)
+
+
+_loading: _Loading | None = None
+"""While :class:`SharedBaseLoader` builds a model in this process."""
+
+
+@contextmanager
+def _building(base: SharedBase) -> Iterator[_Loading]:
+    global _loading
+    _loading = _Loading(base)
+    try:
+        yield _loading
+    finally:
+        _loading = None
+
+
+def shared_weights(
+    layer: str, widths: Sequence[int], backend: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    """The weight of an NVFP4 layer in the actor's memory; None where the engine has a base of its own.
+
+    Args:
+        layer: its full name in vLLM.
+        widths: output channels of each projection in it.
+        backend: what computes it.
+
+    Returns:
+        ``[N, K / 2]`` packed values and ``[N, K / 16]`` scales, uint8, and the global scale of each
+        projection, float32.
+
+    Raises:
+        SharingError: the actor has no such layer, or has laid it out for other kernels.
+    """
+    if _loading is None:
+        return None
+    group = _find_group(_loading.base.layout.groups, layer)
+    if list(group.rows) != list(widths) or group.backend != backend:
+        raise SharingError(
+            f"{layer} has projections of {list(widths)} rows for {backend} in the rollout, of {list(group.rows)} rows for "
+            f"{group.backend} in the actor"
+        )
+    _loading.taken.update(group.parts)
+    data = _loading.base.data
+    return *group.views(data), torch.tensor(group.global_scales, dtype=torch.float32, device=data.device)
+
+
+def shared_embedding(layer: VocabParallelEmbedding) -> UnquantizedEmbeddingMethod | None:
+    """The method of an embedding or output layer whose weight lies in the actor's memory; None where it does not.
+
+    Not every model of vLLM's tells the layer its name, and the supported architectures have one of each.
+    """
+    name = "lm_head.weight" if isinstance(layer, ParallelLMHead) else "model.embed_tokens.weight"
+    plain = None if _loading is None else _loading.base.layout.tensors.get(name)
+    if plain is None or not plain.shared:
+        return None
+    return SharedEmbedding(name, plain, _loading)
+
+
+class SharedEmbedding(UnquantizedEmbeddingMethod):
+    """vLLM's method for 16-bit embeddings and output layers, on a weight that the actor owns.
+
+    Args:
+        name: of the weight.
+        plain: where it lies.
+        loading: the base that it lies in.
+    """
+
+    def __init__(self, name: str, plain: Plain, loading: _Loading):
+        self.name, self.plain, self.loading = name, plain, loading
+
+    def create_weights(
+        self,
+        layer: nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs,
+    ) -> None:
+        """The actor's memory where shape and dtype fit, else a weight of its own, which is copied."""
+        rows, plain = sum(output_partition_sizes), self.plain
+        fits = plain.shape[0] <= rows <= plain.room and plain.shape[1] == input_size_per_partition
+        if not fits or getattr(torch, plain.dtype) != params_dtype:
+            arguments = (input_size_per_partition, output_partition_sizes, input_size, output_size, params_dtype)
+            super().create_weights(layer, *arguments, **extra_weight_attrs)
+            return
+        self.loading.taken.add(self.name)
+        weight = plain.view(self.loading.base.data, rows)
+        layer.register_parameter("weight", Parameter(weight, requires_grad=False))
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """On a CPU, vLLM would make a second copy in an order of oneDNN's."""
+        if current_platform.is_cpu() and self.name in self.loading.taken:
+            layer.cpu_linear = nn.functional.linear
+        else:
+            super().process_weights_after_loading(layer)
+
+
+class SharedBaseLoader(BaseModelLoader):
+    """vLLM's ``load_format=qerl_shared``.
+
+    Where the actor shares nothing, or its memory cannot be mapped, the engine reads a base of its own
+    from the checkpoint and says so; with ``qerl.base=shared`` it ends.
+    """
+
+    def __init__(self, load_config):
+        super().__init__(load_config)
+        plain = copy.copy(load_config)
+        plain.load_format = "safetensors"
+        self._plain = DefaultModelLoader(plain)
+
+    def download_model(self, model_config: ModelConfig) -> None:
+        """The checkpoint is on this host already."""
+        self._plain.download_model(model_config)
+
+    def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
+        """Copy what a layer has of its own from the actor's memory; without it, read the checkpoint."""
+        if _loading is None:
+            self._plain.load_weights(model, model_config)
+        else:
+            model.load_weights(self._own_tensors(_loading))
+
+    def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
+        """The model on the actor's base.
+
+        Raises:
+            SharingError: with ``qerl.base=shared``, why the base cannot be shared.
+        """
+        settings = BaseSharing.of_this_job()
+        if settings is None or model_config is not vllm_config.model_config:  # a draft model, say
+            return self._plain.load_model(vllm_config, model_config, prefix)
+        try:
+            base = SharedBase.connect(settings.key, owner_rank(), torch.device(vllm_config.device_config.device))
+        except SharingError as error:
+            if settings.required:
+                raise SharingError(f"qerl.base=shared: {error}; use qerl.base=separate") from error
+            print(f"[qerl] base: the rollout loads a second copy: {error}", flush=True)
+            return self._plain.load_model(vllm_config, model_config, prefix)
+        with _building(base) as loading:
+            model = super().load_model(vllm_config, model_config, prefix)
+        self._check(loading)
+        base.watch()
+        model.qerl_shared_base = base  # the mapping lasts as long as the model
+        print(f"[qerl] base: the rollout uses {base.layout.shared_bytes() / 2**30:.2f} GiB of the actor's", flush=True)
+        return model
+
+    @staticmethod
+    def _own_tensors(loading: _Loading) -> Iterator[tuple[str, torch.Tensor]]:
+        """Names and tensors that no layer uses in place."""
+        base = loading.base
+        for name, plain in base.layout.tensors.items():
+            if name not in loading.taken:
+                yield name, plain.view(base.data)
+
+    @staticmethod
+    def _check(loading: _Loading) -> None:
+        missed = [part for group in loading.base.layout.groups for part in group.parts if part not in loading.taken]
+        if missed:
+            raise SharingError(
+                f"{len(missed)} NVFP4 layers of the actor have no place in the rollout's model, {missed[0]} is one; use "
+                "qerl.base=separate"
+            )
+
+
+def owner_rank() -> int:
+    """The actor's rank on this engine's device: replicas of one process each are numbered like the ranks."""
+    return int(os.environ.get("VERL_REPLICA_RANK", "0"))
+
+
+def _find_group(groups: Sequence[Group], layer: str) -> Group:
+    for group in groups:
+        first, name = group.parts[0], group.parts[0]
+        if len(group.parts) > 1:
+            heads = {plain: fused for plain, (fused, index) in FUSED.items() if index == 0 and first.endswith(plain)}
+            name = next((first.removesuffix(plain) + fused for plain, fused in heads.items()), None)
+        if name == layer:
+            return group
+    raise SharingError(f"the actor's base has no layer {layer}")
+
+
+def register_shared_base() -> None:
+    """Add the load format ``qerl_shared`` in this process."""
+    register_model_loader(LOAD_FORMAT)(SharedBaseLoader)

@@ -1,0 +1,110 @@
+"""Which runs use one copy of the base, and what is set for that."""
+
+import json
+
+import pytest
+
+from qerl_verl.config.base import BaseSharing, choose_base, describe_cost, find_obstacle
+from qerl_verl.config.host import Host
+from qerl_verl.config.keys import get_value, override_keys
+from qerl_verl.config.plan import plan
+from qerl_verl.switch import BASE_ENV
+
+ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
+ONE_DEVICE = ("trainer.n_gpus_per_node=1", f"{ROLLOUT}.tensor_model_parallel_size=1")
+VARIABLES = "ray_kwargs.ray_init.runtime_env.env_vars"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "environment", "reason"),
+    [
+        (ONE_DEVICE, {}, None),
+        ((*ONE_DEVICE, "trainer.v1.trainer_mode=colocate_async"), {}, None),
+        ((*ONE_DEVICE, "qerl.kernel=pytorch", "qerl.rollout.kernel=pytorch"), {}, None),
+        ((*ONE_DEVICE, f"{ROLLOUT}.load_format=auto"), {}, None),
+        (("trainer.n_gpus_per_node=2", ONE_DEVICE[1]), {}, "sharded over 2 ranks"),
+        ((*ONE_DEVICE, "trainer.nnodes=3"), {}, "sharded over 3 ranks"),
+        ((ONE_DEVICE[0], f"{ROLLOUT}.tensor_model_parallel_size=2"), {}, "tensor_model_parallel_size=2"),
+        ((*ONE_DEVICE, f"{ROLLOUT}.data_parallel_size=2"), {}, "data_parallel_size=2"),
+        ((*ONE_DEVICE, f"{ROLLOUT}.pipeline_model_parallel_size=2"), {}, "pipeline_model_parallel_size=2"),
+        ((*ONE_DEVICE, f"{ROLLOUT}.disaggregation.enabled=True"), {}, "engines of their own"),
+        ((*ONE_DEVICE, "trainer.v1.trainer_mode=separate_async"), {}, "devices of their own"),
+        ((*ONE_DEVICE, "qerl.kernel=hopper", "qerl.rollout.kernel=triton"), {}, "each in its own way"),
+        ((*ONE_DEVICE, "qerl.rollout.kernel=marlin"), {}, "vLLM's Marlin"),
+        ((*ONE_DEVICE, f"{ACTOR}.fsdp_config.offload_policy=True"), {}, "waits in host memory"),
+        ((*ONE_DEVICE, f"{ROLLOUT}.load_format=runai_streamer"), {}, "load_format=runai_streamer"),
+        (ONE_DEVICE, {"CUDA_VISIBLE_DEVICES": "MIG-1a2b"}, "(MIG)"),
+    ],
+)
+def test_what_keeps_a_run_from_sharing_is_named(switched, overrides, environment, reason):
+    config, _, _ = switched(*overrides)
+    found = find_obstacle(config, environment)
+    assert found is None if reason is None else reason in found
+
+
+@pytest.mark.parametrize(
+    ("setting", "obstacle", "on_cpu", "shared", "reason"),
+    [
+        ("auto", None, True, True, "qerl.base=auto"),
+        ("auto", None, False, False, "on GPUs sharing has not been measured"),
+        ("auto", "MIG", True, False, "MIG"),
+        ("shared", None, False, True, "qerl.base=shared"),
+        ("separate", "MIG", True, False, "qerl.base=separate"),
+    ],
+)
+def test_the_choice_and_its_reason(setting, obstacle, on_cpu, shared, reason):
+    found, why = choose_base(setting, obstacle, on_cpu)
+    assert found is shared and reason in why
+
+
+def planned(composed, *overrides):
+    overrides = ("algorithm.adv_estimator=grpo", "data.train_files=a.parquet", *overrides)
+    config = composed(*overrides)
+    made = plan(config, override_keys(list(overrides)), Host(cpus=64, gpus=0, cpu_vllm=True), here=False)
+    return config, made
+
+
+def test_a_shared_base_reaches_rollout_and_actor(composed):
+    config, made = planned(composed, "actor_rollout_ref.model.lora_rank=8", "qerl.rollout.lora=inline")
+    assert made.shares_base and "base: one copy for actor and rollout (qerl.base=auto)" in made.lines
+    assert config.actor_rollout_ref.rollout.load_format == "qerl_shared"
+    sharing = json.loads(get_value(config, VARIABLES)[BASE_ENV])
+    assert len(sharing.pop("key")) == 32
+    assert sharing == {
+        "required": False,
+        "kernel": "auto",
+        "lora_rank": 8,
+        "dtype": config.actor_rollout_ref.rollout.dtype,
+    }
+
+
+def test_each_job_has_a_key_of_its_own_and_processes_read_what_was_set(composed, monkeypatch):
+    texts = {get_value(planned(composed)[0], VARIABLES)[BASE_ENV] for _ in range(2)}
+    assert len(texts) == 2
+    for text in texts:
+        monkeypatch.setenv(BASE_ENV, text)
+        assert BaseSharing.of_this_job().environment() == {BASE_ENV: text}
+    monkeypatch.delenv(BASE_ENV)
+    assert BaseSharing.of_this_job() is None
+
+
+def test_two_copies_change_nothing_and_say_why(composed):
+    config, made = planned(composed, "qerl.base=separate")
+    assert not made.shares_base and config.actor_rollout_ref.rollout.load_format == "safetensors"
+    assert "base: a copy each in actor and rollout (qerl.base=separate)" in made.lines
+    assert BASE_ENV not in get_value(config, VARIABLES)
+
+
+def test_an_insisted_on_base_that_cannot_be_shared_is_refused(composed):
+    _, made = planned(composed, "qerl.base=shared", "qerl.rollout.kernel=marlin")
+    (problem,) = [p for p in made.problems if p.startswith("qerl.base")]
+    assert problem == (
+        "qerl.base=shared: vLLM's Marlin lays out the weights in its own way (qerl.rollout.kernel=marlin); use "
+        "qerl.base=auto or separate"
+    )
+
+
+def test_the_cost_is_told(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"0" * (1 << 24))
+    assert describe_cost(tmp_path, True) == "0.02 GiB, in memory once"
+    assert describe_cost(tmp_path, False).startswith("0.02 GiB, in the rollout once more")
