@@ -23,6 +23,8 @@ SHAPES = {
     # two layers as wide as the 7B's
     "7B-2": {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 2, "num_attention_heads": 28,
              "num_key_value_heads": 4, "vocab_size": 32768, "tie_word_embeddings": False},
+    "100M": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12,
+             "num_key_value_heads": 4, "vocab_size": 32768, "tie_word_embeddings": False},
     # to try a benchmark on the CPU
     "tiny": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4,
              "num_key_value_heads": 2, "vocab_size": 1024, "tie_word_embeddings": False},

@@ -57,9 +57,6 @@ def find_obstacle(config: DictConfig, environment: Mapping[str, str]) -> str | N
     """Why actor and rollout of a run cannot use one copy of the base, as far as its configuration tells, or None."""
     if is_separate(config):
         return "the rollout engines have devices of their own (trainer.v1.trainer_mode=separate_async)"
-    ranks = (get_value(config, "trainer.nnodes") or 1) * (get_value(config, "trainer.n_gpus_per_node") or 1)
-    if ranks > 1:
-        return f"the actor's base is sharded over {ranks} ranks"
     for key in ("tensor_model_parallel_size", "data_parallel_size", "pipeline_model_parallel_size"):
         if (get_value(config, f"{ROLLOUT}.{key}") or 1) > 1:
             return f"the rollout's base is divided ({ROLLOUT}.{key}={get_value(config, f'{ROLLOUT}.{key}')})"

@@ -55,6 +55,7 @@ from qerl_verl.rollout.candidates import CANDIDATES
 from qerl_verl.sharing.base import OtherSide, load_base, plan_layout
 from qerl_verl.sharing.channel import BaseOwner
 from qerl_verl.sharing.errors import SharingError
+from qerl_verl.sharing.memory import SharedMemory
 from qerl_verl.switch import KERNEL_ENV, RECOMPUTE_ENV, SOURCES_ENV
 
 logger = logging.getLogger(__name__)
@@ -178,20 +179,25 @@ class NVFP4EngineMixin:
         if settings is None or self.task_type != TaskType.CAUSAL_LM or self.engine_config.forward_only:
             return None
         other = OtherSide(settings.kernel, CANDIDATES, settings.lora_rank, PrecisionType.to_dtype(settings.dtype))
-        compute_dtype, path = self._dtypes()[0], self.model_config.local_path
+        compute_dtype, path, reason = self._dtypes()[0], self.model_config.local_path, None
         try:
             architecture = get_architecture(self.model_config.hf_config)
             layout = plan_layout(module, architecture, device, compute_dtype, kernel, other)
-            memory, layout, kernels = load_base(module, path, layout, device, dtype, compute_dtype, kernel)
+            memory = SharedMemory.allocate(layout.size, device)
         except SharingError as error:
+            reason = str(error)
+        if reason := gather_first(reason):
             if settings.required:
-                raise SharingError(f"qerl.base=shared: {error}; use qerl.base=separate") from error
-            print(f"[qerl] base: actor and rollout have a copy each: {error}", flush=True)
-            self._base_owner = BaseOwner(str(error), settings.key, self.rank)
+                raise SharingError(f"qerl.base=shared: {reason}; use qerl.base=separate")
+            if self.rank == 0:
+                print(f"[qerl] base: actor and rollout have a copy each: {reason}", flush=True)
+            self._base_owner = BaseOwner(reason, settings.key, self.rank)
             return None
+        layout, kernels = load_base(module, path, layout, memory, dtype, compute_dtype, kernel)
         self._base_owner = BaseOwner((memory, layout), settings.key, self.rank)
-        size = layout.shared_bytes() / 2**30
-        print(f"[qerl] base: the actor owns {size:.2f} GiB, which the rollout uses in place", flush=True)
+        if self.rank == 0:
+            size = f"{layout.shared_bytes() / 2**30:.2f} GiB"
+            print(f"[qerl] base: the actor owns {size} on each device, which the rollout uses in place", flush=True)
         return kernels
 
     def _say_recompute(self, text: str) -> None:

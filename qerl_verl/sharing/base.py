@@ -84,29 +84,29 @@ def load_base(
     model: nn.Module,
     path: str | Path,
     layout: Layout,
-    device: torch.device,
+    memory: SharedMemory,
     dtype: torch.dtype,
     compute_dtype: torch.dtype,
     kernel: str,
-) -> tuple[SharedMemory, Layout, str]:
-    """Read a checkpoint into a new block that the model then uses.
+) -> tuple[Layout, str]:
+    """Read a checkpoint into a block of memory that the model then uses.
 
     Args:
         model: the one that ``layout`` was planned for. Its shared weights become plain attributes:
             they are no parameters any more, so nothing moves, shards or saves them.
         path: the checkpoint folder.
+        memory: of the layout's size, on the device that computes.
         dtype: of what is not packed.
         compute_dtype: of the activations.
         kernel: this process's setting.
 
     Returns:
-        The block, its layout with the global scales, and what was chosen as kernels.
+        The layout with the global scales, and what was chosen as kernels.
 
     Raises:
-        SharingError: the device's memory cannot be shared.
         ValueError: the checkpoint is not this model's.
     """
-    memory = SharedMemory.allocate(layout.size, device)
+    device = memory.data.device
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, NVFP4Linear)}
     for group in layout.groups:
         for part in group.parts:
@@ -127,7 +127,7 @@ def load_base(
         groups.append(replace(group, global_scales=scales))
     if device.type == "cuda":
         torch.cuda.synchronize(device)  # the other process reads on streams of its own
-    return memory, replace(layout, groups=tuple(groups)), kernels
+    return replace(layout, groups=tuple(groups)), kernels
 
 
 def _fused(layers: Mapping[str, NVFP4Linear], architecture: Architecture) -> Iterator[tuple[str, ...]]:

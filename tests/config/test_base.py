@@ -11,29 +11,28 @@ from qerl_verl.config.plan import plan
 from qerl_verl.switch import BASE_ENV
 
 ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
-ONE_DEVICE = ("trainer.n_gpus_per_node=1", f"{ROLLOUT}.tensor_model_parallel_size=1")
+TP_1 = f"{ROLLOUT}.tensor_model_parallel_size=1"
 VARIABLES = "ray_kwargs.ray_init.runtime_env.env_vars"
 
 
 @pytest.mark.parametrize(
     ("overrides", "environment", "reason"),
     [
-        (ONE_DEVICE, {}, None),
-        ((*ONE_DEVICE, "trainer.v1.trainer_mode=colocate_async"), {}, None),
-        ((*ONE_DEVICE, "qerl.kernel=pytorch", "qerl.rollout.kernel=pytorch"), {}, None),
-        ((*ONE_DEVICE, f"{ROLLOUT}.load_format=auto"), {}, None),
-        (("trainer.n_gpus_per_node=2", ONE_DEVICE[1]), {}, "sharded over 2 ranks"),
-        ((*ONE_DEVICE, "trainer.nnodes=3"), {}, "sharded over 3 ranks"),
-        ((ONE_DEVICE[0], f"{ROLLOUT}.tensor_model_parallel_size=2"), {}, "tensor_model_parallel_size=2"),
-        ((*ONE_DEVICE, f"{ROLLOUT}.data_parallel_size=2"), {}, "data_parallel_size=2"),
-        ((*ONE_DEVICE, f"{ROLLOUT}.pipeline_model_parallel_size=2"), {}, "pipeline_model_parallel_size=2"),
-        ((*ONE_DEVICE, f"{ROLLOUT}.disaggregation.enabled=True"), {}, "engines of their own"),
-        ((*ONE_DEVICE, "trainer.v1.trainer_mode=separate_async"), {}, "devices of their own"),
-        ((*ONE_DEVICE, "qerl.kernel=hopper", "qerl.rollout.kernel=triton"), {}, "each in its own way"),
-        ((*ONE_DEVICE, "qerl.rollout.kernel=marlin"), {}, "vLLM's Marlin"),
-        ((*ONE_DEVICE, f"{ACTOR}.fsdp_config.offload_policy=True"), {}, "waits in host memory"),
-        ((*ONE_DEVICE, f"{ROLLOUT}.load_format=runai_streamer"), {}, "load_format=runai_streamer"),
-        (ONE_DEVICE, {"CUDA_VISIBLE_DEVICES": "MIG-1a2b"}, "(MIG)"),
+        ((TP_1,), {}, None),
+        ((TP_1, "trainer.v1.trainer_mode=colocate_async"), {}, None),
+        ((TP_1, "qerl.kernel=pytorch", "qerl.rollout.kernel=pytorch"), {}, None),
+        ((TP_1, f"{ROLLOUT}.load_format=auto"), {}, None),
+        (("trainer.n_gpus_per_node=8", "trainer.nnodes=2", TP_1), {}, None),
+        ((f"{ROLLOUT}.tensor_model_parallel_size=2",), {}, "tensor_model_parallel_size=2"),
+        ((TP_1, f"{ROLLOUT}.data_parallel_size=2"), {}, "data_parallel_size=2"),
+        ((TP_1, f"{ROLLOUT}.pipeline_model_parallel_size=2"), {}, "pipeline_model_parallel_size=2"),
+        ((TP_1, f"{ROLLOUT}.disaggregation.enabled=True"), {}, "engines of their own"),
+        ((TP_1, "trainer.v1.trainer_mode=separate_async"), {}, "devices of their own"),
+        ((TP_1, "qerl.kernel=hopper", "qerl.rollout.kernel=triton"), {}, "each in its own way"),
+        ((TP_1, "qerl.rollout.kernel=marlin"), {}, "vLLM's Marlin"),
+        ((TP_1, f"{ACTOR}.fsdp_config.offload_policy=True"), {}, "waits in host memory"),
+        ((TP_1, f"{ROLLOUT}.load_format=runai_streamer"), {}, "load_format=runai_streamer"),
+        ((TP_1,), {"CUDA_VISIBLE_DEVICES": "MIG-1a2b"}, "(MIG)"),
     ],
 )
 def test_what_keeps_a_run_from_sharing_is_named(switched, overrides, environment, reason):

@@ -153,11 +153,16 @@ def test_training_goes_on_from_an_adapter_folder(run_engine, one_rank, nvfp4_che
     assert {p["dtype"] for p in report["parameters"].values() if p["trains"]} == {"torch.float32"}
 
 
-def test_two_ranks_shard_the_bytes_and_train_the_same_adapter(run_engine, one_rank, nvfp4_checkpoint, tmp_path):
-    reports = run_engine(nvfp4_checkpoint, tmp_path / "r", world=2, steps=4)
-    for name, p in reports[0]["parameters"].items():
-        if name.endswith(".weight_joined"):
-            assert p["local_bytes"] * 2 == p["bytes"], name
+@pytest.mark.parametrize("shared", [False, True])
+def test_two_ranks_shard_the_bytes_and_train_the_same_adapter(
+    run_engine, one_rank, nvfp4_checkpoint, tmp_path, shared
+):
+    """With a base that the rollout uses too, each rank has all of it in place, and adapters alone are sharded."""
+    sharing = BaseSharing(uuid.uuid4().hex, True, "auto", 8, "bfloat16").environment() if shared else {}
+    reports = run_engine(nvfp4_checkpoint, tmp_path / "r", world=2, environment=sharing, steps=4)
+    sharded = [n for n, p in reports[0]["parameters"].items() if p["local_bytes"] * 2 == p["bytes"]]
+    assert sum(name.endswith(".weight_joined") for name in sharded) == (0 if shared else 2 * 7)
+    assert sum("lora_" in name for name in sharded) == 2 * 7 * 2
     assert reports[0]["adapter"] == reports[1]["adapter"]
     for found, expected in zip(reports[0]["steps"], one_rank[1]["steps"], strict=True):
         assert found["loss"] == pytest.approx(expected["loss"], rel=ROUNDING)

@@ -9,6 +9,7 @@ CISPO's loss and the asynchronous trainer, through verl's own reward.
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -60,6 +61,7 @@ RECIPE = [
 
 EXAMPLE_SCRIPTS = [
     "algorithm.adv_estimator=rloo",
+    "qerl.base=separate",
     # what the first run left at verl's values and the recipe sets
     "actor_rollout_ref.model.lora_alpha=16",
     "actor_rollout_ref.rollout.val_kwargs.do_sample=False",
@@ -190,6 +192,15 @@ def test_names_the_kernels_that_ran(first):
     assert "[qerl] kernel: actor NVFP4 linear = PyTorch" in log
     assert "[qerl] kernel: rollout NVFP4 linear = PyTorch" in log
     assert "[qerl] platform: cpu" in log
+
+
+def test_actor_and_rollout_use_one_copy_of_the_base_and_a_resumed_run_may_have_two(first, resumed):
+    log = first[2]
+    (owned,) = set(re.findall(r"base: the actor owns (\S+ GiB) on each device", log))
+    assert f"base: the rollout uses {owned} of the actor's" in log
+    assert "base: one copy for actor and rollout (qerl.base=auto)" in log and "in memory once" in log
+    assert "base: a copy each in actor and rollout (qerl.base=separate)" in resumed[2]
+    assert "base: the rollout uses" not in resumed[2] and "base: the actor owns" not in resumed[2]
 
 
 def test_a_checkpoint_records_the_policy_and_the_users_model(first, resumed, bf16_checkpoint):

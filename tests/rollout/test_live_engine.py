@@ -218,6 +218,7 @@ def actors_base(nvfp4_checkpoint, monkeypatch):
     from qerl_verl.rollout.candidates import CANDIDATES
     from qerl_verl.sharing.base import OtherSide, load_base, plan_layout
     from qerl_verl.sharing.channel import BaseOwner
+    from qerl_verl.sharing.memory import SharedMemory
 
     cpu, dtype = torch.device("cpu"), torch.bfloat16
     config = AutoConfig.from_pretrained(nvfp4_checkpoint)
@@ -226,7 +227,8 @@ def actors_base(nvfp4_checkpoint, monkeypatch):
     swap_linears(model, packed_linear_names(nvfp4_checkpoint), dtype)
     other = OtherSide("auto", CANDIDATES, RANK, dtype)
     layout = plan_layout(model, get_architecture(config), cpu, dtype, "auto", other)
-    memory, layout, _ = load_base(model, nvfp4_checkpoint, layout, cpu, dtype, dtype, "auto")
+    memory = SharedMemory.allocate(layout.size, cpu)
+    layout, _ = load_base(model, nvfp4_checkpoint, layout, memory, dtype, dtype, "auto")
     settings = BaseSharing(os.urandom(16).hex(), True, "auto", RANK, "bfloat16")
     owner = BaseOwner((memory, layout), settings.key, 0)
     for name, value in {**settings.environment(), "VERL_REPLICA_RANK": "0"}.items():

@@ -16,6 +16,7 @@ from qerl_verl.rollout.candidates import CANDIDATES
 from qerl_verl.sharing.base import OtherSide, load_base, plan_layout
 from qerl_verl.sharing.errors import SharingError
 from qerl_verl.sharing.layout import Layout
+from qerl_verl.sharing.memory import SharedMemory
 
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
 OTHER = OtherSide("auto", CANDIDATES, 8, BF16)
@@ -36,7 +37,9 @@ def plan(model, other=OTHER, kernel="auto", dtype=BF16):
 @pytest.fixture(scope="module")
 def shared(nvfp4_checkpoint):
     model = empty_model(nvfp4_checkpoint)
-    return model, *load_base(model, nvfp4_checkpoint, plan(model), CPU, BF16, BF16, "auto")
+    layout = plan(model)
+    memory = SharedMemory.allocate(layout.size, CPU)
+    return model, memory, *load_base(model, nvfp4_checkpoint, layout, memory, BF16, BF16, "auto")
 
 
 def test_the_model_computes_the_same_bits(shared, nvfp4_checkpoint):

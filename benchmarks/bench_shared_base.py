@@ -1,0 +1,468 @@
+"""One copy of the base (qerl.base=shared) against a copy each: memory, start, results, sleep, and the end of the owner.
+
+    python benchmarks/bench_shared_base.py --shape 7B-2 --json shared_base.json     # on a GPU: under three minutes
+    python benchmarks/bench_shared_base.py --shape 100M                             # on the CPU
+
+Two real processes as in a job, without Ray: the actor's FSDP2 engine, and vLLM with its worker. In
+each mode the engine answers the same prompts greedily with an adapter, on a GPU with CUDA graphs,
+before and after a sleep. With one copy the actor is killed in the end, and the engine's worker has
+to end, too. On a GPU a first check needs no vLLM engine: a GEMM of the Hopper kernels in a CUDA
+graph of a second process, on shared memory and on a copy, with and without expandable segments.
+
+Memory on the CPU is PSS (a page that two processes map counts half in each) and USS (what one
+process alone has) of the actor and of vLLM's worker; on a GPU what nvidia-smi reports for the card.
+The exit code is 1 where a check fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+RANK = 32
+MODES = ("separate", "shared")
+PROMPTS = [list(range(5 + i, 37 + i)) for i in range(8)]
+GEMM = (37888, 3584, 64)
+
+
+def say(**content) -> None:
+    print("RESULT " + json.dumps(content), flush=True)
+
+
+def listen() -> str:
+    return sys.stdin.readline().strip()
+
+
+class Process:
+    """One of this script's processes, which answers in lines that begin with RESULT."""
+
+    def __init__(self, role: str, arguments: list[str], environment: dict[str, str], log: Path):
+        self.log = log
+        self.popen = subprocess.Popen(
+            [sys.executable, __file__, "--role", role, *arguments],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log.open("w"),
+            text=True,
+            start_new_session=True,
+        )
+
+    def ask(self, command: str | None = None) -> dict:
+        if command:
+            print(command, file=self.popen.stdin, flush=True)
+        with self.log.open("a") as log:
+            for line in self.popen.stdout:
+                if line.startswith("RESULT "):
+                    return json.loads(line[7:])
+                log.write(line)
+        raise RuntimeError(f"{self.log.name} ended with exit code {self.popen.wait()}:\n{self.log.read_text()[-3000:]}")
+
+    def end(self) -> None:
+        try:
+            os.killpg(self.popen.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        self.popen.wait()
+
+
+def actor(args) -> None:
+    """The actor's engine, as verl builds it."""
+    begin = time.monotonic()
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    os.environ["DIST_INIT_METHOD"] = f"file://{tempfile.mktemp()}"
+    import torch
+    import verl  # noqa: F401  (loads the plugin)
+    from verl.trainer.config import CheckpointConfig
+    from verl.utils.distributed import initialize_global_process_group_ray
+    from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
+    from verl.workers.engine import EngineRegistry
+
+    initialize_global_process_group_ray()
+    imported = time.monotonic()
+    engine = EngineRegistry.new(
+        model_type="language_model",
+        backend="fsdp2",
+        model_config=HFModelConfig(
+            path=args.model,
+            lora_rank=RANK,
+            lora_alpha=RANK,
+            enable_gradient_checkpointing=True,
+            override_config={"attn_implementation": "sdpa"},
+            use_remove_padding=False,
+            load_tokenizer=False,
+        ),
+        engine_config=FSDPEngineConfig(
+            strategy="fsdp2", use_torch_compile=False, param_offload=args.offload, optimizer_offload=args.offload
+        ),
+        optimizer_config=FSDPOptimizerConfig(lr=1e-3, total_training_steps=10),
+        checkpoint_config=CheckpointConfig(save_lora_only=True),
+    )
+    engine.initialize()
+    say(imports_s=imported - begin, build_s=time.monotonic() - imported)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    while command := listen():
+        if command == "memory":
+            say(**memory_of([os.getpid()]))
+        elif command == "train":
+            torch.manual_seed(0)
+            ids = torch.randint(3, 200, (4, 64), device=device)
+            with engine.train_mode():
+                engine.optimizer_zero_grad()
+                with torch.autocast(device, torch.bfloat16):
+                    logits = engine.module(input_ids=ids, use_cache=False).logits.float()
+                loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+                loss.backward()
+                norm = engine.optimizer_step()
+            say(loss=loss.item(), grad_norm=float(norm))
+
+
+def checksum(data) -> int:
+    import torch
+
+    return int(data.view(torch.int32).sum(dtype=torch.int64))
+
+
+def shared_checksum(llm) -> list[int]:
+    """Of the actor's memory, as each worker sees it."""
+
+    def look(worker):
+        import torch
+
+        data = worker.model_runner.get_model().qerl_shared_base.data
+        return int(data.view(torch.int32).sum(dtype=torch.int64))
+
+    return llm.collective_rpc(look)
+
+
+def rollout(args) -> None:
+    """vLLM as verl starts it."""
+    import torch
+    from vllm import LLM, SamplingParams
+
+    on_gpu = torch.cuda.is_available()
+    settings = {"enforce_eager": True}
+    if on_gpu:
+        settings = {
+            "gpu_memory_utilization": args.utilization,
+            "enable_sleep_mode": True,
+            "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 8]},
+        }
+    lora = {"rank": RANK, "alpha": RANK}
+    begin = time.monotonic()
+    llm = LLM(
+        args.model,
+        skip_tokenizer_init=True,
+        distributed_executor_backend="mp",
+        dtype="bfloat16",
+        max_model_len=256,
+        load_format=args.load_format,
+        worker_extension_cls="qerl_verl.rollout.worker.QeRLWorkerExtension",
+        additional_config={"qerl": {"kernel": "auto", "lora": lora, "noise": True}},
+        **settings,
+    )
+    start_s = time.monotonic() - begin
+    llm.collective_rpc("qerl_load_adapter_folder", args=(args.adapter,))
+    parameters = SamplingParams(max_tokens=32, temperature=0, logprobs=0, detokenize=False, ignore_eos=True)
+
+    def generate() -> list:
+        llm.reset_prefix_cache()
+        out = llm.generate([{"prompt_token_ids": p} for p in PROMPTS], parameters, use_tqdm=False)
+        return [
+            [list(o.outputs[0].token_ids), [next(iter(p.values())).logprob for p in o.outputs[0].logprobs]] for o in out
+        ]
+
+    generate()
+    begin = time.monotonic()
+    outputs = generate()
+    seconds = time.monotonic() - begin
+    say(start_s=start_s, generate_s=seconds, outputs=outputs, digest=llm.collective_rpc("qerl_base_digest"))
+    while command := listen():
+        if command == "memory":
+            import psutil
+
+            children = psutil.Process().children(recursive=True)
+            workers = [c.pid for c in children if "Worker" in (c.name() + " ".join(c.cmdline()))]
+            say(workers=workers, **memory_of(workers))
+        elif command == "sleep":
+            begin = time.monotonic()
+            llm.sleep(level=1)
+            slept = time.monotonic() - begin
+            free = torch.cuda.mem_get_info()[0]
+            asleep = shared_checksum(llm) if args.load_format == "qerl_shared" else None
+            begin = time.monotonic()
+            llm.wake_up()
+            found = dict(sleep_s=slept, wake_s=time.monotonic() - begin, free_while_asleep=free)
+            say(asleep=asleep, awake=shared_checksum(llm) if asleep else None, **found)
+        elif command == "again":
+            say(outputs=generate(), digest=llm.collective_rpc("qerl_base_digest"))
+
+
+def memory_of(processes: list[int]) -> dict:
+    import psutil
+
+    infos = [psutil.Process(p).memory_full_info() for p in processes]
+    mib = 1 << 20
+    return {"pss_mib": sum(i.pss for i in infos) / mib, "uss_mib": sum(i.uss for i in infos) / mib}
+
+
+def card_mib() -> float:
+    text = subprocess.run(
+        ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"], capture_output=True, text=True
+    ).stdout
+    return float(text.split()[0])
+
+
+def gemm_owner(args) -> None:
+    """A weight of the Hopper kernels in shared memory."""
+    import torch
+
+    from qerl_verl.kernels import hopper
+    from qerl_verl.sharing.channel import BaseOwner
+    from qerl_verl.sharing.layout import LayoutBuilder
+    from qerl_verl.sharing.memory import SharedMemory
+
+    n, k, _ = GEMM
+    device = torch.device("cuda", 0)
+    builder = LayoutBuilder()
+    builder.add_group(["gate", "up"], [n // 2, n // 2], k, "hopper")
+    layout = builder.build()
+    memory = SharedMemory.allocate(layout.size, device)
+    torch.manual_seed(0)
+    packed = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device=device)
+    scale = torch.randint(40, 90, (n, k // 16), dtype=torch.uint8, device=device)
+    for place, tensor in zip(layout.groups[0].views(memory.data), hopper.prepack(packed, scale), strict=True):
+        place.copy_(tensor)
+    torch.cuda.synchronize()
+    owner = BaseOwner((memory, layout), args.key, 0)
+    say(ready=True)
+    listen()
+    del owner
+
+
+def gemm_user(args) -> None:
+    """A CUDA graph of the GEMM in the second process, while vLLM's allocator sleeps and wakes around it."""
+    import torch
+    from vllm.device_allocator.cumem import CuMemAllocator
+
+    from qerl_verl.kernels import hopper
+    from qerl_verl.sharing.channel import SharedBase
+
+    n, k, m = GEMM
+    device = torch.device("cuda", 0)
+    torch.zeros(1, device=device)
+    allocator = CuMemAllocator.get_instance()
+    before = torch.cuda.mem_get_info()[0]
+    with allocator.use_memory_pool(tag="weights"):
+        base = SharedBase.connect(args.key, 0, device)
+        own = torch.ones(32 << 20, dtype=torch.uint8, device=device)
+    taken = (before - torch.cuda.mem_get_info()[0]) / 2**20
+    base.watch(grace_s=0.5)
+    shared = base.layout.groups[0].views(base.data)
+    copies = [t.clone() for t in shared]
+    x = torch.randn(m, k, device=device, dtype=torch.bfloat16)
+
+    def graph_of(weight):
+        hopper.gemm(x, *weight, 1e-4)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = hopper.gemm(x, *weight, 1e-4)
+        return graph, y
+
+    def microseconds(graph) -> float:
+        for _ in range(20):
+            graph.replay()
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        events[0].record()
+        for _ in range(200):
+            graph.replay()
+        events[1].record()
+        torch.cuda.synchronize()
+        return events[0].elapsed_time(events[1]) * 1000 / 200
+
+    (ours, y), (theirs, y_copy) = graph_of(shared), graph_of(copies)
+    ours.replay(), theirs.replay()
+    torch.cuda.synchronize()
+    equal = torch.equal(y, y_copy)
+    times = microseconds(ours), microseconds(theirs)
+    digest, expected = checksum(base.data), y.clone()
+    allocator.sleep(offload_tags=("weights",))
+    asleep = checksum(base.data) == digest
+    allocator.wake_up()
+    y.zero_()
+    ours.replay()
+    torch.cuda.synchronize()
+    awake = torch.equal(y, expected) and bool((own == 1).all())
+    say(equal=equal, asleep=asleep, awake=awake, shared_us=times[0], copy_us=times[1], taken_mib=taken)
+    listen()
+
+
+def check_gemm(work: Path) -> dict:
+    found = {}
+    for name, setting in (("plain", ""), ("expandable", "expandable_segments:True")):
+        arguments = ["--key", uuid.uuid4().hex]
+        environment = {"PYTORCH_CUDA_ALLOC_CONF": setting, "PYTORCH_ALLOC_CONF": setting} if setting else {}
+        owner = Process("gemm_owner", arguments, environment, work / f"gemm_owner_{name}.log")
+        try:
+            owner.ask()
+            # vLLM's allocator refuses expandable segments in its own process, and verl turns them off there
+            user = Process("gemm_user", arguments, {}, work / f"gemm_user_{name}.log")
+            try:
+                found[name] = user.ask()
+                owner.end()
+                begin = time.monotonic()
+                found[name]["exit_code"] = user.popen.wait(timeout=30)
+                found[name]["ended_after_s"] = time.monotonic() - begin
+                found[name]["said"] = "the process that owns the base is gone" in user.log.read_text()
+            finally:
+                user.end()
+        finally:
+            owner.end()
+        time.sleep(1)
+        found[name]["card_mib_after"] = card_mib()
+    return found
+
+
+def run_mode(mode: str, args, work: Path) -> dict:
+    import torch
+
+    from qerl_verl.config.base import LOAD_FORMAT, BaseSharing
+
+    on_gpu = torch.cuda.device_count() > 0
+    environment = {
+        "QERL_SWITCH": "nvfp4",
+        "VERL_ENGINE_VENDOR": "qerl",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VERL_REPLICA_RANK": "0",
+        "VLLM_USE_FLASHINFER_SAMPLER": "0",
+        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # a function is sent to the workers
+    }
+    if not on_gpu:
+        environment |= {"VERL_PLATFORM": "cpu", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    if mode == "shared":
+        environment |= BaseSharing(uuid.uuid4().hex, True, "auto", RANK, "bfloat16").environment()
+    before = card_mib() if on_gpu else 0.0
+    model = ["--model", str(work / args.shape)]
+    found: dict = {"card_mib_before": before}
+    engine = None
+    owner = Process(
+        "actor", [*model, *(["--offload"] if args.offload else [])], environment, work / f"actor_{mode}.log"
+    )
+    try:
+        found["actor"] = owner.ask()
+        load_format = LOAD_FORMAT if mode == "shared" else "safetensors"
+        arguments = [*model, "--adapter", str(work / "adapter"), "--load-format", load_format]
+        arguments += ["--utilization", str(args.utilization)]
+        engine = Process("rollout", arguments, environment, work / f"rollout_{mode}.log")
+        found["rollout"] = engine.ask()
+        found["train"] = owner.ask("train")
+        found["actor_memory"], found["rollout_memory"] = owner.ask("memory"), engine.ask("memory")
+        if on_gpu:
+            found["card_mib"] = card_mib() - before
+            found["sleep"] = engine.ask("sleep")
+        found["again"] = engine.ask("again")
+        if mode == "shared":
+            found["end"] = end_of_owner(owner, found["rollout_memory"]["workers"])
+    finally:
+        for process in (engine, owner):
+            if process:
+                process.end()
+    if on_gpu:
+        time.sleep(2)
+        found["card_mib_after"] = card_mib()
+    return found
+
+
+def end_of_owner(owner: Process, workers: list[int]) -> dict:
+    """Kill the actor and wait for vLLM's workers."""
+    import psutil
+
+    processes = [psutil.Process(w) for w in workers]
+    owner.end()
+    begin = time.monotonic()
+    _, alive = psutil.wait_procs(processes, timeout=40)
+    return {"workers_ended": not alive, "after_s": time.monotonic() - begin}
+
+
+def verdicts(found: dict) -> dict[str, bool]:
+    """What has to hold."""
+    separate, shared = (found.get(mode) for mode in MODES)
+    out = {}
+    for name, gemm in found.get("gemm", {}).items():
+        out[f"GEMM, {name}: equal results"] = gemm["equal"] and gemm["asleep"] and gemm["awake"]
+        out[f"GEMM, {name}: equal speed (5 %)"] = gemm["shared_us"] < 1.05 * gemm["copy_us"]
+        out[f"GEMM, {name}: the second process takes no memory for it"] = gemm["taken_mib"] < 64
+        out[f"GEMM, {name}: the second process ends with the owner"] = gemm["exit_code"] == 1 and gemm["said"]
+    if separate and shared:
+        out["the same base"] = separate["rollout"]["digest"] == shared["rollout"]["digest"]
+        tokens = [[o[0] for o in mode["rollout"]["outputs"]] for mode in (separate, shared)]
+        out["the same tokens"] = tokens[0] == tokens[1]
+        out["the actor trains alike"] = separate["train"] == shared["train"]
+        out["the same after all"] = shared["again"]["outputs"] == shared["rollout"]["outputs"]
+        out["the base has not changed"] = shared["again"]["digest"] == shared["rollout"]["digest"]
+        out["workers end with the actor"] = shared["end"]["workers_ended"]
+        if "sleep" in shared:
+            out["the base stays through a sleep"] = shared["sleep"]["asleep"] == shared["sleep"]["awake"]
+    return out
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--role", default="main")
+    parser.add_argument("--shape", default="100M")
+    parser.add_argument("--modes", nargs="*", default=list(MODES), choices=MODES)
+    parser.add_argument("--json", help="write everything that was found here")
+    parser.add_argument("--work", help="folder for model and logs; a new one by default")
+    parser.add_argument("--offload", action="store_true", help="the actor's param_offload and optimizer_offload")
+    parser.add_argument("--utilization", type=float, default=0.3, help="the rollout's gpu_memory_utilization")
+    for name in ("--model", "--adapter", "--load-format", "--key"):
+        parser.add_argument(name)
+    args = parser.parse_args()
+    if args.role != "main":
+        {"actor": actor, "rollout": rollout, "gemm_owner": gemm_owner, "gemm_user": gemm_user}[args.role](args)
+        return 0
+
+    import torch
+    from shapes import write_adapter, write_nvfp4
+
+    work = Path(args.work or tempfile.mkdtemp(prefix="qerl-shared-base-"))
+    work.mkdir(parents=True, exist_ok=True)
+    found: dict = {"shape": args.shape, "torch": torch.__version__, "logs": str(work)}
+
+    def store() -> None:
+        if args.json:
+            Path(args.json).write_text(json.dumps(found, indent=1))
+
+    if torch.cuda.device_count():
+        found["device"] = torch.cuda.get_device_name(0)
+        found["gemm"] = check_gemm(work)
+        store()
+        print(json.dumps(found["gemm"], indent=1), flush=True)
+    write_nvfp4(work / args.shape, args.shape, "cpu")
+    write_adapter(work / "adapter", args.shape, str(work / args.shape), "cpu")
+    for mode in args.modes:
+        found[mode] = run_mode(mode, args, work)
+        store()
+        shown = {k: v for k, v in found[mode].items() if k != "again"}
+        shown["rollout"] = {k: v for k, v in shown["rollout"].items() if k.endswith("_s")}
+        print(mode, json.dumps(shown), flush=True)
+    found["verdicts"] = verdicts(found)
+    store()
+    for what, holds in found["verdicts"].items():
+        print(f"{'ok  ' if holds else 'FAIL'} {what}")
+    return 0 if all(found["verdicts"].values()) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
