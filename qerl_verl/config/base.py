@@ -9,13 +9,13 @@ import json
 import os
 import secrets
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from omegaconf import DictConfig
 
 from qerl_verl.config.keys import get_value, set_value
-from qerl_verl.config.rules import ACTOR, ROLLOUT, is_separate, rollout_layers
+from qerl_verl.config.rules import ACTOR, MODEL, ROLLOUT, is_separate, rollout_layers
 from qerl_verl.switch import BASE_ENV
 
 LOAD_FORMAT = "qerl_shared"
@@ -35,6 +35,7 @@ class BaseSharing:
         kernel: ``qerl.rollout.kernel``.
         lora_rank: of the adapter in the rollout's layers; None where vLLM's own LoRA path serves it.
         dtype: ``actor_rollout_ref.rollout.dtype``.
+        model: ``actor_rollout_ref.model.path`` after quantization: a critic of the same checkpoint uses its base.
     """
 
     key: str
@@ -42,6 +43,7 @@ class BaseSharing:
     kernel: str
     lora_rank: int | None
     dtype: str
+    model: str = ""
 
     @classmethod
     def of_this_job(cls) -> BaseSharing | None:
@@ -106,6 +108,13 @@ def describe_cost(folder: Path, shared: bool) -> str:
     if shared:
         return f"{size:.2f} GiB, in memory once"
     return f"{size:.2f} GiB, in the rollout once more (in host memory or on disk while it sleeps)"
+
+
+def name_model(config: DictConfig) -> None:
+    """Tell the job's processes which checkpoint is shared, once its path is known, in place."""
+    variables = dict(get_value(config, VARIABLES))
+    sharing = replace(BaseSharing(**json.loads(variables[BASE_ENV])), model=get_value(config, f"{MODEL}.path"))
+    set_value(config, VARIABLES, variables | sharing.environment(), "the shared checkpoint", lambda line: None)
 
 
 def share_base(config: DictConfig, required: bool, notify) -> None:

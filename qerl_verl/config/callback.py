@@ -18,7 +18,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from qerl_verl.config.arms import ARMS
-from qerl_verl.config.base import describe_cost
+from qerl_verl.config.base import describe_cost, name_model
 from qerl_verl.config.checks import data, models, resume
 from qerl_verl.config.checks.plugins import verl_policy_problem
 from qerl_verl.config.host import Host
@@ -104,6 +104,8 @@ def prepare(config: DictConfig, keys: set[str]) -> None:
     bases = _replace_models(config, made.settings, made.quantization)
     if MODEL in bases and ARMS[made.settings.arm].container:
         say(f"base: {describe_cost(bases[MODEL], made.shares_base)}")
+    if made.shares_base:
+        name_model(config)
     local = _on_local_models(config, bases)  # what the hub has sent is looked at now
     problems = models.find_misfits(local, made.adapters) + resume.find_problems(local, made.adapters)
     if problems := problems + (data.find_prompt_problems(local, bases[MODEL]) if remote else []):

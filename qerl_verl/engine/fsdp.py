@@ -31,31 +31,25 @@ from verl.utils.activation_offload import enable_activation_offloading
 from verl.utils.device import get_device_id
 from verl.utils.fs import copy_to_local, local_mkdir_safe
 from verl.utils.fsdp_utils import apply_fsdp2, fsdp2_load_full_state_dict, load_fsdp_model_to_gpu
-from verl.utils.model import convert_weight_keys, get_hf_auto_model_class
+from verl.utils.model import convert_weight_keys
 from verl.utils.py_functional import convert_to_regular_types
 from verl.utils.torch_dtypes import PrecisionType
 from verl.utils.torch_functional import entropy_from_logits, entropy_from_logits_with_chunking
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead, FSDPEngineWithValueHead
 
-from qerl_verl.config.base import BaseSharing
 from qerl_verl.engine.checkpoint_errors import reading, writing
 from qerl_verl.engine.compile import compile_layers, unavailable
 from qerl_verl.engine.finite import NonFiniteError, first_nonfinite, gather_first, gradient_norms, named_tensors
 from qerl_verl.engine.offload import wait_for_offload
 from qerl_verl.engine.output_layer import use_logprob_layer
 from qerl_verl.engine.recompute import Recompute
+from qerl_verl.engine.shared_base import causal_lm, use_shared_base
 from qerl_verl.kernels.backends import BACKENDS
 from qerl_verl.lora.adapter_files import check_loaded, map_names, read_adapter_config, read_tensors
 from qerl_verl.lora.peft import adaptable_layers, draw_adapter, linear_names, register_nvfp4, save_adapter
 from qerl_verl.lora.targets import ALL_LINEAR, last_names
 from qerl_verl.lora.wire import CONFIG_TENSOR, pack_config
-from qerl_verl.nvfp4.architectures import get_architecture
 from qerl_verl.nvfp4.loading import load_tensors, packed_linear_names, prepack_linears, swap_linears
-from qerl_verl.rollout.candidates import CANDIDATES
-from qerl_verl.sharing.base import OtherSide, load_base, plan_layout
-from qerl_verl.sharing.channel import BaseOwner
-from qerl_verl.sharing.errors import SharingError
-from qerl_verl.sharing.memory import SharedMemory
 from qerl_verl.switch import KERNEL_ENV, RECOMPUTE_ENV, SOURCES_ENV
 
 logger = logging.getLogger(__name__)
@@ -134,7 +128,10 @@ class NVFP4EngineMixin:
         module.requires_grad_(False)
         device = torch.device(self._device_type(), get_device_id() if self._device_type() == "cuda" else None)
         wanted = os.environ.get(KERNEL_ENV, "auto")
-        kernel = self._share_base(module, device, wanted, dtype)
+        kernel = None
+        if not self.engine_config.forward_only:
+            serves = self.task_type == TaskType.CAUSAL_LM
+            kernel = use_shared_base(module, self.model_config, device, dtype, compute_dtype, wanted, serves)
         if kernel is None:
             if self.rank == 0:
                 load_tensors(module, path, dtype, new_modules=self.new_modules)
@@ -165,40 +162,6 @@ class NVFP4EngineMixin:
             if self.rank == 0:
                 print(f"[qerl] compile: {self.role}, {said}", flush=True)
         return module
-
-    def _share_base(self, module: nn.Module, device: torch.device, kernel: str, dtype: torch.dtype) -> str | None:
-        """Load the base into memory that the rollout maps too (``qerl.base``), where this engine is the actor's.
-
-        Returns:
-            As :func:`prepack_linears`; None where this engine has a base of its own, and has loaded nothing.
-
-        Raises:
-            SharingError: with ``qerl.base=shared``, why the base cannot be shared.
-        """
-        settings = BaseSharing.of_this_job()
-        if settings is None or self.task_type != TaskType.CAUSAL_LM or self.engine_config.forward_only:
-            return None
-        other = OtherSide(settings.kernel, CANDIDATES, settings.lora_rank, PrecisionType.to_dtype(settings.dtype))
-        compute_dtype, path, reason = self._dtypes()[0], self.model_config.local_path, None
-        try:
-            architecture = get_architecture(self.model_config.hf_config)
-            layout = plan_layout(module, architecture, device, compute_dtype, kernel, other)
-            memory = SharedMemory.allocate(layout.size, device)
-        except SharingError as error:
-            reason = str(error)
-        if reason := gather_first(reason):
-            if settings.required:
-                raise SharingError(f"qerl.base=shared: {reason}; use qerl.base=separate")
-            if self.rank == 0:
-                print(f"[qerl] base: actor and rollout have a copy each: {reason}", flush=True)
-            self._base_owner = BaseOwner(reason, settings.key, self.rank)
-            return None
-        layout, kernels = load_base(module, path, layout, memory, dtype, compute_dtype, kernel)
-        self._base_owner = BaseOwner((memory, layout), settings.key, self.rank)
-        if self.rank == 0:
-            size = f"{layout.shared_bytes() / 2**30:.2f} GiB"
-            print(f"[qerl] base: the actor owns {size} on each device, which the rollout uses in place", flush=True)
-        return kernels
 
     def _say_recompute(self, text: str) -> None:
         if self.rank == 0:
@@ -476,11 +439,7 @@ class NVFP4EngineWithLMHead(NVFP4EngineMixin, AdapterEngineMixin, FSDPEngineWith
     task_type = TaskType.CAUSAL_LM
 
     def _empty_module(self, config, dtype: torch.dtype) -> nn.Module:
-        with init_empty_weights(include_buffers=False), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return get_hf_auto_model_class(hf_config=config).from_config(
-                config, dtype=dtype, trust_remote_code=self.model_config.trust_remote_code
-            )
+        return causal_lm(self.model_config, dtype)
 
 
 class NVFP4EngineWithValueHead(NVFP4EngineMixin, AdapterEngineMixin, FSDPEngineWithValueHead):

@@ -89,11 +89,10 @@ def load_base(
     compute_dtype: torch.dtype,
     kernel: str,
 ) -> tuple[Layout, str]:
-    """Read a checkpoint into a block of memory that the model then uses.
+    """Read a checkpoint into a block of memory.
 
     Args:
-        model: the one that ``layout`` was planned for. Its shared weights become plain attributes:
-            they are no parameters any more, so nothing moves, shards or saves them.
+        model: the one that ``layout`` was planned for; of no further use.
         path: the checkpoint folder.
         memory: of the layout's size, on the device that computes.
         dtype: of what is not packed.
@@ -114,11 +113,9 @@ def load_base(
     load_tensors(model, path, dtype)
     kernels = prepack_linears(model, device, kernel, compute_dtype)
     for name, plain in layout.tensors.items():
-        view, parameter = plain.view(memory.data), model.get_parameter(name)
+        view = plain.view(memory.data)
         plain.view(memory.data, plain.room)[len(view) :].zero_()
-        view.copy_(parameter.detach())
-        if plain.shared:
-            _replace(model, parameter, view)
+        view.copy_(model.get_parameter(name).detach())
     groups = []
     for group in layout.groups:
         if any(layers[part].backend.name != group.backend for part in group.parts):
@@ -128,6 +125,32 @@ def load_base(
     if device.type == "cuda":
         torch.cuda.synchronize(device)  # the other process reads on streams of its own
     return replace(layout, groups=tuple(groups)), kernels
+
+
+def attach(model: nn.Module, layout: Layout, data: torch.Tensor) -> None:
+    """Let a model use a base in memory.
+
+    What is shared becomes plain attributes of the model's modules. They are no parameters, so
+    nothing moves, shards or saves them. The rest is copied.
+
+    Args:
+        model: with empty weights, of the checkpoint that ``data`` holds; modules that the checkpoint
+            does not have stay as they are, and tensors that the model does not have are passed over.
+        layout: from :func:`load_base`.
+        data: the block, uint8.
+    """
+    model.tie_weights()
+    for group in layout.groups:
+        for part, scale in zip(group.parts, group.global_scales, strict=True):
+            layer = model.get_submodule(part)
+            layer.place(*group.views(data, part))
+            layer.backend = get_backend(group.backend)
+            layer.weight_global_scale = torch.tensor([scale], dtype=torch.float32)
+    parameters = dict(model.named_parameters())
+    for name in layout.tensors.keys() & parameters.keys():
+        plain = layout.tensors[name]
+        view = plain.view(data)
+        _replace(model, parameters[name], view if plain.shared else nn.Parameter(view.clone(), requires_grad=False))
 
 
 def _fused(layers: Mapping[str, NVFP4Linear], architecture: Architecture) -> Iterator[tuple[str, ...]]:
@@ -198,7 +221,7 @@ def _common_backend(
 
 
 def _replace(model: nn.Module, parameter: nn.Parameter, tensor: torch.Tensor) -> None:
-    """Put a plain tensor in the place of a parameter, in each module that has it (tied weights)."""
+    """Put another parameter, or a plain tensor, in the place of one, in each module that has it (tied weights)."""
     for module in model.modules():
         for leaf, found in list(module._parameters.items()):
             if found is parameter:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from qerl_verl.config.base import BaseSharing, choose_base, describe_cost, find_obstacle
+from qerl_verl.config.base import BaseSharing, choose_base, describe_cost, find_obstacle, name_model
 from qerl_verl.config.host import Host
 from qerl_verl.config.keys import get_value, override_keys
 from qerl_verl.config.plan import plan
@@ -65,6 +65,7 @@ def planned(composed, *overrides):
 
 def test_a_shared_base_reaches_rollout_and_actor(composed):
     config, made = planned(composed, "actor_rollout_ref.model.lora_rank=8", "qerl.rollout.lora=inline")
+    config.actor_rollout_ref.model.path = "/cache/model"
     assert made.shares_base and "base: one copy for actor and rollout (qerl.base=auto)" in made.lines
     assert config.actor_rollout_ref.rollout.load_format == "qerl_shared"
     sharing = json.loads(get_value(config, VARIABLES)[BASE_ENV])
@@ -74,7 +75,10 @@ def test_a_shared_base_reaches_rollout_and_actor(composed):
         "kernel": "auto",
         "lora_rank": 8,
         "dtype": config.actor_rollout_ref.rollout.dtype,
+        "model": "",
     }
+    name_model(config)
+    assert json.loads(get_value(config, VARIABLES)[BASE_ENV])["model"] == "/cache/model"
 
 
 def test_each_job_has_a_key_of_its_own_and_processes_read_what_was_set(composed, monkeypatch):

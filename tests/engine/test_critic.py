@@ -2,12 +2,15 @@
 
 import json
 import shutil
+import uuid
 
 import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForTokenClassification
+
+from qerl_verl.config.base import BaseSharing
 
 HEAD = {"base_model.model.score.weight", "base_model.model.score.bias"}
 
@@ -32,6 +35,17 @@ def test_an_nvfp4_base_trains_adapters_and_a_value_head_in_float32(critic):
     assert sorted(p["bytes"] for p in head.values()) == [4, 4 * 128] and all(".score." in n for n in head)
     assert {p["dtype"] for p in trained.values()} == {"torch.float32"}
     assert not any("score" in n for n in trained if "lora_" in n)  # no adapter on the head
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_critic_of_the_actors_checkpoint_uses_the_shared_base(run_engine, critic, nvfp4_checkpoint, tmp_path, same):
+    """qerl.base=shared: bit for bit, also where the critic is built before the actor; another checkpoint is not shared."""
+    model = str(nvfp4_checkpoint) if same else "/another/model"
+    sharing = BaseSharing(uuid.uuid4().hex, True, "auto", 8, "bfloat16", model).environment()
+    report = run_engine(nvfp4_checkpoint, tmp_path / "r", environment=sharing, model_type="value_model", steps=4)[0]
+    assert all(report[what] == critic[1][what] for what in ("built", "steps", "adapter"))
+    assert any(name.endswith(".weight_joined") for name in report["parameters"]) is not same
+    assert ("base: the critic uses the" in (tmp_path / "r.0.log").read_text()) is same
 
 
 def test_training_lowers_the_loss_and_moves_the_head(critic):

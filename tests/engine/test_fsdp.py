@@ -110,7 +110,7 @@ def test_a_base_that_the_rollout_uses_too_trains_the_same_adapter(
     assert all(report[what] == unbroken[what] for what in ("built", "steps", "saved", "adapter"))
     frozen = {n for n, p in report["parameters"].items() if not p["trains"]}
     assert frozen and all("norm" in name or name.endswith(".bias") for name in frozen)
-    assert "base: the actor owns" in (tmp_path / "r.0.log").read_text()
+    assert "base: the actor uses the" in (tmp_path / "r.0.log").read_text()
     state, expected = (
         torch.load(folder / "model_world_size_1_rank_0.pt", weights_only=False)
         for folder in (save, one_rank[0] / "ckpt" / "actor")
@@ -124,7 +124,7 @@ def test_an_actor_that_cannot_share_says_why_and_trains_on_a_copy_of_its_own(
     settings = BaseSharing(uuid.uuid4().hex, False, "hopper", 8, "bfloat16")
     report = run_engine(nvfp4_checkpoint, tmp_path / "r", environment=settings.environment(), steps=1)[0]
     assert report["steps"] == one_rank[1]["steps"][:1] and report["parameters"] == one_rank[1]["parameters"]
-    said = "base: actor and rollout have a copy each: qerl.rollout.kernel=hopper cannot run on cpu"
+    said = "base: a copy each: qerl.rollout.kernel=hopper cannot run on cpu"
     assert said in (tmp_path / "r.0.log").read_text()
     required = dataclasses.replace(settings, required=True).environment()
     with pytest.raises(AssertionError, match="SharingError: qerl.base=shared: qerl.rollout.kernel=hopper cannot run"):

@@ -196,11 +196,11 @@ def test_names_the_kernels_that_ran(first):
 
 def test_actor_and_rollout_use_one_copy_of_the_base_and_a_resumed_run_may_have_two(first, resumed):
     log = first[2]
-    (owned,) = set(re.findall(r"base: the actor owns (\S+ GiB) on each device", log))
+    (owned,) = set(re.findall(r"base: the actor uses the (\S+ GiB) on each device", log))
     assert f"base: the rollout uses {owned} of the actor's" in log
     assert "base: one copy for actor and rollout (qerl.base=auto)" in log and "in memory once" in log
     assert "base: a copy each in actor and rollout (qerl.base=separate)" in resumed[2]
-    assert "base: the rollout uses" not in resumed[2] and "base: the actor owns" not in resumed[2]
+    assert "base: the rollout uses" not in resumed[2] and "base: the actor uses" not in resumed[2]
 
 
 def test_a_checkpoint_records_the_policy_and_the_users_model(first, resumed, bf16_checkpoint):
@@ -328,6 +328,8 @@ def test_ppo_trains_a_critic_on_the_actors_checkpoint(common, ppo):
         assert m["critic/grad_norm"] > 0 and m["critic/lr"] == pytest.approx(1e-2) and m["actor/grad_norm"] > 0
         assert m["critic/vf_loss"] > 0
     assert abs(metrics[2]["critic/values/mean"] - metrics[1]["critic/values/mean"]) > 0.05  # adapter and head are on
+    shared = re.findall(r"base: the (\w+) uses the (\S+) GiB on each device that are shared", log)
+    assert {role for role, _ in shared} == {"actor", "critic"} and len({size for _, size in shared}) == 1
     assert "[qerl] kernel: critic NVFP4 linear" in log and "[qerl] critic: the same checkpoint" in log
     assert len([p for p in (common[0] / "cache").iterdir() if p.is_dir()]) == 1
 

@@ -13,7 +13,7 @@ from qerl_verl.nvfp4.architectures import get_architecture
 from qerl_verl.nvfp4.linear import NVFP4Linear
 from qerl_verl.nvfp4.loading import load_tensors, packed_linear_names, swap_linears
 from qerl_verl.rollout.candidates import CANDIDATES
-from qerl_verl.sharing.base import OtherSide, load_base, plan_layout
+from qerl_verl.sharing.base import OtherSide, attach, load_base, plan_layout
 from qerl_verl.sharing.errors import SharingError
 from qerl_verl.sharing.layout import Layout
 from qerl_verl.sharing.memory import SharedMemory
@@ -39,7 +39,9 @@ def shared(nvfp4_checkpoint):
     model = empty_model(nvfp4_checkpoint)
     layout = plan(model)
     memory = SharedMemory.allocate(layout.size, CPU)
-    return model, memory, *load_base(model, nvfp4_checkpoint, layout, memory, BF16, BF16, "auto")
+    layout, kernels = load_base(empty_model(nvfp4_checkpoint), nvfp4_checkpoint, layout, memory, BF16, BF16, "auto")
+    attach(model, layout, memory.data)
+    return model, memory, layout, kernels
 
 
 def test_the_model_computes_the_same_bits(shared, nvfp4_checkpoint):
