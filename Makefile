@@ -31,21 +31,12 @@ test-all: setup $(VENV)/.ready-test
 	$(PYTEST) $(ARGS)
 
 # On a machine with a GPU, with the Python that has vLLM, verl and this package: `make bench PYTHON=python RESULTS=somewhere`.
-# With two: `python benchmarks/bench_two_gpus.py --json $(RESULTS)/two_gpus_7b.json`.
+# Within an hour. Parts whose result is there for this code, this GPU and these versions are skipped (`ARGS=--force`: are not), so
+# that a call after an interruption goes on; `python benchmarks/run_all.py --list` shows the plan.
 RESULTS ?= benchmarks/results
 bench:
-	$(PYTHON) benchmarks/bench_gemm.py --marlin --json $(RESULTS)/gemm.json
-	$(PYTHON) benchmarks/bench_gemm.py --lora --json $(RESULTS)/lora_gemm.json
-	$(PYTHON) benchmarks/bench_gemm.py --tune --shapes others --json $(RESULTS)/gemm_other_shapes.json
-	$(PYTHON) benchmarks/bench_gemm.py --tune --lora --shapes others --json $(RESULTS)/lora_gemm_other_shapes.json
-	$(PYTHON) benchmarks/bench_training.py --json $(RESULTS)/training_7b.json
-	$(PYTHON) benchmarks/bench_training.py --batch 16 --length 768 --variants bf16_peft nvfp4_selective nvfp4_selective_compiled \
-		--json $(RESULTS)/training_7b_12288.json
-	$(PYTHON) benchmarks/bench_without_flash_attn.py --json $(RESULTS)/without_flash_attn.json
-	$(PYTHON) benchmarks/bench_rollout.py --shape 7B --json $(RESULTS)/rollout_7b.json
-	$(PYTHON) benchmarks/bench_rollout.py --shape 32B-32 --sequences 8 64 256 --json $(RESULTS)/rollout_32b.json
-	$(PYTHON) benchmarks/bench_grpo_step.py --variants bf16_lora nvfp4_lora nvfp4_lora_not_compiled --json $(RESULTS)/grpo_step_7b.json
-	$(PYTHON) benchmarks/report.py $(RESULTS)
+	$(PYTHON) benchmarks/run_all.py --results "$(RESULTS)" $(ARGS); status=$$?; \
+		$(PYTHON) benchmarks/report.py "$(RESULTS)" && exit $$status
 
 clean:
 	rm -rf $(VENV) build

@@ -2,26 +2,77 @@
 
     python benchmarks/report.py benchmarks/results
 
-Everything between ``<!-- results -->`` and ``<!-- end of results -->`` of the page is written anew. A missing file is left out, and
-said so.
+Everything between ``<!-- results -->`` and ``<!-- end of results -->`` of the page is written anew:
+a summary with the targets, then the tables of each GPU. What has no file is left out.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
+import sys
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from run_all import short_name  # noqa: E402
+from summary import ROWS  # noqa: E402
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "performance.md"
 PLOT = PAGE.with_name("performance.png")
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 
 
-def load(folder: Path, stem: str) -> dict | None:
-    """The file of that stem, with or without a GPU's name behind it."""
-    found = sorted(folder.glob(f"{stem}.json")) + sorted(folder.glob(f"{stem}_h[0-9]*.json"))
-    return json.loads(found[0].read_text()) | {"file": found[0].name} if found else None
+@dataclass(frozen=True)
+class Results:
+    """The result files of one GPU model in a folder."""
+
+    folder: Path
+    gpu: str
+
+
+def gpu_of(data: dict) -> str:
+    """The GPU model that a result file names, without their number."""
+    name = data.get("gpu") or data.get("environment", {}).get("gpu") or "none"
+    return re.sub(r"^\d+ x ", "", name)
+
+
+def load_all(folder: Path, stem: str) -> list[dict]:
+    """The files of that stem, with or without a GPU's name behind it, one a GPU."""
+    found: dict[str, dict] = {}
+    for path in sorted(folder.glob(f"{stem}*.json")):
+        data = json.loads(path.read_text()) | {"file": path.name}
+        if path.stem in (stem, f"{stem}_{short_name(gpu_of(data))}"):
+            found.setdefault(gpu_of(data), data)
+    return list(found.values())
+
+
+def load(results: Results, stem: str) -> dict | None:
+    """The file of that stem and that GPU."""
+    return next((data for data in load_all(results.folder, stem) if gpu_of(data) == results.gpu), None)
+
+
+def find_gpus(folder: Path) -> list[str]:
+    """The GPU models of the summary's files, that of most files first."""
+    counts = Counter(gpu_of(data) for stem in ROWS for data in load_all(folder, stem))
+    return [gpu for gpu, _ in counts.most_common()]
+
+
+def summary_section(folder: Path) -> str:
+    """What, baseline, target, measured and GPU of all files, ratios of speed where no unit is named."""
+    rows = []
+    for stem, make in ROWS.items():
+        for data in load_all(folder, stem):
+            gpu = data.get("gpu") or gpu_of(data)
+            rows += [[*row.cells(), gpu] for row in make(data)]
+    text = (
+        "Above 1x, NVFP4 is the faster one. A value in bold misses its target. Of a range of tokens the least is shown."
+    )
+    return f"{table(['what', 'baseline', 'target', 'measured', 'GPU'], rows)}\n\n{text}"
 
 
 def file_of(data: dict) -> str:
@@ -34,14 +85,16 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
-def gemm_section(folder: Path) -> str:
+def gemm_section(results: Results) -> str:
     names = {
         "gemm": "base alone, against cuBLAS",
         "gemm_no_pdl": "the same without programmatic dependent launch",
         "lora_gemm": "with an adapter of rank 32, against cuBLAS for base and adapter",
         "lora_gemm_sweep": "the same, fastest launch of all tried",
     }
-    found = {name: data for name in names if (data := load(folder, name))}
+    found = {name: data for name in names if (data := load(results, name))}
+    if not found:
+        return ""
     tokens = sorted({int(m) for data in found.values() for m in data["geomean_by_tokens"]})
     rows = []
     for name, data in found.items():
@@ -79,13 +132,13 @@ def gemm_section(folder: Path) -> str:
     return f"{table(head, rows)}\n\nLargest relative error against float64: {max(errors):.2e}. Files: {files}."
 
 
-def other_shapes_section(folder: Path) -> str:
+def other_shapes_section(results: Results) -> str:
     """Shapes that the built-in table does not know, with launches measured where the benchmark ran."""
     names = {
         "gemm_other_shapes": "base alone, against cuBLAS",
         "lora_gemm_other_shapes": "with an adapter of rank 32, against cuBLAS for base and adapter",
     }
-    found = {name: data for name in names if (data := load(folder, name))}
+    found = {name: data for name in names if (data := load(results, name))}
     if not found:
         return ""
     tokens = sorted({int(m) for data in found.values() for m in data["geomean_by_tokens"]})
@@ -96,7 +149,7 @@ def other_shapes_section(folder: Path) -> str:
         large = [r for r in data["gemm"] if r["n"] * r["k"] >= 16e6]
         worst = {m: min(r["ratio"] for r in large if r["m"] == m) for m in tokens}
         rows.append([f"{names[name]}: worst weight of 16 million and more", *(f"{worst[m]:.2f}" for m in tokens)])
-        untuned = load(folder, f"{name}_untuned")
+        untuned = load(results, f"{name}_untuned")
         if untuned:
             shapes = sorted({r["shape"] for r in untuned["gemm"]})
             for what, source in (("built-in table", untuned), ("measured launches", data)):
@@ -118,8 +171,8 @@ def other_shapes_section(folder: Path) -> str:
     )
 
 
-def between_section(folder: Path) -> str:
-    data = load(folder, "lora_gemm_between")
+def between_section(results: Results) -> str:
+    data = load(results, "lora_gemm_between")
     if not data:
         return ""
     shapes = list(dict.fromkeys(r["shape"] for r in data["gemm"]))
@@ -132,8 +185,8 @@ def between_section(folder: Path) -> str:
     return table(["us with / without an adapter", *map(str, tokens)], rows) + f"\n\nFile: `{data['file']}`."
 
 
-def without_flash_attn_section(folder: Path) -> str:
-    data = load(folder, "without_flash_attn")
+def without_flash_attn_section(results: Results) -> str:
+    data = load(results, "without_flash_attn")
     if not data:
         return ""
     names = {
@@ -151,12 +204,11 @@ def without_flash_attn_section(folder: Path) -> str:
     return f"{table(head, rows)}\n\nGPU: {data['gpu']}. {file_of(data)}"
 
 
-def rollout_section(folder: Path) -> str:
+def rollout_section(results: Results) -> str:
     out = []
     for stem in ("rollout_7b", "rollout_32b"):
-        data = load(folder, stem)
+        data = load(results, stem)
         if not data:
-            out.append(f"`{stem}`: not measured.")
             continue
         sequences = sorted(map(int, data["runs"][0]["decode"]))
         rows = []
@@ -179,12 +231,11 @@ def rollout_section(folder: Path) -> str:
     return "\n\n".join(out)
 
 
-def training_section(folder: Path) -> str:
+def training_section(results: Results) -> str:
     out = []
     for stem in ("training_7b", "training_7b_12288"):
-        data = load(folder, stem)
+        data = load(results, stem)
         if not data:
-            out.append(f"`{stem}`: not measured.")
             continue
         rows = [
             [
@@ -212,13 +263,13 @@ def ratios_of(data: dict, name: str, base: str) -> list[str]:
     return [f"{ratio['speed']:.2f}", f"{ratio['peak_memory']:.2f}"] if ratio else ["", ""]
 
 
-def step_section(folder: Path) -> str:
-    sections = (one_step_section(folder, stem) for stem in ("grpo_step_7b", "grpo_step_7b_attention_compiled"))
-    return "\n\n".join(filter(None, sections)) or "`grpo_step_7b`: not measured."
+def step_section(results: Results) -> str:
+    sections = (one_step_section(results, stem) for stem in ("grpo_step_7b", "grpo_step_7b_attention_compiled"))
+    return "\n\n".join(filter(None, sections))
 
 
-def one_step_section(folder: Path, stem: str) -> str:
-    data = load(folder, stem)
+def one_step_section(results: Results, stem: str) -> str:
+    data = load(results, stem)
     if not data or "ratio_to_bf16_lora" not in data:
         return ""
     keys = ("gen", "old_log_prob", "update_actor", "update_weights", "step")
@@ -233,12 +284,12 @@ def one_step_section(folder: Path, stem: str) -> str:
     return f"{table(['seconds', *keys, 'peak of training, GiB'], rows)}\n\n{file_of(data)}"
 
 
-def two_gpus_section(folder: Path) -> str:
+def two_gpus_section(results: Results) -> str:
     """Empty without the file; of a run of some parts, those."""
-    data = load(folder, "two_gpus_7b")
+    data = load(results, "two_gpus_7b")
     if not data:
         return ""
-    out = [f"### Two GPUs ({data['gpu']})"]
+    out = []
     if training := data.get("training"):
         rows = []
         for name, run in training["runs"].items():
@@ -290,7 +341,7 @@ def two_gpus_section(folder: Path) -> str:
     return "\n\n".join([*out, f"File: `{data['file']}`."])
 
 
-def plot(folder: Path) -> bool:
+def plot(results: Results) -> bool:
     """Ratios to bf16 + LoRA of kernels and rollout, by tokens and sequences."""
     try:
         import matplotlib
@@ -301,13 +352,13 @@ def plot(folder: Path) -> bool:
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6))
     for stem, label in (("gemm", "base"), ("lora_gemm", "base + adapter")):
-        if data := load(folder, stem):
+        if data := load(results, stem):
             points = sorted((int(m), r["ratio"]) for m, r in data["geomean_by_tokens"].items())
             left.plot(*zip(*points, strict=True), marker="o", label=label)
     left.set_title("matrix products, cuBLAS bf16 = 1")
     left.set_xlabel("tokens")
     for stem, label in (("rollout_7b", "7B"), ("rollout_32b", "32B, 32 layers")):
-        if data := load(folder, stem):
+        if data := load(results, stem):
             ratios = data["ratio_to_bf16_lora"]["nvfp4_lora"]
             points = sorted((int(s), r) for s, r in ratios.items() if s.isdigit())
             right.plot(*zip(*points, strict=True), marker="o", label=label)
@@ -323,24 +374,49 @@ def plot(folder: Path) -> bool:
     return True
 
 
+SECTIONS = {
+    "One GRPO step of main_ppo": step_section,
+    "Rollout": rollout_section,
+    "A LoRA training step": training_section,
+    "Two GPUs": two_gpus_section,
+    "Matrix products (`kernels/hopper/`)": gemm_section,
+    "Products with another kernel before each, as in a model": between_section,
+    "Shapes without an entry in the built-in table": other_shapes_section,
+    "In place of flash-attn": without_flash_attn_section,
+}
+
+
+def gpu_section(results: Results) -> str:
+    """The tables of one GPU model."""
+    sections = {title: section(results) for title, section in SECTIONS.items()}
+    tables = [f"#### {title}\n\n{text}" for title, text in sections.items() if text]
+    return "\n\n".join([f"### {results.gpu}", *tables])
+
+
+def render(folder: Path, picture: bool = True) -> str:
+    """What stands between the marks of the page.
+
+    Args:
+        folder: of the result files; at least one.
+        picture: whether the plot is there.
+    """
+    gpus = find_gpus(folder)
+    shown = [f"![ratios on {gpus[0]}](performance.png)"] if picture else []
+    tables = [gpu_section(Results(folder, gpu)) for gpu in gpus]
+    return "\n\n".join(["## Summary", summary_section(folder), *shown, "## Tables", *tables])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, help="folder of the JSON files")
     folder = parser.parse_args().results
-    drawn = plot(folder)
-    text = "\n\n".join([
-        "### Matrix products (`kernels/hopper/`)", gemm_section(folder),
-        "In a model another kernel runs before each product. Microseconds of a product with an adapter, and without:",
-        between_section(folder), "### Shapes without an entry in the built-in table", other_shapes_section(folder),
-        "### Rollout", rollout_section(folder), "### A LoRA training step", training_section(folder),
-        "### In place of flash-attn", without_flash_attn_section(folder),
-        "### One GRPO step of main_ppo", step_section(folder), *filter(None, [two_gpus_section(folder)]),
-        *(["![ratios](performance.png)"] if drawn else []),
-    ])  # fmt: skip
-    page = PAGE.read_text()
-    before, _, rest = page.partition(BEGIN)
+    gpus = find_gpus(folder)
+    if not gpus:
+        parser.error(f"{folder} holds no result of a benchmark")
+    drawn = plot(Results(folder, gpus[0]))
+    before, _, rest = PAGE.read_text().partition(BEGIN)
     _, _, after = rest.partition(END)
-    PAGE.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
+    PAGE.write_text(f"{before}{BEGIN}\n\n{render(folder, drawn)}\n\n{END}{after}")
     print(f"wrote {PAGE}" + (f" and {PLOT}" if drawn else ", no plot: matplotlib is not installed"))
 
 

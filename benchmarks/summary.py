@@ -1,0 +1,227 @@
+"""The first table of docs/performance.md: what was measured, against what, the target and the GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+KNOWN_SHAPES = {
+    (1, 16): 2.2,
+    (32, 32): 1.9,
+    (64, 64): 1.6,
+    (128, 128): 1.2,
+    (256, 256): 0.95,
+    (1024, 1024): 0.9,
+}
+KNOWN_SHAPES |= {(8192, 8192): 0.95}
+OTHER_SHAPES = {
+    (1, 16): 2.2,
+    (33, 33): 1.7,
+    (64, 64): 1.6,
+    (100, 128): 1.25,
+    (200, 256): 0.97,
+    (1000, 8192): 0.97,
+}
+WITH_ADAPTER = 0.15
+"""What the targets of other shapes grow by with an adapter in both products."""
+WORST, LARGE_WEIGHT = 0.9, 16e6
+DECODING_7B = {1: 2.0, 8: 2.0, 64: 1.5, 256: 1.2}
+DECODING_32B = {8: 2.2, 64: 1.6, 256: 1.15}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison.
+
+    Attributes:
+        what: what was measured, and at which sizes.
+        baseline: what it is compared with.
+        targets: one for each size, None without one.
+        measured: the same.
+        at_most: whether a lower value is better.
+        unit: behind each value.
+    """
+
+    what: str
+    baseline: str
+    targets: list[float | None]
+    measured: list[float]
+    at_most: bool = False
+    unit: str = "x"
+
+    def is_missed(self, index: int) -> bool:
+        """Whether the value, as it is printed, misses its target."""
+        target, value = self.targets[index], round(self.measured[index], 2)
+        if target is None:
+            return False
+        return value > target if self.at_most else value < target
+
+    def cells(self) -> list[str]:
+        """What, baseline, target and measured; a missed target's value is bold."""
+        sign = "at most " if self.at_most else ""
+        known = [t for t in self.targets if t is not None]
+        targets = sign + " / ".join(f"{t:g}" for t in known) + self.unit if known else "-"
+        values = [
+            f"**{value:.2f}**" if self.is_missed(index) else f"{value:.2f}"
+            for index, value in enumerate(self.measured)
+        ]
+        return [self.what, self.baseline, targets, " / ".join(values) + self.unit]
+
+
+def _span(low: int, high: int) -> str:
+    return str(low) if low == high else f"{low} to {high}"
+
+
+def _products(
+    what: str,
+    baseline: str,
+    data: Mapping,
+    targets: Mapping[tuple[int, int], float],
+    more: float = 0.0,
+) -> list[Row]:
+    """The least mean over shapes of each range of tokens."""
+    ratios = {int(m): found["ratio"] for m, found in data["geomean_by_tokens"].items()}
+    least = {(a, b): [r for m, r in ratios.items() if a <= m <= b] for a, b in targets}
+    least = {span: min(found) for span, found in least.items() if found}
+    sizes = " / ".join(_span(*span) for span in least)
+    wanted = [round(targets[span] + more, 2) for span in least]
+    return [Row(f"{what}, {sizes} tokens", baseline, wanted, list(least.values()))]
+
+
+def _worst(what: str, baseline: str, data: Mapping, more: float = 0.0) -> list[Row]:
+    large = [r["ratio"] for r in data["gemm"] if r["n"] * r["k"] >= LARGE_WEIGHT]
+    return [
+        Row(
+            f"{what}, worst case of 16 million weights and more",
+            baseline,
+            [WORST + more],
+            [min(large)],
+        )
+    ]
+
+
+def _gemm(data: Mapping) -> list[Row]:
+    return _products("GEMM, shapes of the built-in table", "cuBLAS bf16", data, KNOWN_SHAPES)
+
+
+def _lora_gemm(data: Mapping) -> list[Row]:
+    return _products(
+        "GEMM with an adapter of rank 32, the same shapes",
+        "cuBLAS bf16 with it",
+        data,
+        KNOWN_SHAPES,
+    )
+
+
+def _other_shapes(data: Mapping) -> list[Row]:
+    what, baseline = "GEMM, other shapes", "cuBLAS bf16"
+    return [*_products(what, baseline, data, OTHER_SHAPES), *_worst(what, baseline, data)]
+
+
+def _lora_other_shapes(data: Mapping) -> list[Row]:
+    what, baseline = "GEMM with an adapter of rank 32, other shapes", "cuBLAS bf16 with it"
+    more = WITH_ADAPTER
+    return [
+        *_products(what, baseline, data, OTHER_SHAPES, more),
+        *_worst(what, baseline, data, more),
+    ]
+
+
+def _rollout(model: str, targets: Mapping[int, float], data: Mapping) -> list[Row]:
+    ratios = data["ratio_to_bf16_lora"]["nvfp4_lora"]
+    sequences = [s for s in targets if f"decode {s}" in ratios]
+    what = f"decoding, {model}, {' / '.join(map(str, sequences))} sequences"
+    baseline = "vLLM bf16 + LoRA"
+    rows = [
+        Row(
+            what,
+            baseline,
+            [targets[s] for s in sequences],
+            [ratios[f"decode {s}"] for s in sequences],
+        )
+    ]
+    if "prefill" in ratios:
+        rows.append(Row(f"prefill, {model}, 8192 tokens", baseline, [1.0], [ratios["prefill"]]))
+    return rows
+
+
+def _training(data: Mapping) -> list[Row]:
+    rows = []
+    tokens = data.get("tokens")
+    for against, baseline, target in (
+        ("bf16_peft", "PEFT on bf16", 0.95),
+        ("compressed_tensors", "decompression at each forward pass", 1.5),
+    ):
+        found = data["ratios"].get(f"nvfp4 against {against}")
+        if found is None:
+            continue
+        what = f"LoRA training step, 7B, {tokens} tokens"
+        rows.append(Row(f"{what}, speed", baseline, [target], [found["speed"]]))
+        if against == "bf16_peft":
+            rows.append(
+                Row(f"{what}, peak memory", baseline, [0.55], [found["peak_memory"]], at_most=True)
+            )
+    return rows
+
+
+def _step(data: Mapping) -> list[Row]:
+    found = data.get("ratio_to_bf16_lora", {}).get("nvfp4_lora")
+    what = "GRPO step of main_ppo, 7B, 128 x (256 + 512) tokens"
+    return [Row(what, "stock verl, bf16 LoRA", [1.5], [found["timing_s/step"]])] if found else []
+
+
+def _without_flash_attn(data: Mapping) -> list[Row]:
+    def ratio(part: str, slow: str, fast: str) -> float:
+        return data[part][slow]["forward_backward_ms"] / data[part][fast]["forward_backward_ms"]
+
+    tokens = data["attention"]["tokens"]
+    return [
+        Row(f"packed attention, 32B shape, {tokens} tokens", "SDPA, dense mask", [None], [ratio("attention", "dense_mask", "packed")]),
+        Row(f"output layer and log-probabilities, {tokens} tokens", "a row at a time", [None], [ratio("logprobs", "row_by_row", "chunks")]),
+    ]  # fmt: skip
+
+
+def _two_gpus(data: Mapping) -> list[Row]:
+    runs = data.get("training", {}).get("runs", {})
+    if not {"bf16_lora", "nvfp4_lora"} <= runs.keys():
+        return []
+    by = {name: runs[name]["by_sequences"] for name in ("bf16_lora", "nvfp4_lora")}
+    sequences = [s for s in by["nvfp4_lora"] if s in by["bf16_lora"]]
+    ratios = [
+        by["nvfp4_lora"][s]["tokens_per_s"] / by["bf16_lora"][s]["tokens_per_s"] for s in sequences
+    ]
+    what = f"LoRA training step, 7B, two GPUs, {' / '.join(sequences)} sequences a GPU"
+    return [Row(what, "FSDP2, bf16 LoRA", [None] * len(ratios), ratios)]
+
+
+def _noise(data: Mapping) -> list[Row]:
+    cost = data.get("graphs", {}).get("cost", {})
+    if not cost:
+        return []
+    what = f"time that the norms with noise add to decoding, 7B, {' / '.join(cost)} sequences"
+    return [
+        Row(
+            what,
+            "vLLM's own norms",
+            [None] * len(cost),
+            [c["percent"] for c in cost.values()],
+            True,
+            " %",
+        )
+    ]
+
+
+ROWS: dict[str, Callable[[Mapping], list[Row]]] = {
+    "grpo_step_7b": _step,
+    "rollout_7b": lambda data: _rollout("7B", DECODING_7B, data),
+    "rollout_32b": lambda data: _rollout("32 layers of 32B", DECODING_32B, data),
+    "training_7b": _training,
+    "two_gpus_7b": _two_gpus,
+    "gemm": _gemm,
+    "lora_gemm": _lora_gemm,
+    "gemm_other_shapes": _other_shapes,
+    "lora_gemm_other_shapes": _lora_other_shapes,
+    "without_flash_attn": _without_flash_attn,
+    "noise_7b": _noise,
+}
+"""Stem of a result file -> its rows, in the order of the table."""

@@ -1,0 +1,67 @@
+"""docs/performance.md: its summary and tables are what the result files say."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
+import report  # noqa: E402
+from summary import ROWS, Row  # noqa: E402
+
+RESULTS = Path(report.__file__).parent / "results"
+
+
+def test_the_page_is_what_the_report_makes_of_the_results():
+    """Otherwise: python benchmarks/report.py benchmarks/results."""
+    assert f"{report.BEGIN}\n\n{report.render(RESULTS)}\n\n{report.END}" in report.PAGE.read_text()
+
+
+def test_every_row_of_the_summary_has_a_file_today():
+    assert all(
+        report.load_all(RESULTS, stem) and ROWS[stem](report.load_all(RESULTS, stem)[0])
+        for stem in ROWS
+    )
+
+
+CELLS = {
+    "met": (Row("", "", [1.5, 2.0], [1.5, 2.31]), "1.5 / 2x", "1.50 / 2.31x"),
+    "missed": (Row("", "", [1.5, 2.0], [1.494, 2.31]), "1.5 / 2x", "**1.49** / 2.31x"),
+    "met as printed": (Row("", "", [1.5], [1.496]), "1.5x", "1.50x"),
+    "at most": (Row("", "", [0.5], [0.52], at_most=True), "at most 0.5x", "**0.52**x"),
+    "at most, met": (Row("", "", [0.5], [0.48], at_most=True), "at most 0.5x", "0.48x"),
+    "no target": (Row("", "", [None], [3.0], unit=" %"), "-", "3.00 %"),
+}
+
+
+@pytest.mark.parametrize(("row", "target", "measured"), CELLS.values(), ids=CELLS.keys())
+def test_a_value_that_misses_its_target_is_bold(row, target, measured):
+    assert row.cells()[2:] == [target, measured]
+
+
+def write(folder, name, gpu, ratios):
+    gemm = [
+        {"shape": "7B qkv", "n": 1, "k": 1, "m": int(m), "ratio": r, "us": 1.0, "cublas_us": r}
+        for m, r in ratios.items()
+    ]
+    means = {m: {"ratio": r, "max_error": 1e-3} for m, r in ratios.items()}
+    content = {"environment": {"gpu": gpu}, "gemm": gemm, "geomean_by_tokens": means}
+    (folder / name).write_text(json.dumps(content))
+
+
+def test_each_gpu_has_its_rows_and_tables(tmp_path):
+    """Of a range the least counts: of 1 to 16 tokens 2.1, which misses 2.2."""
+    write(tmp_path, "gemm_h100.json", "NVIDIA H100", {"1": 2.4, "16": 2.1, "64": 1.7})
+    write(tmp_path, "gemm_h200.json", "NVIDIA H200", {"1": 2.5, "64": 1.8})
+    write(tmp_path, "gemm_no_pdl_h200.json", "NVIDIA H200", {"1": 2.0})
+    text = report.render(tmp_path)
+    what = "| GEMM, shapes of the built-in table, 1 to 16 / 64 tokens | cuBLAS bf16 | 2.2 / 1.6x |"
+    assert (
+        f"{what} **2.10** / 1.70x | NVIDIA H100 |" in text
+        and f"{what} 2.50 / 1.80x | NVIDIA H200 |" in text
+    )
+    h100 = text[text.index("### NVIDIA H100") :]
+    assert "gemm_h100.json" in h100 and "gemm_no_pdl" not in h100.partition("### NVIDIA H200")[0]
+    assert "not measured" not in text
