@@ -75,6 +75,7 @@ _NOT_COMPARED = re.compile(
         r"profiler\.",
         r"\.trace\.",
         r"gpu_memory_utilization$",
+        r"served_model_name$",
         r"^(actor_rollout_ref|critic)\.model\.path$",  # MODEL stands for it
         r"^qerl\.(policy|base_fingerprint|source_models)\b",
         r"^trainer\.(project_name|experiment_name|logger|resume_\w+|test_freq|save_freq|v1\.)",
@@ -116,38 +117,34 @@ def read_settings(path: Path, alone: bool) -> dict[str, Any] | None:
 
 def _hydra_settings(folder: Path) -> dict[str, Any] | None:
     """From the newest ``.hydra/config.yaml`` in the folder or up to three levels below it."""
-    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     patterns = ("", "*/", "*/*/", "*/*/*/")
     files = [f for p in patterns for f in folder.glob(f"{p}.hydra/config.yaml")]
     for file in sorted(files, key=lambda f: f.stat().st_mtime, reverse=True):
         try:
-            content = yaml.safe_load(file.read_text())
-        except (yaml.YAMLError, UnicodeDecodeError):
+            config = OmegaConf.load(file)
+            content = OmegaConf.to_container(config)
+        except (OSError, YAMLError, OmegaConfBaseException, UnicodeDecodeError):
             continue
-        if isinstance(content, dict) and "actor_rollout_ref" in content:
-            return _normalize(_resolve(_flatten(content)))
+        if not isinstance(content, dict) or "actor_rollout_ref" not in content:
+            continue
+        out = {}
+        for key, value in _flatten(content).items():
+            if "${" in str(value):
+                try:
+                    value = OmegaConf.select(config, key)
+                except OmegaConfBaseException:  # refers to what only a run has
+                    continue
+                if OmegaConf.is_config(value):
+                    value = OmegaConf.to_container(value, resolve=True)
+            out[key] = value
+        return _normalize(out)
     return None
 
 
-def _resolve(settings: dict[str, Any]) -> dict[str, Any]:
-    """Replace interpolations ``${a.b}`` of absolute keys by the values that they refer to."""
-
-    def resolve(value: Any, depth: int = 8) -> Any:
-        if isinstance(value, list):
-            return [resolve(item, depth) for item in value]
-        if not isinstance(value, str) or "${" not in value or not depth:
-            return value
-        if (match := _REFERENCE.fullmatch(value)) and match.group(1) in settings:
-            return resolve(settings[match.group(1)], depth - 1)
-        return _REFERENCE.sub(
-            lambda m: str(resolve(settings.get(m.group(1), m.group(0)), depth - 1)), value
-        )
-
-    return {key: resolve(value) for key, value in settings.items()}
-
-
-_REFERENCE = re.compile(r"\$\{([\w.]+)\}")
 _PRINTED_START = re.compile(
     r"^(\x1b\[\d+m\(TaskRunner\w* pid=\d+[^)]*\)\x1b\[0m |\(TaskRunner\w* pid=\d+[^)]*\) )?\{'"
 )

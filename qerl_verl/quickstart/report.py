@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from qerl_verl.compare.errors import CompareError
+from qerl_verl.compare.runs import read_steps
 
 REWARD = "critic/score/mean"
 ENTROPY = "actor/entropy"
@@ -27,15 +29,12 @@ class Run:
 
     @classmethod
     def read(cls, path: Path) -> Run:
-        """Read the file of verl's ``file`` logger (verl/utils/tracking.py, FileLogger); a last half-written line is left out."""
-        steps = {}
-        for line in path.read_text().splitlines() if path.exists() else []:
-            try:
-                entry = json.loads(line)
-            except json.JSONDecodeError:
-                break
-            steps.setdefault(entry["step"], {}).update(entry["data"])
-        return cls(steps)
+        """Read the file of verl's ``file`` logger, see :func:`qerl_verl.compare.runs.read_steps`; no steps where
+        there is none or it is empty."""
+        try:
+            return cls(read_steps(path)[0])
+        except (CompareError, FileNotFoundError):
+            return cls({})
 
     @property
     def training(self) -> list[int]:

@@ -86,21 +86,28 @@ def _hash(path: Path) -> str | None:
         return None
 
 
-def write_record(path: Path, config: DictConfig) -> None:
+def write_record(path: Path, settings: dict[str, Any]) -> None:
     """Write the record of the run whose metrics are in ``path``.
+
+    Args:
+        settings: see :func:`describe_run`.
 
     Raises:
         OSError: it cannot be written.
     """
     record = path.with_suffix(RECORD_SUFFIX)
     staging = record.with_name(f".{record.name}.tmp")
-    staging.write_text(json.dumps({"settings": describe_run(config)}, indent=1, default=str))
+    staging.write_text(json.dumps({"settings": settings}, indent=1, default=str))
     staging.replace(record)
 
 
 class RunRecordMixin:
     """Writes the record of one of verl's V1 trainers, and keeps what a resumed run would overwrite.
     A full disk or a folder without permission is said and does not end the run."""
+
+    def __init__(self, config: DictConfig):
+        self._settings = describe_run(config)  # verl writes what it derives into the configuration
+        super().__init__(config)
 
     def fit(self, *args, **kwargs):
         path = metrics_file(self.config)
@@ -112,7 +119,7 @@ class RunRecordMixin:
                         "reads both"
                     )
                 path.parent.mkdir(parents=True, exist_ok=True)
-                write_record(path, self.config)
+                write_record(path, self._settings)
             except OSError as error:
                 say(f"the record of the run beside {path} could not be written: {error}")
         return super().fit(*args, **kwargs)

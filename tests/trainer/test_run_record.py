@@ -60,8 +60,9 @@ def test_the_record_has_the_settings_and_what_the_files_hold_but_no_credentials(
 class Trainer:
     """verl's part: opens the metrics file anew and logs the steps that follow."""
 
-    def __init__(self, config, global_steps):
-        self.config, self.global_steps = config, global_steps
+    def __init__(self, config):
+        self.config, self.global_steps = config, 0
+        config.trainer.derived = True  # as verl does with learning rate schedules and others
 
     def fit(self, agent_loop_manager):
         logger = FileLogger("p", "e")
@@ -73,6 +74,12 @@ class Recorded(RunRecordMixin, Trainer):
     pass
 
 
+def train(config, metric, resumed_from=0):
+    trainer = Recorded(config)
+    trainer.global_steps = resumed_from
+    trainer.fit(metric)
+
+
 @pytest.fixture
 def metrics(tmp_path, monkeypatch):
     path = tmp_path / "run" / "metrics.jsonl"
@@ -81,19 +88,20 @@ def metrics(tmp_path, monkeypatch):
 
 
 def test_a_run_leaves_a_record_that_compare_reads(tmp_path, metrics):
-    Recorded(config(tmp_path), 0).fit(0.5)
+    train(config(tmp_path), 0.5)
     assert sorted(p.name for p in metrics.parent.iterdir()) == [
         "metrics.jsonl",
         "metrics.settings.json",
     ]
     found = read_settings(metrics, alone=True)
+    assert "trainer.derived" not in found  # so that it is the configuration that verl prints
     assert found["model"] == "/m/base" and found["data.train_files"] == [str(tmp_path / "train")]
 
 
 def test_a_resumed_run_keeps_what_was_logged_before(tmp_path, metrics, capsys):
-    Recorded(config(tmp_path), 0).fit(0.5)
-    Recorded(config(tmp_path), 7).fit(0.6)
-    Recorded(config(tmp_path), 8).fit(0.7)
+    train(config(tmp_path), 0.5)
+    train(config(tmp_path), 0.6, resumed_from=7)
+    train(config(tmp_path), 0.7, resumed_from=8)
     steps = {p.name: json.loads(p.read_text())["step"] for p in metrics.parent.glob("*.jsonl")}
     assert steps == {"metrics.0.jsonl": 1, "metrics.1.jsonl": 8, "metrics.jsonl": 9}
     assert f"{metrics.parent / 'metrics.1.jsonl'} from now on" in capsys.readouterr().out
@@ -101,13 +109,13 @@ def test_a_resumed_run_keeps_what_was_logged_before(tmp_path, metrics, capsys):
 
 def test_a_run_from_the_beginning_replaces_the_file_as_verl_does(tmp_path, metrics):
     for _ in range(2):
-        Recorded(config(tmp_path), 0).fit(0.5)
+        train(config(tmp_path), 0.5)
     assert [p.name for p in metrics.parent.glob("*.jsonl")] == ["metrics.jsonl"]
 
 
 def test_a_record_that_cannot_be_written_is_said_and_the_run_goes_on(tmp_path, metrics, capsys):
     (metrics.parent / "metrics.settings.json" / "x").mkdir(parents=True)
-    Recorded(config(tmp_path), 0).fit(0.5)
+    train(config(tmp_path), 0.5)
     assert (
         metrics.exists()
         and f"the record of the run beside {metrics} could not be written"
@@ -117,5 +125,5 @@ def test_a_record_that_cannot_be_written_is_said_and_the_run_goes_on(tmp_path, m
 
 def test_without_the_file_logger_nothing_is_written(tmp_path, metrics):
     metrics.parent.mkdir()
-    Recorded(config(tmp_path, logger=["console"]), 0).fit(0.5)
+    train(config(tmp_path, logger=["console"]), 0.5)
     assert [p.name for p in metrics.parent.iterdir()] == ["metrics.jsonl"]
