@@ -94,7 +94,7 @@ def test_figure_page_and_json_name_a_difference_that_is_allowed(
     assert (
         said in titles[0]
         and "centred moving average of 5 steps" in titles[0]
-        and "no band: other" in titles[0]
+        and "no band: o<b>" in titles[0]
     )
     found = json.loads(files["json"].read_text())
     assert found["conflicts"] == [said] and found["options"]["smooth"] == 5
