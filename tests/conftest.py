@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))  # tiny_families.py
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -24,6 +27,7 @@ ALONE = ("integration", "engine")
 ALONE_PLACES = (
     "tests/integration/",
     "tests/rollout/test_live_engine.py",
+    "tests/rollout/test_families.py",
     "tests/evaluation/test_live_evaluation.py",
 )
 """Where such tests are: folders, and files with their names."""

@@ -37,11 +37,12 @@ def draw_noise(seed: int, step: int, layer: str, size: int, sigma: float) -> tor
 
 
 def find_noise_targets(model: nn.Module, architecture: Architecture, fused: dict[str, str]) -> dict[str, nn.Module]:
-    """The norms that receive noise, found by what they feed.
+    """The norms that receive noise, found by the linears beside them.
 
-    ``architecture.noise_targets`` says which norm of a decoder layer is the input of which linears.
-    A norm counts where it stands beside those linears in the model at hand, under their own or
-    their fused name; the class of the norm does not matter (an inference engine has its own).
+    ``architecture.noise_targets`` says which norm of a decoder layer feeds, or is fed by, which
+    linears. A norm counts where it stands beside those linears in the model at hand, under their
+    own or their fused name; the class of the norm does not matter (an inference engine has its
+    own).
 
     Args:
         model: the model or this rank's part of it (a pipeline rank holds some of the layers).
@@ -53,7 +54,7 @@ def find_noise_targets(model: nn.Module, architecture: Architecture, fused: dict
         Full module name to norm, in the model's order. Each has a ``weight`` [hidden].
 
     Raises:
-        ValueError: a norm without one of the linears it should feed, or no target at all.
+        ValueError: a norm without one of the linears that should stand beside it, or no target at all.
     """
     modules = dict(model.named_modules())
     targets: dict[str, nn.Module] = {}
@@ -66,7 +67,7 @@ def find_noise_targets(model: nn.Module, architecture: Architecture, fused: dict
             layer = name[: -len(norm)]
             for linear in linears:
                 if layer + linear not in modules and layer + fused.get(linear, linear) not in modules:
-                    raise ValueError(f"{name} should feed {layer}{linear}, but the model has no such module")
+                    raise ValueError(f"{name} should stand beside {layer}{linear}, but the model has no such module")
             targets[name] = module
     if not targets:
         raise ValueError(f"no norm of {architecture.name} found in {type(model).__name__}: nothing to put noise on")
@@ -85,17 +86,23 @@ class NoiseTarget:
         clean: ``[hidden]``, the checkpoint's weight. Only read.
         live: ``[hidden]`` float32, what the norm multiplies by. A 16-bit weight would round small
             noise off.
-        switch: called with whether ``live`` differs from ``clean``, for a norm that computes the
-            two in different ways.
+        switch: called with whether ``live`` is noised, for a norm that computes the two in
+            different ways.
+        offset: what the norm adds to ``clean`` before it multiplies (1 for Gemma's).
     """
 
     clean: torch.Tensor
     live: torch.Tensor
     switch: Callable[[bool], None] = _no_switch
+    offset: float = 0.0
 
     def __post_init__(self):
         if self.live.dtype != torch.float32:
             raise ValueError(f"noise needs a float32 weight to act on, got {self.live.dtype}")
+
+    def effective(self) -> torch.Tensor:
+        """``[hidden]`` float32 on the CPU: what the norm multiplies by without noise."""
+        return self.clean.detach().float().cpu() + self.offset
 
 
 class NoiseInjector:
@@ -109,11 +116,9 @@ class NoiseInjector:
         self.targets = dict(targets)
 
     @torch.no_grad()
-    def set_noise(
-        self, seed: int, step: int, sigma: float, unit: str = "absolute", rounding: str = "none"
-    ) -> None:
-        """Make every live weight the clean one plus the noise of ``step``; with ``sigma`` 0 exactly
-        the clean one.
+    def set_noise(self, seed: int, step: int, sigma: float, unit: str = "absolute", rounding: str = "none") -> None:
+        """Make every live weight the effective one plus the noise of ``step``; with ``sigma`` 0
+        exactly the effective one.
 
         In place, so captured CUDA graphs see it.
 
@@ -121,7 +126,7 @@ class NoiseInjector:
             seed: see :func:`draw_noise`.
             step: see :func:`draw_noise`.
             sigma: standard deviation, in ``unit``.
-            unit: ``absolute``, or ``relative``: to the root mean square of each norm's clean
+            unit: ``absolute``, or ``relative``: to the root mean square of each norm's effective
                 weight.
             rounding: ``none``, or ``weight``: the sum is rounded to the dtype of the clean weight.
 
@@ -131,12 +136,12 @@ class NoiseInjector:
         """
         values = {}
         for name, target in self.targets.items():
-            value = target.clean.detach().float().cpu()
+            value = target.effective()
             if sigma:
                 scale = root_mean_square(value) if unit == "relative" else 1.0
                 value = value + draw_noise(seed, step, name, value.numel(), sigma * scale)
                 if rounding == "weight":
-                    value = value.to(target.clean.dtype).float()
+                    value = (value - target.offset).to(target.clean.dtype).float() + target.offset
                 if not torch.isfinite(value).all():
                     raise FloatingPointError(f"the noise of step {step} makes {name}.weight non-finite (sigma {sigma})")
             values[name] = value
@@ -156,7 +161,7 @@ class NoiseInjector:
         """
         absolute, relative, sizes = [], [], []
         for target in self.targets.values():
-            clean = target.clean.detach().float().cpu()
+            clean = target.effective()
             noise = root_mean_square(target.live.detach().cpu() - clean)
             size = root_mean_square(clean)
             absolute.append(noise**2)

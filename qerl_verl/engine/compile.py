@@ -16,7 +16,10 @@ RECOMPILE_LIMIT = 32
 """Of one function, in place of PyTorch's 8: with and without autograd, with and without an adapter, batches or sequences of size 1
 (which PyTorch compiles for themselves), and this for every kind of norm that shares a ``forward``."""
 
-GATED_MLPS = {"LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP"}
+GATED_MLPS = {
+    *("LlamaMLP", "MistralMLP", "Ministral3MLP", "Qwen2MLP", "Qwen3MLP"),
+    *("Gemma3MLP", "GraniteMLP", "Olmo2MLP", "Olmo3MLP", "SmolLM3MLP"),
+}
 """Classes of transformers that compute ``down_proj(act_fn(gate_proj(x)) * up_proj(x))`` and nothing else."""
 
 

@@ -85,6 +85,25 @@ VALUE_HEAD = "score"
 GenericForTokenClassification): ``[1, hidden_size]`` and a bias."""
 
 
+def remove_dropout(config) -> dict[str, float]:
+    """Set a model's dropout to 0 before it is built.
+
+    Args:
+        config: transformers' configuration; changed in place.
+
+    Returns:
+        Name -> value of each setting that was not 0.
+    """
+    found = {
+        name: value
+        for name, value in config.to_dict().items()
+        if ("dropout" in name or name.endswith("_pdrop")) and isinstance(value, int | float) and value
+    }
+    for name in found:
+        setattr(config, name, 0.0)
+    return found
+
+
 def unavailable_elsewhere(device: torch.device) -> dict[str, str]:
     """Why a backend that runs on ``device`` does not on another rank's, by its name; a collective call.
 
@@ -231,6 +250,14 @@ class AdapterEngineMixin:
 
     _recompute: Recompute | None = None
     """With ``enable_gradient_checkpointing`` on an NVFP4 base."""
+
+    def initialize(self):
+        """verl's, on a base without dropout: the policy that samples has none, and neither may the one that is trained."""
+        if dropped := remove_dropout(self.model_config.hf_config):
+            found = ", ".join(f"{name}={value}" for name, value in dropped.items())
+            if self.rank == 0:
+                print(f"[qerl] dropout: {self.role}, {found} in config.json counts as 0, as in the rollout", flush=True)
+        return super().initialize()
 
     def _dtypes(self) -> tuple[torch.dtype, torch.dtype]:
         """Of computation and of gradient reduction, read as verl reads them (_build_fsdp_module)."""

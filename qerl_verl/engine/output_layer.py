@@ -14,6 +14,7 @@ from torch import nn
 from verl.models.transformers.dense_common import CausalLMOutputForPPO
 
 from qerl_verl.kernels.linear_logprobs import linear_logprobs
+from qerl_verl.nvfp4.architectures import logits_divisor
 
 
 class LogprobLinear(nn.Linear):
@@ -33,13 +34,19 @@ def use_logprob_layer(model: nn.Module) -> None:
         model: a transformers model whose ``model`` is the decoder and whose ``lm_head`` is a linear without bias.
 
     Raises:
-        ValueError: the model has no such output layer.
+        ValueError: the model has no such output layer, or does more with its logits than to divide them.
     """
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear or head.bias is not None or head is not getattr(model, "lm_head", None):
         raise ValueError(
             f"use_fused_kernels=True: {type(model).__name__} has no plain linear output layer; remove the setting"
         )
+    if getattr(model.config, "final_logit_softcapping", None) is not None:
+        raise ValueError(
+            f"use_fused_kernels=True: {type(model).__name__} caps its logits (final_logit_softcapping in config.json), which "
+            "the output layer does not; remove the setting"
+        )
+    divisor = logits_divisor(model.config)
     head.__class__ = LogprobLinear
     stock = model.forward
 
@@ -52,7 +59,7 @@ def use_logprob_layer(model: nn.Module) -> None:
         kwargs.pop("return_dict", None)
         labels = torch.roll(kwargs["input_ids"], shifts=-1, dims=-1) if shift_labels is None else shift_labels
         output = self.model(*args, **kwargs)
-        log_probs, entropy = self.lm_head(output.last_hidden_state, labels=labels, temperature=temperature)
+        log_probs, entropy = self.lm_head(output.last_hidden_state, labels=labels, temperature=temperature * divisor)
         return CausalLMOutputForPPO(log_probs=log_probs, entropy=entropy, past_key_values=output.past_key_values)
 
     model.forward = types.MethodType(forward, model)

@@ -1,7 +1,8 @@
 """Which models are supported, and what the rest of the package has to know of each.
 
 One table, for quantization (which linears are packed, which share a global scale), for checkpoint validation
-(which tensors there are, in which shape) and for the adaptive noise (which norm feeds which linears).
+(which tensors there are, in which shape) and for the adaptive noise (which norms it goes to). docs/models.md
+explains the columns and how a row is added.
 """
 
 from __future__ import annotations
@@ -16,40 +17,127 @@ _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 _ATTENTION = (*_QKV, "self_attn.o_proj")
 _MLP = (*_GATE_UP, "mlp.down_proj")
+_FUSED_QKV = {"self_attn.qkv_proj": _QKV}
+_FUSED_GATE_UP = {"mlp.gate_up_proj": _GATE_UP}
+_LLAMA_BIASES = {"attention_bias": _ATTENTION, "mlp_bias": _MLP}
+_IN_FRONT = {"input_layernorm": _QKV, "post_attention_layernorm": _GATE_UP}
+_BEHIND_ALONE = {
+    "post_attention_layernorm": ("self_attn.o_proj",),
+    "post_feedforward_layernorm": ("mlp.down_proj",),
+}
+_NORMED_HEADS = ("self_attn.q_norm", "self_attn.k_norm")
+
+DOCUMENTATION = "docs/models.md"
+"""Where a user reads which models there are and how one is added."""
 
 
 class UnsupportedArchitecture(CheckpointError):
-    """The model is none of those in the table."""
+    """The model is none of those in the table, or a variant that transformers and vLLM do not both serve."""
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """A setting of config.json of which one value alone is served.
+
+    Attributes:
+        key: in config.json.
+        value: the one that is served; None also stands for False.
+        reason: why no other one is, for the message.
+    """
+
+    key: str
+    value: Any
+    reason: str
+
+
+def _hard_coded(key: str, value: Any) -> Fixed:
+    return Fixed(key, value, "vLLM's model is built for this value alone")
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A dense decoder-only model. Names of linears and norms are relative to a layer, ``{layer_prefix}{i}.``"""
+    """A dense decoder-only model.
+
+    Names of linears and norms are relative to a layer, ``{layer_prefix}{i}.``. A projection is one of q, k, v, o, gate, up and
+    down; a linear is what the checkpoint holds, which is a projection or several of them fused.
+    """
 
     name: str
     """As in ``architectures`` of config.json."""
 
     layer_prefix: str = "model.layers."
 
-    linears: tuple[str, ...] = (*_ATTENTION, *_MLP)
-    """The linears whose weights are packed."""
+    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Linear of the checkpoint -> the projections whose rows it holds, one behind the other."""
 
-    shared_scale_groups: tuple[tuple[str, ...], ...] = (_QKV, _GATE_UP)
-    """Linears that vLLM fuses, and which therefore share one global scale."""
+    norms_in_front: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: _IN_FRONT)
+    """Norm -> the projections whose input is exactly this norm's output."""
 
-    noise_targets: Mapping[str, tuple[str, ...]] = field(
-        default_factory=lambda: {"input_layernorm": _QKV, "post_attention_layernorm": _GATE_UP}
-    )
-    """Norm -> the linears whose input is exactly this norm's output."""
+    norms_behind: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Norm -> the projection whose output is exactly this norm's input."""
 
-    biased: tuple[str, ...] = ()
-    """Linears that always have a bias."""
-
-    bias_switches: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Boolean of the config -> the linears that have a bias if it is set."""
+    norm_offset: float = 0.0
+    """What a norm adds to its stored weight before it multiplies by it."""
 
     head_norms: tuple[str, ...] = ()
     """Norms of size ``head_dim``."""
+
+    output_norms: Mapping[str, str] = field(default_factory=dict)
+    """Norm -> the projection of whose output it is as wide."""
+
+    biased: tuple[str, ...] = ()
+    """Projections that always have a bias."""
+
+    bias_switches: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Boolean of the config -> the projections that have a bias if it is set."""
+
+    fixed: tuple[Fixed, ...] = ()
+    """Settings of which one value alone is served."""
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """The linears whose weights are packed."""
+        return self._linears_of((*_ATTENTION, *_MLP))
+
+    @property
+    def shared_scale_groups(self) -> tuple[tuple[str, ...], ...]:
+        """Linears that vLLM fuses and the checkpoint does not, and which therefore share one global scale."""
+        groups = (self._linears_of(group) for group in (_QKV, _GATE_UP))
+        return tuple(group for group in groups if len(group) > 1)
+
+    @property
+    def noise_targets(self) -> dict[str, tuple[str, ...]]:
+        """Norm that receives noise -> the linears beside it: those that it feeds or, where no norm feeds any, the one that
+        feeds it."""
+        norms = self.norms_in_front or self.norms_behind
+        return {norm: self._linears_of(projections) for norm, projections in norms.items()}
+
+    def _linears_of(self, projections: tuple[str, ...]) -> tuple[str, ...]:
+        holder = {projection: linear for linear, parts in self.fused.items() for projection in parts}
+        return tuple(dict.fromkeys(holder.get(projection, projection) for projection in projections))
+
+    def projections_of(self, linear: str) -> tuple[str, ...]:
+        """The projections whose rows a linear holds, in their order."""
+        return tuple(self.fused.get(linear, (linear,)))
+
+    def projection_shapes(self, config: Any) -> dict[str, tuple[int, int]]:
+        """Projection -> (output, input features).
+
+        Args:
+            config: transformers' configuration object (which supplies the defaults of absent keys).
+        """
+        hidden, inner = config.hidden_size, config.intermediate_size
+        head_dim = _head_dim(config)
+        q_size, kv_size = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+        return {
+            "self_attn.q_proj": (q_size, hidden),
+            "self_attn.k_proj": (kv_size, hidden),
+            "self_attn.v_proj": (kv_size, hidden),
+            "self_attn.o_proj": (hidden, q_size),
+            "mlp.gate_proj": (inner, hidden),
+            "mlp.up_proj": (inner, hidden),
+            "mlp.down_proj": (hidden, inner),
+        }
 
     def tensor_shapes(self, config: Any) -> dict[str, tuple[int, ...]]:
         """Name -> shape of every tensor of the 16-bit checkpoint.
@@ -59,26 +147,25 @@ class Architecture:
 
         Returns:
             What the model's ``state_dict()`` holds, less ``lm_head.weight`` where embeddings are tied.
+
+        Raises:
+            UnsupportedArchitecture: ``config`` describes a variant of the model that is not served.
         """
-        hidden, inner = config.hidden_size, config.intermediate_size
-        head_dim = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
-        q_size, kv_size = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
-        linear_shapes = {
-            "self_attn.q_proj": (q_size, hidden),
-            "self_attn.k_proj": (kv_size, hidden),
-            "self_attn.v_proj": (kv_size, hidden),
-            "self_attn.o_proj": (hidden, q_size),
-            "mlp.gate_proj": (inner, hidden),
-            "mlp.up_proj": (inner, hidden),
-            "mlp.down_proj": (hidden, inner),
+        self._check(config)
+        hidden, projections = config.hidden_size, self.projection_shapes(config)
+        rows = {
+            linear: sum(projections[projection][0] for projection in self.projections_of(linear))
+            for linear in self.linears
         }
-        layer = {f"{norm}.weight": (hidden,) for norm in self.noise_targets}
-        layer |= {f"{norm}.weight": (head_dim,) for norm in self.head_norms}
-        layer |= {f"{linear}.weight": linear_shapes[linear] for linear in self.linears}
+        columns = {linear: projections[self.projections_of(linear)[0]][1] for linear in self.linears}
+        layer = {f"{norm}.weight": (hidden,) for norm in (*self.norms_in_front, *self.norms_behind)}
+        layer |= {f"{norm}.weight": (_head_dim(config),) for norm in self.head_norms}
+        layer |= {f"{norm}.weight": projections[of][:1] for norm, of in self.output_norms.items()}
+        layer |= {f"{linear}.weight": (rows[linear], columns[linear]) for linear in self.linears}
         biased = list(self.biased)
-        for switch, linears in self.bias_switches.items():
-            biased += linears if getattr(config, switch) else ()
-        layer |= {f"{linear}.bias": linear_shapes[linear][:1] for linear in biased}
+        for switch, parts in self.bias_switches.items():
+            biased += parts if getattr(config, switch) else ()
+        layer |= {f"{linear}.bias": (rows[linear],) for linear in self._linears_of(tuple(biased))}
 
         shapes = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
         for i in range(config.num_hidden_layers):
@@ -88,23 +175,76 @@ class Architecture:
             shapes["lm_head.weight"] = (config.vocab_size, hidden)
         return shapes
 
+    def _check(self, config: Any) -> None:
+        for setting in self.fixed:
+            found = getattr(config, setting.key, None)
+            if (found or None) != (setting.value or None):
+                raise UnsupportedArchitecture(
+                    f"{self.name} with {setting.key}={found} in config.json is not supported, because {setting.reason}: "
+                    f"{setting.key}={setting.value}. {DOCUMENTATION} has the table of models."
+                )
+
     def scale_groups(self) -> tuple[tuple[str, ...], ...]:
         """All packed linears, in the groups that share a global scale; a linear that shares with none is alone."""
         shared = {linear for group in self.shared_scale_groups for linear in group}
         return (*self.shared_scale_groups, *((linear,) for linear in self.linears if linear not in shared))
 
 
+def _head_dim(config: Any) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 _ARCHITECTURES = {
     architecture.name: architecture
     for architecture in (
         Architecture("Qwen2ForCausalLM", biased=_QKV),
-        Architecture(
-            "Qwen3ForCausalLM",
-            bias_switches={"attention_bias": _ATTENTION},
-            head_norms=("self_attn.q_norm", "self_attn.k_norm"),
-        ),
-        Architecture("LlamaForCausalLM", bias_switches={"attention_bias": _ATTENTION, "mlp_bias": _MLP}),
+        Architecture("Qwen3ForCausalLM", bias_switches={"attention_bias": _ATTENTION}, head_norms=_NORMED_HEADS),
+        Architecture("LlamaForCausalLM", bias_switches=_LLAMA_BIASES),
         Architecture("MistralForCausalLM"),
+        Architecture("Ministral3ForCausalLM"),
+        Architecture("SmolLM3ForCausalLM", bias_switches=_LLAMA_BIASES),
+        Architecture("GraniteForCausalLM", bias_switches=_LLAMA_BIASES),
+        Architecture("Phi3ForCausalLM", fused=_FUSED_QKV | _FUSED_GATE_UP),
+        Architecture(
+            "Gemma3ForCausalLM",
+            norms_in_front={"input_layernorm": _QKV, "pre_feedforward_layernorm": _GATE_UP},
+            norms_behind=_BEHIND_ALONE,
+            norm_offset=1.0,
+            head_norms=_NORMED_HEADS,
+            bias_switches={"attention_bias": _ATTENTION},
+            fixed=(Fixed("use_bidirectional_attention", False, "a policy has to be causal"),),
+        ),
+        Architecture(
+            "Olmo2ForCausalLM",
+            norms_in_front={},
+            norms_behind=_BEHIND_ALONE,
+            output_norms={"self_attn.q_norm": "self_attn.q_proj", "self_attn.k_norm": "self_attn.k_proj"},
+            bias_switches={"attention_bias": _ATTENTION},
+        ),
+        Architecture(
+            "Olmo3ForCausalLM",
+            norms_in_front={},
+            norms_behind=_BEHIND_ALONE,
+            output_norms={"self_attn.q_norm": "self_attn.q_proj", "self_attn.k_norm": "self_attn.k_proj"},
+            fixed=(_hard_coded("attention_bias", False),),
+        ),
+        Architecture(
+            "Glm4ForCausalLM",
+            fused=_FUSED_GATE_UP,
+            norms_behind={
+                "post_self_attn_layernorm": ("self_attn.o_proj",),
+                "post_mlp_layernorm": ("mlp.down_proj",),
+            },
+            bias_switches={"attention_bias": _QKV},
+        ),
+        Architecture(
+            "SeedOssForCausalLM",
+            biased=_QKV,
+            fixed=tuple(
+                _hard_coded(key, value)
+                for key, value in (("attention_bias", True), ("attention_out_bias", False), ("mlp_bias", False))
+            ),
+        ),
     )
 }
 
@@ -131,5 +271,14 @@ def get_architecture(hf_config: Any) -> Architecture:
     found = ", ".join(names) if names else f"none (model_type {get('model_type')})"
     raise UnsupportedArchitecture(
         f"architecture in config.json: {found}. Supported are the dense models {', '.join(_ARCHITECTURES)}; "
-        "mixture-of-experts and multimodal models are not."
+        f"mixture-of-experts and multimodal models are not. {DOCUMENTATION} says how a dense model is added."
     )
+
+
+def logits_divisor(config: Any) -> float:
+    """By what a model divides the output of its output layer (Granite's ``logits_scaling``); 1 for the others.
+
+    Args:
+        config: transformers' configuration object.
+    """
+    return float(getattr(config, "logits_scaling", None) or 1.0)

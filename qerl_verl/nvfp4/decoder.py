@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from qerl_verl.nvfp4.architectures import get_architecture
+from qerl_verl.nvfp4.architectures import get_architecture, logits_divisor
 from qerl_verl.nvfp4.safetensors_stream import TensorInfo, read_tensor
 
 _BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
@@ -52,12 +52,13 @@ class Activations:
 class _Recorder(nn.Module):
     """Stands in a layer's place, notes how it is called and hands its input on."""
 
-    def __init__(self, calls: list[dict[str, Any]]):
+    def __init__(self, calls: list[dict[str, Any]], inputs: list[torch.Tensor]):
         super().__init__()
-        self._calls = calls
+        self._calls, self._inputs = calls, inputs
 
     def forward(self, hidden: torch.Tensor, **arguments: Any) -> torch.Tensor:
         self._calls.append(arguments)
+        self._inputs.append(hidden)
         return hidden
 
 
@@ -86,9 +87,11 @@ class LayerwiseDecoder:
         self._layers = list(model.get_submodule(self._prefix.rstrip(".")))
         self._norm = self._model.norm
         self._model.norm = nn.Identity()
+        self._divisor = logits_divisor(config)
         self._head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
         for buffer_owner in (m for name, m in self._model.named_children() if name not in ("layers", "embed_tokens")):
             buffer_owner.to(device)
+        self._model.embed_tokens.padding_idx = None  # concerns gradients, and would have to be one of the rows in use
 
     def __len__(self) -> int:
         return len(self._layers)
@@ -111,12 +114,18 @@ class LayerwiseDecoder:
             inside = place < lengths[:, None]
             unscored = torch.tensor([max(begin, 1) for _, begin in batch])[:, None]
             scored = (place >= unscored - 1) & (place < lengths[:, None] - 1)
-            hidden = F.embedding(tokens, table).to(self.device, self.dtype)
             calls: list[dict[str, Any]] = []
-            self._model.layers = nn.ModuleList(_Recorder(calls) for _ in self._layers)
-            self._model(inputs_embeds=hidden, use_cache=False)
-            batches.append(Activations(hidden, *(t.to(self.device) for t in (inside, tokens, scored)), calls))
+            inputs: list[torch.Tensor] = []
+            self._model.layers = nn.ModuleList(_Recorder(calls, inputs) for _ in self._layers)
+            self._model(inputs_embeds=self._embed(table, tokens), use_cache=False)
+            batches.append(Activations(inputs[0], *(t.to(self.device) for t in (inside, tokens, scored)), calls))
         return batches
+
+    def _embed(self, table: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """What the model's embedding makes of tokens, which with Gemma's is more than a row of the table."""
+        used, place = tokens.unique(return_inverse=True)
+        rows = table[used].to(self.device, self.dtype)
+        return torch.func.functional_call(self._model.embed_tokens, {"weight": rows}, (place.to(self.device),))
 
     def load_layer(self, index: int) -> nn.Module:
         """The decoder layer with its weights on the device; :meth:`drop_layer` takes them away again."""
@@ -149,7 +158,7 @@ class LayerwiseDecoder:
                 *(t.split(_SCORED_TOKENS) for t in (next_tokens, mine.hidden[mine.scored], other.hidden[other.scored])),
                 strict=True,
             ):
-                p, q = (F.linear(self._norm(x), head).float().log_softmax(-1) for x in (a, b))
+                p, q = (F.linear(self._norm(x), head).float().div(self._divisor).log_softmax(-1) for x in (a, b))
                 values = (
                     torch.ones_like(target),
                     -p.gather(-1, target[:, None]),

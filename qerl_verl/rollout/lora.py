@@ -91,6 +91,37 @@ def shard(tensor: torch.Tensor, dim: int, size: int, tp_rank: int, tp_size: int)
     return tensor.narrow(dim, tp_rank // (tp_size // parts) * size, size)
 
 
+def projection_rows(layer: torch.nn.Module) -> list[int]:
+    """Rows of each projection of a layer over all tensor-parallel ranks; of key and value heads that
+    vLLM repeats on several ranks, once (vllm/model_executor/layers/linear.py, QKVParallelLinear)."""
+    sizes = list(getattr(layer, "output_sizes", None) or layer.logical_widths)
+    replicas = getattr(layer, "num_kv_head_replicas", 1)
+    return [size // replicas if index else size for index, size in enumerate(sizes)]
+
+
+def split_fused(parts: dict[tuple[int | None, str], torch.Tensor], rows: list[int]) -> dict:
+    """An adapter of a linear that the checkpoint holds fused, as one for each of its projections.
+
+    They share A; B is divided by rows.
+
+    Args:
+        parts: ``(None, "A")`` ``[rank, K]`` and ``(None, "B")`` ``[N, rank]``, or tensors of single
+            projections, which stay as they are.
+        rows: of each projection.
+
+    Raises:
+        ValueError: B has another number of rows.
+    """
+    split = {key: tensor for key, tensor in parts.items() if key[0] is not None}
+    if (a := parts.get((None, "A"))) is not None:
+        split |= {(index, "A"): a for index in range(len(rows))}
+    if (b := parts.get((None, "B"))) is not None:
+        if len(b) != sum(rows):
+            raise ValueError(f"B has {len(b)} rows, the rollout model's projections have {rows}")
+        split |= {(index, "B"): part for index, part in enumerate(b.split(rows))}
+    return split
+
+
 class AdapterStore:
     """Writes adapters into the layers of one worker's model."""
 
@@ -98,8 +129,9 @@ class AdapterStore:
         self.layers = {n: m for n, m in model.named_modules() if hasattr(m, "qerl_lora_a")}
         self.tp_rank, self.tp_size = tp_rank, tp_size
 
-    def locate(self, name: str) -> tuple[str, int, str]:
-        """Of an adapter's tensor: the layer's name in vLLM, which of its projections, and ``A`` or ``B``.
+    def locate(self, name: str) -> tuple[str, int | None, str]:
+        """Of an adapter's tensor: the layer's name in vLLM, which of its projections (None: all of
+        them), and ``A`` or ``B``.
 
         Raises:
             ValueError: no layer of the model takes the tensor.
@@ -109,7 +141,8 @@ class AdapterStore:
             module = match["module"]
             for candidate in (module, module.removeprefix("model."), f"model.{module}"):
                 if candidate in self.layers:
-                    return candidate, 0, match["part"]
+                    single = len(self.layers[candidate].qerl_lora_ends) == 1
+                    return candidate, 0 if single else None, match["part"]
                 for plain, (fused, index) in FUSED.items():
                     if candidate.endswith(plain) and candidate.removesuffix(plain) + fused in self.layers:
                         return candidate.removesuffix(plain) + fused, index, match["part"]
@@ -133,14 +166,18 @@ class AdapterStore:
             ValueError: a tensor without a place or of a shape that does not fit, a rank above the buffers', or an A without
                 its B. Nothing has been written then.
         """
-        found: dict[str, dict[tuple[int, str], torch.Tensor]] = {}
+        found: dict[str, dict[tuple[int | None, str], torch.Tensor]] = {}
         count = 0
         for name, tensor in tensors:
             layer, index, part = self.locate(name)
             found.setdefault(layer, {})[index, part] = tensor
             count += 1
-        for layer, parts in found.items():
-            self._check(layer, parts)
+        for name, parts in found.items():
+            try:
+                found[name] = split_fused(parts, projection_rows(self.layers[name]))
+            except ValueError as error:
+                raise ValueError(f"the adapter's {name} does not fit the rollout model: {error}") from error
+            self._check(name, found[name])
         for name, layer in self.layers.items():
             self._write(layer, found.get(name, {}), scaling)
         return count

@@ -21,9 +21,11 @@ roundings; its weight is the clean one all the same. vLLM's all-reduce with a no
 (FlashInfer, tensor parallelism on GPUs) takes 16-bit weights, so norms that receive noise stay
 outside.
 
-The class replaces vLLM's through ``CustomOp.register_oot``, in QeRL's jobs only. An engine whose
-``additional_config`` does not ask for noise runs vLLM's code, and so do norms of another width than
-the hidden size (q and k norms).
+vLLM has several classes of norms (:data:`REPLACED`): Gemma's multiplies by 1 + weight, and models
+that vLLM runs through transformers' code have their own. Each gets a subclass, which replaces it
+through ``CustomOp.register_oot``, in QeRL's jobs only. An engine whose ``additional_config`` does
+not ask for noise runs vLLM's code, and so do norms of another width than the hidden size (q and k
+norms).
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from vllm import envs, ir
 from vllm.config import CUDAGraphMode, get_current_vllm_config
 from vllm.model_executor.custom_op import op_registry_oot
 from vllm.model_executor.layers.batch_invariant import rms_norm_batch_invariant
-from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
 from qerl_verl.aqn.noise import NoiseTarget
@@ -58,12 +60,12 @@ class _AfterLoading(QuantizeMethodBase):
         return layer(*args, **kwargs)
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        live = layer.weight.data.to(torch.float32, copy=True)
+        live = layer.weight.data.to(torch.float32, copy=True) + layer.qerl_offset
         layer.register_buffer("qerl_weight", live, persistent=False)
 
 
-class NoisyRMSNorm(RMSNorm):
-    """:class:`vllm.model_executor.layers.layernorm.RMSNorm` with an effective weight in float32.
+class NoisyNorm:
+    """An effective weight in float32 for one of vLLM's norms, in front of which it stands.
 
     Attributes:
         weight: ``[hidden]``, the checkpoint's, in the model's dtype. Noise never touches it.
@@ -71,11 +73,15 @@ class NoisyRMSNorm(RMSNorm):
             vLLM's own. Overwritten in place, so captured CUDA graphs see it.
     """
 
+    qerl_offset = 0.0
+    """What the norm adds to ``weight`` before it multiplies."""
+
     def __init__(self, hidden_size: int, *args, **kwargs) -> None:
         super().__init__(hidden_size, *args, **kwargs)
         self.register_buffer("qerl_weight", None, persistent=False)
         config = get_current_vllm_config()
-        if not wants_noise(config.additional_config) or not self.has_weight or self.variance_size_override is not None:
+        has_weight, part = getattr(self, "has_weight", True), getattr(self, "variance_size_override", None)
+        if not wants_noise(config.additional_config) or not has_weight or part is not None:
             return
         if config.model_config is not None and config.model_config.get_hidden_size() != hidden_size:
             return
@@ -129,27 +135,64 @@ class NoisyRMSNorm(RMSNorm):
                 "the engine's norms are vLLM's own, whose 16-bit weights round noise off: it needs "
                 "additional_config={'qerl': {'noise': True}}, which qerl.aqn.enable=True sets"
             )
-        return NoiseTarget(clean=self.weight, live=self.qerl_weight, switch=self._switch)
+        return NoiseTarget(clean=self.weight, live=self.qerl_weight, switch=self._switch, offset=self.qerl_offset)
+
+    def qerl_reset(self) -> None:
+        """Take ``weight`` over after it was read from disk again, without noise."""
+        if self.qerl_weight is not None:
+            self.qerl_weight.copy_(self.weight.float() + self.qerl_offset)
+            self.qerl_noised = False
 
     def _switch(self, noised: bool) -> None:
         self.qerl_noised = noised
 
 
+class NoisyRMSNorm(NoisyNorm, RMSNorm):
+    """:class:`vllm.model_executor.layers.layernorm.RMSNorm` on which noise acts."""
+
+
+class NoisyGemmaRMSNorm(NoisyNorm, GemmaRMSNorm):
+    """:class:`vllm.model_executor.layers.layernorm.GemmaRMSNorm`, whose weight is stored less 1."""
+
+    qerl_offset = 1.0
+
+
+REPLACED: dict[type, type[NoisyNorm]] = {RMSNorm: NoisyRMSNorm, GemmaRMSNorm: NoisyGemmaRMSNorm}
+"""vLLM's classes of norms, and ours in their places."""
+
+try:  # vLLM 0.28 derives norms of its own for models that run through transformers' code
+    from vllm.model_executor.models.transformers.fusers.rms_norm import TPAwareGemmaRMSNorm, TPAwareRMSNorm
+except ImportError:
+    pass
+else:
+
+    class NoisyTPAwareRMSNorm(NoisyNorm, TPAwareRMSNorm):
+        """vLLM's RMSNorm for transformers' models, which takes parts of an input from all tensor-parallel ranks."""
+
+    class NoisyTPAwareGemmaRMSNorm(NoisyNorm, TPAwareGemmaRMSNorm):
+        """The same for norms whose weight is stored less 1."""
+
+        qerl_offset = 1.0
+
+    REPLACED |= {TPAwareRMSNorm: NoisyTPAwareRMSNorm, TPAwareGemmaRMSNorm: NoisyTPAwareGemmaRMSNorm}
+
+
 def register_norm() -> None:
-    """Make vLLM build :class:`NoisyRMSNorm` where its models ask for an RMSNorm, in this process.
+    """Make vLLM build the classes of :data:`REPLACED` where its models ask for vLLM's, in this process.
     Idempotent.
 
     Raises:
-        RuntimeError: another plugin has replaced vLLM's RMSNorm already.
+        RuntimeError: another plugin has replaced one of vLLM's norms already.
     """
-    present = op_registry_oot.get(RMSNorm.__name__)
-    if present is NoisyRMSNorm:
-        return
-    if present is not None:
-        raise RuntimeError(
-            f"{present.__module__}.{present.__qualname__} has replaced vLLM's RMSNorm, which QeRL's "
-            "noise needs for itself: leave that plugin out with VLLM_PLUGINS"
-        )
-    name = RMSNorm.name
-    RMSNorm.register_oot(name=RMSNorm.__name__)(NoisyRMSNorm)
-    NoisyRMSNorm.name = name  # under which compilation_config.custom_ops turns it on or off
+    for stock, ours in REPLACED.items():
+        present = op_registry_oot.get(stock.__name__)
+        if present is ours:
+            continue
+        if present is not None:
+            raise RuntimeError(
+                f"{present.__module__}.{present.__qualname__} has replaced vLLM's {stock.__name__}, which QeRL's "
+                "noise needs for itself: leave that plugin out with VLLM_PLUGINS"
+            )
+        name = stock.name
+        stock.register_oot(name=stock.__name__)(ours)
+        ours.name = name  # under which compilation_config.custom_ops turns it on or off

@@ -16,6 +16,7 @@ from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, 
 from qerl_verl.config.base import BaseSharing
 from qerl_verl.config.checks.plugins import vllm_policy_problem
 from qerl_verl.rollout.lora import ADDITIONAL_CONFIG, lora_settings
+from qerl_verl.rollout.rope import rope_overrides
 
 
 class QeRLHttpServer(vLLMHttpServer):
@@ -43,6 +44,13 @@ class QeRLHttpServer(vLLMHttpServer):
                 model_config, name, value
             )  # past verl's frozen fields; replace() would load everything again
         return model_config
+
+    def _apply_quantization(self):
+        """verl's ``quantization`` and ``hf_overrides``, with those of :func:`~qerl_verl.rollout.rope.rope_overrides`."""
+        quantization, overrides = super()._apply_quantization()
+        if self._qerl().get(ADDITIONAL_CONFIG):
+            overrides |= rope_overrides(self.model_config.hf_config)
+        return quantization, overrides
 
     def _resolve_sleep_level(self) -> int:
         """1 keeps the packed base in host memory; 2 drops it and reads it from disk again (``qerl.rollout.sleep_level``).

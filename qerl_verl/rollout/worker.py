@@ -14,6 +14,7 @@ from qerl_verl.lora.wire import take_config
 from qerl_verl.nvfp4.architectures import get_architecture
 from qerl_verl.platform.job_folder import note_segments
 from qerl_verl.rollout.lora import FUSED, AdapterStore, adapter_scaling, lora_settings
+from qerl_verl.rollout.norm import NoisyNorm
 
 NOISE_FUSED = {plain: fused for plain, (fused, _) in FUSED.items()}
 
@@ -98,9 +99,8 @@ class QeRLWorkerExtension(vLLMColocateWorkerExtension):
                 scale = getattr(module, name, None)
                 if isinstance(scale, torch.nn.Parameter):
                     scale.data.fill_(getattr(module, f"{name}_float"))
-            if getattr(module, "qerl_weight", None) is not None:
-                module.qerl_weight.copy_(module.weight)
-                module.qerl_noised = False
+            if isinstance(module, NoisyNorm):
+                module.qerl_reset()
 
     def qerl_adapter_digest(self) -> str:
         """SHA-256 over the adapter in this worker's layers."""

@@ -75,7 +75,7 @@ def test_goes_to_the_norms_before_qkv_and_gate_up_only(model):
 def test_a_norm_that_feeds_something_else_is_an_error(model):
     model.model.layers[1].mlp.gate = model.model.layers[1].mlp.gate_proj
     del model.model.layers[1].mlp.gate_proj
-    with pytest.raises(ValueError, match="model.layers.1.post_attention_layernorm should feed .*mlp.gate_proj"):
+    with pytest.raises(ValueError, match="model.layers.1.post_attention_layernorm should stand beside .*mlp.gate_proj"):
         targets_of(model)
 
 

@@ -5,9 +5,10 @@ import contextvars
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from tiny_families import FAMILIES, make_config
 from torch import nn
 from torch._dynamo.utils import counters
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Phi3Config, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
 
 from qerl_verl.engine import compile as engine_compile
 from qerl_verl.engine.compile import CompiledMLP, compile_layers, unavailable
@@ -133,13 +134,18 @@ def test_attention_is_left_alone_but_for_its_norms():
     assert compiled == {"input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm"}
 
 
-@pytest.mark.parametrize("config", [Qwen2Config, Qwen3Config, LlamaConfig, MistralConfig])
-def test_a_compiled_mlp_is_transformers_own_to_the_bit(config):
+OTHER_MLPS = ("Phi3ForCausalLM", "Glm4ForCausalLM", "SeedOssForCausalLM")
+"""One matrix for gate and up, or dropout behind the last one."""
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in OTHER_MLPS])
+def test_a_compiled_mlp_is_transformers_own_to_the_bit(name):
     """Fails if transformers computes an MLP in another way, or names its parts anew."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config(**SIZES, hidden_act="gelu"), dtype=torch.bfloat16)
+    activation = "hidden_activation" if name == "Gemma3ForCausalLM" else "hidden_act"
+    model = AutoModelForCausalLM.from_config(make_config(name, **{activation: "gelu"}), dtype=torch.bfloat16)
     layer, parameters = model.model.layers[0], dict(model.named_parameters())
-    x = torch.randn(3, 5, SIZES["hidden_size"], dtype=torch.bfloat16)
+    x = torch.randn(3, 5, model.config.hidden_size, dtype=torch.bfloat16)
     expected = layer.mlp(x)
     compile_layers(model, backend="aot_eager")
     assert isinstance(layer.mlp, CompiledMLP) and torch.equal(layer.mlp(x), expected)
@@ -147,11 +153,12 @@ def test_a_compiled_mlp_is_transformers_own_to_the_bit(config):
     assert found.keys() == parameters.keys() and all(found[n] is p for n, p in parameters.items())
 
 
-def test_another_kind_of_mlp_stays():
-    model = AutoModelForCausalLM.from_config(Phi3Config(**SIZES, pad_token_id=0))
+@pytest.mark.parametrize("name", OTHER_MLPS)
+def test_another_kind_of_mlp_stays(name):
+    model = AutoModelForCausalLM.from_config(make_config(name))
     before = model.model.layers[0].mlp
     said = compile_layers(model, backend="aot_eager")
-    assert model.model.layers[0].mlp is before and "mlp" not in said and "input_layernorm" in said
+    assert model.model.layers[0].mlp is before and "act_fn" not in said and "input_layernorm" in said
 
 
 def test_where_there_is_nothing_to_compile_that_is_said():

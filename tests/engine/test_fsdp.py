@@ -10,11 +10,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import Qwen2Config
+from tiny_families import make_config
+from transformers import AutoModelForCausalLM, Qwen2Config
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngine
 
 from qerl_verl.config.base import BaseSharing
-from qerl_verl.engine.fsdp import AdapterEngineMixin, NVFP4EngineMixin
+from qerl_verl.engine.fsdp import AdapterEngineMixin, NVFP4EngineMixin, remove_dropout
 from qerl_verl.engine.recompute import Recompute
 
 ROUNDING = torch.finfo(torch.bfloat16).eps
@@ -204,6 +205,22 @@ def test_verls_way_to_build_fsdp2_is_the_one_that_ours_stands_in_for():
     assert settings == {"offload_policy", "forward_only", "reshard_after_forward", "strategy"}
     for function in ("apply_fsdp2(", "fsdp2_load_full_state_dict(", "enable_activation_offloading("):
         assert function in source and function in ours
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("SeedOssForCausalLM", {"attention_dropout": 0.1, "residual_dropout": 0.1}),
+        ("Phi3ForCausalLM", {"resid_pdrop": 0.2}),
+        ("Qwen2ForCausalLM", {}),
+    ],
+)
+def test_a_policy_has_no_dropout_while_it_trains(name, found):
+    """Its log-probabilities in training are then those in evaluation, which the rollout's are compared with."""
+    config = make_config(name, **found)
+    assert remove_dropout(config) == found and remove_dropout(config) == {}
+    model, ids = AutoModelForCausalLM.from_config(config), torch.arange(9)[None]
+    assert torch.equal(model.train()(ids).logits, model.eval()(ids).logits)
 
 
 @pytest.mark.parametrize(

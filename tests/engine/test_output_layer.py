@@ -49,6 +49,13 @@ def test_another_output_layer_is_refused():
         use_logprob_layer(model)
 
 
+def test_a_model_that_caps_its_logits_is_refused():
+    model = tiny(True)
+    model.config.final_logit_softcapping = 30.0
+    with pytest.raises(ValueError, match="use_fused_kernels=True: Qwen2ForCausalLM caps its logits"):
+        use_logprob_layer(model)
+
+
 def test_verl_shards_an_untied_output_layer_by_itself_and_reads_its_weight():
     """Why verl's own fused kernels are not used. When this fails, they may do."""
     model = tiny(False)

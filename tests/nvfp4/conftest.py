@@ -4,16 +4,8 @@ import shutil
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
-
-SIZES = dict(vocab_size=96, hidden_size=64, intermediate_size=112, num_hidden_layers=2)
-SIZES |= dict(num_attention_heads=4, num_key_value_heads=2)
-CONFIGS = {
-    "Qwen2ForCausalLM": Qwen2Config,
-    "Qwen3ForCausalLM": Qwen3Config,
-    "LlamaForCausalLM": LlamaConfig,
-    "MistralForCausalLM": MistralConfig,
-}
+from tiny_families import make_config
+from transformers import AutoModelForCausalLM
 
 
 @pytest.fixture(scope="session")
@@ -30,8 +22,7 @@ def make_checkpoint(_built, tmp_path):
         key = repr((architecture, dtype, shards, sorted(kwargs.items())))
         if key not in cache:
             torch.manual_seed(len(architecture))
-            sizes = SIZES | ({"head_dim": 16} if architecture == "Qwen3ForCausalLM" else {}) | kwargs
-            model = AutoModelForCausalLM.from_config(CONFIGS[architecture](**sizes), dtype=dtype)
+            model = AutoModelForCausalLM.from_config(make_config(architecture, **kwargs), dtype=dtype)
             for parameter in model.parameters():  # norms and biases too: no two tensors alike
                 torch.nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.05)
             cache[key] = root / str(len(cache))

@@ -1,34 +1,39 @@
 """The table of architectures against the models of transformers."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from tiny_families import FAMILIES, make_config
+from transformers import AutoModelForCausalLM
 
-from qerl_verl.nvfp4.architectures import UnsupportedArchitecture, get_architecture, supported_architectures
+from qerl_verl.nvfp4.architectures import (
+    DOCUMENTATION,
+    UnsupportedArchitecture,
+    get_architecture,
+    logits_divisor,
+    supported_architectures,
+)
 from qerl_verl.nvfp4.errors import CheckpointError
 
-SIZES = dict(vocab_size=48, hidden_size=32, intermediate_size=80, num_hidden_layers=2)
-SIZES |= dict(num_attention_heads=4, num_key_value_heads=2)
-CONFIGS = {
-    "Qwen2ForCausalLM": lambda **kw: Qwen2Config(**SIZES, **kw),
-    "Qwen3ForCausalLM": lambda **kw: Qwen3Config(**SIZES, head_dim=16, **kw),
-    "LlamaForCausalLM": lambda **kw: LlamaConfig(**SIZES, **kw),
-    "MistralForCausalLM": lambda **kw: MistralConfig(**SIZES, **kw),
-}
 VARIANTS = [
-    *((name, {}) for name in CONFIGS),
-    *((name, {"tie_word_embeddings": True}) for name in CONFIGS),
-    ("Qwen3ForCausalLM", {"attention_bias": True}),
-    ("LlamaForCausalLM", {"attention_bias": True}),
-    ("LlamaForCausalLM", {"mlp_bias": True}),
+    *((name, {}) for name in FAMILIES),
+    *((name, {"tie_word_embeddings": True}) for name in FAMILIES),
+    *((name, {"num_key_value_heads": 4}) for name in ("Phi3ForCausalLM", "Olmo2ForCausalLM")),
+    *(
+        (name, {"attention_bias": True})
+        for name in ("Qwen3ForCausalLM", "LlamaForCausalLM", "SmolLM3ForCausalLM", "GraniteForCausalLM")
+    ),
+    *((name, {"attention_bias": True}) for name in ("Gemma3ForCausalLM", "Olmo2ForCausalLM")),
+    *((name, {"mlp_bias": True}) for name in ("LlamaForCausalLM", "SmolLM3ForCausalLM", "GraniteForCausalLM")),
+    ("Glm4ForCausalLM", {"attention_bias": False}),
     ("LlamaForCausalLM", {"head_dim": 24}),
 ]
 
 
 def build(name, **kwargs):
-    config = CONFIGS[name](architectures=[name], **kwargs)
+    config = make_config(name, **kwargs)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     assert type(model).__name__ == name
@@ -36,7 +41,7 @@ def build(name, **kwargs):
 
 
 def test_the_table_is_what_these_tests_cover():
-    assert set(supported_architectures()) == set(CONFIGS)
+    assert set(supported_architectures()) == set(FAMILIES)
 
 
 @pytest.mark.parametrize("name, kwargs", VARIANTS)
@@ -48,7 +53,7 @@ def test_tensor_shapes_are_those_of_the_model(name, kwargs):
     assert get_architecture(config).tensor_shapes(config) == want
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_linears_are_all_but_lm_head(name):
     config, model = build(name)
     architecture = get_architecture(config)
@@ -57,27 +62,92 @@ def test_linears_are_all_but_lm_head(name):
     assert sorted(n for group in architecture.scale_groups() for n in group) == sorted(architecture.linears)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_each_norm_feeds_exactly_the_named_linears(name):
-    """The tensor that a norm returns is the very tensor its linears get, and no other linear gets it."""
+@pytest.mark.parametrize("name", FAMILIES)
+def test_each_norm_stands_beside_the_named_linears_and_no_others(name):
+    """The tensor that a norm returns is the very tensor its linears get, or the tensor that it gets is the very one that its
+    linear returns. Every norm as wide as the model is in the row, with what it feeds or what feeds it."""
     config, model = build(name)
-    architecture = get_architecture(config)
-    outputs, inputs = {}, {}
+    row = get_architecture(config)
+    taken, given = {}, {}
     for module_name, module in model.named_modules():
-        if module_name.startswith(architecture.layer_prefix) and module_name.endswith("norm"):
-            module.register_forward_hook(lambda m, args, out, key=module_name: outputs.__setitem__(key, out))
-        if isinstance(module, torch.nn.Linear):
-            module.register_forward_hook(lambda m, args, out, key=module_name: inputs.__setitem__(key, args[0]))
+        if module_name.startswith(row.layer_prefix) and (
+            module_name.endswith("norm") or isinstance(module, torch.nn.Linear)
+        ):
+
+            def hook(module, arguments, output, key=module_name):
+                taken[key], given[key] = arguments[0], output
+
+            module.register_forward_hook(hook)
     model(torch.arange(6).view(1, 6))
 
+    wide = {n for n in taken if model.get_submodule(n).weight.shape == (config.hidden_size,)}
     for i in range(config.num_hidden_layers):
-        layer = f"{architecture.layer_prefix}{i}."
-        for norm, linears in architecture.noise_targets.items():
-            fed = {key for key, value in inputs.items() if value is outputs[layer + norm]}
-            assert fed == {layer + linear for linear in linears}
+        layer = f"{row.layer_prefix}{i}."
+        for norm, projections in row.norms_in_front.items():
+            fed = {key for key, value in taken.items() if value is given[layer + norm]}
+            assert fed == {layer + linear for linear in row._linears_of(projections)}
+        for norm, (projection,) in row.norms_behind.items():
+            assert taken[layer + norm] is given[layer + projection]
+        beside = {layer + norm for norm in (*row.norms_in_front, *row.norms_behind)}
+        assert beside == {n for n in wide if n.startswith(layer)} - {layer + norm for norm in row.output_norms}
+        assert row.noise_targets and set(row.noise_targets) <= {norm.removeprefix(layer) for norm in beside}
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_a_norm_adds_to_its_stored_weight(name):
+    """A norm of ones has the weight 1 less the row's offset, also the norms of heads and the last one."""
+    config, model = build(name)
+    row = get_architecture(config)
+    for norm_name, norm in model.named_modules():
+        if norm_name.endswith("norm"):
+            torch.nn.init.constant_(norm.weight, 1.0 - row.norm_offset)
+            x = torch.randn(3, norm.weight.numel())
+            torch.testing.assert_close(
+                norm(x), x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt(), rtol=1e-4, atol=1e-4
+            )
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_fused_rows_are_those_of_the_projections_in_their_order(name):
+    config, _ = build(name)
+    row = get_architecture(config)
+    shapes, projections = row.tensor_shapes(config), row.projection_shapes(config)
+    assert [p for linear in row.linears for p in row.projections_of(linear)] == list(projections)
+    for linear in row.linears:
+        parts = [projections[projection] for projection in row.projections_of(linear)]
+        assert shapes[f"model.layers.0.{linear}.weight"] == (sum(rows for rows, _ in parts), parts[0][1])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_a_model_does_with_its_output_layers_result(name):
+    config, model = build(name)
+    outputs = []
+    model.lm_head.register_forward_hook(lambda module, arguments, output: outputs.append(output))
+    logits = model(torch.arange(6).view(1, 6)).logits
+    torch.testing.assert_close(logits, outputs[0] / logits_divisor(config))
+
+
+REFUSED = [
+    ("Gemma3ForCausalLM", {"use_bidirectional_attention": True}, "a policy has to be causal"),
+    ("Olmo3ForCausalLM", {"attention_bias": True}, "vLLM's model is built for this value alone"),
+    ("SeedOssForCausalLM", {"attention_bias": False}, "vLLM's model is built for this value alone"),
+    ("SeedOssForCausalLM", {"attention_out_bias": True}, "vLLM's model is built for this value alone"),
+    ("SeedOssForCausalLM", {"mlp_bias": True}, "vLLM's model is built for this value alone"),
+]
+
+
+@pytest.mark.parametrize(("name", "setting", "reason"), REFUSED)
+def test_a_variant_that_is_not_served_is_refused_with_the_reason(name, setting, reason):
+    config = make_config(name, **setting)
+    ((key, value),) = setting.items()
+    with pytest.raises(UnsupportedArchitecture) as error:
+        get_architecture(config).tensor_shapes(config)
+    assert f"{name} with {key}={value} in config.json is not supported, because {reason}: {key}={not value}" in str(
+        error.value
+    )
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_lookup_by_dict_or_object(name):
     assert get_architecture({"architectures": [name]}).name == name
     assert get_architecture(SimpleNamespace(architectures=[name])) is get_architecture({"architectures": [name]})
@@ -98,4 +168,10 @@ def test_others_are_refused_by_name(config, named):
         get_architecture(config)
     assert isinstance(error.value, CheckpointError) and isinstance(error.value, ValueError)
     assert named in str(error.value)
-    assert all(name in str(error.value) for name in CONFIGS)
+    assert all(name in str(error.value) for name in FAMILIES)
+    assert DOCUMENTATION in str(error.value)
+
+
+def test_every_family_is_in_the_documentation():
+    text = (Path(__file__).parents[2] / DOCUMENTATION).read_text()
+    assert all(f"`{name}`" in text for name in FAMILIES)

@@ -103,6 +103,37 @@ def test_the_ranks_together_compute_the_whole_adapter(tp, backend):
         torch.testing.assert_close(total, term(tensors, f"{group}.{name}", inputs))
 
 
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_an_adapter_of_fused_linears_is_one_of_each_projection(tp):
+    """As checkpoints have it that hold q, k and v, or gate and up, in one matrix. On four ranks vLLM repeats key and value
+    heads, of which the adapter has the rows once."""
+    tensors, fused = adapter(), {}
+    for names, name in (("qkv", "self_attn.qkv_proj"), (("gate", "up"), "mlp.gate_up_proj")):
+        prefix, group = "base_model.model.model.layers.0.", name.partition(".")[0]
+        parts = [f"{prefix}{group}.{part}_proj.lora_" for part in names]
+        a = tensors[f"{parts[0]}A.weight"]
+        for part in parts:
+            tensors[f"{part}A.weight"] = a
+        fused[f"{prefix}{name}.lora_A.weight"] = a
+        fused[f"{prefix}{name}.lora_B.weight"] = torch.cat([tensors[f"{part}B.weight"] for part in parts])
+    for rank in range(tp):
+        expected, found = build(tp), build(tp)
+        for model in (expected, found):
+            qkv, gate_up = block_of(model)["self_attn"]["qkv_proj"], block_of(model)["mlp"]["gate_up_proj"]
+            qkv.num_kv_head_replicas = max(1, tp // KV_HEADS)  # as vLLM's layers know them
+            qkv.output_sizes = [width * tp for width in qkv.logical_widths]
+            gate_up.output_sizes = [width * tp for width in gate_up.logical_widths]
+        AdapterStore(expected, rank, tp).load(
+            [(n, t) for n, t in tensors.items() if ".o_" not in n and "down" not in n], 2.0
+        )
+        assert AdapterStore(found, rank, tp).load(fused.items(), 2.0) == 4
+        for buffer, tensor in buffers(expected).items():
+            assert torch.equal(buffers(found)[buffer], tensor), buffer
+    fused[f"{prefix}{name}.lora_B.weight"] = fused[f"{prefix}{name}.lora_B.weight"][1:]
+    with pytest.raises(ValueError, match=r"mlp.gate_up_proj does not fit .* B has 1023 rows, .* have \[512, 512\]"):
+        AdapterStore(found, rank, tp).load(fused.items(), 2.0)
+
+
 def test_a_part_of_a_tensor():
     whole = torch.arange(12).view(6, 2)
     assert torch.equal(shard(whole, 0, 6, 3, 4), whole)

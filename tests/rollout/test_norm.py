@@ -5,14 +5,14 @@ import pytest
 import torch
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.custom_op import op_registry_oot
-from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
 
 from qerl_verl.aqn.noise import NoiseInjector, draw_noise
 from qerl_verl.aqn.schedule import AQNSchedule
 from qerl_verl.config.settings import AQNSettings
 from qerl_verl.platform.compilers import missing_compiler
 from qerl_verl.rollout import norm as norm_module
-from qerl_verl.rollout.norm import NoisyRMSNorm, register_norm
+from qerl_verl.rollout.norm import REPLACED, NoisyNorm, NoisyRMSNorm, register_norm
 
 HIDDEN = 8192
 
@@ -21,25 +21,26 @@ HIDDEN = 8192
 def registered():
     """As vLLM's plugin does it, taken back afterwards: other tests in this process look at vLLM's
     own norm."""
-    before = op_registry_oot.pop("RMSNorm", None)
+    names = [stock.__name__ for stock in REPLACED]
+    before = {name: op_registry_oot.pop(name) for name in names if name in op_registry_oot}
     register_norm()
     yield
-    op_registry_oot.pop("RMSNorm")
-    if before is not None:
-        op_registry_oot["RMSNorm"] = before
+    for name in names:
+        op_registry_oot.pop(name)
+    op_registry_oot.update(before)
 
 
-def build(weight, noise=True, **arguments):
+def build(weight, noise=True, stock=RMSNorm, **arguments):
     """A norm as vLLM's models ask for it, after its weight was loaded."""
     config = VllmConfig(additional_config={"qerl": {"noise": noise}})
     before = torch.get_default_dtype()
     torch.set_default_dtype(weight.dtype)  # as vLLM's loader does
     try:
         with set_current_vllm_config(config):
-            norm = RMSNorm(weight.numel(), **arguments)
+            norm = stock(weight.numel(), **arguments)
     finally:
         torch.set_default_dtype(before)
-    assert norm.weight.dtype == weight.dtype
+    assert norm.weight.dtype == weight.dtype and type(norm) is REPLACED[stock]
     norm.weight.data.copy_(weight)
     if hasattr(norm, "quant_method"):
         norm.quant_method.process_weights_after_loading(norm)
@@ -78,6 +79,42 @@ def acting_noise(norm, noise, **arguments):
     both = (first + second) / 2
     variance = ((first - first.mean()) * (second - second.mean())).mean().item()
     return max(variance, 0.0) ** 0.5, both.mean().item(), both.std().item() / len(both) ** 0.5
+
+
+@pytest.mark.parametrize("stock", REPLACED, ids=lambda stock: stock.__name__)
+def test_every_norm_of_vllms_takes_noise_on_what_it_multiplies_by(stock):
+    """Gemma's multiply by 1 + weight. Without noise the bits are vLLM's; with it the result is the formula's, rounded once."""
+    generator = torch.Generator().manual_seed(4)
+    clean = (0.3 * torch.randn(512, generator=generator)).bfloat16()
+    norm, plain = build(clean, stock=stock), build(clean, noise=False, stock=stock)
+    assert plain.qerl_weight is None and plain.qerl_offset == norm.qerl_offset == float("Gemma" in stock.__name__)
+    x, residual = ((2 * torch.randn(16, 512, generator=generator)).bfloat16() for _ in range(2))
+
+    def outputs(module):
+        return torch.cat([module(x.clone()), *module(x.clone(), residual.clone())])
+
+    noise = injector(norm)
+    for _ in range(2):
+        assert torch.equal(outputs(norm), outputs(plain))
+        noise.set_noise(seed=1, step=1, sigma=0.1)
+        effective = clean.double() + norm.qerl_offset + draw_noise(1, 1, next(iter(noise.targets)), 512, 0.1).double()
+        expected = x.double() * (x.double().square().mean(-1, keepdim=True) + norm.variance_epsilon).rsqrt() * effective
+        torch.testing.assert_close(norm(x.clone()).double(), expected, rtol=2**-8, atol=0)  # a rounding to bfloat16
+        assert noise.measure()["absolute"] == pytest.approx(0.1, rel=0.1)
+        noise.set_noise(seed=1, step=1, sigma=0.0)
+    noise.set_noise(seed=1, step=1, sigma=0.1)
+    norm.qerl_reset()  # after the base was read from disk again
+    assert torch.equal(outputs(norm), outputs(plain))
+
+
+def test_every_norm_that_vllm_derives_is_replaced():
+    """A class that vLLM adds, for instance for models that run through transformers' code, would get no noise."""
+    stock = {RMSNorm, GemmaRMSNorm}
+    from vllm.model_executor.models.transformers import fusers  # noqa: F401
+
+    while new := {sub for cls in stock for sub in cls.__subclasses__() if not issubclass(sub, NoisyNorm)} - stock:
+        stock |= new
+    assert stock == set(REPLACED)
 
 
 SLOW = pytest.mark.slow

@@ -38,13 +38,16 @@ def find_problems(config: DictConfig, folder: Path) -> list[str]:
     actor, rollout = get_value(config, "qerl.kernel"), get_value(config, "qerl.rollout.kernel")
     if all(kernel in (None, "auto", "pytorch", "marlin") for kernel in (actor, rollout)):
         return []
+    hf_config = AutoConfig.from_pretrained(folder)
     architecture, shapes = get_architecture(read_config(folder)), linear_shapes(folder)
     first = f"{architecture.layer_prefix}0."  # the other layers are like it
-    groups = [{linear: shapes[first + linear] for linear in group} for group in architecture.scale_groups()]
-    alone = {linear: (shape, ()) for group in groups for linear, shape in group.items()}
+    alone = {linear: (shapes[first + linear], ()) for linear in architecture.linears}
     divided = get_value(config, f"{ROLLOUT}.tensor_model_parallel_size") or 1
-    heads = AutoConfig.from_pretrained(folder).num_key_value_heads
-    fused = {", ".join(group): _fused(group, divided, heads) for group in groups}
+    fused = {}
+    for group in architecture.scale_groups():
+        projections = [projection for linear in group for projection in architecture.projections_of(linear)]
+        parts = {projection: architecture.projection_shapes(hf_config)[projection] for projection in projections}
+        fused[", ".join(group)] = _fused(parts, divided, hf_config.num_key_value_heads)
     rank = get_value(config, f"{MODEL}.lora_rank") if get_value(config, "qerl.rollout.lora") == "inline" else None
     found = (
         _first_refusal("qerl.kernel", actor, alone, _actor_dtype(config), None),
@@ -54,7 +57,7 @@ def find_problems(config: DictConfig, folder: Path) -> list[str]:
 
 
 def _fused(group: dict[str, tuple[int, int]], divided: int, key_value_heads: int) -> tuple[tuple[int, int], tuple]:
-    """Linears that vLLM makes one layer of: its shape on one tensor-parallel rank, and the row at
+    """Projections that vLLM makes one layer of: its shape on one tensor-parallel rank, and the row at
     which each of them ends."""
     rows, columns = [], 0
     for linear, (n, k) in group.items():

@@ -13,7 +13,7 @@ from qerl_verl.config.adapters import adapter_problems, target_problems
 from qerl_verl.config.arms import get_arm
 from qerl_verl.config.checks import kernels, tokenizers
 from qerl_verl.config.keys import get_value
-from qerl_verl.config.rules import MODEL, ROLLOUT, trained_models
+from qerl_verl.config.rules import CRITIC, MODEL, ROLLOUT, trained_models
 
 
 def local_folder(config: DictConfig, model: str) -> Path | None:
@@ -102,7 +102,8 @@ def find_misfits(config: DictConfig, adapters: Mapping[str, dict] | None = None)
                 out += kernels.find_problems(config, local_folder(config, model))
         except CheckpointError:
             continue
-    return out + tokenizers.find_problems(config) + fused_kernel_problems(config) + length_problems(config)
+    out += tokenizers.find_problems(config) + fused_kernel_problems(config) + length_problems(config)
+    return out + position_problems(config) + critic_problems(config)
 
 
 def _new_adapter_problems(config: DictConfig, model: str) -> list[str]:
@@ -120,7 +121,14 @@ def fused_kernel_problems(config: DictConfig) -> list[str]:
         return []
     if not get_value(config, f"{MODEL}.use_fused_kernels") or folder is None or not (folder / "config.json").is_file():
         return []
-    if json.loads((folder / "config.json").read_text()).get("tie_word_embeddings", False):
+    settings = json.loads((folder / "config.json").read_text())
+    for key, plain in (("logits_scaling", 1), ("final_logit_softcapping", None)):
+        if settings.get(key, plain) != plain:
+            return [
+                f"{MODEL}.use_fused_kernels=True: verl's fused kernels leave out the model's {key}={settings[key]} "
+                "(verl/models/transformers/dense_common.py), so their log-probabilities are of another policy; remove the setting"
+            ]
+    if settings.get("tie_word_embeddings", False):
         return []
     return [
         f"{MODEL}.use_fused_kernels=True: verl 0.9 cannot run its fused kernels under FSDP2 on a model whose output layer "
@@ -141,3 +149,56 @@ def length_problems(config: DictConfig) -> list[str]:
     if not longest or longest <= positions:
         return []
     return [f"{ROLLOUT}.max_model_len={longest}: the model has {positions} positions; set it to {positions} or less"]
+
+
+def position_problems(config: DictConfig) -> list[str]:
+    """Lengths at which vLLM and transformers rotate queries and keys in different ways, so that actor and rollout would be
+    two policies."""
+    folder = local_folder(config, MODEL)
+    if folder is None or not (folder / "config.json").is_file():
+        return []
+    from transformers import AutoConfig
+
+    try:
+        settings = AutoConfig.from_pretrained(folder)
+    except Exception:  # whatever transformers makes of it; the checks of the checkpoint say so
+        return []
+    rope = getattr(settings, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "dynamic":
+        return [
+            f"{MODEL}.path={folder}: rope_type dynamic in config.json: transformers stretches the positions of long sequences "
+            "alone, vLLM those of all. Set another rope_type there, as yarn or default"
+        ]
+    reason = ""
+    if rope.get("rope_type") == "longrope":
+        reason = "beyond that, transformers takes the long factors for the batches that have a longer sequence, and vLLM for all"
+    elif rope.get("llama_4_scaling_beta"):
+        reason = "beyond that, transformers scales queries by llama_4_scaling_beta, and vLLM does not"
+    limit = rope.get("original_max_position_embeddings")
+    longest = get_value(config, f"{ROLLOUT}.max_model_len") or getattr(settings, "max_position_embeddings", None)
+    if not reason or not limit or not longest or longest <= limit:
+        return []
+    return [
+        f"{ROLLOUT}.max_model_len={get_value(config, f'{ROLLOUT}.max_model_len')}: actor and rollout compute the same positions up "
+        f"to {limit} (original_max_position_embeddings of the model); {reason}. Set it to {limit} or less"
+    ]
+
+
+def critic_problems(config: DictConfig) -> list[str]:
+    """A critic whose model type has no token classification in transformers, of which verl makes critics
+    (verl/utils/model.py, load_valuehead_model)."""
+    folder = local_folder(config, CRITIC) if CRITIC in trained_models(config) else None
+    if folder is None or not get_arm(config).container:
+        return []
+    from transformers.models.auto.modeling_auto import MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES as CRITICS
+
+    try:
+        model_type = json.loads((folder / "config.json").read_text()).get("model_type")
+    except (OSError, ValueError):
+        return []
+    if model_type in CRITICS:
+        return []
+    return [
+        f"{CRITIC}.path={folder}: transformers has no token classification for model_type {model_type}, of which critics are "
+        "made here. Take a critic of another family, or algorithm.adv_estimator=grpo, which needs none"
+    ]

@@ -1,10 +1,12 @@
 """Model folders on this machine are looked at before anything is quantized."""
 
 import json
+import re
 import shutil
 
 import pytest
 from omegaconf import OmegaConf
+from tiny_families import make_config
 
 from qerl_verl.config.checks import models
 
@@ -25,6 +27,16 @@ def test_verls_fused_kernels_need_a_tied_output_layer(tmp_path, arm, fused, tied
     problems = models.fused_kernel_problems(config)
     assert bool(problems) == refused
     assert not refused or "use_fused_kernels=True" in problems[0]
+
+
+@pytest.mark.parametrize("setting", [{"logits_scaling": 8.0}, {"final_logit_softcapping": 30.0}])
+def test_verls_fused_kernels_leave_out_what_a_model_does_with_its_logits(tmp_path, setting):
+    (tmp_path / "config.json").write_text(json.dumps({"tie_word_embeddings": True, **setting}))
+    model = {"path": str(tmp_path), "use_fused_kernels": True}
+    config = OmegaConf.create({"qerl": {"arm": "bf16"}, "actor_rollout_ref": {"model": model}})
+    (problem,) = models.fused_kernel_problems(config)
+    ((key, value),) = setting.items()
+    assert f"leave out the model's {key}={value}" in problem
 
 
 def run_of(model, **changes):
@@ -97,3 +109,55 @@ def test_a_length_beyond_the_models_positions_is_refused(tmp_path, positions, lo
     problems = models.length_problems(config)
     assert len(problems) == (expected is not None), problems
     assert not problems or expected in problems[0]
+
+
+LLAMA_4 = dict(
+    rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=64, llama_4_scaling_beta=0.1
+)
+POSITIONS = [
+    ("Phi3ForCausalLM", {}, 128, None),
+    ("Phi3ForCausalLM", {}, 129, "max_model_len=129: .* up to 128 .* long factors .* Set it to 128 or less"),
+    (
+        "Phi3ForCausalLM",
+        {},
+        None,
+        "max_model_len=None: .* Set it to 128 or less",
+    ),  # verl takes the model's positions then
+    ("Ministral3ForCausalLM", {}, 64, None),
+    ("Ministral3ForCausalLM", {}, 65, "max_model_len=65: .* up to 64 .* llama_4_scaling_beta, and vLLM does not"),
+    ("Ministral3ForCausalLM", {"rope_parameters": LLAMA_4 | {"llama_4_scaling_beta": 0.0}}, 256, None),
+    ("Olmo3ForCausalLM", {}, 256, None),
+    ("Gemma3ForCausalLM", {}, 256, None),
+    (
+        "LlamaForCausalLM",
+        {"rope_parameters": dict(rope_type="dynamic", rope_theta=1e4, factor=2.0)},
+        8,
+        "rope_type dynamic",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "changes", "longest", "expected"), POSITIONS)
+def test_lengths_at_which_actor_and_rollout_rotate_in_different_ways(tmp_path, name, changes, longest, expected):
+    make_config(name, **changes).save_pretrained(tmp_path)
+    actor = {"model": {"path": str(tmp_path)}, "rollout": {"max_model_len": longest}}
+    problems = models.position_problems(OmegaConf.create({"actor_rollout_ref": actor}))
+    assert len(problems) == (expected is not None), problems
+    assert not problems or re.search(expected, problems[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "critic", "refused"),
+    [
+        ("Gemma3ForCausalLM", True, True),
+        ("GraniteForCausalLM", True, True),
+        ("Phi3ForCausalLM", True, False),
+        ("Olmo3ForCausalLM", False, False),
+    ],
+)
+def test_a_critic_needs_a_token_classification_model(tmp_path, name, critic, refused):
+    make_config(name).save_pretrained(tmp_path)
+    values = {"critic": {"enable": critic, "model": {"path": str(tmp_path)}}}
+    problems = models.critic_problems(OmegaConf.create(values))
+    assert len(problems) == refused
+    assert not refused or f"critic.model.path={tmp_path}: transformers has no token classification" in problems[0]

@@ -1,0 +1,34 @@
+"""Rotary embeddings of the rollout as transformers computes them in the actor."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+
+def rope_overrides(hf_config: Any) -> dict[str, dict[str, Any]]:
+    """Settings for vLLM's ``hf_overrides`` under which its YaRN scales queries and keys as transformers' does.
+
+    transformers divides by ``mscale_all_dim``'s factor, or takes ``attention_factor``
+    (modeling_rope_utils.py, _compute_yarn_parameters). vLLM has the factor of ``mscale=1`` alone
+    (model_executor/layers/rotary_embedding/yarn_scaling_rope.py) and multiplies it by ``attn_factor``, or with
+    ``apply_yarn_scaling=False`` takes ``attn_factor`` itself. Without them Ministral 3's log-probabilities differ.
+
+    Args:
+        hf_config: transformers' configuration of the model.
+
+    Returns:
+        Empty where the two agree already.
+    """
+    rope = getattr(hf_config, "rope_parameters", None) or {}
+    if rope.get("rope_type") != "yarn":
+        return {}
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    _, wanted = ROPE_INIT_FUNCTIONS["yarn"](hf_config, "cpu")
+    factor = rope["factor"]
+    found = (0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0) * rope.get("attn_factor", 1.0)
+    if math.isclose(found, wanted, rel_tol=1e-6):
+        return {}
+    # all of them: vLLM replaces the mapping as a whole
+    return {"rope_parameters": {**rope, "apply_yarn_scaling": False, "attn_factor": float(wanted)}}

@@ -1,0 +1,85 @@
+"""Runs in a process of its own: an engine for each checkpoint, one after the other, inside this process.
+
+Usage: families_process.py OUT JSON_PROMPTS JSON_NOISE CHECKPOINT ADAPTER [CHECKPOINT ADAPTER ...]
+
+A vLLM engine in a process of its own takes some ten seconds to start; one inside a process that has imported vLLM and does
+not compile takes less than one. What is seen of each goes to OUT as JSON, by checkpoint.
+"""
+
+import json
+import os
+import sys
+import traceback
+
+os.environ |= {
+    "QERL_SWITCH": "nvfp4",
+    "VERL_PLATFORM": "cpu",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # a function is sent to the worker
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "TORCH_COMPILE_DISABLE": "1",  # vLLM compiles its sampling, also with enforce_eager
+}
+
+from transformers import AutoConfig  # noqa: E402
+from vllm import LLM, SamplingParams  # noqa: E402
+
+from qerl_verl.rollout.rope import rope_overrides  # noqa: E402
+
+LORA = {"rank": 4, "alpha": 8}
+
+
+def log_probabilities(engine, prompts):
+    """Of every token of the prompts but the first."""
+    engine.reset_prefix_cache()
+    parameters = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False, ignore_eos=True)
+    outputs = engine.generate([{"prompt_token_ids": p} for p in prompts], parameters, use_tqdm=False)
+    return [
+        [place[token].logprob for token, place in zip(p[1:], output.prompt_logprobs[1:], strict=True)]
+        for p, output in zip(prompts, outputs, strict=True)
+    ]
+
+
+def adapter_shapes(worker):
+    """Layer -> the rows at which its projections end."""
+    modules = worker.model_runner.get_model().named_modules()
+    return {name: module.qerl_lora_ends for name, module in modules if hasattr(module, "qerl_lora_a")}
+
+
+def look_at(checkpoint, adapter, prompts, noise):
+    engine = LLM(
+        checkpoint,
+        skip_tokenizer_init=True,
+        enforce_eager=True,
+        distributed_executor_backend="uni",
+        dtype="float32",  # bfloat16's rounding would hide what a family does differently
+        max_model_len=128,
+        hf_overrides=rope_overrides(AutoConfig.from_pretrained(checkpoint)),
+        worker_extension_cls="qerl_verl.rollout.worker.QeRLWorkerExtension",
+        additional_config={"qerl": {"kernel": "auto", "lora": LORA, "noise": True}},
+    )
+    seen = {"clean": log_probabilities(engine, prompts)}
+    (seen["layers"],) = engine.collective_rpc(adapter_shapes)
+    (seen["taken"],) = engine.collective_rpc("qerl_load_adapter_folder", args=(adapter,))
+    seen["adapted"] = log_probabilities(engine, prompts)
+    engine.collective_rpc("qerl_load_adapter", args=({}, LORA["alpha"] / LORA["rank"]))
+    (seen["measured"],) = engine.collective_rpc("qerl_set_noise", kwargs=noise)
+    (seen["norms"],) = engine.collective_rpc("qerl_norm_weights")
+    seen["noised"] = log_probabilities(engine, prompts)
+    engine.collective_rpc("qerl_set_noise", kwargs=noise | {"sigma": 0.0})
+    seen["clean_again"] = log_probabilities(engine, prompts)
+    engine.llm_engine.engine_core.shutdown()
+    return seen
+
+
+if __name__ == "__main__":
+    out, prompts, noise, *folders = sys.argv[1:]
+    prompts, noise, found = json.loads(prompts), json.loads(noise), {}
+    for checkpoint, adapter in zip(folders[::2], folders[1::2], strict=True):
+        try:
+            found[checkpoint] = look_at(checkpoint, adapter, prompts, noise)
+        except Exception:
+            found[checkpoint] = {"error": traceback.format_exc()}
+    with open(out, "w") as file:
+        json.dump(found, file)

@@ -1,0 +1,90 @@
+"""Every family of the table in a vLLM engine, beside the same model in the actor and in float64."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_families import FAMILIES, Reference, make_adapter, make_family
+
+from qerl_verl.aqn.noise import draw_noise
+from qerl_verl.nvfp4.architectures import get_architecture
+from qerl_verl.nvfp4.checkpoint import linear_shapes, quantize_checkpoint, read_config
+from qerl_verl.nvfp4.loading import iterate_tensors
+
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="drives vLLM's CPU engine"),
+]
+
+SCRIPT = Path(__file__).parent / "families_process.py"
+QUICK = ("Gemma3ForCausalLM", "Phi3ForCausalLM", "SmolLM3ForCausalLM")
+"""Norms of their own, linears that the checkpoint fuses, a model that vLLM runs through transformers' code."""
+PROMPTS = [list(range(3, 35)), list(range(90, 50, -1)), [7, 7, 8, 9] * 9]
+"""Longer than the sliding windows of the tiny models."""
+NOISE = {"seed": 3, "step": 5, "sigma": 0.05}
+
+
+def look_at(names, folder):
+    """What :mod:`families_process` sees of these families, and their folders."""
+    places, arguments = {}, [json.dumps(PROMPTS), json.dumps(NOISE)]
+    for name in names:
+        source, quantized, adapter = (folder / name / part for part in ("source", "quantized", "adapter"))
+        make_family(name, source)
+        quantize_checkpoint(source, quantized, progress=False)
+        make_adapter(adapter, linear_shapes(quantized))
+        places[name] = quantized, adapter
+        arguments += [str(quantized), str(adapter)]
+    out = folder / "seen.json"
+    log = folder / "log"
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("OMP_")}
+    with log.open("w") as file:
+        subprocess.run(
+            [sys.executable, SCRIPT, out, *arguments],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            check=False,
+        )
+    assert out.exists(), log.read_text()[-4000:]
+    seen = json.loads(out.read_text())
+    return {name: (*place, seen[str(place[0])]) for name, place in places.items()}
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    return look_at(QUICK, tmp_path_factory.mktemp("families"))
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory):
+    return look_at([name for name in FAMILIES if name not in QUICK], tmp_path_factory.mktemp("families"))
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in FAMILIES]
+)
+def test_a_family_in_the_rollout(request, name):
+    """Log-probabilities are those of a float64 model with the decoded weights: without adapter, with one, and with noise on
+    the norms that the row names. Noise comes off bit for bit."""
+    quantized, adapter, seen = request.getfixturevalue("quick" if name in QUICK else "others")[name]
+    assert "error" not in seen, seen["error"]
+    row, reference = get_architecture(read_config(quantized)), Reference(quantized)
+    clean = dict(iterate_tensors(quantized))
+    expected = {f"model.layers.{i}.{norm}" for i in range(2) for norm in row.noise_targets}
+    assert set(seen["norms"]) == expected
+    for norm, live in seen["norms"].items():
+        weight = clean[f"{norm}.weight"].float()
+        z = draw_noise(NOISE["seed"], NOISE["step"], norm, len(weight), NOISE["sigma"])
+        assert torch.equal(torch.tensor(live), weight + row.norm_offset + z), norm
+
+    reference.check(PROMPTS, seen["clean"])
+    assert seen["taken"] == 2 * len(linear_shapes(quantized))
+    with reference.adapted(adapter):
+        reference.check(PROMPTS, seen["adapted"])
+    with reference.noised(expected, **NOISE):
+        reference.check(PROMPTS, seen["noised"])
+    assert seen["clean_again"] == seen["clean"]

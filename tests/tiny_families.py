@@ -1,0 +1,205 @@
+"""A tiny random model of every family in the table, with what is peculiar to the family in its configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+SIZES = dict(
+    vocab_size=96,
+    hidden_size=128,
+    intermediate_size=112,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=256,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+YARN = dict(rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=64)
+FAMILIES = {
+    "Qwen2ForCausalLM": ("qwen2", {}),
+    "Qwen3ForCausalLM": ("qwen3", dict(head_dim=64)),
+    "LlamaForCausalLM": ("llama", {}),
+    "MistralForCausalLM": ("mistral", {}),
+    "Ministral3ForCausalLM": (
+        "ministral3",
+        dict(head_dim=64, rope_parameters=YARN | dict(llama_4_scaling_beta=0.1, mscale=1.0, mscale_all_dim=1.0)),
+    ),
+    "SmolLM3ForCausalLM": ("smollm3", dict(no_rope_layers=[1, 0], tie_word_embeddings=False)),
+    "GraniteForCausalLM": (
+        "granite",
+        dict(embedding_multiplier=12.0, logits_scaling=8.0, residual_multiplier=0.22, attention_multiplier=0.1),
+    ),
+    "Phi3ForCausalLM": (
+        "phi3",
+        dict(
+            original_max_position_embeddings=128,
+            rope_parameters=dict(
+                rope_type="longrope",
+                rope_theta=10000.0,
+                partial_rotary_factor=0.75,
+                short_factor=[1.0 + i / 10 for i in range(12)],
+                long_factor=[1.0 + i for i in range(12)],
+                original_max_position_embeddings=128,
+            ),
+        ),
+    ),
+    "Gemma3ForCausalLM": (
+        "gemma3_text",
+        dict(
+            head_dim=64,
+            query_pre_attn_scalar=24,
+            sliding_window=8,
+            layer_types=["sliding_attention", "full_attention"],
+            tie_word_embeddings=False,
+        ),
+    ),
+    "Olmo2ForCausalLM": ("olmo2", {}),
+    "Olmo3ForCausalLM": (
+        "olmo3",
+        dict(sliding_window=8, layer_types=["sliding_attention", "full_attention"], rope_parameters=YARN),
+    ),
+    "Glm4ForCausalLM": ("glm4", dict(head_dim=64)),
+    "SeedOssForCausalLM": ("seed_oss", dict(head_dim=64)),
+}
+"""Architecture -> transformers' model_type, and its configuration beside :data:`SIZES`."""
+
+
+def make_config(architecture: str, **changes):
+    """transformers' configuration of a tiny model."""
+    model_type, settings = FAMILIES[architecture]
+    return CONFIG_MAPPING[model_type](**SIZES | settings | changes, architectures=[architecture])
+
+
+def make_family(
+    architecture: str, folder: Path, dtype: torch.dtype = torch.bfloat16, std: float = 0.15, **changes
+) -> Path:
+    """Write a checkpoint with random weights, norms and biases, no two tensors alike. Returns its folder.
+
+    Args:
+        std: of all weights; the norms' lie around 1, also where the model stores what it adds to 1.
+    """
+    config = make_config(architecture, **changes)
+    torch.manual_seed(len(architecture))
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    assert type(model).__name__ == architecture
+    for name, parameter in model.named_parameters():
+        mean = 1.0 if name.endswith("norm.weight") and architecture != "Gemma3ForCausalLM" else 0.0
+        torch.nn.init.normal_(parameter, mean=mean, std=std)
+    model.save_pretrained(folder)
+    return folder
+
+
+RANK, ALPHA = 4, 8
+
+
+def make_adapter(folder: Path, linears: dict[str, tuple[int, int]]) -> Path:
+    """Write a random adapter, as the trainer saves it, for linears of the given shapes (output, input features)."""
+    from peft import LoraConfig
+
+    from qerl_verl.lora.peft import save_adapter
+    from qerl_verl.lora.targets import last_names
+
+    generator, tensors = torch.Generator().manual_seed(11), {}
+    for name, (outputs, inputs) in linears.items():
+        prefix = f"base_model.model.{name}"
+        tensors[f"{prefix}.lora_A.weight"] = torch.randn(RANK, inputs, generator=generator) * 0.1
+        tensors[f"{prefix}.lora_B.weight"] = torch.randn(outputs, RANK, generator=generator) * 0.1
+    config = LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=ALPHA, target_modules=last_names(linears))
+    save_adapter(folder, tensors, config, "")
+    return folder
+
+
+def log_probabilities(model, prompt: list[int]) -> torch.Tensor:
+    """Of every token of a prompt but the first, ``[len(prompt) - 1]`` float64."""
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt]), use_cache=False).logits[0, :-1].log_softmax(-1)
+    return logits.gather(-1, torch.tensor(prompt[1:])[:, None])[:, 0].double()
+
+
+class Reference:
+    """transformers' model with the decoded weights of an NVFP4 checkpoint in float64, and beside it in float32.
+
+    The distance between the two is what float32 costs; other code for the same model in float32 is as far away.
+    """
+
+    MARGIN = 3.0
+    """Of the root mean squares over some hundred values of two programs' errors that round in different places."""
+
+    def __init__(self, checkpoint: Path):
+        from transformers import AutoConfig
+
+        from qerl_verl.kernels.nvfp4_dequantize import dequantize_nvfp4
+        from qerl_verl.nvfp4.loading import iterate_tensors
+
+        tensors, state = dict(iterate_tensors(checkpoint)), {}
+        for name, tensor in tensors.items():
+            base, _, part = name.rpartition(".")
+            if part == "weight_packed":
+                parts = (tensors[f"{base}.{p}"] for p in ("weight_packed", "weight_scale", "weight_global_scale"))
+                state[f"{base}.weight"] = dequantize_nvfp4(*parts, dtype=torch.float32)
+            elif not part.startswith("weight_"):
+                state[name] = tensor.float()
+        config = AutoConfig.from_pretrained(checkpoint)
+        del config.quantization_config
+        self.models = []
+        for dtype in (torch.float64, torch.float32):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager").eval()
+            missing, unexpected = model.load_state_dict(state, strict=False)
+            assert not unexpected and set(missing) <= {"lm_head.weight"}
+            model.tie_weights()
+            self.models.append(model)
+
+    @contextmanager
+    def adapted(self, adapter: Path) -> Iterator[None]:
+        """With an adapter added to the weights."""
+        from safetensors.torch import load_file
+
+        tensors = load_file(adapter / "adapter_model.safetensors")
+        deltas = {}
+        for name, a in tensors.items():
+            if name.endswith("lora_A.weight"):
+                b = tensors[name.replace("lora_A", "lora_B")]
+                module = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+                deltas[f"{module}.weight"] = b.double() @ a.double() * (ALPHA / RANK)
+        with self._changed(deltas):
+            yield
+
+    @contextmanager
+    def noised(self, norms: Iterable[str], seed: int, step: int, sigma: float) -> Iterator[None]:
+        """With noise on norms, by their full names."""
+        from qerl_verl.aqn.noise import draw_noise
+
+        size = self.models[0].config.hidden_size
+        with self._changed({f"{norm}.weight": draw_noise(seed, step, norm, size, sigma) for norm in norms}):
+            yield
+
+    @contextmanager
+    def _changed(self, deltas: dict[str, torch.Tensor]) -> Iterator[None]:
+        before = [{name: model.get_parameter(name).data.clone() for name in deltas} for model in self.models]
+        for model in self.models:
+            for name, delta in deltas.items():
+                parameter = model.get_parameter(name)
+                parameter.data = (parameter.data.double() + delta).to(parameter.dtype)
+        yield
+        for model, old in zip(self.models, before, strict=True):
+            for name, value in old.items():
+                model.get_parameter(name).data = value
+
+    def check(self, prompts: list[list[int]], found: list[list[float]]) -> None:
+        """Log-probabilities of ``prompts`` from float32 code are the float64 model's."""
+        exact, rounded = (torch.cat([log_probabilities(model, p) for p in prompts]) for model in self.models)
+        error = torch.cat([torch.as_tensor(f, dtype=torch.float64) for f in found]) - exact
+        rounding = root_mean_square(rounded - exact)
+        print(f"error {root_mean_square(error):.2e}, of transformers in float32 {rounding:.2e}")
+        assert root_mean_square(error) < self.MARGIN * rounding
+
+
+def root_mean_square(values: torch.Tensor) -> float:
+    return values.square().mean().sqrt().item()
