@@ -39,6 +39,12 @@ def say(**content) -> None:
     print("RESULT " + json.dumps(content), flush=True)
 
 
+def wait_for(command: str) -> None:
+    """What takes long to import is imported in all processes at once; the rest happens one by one."""
+    say(ready=True)
+    assert listen() == command
+
+
 def listen() -> str:
     return sys.stdin.readline().strip()
 
@@ -88,8 +94,10 @@ def actor(args) -> None:
     from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
     from verl.workers.engine import EngineRegistry
 
+    imports_s = time.monotonic() - begin
+    wait_for("go")
+    begin = time.monotonic()
     initialize_global_process_group_ray()
-    imported = time.monotonic()
     engine = EngineRegistry.new(
         model_type="language_model",
         backend="fsdp2",
@@ -109,7 +117,7 @@ def actor(args) -> None:
         checkpoint_config=CheckpointConfig(save_lora_only=True),
     )
     engine.initialize()
-    say(imports_s=imported - begin, build_s=time.monotonic() - imported)
+    say(imports_s=imports_s, build_s=time.monotonic() - begin)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     while command := listen():
         if command == "memory":
@@ -150,6 +158,9 @@ def rollout(args) -> None:
     import torch
     from vllm import LLM, SamplingParams
 
+    import qerl_verl.rollout.worker  # noqa: F401  (vLLM's processes are forked and have it then)
+
+    wait_for("go")
     on_gpu = torch.cuda.is_available()
     settings = {"enforce_eager": True}
     if on_gpu:
@@ -232,6 +243,7 @@ def gemm_owner(args) -> None:
     from qerl_verl.sharing.layout import LayoutBuilder
     from qerl_verl.sharing.memory import SharedMemory
 
+    wait_for("go")
     n, k, _ = GEMM
     device = torch.device("cuda", 0)
     builder = LayoutBuilder()
@@ -258,6 +270,7 @@ def gemm_user(args) -> None:
     from qerl_verl.kernels import hopper
     from qerl_verl.sharing.channel import SharedBase
 
+    wait_for("go")
     n, k, m = GEMM
     device = torch.device("cuda", 0)
     torch.zeros(1, device=device)
@@ -308,38 +321,35 @@ def gemm_user(args) -> None:
     listen()
 
 
-def check_gemm(work: Path) -> dict:
-    found = {}
-    for name, setting in (("plain", ""), ("expandable", "expandable_segments:True")):
-        arguments = ["--key", uuid.uuid4().hex]
-        environment = {"PYTORCH_CUDA_ALLOC_CONF": setting, "PYTORCH_ALLOC_CONF": setting} if setting else {}
-        owner = Process("gemm_owner", arguments, environment, work / f"gemm_owner_{name}.log")
-        try:
-            owner.ask()
-            # vLLM's allocator refuses expandable segments in its own process, and verl turns them off there
-            user = Process("gemm_user", arguments, {}, work / f"gemm_user_{name}.log")
-            try:
-                found[name] = user.ask()
-                owner.end()
-                begin = time.monotonic()
-                found[name]["exit_code"] = user.popen.wait(timeout=30)
-                found[name]["ended_after_s"] = time.monotonic() - begin
-                found[name]["said"] = "the process that owns the base is gone" in user.log.read_text()
-            finally:
-                user.end()
-        finally:
-            owner.end()
-        time.sleep(1)
-        found[name]["card_mib_after"] = card_mib()
+SEGMENTS = {"plain": "", "expandable": "expandable_segments:True"}
+"""PyTorch's allocator in the owner. vLLM's own refuses expandable segments in its process, and verl turns them off there."""
+
+
+def start_gemm(name: str, work: Path) -> tuple[Process, Process]:
+    arguments, setting = ["--key", uuid.uuid4().hex], SEGMENTS[name]
+    environment = {"PYTORCH_CUDA_ALLOC_CONF": setting, "PYTORCH_ALLOC_CONF": setting} if setting else {}
+    owner = Process("gemm_owner", arguments, environment, work / f"gemm_owner_{name}.log")
+    return owner, Process("gemm_user", arguments, {}, work / f"gemm_user_{name}.log")
+
+
+def check_gemm(owner: Process, user: Process) -> dict:
+    owner.ask()
+    owner.ask("go")
+    user.ask()
+    found = user.ask("go")
+    owner.end()
+    begin = time.monotonic()
+    found["exit_code"] = user.popen.wait(timeout=30)
+    found["ended_after_s"] = time.monotonic() - begin
+    found["said"] = "the process that owns the base is gone" in user.log.read_text()
+    time.sleep(1)
+    found["card_mib_after"] = card_mib()
     return found
 
 
-def run_mode(mode: str, args, work: Path) -> dict:
-    import torch
-
+def start_mode(mode: str, args, work: Path, on_gpu: bool) -> tuple[Process, Process]:
     from qerl_verl.config.base import LOAD_FORMAT, BaseSharing
 
-    on_gpu = torch.cuda.device_count() > 0
     environment = {
         "QERL_SWITCH": "nvfp4",
         "VERL_ENGINE_VENDOR": "qerl",
@@ -352,20 +362,23 @@ def run_mode(mode: str, args, work: Path) -> dict:
         environment |= {"VERL_PLATFORM": "cpu", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     if mode == "shared":
         environment |= BaseSharing(uuid.uuid4().hex, True, "auto", RANK, "bfloat16").environment()
-    before = card_mib() if on_gpu else 0.0
     model = ["--model", str(work / args.shape)]
+    offload = ["--offload"] if args.offload else []
+    owner = Process("actor", [*model, *offload], environment, work / f"actor_{mode}.log")
+    load_format = LOAD_FORMAT if mode == "shared" else "safetensors"
+    arguments = [*model, "--adapter", str(work / "adapter"), "--load-format", load_format]
+    arguments += ["--utilization", str(args.utilization)]
+    return owner, Process("rollout", arguments, environment, work / f"rollout_{mode}.log")
+
+
+def run_mode(mode: str, owner: Process, engine: Process, on_gpu: bool) -> dict:
+    owner.ask(), engine.ask()
+    before = card_mib() if on_gpu else 0.0
     found: dict = {"card_mib_before": before}
-    engine = None
-    owner = Process(
-        "actor", [*model, *(["--offload"] if args.offload else [])], environment, work / f"actor_{mode}.log"
-    )
     try:
-        found["actor"] = owner.ask()
-        load_format = LOAD_FORMAT if mode == "shared" else "safetensors"
-        arguments = [*model, "--adapter", str(work / "adapter"), "--load-format", load_format]
-        arguments += ["--utilization", str(args.utilization)]
-        engine = Process("rollout", arguments, environment, work / f"rollout_{mode}.log")
-        found["rollout"] = engine.ask()
+        found["actor"] = owner.ask("go")
+        found["card_mib_actor"] = card_mib() - before if on_gpu else None
+        found["rollout"] = engine.ask("go")
         found["train"] = owner.ask("train")
         found["actor_memory"], found["rollout_memory"] = owner.ask("memory"), engine.ask("memory")
         if on_gpu:
@@ -375,9 +388,8 @@ def run_mode(mode: str, args, work: Path) -> dict:
         if mode == "shared":
             found["end"] = end_of_owner(owner, found["rollout_memory"]["workers"])
     finally:
-        for process in (engine, owner):
-            if process:
-                process.end()
+        engine.end()
+        owner.end()
     if on_gpu:
         time.sleep(2)
         found["card_mib_after"] = card_mib()
@@ -400,10 +412,10 @@ def verdicts(found: dict) -> dict[str, bool]:
     separate, shared = (found.get(mode) for mode in MODES)
     out = {}
     for name, gemm in found.get("gemm", {}).items():
-        out[f"GEMM, {name}: equal results"] = gemm["equal"] and gemm["asleep"] and gemm["awake"]
-        out[f"GEMM, {name}: equal speed (5 %)"] = gemm["shared_us"] < 1.05 * gemm["copy_us"]
-        out[f"GEMM, {name}: the second process takes no memory for it"] = gemm["taken_mib"] < 64
-        out[f"GEMM, {name}: the second process ends with the owner"] = gemm["exit_code"] == 1 and gemm["said"]
+        out[f"{name}: equal results"] = gemm["equal"] and gemm["asleep"] and gemm["awake"]
+        out[f"{name}: equal speed (5 %)"] = gemm["shared_us"] < 1.05 * gemm["copy_us"]
+        out[f"{name}: the second process takes no memory for it"] = gemm["taken_mib"] < 64
+        out[f"{name}: the second process ends with the owner"] = gemm["exit_code"] == 1 and gemm["said"]
     if separate and shared:
         out["the same base"] = separate["rollout"]["digest"] == shared["rollout"]["digest"]
         tokens = [[o[0] for o in mode["rollout"]["outputs"]] for mode in (separate, shared)]
@@ -417,6 +429,10 @@ def verdicts(found: dict) -> dict[str, bool]:
     return out
 
 
+def out_of_time(*_) -> None:
+    raise TimeoutError("the time of --seconds is over")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--role", default="main")
@@ -424,6 +440,7 @@ def main() -> int:
     parser.add_argument("--modes", nargs="*", default=list(MODES), choices=MODES)
     parser.add_argument("--json", help="write everything that was found here")
     parser.add_argument("--work", help="folder for model and logs; a new one by default")
+    parser.add_argument("--seconds", type=int, default=600, help="everything ends then (default: %(default)s)")
     parser.add_argument("--offload", action="store_true", help="the actor's param_offload and optimizer_offload")
     parser.add_argument("--utilization", type=float, default=0.3, help="the rollout's gpu_memory_utilization")
     for name in ("--model", "--adapter", "--load-format", "--key"):
@@ -444,19 +461,34 @@ def main() -> int:
         if args.json:
             Path(args.json).write_text(json.dumps(found, indent=1))
 
-    if torch.cuda.device_count():
-        found["device"] = torch.cuda.get_device_name(0)
-        found["gemm"] = check_gemm(work)
+    def show(what: str, content: dict) -> None:
         store()
-        print(json.dumps(found["gemm"], indent=1), flush=True)
-    write_nvfp4(work / args.shape, args.shape, "cpu")
-    write_adapter(work / "adapter", args.shape, str(work / args.shape), "cpu")
-    for mode in args.modes:
-        found[mode] = run_mode(mode, args, work)
-        store()
-        shown = {k: v for k, v in found[mode].items() if k != "again"}
-        shown["rollout"] = {k: v for k, v in shown["rollout"].items() if k.endswith("_s")}
-        print(mode, json.dumps(shown), flush=True)
+        content = {k: v for k, v in content.items() if k != "again"}
+        if "rollout" in content:
+            content["rollout"] = {k: v for k, v in content["rollout"].items() if k.endswith("_s")}
+        print(f"{time.monotonic() - begin:.0f} s", what, json.dumps(content), flush=True)
+
+    begin, on_gpu = time.monotonic(), torch.cuda.device_count() > 0
+    signal.signal(signal.SIGALRM, out_of_time)
+    signal.alarm(args.seconds)
+    pairs = {f"GEMM, {name}": start_gemm(name, work) for name in SEGMENTS} if on_gpu else {}
+    modes = {mode: start_mode(mode, args, work, on_gpu) for mode in args.modes}
+    try:
+        write_nvfp4(work / args.shape, args.shape, "cpu")
+        write_adapter(work / "adapter", args.shape, str(work / args.shape), "cpu")
+        if on_gpu:
+            found["device"], found["gemm"] = torch.cuda.get_device_name(0), {}
+        for name, pair in pairs.items():
+            found["gemm"][name] = check_gemm(*pair)
+            show(name, found["gemm"][name])
+        for mode, pair in modes.items():
+            found[mode] = run_mode(mode, *pair, on_gpu)
+            show(mode, found[mode])
+    finally:
+        signal.alarm(0)
+        for pair in (*pairs.values(), *modes.values()):
+            for process in pair:
+                process.end()
     found["verdicts"] = verdicts(found)
     store()
     for what, holds in found["verdicts"].items():

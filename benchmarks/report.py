@@ -379,8 +379,8 @@ SECTIONS = {
     "Rollout": rollout_section,
     "A LoRA training step": training_section,
     "Two GPUs": two_gpus_section,
-    "Matrix products (`kernels/hopper/`)": gemm_section,
-    "Products with another kernel before each, as in a model": between_section,
+    "GEMM (`kernels/hopper/`)": gemm_section,
+    "GEMM with another kernel before it, as in a model": between_section,
     "Shapes without an entry in the built-in table": other_shapes_section,
     "In place of flash-attn": without_flash_attn_section,
 }

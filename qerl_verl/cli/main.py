@@ -1,5 +1,5 @@
 """The ``qerl`` command: ``quantize SRC DST``, ``resolve MODEL``, ``export CHECKPOINT DST``, ``eval MODEL``, ``compare RUN...``,
-``explain NAME``, ``cluster`` and ``doctor``.
+``explain NAME``, ``plan NAME``, ``cluster`` and ``doctor``.
 
 A subcommand is a function ``_add_<name>(subparsers, common)`` that declares its arguments and sets ``run``, listed in
 ``_COMMANDS``. ``run(arguments)`` returns the exit code. What the user can put right is raised as CheckpointError,
@@ -21,6 +21,7 @@ import qerl_verl
 from qerl_verl.cli.compare import add_compare
 from qerl_verl.cli.evaluate import add_eval
 from qerl_verl.cli.explain import ExplainError
+from qerl_verl.cli.plan import add_plan
 from qerl_verl.compare.errors import CompareError
 from qerl_verl.evaluation.errors import EvaluationError
 from qerl_verl.nvfp4.errors import CheckpointError
@@ -248,7 +249,7 @@ def _cluster(arguments: argparse.Namespace) -> int:
     return wait_for_cluster(arguments.nodes, arguments.gpus, arguments.timeout, arguments.address)
 
 
-_COMMANDS = (_add_quantize, _add_resolve, _add_export, add_eval, add_compare, _add_explain, _add_cluster, _add_doctor)
+_COMMANDS = (_add_quantize, _add_resolve, _add_export, add_eval, add_compare, _add_explain, add_plan, _add_cluster, _add_doctor)
 
 
 def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:

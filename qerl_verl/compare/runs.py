@@ -99,6 +99,11 @@ def find_metrics_files(path: Path) -> list[Path]:
     return found
 
 
+def find_logs(folder: Path) -> list[Path]:
+    """Files that are console logs by their names, sorted."""
+    return sorted({p for name in LOG_NAMES for p in folder.glob(name) if p.is_file()})
+
+
 def find_parts(path: Path) -> list[Path]:
     """What the run logged before it resumed, the oldest first: ``<stem>.N.jsonl`` beside
     ``<stem>.jsonl``, and beside a part those with lower numbers."""
@@ -132,8 +137,7 @@ def _files_in(folder: Path) -> list[Path]:
     files = [p for p in files if p not in parts and any(map(_has_metrics, (p, *find_parts(p))))]
     if files:
         return files
-    logs = sorted({p for name in LOG_NAMES for p in folder.glob(name) if p.is_file()})
-    return [p for p in logs if _has_metrics(p)]
+    return [p for p in find_logs(folder) if _has_metrics(p)]
 
 
 def _has_metrics(path: Path) -> bool:
@@ -162,6 +166,18 @@ def _entries(path: Path) -> Iterator[tuple[str, Any]]:
             elif match := _CONSOLE_STEP.search(line):
                 if values := _console_values(match.group(2)):
                     yield "entry", (int(match.group(1)), values)
+
+
+_BYPASS = "actor/"
+"""In verl's bypass mode the metrics of the rollout correction come with the update's, and get its
+prefix (trainer_base.py, rename_dict)."""
+
+
+def _aliases(values: dict[str, float]) -> dict[str, float]:
+    prefix = f"{_BYPASS}rollout_corr/"
+    return {
+        key.removeprefix(_BYPASS): value for key, value in values.items() if key.startswith(prefix)
+    }
 
 
 def _is_step(value: Any) -> bool:
@@ -214,7 +230,7 @@ def read_steps(path: Path) -> tuple[dict[int, dict[str, float]], list[str]]:
         repeated |= lost
         for s in lost:
             del steps[s]
-        steps.setdefault(step, {}).update(values)
+        steps.setdefault(step, {}).update(_aliases(values) | values)
     if not steps:
         raise CompareError(
             f"{path} holds no metrics of a verl run: neither lines of verl's file logger nor "

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qerl_verl.compare.runs import Run
+from qerl_verl.compare.runs import METRICS_SUFFIX, Run, find_logs
 
 RECORD_SUFFIX = ".settings.json"
 """Of the record beside ``<stem>.jsonl``: ``<stem>.settings.json``."""
@@ -97,8 +97,8 @@ def read_settings(path: Path, alone: bool) -> dict[str, Any] | None:
 
     Args:
         path: a metrics file or a console log.
-        alone: no other run has its metrics in the same folder, so that a ``.hydra`` folder below it
-            is this run's.
+        alone: no other run has its metrics in the same folder, so that a ``.hydra`` folder below
+            it, or a console log in it, is this run's.
 
     Returns:
         None where no source is there or none can be read.
@@ -112,7 +112,8 @@ def read_settings(path: Path, alone: bool) -> dict[str, Any] | None:
             return None
     if alone and (found := _hydra_settings(path.parent)):
         return found
-    return _printed_settings(path)
+    logs = find_logs(path.parent) if alone and path.suffix == METRICS_SUFFIX else [path]
+    return next((found for log in logs if (found := _printed_settings(log))), None)
 
 
 def _hydra_settings(folder: Path) -> dict[str, Any] | None:

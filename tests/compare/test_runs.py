@@ -71,6 +71,15 @@ def test_a_validation_of_a_resumed_run_adds_to_the_step_that_it_resumed_from(tmp
     assert steps[2] == {SCORE: 2, "val-core/x/acc/mean@1": 0.5}
 
 
+def test_the_rollout_correction_of_verls_bypass_mode_has_its_usual_name(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(line(1, score=1, **{"actor/rollout_corr/k3_kl": 0.5, "actor/entropy": 0.1}))
+    assert (
+        read_steps(path)[0][1]["rollout_corr/k3_kl"] == 0.5
+        and "entropy" not in read_steps(path)[0][1]
+    )
+
+
 def test_both_loggers_of_verl_are_read_alike(tmp_path, capsys, monkeypatch):
     data = {
         SCORE: 0.123456789,

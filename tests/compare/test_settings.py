@@ -74,6 +74,13 @@ def test_the_settings_from_what_verl_prints_among_other_lines(tmp_path, prefix):
     assert EXPECTED.items() <= read_settings(tmp_path / "log", alone=True).items()
 
 
+def test_a_console_log_beside_the_metrics_of_one_run_tells_its_settings(make_run):
+    folder = make_run("run")
+    (folder / "log.txt").write_text(pprint.pformat(CONFIG) + "\n")
+    assert EXPECTED.items() <= read_settings(folder / "metrics.jsonl", alone=True).items()
+    assert read_settings(folder / "metrics.jsonl", alone=False) is None
+
+
 def test_the_record_comes_before_hydras_folder(make_run):
     folder = make_run("run", settings={"qerl.arm": "bf16"})
     write_hydra(folder)

@@ -1,0 +1,103 @@
+"""``qerl plan NAME [key=value ...]``: the memory that a run would take, by part, before anything is started."""
+
+from __future__ import annotations
+
+import argparse
+
+from qerl_verl.cli.explain import ExplainError, compose_with_keys
+from qerl_verl.nvfp4.errors import CheckpointError
+
+
+def add_plan(subparsers, common: argparse.ArgumentParser) -> None:
+    parser = subparsers.add_parser(
+        "plan",
+        parents=[common],
+        help="print what a run would take of GPU and host memory, by part, and what to change where it does not fit",
+        usage="%(prog)s NAME [key=value ...] [--gpu-memory GIB] [--config-path PATH]",
+    )
+    parser.add_argument("words", nargs="*", metavar="NAME | key=value", help="as for `qerl explain`")
+    parser.add_argument("--gpu-memory", type=float, metavar="GIB", help="of one GPU (default: that of this machine's)")
+    parser.add_argument("--config-path", help="folder or pkg://package of NAME (default: QeRL's recipes, then verl's)")
+    parser.set_defaults(run=_run)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    names = [word for word in arguments.words if "=" not in word and not word.startswith("~")]
+    if not names:
+        raise ExplainError("plan: give the name of a recipe, for example `qerl plan gsm8k_grpo`")
+    arguments.words.remove(names[0])
+    return show_plan(names[0], arguments.words, arguments.config_path, arguments.gpu_memory)
+
+
+def show_plan(name: str, overrides: list[str], config_path: str | None, gpu_memory: float | None) -> int:
+    """Print the memory of a run on GPUs; exit code 2 where it does not fit.
+
+    Args:
+        name, overrides, config_path: as for :func:`~qerl_verl.cli.explain.compose_with_keys`.
+        gpu_memory: GiB of one GPU; None asks this machine's.
+
+    Raises:
+        ExplainError: the configuration cannot be composed or run, or the model cannot be read.
+    """
+    from qerl_verl.config.arms import get_arm
+    from qerl_verl.config.host import Host
+    from qerl_verl.config.keys import get_value
+    from qerl_verl.config.plan import plan
+    from qerl_verl.config.rules import MODEL
+    from qerl_verl.memory.estimate import GIB, estimate, propose
+    from qerl_verl.memory.read import model_of, read_config, run_of
+
+    config, keys = compose_with_keys(name, overrides, config_path)
+    made = plan(config, keys, Host.here(), "cuda", here=False)
+    if made.problems:
+        raise ExplainError(f"{name} cannot run: {'; '.join(made.problems)}")
+    if not get_arm(config).container:
+        raise ExplainError(
+            f"plan: the memory of +qerl={get_arm(config).name} is not worked out, that of nvfp4 and mxfp4 is"
+        )
+    total = int(_gpu_gib(gpu_memory) * GIB)
+    try:
+        content = read_config(config)
+        targets, exclude = (get_value(config, f"{MODEL}.{key}") for key in ("target_modules", "exclude_modules"))
+        model = model_of(content, get_value(config, f"{MODEL}.lora_rank"), targets, exclude)
+    except (OSError, CheckpointError) as error:
+        raise ExplainError(f"{MODEL}.path={get_value(config, f'{MODEL}.path')}: {error}") from error
+    run = run_of(config, made.shares_base)
+    found = estimate(model, run, total)
+
+    print(f"{name}: {get_value(config, f'{MODEL}.path')} on GPUs of {total / GIB:.1f} GiB, estimated for one of them")
+    for title, parts in (
+        ("while the rollout generates", found.generating),
+        ("at the peak of an update", found.training),
+        ("in host memory, beside the processes themselves", found.host),
+    ):
+        print(f"\n{title}: {sum(parts.values()) / GIB:.1f} GiB")
+        for part, size in parts.items():
+            if size:
+                print(f"  {size / GIB:7.2f}  {part}")
+    fitting = found.cache_tokens // run.sequence
+    print(
+        f"\nKV cache: {found.cache_tokens} tokens, {fitting} sequences of {run.sequence}; the run asks for {run.sequences}"
+    )
+    print(f"micro-batch: {run.tokens} tokens, {found.kept_layers} of {model.layers} layers keep their outputs")
+    if not found.problems:
+        print("\nfits")
+        return 0
+    print("\ndoes not fit:")
+    for problem in found.problems:
+        print(f"  - {problem}")
+    changes = propose(model, run, total)
+    print("with these settings it does:" if changes else "no setting known here makes it fit")
+    for change in changes or ():
+        print(f"  {change}")
+    return 2
+
+
+def _gpu_gib(given: float | None) -> float:
+    if given is not None:
+        return given
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ExplainError("plan: this machine has no GPU; give the memory of one with --gpu-memory GIB")
+    return torch.cuda.get_device_properties(0).total_memory / 2**30

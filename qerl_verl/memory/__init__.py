@@ -1,0 +1,1 @@
+"""What a run takes of GPU and host memory, worked out from its configuration (``qerl plan``)."""
