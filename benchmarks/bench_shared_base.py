@@ -184,7 +184,7 @@ def rollout(args) -> None:
     )
     start_s = time.monotonic() - begin
     llm.collective_rpc("qerl_load_adapter_folder", args=(args.adapter,))
-    parameters = SamplingParams(max_tokens=32, temperature=0, logprobs=0, detokenize=False, ignore_eos=True)
+    parameters = SamplingParams(max_tokens=32 if on_gpu else 4, temperature=0, logprobs=0, detokenize=False, ignore_eos=True)
 
     def generate() -> list:
         llm.reset_prefix_cache()
