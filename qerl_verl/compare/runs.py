@@ -24,7 +24,9 @@ SCORE = "critic/score/mean"
 """What marks a step that trained; a validation before training has the step of the last update."""
 
 METRICS_SUFFIX = ".jsonl"
-_PART = re.compile(r"(.+)\.(\d+)\.jsonl")
+RECORD_SUFFIX = ".settings.json"
+"""Of the record beside ``<stem>.jsonl``: ``<stem>.settings.json``."""
+_PART = re.compile(r"(.+)\.(0|[1-9]\d*)\.jsonl")
 
 _LOG_SUFFIXES = (".log", ".out", ".txt")
 LOG_NAMES = ("log", *(f"*{suffix}" for suffix in _LOG_SUFFIXES))
@@ -119,16 +121,25 @@ def find_parts(path: Path) -> list[Path]:
 
 
 def _split_part(path: Path) -> tuple[str, int | None]:
-    """The stem without the number of a part, and that number; None for the newest file."""
-    match = _PART.fullmatch(path.name)
-    return (match.group(1), int(match.group(2))) if match else (path.stem, None)
+    """The stem without the number of a part, and that number; None for the newest file.
+
+    A name may end in a number of its own, as ``sigma_0.01``. So a number is that of a part only
+    where the run's newest file or its record is there.
+    """
+    if match := _PART.fullmatch(path.name):
+        stem = match.group(1)
+        newest = (path.with_name(stem + suffix) for suffix in (METRICS_SUFFIX, RECORD_SUFFIX))
+        if any(file.exists() for file in newest):
+            return stem, int(match.group(2))
+    return path.stem, None
 
 
 def next_part(path: Path) -> Path:
     """The name under which ``<stem>.jsonl`` becomes the newest of its parts."""
-    parts = find_parts(path)
-    number = 1 + _split_part(parts[-1])[1] if parts else 0
-    return path.with_name(f"{path.stem}.{number}{METRICS_SUFFIX}")
+    number = 0
+    while (part := path.with_name(f"{path.stem}.{number}{METRICS_SUFFIX}")).exists():
+        number += 1
+    return part
 
 
 def _files_in(folder: Path) -> list[Path]:
@@ -212,7 +223,7 @@ def read_steps(path: Path) -> tuple[dict[int, dict[str, float]], list[str]]:
     :func:`find_parts` finds come first.
 
     Raises:
-        CompareError: the file holds no metrics, or none of a training step.
+        CompareError: the file holds no metrics.
         OSError: it cannot be read.
     """
     steps: dict[int, dict[str, float]] = {}

@@ -15,10 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qerl_verl.compare.runs import METRICS_SUFFIX, Run, find_logs
-
-RECORD_SUFFIX = ".settings.json"
-"""Of the record beside ``<stem>.jsonl``: ``<stem>.settings.json``."""
+from qerl_verl.compare.runs import METRICS_SUFFIX, RECORD_SUFFIX, Run, find_logs
 
 CONTENT = ".sha256"
 """Ends the key of the record that holds the SHA-256 of what ``key`` names, a file or a list."""

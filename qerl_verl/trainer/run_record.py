@@ -16,8 +16,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from qerl_verl.compare.runs import SCORE, next_part
-from qerl_verl.compare.settings import CONTENT, RECORD_SUFFIX
+from qerl_verl.compare.runs import RECORD_SUFFIX, SCORE, next_part
+from qerl_verl.compare.settings import CONTENT
 from qerl_verl.config.callback import say
 from qerl_verl.config.keys import flatten
 

@@ -108,10 +108,12 @@ def test_both_loggers_of_verl_are_read_alike(tmp_path, capsys, monkeypatch):
 
 def test_what_a_resumed_run_logged_before_is_read_first(tmp_path):
     path = tmp_path / "metrics.jsonl"
+    (tmp_path / "metrics.settings.json").write_text("{}")
     assert next_part(path) == tmp_path / "metrics.0.jsonl"
     (tmp_path / "metrics.0.jsonl").write_text(train(1, 2, 3))
     assert next_part(path) == tmp_path / "metrics.1.jsonl"
-    (tmp_path / "metrics.10.jsonl").write_text(train(3, 4, offset=0.5))
+    for number in range(1, 11):
+        (tmp_path / f"metrics.{number}.jsonl").write_text(train(3, 4, offset=number / 20))
     assert find_metrics_files(tmp_path) == [
         tmp_path / "metrics.10.jsonl"
     ]  # the last start logged nothing
@@ -121,7 +123,16 @@ def test_what_a_resumed_run_logged_before_is_read_first(tmp_path):
     ]
     steps, notes = read_steps(path)
     assert {s: v[SCORE] for s, v in steps.items()} == {1: 1, 2: 2, 3: 3.5, 4: 4.7, 5: 5.7}
-    assert any("read from 3 files" in note for note in notes)
+    assert any("read from 12 files" in note for note in notes)
+
+
+@pytest.mark.parametrize("names", [("sigma_0.01", "sigma_0.02"), ("lr.1", "lr.2"), ("a", "a.05")])
+def test_a_number_at_the_end_of_a_runs_name_makes_it_no_part_of_another(tmp_path, names):
+    files = [tmp_path / f"{name}.jsonl" for name in names]
+    for file in files:
+        file.write_text(train(1, 2))
+    assert find_metrics_files(tmp_path) == sorted(files)
+    assert all(not read_steps(file)[1] for file in files)
 
 
 FOLDERS = {
