@@ -9,6 +9,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+from qerl_verl.config.settings import ROLLOUT_KERNELS
 from qerl_verl.evaluation.errors import EvaluationError
 
 DEFAULT_RESPONSES = Path("responses.jsonl")
@@ -92,7 +93,10 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("vLLM")
     group.add_argument("--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto")
     group.add_argument(
-        "--kernel", default="auto", help="of NVFP4 layers, as qerl.rollout.kernel (default: %(default)s)"
+        "--kernel",
+        choices=ROLLOUT_KERNELS,
+        default="auto",
+        help="of NVFP4 layers, as qerl.rollout.kernel (default: %(default)s)",
     )
     group.add_argument("--lora", choices=("inline", "punica"), default="inline", help="as qerl.rollout.lora")
     group.add_argument("--tensor-parallel-size", type=int, default=1, metavar="GPUS")

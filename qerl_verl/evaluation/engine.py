@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,9 @@ from qerl_verl.config.rules import COMPILATION, WORKER_EXTENSION, cpu_environmen
 from qerl_verl.evaluation.policies import Adapter, Model, write_plain
 from qerl_verl.platform.cpu_features import missing_bfloat16
 from qerl_verl.switch import ENGINE_VENDOR, SWITCH_ENV
+
+PATIENCE = 10.0
+"""Seconds until the engine must have come to rest after its last response."""
 
 
 @dataclass(frozen=True)
@@ -149,8 +153,15 @@ class Engine:
                 self._engine.collective_rpc("qerl_load_adapter", args=({}, 1.0))
         else:
             self._load(adapter)
-        if not self._engine.reset_prefix_cache():
-            raise RuntimeError("vLLM has kept what it had cached under the weights before")
+        self._forget_prefixes()
+
+    def _forget_prefixes(self) -> None:
+        """Drop what was cached under the weights before; with asynchronous scheduling the last step may still hold it."""
+        until = time.monotonic() + PATIENCE
+        while not self._engine.reset_prefix_cache():
+            if time.monotonic() > until:
+                raise RuntimeError("vLLM keeps the prefixes that it cached under another adapter")
+            time.sleep(0.1)
 
     def _load(self, adapter: Adapter) -> None:
         self._used += 1
@@ -200,9 +211,9 @@ class Engine:
                     if output.finished:
                         done = output.outputs[0]
                         yield active.pop(output.request_id), list(done.token_ids), str(done.finish_reason)
-        finally:
-            if active:
-                self._engine.abort_request(list(active))
+        except GeneratorExit:  # the caller wants no more, and the engine goes on
+            self._engine.abort_request(list(active))
+            raise
 
     def close(self) -> None:
         """End vLLM's processes."""

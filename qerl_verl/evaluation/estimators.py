@@ -17,13 +17,13 @@ class Estimate:
 
     Attributes:
         value: the mean.
-        low: lower end of its confidence interval.
+        low: lower end of its confidence interval; None for a single problem, which has none.
         high: upper end.
     """
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
 
 
 def pass_at_k(samples: int, solved: np.ndarray, k: int) -> np.ndarray:
@@ -65,6 +65,8 @@ def estimate(values: np.ndarray, confidence: float = 0.95, resamples: int = RESA
         seed: of the draws.
     """
     values = np.asarray(values, dtype=np.float64)
+    if len(values) == 1:
+        return Estimate(float(values[0]), None, None)
     generator, means = np.random.default_rng(seed), []
     rows = max(1, _CHUNK // len(values))
     for begin in range(0, resamples, rows):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -98,18 +99,19 @@ def as_json(result: Result) -> dict[str, Any]:
 
 def format_table(results: Sequence[Result]) -> str:
     """The table for the terminal, in percent."""
+    shown = _short([result.policy for result in results])
     header = ["policy", "data", "problems", "samples"]
     ks = sorted({k for result in results for k in result.pass_at})
     compared = any(result.difference for result in results)
     graded = any(abs(result.score.value - result.pass_at[1].value) > 1e-9 for result in results if 1 in result.pass_at)
     header += [f"pass@{k}, %" for k in ks]
-    header += [f"vs {results[0].policy}, pass@{ks[0]}"] if compared else []
+    header += [f"vs {shown[results[0].policy]}, pass@{ks[0]}"] if compared else []
     header += ["mean score"] if graded else []
     header += ["tokens", "cut off, %"]
     rows = [header]
     for result in results:
         several = sum(r.policy == result.policy and r.data == result.data for r in results) > 1
-        row = [result.policy, f"{result.data} {result.source}" if several else result.data]
+        row = [shown[result.policy], f"{result.data} {result.source}" if several else result.data]
         row += [f"{result.problems}", f"{result.samples}"]
         row += [_percent(result.pass_at[k]) for k in ks]
         if compared:
@@ -121,5 +123,15 @@ def format_table(results: Sequence[Result]) -> str:
     return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
 
 
+def _short(names: Iterable[str]) -> dict[str, str]:
+    """Name -> name without the folders that all names with folders begin with."""
+    names = list(dict.fromkeys(names))
+    folders = [name.split("/")[:-1] for name in names if "/" in name]
+    common = len(os.path.commonprefix(folders)) if len(folders) > 1 else 0
+    return {name: "/".join(name.split("/")[common:]) if "/" in name else name for name in names}
+
+
 def _percent(value: Estimate, sign: str = "") -> str:
+    if value.low is None or value.high is None:
+        return f"{100 * value.value:{sign}.1f}"
     return f"{100 * value.value:{sign}.1f} [{100 * value.low:{sign}.1f}, {100 * value.high:{sign}.1f}]"

@@ -230,15 +230,15 @@ def _tokenize(
     model_type = AutoConfig.from_pretrained(model.folder).model_type
     builder = create_continuous_token_builder(tokenizer, hf_model_type=model_type, chat_template_kwargs=arguments)
     prompts = {}
-    for each in data:
-        for problem in each.problems:
-            try:
-                prompts[each.name, problem.index] = list(builder.build_initial_tokens(problem.messages))
-            except Exception as error:  # jinja's, or a template's own raise_exception
-                raise EvaluationError(
-                    f"--data {each.name}, row {problem.index}: the chat template fails on its prompt: "
-                    f"{' '.join(str(error).split())[:200]}; mend the prompt, or give another with --chat-template FILE"
-                ) from error
+    problems = [(each.name, problem) for each in data for problem in each.problems]
+    for name, problem in tqdm(problems, desc="Making prompts", unit="prompt", delay=5, leave=False):
+        try:
+            prompts[name, problem.index] = list(builder.build_initial_tokens(problem.messages))
+        except Exception as error:  # jinja's, or a template's own raise_exception
+            raise EvaluationError(
+                f"--data {name}, row {problem.index}: the chat template fails on its prompt: "
+                f"{' '.join(str(error).split())[:200]}; mend the prompt, or give another with --chat-template FILE"
+            ) from error
     return prompts, str(tokenizer.chat_template)
 
 
@@ -361,13 +361,29 @@ def _results(plan: Plan, file: ResponseFile) -> list[Result]:
 def report(plan: Plan, results: Sequence[Result]) -> dict[str, Any]:
     """What ``--json`` writes: what was asked for, with what, and the results, as fractions of 1."""
     packages = ("verl", "vllm", "torch", "transformers", "peft")
+    settings, model = plan.settings, plan.model
+    adapters = [adapter for adapter in plan.policies.values() if adapter is not None]
     return {
-        "model": {"given": plan.model.given, "folder": str(plan.model.folder), "form": plan.model.form},
-        "arguments": plan.identity(),
-        "samples": plan.settings.samples,
-        "correct_from": plan.settings.correct_from,
-        "confidence": plan.settings.confidence,
-        "responses": str(plan.settings.responses),
+        "command": sys.argv,
+        "model": {
+            "given": model.given,
+            "folder": str(model.folder),
+            "form": model.form,
+            "fingerprint": model.fingerprint,
+            "dtype": engines.compute_dtype(settings.engine.dtype, plan.on_cpu),
+        },
+        "adapters": [{"name": a.name, "rank": a.rank, "scaling": a.scaling, "digest": a.digest} for a in adapters],
+        "data": [{"name": d.name, "problems": len(d.problems), "digest": d.digest} for d in plan.data],
+        "sampling": {
+            "samples": settings.samples,
+            "temperature": settings.temperature,
+            "top_p": settings.top_p,
+            "max_tokens": settings.max_tokens,
+            "seed": settings.seed,
+        },
+        "correct_from": settings.correct_from,
+        "confidence": settings.confidence,
+        "responses": str(settings.responses),
         "device": "cpu" if plan.on_cpu else _gpu_name(),
         "versions": {"qerl_verl": qerl_verl.__version__, **{name: version(name) for name in packages}},
         "results": [as_json(result) for result in results],

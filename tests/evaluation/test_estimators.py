@@ -46,6 +46,11 @@ def test_an_estimate_is_the_mean_and_the_same_each_time():
     assert first.high - first.low == pytest.approx(2 * 1.96 * values.std() / 1500**0.5, rel=0.05)
 
 
-@pytest.mark.parametrize("values", [[0.0], [1.0] * 9])
+def test_a_single_problem_has_no_interval():
+    found = estimate(np.array([0.25]))
+    assert (found.value, found.low, found.high) == (0.25, None, None)
+
+
+@pytest.mark.parametrize("values", [[0.0] * 2, [1.0] * 9])
 def test_equal_values_have_an_interval_without_width(values):
     assert estimate(np.array(values)).low == estimate(np.array(values)).high == values[0]

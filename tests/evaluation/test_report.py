@@ -58,3 +58,17 @@ def test_json_and_table():
 def test_the_table_leaves_out_what_says_nothing():
     head = format_table([summary(rows([1, 0]))[0]]).splitlines()[0]
     assert "vs" not in head and "mean score" not in head
+
+
+@pytest.mark.parametrize(
+    "names, shown",
+    [
+        (["base", "runs/a/global_step_10"], ["base", "runs/a/global_step_10"]),
+        (["base", "runs/a/s_10", "runs/a/s_20"], ["base", "s_10", "s_20"]),
+        (["runs/a_1/s_10", "runs/a_2/s_10"], ["a_1/s_10", "a_2/s_10"]),
+        (["/x/a", "/y/a", "a"], ["x/a", "y/a", "a"]),
+    ],
+)
+def test_names_without_the_folders_that_they_share(names, shown):
+    table = format_table([summary(rows([1, 0], [0, 0]), name)[0] for name in names]).splitlines()
+    assert [line.split()[0] for line in table[2:]] == shown

@@ -220,7 +220,8 @@ def test_the_report_says_what_was_asked_and_found(settings, tmp_path):
     plan = prepare(settings)
     write_report(tmp_path / "new" / "out.json", report(plan, results))
     found = json.loads((tmp_path / "new" / "out.json").read_text())
-    assert found["arguments"]["--temperature"] == 0.6 and found["samples"] == 3
+    assert found["sampling"] == {"samples": 3, "temperature": 0.6, "top_p": 0.95, "max_tokens": 8, "seed": 0}
+    assert [a["name"] for a in found["adapters"]] == settings.adapters and found["model"]["form"] == "nvfp4"
     assert [r["policy"] for r in found["results"]] == ["base", *settings.adapters]
     assert found["results"][1]["pass@3"]["low"] <= found["results"][1]["pass@3"]["high"]
     assert found["versions"]["vllm"] and found["device"]
