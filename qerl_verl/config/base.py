@@ -14,8 +14,10 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from qerl_verl.config.checks.models import local_folder
 from qerl_verl.config.keys import get_value, set_value
 from qerl_verl.config.rules import ACTOR, MODEL, ROLLOUT, is_separate, rollout_layers
+from qerl_verl.nvfp4.architectures import Architecture, UnsupportedArchitecture, get_architecture
 from qerl_verl.switch import BASE_ENV
 
 LOAD_FORMAT = "qerl_shared"
@@ -57,6 +59,8 @@ class BaseSharing:
 
 def find_obstacle(config: DictConfig, environment: Mapping[str, str]) -> str | None:
     """Why actor and rollout of a run cannot use one copy of the base, as far as its configuration tells, or None."""
+    if (architecture := _architecture(config)) and not architecture.shares_base:
+        return f"one copy of the base has not been tried with {architecture.name}"
     if is_separate(config):
         return "the rollout engines have devices of their own (trainer.v1.trainer_mode=separate_async)"
     for key in ("tensor_model_parallel_size", "data_parallel_size", "pipeline_model_parallel_size"):
@@ -77,6 +81,15 @@ def find_obstacle(config: DictConfig, environment: Mapping[str, str]) -> str | N
     if load_format not in (None, "auto", "safetensors", "dummy", LOAD_FORMAT):
         return f"the rollout loads the base in a way of its own ({ROLLOUT}.load_format={load_format})"
     return None
+
+
+def _architecture(config: DictConfig) -> Architecture | None:
+    """Of the actor's model, where it is on this machine and known."""
+    folder = local_folder(config, MODEL)
+    try:
+        return get_architecture(json.loads((folder / "config.json").read_text(encoding="utf-8"))) if folder else None
+    except (OSError, ValueError, UnsupportedArchitecture):  # told elsewhere
+        return None
 
 
 def choose_base(setting: str, obstacle: str | None, on_cpu: bool) -> tuple[bool, str]:

@@ -94,6 +94,10 @@ class Architecture:
     fixed: tuple[Fixed, ...] = ()
     """Settings of which one value alone is served."""
 
+    shares_base: bool = False
+    """Whether one copy of the base serves actor and rollout (``qerl.base``): vLLM has a model of its own for the family, whose
+    layers are the checkpoint's, fused as in :meth:`scale_groups`."""
+
     @property
     def linears(self) -> tuple[str, ...]:
         """The linears whose weights are packed."""
@@ -197,10 +201,15 @@ def _head_dim(config: Any) -> int:
 _ARCHITECTURES = {
     architecture.name: architecture
     for architecture in (
-        Architecture("Qwen2ForCausalLM", biased=_QKV),
-        Architecture("Qwen3ForCausalLM", bias_switches={"attention_bias": _ATTENTION}, head_norms=_NORMED_HEADS),
-        Architecture("LlamaForCausalLM", bias_switches=_LLAMA_BIASES),
-        Architecture("MistralForCausalLM"),
+        Architecture("Qwen2ForCausalLM", biased=_QKV, shares_base=True),
+        Architecture(
+            "Qwen3ForCausalLM",
+            bias_switches={"attention_bias": _ATTENTION},
+            head_norms=_NORMED_HEADS,
+            shares_base=True,
+        ),
+        Architecture("LlamaForCausalLM", bias_switches=_LLAMA_BIASES, shares_base=True),
+        Architecture("MistralForCausalLM", shares_base=True),
         Architecture("Ministral3ForCausalLM"),
         Architecture("SmolLM3ForCausalLM", bias_switches=_LLAMA_BIASES),
         Architecture("GraniteForCausalLM", bias_switches=_LLAMA_BIASES),

@@ -79,14 +79,16 @@ def shared_weights(
     if _loading is None:
         return None
     group = _find_group(_loading.base.layout.groups, layer)
-    if list(group.rows) != list(widths) or group.backend != backend:
+    fits = list(group.rows) == list(widths) or (len(group.rows) == 1 and sum(widths) == group.rows[0])
+    if not fits or group.backend != backend:
         raise SharingError(
             f"{layer} has projections of {list(widths)} rows for {backend} in the rollout, of {list(group.rows)} rows for "
             f"{group.backend} in the actor"
         )
     _loading.taken.update(group.parts)
     data = _loading.base.data
-    return *group.views(data), torch.tensor(group.global_scales, dtype=torch.float32, device=data.device)
+    scales = group.global_scales if len(group.rows) == len(widths) else group.global_scales * len(widths)
+    return *group.views(data), torch.tensor(scales, dtype=torch.float32, device=data.device)
 
 
 def shared_embedding(layer: VocabParallelEmbedding) -> UnquantizedEmbeddingMethod | None:

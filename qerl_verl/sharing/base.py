@@ -63,6 +63,8 @@ def plan_layout(
     Raises:
         SharingError: the two processes would not use the same bytes; with the reason.
     """
+    if not architecture.shares_base:
+        raise SharingError(f"one copy of the base has not been tried with {architecture.name}")
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, NVFP4Linear)}
     builder = LayoutBuilder()
     for parts in _fused(layers, architecture):

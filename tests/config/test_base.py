@@ -41,6 +41,14 @@ def test_what_keeps_a_run_from_sharing_is_named(switched, overrides, environment
     assert found is None if reason is None else reason in found
 
 
+@pytest.mark.parametrize(("name", "shares"), [("Qwen2ForCausalLM", True), ("Olmo2ForCausalLM", False), ("GPT2", None)])
+def test_a_model_that_has_not_been_tried_is_named(switched, tmp_path, name, shares):
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": [name]}))
+    config, _, _ = switched(TP_1, f"actor_rollout_ref.model.path={tmp_path}")
+    found = find_obstacle(config, {})
+    assert found == (None if shares is not False else f"one copy of the base has not been tried with {name}")
+
+
 @pytest.mark.parametrize(
     ("setting", "obstacle", "on_cpu", "shared", "reason"),
     [

@@ -1,0 +1,83 @@
+"""Runs in a process of its own: an engine with a base of its own and one on a shared base, for each checkpoint.
+
+Usage: shared_families_process.py OUT JSON_PROMPTS DTYPE CHECKPOINT [CHECKPOINT ...]
+
+As ``families_process.py``, whose engines live in this process, too, and so does the owner of the shared base.
+"""
+
+import json
+import os
+import sys
+import traceback
+import uuid
+
+from families_process import LORA, log_probabilities  # sets the environment, first of all
+
+# isort: split
+import torch
+from accelerate import init_empty_weights
+from transformers import AutoConfig, AutoModelForCausalLM
+from vllm import LLM
+
+from qerl_verl.config.base import LOAD_FORMAT, BaseSharing
+from qerl_verl.nvfp4.architectures import get_architecture
+from qerl_verl.nvfp4.loading import packed_linear_names, swap_linears
+from qerl_verl.rollout.candidates import CANDIDATES
+from qerl_verl.rollout.rope import rope_overrides
+from qerl_verl.sharing.base import OtherSide, load_base, plan_layout
+from qerl_verl.sharing.channel import BaseOwner
+from qerl_verl.sharing.memory import SharedMemory
+from qerl_verl.switch import BASE_ENV
+
+CPU = torch.device("cpu")
+
+
+def own_base(checkpoint, dtype):
+    """The base in this process. Returns the owner and which tensors are shared in place."""
+    config = AutoConfig.from_pretrained(checkpoint)
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    swap_linears(model, packed_linear_names(checkpoint), torch.bfloat16)
+    other = OtherSide("auto", CANDIDATES, LORA["rank"], dtype)
+    layout = plan_layout(model, get_architecture(config), CPU, dtype, "auto", other)
+    memory = SharedMemory.allocate(layout.size, CPU)
+    layout, _ = load_base(model, checkpoint, layout, memory, torch.bfloat16, dtype, "auto")
+    settings = BaseSharing(uuid.uuid4().hex, True, "auto", LORA["rank"], str(dtype).removeprefix("torch."))
+    os.environ |= settings.environment()
+    names = sorted(name for name, plain in layout.tensors.items() if plain.shared)
+    return BaseOwner((memory, layout), settings.key, 0), names
+
+
+def look_at(checkpoint, prompts, dtype, load_format):
+    engine = LLM(
+        checkpoint,
+        skip_tokenizer_init=True,
+        enforce_eager=True,
+        distributed_executor_backend="uni",
+        dtype=dtype,
+        max_model_len=128,
+        load_format=load_format,
+        hf_overrides=rope_overrides(AutoConfig.from_pretrained(checkpoint)),
+        worker_extension_cls="qerl_verl.rollout.worker.QeRLWorkerExtension",
+        additional_config={"qerl": {"kernel": "auto", "lora": LORA, "noise": True}},
+    )
+    seen = {"log_probs": log_probabilities(engine, prompts), "digest": engine.collective_rpc("qerl_base_digest")}
+    engine.llm_engine.engine_core.shutdown()
+    return seen
+
+
+if __name__ == "__main__":
+    out, prompts, dtype, *folders = sys.argv[1:]
+    prompts, found = json.loads(prompts), {}
+    for checkpoint in folders:
+        try:
+            separate = look_at(checkpoint, prompts, dtype, "safetensors")
+            owner, names = own_base(checkpoint, getattr(torch, dtype))
+            shared = look_at(checkpoint, prompts, dtype, LOAD_FORMAT)
+            found[checkpoint] = {"separate": separate, "shared": shared, "in_place": names}
+            owner.close()
+        except Exception:
+            found[checkpoint] = {"error": traceback.format_exc()}
+        os.environ.pop(BASE_ENV, None)
+    with open(out, "w") as file:
+        json.dump(found, file)
