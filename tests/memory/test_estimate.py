@@ -51,6 +51,13 @@ def test_shapes_give_the_known_sizes():
     assert made.cache_a_token == 2 * 2 * 512 * 28
 
 
+def test_linears_that_a_checkpoint_fuses_count_once():
+    sizes = SHAPES["7B"] | {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    made = model_of({**QWEN, **sizes, "architectures": ["Phi3ForCausalLM"], "model_type": "phi3"}, 32, "all-linear")
+    assert (made.query, made.key, made.packed) == (3584, 512, model("7B").packed)
+    assert made.adapter == 32 * 28 * ((3584 + 4608) + 2 * 3584 + (3584 + 2 * 18944) + (18944 + 3584))
+
+
 @pytest.mark.parametrize(
     ("shape", "run", "elsewhere", "measured", "kept", "kept_gib"),
     [
