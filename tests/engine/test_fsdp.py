@@ -98,14 +98,11 @@ def test_what_the_checkpoint_says_about_merging_holds(one_rank, bf16_checkpoint,
     assert str(error.value).split(" at ")[0] in guide
 
 
-@pytest.mark.parametrize("offload", [False, True])
-def test_a_base_that_the_rollout_uses_too_trains_the_same_adapter(
-    run_engine, one_rank, nvfp4_checkpoint, tmp_path, offload
-):
-    """qerl.base=shared: bit for bit, with and without verl's offload, which leaves the base where it is; a checkpoint is the same."""
+def test_a_base_that_the_rollout_uses_too_trains_the_same_adapter(run_engine, one_rank, nvfp4_checkpoint, tmp_path):
+    """qerl.base=shared: bit for bit, with verl's offload, which leaves the base where it is; a checkpoint is the same."""
     sharing = BaseSharing(uuid.uuid4().hex, True, "auto", 8, "bfloat16").environment()
     save = tmp_path / "ckpt" / "actor"
-    settings = {"steps": 4, "save_after": 2, "save": str(save), "param_offload": offload, "optimizer_offload": offload}
+    settings = {"steps": 4, "save_after": 2, "save": str(save), "param_offload": True, "optimizer_offload": True}
     report = run_engine(nvfp4_checkpoint, tmp_path / "r", environment=sharing, **settings)[0]
     unbroken = one_rank[1]
     assert all(report[what] == unbroken[what] for what in ("built", "steps", "saved", "adapter"))
