@@ -50,6 +50,7 @@ def register_verl() -> None:
     wrapt.register_post_import_hook("qerl_verl.engine.register:register_engines", "verl.workers.engine")
     wrapt.register_post_import_hook("qerl_verl.trainer.register:register_trainers", "verl.trainer.ppo.v1")
     wrapt.register_post_import_hook("qerl_verl.rollout.register:register_replica", "verl.workers.rollout.replica")
+    wrapt.register_post_import_hook("qerl_verl.rollout.register:register_sender", "verl.workers.rollout.base")
     wrapt.register_post_import_hook("qerl_verl.rollout.register:register_transport", "verl.checkpoint_engine")
 
 

@@ -18,6 +18,17 @@ def _load():
     return QeRLReplica
 
 
+def register_sender(rollout_module=None) -> None:
+    """Put our sender of weights into verl's table of rollout classes. Idempotent.
+
+    Args:
+        rollout_module: the module ``verl.workers.rollout.base`` (wrapt's post-import hook passes it).
+    """
+    from verl.workers.rollout import base
+
+    base._ROLLOUT_REGISTRY["vllm", "async"] = "qerl_verl.rollout.adapter.QeRLServerAdapter"
+
+
 def register_transport(checkpoint_engine_package=None) -> None:
     """Import the module whose decorator registers the checkpoint engine ``qerl``. Idempotent.
 

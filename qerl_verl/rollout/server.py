@@ -15,12 +15,17 @@ from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, 
 
 from qerl_verl.config.base import BaseSharing
 from qerl_verl.config.checks.plugins import vllm_policy_problem
+from qerl_verl.rollout.adapter import job_name
 from qerl_verl.rollout.lora import ADDITIONAL_CONFIG, lora_settings
 from qerl_verl.rollout.rope import rope_overrides
 
 
 class QeRLHttpServer(vLLMHttpServer):
     """One server of a rollout replica (verl/workers/rollout/vllm_rollout/vllm_async_server.py)."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        os.environ["VERL_RAY_JOB_ID"] = job_name()  # for the engine's workers, which verl names their socket by
 
     def _qerl(self) -> dict:
         engine = (self.config.get("engine_kwargs", {}) or {}).get("vllm", {}) or {}

@@ -16,11 +16,13 @@ def build_parser() -> argparse.ArgumentParser:
     make.add_argument("--out", type=Path, default=Path("runs/study"), help="folder of the study (default: %(default)s)")
     make.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="folder or name on the hub")
     make.add_argument("--local-dir", type=Path, help="folder with GSM8K's train.jsonl and test.jsonl; default: the hub")
-    make.add_argument("--max-steps", type=int, default=3, help="solution steps of a problem at most (default: 3)")
+    make.add_argument("--remaining", type=int, default=2, help="lines of a solution left to write (default: 2)")
     make.add_argument("--epochs", type=float, default=3.0)
-    make.add_argument("--lr", type=float, default=2e-4)
-    make.add_argument("--batch-size", type=int, default=32)
-    make.add_argument("--data-only", action="store_true", help="leave the supervised start out")
+    make.add_argument("--lr", type=float, default=4e-4)
+    make.add_argument("--batch-size", type=int, default=64)
+    part = make.add_mutually_exclusive_group()
+    part.add_argument("--data-only", action="store_true", help="leave the supervised start out")
+    part.add_argument("--start-only", action="store_true", help="the supervised start alone; also under torchrun")
     run = commands.add_parser("run", help="arms and seeds, several side by side; goes on where it was interrupted")
     run.add_argument("arms", nargs="+", metavar="ARM[:SEEDS]", help="a recipe of the study, e.g. nvfp4:1-5 or bf16:1,3")
     run.add_argument("--out", type=Path, default=Path("runs/study"))
@@ -35,8 +37,9 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     if arguments.command == "prepare":
-        counts = prepare.write_data(arguments.local_dir, arguments.out / "data", arguments.max_steps)
-        print(", ".join(f"{name} {count}" for name, count in counts.items()), "problems in", arguments.out / "data")
+        if not arguments.start_only:
+            counts = prepare.write_data(arguments.local_dir, arguments.out / "data", arguments.remaining)
+            print(", ".join(f"{name} {count}" for name, count in counts.items()), "problems in", arguments.out / "data")
         if not arguments.data_only:
             record = prepare.train_start(
                 arguments.model,
@@ -50,7 +53,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     wanted = [run for text in arguments.arms for run in runs.parse_arm(text)]
     gpus = [] if arguments.gpus == "none" else arguments.gpus.split(",")
-    return runs.run_all(wanted, arguments.out, arguments.scale, gpus, arguments.per_gpu, arguments.stagger, arguments.set)
+    return runs.run_all(
+        wanted, arguments.out, arguments.scale, gpus, arguments.per_gpu, arguments.stagger, arguments.set
+    )
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
 """Data and model of the study at SmolLM2's scale: a task that the model solves now and then, and a start that knows its form.
 
-GSM8K's training part is divided by row number. Even rows are for the supervised start and for GPTQ's calibration, odd rows
-for RL, so that RL trains on problems whose answers the model has not been shown. Both parts are cut to problems of at most
-``max_steps`` solution steps (counted by GSM8K's calculator annotations ``<<...>>``); so is the test part, of which the first
-``VALIDATION`` problems are the runs' validation and all are for the evaluation.
+A problem is given with the beginning of its solution, so that at most ``remaining`` lines of it are left to write. GSM8K's
+training part is divided by row number. Even rows are for the supervised start and for GPTQ's calibration, odd rows for RL, so
+that RL trains on problems whose answers the model has not been shown. The first ``VALIDATION`` problems of the test part are
+the runs' validation, all of it is for the evaluation.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,24 @@ from qerl_verl.data.sources import read_hub, read_jsonl
 VALIDATION = 256
 
 
-def solution_steps(row: dict[str, Any]) -> int:
-    """Steps of a GSM8K solution, by its calculator annotations."""
-    return row["extra_info"]["solution"].count("<<")
+def give_beginning(row: dict[str, Any], remaining: int) -> dict[str, Any]:
+    """A row of :func:`qerl_verl.data.gsm8k.rows` whose prompt holds the first lines of the solution.
+
+    Args:
+        row: its ``extra_info.solution`` is the whole solution, with the line ``#### number``.
+        remaining: lines before that one that are left to write at most.
+
+    Returns:
+        The row with the longer prompt and the rest of the solution; ``row`` itself where nothing is given away.
+    """
+    *lines, answer = row["extra_info"]["solution"].strip().split("\n")
+    if len(lines) <= remaining:
+        return row
+    given, rest = lines[:-remaining], lines[-remaining:]
+    turn = dict(row["prompt"][0])
+    turn["content"] += "\n\nThe solution begins with these lines; go on from there:\n" + "\n".join(given)
+    extra = row["extra_info"] | {"solution": "\n".join([*rest, answer])}
+    return row | {"prompt": [turn], "extra_info": extra}
 
 
 def read_split(local_dir: Path | None, split: str) -> Iterator[dict[str, Any]]:
@@ -31,24 +47,29 @@ def read_split(local_dir: Path | None, split: str) -> Iterator[dict[str, Any]]:
     return rows(examples, split)
 
 
-def write_data(local_dir: Path | None, out: Path, max_steps: int) -> dict[str, int]:
+def _both_forms(row: dict[str, Any], remaining: int) -> list[dict[str, Any]]:
+    short = give_beginning(row, remaining)
+    return [row] if short is row else [row, short]
+
+
+def write_data(local_dir: Path | None, out: Path, remaining: int) -> dict[str, int]:
     """Write start, train, validation and test.parquet into ``out``.
 
     Args:
         local_dir: folder with GSM8K's train.jsonl and test.jsonl; None reads the hub.
         out: folder.
-        max_steps: the most solution steps of a problem of RL, validation and test. The supervised start sees all lengths.
+        remaining: see :func:`give_beginning`. The supervised start sees each problem whole and so shortened.
 
     Returns:
         File name -> rows.
     """
-    train = list(read_split(local_dir, "train"))
-    test = [row for row in read_split(local_dir, "test") if solution_steps(row) <= max_steps]
+    train, test = list(read_split(local_dir, "train")), list(read_split(local_dir, "test"))
+    shortened = [give_beginning(row, remaining) for row in test]
     parts = {
-        "start": train[::2],
-        "train": [row for row in train[1::2] if solution_steps(row) <= max_steps],
-        "validation": test[:VALIDATION],
-        "test": test,
+        "start": [r for row in train[::2] for r in _both_forms(row, remaining)],
+        "train": [give_beginning(row, remaining) for row in train[1::2]],
+        "validation": shortened[:VALIDATION],
+        "test": shortened,
     }
     return {name: write_parquet(part, out / f"{name}.parquet") for name, part in parts.items()}
 
@@ -62,7 +83,7 @@ def train_start(model: str, data: Path, out: Path, epochs: float, lr: float, bat
         out: where the model goes, in bfloat16, with its tokenizer.
         epochs: passes over the data.
         lr: peak learning rate of AdamW; warm-up over 3 % and cosine decay.
-        batch_size: sequences of an update.
+        batch_size: sequences of an update, divided over the GPUs of a ``torchrun``.
         seed: of the order of the data.
 
     Returns:
@@ -95,7 +116,7 @@ def train_start(model: str, data: Path, out: Path, epochs: float, lr: float, bat
             learning_rate=lr,
             lr_scheduler_type="cosine",
             warmup_steps=0.03,
-            per_device_train_batch_size=batch_size,
+            per_device_train_batch_size=max(1, batch_size // int(os.environ.get("WORLD_SIZE", "1"))),
             weight_decay=0.0,
             bf16=gpu,
             use_cpu=not gpu,
@@ -109,12 +130,13 @@ def train_start(model: str, data: Path, out: Path, epochs: float, lr: float, bat
         data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100),
     )
     result = trainer.train()
-    language_model.to(torch.bfloat16).save_pretrained(out)
-    tokenizer.save_pretrained(out)
     record = {
         "model": str(model), "examples": len(examples), "epochs": epochs, "lr": lr, "batch_size": batch_size, "seed": seed,
         "loss_mean": result.training_loss, "loss_last": [e["loss"] for e in trainer.state.log_history if "loss" in e][-1:],
         "seconds": result.metrics["train_runtime"],
     }  # fmt: skip
-    (out / "start.json").write_text(json.dumps(record, indent=1))
+    if trainer.is_world_process_zero():
+        language_model.to(torch.bfloat16).save_pretrained(out)
+        tokenizer.save_pretrained(out)
+        (out / "start.json").write_text(json.dumps(record, indent=1))
     return record
