@@ -13,6 +13,7 @@ from qerl_verl.cli.explain import recipes
 from qerl_verl.config import rules
 from qerl_verl.config.checks import arms, recipe
 from qerl_verl.config.settings import QeRLSettings
+from qerl_verl.recipes.study.runs import ARMS
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 NAMES = recipes()
@@ -58,6 +59,7 @@ def prepare(name, on_cpu):
 
 def test_the_recipes():
     assert {name for name in NAMES if name.startswith("paper/")} == set(ROWS)
+    assert {name for name in NAMES if name.startswith("study/")} == {f"study/{arm}" for arm in ARMS}
     assert {name for name in NAMES if "/" not in name} == {
         "quickstart_cpu",
         "gsm8k_grpo",
@@ -72,7 +74,7 @@ def test_the_recipes():
 
 
 @pytest.mark.parametrize(
-    ("name", "on_cpu"), [(n, c) for n in SWITCHED for c in (False, True) if n not in ROWS or not c]
+    ("name", "on_cpu"), [(n, c) for n in SWITCHED for c in (False, True) if "/" not in n or not c]
 )
 def test_nothing_to_refuse(name, on_cpu):
     rate = load(name).actor_rollout_ref.actor.optim.lr
