@@ -155,7 +155,7 @@ def apply_rules(
     models = trained_models(config)
     defaults = DEFAULTS + (CRITIC_DEFAULTS if CRITIC in models else ())
     arm = get_arm(config)
-    defaults += _attention_defaults(models, on_cpu, arm.container) + (CPU_DEFAULTS if on_cpu else ())
+    defaults += _attention_defaults(models, on_cpu, arm.name != "nf4") + (CPU_DEFAULTS if on_cpu else ())
     if on_cpu and arm.name != "nf4":  # bitsandbytes' layers compute in bfloat16 in the rollout (vllm_bnb_plugin)
         defaults += _compute_dtype_defaults(config, models, user_keys, environment)
     if arm.container and not on_cpu:
@@ -192,20 +192,20 @@ def is_separate(config: DictConfig) -> bool:
     return get_value(config, "trainer.v1.trainer_mode") in ("separate_async", TRAINER_MODES["separate_async"])
 
 
-def _attention_defaults(models: tuple[str, ...], on_cpu: bool, own_engine: bool) -> tuple[Default, ...]:
+def _attention_defaults(models: tuple[str, ...], on_cpu: bool, own_output_layer: bool) -> tuple[Default, ...]:
     """What takes the place of flash-attn where it is not to be had.
 
     verl's default for attention is flash_attention_2, and without flash-attn's cross entropy verl computes
     log-probabilities one row after the other.
 
     Args:
-        own_engine: whether the actor's engine is that of an NVFP4 base, which has an output layer of its own.
+        own_output_layer: whether the actor's engine has engine/output_layer.py.
     """
     if has_flash_attention() and not on_cpu:
         return ()
     attention, why = "sdpa" if on_cpu else PACKED_ATTENTION, "flash-attn is not installed"
     found = [Default(f"{model}.override_config.attn_implementation", None, attention, why) for model in models]
-    if own_engine and not on_cpu:
+    if own_output_layer and not on_cpu:
         found.append(
             Default(f"{MODEL}.use_fused_kernels", False, True, f"log-probabilities in chunks of tokens: {why}")
         )

@@ -5,9 +5,11 @@ The base, its sharding, its gradient checkpointing and its forward pass are verl
 """
 
 from peft import TaskType
+from torch import nn
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from qerl_verl.engine.fsdp import AdapterEngineMixin
+from qerl_verl.engine.output_layer import use_logprob_layer
 
 
 class BF16EngineWithLMHead(AdapterEngineMixin, FSDPEngineWithLMHead):
@@ -15,3 +17,9 @@ class BF16EngineWithLMHead(AdapterEngineMixin, FSDPEngineWithLMHead):
 
     role = "actor"
     task_type = TaskType.CAUSAL_LM
+
+    def _build_lora_module(self, module: nn.Module) -> nn.Module:
+        """The adapter, and for ``use_fused_kernels`` the output layer that the other arms have."""
+        if self.model_config.use_fused_kernels:
+            use_logprob_layer(module)
+        return super()._build_lora_module(module)

@@ -14,6 +14,9 @@ def arms(run_engine, tmp_path_factory, nvfp4_checkpoint, bf16_checkpoint):
     folder = tmp_path_factory.mktemp("arms")
     plain = {"base": str(bf16_checkpoint), "reference": True}
     variants = {"nvfp4": {"arm": "nvfp4", "reference": True}, "bf16": plain | {"arm": "bf16"}}
+    packed = {"use_remove_padding": True, "packed_attention": True}
+    variants["bf16_packed"] = plain | packed | {"arm": "bf16"}
+    variants["bf16_fused"] = variants["bf16_packed"] | {"use_fused_kernels": True}
     variants["stock"] = {"stock": str(bf16_checkpoint), "reference": True}
     if BITSANDBYTES:
         variants["nf4"] = plain | {"arm": "nf4"}
@@ -25,7 +28,7 @@ def test_every_arm_starts_from_the_same_adapter(arms):
     report, _ = arms
     ours = [name for name in report if name != "stock"]
     assert len({report[name]["built"] for name in ours}) == 1
-    assert all(report[name]["class"] == f"{name.upper()}EngineWithLMHead" for name in ours)
+    assert all(report[name]["class"] == f"{name.partition('_')[0].upper()}EngineWithLMHead" for name in ours)
 
 
 def test_every_arm_trains_float32_adapters_of_the_same_names(arms):
@@ -38,6 +41,13 @@ def test_every_arm_trains_float32_adapters_of_the_same_names(arms):
 def test_the_base_of_bf16_is_verls_own(arms):
     report, _ = arms
     assert report["bf16"]["without"] == report["stock"]["without"] != report["nvfp4"]["without"]
+
+
+def test_log_probabilities_in_chunks_are_those_of_the_logits(arms):
+    """In training; verl takes them from logits in bfloat16, in chunks they stay in float32."""
+    report, _ = arms
+    for value in ("loss", "grad_norm"):
+        assert report["bf16_fused"][value] == pytest.approx(report["bf16_packed"][value], rel=2**-5, abs=2**-7)
 
 
 @pytest.mark.skipif(not BITSANDBYTES, reason="bitsandbytes is not installed")

@@ -113,26 +113,16 @@ def _new_adapter_problems(config: DictConfig, model: str) -> list[str]:
 
 
 def fused_kernel_problems(config: DictConfig) -> list[str]:
-    """verl shards an output layer that is not tied by itself under FSDP2 (verl/utils/fsdp_utils.py,
-    _select_fsdp2_wrap_targets), and its fused kernels read that weight without gathering it (models/transformers/
-    dense_common.py): the first forward pass fails, in stock verl too."""
+    """What the output layer of ``use_fused_kernels`` (engine/output_layer.py) cannot compute."""
     folder = local_folder(config, MODEL)
-    if get_arm(config).container:  # engine/output_layer.py
-        return []
     if not get_value(config, f"{MODEL}.use_fused_kernels") or folder is None or not (folder / "config.json").is_file():
         return []
-    settings = json.loads((folder / "config.json").read_text())
-    for key, plain in (("logits_scaling", 1), ("final_logit_softcapping", None)):
-        if settings.get(key, plain) != plain:
-            return [
-                f"{MODEL}.use_fused_kernels=True: verl's fused kernels leave out the model's {key}={settings[key]} "
-                "(verl/models/transformers/dense_common.py), so their log-probabilities are of another policy; remove the setting"
-            ]
-    if settings.get("tie_word_embeddings", False):
+    cap = json.loads((folder / "config.json").read_text()).get("final_logit_softcapping")
+    if cap is None:
         return []
     return [
-        f"{MODEL}.use_fused_kernels=True: verl 0.9 cannot run its fused kernels under FSDP2 on a model whose output layer "
-        "is not tied to the embeddings; remove the setting"
+        f"{MODEL}.use_fused_kernels=True: the model caps its logits (final_logit_softcapping={cap} in config.json), which "
+        f"the output layer that computes log-probabilities in chunks does not; set {MODEL}.use_fused_kernels=False"
     ]
 
 

@@ -12,31 +12,22 @@ from qerl_verl.config.checks import models
 
 
 @pytest.mark.parametrize(
-    ("arm", "fused", "tied", "refused"),
+    ("arm", "fused", "settings", "refused"),
     [
-        ("bf16", True, False, True),
-        ("bf16", True, True, False),
-        ("bf16", False, False, False),
-        ("nvfp4", True, False, False),
+        ("bf16", True, {"tie_word_embeddings": False}, False),
+        ("nvfp4", True, {"logits_scaling": 8.0}, False),
+        ("nvfp4", True, {"final_logit_softcapping": 30.0}, True),
+        ("bf16", True, {"final_logit_softcapping": 30.0}, True),
+        ("bf16", False, {"final_logit_softcapping": 30.0}, False),
     ],
 )
-def test_verls_fused_kernels_need_a_tied_output_layer(tmp_path, arm, fused, tied, refused):
-    (tmp_path / "config.json").write_text(json.dumps({"tie_word_embeddings": tied}))
+def test_the_output_layer_of_fused_kernels_caps_no_logits(tmp_path, arm, fused, settings, refused):
+    (tmp_path / "config.json").write_text(json.dumps(settings))
     model = {"path": str(tmp_path), "use_fused_kernels": fused}
     config = OmegaConf.create({"qerl": {"arm": arm}, "actor_rollout_ref": {"model": model}})
     problems = models.fused_kernel_problems(config)
     assert bool(problems) == refused
-    assert not refused or "use_fused_kernels=True" in problems[0]
-
-
-@pytest.mark.parametrize("setting", [{"logits_scaling": 8.0}, {"final_logit_softcapping": 30.0}])
-def test_verls_fused_kernels_leave_out_what_a_model_does_with_its_logits(tmp_path, setting):
-    (tmp_path / "config.json").write_text(json.dumps({"tie_word_embeddings": True, **setting}))
-    model = {"path": str(tmp_path), "use_fused_kernels": True}
-    config = OmegaConf.create({"qerl": {"arm": "bf16"}, "actor_rollout_ref": {"model": model}})
-    (problem,) = models.fused_kernel_problems(config)
-    ((key, value),) = setting.items()
-    assert f"leave out the model's {key}={value}" in problem
+    assert not refused or "final_logit_softcapping=30.0" in problems[0] and "use_fused_kernels=False" in problems[0]
 
 
 def run_of(model, **changes):
