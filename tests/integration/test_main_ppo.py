@@ -24,6 +24,8 @@ from crash_table import START_SECONDS, kill_at  # noqa: E402
 from tiny_job import Job, checkpoint_differences  # noqa: E402
 
 from qerl_verl.aqn.schedule import AQNSchedule
+from qerl_verl.compare.runs import Run
+from qerl_verl.compare.settings import compare_settings, read_settings
 from qerl_verl.config.settings import AQNSettings
 from qerl_verl.data.prompts import write_parquet
 from qerl_verl.quickstart.arithmetic import rows, split
@@ -185,6 +187,20 @@ def test_the_noise_that_acts_and_the_policy_that_sampled_are_logged(first):
         assert 0 < m["qerl/effective_sample_size"] <= 1 and 0 <= m["qerl/truncated_weights"] < 1
     assert metrics[2]["qerl/sampling_kl"] > 2 * metrics[1]["qerl/sampling_kl"]  # the largest sigma against none
     assert log.count("AQN on this model: the root mean square of a noised norm's weight is 1 (median; 1 to 1)") == 1
+
+
+def test_the_run_leaves_its_settings_beside_its_metrics(first, common, bf16_checkpoint):
+    """What `qerl compare` reads, and that Hydra's folder and what verl prints say the same."""
+    folder = first[0].parent
+    found = read_settings(folder / "metrics.jsonl", alone=False)
+    assert found["model"] == str(bf16_checkpoint) and found["data.train_files"] == [str(common[0] / "train.parquet")]
+    assert len(found["data.train_files.sha256"][0]) == 64 and found["qerl.arm"] == "nvfp4"
+    printed = read_settings(folder / "log", alone=False)
+    (hydra,) = folder.glob("outputs/*/*/.hydra")
+    composed = read_settings(hydra.parent / "metrics.jsonl", alone=True)
+    runs = [Run(name, folder, {}, [], s) for name, s in (("record", found), ("log", printed), ("hydra", composed))]
+    agreement = compare_settings({"arm": runs})
+    assert not agreement.unknown and not agreement.conflicts
 
 
 def test_names_the_kernels_that_ran(first):
