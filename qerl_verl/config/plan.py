@@ -126,6 +126,8 @@ def _plan_base(made: Plan, config: DictConfig, host: Host) -> None:
         how = "one copy for actor and rollout" if made.shares_base else "a copy each in actor and rollout"
         made.lines.append(f"base: {how} ({reason})")
     if made.shares_base:
+        if made.settings.rollout.sleep_level == 2:
+            made.lines.append("qerl.rollout.sleep_level=2 has no effect: a shared base stays where it is")
         share_base(config, setting == "shared", made.lines.append)
 
 

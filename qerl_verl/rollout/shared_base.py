@@ -189,7 +189,9 @@ class SharedBaseLoader(BaseModelLoader):
         self._check(loading)
         base.watch()
         model.qerl_shared_base = base  # the mapping lasts as long as the model
-        print(f"[qerl] base: the rollout uses {base.layout.shared_bytes() / 2**30:.2f} GiB of the actor's", flush=True)
+        beside = "" if base.data.device.type == "cpu" else ", which gpu_memory_utilization does not count"
+        size = f"{base.layout.shared_bytes() / 2**30:.2f} GiB"
+        print(f"[qerl] base: the rollout uses {size} of the actor's{beside}", flush=True)
         return model
 
     @staticmethod

@@ -72,7 +72,8 @@ def planned(composed, *overrides):
 
 
 def test_a_shared_base_reaches_rollout_and_actor(composed):
-    config, made = planned(composed, "actor_rollout_ref.model.lora_rank=8", "qerl.rollout.lora=inline")
+    config, made = planned(composed, "actor_rollout_ref.model.lora_rank=8", "qerl.rollout.sleep_level=2")
+    assert "qerl.rollout.sleep_level=2 has no effect: a shared base stays where it is" in made.lines
     config.actor_rollout_ref.model.path = "/cache/model"
     assert made.shares_base and "base: one copy for actor and rollout (qerl.base=auto)" in made.lines
     assert config.actor_rollout_ref.rollout.load_format == "qerl_shared"
