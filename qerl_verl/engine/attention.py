@@ -8,6 +8,8 @@ needs no flash-attn. Under Ulysses sequence parallelism it exchanges heads as ve
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 import torch.distributed as dist
 from torch.utils.weak import WeakIdKeyDictionary
@@ -32,6 +34,27 @@ def register_attention() -> None:
     """Make ``attn_implementation=qerl_packed`` known to transformers in this process. Idempotent."""
     AttentionInterface.register(PACKED_ATTENTION, packed_attention_forward)
     AttentionMaskInterface.register(PACKED_ATTENTION, packed_attention_mask)
+
+
+def hand_on_positions(model: torch.nn.Module) -> None:
+    """Let :func:`packed_attention_forward` know the positions of layers that do not hand them on.
+
+    transformers' attention layers pass what they do not use to the attention function, and with it
+    ``position_ids``. Ministral 3's uses them and passes none (models/ministral3/modeling_ministral3.py,
+    Ministral3Attention.forward), so its sequences in one row would not be told apart.
+
+    Args:
+        model: each of its attention layers whose ``forward`` takes ``position_ids`` gets a hook that
+            notes them.
+    """
+    for layer in model.modules():
+        takes = "position_ids" in inspect.signature(type(layer).forward).parameters
+        if takes and type(layer).__name__.endswith("Attention"):
+            layer.register_forward_pre_hook(_note_positions, with_kwargs=True)
+
+
+def _note_positions(layer: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+    layer.qerl_position_ids = kwargs.get("position_ids")
 
 
 def packed_attention_mask(batch_size: int, *args, attention_mask: torch.Tensor | None = None, **kwargs):
@@ -59,7 +82,7 @@ def packed_attention_forward(
         query: ``[batch, heads, tokens, head_dim]``; under Ulysses, this rank's part of the tokens.
         key, value: ``[batch, key_value_heads, tokens, head_dim]``.
         attention_mask: from :func:`packed_attention_mask`; None means one packed row.
-        position_ids: ``[1, tokens]``; each sequence begins at 0.
+        position_ids: ``[1, tokens]``; each sequence begins at 0. Without them, those of :func:`hand_on_positions`.
 
     Returns:
         ``[batch, tokens, heads, head_dim]``, and None for the weights of the attention.
@@ -72,6 +95,8 @@ def packed_attention_forward(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
+    if position_ids is None:
+        position_ids = getattr(module, "qerl_position_ids", None)
     if position_ids is None:
         raise ValueError(f"{PACKED_ATTENTION}: {type(module).__name__} passes no position_ids to its attention")
     for name, setting in (("dropout", dropout), ("softcap", kwargs.get("softcap"))):

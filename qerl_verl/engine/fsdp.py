@@ -37,6 +37,7 @@ from verl.utils.torch_dtypes import PrecisionType
 from verl.utils.torch_functional import entropy_from_logits, entropy_from_logits_with_chunking
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead, FSDPEngineWithValueHead
 
+from qerl_verl.engine.attention import hand_on_positions
 from qerl_verl.engine.checkpoint_errors import reading, writing
 from qerl_verl.engine.compile import compile_layers, unavailable
 from qerl_verl.engine.finite import NonFiniteError, first_nonfinite, gather_first, gradient_norms, named_tensors
@@ -278,6 +279,7 @@ class AdapterEngineMixin:
     def _build_lora_module(self, module: nn.Module) -> nn.Module:
         """PEFT's LoRA with float32 master weights, which are cast to 16 bits for the forward pass."""
         module.enable_input_require_grads()
+        hand_on_positions(module)
         adapter = self.model_config.lora_adapter_path
         if adapter is not None:
             module = self._load_adapter(module, copy_to_local(adapter, use_shm=self.model_config.use_shm))

@@ -94,6 +94,10 @@ class Architecture:
     fixed: tuple[Fixed, ...] = ()
     """Settings of which one value alone is served."""
 
+    keeps_positions: bool = False
+    """Whether transformers' attention layer takes ``position_ids`` and hands none on to the attention function. FlashAttention of
+    flash-attn tells the sequences of a packed row apart by them."""
+
     shares_base: bool = False
     """Whether one copy of the base serves actor and rollout (``qerl.base``): vLLM has a model of its own for the family, whose
     layers are the checkpoint's, fused as in :meth:`scale_groups`."""
@@ -210,7 +214,7 @@ _ARCHITECTURES = {
         ),
         Architecture("LlamaForCausalLM", bias_switches=_LLAMA_BIASES, shares_base=True),
         Architecture("MistralForCausalLM", shares_base=True),
-        Architecture("Ministral3ForCausalLM"),
+        Architecture("Ministral3ForCausalLM", keeps_positions=True),
         Architecture("SmolLM3ForCausalLM", bias_switches=_LLAMA_BIASES),
         Architecture("GraniteForCausalLM", bias_switches=_LLAMA_BIASES),
         Architecture("Phi3ForCausalLM", fused=_FUSED_QKV | _FUSED_GATE_UP),

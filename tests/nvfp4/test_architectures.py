@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tiny_families import FAMILIES, make_config
-from transformers import AutoModelForCausalLM
+from transformers import AttentionInterface, AutoModelForCausalLM
 
 from qerl_verl.nvfp4.architectures import (
     DOCUMENTATION,
@@ -125,6 +125,22 @@ def test_what_a_model_does_with_its_output_layers_result(name):
     model.lm_head.register_forward_hook(lambda module, arguments, output: outputs.append(output))
     logits = model(torch.arange(6).view(1, 6)).logits
     torch.testing.assert_close(logits, outputs[0] / logits_divisor(config))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_whether_positions_reach_the_attention_function(name):
+    """Fails when transformers hands them on, or takes them, in another family."""
+    config, model = build(name)
+    seen = []
+
+    def attention(module, query, key, value, mask, position_ids=None, **kwargs):
+        seen.append(position_ids)
+        return query.transpose(1, 2), None
+
+    AttentionInterface.register("qerl_test", attention)
+    model.config._attn_implementation = "qerl_test"
+    model(torch.arange(6).view(1, 6), position_ids=torch.arange(6).view(1, 6))
+    assert (seen[0] is None) == get_architecture(config).keeps_positions
 
 
 REFUSED = [

@@ -13,7 +13,7 @@ from qerl_verl.config.adapters import adapter_problems, target_problems
 from qerl_verl.config.arms import get_arm
 from qerl_verl.config.checks import kernels, tokenizers
 from qerl_verl.config.keys import get_value
-from qerl_verl.config.rules import CRITIC, MODEL, ROLLOUT, trained_models
+from qerl_verl.config.rules import CRITIC, MODEL, PACKED_ATTENTION, ROLLOUT, trained_models
 
 
 def local_folder(config: DictConfig, model: str) -> Path | None:
@@ -103,7 +103,7 @@ def find_misfits(config: DictConfig, adapters: Mapping[str, dict] | None = None)
         except CheckpointError:
             continue
     out += tokenizers.find_problems(config) + fused_kernel_problems(config) + length_problems(config)
-    return out + position_problems(config) + critic_problems(config)
+    return out + position_problems(config) + packing_problems(config) + critic_problems(config)
 
 
 def _new_adapter_problems(config: DictConfig, model: str) -> list[str]:
@@ -172,6 +172,32 @@ def position_problems(config: DictConfig) -> list[str]:
         f"{ROLLOUT}.max_model_len={get_value(config, f'{ROLLOUT}.max_model_len')}: actor and rollout compute the same positions up "
         f"to {limit} (original_max_position_embeddings of the model); {reason}. Set it to {limit} or less"
     ]
+
+
+def packing_problems(config: DictConfig) -> list[str]:
+    """Sequences of one row that would attend to each other, where a model's attention layer hands no positions on
+    (:attr:`~qerl_verl.nvfp4.architectures.Architecture.keeps_positions`), also in stock verl."""
+    from qerl_verl.nvfp4.architectures import get_architecture
+    from qerl_verl.nvfp4.checkpoint import read_config
+    from qerl_verl.nvfp4.errors import CheckpointError
+
+    out = []
+    for model in trained_models(config):
+        folder = local_folder(config, model)
+        if folder is None or not get_value(config, f"{model}.use_remove_padding"):
+            continue
+        try:
+            architecture = get_architecture(read_config(folder))
+        except CheckpointError:  # told elsewhere
+            continue
+        key = f"{model}.override_config.attn_implementation"
+        attention = get_value(config, key) or "flash_attention_2"  # verl's default
+        if architecture.keeps_positions and attention.startswith("flash_attention"):
+            out.append(
+                f"{key}={attention} with use_remove_padding=True: transformers' {architecture.name} tells flash-attn nothing "
+                f"of the sequences in one row, so they would attend to each other; set {PACKED_ATTENTION} or sdpa"
+            )
+    return out
 
 
 def critic_problems(config: DictConfig) -> list[str]:

@@ -152,3 +152,22 @@ def test_a_critic_needs_a_token_classification_model(tmp_path, name, critic, ref
     problems = models.critic_problems(OmegaConf.create(values))
     assert len(problems) == refused
     assert not refused or f"critic.model.path={tmp_path}: transformers has no token classification" in problems[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "packed", "attention", "refused"),
+    [
+        ("Ministral3ForCausalLM", True, None, True),
+        ("Ministral3ForCausalLM", True, "flash_attention_2", True),
+        ("Ministral3ForCausalLM", True, "qerl_packed", False),
+        ("Ministral3ForCausalLM", True, "sdpa", False),
+        ("Ministral3ForCausalLM", False, "flash_attention_2", False),
+        ("MistralForCausalLM", True, "flash_attention_2", False),
+    ],
+)
+def test_sequences_that_would_attend_to_each_other(tmp_path, name, packed, attention, refused):
+    make_config(name).save_pretrained(tmp_path)
+    run = run_of(tmp_path, use_remove_padding=packed, override_config={"attn_implementation": attention})
+    problems = models.packing_problems(run)
+    assert len(problems) == refused
+    assert not refused or "Ministral3ForCausalLM tells flash-attn nothing of the sequences in one row" in problems[0]

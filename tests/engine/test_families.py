@@ -1,0 +1,30 @@
+"""Every family in verl's FSDP2 engine: a step of training, however its sequences are laid out."""
+
+import pytest
+from tiny_families import FAMILIES, make_family
+
+from qerl_verl.nvfp4.checkpoint import quantize_checkpoint
+from qerl_verl.quickstart.tiny_model import build_tokenizer
+
+PACKED = {"use_remove_padding": True, "packed_attention": True}
+VARIANTS = {"padded": {}, "packed": PACKED, "chunks": PACKED | {"use_fused_kernels": True}}
+"""Padded rows with SDPA; one packed row with the package's attention; the same with log-probabilities from the output layer."""
+QUICK = ("Gemma3ForCausalLM", "GraniteForCausalLM")
+"""Layers with and without a window, and a model that divides its logits."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in FAMILIES]
+)
+def test_a_family_trains_the_same_however_its_sequences_are_laid_out(run_engine, tmp_path, name):
+    """In float32 with gradient checkpointing; the loss, and the norm of the gradients, of two steps."""
+    tokenizer = build_tokenizer()
+    tokenizer.save_pretrained(make_family(name, tmp_path / "source", vocab_size=len(tokenizer)))
+    quantize_checkpoint(tmp_path / "source", tmp_path / "model", progress=False)
+    single = {"mixed_precision": {"param_dtype": "fp32", "reduce_dtype": "fp32"}, "lr_warmup_steps": 0}
+    (report,) = run_engine(tmp_path / "model", tmp_path / "r", variants=VARIANTS, **single)
+    padded = report["padded"]
+    assert padded["loss"][0] != padded["loss"][1] and min(padded["grad_norm"]) > 0
+    for other in ("packed", "chunks"):
+        assert report[other]["loss"] == pytest.approx(padded["loss"], rel=1e-4, abs=1e-5)
+        assert report[other]["grad_norm"] == pytest.approx(padded["grad_norm"], rel=1e-3)
