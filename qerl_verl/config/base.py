@@ -73,6 +73,8 @@ def find_obstacle(config: DictConfig, environment: Mapping[str, str]) -> str | N
         return f"qerl.kernel={kernels[0]} and qerl.rollout.kernel={kernels[1]} lay out the weights each in its own way"
     if kernels[1] == "marlin":
         return "vLLM's Marlin lays out the weights in its own way (qerl.rollout.kernel=marlin)"
+    if get_value(config, "qerl.rollout.lora") == "punica":
+        return "one copy of the base has not been tried with vLLM's own LoRA path (qerl.rollout.lora=punica)"
     if get_value(config, f"{ACTOR}.fsdp_config.offload_policy"):
         return f"the actor's base waits in host memory ({ACTOR}.fsdp_config.offload_policy=True)"
     if "MIG-" in environment.get("CUDA_VISIBLE_DEVICES", ""):

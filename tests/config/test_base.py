@@ -29,6 +29,7 @@ VARIABLES = "ray_kwargs.ray_init.runtime_env.env_vars"
         ((TP_1, f"{ROLLOUT}.disaggregation.enabled=True"), {}, "engines of their own"),
         ((TP_1, "trainer.v1.trainer_mode=separate_async"), {}, "devices of their own"),
         ((TP_1, "qerl.kernel=hopper", "qerl.rollout.kernel=triton"), {}, "each in its own way"),
+        ((TP_1, "qerl.rollout.lora=punica"), {}, "vLLM's own LoRA path"),
         ((TP_1, "qerl.rollout.kernel=marlin"), {}, "vLLM's Marlin"),
         ((TP_1, f"{ACTOR}.fsdp_config.offload_policy=True"), {}, "waits in host memory"),
         ((TP_1, f"{ROLLOUT}.load_format=runai_streamer"), {}, "load_format=runai_streamer"),
