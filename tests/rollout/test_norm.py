@@ -179,8 +179,9 @@ def test_without_noise_the_bits_are_vllms(dtype):
 
 @SLOW
 @pytest.mark.skipif(missing_compiler("cpu") is not None, reason="needs a C++ compiler")
+@pytest.mark.parametrize("stock", REPLACED, ids=lambda stock: stock.__name__)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_without_noise_the_bits_are_vllms_under_torchinductor_too(dtype):
+def test_without_noise_the_bits_are_vllms_under_torchinductor_too(dtype, stock):
     import vllm.ir.op as ir
 
     generator = torch.Generator().manual_seed(3)
@@ -189,7 +190,7 @@ def test_without_noise_the_bits_are_vllms_under_torchinductor_too(dtype):
     results = []
     with ir.enable_torch_wrap(False):  # TorchInductor sees the operations, as after vLLM's lowering pass
         for noise in (True, False):
-            norm = build(clean, noise=noise)
+            norm = build(clean, noise=noise, stock=stock)
             torch._dynamo.reset()
             compiled = torch.compile(norm.forward_native, fullgraph=True)
             results.append((compiled(x.clone()), *compiled(x.clone(), residual.clone())))

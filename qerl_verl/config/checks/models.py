@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
 from pathlib import Path
 
 from omegaconf import DictConfig
+from packaging.version import Version
 
 from qerl_verl.config.adapters import adapter_problems, target_problems
 from qerl_verl.config.arms import get_arm
@@ -141,9 +143,14 @@ def length_problems(config: DictConfig) -> list[str]:
     return [f"{ROLLOUT}.max_model_len={longest}: the model has {positions} positions; set it to {positions} or less"]
 
 
-def position_problems(config: DictConfig) -> list[str]:
-    """Lengths at which vLLM and transformers rotate queries and keys in different ways, so that actor and rollout would be
-    two policies."""
+def position_problems(config: DictConfig, installed: Callable[[str], str] = version) -> list[str]:
+    """Rotary embeddings, and lengths, at which vLLM and transformers rotate queries and keys in different ways, so that actor and rollout would be
+    two policies.
+
+    Args:
+        config: see :func:`find_problems`.
+        installed: distribution name to version.
+    """
     folder = local_folder(config, MODEL)
     if folder is None or not (folder / "config.json").is_file():
         return []
@@ -158,6 +165,19 @@ def position_problems(config: DictConfig) -> list[str]:
         return [
             f"{MODEL}.path={folder}: rope_type dynamic in config.json: transformers stretches the positions of long sequences "
             "alone, vLLM those of all. Set another rope_type there, as yarn or default"
+        ]
+    scaled = rope.get("rope_type", "default") != "default" and "sliding_attention" in (
+        getattr(settings, "layer_types", None) or ()
+    )
+    if (
+        "Olmo3ForCausalLM" in (getattr(settings, "architectures", None) or ())
+        and scaled
+        and Version(installed("vllm")) < Version("0.28")
+    ):
+        return [
+            f"{MODEL}.path={folder}: rope_type {rope['rope_type']} in config.json: transformers applies it to all layers of "
+            "Olmo3ForCausalLM, and vLLM before 0.28 to those without a sliding window alone (model_executor/models/olmo2.py). "
+            "Set rope_type default there"
         ]
     reason = ""
     if rope.get("rope_type") == "longrope":

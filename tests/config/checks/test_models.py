@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 from omegaconf import OmegaConf
-from tiny_families import make_config
+from tiny_families import YARN, make_config
 
 from qerl_verl.config.checks import models
 
@@ -135,6 +135,18 @@ def test_lengths_at_which_actor_and_rollout_rotate_in_different_ways(tmp_path, n
     problems = models.position_problems(OmegaConf.create({"actor_rollout_ref": actor}))
     assert len(problems) == (expected is not None), problems
     assert not problems or re.search(expected, problems[0])
+
+
+@pytest.mark.parametrize(
+    ("engine", "rope", "refused"),
+    [("0.24.0", YARN, True), ("0.28.0", YARN, False), ("0.24.0", {"rope_type": "default", "rope_theta": 1e4}, False)],
+)
+def test_olmo_3_with_scaled_positions_needs_a_vllm_that_scales_all_layers(tmp_path, engine, rope, refused):
+    make_config("Olmo3ForCausalLM", rope_parameters=rope).save_pretrained(tmp_path)
+    actor = {"model": {"path": str(tmp_path)}, "rollout": {"max_model_len": 64}}
+    problems = models.position_problems(OmegaConf.create({"actor_rollout_ref": actor}), lambda name: engine)
+    assert len(problems) == refused
+    assert not refused or "vLLM before 0.28 to those without a sliding window alone" in problems[0]
 
 
 @pytest.mark.parametrize(
