@@ -52,12 +52,16 @@ class Adapter:
         folder: with ``adapter_config.json``.
         config: the content of that file.
         digest: of configuration and tensors.
+        base_model: what it names as its base, or None.
+        base_fingerprint: of the base that it was trained on, where its checkpoint records it.
     """
 
     name: str
     folder: Path
     config: dict[str, Any]
     digest: str
+    base_model: str | None
+    base_fingerprint: str | None
 
     @property
     def rank(self) -> int:
@@ -105,21 +109,20 @@ def expand(given: Iterable[str]) -> list[str]:
     return out
 
 
-def check_adapters(given: Sequence[str], model: Model, other_base: bool = False) -> list[Adapter]:
-    """Find adapters and check that each fits the model.
+def check_adapters(given: Sequence[str], folder: Path) -> list[Adapter]:
+    """Find adapters and check that the layers of a model have a place for each tensor.
 
     Args:
         given: folders of PEFT adapters or checkpoints of runs, see :func:`expand`.
-        model: from :func:`find_model`.
-        other_base: take adapters whose checkpoint records that they were trained on other weights.
+        folder: of the model, quantized or not.
 
     Raises:
         EvaluationError: adapters that do not fit, a sentence for each problem.
     """
-    layers, out, problems = linear_shapes(model.folder), [], []
+    layers, out, problems = linear_shapes(folder), [], []
     for name in expand(given):
         try:
-            out.append(_check(name, model, layers, other_base))
+            out.append(_check(name, folder, layers))
         except AdapterError as error:
             problems += [f"--adapter {name}: {problem}" for problem in error.problems]
         except (CheckpointError, OSError) as error:
@@ -131,7 +134,24 @@ def check_adapters(given: Sequence[str], model: Model, other_base: bool = False)
     return out
 
 
-def _check(name: str, model: Model, layers: dict[str, tuple[int, int]], other_base: bool) -> Adapter:
+def check_bases(adapters: Sequence[Adapter], model: Model) -> None:
+    """Check that adapters were trained on the weights of a model, as far as their checkpoints tell.
+
+    Raises:
+        EvaluationError: some were trained on others.
+    """
+    problems = [
+        f"--adapter {adapter.name}: it was trained on other weights than those of {model.folder}: its checkpoint records "
+        f"the fingerprint {adapter.base_fingerprint}, this model has {model.fingerprint}. Give the base of its run "
+        f"({adapter.base_model}, with the --quantize of that run), or --other-base to evaluate it on this one all the same"
+        for adapter in adapters
+        if adapter.base_fingerprint not in (None, model.fingerprint)
+    ]
+    if problems:
+        raise EvaluationError(problems)
+
+
+def _check(name: str, folder: Path, layers: dict[str, tuple[int, int]]) -> Adapter:
     if name == BASE:
         raise AdapterError([f"`{BASE}` stands for the model without an adapter; give the folder as ./{BASE}"])
     source = find_adapter(Path(name).expanduser().absolute())
@@ -142,17 +162,10 @@ def _check(name: str, model: Model, layers: dict[str, tuple[int, int]], other_ba
     try:
         map_names({n: tuple(t.shape) for n, t in tensors.items()}, config, layers)
     except AdapterError as error:
-        trained_on = source.base_model or "another model"
-        raise AdapterError(
-            [f"{p} (it was trained on {trained_on}; MODEL is {model.given})" for p in error.problems]
-        ) from None
-    if source.base_fingerprint not in (None, model.fingerprint) and not other_base:
-        raise AdapterError([
-            f"it was trained on other weights than those of {model.folder}: its checkpoint records the fingerprint "
-            f"{source.base_fingerprint}, this model has {model.fingerprint}. Give the base of its run ({source.base_model}, "
-            "with the --quantize of that run), or --other-base to evaluate it on this one all the same"
-        ])  # fmt: skip
-    return Adapter(name, source.adapter, config, _digest(config, tensors))
+        bases = f"(it was trained on {source.base_model or 'another model'}; MODEL is {folder})"
+        raise AdapterError([f"{problem} {bases}" for problem in error.problems]) from None
+    digest = _digest(config, tensors)
+    return Adapter(name, source.adapter, config, digest, source.base_model, source.base_fingerprint)
 
 
 def _digest(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> str:

@@ -19,12 +19,13 @@ import qerl_verl
 from qerl_verl.evaluation import engine as engines
 from qerl_verl.evaluation.engine import Engine, EngineSettings, Request, Sampling
 from qerl_verl.evaluation.errors import EvaluationError
-from qerl_verl.evaluation.policies import BASE, Adapter, Model, check_adapters, find_model
+from qerl_verl.evaluation.policies import BASE, Adapter, Model, check_adapters, check_bases, find_model
 from qerl_verl.evaluation.problems import DataSet, Problem, read_data
 from qerl_verl.evaluation.report import Result, as_json, summarize
 from qerl_verl.evaluation.responses import Response, ResponseFile
 from qerl_verl.evaluation.rewards import Reward
-from qerl_verl.nvfp4.cache import Quantization
+from qerl_verl.nvfp4.cache import Quantization, fetch_model
+from qerl_verl.nvfp4.errors import CheckpointError
 
 ResponseKey = tuple[str, str, int, int]
 
@@ -140,49 +141,70 @@ class Plan:
 def prepare(settings: EvaluationSettings) -> Plan:
     """Read and check everything that an evaluation needs; no engine is started and no response written.
 
+    A model is quantized, where that is asked for, when all else has been checked.
+
     Raises:
-        EvaluationError, CheckpointError: something cannot be used, with the fix.
+        EvaluationError, CheckpointError: something cannot be used, with the fix; what can be found at once comes at once.
     """
-    _check_numbers(settings)
-    on_cpu = _on_cpu()
-    data = [read_data(given, settings.limit, settings.prompt_key) for given in dict.fromkeys(settings.data)]
-    model = find_model(settings.model, settings.cache_dir, settings.quantization)
-    adapters = check_adapters(settings.adapters, model, settings.other_base)
-    reward = Reward(settings.reward_function)
+    problems = _number_problems(settings)
+
+    def attempt(action: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return action(*arguments)
+        except EvaluationError as error:
+            problems.extend(error.problems)
+        except CheckpointError as error:
+            problems.append(f"MODEL {settings.model}: {error}")
+        return None
+
+    on_cpu = attempt(_on_cpu)
+    given = dict.fromkeys(settings.data)
+    data = [attempt(read_data, name, settings.limit, settings.prompt_key) for name in given]
+    reward = attempt(Reward, settings.reward_function)
+    folder = attempt(fetch_model, settings.model)
+    adapters = folder and attempt(check_adapters, settings.adapters, folder)
+    if problems:
+        raise EvaluationError(problems)
     for source in {p.source: p for d in data for p in d.problems}.values():
         reward(source, "")  # fails now where it would fail after the first response
+    prompts, template = _tokenize(settings, folder, data)
+    _check_length(settings, folder, prompts)
+    model = find_model(settings.model, settings.cache_dir, settings.quantization)
+    if not settings.other_base:
+        check_bases(adapters, model)
     policies: dict[str, Adapter | None] = {BASE: None} if settings.with_base or not adapters else {}
     policies |= {adapter.name: adapter for adapter in adapters}
-    plan = Plan(settings, model, policies, data, *_tokenize(settings, model, data), reward, on_cpu)
-    _check_length(plan)
-    return plan
+    return Plan(settings, model, policies, data, prompts, template, reward, on_cpu)
 
 
-def _check_numbers(settings: EvaluationSettings) -> None:
+def _number_problems(settings: EvaluationSettings) -> list[str]:
     problems = []
     for name, value, smallest in (
         ("--samples", settings.samples, 1),
         ("--max-tokens", settings.max_tokens, 1),
         ("--limit", 1 if settings.limit is None else settings.limit, 1),
         ("--temperature", settings.temperature, 0),
+        ("--tensor-parallel-size", settings.engine.tensor_parallel_size, 1),
+        ("--max-num-seqs", settings.engine.max_num_seqs or 1, 1),
     ):
         if value < smallest:
             problems.append(f"{name} {value}: it has to be {smallest} or more")
-    if not 0 < settings.top_p <= 1:
-        problems.append(f"--top-p {settings.top_p}: it has to be above 0 and at most 1")
+    for name, share, example in (
+        ("--top-p", settings.top_p, 0.95),
+        ("--gpu-memory-utilization", settings.engine.gpu_memory_utilization or 1, 0.9),
+    ):
+        if not 0 < share <= 1:
+            problems.append(f"{name} {share}: it has to be above 0 and at most 1, for example {example}")
     if not 0 < settings.confidence < 1:
         problems.append(f"--confidence {settings.confidence}: it has to lie between 0 and 1, for example 0.95")
     for k in settings.ks:
         if not 1 <= k <= settings.samples:
-            problems.append(
-                f"--k {k}: pass@{k} needs k of at least 1 and --samples of at least {k}; it is {settings.samples}"
-            )
+            problems.append(f"--k {k}: it has to lie between 1 and --samples, which is {settings.samples}")
     if settings.temperature == 0 and settings.samples > 1:
         problems.append(
             f"--samples {settings.samples}: with --temperature 0 all responses to a problem are the same; set --samples 1"
         )
-    if problems:
-        raise EvaluationError(problems)
+    return problems
 
 
 def _on_cpu() -> bool:
@@ -204,7 +226,7 @@ def _on_cpu() -> bool:
 
 
 def _tokenize(
-    settings: EvaluationSettings, model: Model, data: list[DataSet]
+    settings: EvaluationSettings, folder: Path, data: list[DataSet]
 ) -> tuple[dict[tuple[str, int], list[int]], str]:
     """Prompts as verl's rollout makes them (verl/experimental/agent_loop/agent_loop.py, ct_build_initial_tokens), and
     the chat template that made them."""
@@ -214,9 +236,9 @@ def _tokenize(
 
     from qerl_verl.config.checks.tokenizers import folder_problem
 
-    if problem := folder_problem(model.folder, f"MODEL {settings.model}"):
+    if problem := folder_problem(folder, f"MODEL {settings.model}"):
         raise EvaluationError(problem)
-    tokenizer = hf_tokenizer(str(model.folder))
+    tokenizer = hf_tokenizer(str(folder))
     if settings.chat_template is not None:
         tokenizer.chat_template = settings.chat_template
     if not tokenizer.chat_template:
@@ -227,7 +249,7 @@ def _tokenize(
     arguments = {
         k: v for k, v in settings.chat_template_arguments.items() if k not in ("tokenize", "add_generation_prompt")
     }
-    model_type = AutoConfig.from_pretrained(model.folder).model_type
+    model_type = AutoConfig.from_pretrained(folder).model_type
     builder = create_continuous_token_builder(tokenizer, hf_model_type=model_type, chat_template_kwargs=arguments)
     prompts = {}
     problems = [(each.name, problem) for each in data for problem in each.problems]
@@ -242,16 +264,16 @@ def _tokenize(
     return prompts, str(tokenizer.chat_template)
 
 
-def _check_length(plan: Plan) -> None:
+def _check_length(settings: EvaluationSettings, folder: Path, prompts: dict[tuple[str, int], list[int]]) -> None:
     from transformers import AutoConfig
 
-    context = getattr(AutoConfig.from_pretrained(plan.model.folder), "max_position_embeddings", None)
-    if context is not None and plan.longest > context:
-        prompt = plan.longest - plan.settings.max_tokens
+    context = getattr(AutoConfig.from_pretrained(folder), "max_position_embeddings", None)
+    prompt = max(map(len, prompts.values()))
+    if context is not None and prompt + settings.max_tokens > context:
         fix = f"set --max-tokens {context - prompt} or less" if prompt < context else "take that prompt out"
         raise EvaluationError(
-            f"the longest prompt has {prompt} tokens; with --max-tokens {plan.settings.max_tokens} that is more than the "
-            f"{context} that {plan.settings.model} can see: {fix}"
+            f"the longest prompt has {prompt} tokens; with --max-tokens {settings.max_tokens} that is more than the "
+            f"{context} that {settings.model} can see: {fix}"
         )
 
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from qerl_verl.evaluation.errors import EvaluationError
-from qerl_verl.evaluation.policies import check_adapters, expand, find_model, write_plain
+from qerl_verl.evaluation.policies import check_adapters, check_bases, expand, find_model, write_plain
 from qerl_verl.nvfp4.cache import Quantization, fingerprint
 from qerl_verl.nvfp4.errors import CheckpointError
 
@@ -45,7 +45,7 @@ def checkpoint(folder, write, base, **arguments):
 def test_adapters_and_checkpoints_are_found(model, write_adapter, tmp_path):
     plain = write_adapter(tmp_path / "plain", rank=4, alpha=16)
     step = checkpoint(tmp_path / "global_step_1", write_adapter, model.fingerprint, seed=2)
-    found = check_adapters([str(plain), f"{step}/", f"{step}/actor"], model)
+    found = check_adapters([str(plain), f"{step}/", f"{step}/actor"], model.folder)
     assert [a.name for a in found] == [str(plain), str(step), f"{step}/actor"]
     assert [(a.rank, a.scaling) for a in found] == [(4, 4.0), (8, 2.0), (8, 2.0)]
     assert found[1].digest == found[2].digest != found[0].digest
@@ -68,14 +68,14 @@ def test_the_folder_of_a_run_stands_for_its_checkpoints(tmp_path):
 )
 def test_an_adapter_under_other_names_reaches_the_engine_under_pefts(model, write_adapter, tmp_path, rename):
     expected = load_file(write_adapter(tmp_path / "a") / "adapter_model.safetensors")
-    (adapter,) = check_adapters([str(write_adapter(tmp_path / "b", rename=rename))], model)
+    (adapter,) = check_adapters([str(write_adapter(tmp_path / "b", rename=rename))], model.folder)
     write_plain(adapter, model, tmp_path / "c")
     found = load_file(tmp_path / "c" / "adapter_model.safetensors")
     assert found.keys() == expected.keys() and all(torch.equal(found[n], expected[n]) for n in found)
 
 
 def test_an_adapter_that_was_replaced_meanwhile_is_refused(model, write_adapter, tmp_path):
-    (adapter,) = check_adapters([str(write_adapter(tmp_path / "a"))], model)
+    (adapter,) = check_adapters([str(write_adapter(tmp_path / "a"))], model.folder)
     write_adapter(tmp_path / "a", seed=2)
     with pytest.raises(EvaluationError, match="replaced while the evaluation ran"):
         write_plain(adapter, model, tmp_path / "c")
@@ -112,7 +112,7 @@ def test_an_adapter_that_does_not_fit_is_refused(model, write_adapter, tmp_path,
     if arguments:
         write_adapter(folder, **arguments)
     with pytest.raises(EvaluationError, match=message) as error:
-        check_adapters([str(folder)], model)
+        check_adapters([str(folder)], model.folder)
     assert all(problem.startswith(f"--adapter {folder}: ") for problem in error.value.problems)
 
 
@@ -120,21 +120,20 @@ def test_all_problems_of_all_adapters_come_at_once(model, write_adapter, tmp_pat
     bad = write_adapter(tmp_path / "a", settings={"r": 0, "lora_alpha": 0})
     good = write_adapter(tmp_path / "b")
     with pytest.raises(EvaluationError) as error:
-        check_adapters([str(bad), str(good), str(tmp_path / "c"), str(good)], model)
+        check_adapters([str(bad), str(good), str(tmp_path / "c"), str(good)], model.folder)
     problems = error.value.problems
     assert len(problems) == 4 and "given twice" in problems[-1]
 
 
-def test_a_checkpoint_of_another_base_is_refused_unless_it_is_asked_for(
-    model, bf16_checkpoint, write_adapter, tmp_path
-):
+def test_a_checkpoint_of_another_base_is_refused(model, bf16_checkpoint, write_adapter, tmp_path):
     """The record of the arm bf16 has the arm's name in front."""
     base = fingerprint(bf16_checkpoint, tmp_path / "cache")
     step = checkpoint(tmp_path / "global_step_1", write_adapter, f"bf16-{base}")
+    adapters = check_adapters([str(step)], model.folder)
     with pytest.raises(EvaluationError, match=f"other weights than .*{base}.*{model.fingerprint}.*--other-base"):
-        check_adapters([str(step)], model)
-    assert check_adapters([str(step)], model, other_base=True)
-    assert check_adapters([str(step)], find_model(str(bf16_checkpoint), tmp_path / "cache"))
+        check_bases(adapters, model)
+    check_bases(adapters, find_model(str(bf16_checkpoint), tmp_path / "cache"))
+    check_bases(check_adapters([str(write_adapter(tmp_path / "plain"))], model.folder), model)  # it records none
 
 
 def test_broken_files_are_refused(model, write_adapter, tmp_path):
@@ -143,4 +142,4 @@ def test_broken_files_are_refused(model, write_adapter, tmp_path):
         broken = shutil.copytree(folder, tmp_path / file)
         (broken / file).write_bytes((broken / file).read_bytes()[:40])
         with pytest.raises(EvaluationError, match=f"--adapter {broken}: "):
-            check_adapters([str(broken)], model)
+            check_adapters([str(broken)], model.folder)

@@ -11,6 +11,7 @@ import pytest
 from qerl_verl.evaluation.engine import EngineSettings
 from qerl_verl.evaluation.errors import EvaluationError
 from qerl_verl.evaluation.run import EvaluationSettings, evaluate, prepare, report, seed_of, write_report
+from qerl_verl.nvfp4.cache import Quantization
 
 DIGIT_REWARD = str(Path(__file__).parents[1] / "integration" / "digit_reward.py")
 
@@ -162,12 +163,14 @@ def test_seeds_differ_and_never_change():
 
 REFUSED = {
     "samples": ({"samples": 0}, "--samples 0: it has to be 1 or more"),
-    "k above samples": ({"ks": (1, 4)}, "--k 4: .*--samples of at least 4; it is 3"),
+    "k above samples": ({"ks": (1, 4)}, "--k 4: it has to lie between 1 and --samples, which is 3"),
     "k of 0": ({"ks": (0,)}, "--k 0"),
     "temperature": ({"temperature": -1.0}, "--temperature -1.0"),
     "top-p": ({"top_p": 0.0}, "--top-p 0.0"),
     "tokens": ({"max_tokens": 0}, "--max-tokens 0"),
     "limit": ({"limit": 0}, "--limit 0"),
+    "share of memory": ({"engine": EngineSettings(gpu_memory_utilization=90.0)}, "--gpu-memory-utilization 90.0"),
+    "GPUs": ({"engine": EngineSettings(tensor_parallel_size=0)}, "--tensor-parallel-size 0"),
     "confidence": ({"confidence": 95.0}, "--confidence 95.0: .*0.95"),
     "several greedy samples": ({"temperature": 0.0}, "--temperature 0 all responses .* set --samples 1"),
     "no such model": ({"model": "missing/x/y"}, "there is no such folder"),
@@ -186,6 +189,35 @@ def test_refused_before_the_engine_starts(settings, case):
     with pytest.raises(ValueError, match=message):
         run(replace(settings, **change))
     assert not settings.responses.exists()
+
+
+def test_what_can_be_found_at_once_comes_at_once(settings):
+    changes = {"samples": 0, "data": ["x.parquet", "y.csv"], "adapters": ["z"], "reward_function": "w.py", "ks": (9,)}
+    with pytest.raises(EvaluationError) as error:
+        prepare(replace(settings, **changes))
+    starts = ["--samples 0", "--k 9", "--data x.parquet", "--data y.csv", "--reward-function w.py", "--adapter z"]
+    assert [p[: len(start)] for p, start in zip(error.value.problems, starts, strict=True)] == starts
+
+
+def test_a_model_is_quantized_when_all_else_has_been_checked(settings, bf16_checkpoint):
+    wanted = replace(settings, model=str(bf16_checkpoint), quantization=Quantization("rtn"))
+    for change in ({"max_tokens": 4096}, {"chat_template": "{{ raise_exception('no') }}"}, {"reward_function": None}):
+        with pytest.raises(EvaluationError):
+            prepare(replace(wanted, **change))
+    assert not list(settings.cache_dir.glob("*/config.json"))
+    assert prepare(wanted).model.folder.parent == settings.cache_dir
+
+
+@pytest.mark.parametrize("other_base", [True, False])
+def test_an_adapter_of_another_base_is_taken_where_that_is_asked_for(settings, write_adapter, tmp_path, other_base):
+    write_adapter(tmp_path / "global_step_1" / "actor" / "lora_adapter")
+    (tmp_path / "global_step_1" / "qerl_checkpoint.json").write_text(json.dumps({"base": {"actor": "0123"}}))
+    settings = replace(settings, adapters=[str(tmp_path / "global_step_1")], other_base=other_base)
+    if other_base:
+        assert len(run(settings)[1]) == 2
+    else:
+        with pytest.raises(EvaluationError, match="it was trained on other weights"):
+            run(settings)
 
 
 def test_the_number_of_tokens_in_the_message_is_the_largest_that_fits(settings):
