@@ -196,3 +196,12 @@ def test_several_workers_are_one():
 def test_how_large_the_noise_is_on_a_model_is_told_in_both_units(unit, expected):
     line = describe_size({"first": 0.01, "last": 0.0005}, unit, MEASURED)
     assert line == f"the root mean square of a noised norm's weight is 0.25 (median; 0.1 to 2); {expected}"
+
+
+def test_rounding_is_that_of_the_stored_weight():
+    """A 16-bit norm that multiplies by 1 + weight rounds the weight, and not the sum."""
+    clean = torch.full((64,), 0.01, dtype=torch.bfloat16)
+    target = NoiseTarget(clean=clean, live=clean.float() + 1.0, offset=1.0)
+    NoiseInjector({"norm": target}).set_noise(seed=1, step=1, sigma=1e-3, rounding="weight")
+    noised = (clean.float() + draw_noise(1, 1, "norm", 64, 1e-3)).bfloat16().float()
+    torch.testing.assert_close(target.live - 1.0, noised, rtol=0, atol=2**-23)

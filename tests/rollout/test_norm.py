@@ -93,6 +93,8 @@ def test_every_norm_of_vllms_takes_noise_on_what_it_multiplies_by(stock):
     def outputs(module):
         return torch.cat([module(x.clone()), *module(x.clone(), residual.clone())])
 
+    live = clean.float() + norm.qerl_offset
+    assert torch.equal(norm.qerl_weight, live)  # what a compiled or captured norm multiplies by from the start
     noise = injector(norm)
     for _ in range(2):
         assert torch.equal(outputs(norm), outputs(plain))
@@ -104,7 +106,7 @@ def test_every_norm_of_vllms_takes_noise_on_what_it_multiplies_by(stock):
         noise.set_noise(seed=1, step=1, sigma=0.0)
     noise.set_noise(seed=1, step=1, sigma=0.1)
     norm.qerl_reset()  # after the base was read from disk again
-    assert torch.equal(outputs(norm), outputs(plain))
+    assert torch.equal(outputs(norm), outputs(plain)) and torch.equal(norm.qerl_weight, live)
 
 
 def test_every_norm_that_vllm_derives_is_replaced():
