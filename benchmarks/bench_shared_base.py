@@ -469,7 +469,8 @@ def main() -> int:
 
     work = Path(args.work or tempfile.mkdtemp(prefix="qerl-shared-base-"))
     work.mkdir(parents=True, exist_ok=True)
-    found: dict = {"shape": args.shape, "torch": torch.__version__, "logs": str(work)}
+    found: dict = {"shape": args.shape, "torch": torch.__version__}
+    print(f"logs: {work}", flush=True)
 
     def store() -> None:
         if args.json:

@@ -30,10 +30,11 @@ from qerl_verl.sharing.memory import SharedMemory
 from qerl_verl.switch import BASE_ENV
 
 CPU = torch.device("cpu")
+OWNERS = []
 
 
 def own_base(checkpoint, dtype):
-    """The base in this process. Returns the owner and which tensors are shared in place."""
+    """The base in this process, which owns it to the end. Returns which tensors are shared in place."""
     config = AutoConfig.from_pretrained(checkpoint)
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -45,7 +46,8 @@ def own_base(checkpoint, dtype):
     settings = BaseSharing(uuid.uuid4().hex, True, "auto", LORA["rank"], str(dtype).removeprefix("torch."))
     os.environ |= settings.environment()
     names = sorted(name for name, plain in layout.tensors.items() if plain.shared)
-    return BaseOwner((memory, layout), settings.key, 0), names
+    OWNERS.append(BaseOwner((memory, layout), settings.key, 0))
+    return names
 
 
 def look_at(checkpoint, prompts, dtype, load_format):
@@ -72,10 +74,9 @@ if __name__ == "__main__":
     for checkpoint in folders:
         try:
             separate = look_at(checkpoint, prompts, dtype, "safetensors")
-            owner, names = own_base(checkpoint, getattr(torch, dtype))
+            names = own_base(checkpoint, getattr(torch, dtype))
             shared = look_at(checkpoint, prompts, dtype, LOAD_FORMAT)
             found[checkpoint] = {"separate": separate, "shared": shared, "in_place": names}
-            owner.close()
         except Exception:
             found[checkpoint] = {"error": traceback.format_exc()}
         os.environ.pop(BASE_ENV, None)
