@@ -1,4 +1,5 @@
-"""A tiny random model of every family in the table, with what is peculiar to the family in its configuration."""
+"""A tiny random model of every family in the table, with what is peculiar to the family in its
+configuration."""
 
 from __future__ import annotations
 
@@ -80,7 +81,8 @@ def make_config(architecture: str, **changes):
 def make_family(
     architecture: str, folder: Path, dtype: torch.dtype = torch.bfloat16, std: float = 0.15, **changes
 ) -> Path:
-    """Write a checkpoint with random weights, norms and biases, no two tensors alike. Returns its folder.
+    """Write a checkpoint with random weights, norms and biases, no two tensors alike. Returns its
+    folder.
 
     Args:
         std: of all weights; the norms' lie around 1, also where the model stores what it adds to 1.
@@ -100,7 +102,8 @@ RANK, ALPHA = 4, 8
 
 
 def make_adapter(folder: Path, linears: dict[str, tuple[int, int]]) -> Path:
-    """Write a random adapter, as the trainer saves it, for linears of the given shapes (output, input features)."""
+    """Write a random adapter, as the trainer saves it, for linears of the given shapes (output,
+    input features)."""
     from peft import LoraConfig
 
     from qerl_verl.lora.peft import save_adapter
@@ -124,13 +127,16 @@ def log_probabilities(model, prompt: list[int]) -> torch.Tensor:
 
 
 class Reference:
-    """transformers' model with the decoded weights of an NVFP4 checkpoint in float64, and beside it in float32.
+    """transformers' model with the decoded weights of an NVFP4 checkpoint in float64, and beside it
+    in float32.
 
-    The distance between the two is what float32 costs; other code for the same model in float32 is as far away.
+    The distance between the two is what float32 costs; other code for the same model in float32 is
+    as far away.
     """
 
     MARGIN = 3.0
-    """Of the root mean squares over some hundred values of two programs' errors that round in different places."""
+    """Of the root mean squares over some hundred values of two programs' errors that round in
+    different places."""
 
     def __init__(self, checkpoint: Path):
         from transformers import AutoConfig

@@ -253,7 +253,8 @@ class AdapterEngineMixin:
     """With ``enable_gradient_checkpointing`` on an NVFP4 base."""
 
     def initialize(self):
-        """verl's, on a base without dropout: the policy that samples has none, and neither may the one that is trained."""
+        """verl's, on a base without dropout: the policy that samples has none, and neither may the
+        one that is trained."""
         if dropped := remove_dropout(self.model_config.hf_config):
             found = ", ".join(f"{name}={value}" for name, value in dropped.items())
             if self.rank == 0:

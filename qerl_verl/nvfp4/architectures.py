@@ -1,8 +1,8 @@
 """Which models are supported, and what the rest of the package has to know of each.
 
-One table, for quantization (which linears are packed, which share a global scale), for checkpoint validation
-(which tensors there are, in which shape) and for the adaptive noise (which norms it goes to). docs/models.md
-explains the columns and how a row is added.
+One table, for quantization (which linears are packed, which share a global scale), for checkpoint
+validation (which tensors there are, in which shape) and for the adaptive noise (which norms it goes
+to). docs/models.md explains the columns and how a row is added.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ DOCUMENTATION = "docs/models.md"
 
 
 class UnsupportedArchitecture(CheckpointError):
-    """The model is none of those in the table, or a variant that transformers and vLLM do not both serve."""
+    """The model is none of those in the table, or a variant that transformers and vLLM do not both
+    serve."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,9 @@ def _hard_coded(key: str, value: Any) -> Fixed:
 class Architecture:
     """A dense decoder-only model.
 
-    Names of linears and norms are relative to a layer, ``{layer_prefix}{i}.``. A projection is one of q, k, v, o, gate, up and
-    down; a linear is what the checkpoint holds, which is a projection or several of them fused.
+    Names of linears and norms are relative to a layer, ``{layer_prefix}{i}.``. A projection is one
+    of q, k, v, o, gate, up and down; a linear is what the checkpoint holds, which is a projection
+    or several of them fused.
     """
 
     name: str
@@ -95,12 +97,13 @@ class Architecture:
     """Settings of which one value alone is served."""
 
     keeps_positions: bool = False
-    """Whether transformers' attention layer takes ``position_ids`` and hands none on to the attention function. FlashAttention of
-    flash-attn tells the sequences of a packed row apart by them."""
+    """Whether transformers' attention layer takes ``position_ids`` and hands none on to the
+    attention function. FlashAttention of flash-attn tells the sequences of a packed row apart by
+    them."""
 
     shares_base: bool = False
-    """Whether one copy of the base serves actor and rollout (``qerl.base``): vLLM has a model of its own for the family, whose
-    layers are the checkpoint's, fused as in :meth:`scale_groups`."""
+    """Whether one copy of the base serves actor and rollout (``qerl.base``): vLLM has a model of
+    its own for the family, whose layers are the checkpoint's, fused as in :meth:`scale_groups`."""
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -109,14 +112,15 @@ class Architecture:
 
     @property
     def shared_scale_groups(self) -> tuple[tuple[str, ...], ...]:
-        """Linears that vLLM fuses and the checkpoint does not, and which therefore share one global scale."""
+        """Linears that vLLM fuses and the checkpoint does not, and which therefore share one global
+        scale."""
         groups = (self._linears_of(group) for group in (_QKV, _GATE_UP))
         return tuple(group for group in groups if len(group) > 1)
 
     @property
     def noise_targets(self) -> dict[str, tuple[str, ...]]:
-        """Norm that receives noise -> the linears beside it: those that it feeds or, where no norm feeds any, the one that
-        feeds it."""
+        """Norm that receives noise -> the linears beside it: those that it feeds or, where no norm
+        feeds any, the one that feeds it."""
         norms = self.norms_in_front or self.norms_behind
         return {norm: self._linears_of(projections) for norm, projections in norms.items()}
 
@@ -154,7 +158,8 @@ class Architecture:
             config: transformers' configuration object (which supplies the defaults of absent keys).
 
         Returns:
-            What the model's ``state_dict()`` holds, less ``lm_head.weight`` where embeddings are tied.
+            What the model's ``state_dict()`` holds, less ``lm_head.weight`` where embeddings are
+            tied.
 
         Raises:
             UnsupportedArchitecture: ``config`` describes a variant of the model that is not served.
@@ -289,7 +294,8 @@ def get_architecture(hf_config: Any) -> Architecture:
 
 
 def logits_divisor(config: Any) -> float:
-    """By what a model divides the output of its output layer (Granite's ``logits_scaling``); 1 for the others.
+    """By what a model divides the output of its output layer (Granite's ``logits_scaling``); 1 for
+    the others.
 
     Args:
         config: transformers' configuration object.

@@ -122,7 +122,8 @@ class LayerwiseDecoder:
         return batches
 
     def _embed(self, table: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """What the model's embedding makes of tokens, which with Gemma's is more than a row of the table."""
+        """What the model's embedding makes of tokens, which with Gemma's is more than a row of the
+        table."""
         used, place = tokens.unique(return_inverse=True)
         rows = table[used].to(self.device, self.dtype)
         return torch.func.functional_call(self._model.embed_tokens, {"weight": rows}, (place.to(self.device),))

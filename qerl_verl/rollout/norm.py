@@ -167,7 +167,8 @@ except ImportError:
 else:
 
     class NoisyTPAwareRMSNorm(NoisyNorm, TPAwareRMSNorm):
-        """vLLM's RMSNorm for transformers' models, which takes parts of an input from all tensor-parallel ranks."""
+        """vLLM's RMSNorm for transformers' models, which takes parts of an input from all
+        tensor-parallel ranks."""
 
     class NoisyTPAwareGemmaRMSNorm(NoisyNorm, TPAwareGemmaRMSNorm):
         """The same for norms whose weight is stored less 1."""
@@ -178,8 +179,8 @@ else:
 
 
 def register_norm() -> None:
-    """Make vLLM build the classes of :data:`REPLACED` where its models ask for vLLM's, in this process.
-    Idempotent.
+    """Make vLLM build the classes of :data:`REPLACED` where its models ask for vLLM's, in this
+    process. Idempotent.
 
     Raises:
         RuntimeError: another plugin has replaced one of vLLM's norms already.

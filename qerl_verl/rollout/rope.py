@@ -7,12 +7,14 @@ from typing import Any
 
 
 def rope_overrides(hf_config: Any) -> dict[str, dict[str, Any]]:
-    """Settings for vLLM's ``hf_overrides`` under which its YaRN scales queries and keys as transformers' does.
+    """Settings for vLLM's ``hf_overrides`` under which its YaRN scales queries and keys as
+    transformers' does.
 
     transformers divides by ``mscale_all_dim``'s factor, or takes ``attention_factor``
     (modeling_rope_utils.py, _compute_yarn_parameters). vLLM has the factor of ``mscale=1`` alone
-    (model_executor/layers/rotary_embedding/yarn_scaling_rope.py) and multiplies it by ``attn_factor``, or with
-    ``apply_yarn_scaling=False`` takes ``attn_factor`` itself. Without them Ministral 3's log-probabilities differ.
+    (model_executor/layers/rotary_embedding/yarn_scaling_rope.py) and multiplies it by
+    ``attn_factor``, or with ``apply_yarn_scaling=False`` takes ``attn_factor`` itself. Without them
+    Ministral 3's log-probabilities differ.
 
     Args:
         hf_config: transformers' configuration of the model.

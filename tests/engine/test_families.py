@@ -8,7 +8,8 @@ from qerl_verl.quickstart.tiny_model import build_tokenizer
 
 PACKED = {"use_remove_padding": True, "packed_attention": True}
 VARIANTS = {"padded": {}, "packed": PACKED, "chunks": PACKED | {"use_fused_kernels": True}}
-"""Padded rows with SDPA; one packed row with the package's attention; the same with log-probabilities from the output layer."""
+"""Padded rows with SDPA; one packed row with the package's attention; the same with
+log-probabilities from the output layer."""
 QUICK = ("Gemma3ForCausalLM", "GraniteForCausalLM")
 """Layers with and without a window, and a model that divides its logits."""
 
@@ -17,7 +18,8 @@ QUICK = ("Gemma3ForCausalLM", "GraniteForCausalLM")
     "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in FAMILIES]
 )
 def test_a_family_trains_the_same_however_its_sequences_are_laid_out(run_engine, tmp_path, name):
-    """In float32 with gradient checkpointing; the loss, and the norm of the gradients, of two steps."""
+    """In float32 with gradient checkpointing; the loss, and the norm of the gradients, of two
+    steps."""
     tokenizer = build_tokenizer()
     tokenizer.save_pretrained(make_family(name, tmp_path / "source", vocab_size=len(tokenizer)))
     quantize_checkpoint(tmp_path / "source", tmp_path / "model", progress=False)

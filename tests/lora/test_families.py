@@ -1,4 +1,5 @@
-"""Every family of the table in the actor: packed linears, PEFT's adapter on them, against the same model in float64."""
+"""Every family of the table in the actor: packed linears, PEFT's adapter on them, against the same
+model in float64."""
 
 import pytest
 import torch
@@ -33,7 +34,8 @@ def actor(quantized):
 @pytest.mark.filterwarnings("ignore:The PEFT config's `base_model_name_or_path` was renamed")
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_family_in_the_actor(tmp_path, name):
-    """Log-probabilities are the float64 model's: without adapter, with one, and from the output layer that returns them."""
+    """Log-probabilities are the float64 model's: without adapter, with one, and from the output
+    layer that returns them."""
     quantize_checkpoint(make_family(name, tmp_path / "source"), tmp_path / "quantized", progress=False)
     reference, model = Reference(tmp_path / "quantized"), actor(tmp_path / "quantized")
     linears = linear_shapes(tmp_path / "quantized")

@@ -64,8 +64,9 @@ def test_linears_are_all_but_lm_head(name):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_each_norm_stands_beside_the_named_linears_and_no_others(name):
-    """The tensor that a norm returns is the very tensor its linears get, or the tensor that it gets is the very one that its
-    linear returns. Every norm as wide as the model is in the row, with what it feeds or what feeds it."""
+    """The tensor that a norm returns is the very tensor its linears get, or the tensor that it gets
+    is the very one that its linear returns. Every norm as wide as the model is in the row, with
+    what it feeds or what feeds it."""
     config, model = build(name)
     row = get_architecture(config)
     taken, given = {}, {}
@@ -95,7 +96,8 @@ def test_each_norm_stands_beside_the_named_linears_and_no_others(name):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_what_a_norm_adds_to_its_stored_weight(name):
-    """A norm of ones has the weight 1 less the row's offset, also the norms of heads and the last one."""
+    """A norm of ones has the weight 1 less the row's offset, also the norms of heads and the last
+    one."""
     config, model = build(name)
     row = get_architecture(config)
     for norm_name, norm in model.named_modules():

@@ -1,9 +1,11 @@
-"""Runs in a process of its own: an engine for each checkpoint, one after the other, inside this process.
+"""Runs in a process of its own: an engine for each checkpoint, one after the other, inside this
+process.
 
 Usage: families_process.py OUT JSON_PROMPTS JSON_NOISE CHECKPOINT ADAPTER [CHECKPOINT ADAPTER ...]
 
-A vLLM engine in a process of its own takes some ten seconds to start; one inside a process that has imported vLLM and does
-not compile takes less than one. What is seen of each goes to OUT as JSON, by checkpoint.
+A vLLM engine in a process of its own takes some ten seconds to start; one inside a process that has
+imported vLLM and does not compile takes less than one. What is seen of each goes to OUT as JSON, by
+checkpoint.
 """
 
 import json

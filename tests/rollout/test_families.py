@@ -22,7 +22,8 @@ pytestmark = [
 
 SCRIPT = Path(__file__).parent / "families_process.py"
 QUICK = ("Gemma3ForCausalLM", "Phi3ForCausalLM", "SmolLM3ForCausalLM")
-"""Norms of their own, linears that the checkpoint fuses, a model that vLLM runs through transformers' code."""
+"""Norms of their own, linears that the checkpoint fuses, a model that vLLM runs through
+transformers' code."""
 PROMPTS = [list(range(3, 35)), list(range(90, 50, -1)), [7, 7, 8, 9] * 9]
 """Longer than the sliding windows of the tiny models."""
 NOISE = {"seed": 3, "step": 5, "sigma": 0.05}
@@ -68,8 +69,8 @@ def others(tmp_path_factory):
     "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in FAMILIES]
 )
 def test_a_family_in_the_rollout(request, name):
-    """Log-probabilities are those of a float64 model with the decoded weights: without adapter, with one, and with noise on
-    the norms that the row names. Noise comes off bit for bit."""
+    """Log-probabilities are those of a float64 model with the decoded weights: without adapter,
+    with one, and with noise on the norms that the row names. Noise comes off bit for bit."""
     quantized, adapter, seen = request.getfixturevalue("quick" if name in QUICK else "others")[name]
     assert "error" not in seen, seen["error"]
     row, reference = get_architecture(read_config(quantized)), Reference(quantized)

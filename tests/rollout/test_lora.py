@@ -105,8 +105,8 @@ def test_the_ranks_together_compute_the_whole_adapter(tp, backend):
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
 def test_an_adapter_of_fused_linears_is_one_of_each_projection(tp):
-    """As checkpoints have it that hold q, k and v, or gate and up, in one matrix. On four ranks vLLM repeats key and value
-    heads, of which the adapter has the rows once."""
+    """As checkpoints have it that hold q, k and v, or gate and up, in one matrix. On four ranks
+    vLLM repeats key and value heads, of which the adapter has the rows once."""
     tensors, fused = adapter(), {}
     for names, name in (("qkv", "self_attn.qkv_proj"), (("gate", "up"), "mlp.gate_up_proj")):
         prefix, group = "base_model.model.model.layers.0.", name.partition(".")[0]

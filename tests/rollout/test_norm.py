@@ -83,7 +83,8 @@ def acting_noise(norm, noise, **arguments):
 
 @pytest.mark.parametrize("stock", REPLACED, ids=lambda stock: stock.__name__)
 def test_every_norm_of_vllms_takes_noise_on_what_it_multiplies_by(stock):
-    """Gemma's multiply by 1 + weight. Without noise the bits are vLLM's; with it the result is the formula's, rounded once."""
+    """Gemma's multiply by 1 + weight. Without noise the bits are vLLM's; with it the result is the
+    formula's, rounded once."""
     generator = torch.Generator().manual_seed(4)
     clean = (0.3 * torch.randn(512, generator=generator)).bfloat16()
     norm, plain = build(clean, stock=stock), build(clean, noise=False, stock=stock)
@@ -110,7 +111,8 @@ def test_every_norm_of_vllms_takes_noise_on_what_it_multiplies_by(stock):
 
 
 def test_every_norm_that_vllm_derives_is_replaced():
-    """A class that vLLM adds, for instance for models that run through transformers' code, would get no noise."""
+    """A class that vLLM adds, for instance for models that run through transformers' code, would
+    get no noise."""
     stock = {RMSNorm, GemmaRMSNorm}
     from vllm.model_executor.models.transformers import fusers  # noqa: F401
 

@@ -144,8 +144,8 @@ def length_problems(config: DictConfig) -> list[str]:
 
 
 def position_problems(config: DictConfig, installed: Callable[[str], str] = version) -> list[str]:
-    """Rotary embeddings, and lengths, at which vLLM and transformers rotate queries and keys in different ways, so that actor and rollout would be
-    two policies.
+    """Rotary embeddings, and lengths, for which vLLM and transformers rotate queries and keys in
+    different ways: actor and rollout would be two policies.
 
     Args:
         config: see :func:`find_problems`.
@@ -195,8 +195,9 @@ def position_problems(config: DictConfig, installed: Callable[[str], str] = vers
 
 
 def packing_problems(config: DictConfig) -> list[str]:
-    """Sequences of one row that would attend to each other, where a model's attention layer hands no positions on
-    (:attr:`~qerl_verl.nvfp4.architectures.Architecture.keeps_positions`), also in stock verl."""
+    """Sequences of one row that would attend to each other, where a model's attention layer hands
+    no positions on (:attr:`~qerl_verl.nvfp4.architectures.Architecture.keeps_positions`), also in
+    stock verl."""
     from qerl_verl.nvfp4.architectures import get_architecture
     from qerl_verl.nvfp4.checkpoint import read_config
     from qerl_verl.nvfp4.errors import CheckpointError
@@ -221,8 +222,8 @@ def packing_problems(config: DictConfig) -> list[str]:
 
 
 def critic_problems(config: DictConfig) -> list[str]:
-    """A critic whose model type has no token classification in transformers, of which verl makes critics
-    (verl/utils/model.py, load_valuehead_model)."""
+    """A critic whose model type has no token classification in transformers, of which verl makes
+    critics (verl/utils/model.py, load_valuehead_model)."""
     folder = local_folder(config, CRITIC) if CRITIC in trained_models(config) else None
     if folder is None or not get_arm(config).container:
         return []

@@ -61,10 +61,14 @@ def test_what_does_not_fit_is_named_with_the_setting(bf16_checkpoint, values, pr
 
 
 def test_of_linears_that_the_checkpoint_fuses_each_projection_ends_by_itself(tmp_path):
-    """Also where tensor parallelism divides them: 128 rows of q, 64 of k and 64 of v, on two ranks half of each."""
+    """Also where tensor parallelism divides them: 128 rows of q, 64 of k and 64 of v, on two ranks
+    half of each."""
     make_config("Phi3ForCausalLM").save_pretrained(tmp_path)
     (problem,) = find_problems(settings(rollout="hopper"), tmp_path)
-    assert "does not take the adapter of self_attn.qkv_proj of 256 x 128: projections have to end at multiples of 128" in problem
+    assert (
+        "does not take the adapter of self_attn.qkv_proj of 256 x 128: projections have to end at multiples of 128"
+        in problem
+    )
     assert "got [128, 192, 256]" in problem
     (problem,) = find_problems(settings(rollout="hopper", parallel=2, lora="punica"), tmp_path)
     assert "mlp.gate_up_proj of 112 x 128: N and K have to be multiples of 64" in problem
