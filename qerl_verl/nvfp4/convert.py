@@ -167,7 +167,7 @@ class _Source:
         known = set(self.others)
         for linear in self.linears.values():
             known |= set(self._parts(linear.name)) if linear.packed else {f"{linear.name}.weight"}
-        files._check_names(self.path, self.tensors, known, bool(self.config.get("tie_word_embeddings")))
+        files._check_names(self.path, self.tensors, known, files._hf_config(self.path).tie_word_embeddings)
 
     def _refuse_mixed_groups(self) -> None:
         for group in self.groups():

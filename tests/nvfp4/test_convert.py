@@ -8,6 +8,7 @@ from accelerate import init_empty_weights
 from compressed_tensors.compressors.mxfp4 import MXFP4PackedCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from safetensors.torch import load_file, save_file
+from tiny_families import make_family
 from transformers import AutoModelForCausalLM
 
 from qerl_verl.export.merge import Base
@@ -15,6 +16,7 @@ from qerl_verl.kernels.nvfp4_dequantize import E2M1_VALUES
 from qerl_verl.nvfp4.cache import resolve_checkpoint
 from qerl_verl.nvfp4.checkpoint import (
     check_checkpoint,
+    linear_shapes,
     quantize_checkpoint,
     read_ignore,
     unused_settings,
@@ -51,12 +53,12 @@ def rewrite(source, folder, change_config, change_tensors, files=()):
     return folder
 
 
-def modelopt(source, folder, plain=(), settings=None, in_config=False, change=lambda tensors: None):
+def modelopt(source, folder, plain=(), settings=None, in_config=False, change=lambda tensors: None, linears=LINEARS):
     """An NVFP4 checkpoint of ours under ModelOpt's names; ``plain`` linears are decoded to bfloat16."""
     base = Base(source)
 
     def tensors(found):
-        for linear in LINEARS:
+        for linear in linears:
             packed, scale, divisor = (
                 found.pop(f"{linear}.weight_{part}") for part in ("packed", "scale", "global_scale")
             )
@@ -127,6 +129,26 @@ def test_modelopt_decodes_to_the_same_weights(nvfp4_checkpoint, tmp_path, in_con
         # two reciprocals in float32
         assert ((found - expected).abs() <= 2 * torch.finfo(torch.float32).eps * expected.abs()).all()
     assert not any(name.endswith(("input_scale", "scale_2")) for name in after)
+
+
+@pytest.mark.parametrize("name", ["Phi3ForCausalLM", "Gemma3ForCausalLM"])
+def test_modelopt_of_other_families(tmp_path, name):
+    """Linears that the checkpoint fuses; embeddings that are tied by the model's default, with a copy of them."""
+    make_family(name, tmp_path / "s", **({"tie_word_embeddings": True} if name == "Gemma3ForCausalLM" else {}))
+    quantize_checkpoint(tmp_path / "s", tmp_path / "q", progress=False)
+    linears = linear_shapes(tmp_path / "q")
+
+    def copy_head(tensors):
+        tensors.setdefault("lm_head.weight", tensors["model.embed_tokens.weight"].clone())
+
+    source = modelopt(tmp_path / "q", tmp_path / "m", linears=linears, change=copy_head)
+    content = json.loads((source / "config.json").read_text())
+    del content["tie_word_embeddings"]
+    (source / "config.json").write_text(json.dumps(content))
+    convert_checkpoint(source, tmp_path / "n", progress=False)
+    before, after = Base(tmp_path / "q"), Base(tmp_path / "n")
+    for linear in linears:
+        torch.testing.assert_close(after.weight(linear, CPU), before.weight(linear, CPU), rtol=1e-6, atol=0)
 
 
 def test_mxfp4_decodes_to_the_same_weights(bf16_checkpoint, tmp_path):
