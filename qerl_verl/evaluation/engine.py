@@ -15,6 +15,7 @@ from typing import Any
 from qerl_verl.config.rules import COMPILATION, WORKER_EXTENSION, cpu_environment
 from qerl_verl.evaluation.policies import Adapter, Model, write_plain
 from qerl_verl.platform.cpu_features import missing_bfloat16
+from qerl_verl.rollout.rope import rope_overrides
 from qerl_verl.switch import ENGINE_VENDOR, SWITCH_ENV
 
 PATIENCE = 10.0
@@ -116,6 +117,8 @@ class Engine:
         self._engine.collective_rpc("monkey_patch_model", kwargs={"vocab_size": vocabulary})
 
     def _arguments(self, adapters: list[Adapter], settings: EngineSettings, on_cpu: bool) -> dict[str, Any]:
+        from transformers import AutoConfig
+
         rank = max((adapter.rank for adapter in adapters), default=0)
         lora = None
         if self._inline and rank:
@@ -133,6 +136,7 @@ class Engine:
             "worker_extension_cls": WORKER_EXTENSION,
             "additional_config": {"qerl": additional},
             "seed": 0,
+            "hf_overrides": rope_overrides(AutoConfig.from_pretrained(self._model.folder)),
         }
         if not arguments["enforce_eager"]:
             arguments["compilation_config"] = compilation

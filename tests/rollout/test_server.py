@@ -2,13 +2,17 @@
 
 import asyncio
 import inspect
+from types import SimpleNamespace
 
 import pytest
+from omegaconf import DictConfig
+from tiny_families import make_config
 from verl.workers.config import HFModelConfig
 from verl.workers.rollout.replica import RolloutMode
 from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer
 
 from qerl_verl.config.base import BaseSharing
+from qerl_verl.rollout.rope import rope_overrides
 from qerl_verl.rollout.server import QeRLHttpServer, QeRLReplica
 
 PATHS = {
@@ -62,6 +66,17 @@ def test_the_rank_is_hidden_from_vllms_lora_path_only_where_the_layers_hold_the_
     assert made.lora_as_adapter is not hidden  # decides about enable_lora and about LoRA requests
     assert made.model_config.hf_config is model_config.hf_config and made.model_config.path == model_config.path
     assert model_config.lora_rank == 8 and model_config.lora == {"type": "lora"}  # the caller's stays
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("name", ["Ministral3ForCausalLM", "LlamaForCausalLM"])
+def test_vllm_is_told_how_transformers_rotates_in_our_runs_alone(path, name):
+    config = make_config(name)
+    made = server(config=DictConfig({"engine_kwargs": {"vllm": PATHS[path]}, "quantization": None}))
+    made.model_config = SimpleNamespace(hf_config=config)
+    _, overrides = made._apply_quantization()
+    assert overrides == ({} if path == "no config of ours" else rope_overrides(config))
+    assert bool(overrides) == (name == "Ministral3ForCausalLM" and path != "no config of ours")
 
 
 @pytest.mark.parametrize("config", [{}, {"engine_kwargs": None}, {"engine_kwargs": {"vllm": None}}])
