@@ -16,7 +16,7 @@ def build_parser() -> argparse.ArgumentParser:
     make.add_argument("--out", type=Path, default=Path("runs/study"), help="folder of the study (default: %(default)s)")
     make.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="folder or name on the hub")
     make.add_argument("--local-dir", type=Path, help="folder with GSM8K's train.jsonl and test.jsonl; default: the hub")
-    make.add_argument("--remaining", type=int, default=2, help="lines of a solution left to write (default: 2)")
+    make.add_argument("--remaining", type=int, default=1, help="lines of a solution left to write (default: 1)")
     make.add_argument("--epochs", type=float, default=3.0)
     make.add_argument("--lr", type=float, default=4e-4)
     make.add_argument("--batch-size", type=int, default=64)

@@ -15,6 +15,7 @@ def arms(run_engine, tmp_path_factory, nvfp4_checkpoint, bf16_checkpoint):
     plain = {"base": str(bf16_checkpoint), "reference": True}
     variants = {"nvfp4": {"arm": "nvfp4", "reference": True}, "bf16": plain | {"arm": "bf16"}}
     packed = {"use_remove_padding": True, "packed_attention": True}
+    packed["mixed_precision"] = {"param_dtype": "fp32", "reduce_dtype": "fp32"}
     variants["bf16_packed"] = plain | packed | {"arm": "bf16"}
     variants["bf16_fused"] = variants["bf16_packed"] | {"use_fused_kernels": True}
     variants["stock"] = {"stock": str(bf16_checkpoint), "reference": True}
@@ -44,10 +45,10 @@ def test_the_base_of_bf16_is_verls_own(arms):
 
 
 def test_log_probabilities_in_chunks_are_those_of_the_logits(arms):
-    """In training; verl takes them from logits in bfloat16, in chunks they stay in float32."""
+    """In float32; in bfloat16 verl rounds the logits, which the chunks do not."""
     report, _ = arms
     for value in ("loss", "grad_norm"):
-        assert report["bf16_fused"][value] == pytest.approx(report["bf16_packed"][value], rel=2**-5, abs=2**-7)
+        assert report["bf16_fused"][value] == pytest.approx(report["bf16_packed"][value], rel=1e-4, abs=1e-6)
 
 
 @pytest.mark.skipif(not BITSANDBYTES, reason="bitsandbytes is not installed")

@@ -1,0 +1,63 @@
+"""What docs/study.md is made from: the metrics of the study's runs, cut to what it reads, and their comparison.
+
+    python benchmarks/study_report.py runs/study/runs --gpu "4 x H200" --versions "torch 2.11, ..." --command "..." --note "..."
+    python benchmarks/study_report.py                     # again, from the files that are kept
+
+Reads ``RUNS/NAME/metrics.jsonl`` (or ``RUNS/NAME.jsonl``), writes ``benchmarks/results/study/runs/NAME.jsonl`` and
+``comparison.json`` beside them, which is ``qerl compare`` of all of them against the arm bf16, and prints its tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+RESULTS = Path(__file__).resolve().parent / "results" / "study"
+KEPT = re.compile(
+    r"critic/score/mean|actor/(entropy|grad_norm|lr)|qerl/.*|val-core/.*|response_length/(mean|clip_ratio)"
+    r"|rollout_corr/(k3_kl|rollout_is_eff_sample_size)|training/rollout_probs_diff_mean"
+    r"|timing_s/(step|gen|old_log_prob|update_actor|update_weights|testing)"
+)
+
+
+def trim(lines: list[str]) -> list[str]:
+    """The lines of verl's file logger with the metrics that :data:`KEPT` names, rounded to six digits."""
+    out = []
+    for line in lines:
+        entry = json.loads(line)
+        data = {k: float(f"{v:.6g}") for k, v in entry["data"].items() if KEPT.fullmatch(k)}
+        out.append(json.dumps({"step": entry["step"], "data": data}))
+    return out
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="?", type=Path, help="folder of the runs; without it, the kept files are compared")
+    parser.add_argument("--gpu", help="what the runs had, for the record")
+    parser.add_argument("--versions", help="of torch, vLLM, verl and others on that machine")
+    parser.add_argument("--command", help="that made the runs")
+    parser.add_argument("--note", help="what a reader has to know of these runs")
+    parser.add_argument("--baseline", default="bf16")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    kept = arguments.out / "runs"
+    if arguments.runs:
+        kept.mkdir(parents=True, exist_ok=True)
+        files = {f.parent.name: f for f in sorted(arguments.runs.glob("*/metrics.jsonl"))}
+        files |= {f.stem: f for f in sorted(arguments.runs.glob("*_s[0-9]*.jsonl"))}
+        for name, file in files.items():
+            (kept / f"{name}.jsonl").write_text("\n".join(trim(file.read_text().splitlines())) + "\n")
+        about = {name: getattr(arguments, name) for name in ("command", "gpu", "versions", "note")}
+        (arguments.out / "about.json").write_text(json.dumps(about, indent=1) + "\n")
+    compare = [sys.executable, "-m", "qerl_verl.cli.main", "compare", *map(str, sorted(kept.glob("*.jsonl")))]
+    compare += ["--baseline", arguments.baseline, "--json", str(arguments.out / "comparison.json")]
+    compare += ["--png", str(arguments.out / "curves.png")]
+    return subprocess.run(compare).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
