@@ -105,6 +105,7 @@ def find_misfits(config: DictConfig, adapters: Mapping[str, dict] | None = None)
         except CheckpointError:
             continue
     out += tokenizers.find_problems(config) + fused_kernel_problems(config) + length_problems(config)
+    out += head_size_problems(config)
     return out + position_problems(config) + packing_problems(config) + critic_problems(config)
 
 
@@ -141,6 +142,26 @@ def length_problems(config: DictConfig) -> list[str]:
     if not longest or longest <= positions:
         return []
     return [f"{ROLLOUT}.max_model_len={longest}: the model has {positions} positions; set it to {positions} or less"]
+
+
+CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+"""vLLM 0.28, v1/attention/backends/cpu_attn.py, get_supported_head_sizes."""
+
+
+def head_size_problems(config: DictConfig) -> list[str]:
+    """A width of the attention heads that vLLM's CPU build has no kernel for; it says so with the first batch."""
+    folder = local_folder(config, MODEL)
+    if get_value(config, "trainer.device") != "cpu" or folder is None or not (folder / "config.json").is_file():
+        return []
+    settings = json.loads((folder / "config.json").read_text())
+    heads = settings.get("num_attention_heads")
+    size = settings.get("head_dim") or (settings.get("hidden_size", 0) // heads if heads else None)
+    if size is None or size in CPU_HEAD_SIZES:
+        return []
+    return [
+        f"{MODEL}.path={folder}: its attention heads are {size} wide (config.json), for which vLLM has no kernel on a CPU; "
+        f"it has {', '.join(map(str, CPU_HEAD_SIZES))}. Use another model, or a GPU"
+    ]
 
 
 def position_problems(config: DictConfig, installed: Callable[[str], str] = version) -> list[str]:

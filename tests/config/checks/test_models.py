@@ -183,3 +183,28 @@ def test_sequences_that_would_attend_to_each_other(tmp_path, name, packed, atten
     problems = models.packing_problems(run)
     assert len(problems) == refused
     assert not refused or "Ministral3ForCausalLM tells flash-attn nothing of the sequences in one row" in problems[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "device", "refused"),
+    [
+        ({"hidden_size": 64, "num_attention_heads": 4}, "cpu", True),
+        ({"hidden_size": 64, "num_attention_heads": 4}, "cuda", False),
+        ({"hidden_size": 64, "num_attention_heads": 2}, "cpu", False),
+        ({"hidden_size": 64, "num_attention_heads": 4, "head_dim": 128}, "cpu", False),
+        ({"hidden_size": 64, "num_attention_heads": 2, "head_dim": 48}, "cpu", True),
+        ({}, "cpu", False),
+    ],
+)
+def test_heads_that_vllm_has_no_cpu_kernel_for(tmp_path, settings, device, refused):
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    config = OmegaConf.create({"trainer": {"device": device}, "actor_rollout_ref": {"model": {"path": str(tmp_path)}}})
+    problems = models.head_size_problems(config)
+    assert bool(problems) == refused
+    assert not refused or "no kernel on a CPU" in problems[0] and "32, 64, 80" in problems[0]
+
+
+def test_the_widths_of_heads_are_vllms():
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    assert tuple(CPUAttentionBackend.get_supported_head_sizes()) == models.CPU_HEAD_SIZES
