@@ -6,8 +6,10 @@ adapter of ours (vLLM's own LoRA path, a reward model) behaves as verl's.
 
 from __future__ import annotations
 
+import argparse
 import copy
 import os
+import secrets
 
 import ray
 from verl.workers.rollout.replica import RolloutMode
@@ -56,6 +58,17 @@ class QeRLHttpServer(vLLMHttpServer):
         if self._qerl().get(ADDITIONAL_CONFIG):
             overrides |= rope_overrides(self.model_config.hf_config)
         return quantization, overrides
+
+    async def run_server(self, args: argparse.Namespace):
+        """verl's, with a key that nobody is told: its HTTP endpoints listen on the node's address and
+        would let whoever reaches it sample, and load adapters (``/v1/load_lora_adapter``).
+
+        verl's own agent loops call the server through Ray. A user's that needs the endpoints sets
+        ``VLLM_API_KEY`` in ``ray_kwargs.ray_init.runtime_env.env_vars`` and sends that key.
+        """
+        if self._qerl().get(ADDITIONAL_CONFIG) is not None and not (args.api_key or os.environ.get("VLLM_API_KEY")):
+            args.api_key = [secrets.token_hex(32)]
+        await super().run_server(args)
 
     def _resolve_sleep_level(self) -> int:
         """1 keeps the packed base in host memory; 2 drops it and reads it from disk again (``qerl.rollout.sleep_level``).

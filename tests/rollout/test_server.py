@@ -1,5 +1,6 @@
 """QeRL's vLLM server around fake engines: what it hides from verl, and when the base is read again."""
 
+import argparse
 import asyncio
 import inspect
 from types import SimpleNamespace
@@ -186,3 +187,45 @@ def test_vllm_tells_whether_its_engine_is_dead():
     from vllm.v1.engine.async_llm import AsyncLLM
 
     assert isinstance(AsyncLLM.errored, property) and isinstance(AsyncLLM.dead_error, property)
+
+
+@pytest.mark.parametrize(
+    ("path", "given", "variable", "status"),
+    [
+        ("inline", None, None, 401),
+        ("punica", None, None, 401),
+        ("no config of ours", None, None, 200),
+        ("inline", ["mine"], None, 401),
+        ("inline", None, "mine", 401),
+    ],
+)
+def test_who_has_no_key_is_turned_away(monkeypatch, path, given, variable, status):
+    """Through vLLM's own application, as verl builds it (vllm_async_server.py, run_server)."""
+    from starlette.testclient import TestClient
+    from vllm.entrypoints.openai.api_server import build_app
+    from vllm.entrypoints.openai.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    arguments = make_arg_parser(FlexibleArgumentParser()).parse_args([])
+    arguments.api_key = given
+    started = []
+
+    async def verls(self, args: argparse.Namespace):
+        started.append(args)
+
+    monkeypatch.setattr(vLLMHttpServer, "run_server", verls)
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    if variable:
+        monkeypatch.setenv("VLLM_API_KEY", variable)
+    asyncio.run(server(PATHS[path]).run_server(arguments))
+    app = build_app(started[0], ("generate",))
+    app.state.args = started[0]
+
+    async def reached():
+        return {}
+
+    app.add_api_route("/v1/reached", reached)
+    client = TestClient(app)
+    assert client.get("/v1/reached").status_code == status
+    if key := variable or (given and given[0]):
+        assert client.get("/v1/reached", headers={"Authorization": f"Bearer {key}"}).status_code == 200
