@@ -58,9 +58,11 @@ def register_vllm() -> None:
     """vLLM's general plugin, in QeRL's jobs only: norms that take noise, and where the base is such,
     ``compressed-tensors`` NVFP4 weights served the way QeRL does."""
     if switched_on():
+        from qerl_verl.evaluation.processes import stay_with_evaluation
         from qerl_verl.rollout.norm import register_norm
 
         register_norm()
+        stay_with_evaluation()
     if running_arm() in ("nvfp4", "mxfp4"):
         from qerl_verl.rollout.quantization import register_quantization
         from qerl_verl.rollout.shared_base import register_shared_base

@@ -23,6 +23,9 @@ SOURCES_ENV = "QERL_SOURCE_MODELS"
 JOB_FOLDER_ENV = "QERL_JOB_FOLDER"
 """The job's own folder for temporary files, see platform/job_folder.py."""
 
+EVALUATION_ENV = "QERL_EVALUATION_PROCESS"
+"""Number of the process of ``qerl eval`` to which an engine's processes belong."""
+
 
 def switched_on() -> bool:
     """Whether this process belongs to a job that runs with the switch."""

@@ -16,7 +16,7 @@ from qerl_verl.config.rules import COMPILATION, WORKER_EXTENSION, cpu_environmen
 from qerl_verl.evaluation.policies import Adapter, Model, write_plain
 from qerl_verl.platform.cpu_features import missing_bfloat16
 from qerl_verl.rollout.rope import rope_overrides
-from qerl_verl.switch import ENGINE_VENDOR, SWITCH_ENV
+from qerl_verl.switch import ENGINE_VENDOR, EVALUATION_ENV, SWITCH_ENV
 
 PATIENCE = 10.0
 """Seconds until the engine must have come to rest after its last response."""
@@ -73,6 +73,7 @@ def use_environment(form: str, on_cpu: bool) -> None:
     """Set the environment variables of a job with the switch, for vLLM's plugins in this process and in those it starts."""
     variables = {
         SWITCH_ENV: form,
+        EVALUATION_ENV: str(os.getpid()),
         "VERL_ENGINE_VENDOR": ENGINE_VENDOR,
         "VERL_RAY_JOB_ID": str(os.getpid()),  # part of the name of verl's socket
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",

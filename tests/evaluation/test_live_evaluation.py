@@ -127,6 +127,14 @@ def test_the_adapters_are_applied(settings, engine, dequantized_checkpoint):
     check_adapters_are_applied(settings, engine, dequantized_checkpoint)
 
 
+def test_the_engines_processes_are_in_groups_of_their_own(engine):
+    """So that Ctrl-C does not reach them, see processes.py."""
+    children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+    names = {int(child): Path(f"/proc/{child}/cmdline").read_bytes() for child in children}
+    engines = [child for child, name in names.items() if name.startswith(b"VLLM::")]
+    assert engines and all(os.getpgid(child) == child for child in engines)
+
+
 def read(settings):
     """Key -> (text, tokens), of the responses in the file."""
     records = [json.loads(line) for line in settings.responses.read_text().splitlines()]
