@@ -341,7 +341,12 @@ def _sample(
         total = sum(1 for _ in plan.wanted(policy))
         right = seen = 0
         with tqdm(
-            total=total, initial=total - len(wanted), desc=policy[-40:], unit="response", disable=not progress
+            total=total,
+            initial=total - len(wanted),
+            desc=policy[-40:],
+            unit="response",
+            disable=not progress,
+            mininterval=0.2 if sys.stderr.isatty() else 30,
         ) as bar:
             for request, tokens, finish in engine.generate(requests, sampling):
                 key, problem = request.key

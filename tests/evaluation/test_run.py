@@ -258,3 +258,13 @@ def test_the_report_says_what_was_asked_and_found(settings, tmp_path):
     assert found["results"][1]["pass@3"]["low"] <= found["results"][1]["pass@3"]["high"]
     assert found["versions"]["vllm"] and found["device"]
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["out.json"]
+
+
+def test_progress_is_shown_from_where_it_goes_on(settings, capsys):
+    """In a log: a line at the start and at the end, not one for each response."""
+    run(settings, stop_after=20)  # all of the first policy's 18 and two of the next
+    evaluate(prepare(settings), FakeEngine)
+    lines = capsys.readouterr().err.replace("\r", "\n").splitlines()
+    bars = [line for line in lines if "response" in line]
+    assert any(" 2/18 " in line for line in bars) and sum(" 18/18 " in line for line in bars) == 2
+    assert len(bars) < 8 and "% right" in bars[-1]
