@@ -44,7 +44,9 @@ def add_eval(subparsers, common: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--other-base", action="store_true", help="take adapters that were trained on other weights than MODEL's"
     )
-    parser.add_argument("--samples", type=int, default=1, help="responses to each problem (default: %(default)s)")
+    parser.add_argument(
+        "--samples", type=int, default=1, metavar="N", help="responses to each problem (default: %(default)s)"
+    )
     parser.add_argument("--k", type=int, nargs="+", default=[1], help="which pass@k to estimate (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.6, help="default: %(default)s, as the paper")
     parser.add_argument("--top-p", type=float, default=0.95, help="default: %(default)s, as the paper")
@@ -82,7 +84,7 @@ def add_eval(subparsers, common: argparse.ArgumentParser) -> None:
 
 def _add_quantization(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("quantizing a 16- or 32-bit model first, into the cache")
-    group.add_argument("--quantize", choices=("rtn", "four-over-six", "gptq", "mxfp4"), metavar="METHOD")
+    group.add_argument("--quantize", choices=("rtn", "four-over-six", "gptq", "mxfp4"), help="how")
     group.add_argument("--calibration", type=Path, nargs="+", metavar="FILE", help="text for gptq")
     group.add_argument("--calibration-samples", type=int, default=128, help="default: %(default)s")
     group.add_argument("--calibration-tokens", type=int, default=512, help="default: %(default)s")
