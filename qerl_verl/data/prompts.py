@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -31,10 +32,34 @@ def prompt_row(data_source: str, question: str, ground_truth: str, **extra_info:
 
 
 def write_parquet(rows: Iterable[dict[str, Any]], path: Path) -> int:
-    """Write the rows, return their number."""
+    """Write the rows, return their number. A kill leaves the file that was there before, or none.
+
+    Raises:
+        FileExistsError: the file is there and holds other data than rows of the same data sources.
+    """
     import pandas
 
     frame = pandas.DataFrame(list(rows))
+    if path.exists() and not _holds(path, set(frame.get("data_source", ()))):
+        raise FileExistsError(
+            f"{path} exists and holds other data; choose another folder, or move the file away if it is not needed"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
-    frame.to_parquet(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        frame.to_parquet(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
     return len(frame)
+
+
+def _holds(path: Path, sources: set[str]) -> bool:
+    """Whether a file is a parquet of prompts of these data sources."""
+    import pandas
+
+    try:
+        columns = pandas.read_parquet(path, columns=["data_source", "prompt", "reward_model"])
+    except Exception:  # whatever the reader makes of a file that is something else
+        return False
+    return set(columns["data_source"]) == sources

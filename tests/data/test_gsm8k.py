@@ -76,6 +76,21 @@ def test_a_bad_line_is_named_and_nothing_is_written_for_it(tmp_path, capsys, lin
     assert not (tmp_path / "out" / "train.parquet").exists()
 
 
+def test_the_same_data_are_written_again_and_other_data_are_kept(tmp_path, capsys):
+    source, out = write(tmp_path, train=TRAIN, test=TEST), tmp_path / "out"
+    convert(source, out)
+    train, _ = convert(source, out)
+    assert len(train) == len(TRAIN)
+    for content in (b"mine", b""):
+        (out / "train.parquet").write_bytes(content)
+        assert main(["--local-dir", str(source), "--out", str(out)]) == 1
+        assert "train.parquet exists and holds other data; choose another folder" in capsys.readouterr().err
+        assert (out / "train.parquet").read_bytes() == content
+    pandas.DataFrame({"data_source": ["mine"], "prompt": ["p"], "reward_model": ["r"]}).to_parquet(out / "train.parquet")
+    assert main(["--local-dir", str(source), "--out", str(out)]) == 1
+    assert sorted(p.name for p in out.iterdir()) == ["test.parquet", "train.parquet"]
+
+
 def test_a_missing_file_is_named(tmp_path, capsys):
     assert main(["--local-dir", str(tmp_path), "--out", str(tmp_path / "out")]) == 1
     assert "train.jsonl" in capsys.readouterr().err
