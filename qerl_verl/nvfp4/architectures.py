@@ -219,10 +219,10 @@ _ARCHITECTURES = {
         ),
         Architecture("LlamaForCausalLM", bias_switches=_LLAMA_BIASES, shares_base=True),
         Architecture("MistralForCausalLM", shares_base=True),
-        Architecture("Ministral3ForCausalLM", keeps_positions=True),
+        Architecture("Ministral3ForCausalLM", keeps_positions=True, shares_base=True),
         Architecture("SmolLM3ForCausalLM", bias_switches=_LLAMA_BIASES),
-        Architecture("GraniteForCausalLM", bias_switches=_LLAMA_BIASES),
-        Architecture("Phi3ForCausalLM", fused=_FUSED_QKV | _FUSED_GATE_UP),
+        Architecture("GraniteForCausalLM", bias_switches=_LLAMA_BIASES, shares_base=True),
+        Architecture("Phi3ForCausalLM", fused=_FUSED_QKV | _FUSED_GATE_UP, shares_base=True),
         Architecture(
             "Gemma3ForCausalLM",
             norms_in_front={"input_layernorm": _QKV, "pre_feedforward_layernorm": _GATE_UP},
@@ -231,6 +231,7 @@ _ARCHITECTURES = {
             head_norms=_NORMED_HEADS,
             bias_switches={"attention_bias": _ATTENTION},
             fixed=(Fixed("use_bidirectional_attention", False, "a policy has to be causal"),),
+            shares_base=True,
         ),
         Architecture(
             "Olmo2ForCausalLM",
@@ -245,6 +246,7 @@ _ARCHITECTURES = {
             norms_behind=_BEHIND_ALONE,
             output_norms={"self_attn.q_norm": "self_attn.q_proj", "self_attn.k_norm": "self_attn.k_proj"},
             fixed=(_hard_coded("attention_bias", False),),
+            shares_base=True,
         ),
         Architecture(
             "Glm4ForCausalLM",
@@ -254,6 +256,7 @@ _ARCHITECTURES = {
                 "post_mlp_layernorm": ("mlp.down_proj",),
             },
             bias_switches={"attention_bias": _QKV},
+            shares_base=True,
         ),
         Architecture(
             "SeedOssForCausalLM",
@@ -262,6 +265,7 @@ _ARCHITECTURES = {
                 _hard_coded(key, value)
                 for key, value in (("attention_bias", True), ("attention_out_bias", False), ("mlp_bias", False))
             ),
+            shares_base=True,
         ),
     )
 }

@@ -73,8 +73,9 @@ if __name__ == "__main__":
     prompts, found = json.loads(prompts), {}
     for checkpoint in folders:
         try:
-            separate = look_at(checkpoint, prompts, dtype, "safetensors")
+            # first: where vLLM runs a model through transformers' code, it changes the class for this process
             names = own_base(checkpoint, getattr(torch, dtype))
+            separate = look_at(checkpoint, prompts, dtype, "safetensors")
             shared = look_at(checkpoint, prompts, dtype, LOAD_FORMAT)
             found[checkpoint] = {"separate": separate, "shared": shared, "in_place": names}
         except Exception:

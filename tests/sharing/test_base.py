@@ -6,10 +6,12 @@ import pytest
 import torch
 from accelerate import init_empty_weights
 from safetensors.torch import load_file
+from tiny_families import make_family
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qerl_verl.kernels.backends import BACKENDS, NAMES, HopperBackend, get_backend
-from qerl_verl.nvfp4.architectures import get_architecture
+from qerl_verl.nvfp4.architectures import get_architecture, supported_architectures
+from qerl_verl.nvfp4.checkpoint import quantize_checkpoint
 from qerl_verl.nvfp4.linear import NVFP4Linear
 from qerl_verl.nvfp4.loading import load_tensors, packed_linear_names, swap_linears
 from qerl_verl.rollout.candidates import CANDIDATES
@@ -18,6 +20,7 @@ from qerl_verl.sharing.errors import SharingError
 from qerl_verl.sharing.layout import Layout
 from qerl_verl.sharing.memory import SharedMemory
 
+SHARING = [name for name in supported_architectures() if get_architecture({"architectures": [name]}).shares_base]
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
 OTHER = OtherSide("auto", CANDIDATES, 8, BF16)
 
@@ -27,7 +30,7 @@ def empty_model(checkpoint):
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=BF16)
     swap_linears(model, packed_linear_names(checkpoint), BF16)
-    return model.requires_grad_(False)
+    return model.requires_grad_(False).eval()  # Seed-OSS has dropout
 
 
 def plan(model, other=OTHER, kernel="auto", dtype=BF16):
@@ -50,6 +53,22 @@ def test_the_model_computes_the_same_bits(shared, nvfp4_checkpoint):
     ids = torch.arange(24).view(2, 12)
     with torch.no_grad():
         assert torch.equal(shared[0](ids).logits, own(ids).logits)
+
+
+@pytest.mark.parametrize("name", SHARING)
+def test_every_family_that_shares_computes_the_same_bits(name, tmp_path):
+    make_family(name, tmp_path / "source")
+    quantize_checkpoint(tmp_path / "source", tmp_path / "packed", progress=False)
+    own, attached = empty_model(tmp_path / "packed"), empty_model(tmp_path / "packed")
+    load_tensors(own, tmp_path / "packed", BF16)
+    layout = plan(attached)
+    memory = SharedMemory.allocate(layout.size, CPU)
+    layout, _ = load_base(empty_model(tmp_path / "packed"), tmp_path / "packed", layout, memory, BF16, BF16, "auto")
+    attach(attached, layout, memory.data)
+    ids = torch.arange(3, 35).view(2, 16)
+    with torch.no_grad():
+        assert torch.equal(attached(ids).logits, own(ids).logits)
+    assert not any("embed_tokens" in name or "lm_head" in name for name, _ in attached.named_parameters())
 
 
 def test_fused_linears_are_one_matrix_and_the_projections_views_of_it(shared, nvfp4_checkpoint):
