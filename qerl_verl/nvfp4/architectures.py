@@ -25,6 +25,10 @@ _BEHIND_ALONE = {
     "post_attention_layernorm": ("self_attn.o_proj",),
     "post_feedforward_layernorm": ("mlp.down_proj",),
 }
+_THROUGH_TRANSFORMERS = (
+    "vLLM 0.28 runs the model through transformers' code, where its LoRA path stops with 'Current vLLM "
+    "config is not set'"
+)
 _NORMED_HEADS = ("self_attn.q_norm", "self_attn.k_norm")
 
 DOCUMENTATION = "docs/models.md"
@@ -95,6 +99,9 @@ class Architecture:
 
     fixed: tuple[Fixed, ...] = ()
     """Settings of which one value alone is served."""
+
+    no_vllm_lora: str = ""
+    """Why vLLM's own LoRA path does not take adapters of the family; empty where it does."""
 
     keeps_positions: bool = False
     """Whether transformers' attention layer takes ``position_ids`` and hands none on to the
@@ -220,7 +227,7 @@ _ARCHITECTURES = {
         Architecture("LlamaForCausalLM", bias_switches=_LLAMA_BIASES, shares_base=True),
         Architecture("MistralForCausalLM", shares_base=True),
         Architecture("Ministral3ForCausalLM", keeps_positions=True, shares_base=True),
-        Architecture("SmolLM3ForCausalLM", bias_switches=_LLAMA_BIASES),
+        Architecture("SmolLM3ForCausalLM", bias_switches=_LLAMA_BIASES, no_vllm_lora=_THROUGH_TRANSFORMERS),
         Architecture("GraniteForCausalLM", bias_switches=_LLAMA_BIASES, shares_base=True),
         Architecture("Phi3ForCausalLM", fused=_FUSED_QKV | _FUSED_GATE_UP, shares_base=True),
         Architecture(
@@ -239,6 +246,7 @@ _ARCHITECTURES = {
             norms_behind=_BEHIND_ALONE,
             output_norms={"self_attn.q_norm": "self_attn.q_proj", "self_attn.k_norm": "self_attn.k_proj"},
             bias_switches={"attention_bias": _ATTENTION},
+            no_vllm_lora=_THROUGH_TRANSFORMERS,
         ),
         Architecture(
             "Olmo3ForCausalLM",
@@ -256,6 +264,7 @@ _ARCHITECTURES = {
                 "post_mlp_layernorm": ("mlp.down_proj",),
             },
             bias_switches={"attention_bias": _QKV},
+            no_vllm_lora="the checkpoint fuses gate and up, and vLLM's Glm4ForCausalLM takes adapters of gate_proj and up_proj",
             shares_base=True,
         ),
         Architecture(

@@ -106,7 +106,8 @@ def find_misfits(config: DictConfig, adapters: Mapping[str, dict] | None = None)
             continue
     out += tokenizers.find_problems(config) + fused_kernel_problems(config) + length_problems(config)
     out += head_size_problems(config)
-    return out + position_problems(config) + packing_problems(config) + critic_problems(config)
+    out += position_problems(config) + packing_problems(config) + critic_problems(config)
+    return out + vllm_lora_problems(config)
 
 
 def _new_adapter_problems(config: DictConfig, model: str) -> list[str]:
@@ -240,6 +241,30 @@ def packing_problems(config: DictConfig) -> list[str]:
                 f"of the sequences in one row, so they would attend to each other; set {PACKED_ATTENTION} or sdpa"
             )
     return out
+
+
+def vllm_lora_problems(config: DictConfig) -> list[str]:
+    """vLLM's own LoRA path with a model whose adapters it does not take."""
+    from qerl_verl.nvfp4.architectures import get_architecture
+    from qerl_verl.nvfp4.checkpoint import read_config
+    from qerl_verl.nvfp4.errors import CheckpointError
+
+    inline = get_arm(config).container and get_value(config, "qerl.rollout.lora") != "punica"
+    folder = local_folder(config, MODEL)
+    if inline or folder is None:
+        return []
+    try:
+        reason = get_architecture(read_config(folder)).no_vllm_lora
+    except CheckpointError:  # told elsewhere
+        return []
+    if not reason:
+        return []
+    fix = (
+        "set qerl.rollout.lora=inline"
+        if get_arm(config).container
+        else "use +qerl=nvfp4, whose layers hold the adapter"
+    )
+    return [f"{MODEL}.path={folder}: vLLM's own LoRA path does not serve the model, because {reason}; {fix}"]
 
 
 def critic_problems(config: DictConfig) -> list[str]:

@@ -208,3 +208,21 @@ def test_the_widths_of_heads_are_vllms():
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
     assert tuple(CPUAttentionBackend.get_supported_head_sizes()) == models.CPU_HEAD_SIZES
+
+
+@pytest.mark.parametrize(
+    ("name", "arm", "path", "expected"),
+    [
+        ("Glm4ForCausalLM", "nvfp4", "punica", "takes adapters of gate_proj and up_proj; set qerl.rollout.lora=inline"),
+        ("Glm4ForCausalLM", "nvfp4", "inline", None),
+        ("Glm4ForCausalLM", "bf16", None, "takes adapters of gate_proj and up_proj; use \\+qerl=nvfp4"),
+        ("SmolLM3ForCausalLM", "nvfp4", "punica", "through transformers' code"),
+        ("Gemma3ForCausalLM", "nvfp4", "punica", None),
+    ],
+)
+def test_vllms_own_lora_path_does_not_serve_every_family(tmp_path, name, arm, path, expected):
+    make_config(name).save_pretrained(tmp_path)
+    values = {"qerl": {"arm": arm, "rollout": {"lora": path}}, "actor_rollout_ref": {"model": {"path": str(tmp_path)}}}
+    problems = models.vllm_lora_problems(OmegaConf.create(values))
+    assert len(problems) == (expected is not None)
+    assert not problems or re.search(expected, problems[0])
