@@ -26,8 +26,8 @@ _BEHIND_ALONE = {
     "post_feedforward_layernorm": ("mlp.down_proj",),
 }
 _THROUGH_TRANSFORMERS = (
-    "vLLM 0.28 runs the model through transformers' code, where its LoRA path stops with 'Current vLLM "
-    "config is not set'"
+    "vLLM 0.28 runs the model through transformers' code, where NVFP4 layers on that path stop with "
+    "'Current vLLM config is not set'"
 )
 _NORMED_HEADS = ("self_attn.q_norm", "self_attn.k_norm")
 
@@ -102,6 +102,10 @@ class Architecture:
 
     no_vllm_lora: str = ""
     """Why vLLM's own LoRA path does not take adapters of the family; empty where it does."""
+
+    no_punica: str = ""
+    """Why NVFP4 layers are not served on that path (``qerl.rollout.lora=punica``), though 16-bit
+    layers are."""
 
     keeps_positions: bool = False
     """Whether transformers' attention layer takes ``position_ids`` and hands none on to the
@@ -227,7 +231,7 @@ _ARCHITECTURES = {
         Architecture("LlamaForCausalLM", bias_switches=_LLAMA_BIASES, shares_base=True),
         Architecture("MistralForCausalLM", shares_base=True),
         Architecture("Ministral3ForCausalLM", keeps_positions=True, shares_base=True),
-        Architecture("SmolLM3ForCausalLM", bias_switches=_LLAMA_BIASES, no_vllm_lora=_THROUGH_TRANSFORMERS),
+        Architecture("SmolLM3ForCausalLM", bias_switches=_LLAMA_BIASES, no_punica=_THROUGH_TRANSFORMERS),
         Architecture("GraniteForCausalLM", bias_switches=_LLAMA_BIASES, shares_base=True),
         Architecture("Phi3ForCausalLM", fused=_FUSED_QKV | _FUSED_GATE_UP, shares_base=True),
         Architecture(
@@ -246,7 +250,7 @@ _ARCHITECTURES = {
             norms_behind=_BEHIND_ALONE,
             output_norms={"self_attn.q_norm": "self_attn.q_proj", "self_attn.k_norm": "self_attn.k_proj"},
             bias_switches={"attention_bias": _ATTENTION},
-            no_vllm_lora=_THROUGH_TRANSFORMERS,
+            no_punica=_THROUGH_TRANSFORMERS,
         ),
         Architecture(
             "Olmo3ForCausalLM",
