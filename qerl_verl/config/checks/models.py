@@ -254,9 +254,10 @@ def vllm_lora_problems(config: DictConfig) -> list[str]:
     if inline or folder is None:
         return []
     try:
-        reason = get_architecture(read_config(folder)).no_vllm_lora
+        architecture = get_architecture(read_config(folder))
     except CheckpointError:  # told elsewhere
         return []
+    reason = architecture.no_vllm_lora or (architecture.no_punica if get_arm(config).container else "")
     if not reason:
         return []
     fix = (

@@ -217,6 +217,7 @@ def test_the_widths_of_heads_are_vllms():
         ("Glm4ForCausalLM", "nvfp4", "inline", None),
         ("Glm4ForCausalLM", "bf16", None, "takes adapters of gate_proj and up_proj; use \\+qerl=nvfp4"),
         ("SmolLM3ForCausalLM", "nvfp4", "punica", "through transformers' code"),
+        ("SmolLM3ForCausalLM", "bf16", None, None),
         ("Gemma3ForCausalLM", "nvfp4", "punica", None),
     ],
 )
