@@ -28,6 +28,7 @@ ALONE_PLACES = (
     "tests/integration/",
     "tests/rollout/test_live_engine.py",
     "tests/rollout/test_families.py",
+    "tests/rollout/test_shared_families.py",
     "tests/evaluation/test_live_evaluation.py",
 )
 """Where such tests are: folders, and files with their names."""
