@@ -114,6 +114,7 @@ def prepare(config: DictConfig, keys: set[str]) -> None:
         config.qerl.policy = describe_policy(local, made.adapters)
     if made.cluster is None:
         give_job_folder(config)
+        shorten_start(config, made.settings)
     needed = reserved(partial(get_value, config))
     start_watch(needed.gpus, needed.cpus, say)
 
@@ -128,19 +129,37 @@ def say_lost_nodes(config: DictConfig, nodes: NodeWatch, error: BaseException) -
         )
 
 
+def shorten_start(config: DictConfig, settings: QeRLSettings) -> None:
+    """What :mod:`qerl_verl.platform.start` sets for a job that starts Ray itself. What the user has set stays."""
+    from qerl_verl.nvfp4.cache import default_cache_dir
+    from qerl_verl.platform.start import bytecode_environment, find_uncompiled, set_ray_environment
+
+    set_ray_environment()
+    cache = Path(settings.cache_dir) if settings.cache_dir else default_cache_dir()
+    variables, line = bytecode_environment(cache.absolute(), os.environ, find_uncompiled())
+    if line:
+        say(line)
+    _add_job_variables(config, variables)
+
+
+def _add_job_variables(config: DictConfig, variables: dict[str, str]) -> None:
+    """Put environment variables into those of the job's processes, beside the user's own, which win."""
+    key = "ray_kwargs.ray_init.runtime_env.env_vars"
+    merged = variables | dict(OmegaConf.select(config, key) or {})
+    OmegaConf.update(config, key, merged, force_add=True)
+
+
 def give_job_folder(config: DictConfig) -> None:
     """Give the processes of a job that starts Ray itself a folder for temporary files that ends with it. What the user
     has put into the runtime environment stays."""
     from qerl_verl.platform.job_folder import environment, open_job_folder
 
-    variables = "ray_kwargs.ray_init.runtime_env.env_vars"
     try:
         folder = open_job_folder()
     except OSError as error:
         say(f"the job has no folder of its own for temporary files ({error}): what it leaves there stays after its end")
         return
-    merged = environment(folder) | dict(OmegaConf.select(config, variables) or {})
-    OmegaConf.update(config, variables, merged, force_add=True)
+    _add_job_variables(config, environment(folder))
 
 
 def _check_that_verl_loaded_the_plugin() -> None:

@@ -158,6 +158,8 @@ def apply_rules(
     defaults += _attention_defaults(models, on_cpu, arm.name != "nf4") + (CPU_DEFAULTS if on_cpu else ())
     if on_cpu and arm.name != "nf4":  # bitsandbytes' layers compute in bfloat16 in the rollout (vllm_bnb_plugin)
         defaults += _compute_dtype_defaults(config, models, user_keys, environment)
+    if not on_cpu:
+        defaults += _helper_defaults(config)
     if arm.container and not on_cpu:
         defaults += CONTAINER_GPU_DEFAULTS
     defaults += {"bf16": BF16_DEFAULTS, "nf4": NF4_DEFAULTS}.get(arm.name, ())
@@ -190,6 +192,29 @@ def trained_models(config: DictConfig) -> tuple[str, ...]:
 def is_separate(config: DictConfig) -> bool:
     """Whether engines of their own sample, before or after :func:`force`."""
     return get_value(config, "trainer.v1.trainer_mode") in ("separate_async", TRAINER_MODES["separate_async"])
+
+
+VERLS_HELPERS = 8
+"""Processes of each kind that verl starts beside the engines, whatever the size of the run."""
+
+HELPERS = {
+    f"{ROLLOUT}.agent.num_workers": 64,
+    "transfer_queue.backend.SimpleStorage.num_data_storage_units": 64,
+    "reward.num_workers": 16,
+}
+"""Key of a kind of helper process, and how many sequences of a step keep one busy. A reward may be
+slow Python code that holds the interpreter's lock, so fewer sequences share a process."""
+
+
+def _helper_defaults(config: DictConfig) -> tuple[Default, ...]:
+    """Fewer helper processes where a step has few sequences: each imports verl before it can work,
+    which takes 4 to 11 CPU seconds (docs/performance-start.md). Agents with tools keep verl's."""
+    prompts, n = get_value(config, "data.train_batch_size"), get_value(config, f"{ROLLOUT}.n")
+    if not prompts or not n or get_value(config, f"{ROLLOUT}.multi_turn.enable"):
+        return ()
+    why = f"{prompts * n} sequences a step"
+    counts = {key: min(VERLS_HELPERS, -(-prompts * n // share)) for key, share in HELPERS.items()}
+    return tuple(Default(key, VERLS_HELPERS, count, why) for key, count in counts.items())
 
 
 def _attention_defaults(models: tuple[str, ...], on_cpu: bool, own_output_layer: bool) -> tuple[Default, ...]:

@@ -37,6 +37,37 @@ def test_a_stock_grpo_run_gets_what_qerl_needs_and_has_no_problem(switched):
     assert rollout.engine_kwargs.vllm.compilation_config == rules.COMPILATION
 
 
+AGENTS = "actor_rollout_ref.rollout.agent.num_workers"
+UNITS = "transfer_queue.backend.SimpleStorage.num_data_storage_units"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "agents", "rewards", "units"),
+    [
+        ((), 8, 8, 8),  # verl's batch of 1024 prompts
+        (("data.train_batch_size=4", "actor_rollout_ref.rollout.n=4"), 1, 1, 1),
+        (("data.train_batch_size=16", "actor_rollout_ref.rollout.n=8"), 2, 8, 2),
+        (("data.train_batch_size=5", "actor_rollout_ref.rollout.n=13"), 2, 5, 2),
+        (("data.train_batch_size=64", "actor_rollout_ref.rollout.n=8"), 8, 8, 8),
+        (("data.train_batch_size=4", "reward.num_workers=8", f"{UNITS}=3"), 1, 8, 3),  # the user's stay
+        (("data.train_batch_size=4", "actor_rollout_ref.rollout.multi_turn.enable=True"), 8, 8, 8),
+    ],
+)
+def test_a_small_step_has_few_helper_processes(switched, overrides, agents, rewards, units):
+    config, lines, problems = switched(*overrides)
+    assert problems == []
+    counts = [OmegaConf.select(config, key) for key in (AGENTS, "reward.num_workers", UNITS)]
+    assert counts == [agents, rewards, units]
+    said = [any(line.startswith(key) for line in lines) for key in rules.HELPERS]
+    assert said == [agents < 8, units < 8 and units != 3, rewards < 8]
+
+
+def test_verl_starts_as_many_helpers_as_the_rules_take_for_its_own(composed):
+    """Without that the rules would find another number, take it for the user's and do nothing."""
+    config = composed()
+    assert {OmegaConf.select(config, key) for key in rules.HELPERS} == {rules.VERLS_HELPERS}
+
+
 def test_torch_has_the_option_that_the_rollout_is_compiled_with():
     import torch._inductor.config as inductor
 
