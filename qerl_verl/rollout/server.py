@@ -7,6 +7,7 @@ adapter of ours (vLLM's own LoRA path, a reward model) behaves as verl's.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import copy
 import os
 import secrets
@@ -18,6 +19,7 @@ from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, 
 from qerl_verl.config.base import BaseSharing
 from qerl_verl.config.checks.plugins import vllm_policy_problem
 from qerl_verl.rollout.adapter import job_name
+from qerl_verl.rollout.ahead import ServerClass
 from qerl_verl.rollout.lora import ADDITIONAL_CONFIG, lora_settings
 from qerl_verl.rollout.rope import rope_overrides
 
@@ -25,9 +27,35 @@ from qerl_verl.rollout.rope import rope_overrides
 class QeRLHttpServer(vLLMHttpServer):
     """One server of a rollout replica (verl/workers/rollout/vllm_rollout/vllm_async_server.py)."""
 
+    _begun: asyncio.Event | None = None
+    """Of a process that was started ahead (rollout/ahead.py): whether the constructor's work is done."""
+    _problem: Exception | None = None
+
     def __init__(self, *args, **kwargs):
+        if not args and not kwargs:  # started ahead: the constructor's work follows in qerl_begin
+            self._begun = asyncio.Event()
+            return
         super().__init__(*args, **kwargs)
         os.environ["VERL_RAY_JOB_ID"] = job_name()  # for the engine's workers, which verl names their socket by
+
+    async def qerl_begin(self, arguments: dict) -> None:
+        """The constructor's work in a process that was started ahead. Nobody waits for this call, and Ray may deliver it after
+        later ones whose arguments are smaller, so :meth:`get_master_address` waits for it and raises what it raised."""
+        begun = self._begun
+        try:
+            self.__init__(**arguments)
+        except Exception as error:
+            self._problem = error
+        finally:
+            begun.set()
+
+    async def get_master_address(self):
+        """verl's, which it asks for before anything else. Raises: what the constructor raised."""
+        if self._begun is not None:
+            await self._begun.wait()
+        if self._problem is not None:
+            raise self._problem
+        return super().get_master_address()
 
     def _qerl(self) -> dict:
         engine = (self.config.get("engine_kwargs", {}) or {}).get("vllm", {}) or {}
@@ -115,4 +143,4 @@ class QeRLReplica(vLLMReplica):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.server_class = ray.remote(QeRLHttpServer)
+        self.server_class = ServerClass(ray.remote(QeRLHttpServer))

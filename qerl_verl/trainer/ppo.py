@@ -33,6 +33,7 @@ from qerl_verl.config.settings import ADAPTIVE, QeRLSettings
 from qerl_verl.engine.checkpoint_errors import writing
 from qerl_verl.engine.detached import AdapterDetachWorker
 from qerl_verl.nvfp4.errors import CheckpointError
+from qerl_verl.rollout.ahead import AHEAD
 from qerl_verl.trainer.checkpoints import (
     PRUNED_FILE,
     check_base,
@@ -304,6 +305,13 @@ class AQNTrainerMixin(RunLengthMixin, RunRecordMixin, WholeCheckpointsMixin):
                 self.config.data.train_batch_size * self.config.actor_rollout_ref.rollout.n
             )
         return buffer
+
+    def _init_resource_pool_mgr(self):
+        """verl's, the last step before the workers. From here on this process waits for others, while the rollout's servers
+        can be started; ``separate_async`` has servers of two kinds, which verl starts."""
+        super()._init_resource_pool_mgr()
+        if self.verl_mode != "separate_async":
+            AHEAD.start(self.config)
 
     def _setup(self):
         super()._setup()

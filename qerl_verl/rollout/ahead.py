@@ -1,0 +1,128 @@
+"""Starts the processes of the rollout's servers while the actor is being built.
+
+verl starts them when the actor stands, and each first imports vLLM, which takes as long as building
+a small actor. The import is all that happens ahead: verl's constructor of the server runs when verl
+asks for it, with verl's arguments, so what a server sees of the actor and of the GPU is the same.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import ray
+from omegaconf import DictConfig
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+logger = logging.getLogger(__name__)
+
+
+class ServersAhead:
+    """Servers of this job's rollout by name, started in a thread of the trainer's process.
+
+    On one node alone, where it is known before the actor's workers are placed which node a server
+    goes to. What is not started here, verl starts as always.
+    """
+
+    def __init__(self):
+        self._thread: threading.Thread | None = None
+        self._servers: dict[str, tuple[dict, Any]] = {}
+
+    def start(self, config: DictConfig) -> None:
+        """Start importing and return at once.
+
+        Args:
+            config: the trainer's.
+        """
+        self._thread = threading.Thread(target=self._run, args=(config,), name="qerl servers", daemon=True)
+        self._thread.start()
+
+    def _run(self, config: DictConfig) -> None:
+        try:
+            self._servers = _start_all(config)
+        except Exception:  # verl starts them itself, later
+            logger.warning("[qerl] the rollout's servers were not started ahead", exc_info=True)
+
+    def take(self, name: str, node: str, environment: dict[str, str]) -> Any:
+        """The server of that name, once: None where there is none for that node and environment.
+        One that was started for others is ended, since Ray gives a name to one actor only."""
+        if self._thread is not None:
+            self._thread.join()
+        (started, server) = self._servers.pop(name, (None, None))
+        if server is None or started == {"node": node, "environment": environment}:
+            return server
+        logger.warning("[qerl] %s was started for %s and is wanted on %s with %s", name, started, node, environment)
+        ray.kill(server)
+        return None
+
+
+AHEAD = ServersAhead()
+"""Of this process."""
+
+
+def _start_all(config: DictConfig) -> dict[str, tuple[dict, Any]]:
+    from verl.plugin.platform import get_platform
+
+    from qerl_verl.rollout.server import QeRLHttpServer, QeRLReplica
+
+    rollout, nodes = config.actor_rollout_ref.rollout, [node for node in ray.nodes() if node["Alive"]]
+    if rollout.name != "vllm" or rollout.disaggregation.enabled or len(nodes) != 1:
+        return {}
+    model, gpus = config.actor_rollout_ref.model, config.trainer.n_gpus_per_node * config.trainer.nnodes
+    first = QeRLReplica(0, rollout, model, rollout.n_gpus_per_node)
+    if first.nnodes != 1:
+        return {}
+    platform, node, started = get_platform(), nodes[0]["NodeID"], {}
+    environment = {**{name: "1" for name in platform.ray_noset_envvars()}, **platform.rollout_env_vars()}
+    for rank in range(gpus // first.world_size):
+        name = f"{first._get_server_name_prefix()}server_{rank}_0"
+        server = ray.remote(QeRLHttpServer).options(
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=node, soft=False),
+            runtime_env={"env_vars": environment},
+            name=name,
+            max_concurrency=first.max_concurrency,
+        )
+        started[name] = ({"node": node, "environment": environment}, server.remote())
+    return started
+
+
+class ServerClass:
+    """Stands where verl has ``ray.remote(vLLMHttpServer)``, and takes a server that was started
+    ahead where there is one.
+
+    Args:
+        remote: ``ray.remote`` of the server's class.
+        ahead: where to look.
+    """
+
+    def __init__(self, remote: Any, ahead: ServersAhead = AHEAD):
+        self._remote = remote
+        self._ahead = ahead
+
+    def options(self, **options) -> _Choice:
+        """As Ray's."""
+        return _Choice(self._ahead, options, self._remote.options(**options).remote)
+
+    def __getattr__(self, name):
+        return getattr(self._remote, name)
+
+
+class _Choice:
+    """What Ray's ``options`` returns."""
+
+    def __init__(self, ahead: ServersAhead, options: dict, create: Callable):
+        self._ahead = ahead
+        self._options = options
+        self._create = create
+
+    def remote(self, **arguments):
+        options = self._options
+        node = getattr(options.get("scheduling_strategy"), "node_id", None)
+        environment = (options.get("runtime_env") or {}).get("env_vars") or {}
+        server = self._ahead.take(options.get("name"), node, environment)
+        if server is None:
+            return self._create(**arguments)
+        server.qerl_begin.remote(arguments)
+        return server
