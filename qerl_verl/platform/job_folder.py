@@ -64,8 +64,21 @@ def open_job_folder() -> Path:
     except OSError:
         shutil.rmtree(folder, ignore_errors=True)
         raise
+    with _housekeeping("TorchInductor's compiled headers are not kept"):
+        _link_compilers_cache(folder)
     atexit.register(_end, folder, os.getpid())
     return folder
+
+
+def _link_compilers_cache(folder: Path) -> None:
+    """TorchInductor keeps the C++ headers that it compiles beside its default cache, in ``TMPDIR``, whatever
+    ``TORCHINDUCTOR_CACHE_DIR`` says (torch/_inductor/codecache.py, _HEADER_DIR). Compiling them takes five seconds, so
+    they outlive the job: the default cache of its processes is the driver's."""
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    cache = Path(default_cache_dir())
+    cache.mkdir(parents=True, exist_ok=True)
+    (folder / cache.name).symlink_to(cache)
 
 
 def environment(folder: Path) -> dict[str, str]:

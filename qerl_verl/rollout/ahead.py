@@ -7,9 +7,11 @@ asks for it, with verl's arguments, so what a server sees of the actor and of th
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 import ray
@@ -124,5 +126,11 @@ class _Choice:
         server = self._ahead.take(options.get("name"), node, environment)
         if server is None:
             return self._create(**arguments)
-        server.qerl_begin.remote(arguments)
+        server.qerl_begin.remote(arguments).future().add_done_callback(functools.partial(_pass_on, server))
         return server
+
+
+def _pass_on(server: Any, begun: Future) -> None:
+    """Tell the server, which waits for its arguments, that they will not come."""
+    if error := begun.exception():
+        server.qerl_refuse.remote(error)

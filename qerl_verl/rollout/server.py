@@ -49,6 +49,11 @@ class QeRLHttpServer(vLLMHttpServer):
         finally:
             begun.set()
 
+    async def qerl_refuse(self, error: Exception) -> None:
+        """:meth:`qerl_begin` could not be called, for example because its arguments did not arrive."""
+        self._problem = error
+        self._begun.set()
+
     async def get_master_address(self):
         """verl's, which it asks for before anything else. Raises: what the constructor raised."""
         if self._begun is not None:

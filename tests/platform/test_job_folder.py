@@ -149,7 +149,7 @@ def test_the_next_job_removes_what_a_dead_driver_left_and_nothing_else(host, whe
         gone.wait()
         replace(Owner.current(), **({} if lives else {"process": gone.pid}), **where).write(folder / "owner")
     opened = job_folder.open_job_folder()
-    assert sorted(host[0].iterdir()) == sorted([folder, opened] if stays else [opened])
+    assert sorted(host[0].glob(f"{job_folder.PREFIX}*")) == sorted([folder, opened] if stays else [opened])
     assert [p.name for p in host[1].iterdir()] == (["psm_other"] if stays else [])
 
 
@@ -183,6 +183,22 @@ def test_the_environment_keeps_the_compilers_cache_where_it_was(host, monkeypatc
     assert found["RAY_TMPDIR"] == str(host[0])
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/kept")
     assert job_folder.environment(Path("/f"))["TORCHINDUCTOR_CACHE_DIR"] == "/kept"
+
+
+def test_the_compilers_default_cache_is_the_same_inside_and_stays(host, monkeypatch):
+    """TorchInductor's compiled C++ headers lie there, and compiling them takes five seconds."""
+    from torch._inductor.codecache import _HEADER_DIR
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    assert Path(_HEADER_DIR).parent.name == Path(default_cache_dir()).name
+    outside = Path(default_cache_dir())
+    folder = job_folder.open_job_folder()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    inside = Path(default_cache_dir())
+    (inside / "header").touch()
+    assert inside.parent == folder and (outside / "header").exists()
+    job_folder.close_job_folder(folder)
+    assert not folder.exists() and (outside / "header").exists()
 
 
 def test_vllm_and_verl_put_their_files_into_the_folder_for_temporary_files():

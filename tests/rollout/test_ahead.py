@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from concurrent.futures import Future
 
 import pytest
 from hydra import compose, initialize_config_module
@@ -34,6 +35,11 @@ class _Ready:
     def __await__(self):
         return self._result
         yield
+
+    def future(self):
+        done = Future()
+        done.set_result(self._result)
+        return done
 
 
 class Server:
@@ -208,6 +214,22 @@ def test_a_server_works_once_its_arguments_have_come(monkeypatch, rank, asked_fi
             asyncio.run(use())
     else:
         assert ("host", rank, 2) in asyncio.run(use())
+
+
+def test_arguments_that_cannot_be_delivered_end_the_wait():
+    server, failed = Server(), Future()
+    server.qerl_refuse = Call(server.calls, "qerl_refuse")
+    failed.set_exception(_Refused("the object is lost"))
+    ahead._pass_on(server, failed)
+    ((name, (error,), _),) = server.calls
+
+    async def use():
+        waiting = QeRLHttpServer()
+        await asyncio.wait_for(asyncio.gather(waiting.get_master_address(), waiting.qerl_refuse(error)), timeout=10)
+
+    assert name == "qerl_refuse"
+    with pytest.raises(_Refused, match="the object is lost"):
+        asyncio.run(use())
 
 
 def test_a_server_that_verl_starts_has_its_arguments_at_once(monkeypatch):
