@@ -18,6 +18,8 @@ import ray
 from omegaconf import DictConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from qerl_verl.config.callback import say
+
 logger = logging.getLogger(__name__)
 
 
@@ -46,6 +48,9 @@ class ServersAhead:
             self._servers = _start_all(config)
         except Exception:  # verl starts them itself, later
             logger.warning("[qerl] the rollout's servers were not started ahead", exc_info=True)
+        else:
+            if self._servers:
+                say(f"start: rollout servers that start beside the actor: {len(self._servers)}")
 
     def take(self, name: str, node: str, environment: dict[str, str]) -> Any:
         """The server of that name, once: None where there is none for that node and environment.

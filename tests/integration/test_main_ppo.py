@@ -210,6 +210,12 @@ def test_names_the_kernels_that_ran(first):
     assert "[qerl] platform: cpu" in log
 
 
+def test_the_rollouts_server_starts_while_the_actor_is_built(first):
+    log = first[2]
+    assert "[qerl] start: rollout servers that start beside the actor: 1" in log
+    assert "not started ahead" not in log and "was started for" not in log
+
+
 def test_actor_and_rollout_use_one_copy_of_the_base_and_a_resumed_run_may_have_two(first, resumed):
     log = first[2]
     (owned,) = set(re.findall(r"base: the actor uses the (\S+ GiB) on each device", log))

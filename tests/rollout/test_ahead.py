@@ -124,9 +124,10 @@ def replica_of(config, rank):
     return QeRLReplica(rank, rollout, model, rollout.n_gpus_per_node)
 
 
-def test_verl_asks_for_the_servers_that_were_started(config, remote):
+def test_verl_asks_for_the_servers_that_were_started(config, remote, capsys):
     """Names, node, environment and concurrency are those of verl's launch_servers, whatever it becomes."""
     servers = start(config)
+    assert "[qerl] start: rollout servers that start beside the actor: 2" in capsys.readouterr().out
     assert [options["name"] for options, _ in remote.created] == ["vllm_server_0_0", "vllm_server_1_0"]
     assert all(arguments == {} for _, arguments in remote.created)
     started, remote.created = [dict(options) for options, _ in remote.created], []
