@@ -208,7 +208,7 @@ slow Python code that holds the interpreter's lock, so fewer sequences share a p
 
 def _helper_defaults(config: DictConfig) -> tuple[Default, ...]:
     """Fewer helper processes where a step has few sequences: each imports verl before it can work,
-    which takes 4 to 11 CPU seconds (docs/performance-start.md). Agents with tools keep verl's."""
+    which takes 3 to 8 CPU seconds (docs/performance-start.md). Agents with tools keep verl's."""
     prompts, n = get_value(config, "data.train_batch_size"), get_value(config, f"{ROLLOUT}.n")
     if not prompts or not n or get_value(config, f"{ROLLOUT}.multi_turn.enable"):
         return ()

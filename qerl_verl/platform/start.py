@@ -12,10 +12,9 @@ from importlib.util import cache_from_source, find_spec
 from pathlib import Path
 
 RAY_ENVIRONMENT = {"RAY_prestart_worker_first_driver": "0"}
-"""For Ray's own processes. Ray starts idle Python workers, as many as the machine has CPUs, when the
-first driver connects. None of them is ever used: verl gives all of its processes a runtime
-environment, and a worker that was started without one does not serve them (worker_pool.cc,
-runtime_env_hash)."""
+"""For Ray's own processes. Ray starts idle Python workers when the first driver connects, two on a
+machine of two cores. None of them is ever used: verl gives all of its processes a runtime
+environment, and Ray serves these with workers that were started with it alone."""
 
 PACKAGES = ("torch", "transformers", "verl", "vllm")
 """Whose modules take most of an import's time."""

@@ -45,7 +45,7 @@ class ServersAhead:
 
     def _run(self, config: DictConfig) -> None:
         try:
-            self._servers = _start_all(config)
+            _start_all(config, self._servers)
         except Exception:  # verl starts them itself, later
             logger.warning("[qerl] the rollout's servers were not started ahead", exc_info=True)
         else:
@@ -69,19 +69,20 @@ AHEAD = ServersAhead()
 """Of this process."""
 
 
-def _start_all(config: DictConfig) -> dict[str, tuple[dict, Any]]:
+def _start_all(config: DictConfig, started: dict[str, tuple[dict, Any]]) -> None:
+    """Add each server to ``started`` as it is started: its name is taken from then on."""
     from verl.plugin.platform import get_platform
 
     from qerl_verl.rollout.server import QeRLHttpServer, QeRLReplica
 
     rollout, nodes = config.actor_rollout_ref.rollout, [node for node in ray.nodes() if node["Alive"]]
     if rollout.name != "vllm" or rollout.disaggregation.enabled or len(nodes) != 1:
-        return {}
+        return
     model, gpus = config.actor_rollout_ref.model, config.trainer.n_gpus_per_node * config.trainer.nnodes
     first = QeRLReplica(0, rollout, model, rollout.n_gpus_per_node)
     if first.nnodes != 1:
-        return {}
-    platform, node, started = get_platform(), nodes[0]["NodeID"], {}
+        return
+    platform, node = get_platform(), nodes[0]["NodeID"]
     environment = {**{name: "1" for name in platform.ray_noset_envvars()}, **platform.rollout_env_vars()}
     for rank in range(gpus // first.world_size):
         name = f"{first._get_server_name_prefix()}server_{rank}_0"
@@ -92,7 +93,6 @@ def _start_all(config: DictConfig) -> dict[str, tuple[dict, Any]]:
             max_concurrency=first.max_concurrency,
         )
         started[name] = ({"node": node, "environment": environment}, server.remote())
-    return started
 
 
 class ServerClass:

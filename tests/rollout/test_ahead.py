@@ -187,6 +187,22 @@ def test_a_failure_leaves_the_start_to_verl(config, remote, monkeypatch, caplog)
     assert len(remote.created) == 1
 
 
+def test_a_server_that_was_started_before_a_failure_is_taken(config, remote, monkeypatch):
+    """Its name is given away, so verl could not start it itself."""
+    create = remote.remote
+
+    def fail_after_one(**arguments):
+        if remote.created:
+            raise RuntimeError("no room")
+        return create(**arguments)
+
+    monkeypatch.setattr(remote, "remote", fail_after_one)
+    servers = start(config)
+    assert list(servers._servers) == ["vllm_server_0_0"]
+    launch(replica_of(config, 0), servers)
+    assert len(remote.created) == 1
+
+
 class _Refused(ValueError):
     pass
 
