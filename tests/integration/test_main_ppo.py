@@ -3,8 +3,8 @@
 The first trains with GRPO, validates, saves, and is killed while it saves step 6. The second starts from what is left, the
 checkpoint of step 4 beside half of another one, and has to go on where the first one was: under the GSM8K recipe with RLOO, a KL loss
 and settings of verl's example scripts, on which nothing depends that it must restore. PPO with a critic trains two steps and is
-resumed after the first, with the trainer whose rollout has a slot of its own. The last runs the GSM8K recipe with REINFORCE++,
-CISPO's loss and the asynchronous trainer, through verl's own reward.
+resumed after the first, with the trainer whose rollout has a slot of its own. The last, in the slow tier, runs the GSM8K recipe with
+REINFORCE++, CISPO's loss and the asynchronous trainer, through verl's own reward.
 """
 
 import json
@@ -400,6 +400,7 @@ GSM8K = [
 ]
 
 
+@pytest.mark.slow
 def test_the_gsm8k_recipe_runs_through_verls_own_reward(tmp_path, bf16_checkpoint):
     raw = tmp_path / "raw"
     raw.mkdir()
