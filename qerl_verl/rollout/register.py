@@ -26,7 +26,7 @@ def register_sender(rollout_module=None) -> None:
     """
     from verl.workers.rollout import base
 
-    base._ROLLOUT_REGISTRY["vllm", "async"] = "qerl_verl.rollout.adapter.QeRLServerAdapter"
+    base._ROLLOUT_REGISTRY["vllm", "async"] = "qerl_verl.rollout.sender.QeRLServerAdapter"
 
 
 def register_transport(checkpoint_engine_package=None) -> None:

@@ -18,10 +18,10 @@ from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, 
 
 from qerl_verl.config.base import BaseSharing
 from qerl_verl.config.checks.plugins import vllm_policy_problem
-from qerl_verl.rollout.adapter import job_name
 from qerl_verl.rollout.ahead import ServerClass
 from qerl_verl.rollout.lora import ADDITIONAL_CONFIG, lora_settings
 from qerl_verl.rollout.rope import rope_overrides
+from qerl_verl.rollout.sender import job_name
 
 
 class QeRLHttpServer(vLLMHttpServer):

@@ -8,9 +8,9 @@ from verl.workers.rollout.base import get_rollout_class
 from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
 from verl.workers.rollout.vllm_rollout.vllm_rollout import ServerAdapter
 
-from qerl_verl.rollout import adapter
-from qerl_verl.rollout.adapter import QeRLServerAdapter, job_name
+from qerl_verl.rollout import sender
 from qerl_verl.rollout.register import register_sender
+from qerl_verl.rollout.sender import QeRLServerAdapter, job_name
 
 FIRST_JOB = "01000000"
 
@@ -55,4 +55,4 @@ def test_another_way_to_name_it_is_refused(monkeypatch):
 
 def test_verl_finds_it_in_its_table():
     register_sender()
-    assert get_rollout_class("vllm") is adapter.QeRLServerAdapter
+    assert get_rollout_class("vllm") is sender.QeRLServerAdapter
