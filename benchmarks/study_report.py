@@ -16,6 +16,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from qerl_verl.compare.runs import find_parts
+
 RESULTS = Path(__file__).resolve().parent / "results" / "study"
 KEPT = re.compile(
     r"critic/score/mean|actor/(entropy|grad_norm|lr)|qerl/.*|val-core/.*|response_length/(mean|clip_ratio)"
@@ -36,7 +38,9 @@ def trim(lines: list[str]) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="?", type=Path, help="folder of the runs; without it, the kept files are compared")
+    parser.add_argument(
+        "runs", nargs="?", type=Path, help="folder of the runs; without it, the kept files are compared"
+    )
     parser.add_argument("--gpu", help="what the runs had, for the record")
     parser.add_argument("--versions", help="of torch, vLLM, verl and others on that machine")
     parser.add_argument("--command", help="that made the runs")
@@ -50,7 +54,8 @@ def main() -> int:
         files = {f.parent.name: f for f in sorted(arguments.runs.glob("*/metrics.jsonl"))}
         files |= {f.stem: f for f in sorted(arguments.runs.glob("*_s[0-9]*.jsonl"))}
         for name, file in files.items():
-            (kept / f"{name}.jsonl").write_text("\n".join(trim(file.read_text().splitlines())) + "\n")
+            lines = [line for part in (*find_parts(file), file) for line in part.read_text().splitlines()]
+            (kept / f"{name}.jsonl").write_text("\n".join(trim(lines)) + "\n")
         about = {name: getattr(arguments, name) for name in ("command", "gpu", "versions", "note")}
         (arguments.out / "about.json").write_text(json.dumps(about, indent=1) + "\n")
     compare = [sys.executable, "-m", "qerl_verl.cli.main", "compare", *map(str, sorted(kept.glob("*.jsonl")))]

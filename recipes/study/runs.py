@@ -7,9 +7,11 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from qerl_verl.platform.signals import ends_on_signals
 
 HERE = Path(__file__).resolve().parent
 SHARED = ("common",)
@@ -18,6 +20,8 @@ SHARED = ("common",)
 ARMS = tuple(sorted(file.stem for file in HERE.glob("*.yaml") if file.stem not in SHARED))
 SCALES = tuple(sorted(file.stem for file in (HERE / "scale").glob("*.yaml")))
 POLL_SECONDS = 2.0
+END_SECONDS = 60.0
+"""How long a run may take to end when it is told to."""
 
 
 @dataclass(frozen=True)
@@ -101,25 +105,34 @@ def run_all(
         f"{len(wanted)} runs, {len(wanted) - len(waiting)} of them finished already; {len(slots)} side by side",
         flush=True,
     )
-    while waiting or running:
-        while waiting and slots:
-            run, gpu = waiting.pop(0), slots.pop(0)
-            running[_start(run, gpu, out, scale, overrides)] = (run, gpu, time.monotonic())
-            print(f"{run.name}: started" + (f" on GPU {gpu}" if gpu else ""), flush=True)
-            time.sleep(stagger)
-        for process in [p for p in running if p.poll() is not None]:
-            run, gpu, begin = running.pop(process)
-            slots.append(gpu)
-            seconds = time.monotonic() - begin
-            if process.returncode == 0:
-                record = {"command": command(run, out, scale, overrides), "seconds": seconds}
-                (metrics_file(out, run).parent / "finished.json").write_text(json.dumps(record))
-                print(f"{run.name}: finished in {seconds:.0f} s; {len(waiting)} wait, {len(running)} run", flush=True)
-            else:
-                failed.append(run)
-                log = metrics_file(out, run).parent / "log.txt"
-                print(f"{run.name}: ended with {process.returncode} after {seconds:.0f} s, see {log}", flush=True)
-        time.sleep(POLL_SECONDS)
+    try:
+        with ends_on_signals():
+            while waiting or running:
+                while waiting and slots:
+                    run, gpu = waiting.pop(0), slots.pop(0)
+                    running[_start(run, gpu, out, scale, overrides)] = (run, gpu, time.monotonic())
+                    print(f"{run.name}: started" + (f" on GPU {gpu}" if gpu else ""), flush=True)
+                    time.sleep(stagger)
+                for process in [p for p in running if p.poll() is not None]:
+                    run, gpu, begin = running.pop(process)
+                    slots.append(gpu)
+                    seconds = time.monotonic() - begin
+                    if process.returncode == 0:
+                        record = {"command": command(run, out, scale, overrides), "seconds": seconds}
+                        (metrics_file(out, run).parent / "finished.json").write_text(json.dumps(record))
+                        print(
+                            f"{run.name}: finished in {seconds:.0f} s; {len(waiting)} wait, {len(running)} run",
+                            flush=True,
+                        )
+                    else:
+                        failed.append(run)
+                        log = metrics_file(out, run).parent / "log.txt"
+                        print(
+                            f"{run.name}: ended with {process.returncode} after {seconds:.0f} s, see {log}", flush=True
+                        )
+                time.sleep(POLL_SECONDS)
+    finally:
+        _end(running)
     if failed:
         print(
             f"not finished: {', '.join(run.name for run in failed)}; the same command takes them up again", flush=True
@@ -127,12 +140,21 @@ def run_all(
     return 1 if failed else 0
 
 
+def _end(running: Mapping[subprocess.Popen, tuple[Run, str | None, float]]) -> None:
+    """End what still runs, as SIGTERM ends a job with the switch: nothing of it stays behind."""
+    for process, (run, _, _) in running.items():
+        print(f"{run.name}: ended with this command", flush=True)
+        process.terminate()
+    for process in running:
+        try:
+            process.wait(END_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
 def _start(run: Run, gpu: str | None, out: Path, scale: str, overrides: Sequence[str]) -> subprocess.Popen:
     file = metrics_file(out, run)
     file.parent.mkdir(parents=True, exist_ok=True)
-    if file.exists():  # verl's file logger begins a new file, also where the run resumes from a checkpoint
-        earlier = len(list(file.parent.glob("metrics.*.jsonl")))
-        file.rename(file.with_name(f"metrics.{earlier}.jsonl"))
     environment = os.environ | {"VERL_FILE_LOGGER_PATH": str(file)}
     if gpu is not None:
         environment["CUDA_VISIBLE_DEVICES"] = gpu

@@ -1,6 +1,8 @@
 """The study: its arms differ in what they compare alone, its data, and runs side by side."""
 
 import json
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -17,7 +19,9 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 
 def flat(arm, *overrides):
     with initialize_config_dir(str(RECIPES), version_base=None):
-        config = OmegaConf.to_container(compose(f"study/{arm}", overrides=["study.out=/study", *overrides]), resolve=True)
+        config = OmegaConf.to_container(
+            compose(f"study/{arm}", overrides=["study.out=/study", *overrides]), resolve=True
+        )
 
     def leaves(node, prefix):
         if isinstance(node, dict) and node:
@@ -146,5 +150,19 @@ def test_runs_side_by_side_and_taken_up_again(tmp_path, monkeypatch, capsys):
     fails.clear()
     assert run_all(wanted, tmp_path, "smollm2", ["0"], 2, 0.0) == 0
     assert "3 runs, 2 of them finished already" in capsys.readouterr().out
-    earlier = metrics_file(tmp_path, wanted[1]).with_name("metrics.0.jsonl")
-    assert earlier.read_text() == "1"  # what the run that ended had written
+
+
+def test_an_interruption_ends_the_runs_with_it(tmp_path, monkeypatch):
+    sleeping = [sys.executable, "-c", "import time; time.sleep(600)"]
+    started = []
+
+    def start(*arguments):
+        if started:
+            raise KeyboardInterrupt
+        started.append(subprocess.Popen(sleeping, start_new_session=True))
+        return started[-1]
+
+    monkeypatch.setattr(runs, "_start", start)
+    with pytest.raises(KeyboardInterrupt):
+        run_all([Run("bf16", 1), Run("bf16", 2)], tmp_path, "smollm2", ["0"], 2, 0.0)
+    assert [process.returncode for process in started] == [-signal.SIGTERM]
