@@ -3,7 +3,7 @@
     python benchmarks/study_report.py runs/study/runs --gpu "4 x H200" --versions "torch 2.11, ..." --command "..." --note "..."
     python benchmarks/study_report.py                     # again, from the files that are kept
 
-Reads ``RUNS/NAME/metrics.jsonl`` (or ``RUNS/NAME.jsonl``), writes ``benchmarks/results/study/runs/NAME.jsonl`` and
+Reads ``RUNS/NAME/metrics.jsonl`` (or ``RUNS/NAME.jsonl``), writes ``benchmarks/results/study/metrics/NAME.jsonl`` and
 ``comparison.json`` beside them, which is ``qerl compare`` of all of them against the arm bf16, and prints its tables.
 """
 
@@ -48,7 +48,9 @@ def main() -> int:
     parser.add_argument("--baseline", default="bf16")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    kept = arguments.out / "runs"
+    kept = arguments.out / "metrics"
+    if not arguments.runs and not any(kept.glob("*.jsonl")):
+        parser.error(f"{kept} holds no metrics of runs; name the folder of the runs")
     if arguments.runs:
         kept.mkdir(parents=True, exist_ok=True)
         files = {f.parent.name: f for f in sorted(arguments.runs.glob("*/metrics.jsonl"))}
