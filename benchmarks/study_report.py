@@ -60,10 +60,16 @@ def main() -> int:
             (kept / f"{name}.jsonl").write_text("\n".join(trim(lines)) + "\n")
         about = {name: getattr(arguments, name) for name in ("command", "gpu", "versions", "note")}
         (arguments.out / "about.json").write_text(json.dumps(about, indent=1) + "\n")
-    compare = [sys.executable, "-m", "qerl_verl.cli.main", "compare", *map(str, sorted(kept.glob("*.jsonl")))]
-    compare += ["--baseline", arguments.baseline, "--json", str(arguments.out / "comparison.json")]
-    compare += ["--png", str(arguments.out / "curves.png")]
-    return subprocess.run(compare).returncode
+    compare = [
+        sys.executable,
+        "-m",
+        "qerl_verl.cli.main",
+        "compare",
+        *sorted(f"metrics/{file.name}" for file in kept.glob("*.jsonl")),
+    ]
+    compare += ["--baseline", arguments.baseline, "--json", "comparison.json"]
+    compare += ["--png", "curves.png"]
+    return subprocess.run(compare, cwd=arguments.out).returncode  # so that no path of this machine is kept
 
 
 if __name__ == "__main__":
