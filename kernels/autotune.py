@@ -15,6 +15,7 @@ import os
 import re
 import statistics
 import threading
+import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -77,6 +78,33 @@ def recall(kind: str, device: int, version: str, problem: str, measure: Callable
         choices = json.loads(json.dumps(measure()))
         _write_first(file, choices)
     return _read(file) or choices
+
+
+def choices(
+    kind: str, device: int, version: str, problem: str, measure: Callable[[], list]
+) -> tuple[list | None, str | None]:
+    """:func:`recall` as the layers of a model call it, with the measurement in a thread of its own.
+
+    Args:
+        kind, device, version, problem, measure: see :func:`recall`.
+
+    Returns:
+        The choices, and a sentence where something was measured. Where there is no memory to
+        measure in, None and a sentence that says so.
+    """
+    seconds = []
+
+    def timed() -> list:
+        start = time.monotonic()
+        found = in_thread(measure)
+        seconds.append(time.monotonic() - start)
+        return found
+
+    try:
+        found = recall(kind, device, version, problem, timed)
+    except torch.OutOfMemoryError:
+        return None, f"launches of {problem} come from the built-in table: no memory to measure them"
+    return found, f"launches of {problem} measured in {seconds[0]:.1f} s" if seconds else None
 
 
 def _read(file: Path) -> list | None:

@@ -47,6 +47,10 @@ class Candidate:
         """Why an ``[n, k]`` weight with ``dtype`` activations is not served, or None if it is."""
         return None
 
+    def path(self, n: int, k: int) -> str | None:
+        """What was chosen for an ``[n, k]`` weight by measuring, for the line ``[qerl] kernel:``."""
+        return None
+
     def refuses_adapter(self, n: int, k: int, rank: int, ends: Sequence[int]) -> str | None:
         """Why PyTorch adds the adapter of an ``[n, k]`` weight to the kernel's output, or None
         where the kernel computes it.
@@ -208,7 +212,14 @@ class PortableBackend(Backend):
         return portable.gemm(x, packed, scale, alpha, bias)
 
     def dequantizes(self, tokens, n, k):
-        return tokens > portable.tuning.DEQUANTIZE_ABOVE
+        return portable.choose(tokens, n, k) == portable.tuning.DEQUANTIZE
+
+    def tune(self, device, n, k, ends=None, rank=32):
+        return portable.tune(device, n, k) if device.type == "cuda" else None
+
+    def path(self, n, k):
+        up_to = portable.tuning.decoded_inside_up_to(n, k)
+        return None if up_to is None else f"dequantized for more than {up_to} tokens"
 
     def lora_linear(self, x, packed, scale, alpha, bias, lora_a, lora_b, ends, scaling):
         if self.refuses_adapter(packed.shape[0], packed.shape[1] * 2, lora_b.shape[1], ends):
@@ -250,12 +261,14 @@ class Choice:
         setting: that insists on ``backend``; None where ``auto`` chose.
         adapter: why PyTorch adds the adapter to the kernel's output; None where the kernel computes
             it or there is none.
+        shape: ``(N, K)`` of the layer, if it was asked for.
     """
 
     backend: Candidate
     passed_over: tuple[str, ...] = ()
     setting: str | None = None
     adapter: str | None = None
+    shape: tuple[int, int] | None = None
 
     def sentence(self, device: torch.device) -> str:
         """What runs where, and why nothing better does."""
@@ -317,9 +330,9 @@ def choose_backend(
             if beside and candidate.takes_adapter:
                 raise ValueError(f"{setting}={wanted} does not take the adapter of {layer}{where}: {beside}; use auto")
         if reason is None:
-            return Choice(candidate, tuple(passed_over), None if wanted == "auto" else setting, beside)
+            return Choice(candidate, tuple(passed_over), None if wanted == "auto" else setting, beside, shape)
         passed_over.append(f"not {candidate.name}: {reason}")
-    raise ValueError(f"nothing serves {layer}: {'; '.join(passed_over)}")
+    raise ValueError(f"{setting}: nothing serves {layer} on {_name_of(device)}: {'; '.join(passed_over)}")
 
 
 class KernelCount:
@@ -328,11 +341,14 @@ class KernelCount:
 
     def __init__(self) -> None:
         self._kinds: dict[tuple[str, str | None], Counter[str]] = {}
+        self._choices: dict[tuple[str, str | None], dict[tuple[int, int], Candidate]] = {}
 
     def add(self, layer: str, choice: Choice, device: torch.device) -> None:
         """``layer``: its full name."""
-        kinds = self._kinds.setdefault((choice.sentence(device), choice.adapter), Counter())
-        kinds[layer.rpartition(".")[2]] += 1
+        key = choice.sentence(device), choice.adapter
+        self._kinds.setdefault(key, Counter())[layer.rpartition(".")[2]] += 1
+        if choice.shape is not None:
+            self._choices.setdefault(key, {})[choice.shape] = choice.backend
 
     @property
     def total(self) -> int:
@@ -342,17 +358,21 @@ class KernelCount:
         groups = sorted(self._kinds.items(), key=lambda group: -group[1].total())
         return "; ".join(self._group(*group) for group in groups)
 
-    @staticmethod
-    def _group(key: tuple[str, str | None], kinds: Counter[str]) -> str:
+    def _group(self, key: tuple[str, str | None], kinds: Counter[str]) -> str:
         sentence, beside = key
         number, counted = kinds.total(), ", ".join(f"{kind} {count}" for kind, count in kinds.items())
         text = f"{sentence}: {number} layer{'s' if number > 1 else ''} ({counted})"
-        return text + (f", their adapter in PyTorch ({beside})" if beside else "")
+        text += f", their adapter in PyTorch ({beside})" if beside else ""
+        paths: dict[str, list[str]] = {}
+        for shape, backend in self._choices.get(key, {}).items():
+            if path := backend.path(*shape):
+                paths.setdefault(path, []).append("{} x {}".format(*shape))
+        return text + "".join(f", {' and '.join(shapes)} {path}" for path, shapes in paths.items())
 
 
 def get_backend(name: str) -> Backend:
     """A backend by name, whether or not it can run here."""
-    return next(b for b in BACKENDS if b.name == name)
+    return next(b for b in (*BACKENDS, *FP8_BACKENDS) if b.name == name)
 
 
 def _name_of(device: torch.device) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 
 import torch
@@ -47,20 +46,10 @@ def tune(n: int, k: int, ends: Sequence[int] | None = None, rank: int = 32) -> s
         return None
     device = torch.cuda.current_device()
     name = f"{n}x{k}" + ("" if ends is None else "-lora" + "-".join(map(str, ends)) + f"-r{rank}")
-    seconds = []
-
-    def measure() -> list[Tuned]:
-        start = time.monotonic()
-        choices = autotune.in_thread(lambda: _measure(device, n, k, ends, rank))
-        seconds.append(time.monotonic() - start)
-        return choices
-
-    try:
-        choices = autotune.recall("hopper", device, version(), name, measure)
-    except torch.OutOfMemoryError:
-        return f"launches of {name} come from the built-in table: no memory to measure them"
-    tuning.install(n, k, align, [Tuned(*choice) for choice in choices])
-    return f"launches of {name} measured in {seconds[0]:.1f} s" if seconds else None
+    choices, said = autotune.choices("hopper", device, version(), name, lambda: _measure(device, n, k, ends, rank))
+    if choices is not None:
+        tuning.install(n, k, align, [Tuned(*choice) for choice in choices])
+    return said
 
 
 @torch.no_grad()

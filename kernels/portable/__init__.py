@@ -22,11 +22,15 @@ import os
 import torch
 from torch import library
 
+from .. import autotune
 from ..device_guard import on_tensors_device
 from ..nvfp4_dequantize import BLOCK_SIZE
 from .tuning import Plan, choose
 
-__all__ = ["Plan", "availability", "check", "choose", "dequantize", "gemm", "is_available", "quantize", "trial"]
+__all__ = [
+    "Plan", "availability", "check", "check_fp8", "choose", "dequantize", "fp8_availability", "fp8_gemm", "fp8_quantize",
+    "gemm", "is_available", "nvfp4_through_fp8", "nvfp4_to_fp8", "quantize", "trial", "tune",
+]  # fmt: skip
 
 MIN_CAPABILITY = (8, 0)
 """The least compute capability that Triton compiles for and that multiplies bfloat16."""
@@ -100,6 +104,28 @@ def check(n: int, k: int, dtype: torch.dtype = torch.bfloat16) -> str | None:
     if k % 64 or k <= 0:
         return f"K has to be a multiple of 64, got {k}"
     return None
+
+
+def tune(device: torch.device, n: int, k: int) -> str | None:
+    """Measure the launch configurations of an ``[n, k]`` weight, unless the cache has them, and use the fastest.
+
+    A temporary 16-bit weight and torch.addmm are among the candidates, so they are the choice where no kernel
+    of ours is faster.
+
+    Args:
+        device: a CUDA device.
+        n: rows of the weight.
+        k: columns, a multiple of 64.
+
+    Returns:
+        A sentence that says what was measured, or why the built-in table stays in use; None if neither.
+    """
+    if not autotune.enabled() or _interpreter():
+        return None
+    from . import measure
+
+    with torch.cuda.device(device):
+        return measure.tune(n, k)
 
 
 def _require(tensor: torch.Tensor) -> None:

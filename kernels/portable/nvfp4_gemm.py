@@ -24,16 +24,16 @@ FLOAT16_FACTOR = 2.0**-12
 sums in float16, where ``e2m1 * scale`` (up to 2688) would overflow."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m", "steps"])
 def nvfp4_gemm_kernel(
     x, packed, scale, bias, u, lora_b, out, alpha, m, n, k, k_64, rank, steps,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    SPLIT: tl.constexpr, DOT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """One program makes BLOCK_N output channels of BLOCK_M tokens from ``steps`` steps of BLOCK_K input channels.
 
-    ``out`` is y [m, n], or the float32 workspace [SPLIT, m, n] where SPLIT > 1; the first part then adds the LoRA
-    term, and the bias is left to the sum of the parts. DOT is the dtype of the operands of tl.dot.
+    ``out`` is y [m, n], or a float32 workspace [parts, m, n] where K is divided; the first part then adds the LoRA
+    term, and the bias is left to the sum of the parts. DOT is the dtype of the operands of tl.dot. One compiled
+    kernel serves every number of tokens and of parts.
     """
     tiles_m = tl.cdiv(m, BLOCK_M)
     tile_n = tl.program_id(0) // tiles_m
@@ -121,7 +121,7 @@ def run_plan(x, packed, scale, alpha, bias, u, lora_b, plan: tuning.Plan) -> tor
         x, packed, scale, None if split > 1 else bias, u, lora_b, parts, alpha, m, n, k, k // 64, rank,
         triton.cdiv(k // plan.block_k, split),
         BLOCK_M=plan.block_m, BLOCK_N=plan.block_n, BLOCK_K=plan.block_k, BLOCK_R=16 if rank % 32 else 32,
-        SPLIT=split, DOT=dot, num_warps=plan.warps, num_stages=plan.stages,
+        DOT=dot, num_warps=plan.warps, num_stages=plan.stages,
     )  # fmt: skip
     if split > 1:
         nvfp4_gemm_reduce_kernel[(triton.cdiv(m * n, REDUCE_BLOCK),)](

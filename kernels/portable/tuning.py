@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 DEQUANTIZE_ABOVE = 512
@@ -52,22 +53,118 @@ TILES = (
     (64, 64, 64, 128, 4, 3),
     (DEQUANTIZE_ABOVE, 64, 128, 128, 8, 3),
 )
+"""What is launched where nothing was measured."""
+
+LIMITS = (16, 32, 64, 128, 256, 512, 1024)
+"""Numbers of tokens that are measured; each choice serves the numbers between the limit before and this one.
+More tokens than the last are dequantized without a choice."""
+
+DEQUANTIZE_CANDIDATE_FROM = 32
+"""For fewer tokens a temporary 16-bit weight is not a candidate: it costs more traffic than a GEMM."""
+
+# (block_m, block_n, block_k, warps, stages), beside those of TILES
+MORE_TILES = (
+    (16, 32, 128, 4, 4),
+    (16, 64, 128, 4, 5),
+    (16, 128, 128, 4, 3),
+    (32, 128, 128, 4, 3),
+    (32, 128, 64, 4, 4),
+    (64, 64, 64, 4, 4),
+    (64, 128, 64, 4, 3),
+    (128, 64, 64, 4, 3),
+    (128, 128, 64, 8, 3),
+)
+"""Further tiles that are measured."""
+
+
+class Tuned(NamedTuple):
+    """A plan measured on the machine at hand, for up to ``limit`` tokens, see ``portable/measure.py``."""
+
+    limit: int
+    plan: Plan
+
+
+_tuned: dict[tuple[int, int], tuple[Tuned, ...]] = {}
+
+
+def install(n: int, k: int, choices: Sequence[Tuned]) -> None:
+    """Use measured choices for an ``[n, k]`` weight from now on.
+
+    Args:
+        choices: by ascending ``limit``; more tokens than the last limit are dequantized.
+    """
+    _tuned[n, k] = tuple(choices)
+    choose.cache_clear()
+
+
+def installed(n: int, k: int) -> bool:
+    """Whether measured choices are in use for an ``[n, k]`` weight."""
+    return (n, k) in _tuned
+
+
+def _plan(m: int, n: int, k: int, tile: tuple[int, ...], split: int) -> Plan:
+    """The plan of a tile with K in at most ``split`` parts, none of them empty."""
+    block_m, block_n, block_k, warps, stages = tile
+    steps = k // block_k
+    split = max(1, min(split, steps // MIN_STEPS, MAX_SPLIT))
+    split = -(-steps // -(-steps // split))
+    return Plan("fused", block_m, block_n, block_k, split, warps, stages)
+
+
+def _parts_for_two_waves(m: int, n: int, tile: tuple[int, ...], multiprocessors: int) -> int:
+    return 2 * multiprocessors // max(1, -(-m // tile[0]) * -(-n // tile[1]))
+
+
+def _fitting(tile: tuple[int, ...], k: int) -> tuple[int, ...]:
+    return tile if k % tile[2] == 0 else (*tile[:2], 64, *tile[3:])
+
+
+def candidates(m: int, n: int, k: int, multiprocessors: int = MULTIPROCESSORS) -> Iterator[Plan]:
+    """Plans worth measuring for ``m`` tokens and an ``[n, k]`` weight, that of the table first.
+
+    Args:
+        k: a multiple of 64.
+        multiprocessors: of the GPU.
+    """
+    plans = {_choose(m, n, k, multiprocessors): None}
+    largest = min(128, max(16, 1 << (m - 1).bit_length()))
+    for tile in dict.fromkeys((*(tile[1:] for tile in TILES), *MORE_TILES)):
+        if not largest // 2 <= tile[0] <= largest or (m > 32 and tile[0] < 64):
+            continue
+        tile = _fitting(tile, k)
+        parts = max(1, _parts_for_two_waves(m, n, tile, multiprocessors))
+        for split in (parts, 2 * parts, -(-parts // 2)):
+            plans[_plan(m, n, k, tile, split)] = None
+    if m >= DEQUANTIZE_CANDIDATE_FROM:
+        plans[DEQUANTIZE] = None
+    yield from plans
 
 
 @functools.lru_cache(maxsize=4096)
 def choose(m: int, n: int, k: int, multiprocessors: int = MULTIPROCESSORS) -> Plan:
     """The plan for ``m`` tokens and an ``[n, k]`` weight, ``k`` a multiple of 64.
 
-    K is split where there are fewer tiles than two for each multiprocessor. The plan, and with it the order of every sum,
-    depends on nothing but the arguments.
+    It is the one measured on this machine where :func:`install` was called for the weight, else that of TILES with
+    K split where there are fewer tiles than two for each multiprocessor. The plan, and with it the order of every
+    sum, depends on nothing but the arguments and what was installed.
     """
+    if choices := _tuned.get((n, k)):
+        return next((choice.plan for choice in choices if m <= choice.limit), DEQUANTIZE)
+    return _choose(m, n, k, multiprocessors)
+
+
+def _choose(m: int, n: int, k: int, multiprocessors: int) -> Plan:
     if m > DEQUANTIZE_ABOVE:
         return DEQUANTIZE
-    block_m, block_n, block_k, warps, stages = next(tile[1:] for tile in TILES if m <= tile[0])
-    if k % block_k:
-        block_k = 64
-    tiles = -(-m // block_m) * -(-n // block_n)
-    steps = k // block_k
-    split = max(1, min(2 * multiprocessors // max(1, tiles), steps // MIN_STEPS, MAX_SPLIT))
-    split = -(-steps // -(-steps // split))  # no part is empty
-    return Plan("fused", block_m, block_n, block_k, split, warps, stages)
+    tile = _fitting(next(tile[1:] for tile in TILES if m <= tile[0]), k)
+    return _plan(m, n, k, tile, _parts_for_two_waves(m, n, tile, multiprocessors))
+
+
+def decoded_inside_up_to(n: int, k: int) -> int | None:
+    """The most tokens for which the GEMM of an ``[n, k]`` weight decodes it itself; None if that was not measured.
+
+    With more tokens the weight is dequantized and PyTorch multiplies. 0 where that is always so.
+    """
+    if not installed(n, k):
+        return None
+    return max((choice.limit for choice in _tuned[n, k] if choice.plan != DEQUANTIZE), default=0)

@@ -258,6 +258,17 @@ class TestGemm:
         args = arguments(m, 129, 256, torch.bfloat16)
         check_product(*args, call(*args))
 
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, slow(torch.float16)])
+    def test_every_tile_that_is_measured(self, dtype):
+        from qerl_verl.kernels.portable import tuning
+        from qerl_verl.kernels.portable.nvfp4_gemm import run_plan
+
+        args = arguments(19, 130, 256, dtype, rank=16)
+        for tile in tuning.MORE_TILES:
+            block_m, block_n, block_k, warps, stages = tile
+            plan = portable.Plan("fused", block_m, block_n, block_k, 2, warps, stages)
+            check_product(*args, run_plan(*on_device(*args[:3]), ALPHA, *on_device(*args[3:]), plan))
+
     def test_chosen_split(self):
         args = arguments(4, 40, 2048, torch.bfloat16)
         assert portable.choose(4, 40, 2048).split_k > 1
@@ -370,7 +381,7 @@ def compile_kernel(kernel, types, constants, capability, **options):
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 @pytest.mark.parametrize("capability", CAPABILITIES)
 class TestCompile:
-    @pytest.mark.parametrize("dtype, tiles", [("bf16", slice(None)), ("fp16", slice(1))])
+    @pytest.mark.parametrize("dtype, tiles", [("bf16", "TILES"), ("fp16", "TILES"), slow("bf16", "MORE_TILES")])
     def test_gemm(self, capability, dtype, tiles):
         import triton.language as tl
 
@@ -380,11 +391,12 @@ class TestCompile:
         x, integers = f"*{dtype}", dict.fromkeys(("m", "n", "k", "k_64", "rank", "steps"), "i32")
         types = dict(x=x, packed="*u8", scale="*u8", alpha="fp32", **integers)
         dot = tl.bfloat16 if dtype == "bf16" else tl.float16
-        for _, block_m, block_n, block_k, warps, stages in tuning.TILES[tiles]:
+        chosen = [tile[-5:] for tile in getattr(tuning, tiles)]
+        for block_m, block_n, block_k, warps, stages in chosen[:1] if dtype == "fp16" else chosen:
             blocks = dict(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_R=32, DOT=dot)
             for more, constants in (
-                (dict(bias=x, u=x, lora_b=x, out=x), dict(blocks, SPLIT=1)),
-                (dict(out="*fp32"), dict(blocks, SPLIT=4, bias=None, u=None, lora_b=None)),
+                (dict(bias=x, u=x, lora_b=x, out=x), blocks),
+                (dict(out="*fp32"), dict(blocks, bias=None, u=None, lora_b=None)),
             ):
                 compiled = compile_kernel(
                     nvfp4_gemm_kernel, types | more, constants, capability, num_warps=warps, num_stages=stages

@@ -16,9 +16,12 @@ import pytest
 import torch
 
 from qerl_verl.kernels import portable
+from qerl_verl.kernels.backends import Choice, KernelCount, get_backend
+from qerl_verl.kernels.nvfp4_dequantize import block_values_nvfp4
+from qerl_verl.kernels.portable import tuning
 
 CASES = Path(__file__).with_name("portable_cases.py")
-GROUPS = ("Dequantize", "Quantize", "Gemm", "Ops")
+GROUPS = ("Dequantize", "Quantize", "Gemm", "FP8", "Ops")
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed (requirements/test.txt, `make test`)"
 )
@@ -68,6 +71,9 @@ if {without!r} == "triton":
     sys.modules["triton"] = None
 import torch
 from qerl_verl.kernels import portable
+from qerl_verl.kernels.backends import Choice, KernelCount, get_backend
+from qerl_verl.kernels.nvfp4_dequantize import block_values_nvfp4
+from qerl_verl.kernels.portable import tuning
 assert ("triton" in sys.modules) == ({without!r} == "triton")
 reason = portable.availability()
 assert not portable.is_available()
@@ -115,3 +121,99 @@ def test_choose_dequantizes_for_many_tokens():
     assert portable.choose(513, 4608, 3584).path == "dequantize"
     assert "dequantize" in str(portable.choose(8192, 64, 64))
     assert portable.choose(1, 64, 8192).split_k > 1 and portable.choose(1, 151936, 896).split_k == 1
+
+
+# ------------------------------------------------------------------------------------------------------ tuning
+@pytest.fixture
+def no_choices(monkeypatch):
+    monkeypatch.setattr(tuning, "_tuned", {})
+    tuning.choose.cache_clear()
+    yield
+    tuning.choose.cache_clear()
+
+
+SHAPES = [(7, 64), (4608, 3584), (3584, 18944), (28672, 4096)]
+
+
+@pytest.mark.parametrize("n, k", SHAPES)
+@pytest.mark.parametrize("m", tuning.LIMITS)
+def test_candidates_begin_with_the_table_and_leave_no_part_empty(no_choices, m, n, k):
+    plans = list(tuning.candidates(m, n, k, 132))
+    assert plans[0] == portable.choose(m, n, k, 132) and len(set(plans)) == len(plans)
+    assert (tuning.DEQUANTIZE in plans) is (m >= tuning.DEQUANTIZE_CANDIDATE_FROM)
+    for plan in plans:
+        if plan != tuning.DEQUANTIZE:
+            steps = k // plan.block_k
+            assert k % plan.block_k == 0 and 1 <= plan.split_k <= tuning.MAX_SPLIT
+            assert (plan.split_k - 1) * -(-steps // plan.split_k) < steps
+
+
+def test_installed_choices_serve_every_number_of_tokens(no_choices):
+    n, k = 3584, 512
+    tiles = {limit: list(tuning.candidates(limit, n, k, 132))[1] for limit in tuning.LIMITS}
+    plans = [tuning.DEQUANTIZE if limit > 256 else tile for limit, tile in tiles.items()]
+    before = portable.choose(64, n, k + 64)
+    tuning.install(n, k, [tuning.Tuned(*pair) for pair in zip(tuning.LIMITS, plans)])
+    assert tuning.installed(n, k) and not tuning.installed(k, n)
+    for m, limit in ((1, 16), (16, 16), (17, 32), (200, 256), (256, 256), (257, 512)):
+        assert portable.choose(m, n, k) == plans[tuning.LIMITS.index(limit)]
+    assert portable.choose(257, n, k) == portable.choose(5000, n, k) == tuning.DEQUANTIZE
+    assert portable.choose(64, n, k + 64) == before
+    backend = get_backend("triton")
+    assert [backend.dequantizes(m, n, k) for m in (256, 257)] == [False, True]
+    count = KernelCount()
+    count.add("down_proj", Choice(backend, shape=(n, k)), torch.device("cpu"))
+    assert str(count) == ("Triton W4A16 on cpu: 1 layer (down_proj 1), 3584 x 512 dequantized for more than 256 tokens")
+
+
+@needs_triton
+def test_the_fastest_plan_is_chosen_and_one_that_does_not_fit_is_none(no_choices):
+    from triton.runtime.errors import OutOfResources
+
+    from qerl_verl.kernels.portable import measure
+
+    plans = list(tuning.candidates(256, 3584, 512, 132))
+    times = {plan: 50.0 + i for i, plan in enumerate(plans)}
+    times[tuning.DEQUANTIZE], times[plans[2]] = 40.0, 10.0
+
+    def call_of(plan):
+        def call(copy):
+            if plan == plans[2]:
+                raise OutOfResources(200_000, 101_376, "shared memory")
+            timed.append(plan)
+
+        return call
+
+    def time_call(call, copies, replays):
+        call(0)
+        return times[timed[-1]]
+
+    timed = []
+    assert measure.best(plans, call_of, 2, time_call) == tuning.DEQUANTIZE
+    with pytest.raises(RuntimeError, match="no launch configuration"):
+        measure.best([plans[2]], call_of, 2, time_call)
+
+
+@pytest.mark.gpu
+@needs_triton
+def test_measured_launches_compute_the_same(no_choices, tmp_path, monkeypatch):
+    if reason := portable.availability():
+        pytest.skip(reason)
+    monkeypatch.setenv("QERL_KERNEL_CACHE", str(tmp_path))
+    n, k, device = 640, 512, torch.device("cuda", torch.cuda.current_device())
+    assert "launches of 640x512 measured in" in portable.tune(device, n, k)
+    assert portable.tune(device, n, k) is None
+    torch.manual_seed(0)
+    packed = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device=device)
+    scale = torch.randint(0x28, 0x40, (n, k // 16), dtype=torch.uint8, device=device)
+    weight = block_values_nvfp4(packed, scale, torch.float64)
+    for m in (1, 8, 33, 64, 100, 200, 256, 700, 1000, 4000):
+        x = torch.randn(m, k, device=device, dtype=torch.bfloat16)
+        expected = x.double() @ weight.t()
+        error = (portable.gemm(x, packed, scale, 1.0).double() - expected).norm()
+        assert error < 4 * torch.finfo(torch.bfloat16).eps * expected.norm()
+    chosen = [portable.choose(m, n, k) for m in (1, 100, 1000)]
+    tuning._tuned.clear()
+    tuning.choose.cache_clear()
+    assert portable.tune(device, n, k) is None, "the cache has the choice"
+    assert [portable.choose(m, n, k) for m in (1, 100, 1000)] == chosen
