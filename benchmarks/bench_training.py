@@ -25,6 +25,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 BATCH, LENGTH, CHUNK = 8, 1024, 1024
 VARIANTS = ("bf16_peft", "nvfp4", "nvfp4_selective", "nvfp4_selective_compiled", "compressed_tensors")
+FP8_VARIANTS = ("nvfp4_fp8", "nvfp4_fp8_selective", "nvfp4_fp8_selective_compiled")
+"""The same with ``qerl.compute=fp8``; measured where they are asked for."""
 
 
 def random_packed(rows: int, columns: int, seed: int):
@@ -114,7 +116,8 @@ def build(variant: str, shape: str, layers: int | None, dtype):
             setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
     model.tie_weights()
     model = model.cuda().requires_grad_(False)
-    said = prepack_linears(model, torch.device("cuda", 0)) if ours else None
+    compute = "fp8" if "fp8" in variant else "bf16"
+    said = prepack_linears(model, torch.device("cuda", 0), compute=compute) if ours else None
     model.enable_input_require_grads()
     lora = LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=RANK, target_modules=targets)
     if ours:
@@ -205,7 +208,7 @@ def run_variant(variant: str, args: argparse.Namespace) -> dict:
     return result
 
 
-def gradient_errors(shape: str) -> dict:
+def gradient_errors(shape: str, fp8: bool) -> dict:
     """Relative error of the adapters' gradients against float32, over all of them together, on two layers."""
     sys.path.insert(0, str(HERE))
     import torch
@@ -219,7 +222,7 @@ def gradient_errors(shape: str) -> dict:
 
     exact = gradients("bf16_peft", torch.float32)
     out = {}
-    for variant in ("bf16_peft", "nvfp4"):
+    for variant in ("bf16_peft", "nvfp4", *(["nvfp4_fp8"] if fp8 else [])):
         found = gradients(variant, torch.bfloat16)
         wrong = sum(((found[n] - exact[n]).double() ** 2).sum() for n in exact)
         out[variant] = float((wrong / sum((exact[n].double() ** 2).sum() for n in exact)) ** 0.5)
@@ -229,7 +232,7 @@ def gradient_errors(shape: str) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="7B")
-    parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=VARIANTS)
+    parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=(*VARIANTS, *FP8_VARIANTS, "fp8"))
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
     parser.add_argument("--batch", type=int, default=BATCH, help="sequences")
     parser.add_argument("--length", type=int, default=LENGTH, help="tokens a sequence")
@@ -239,7 +242,7 @@ def main() -> None:
     parser.add_argument("--variant", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.variant == "gradients":
-        print("RESULT " + json.dumps(gradient_errors(args.shape)), flush=True)
+        print("RESULT " + json.dumps(gradient_errors(args.shape, "fp8" in args.variants)), flush=True)
         return
     if args.variant:
         print("RESULT " + json.dumps(run_variant(args.variant, args)), flush=True)
@@ -260,6 +263,8 @@ def main() -> None:
         command += ["--batch", str(args.batch), "--length", str(args.length)]
         command += ["--layers", str(args.layers)] if args.layers else []
         command += ["--profile"] if args.profile else []
+        if name == "gradients" and any("fp8" in variant for variant in args.variants):
+            command += ["--variants", "fp8"]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=os.environ)
         lines = done.stdout.splitlines()
         if args.profile:

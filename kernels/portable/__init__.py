@@ -45,6 +45,13 @@ def _triton_problem() -> str | None:
     return None
 
 
+MIN_FP8_CAPABILITY = (8, 9)
+"""The least compute capability that multiplies FP8 (Ada)."""
+
+FAST_ACCUMULATION = False
+"""Whether an FP8 GEMM keeps its sums in the tensor cores' own accumulators, which are narrower than float32."""
+
+
 def _interpreter() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
@@ -95,6 +102,40 @@ def _trial(device: int) -> str | None:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         return f"Triton compiles nothing here: {lines[-1] if lines else type(error).__name__}"
     return None
+
+
+def fp8_availability(device: int | None = None) -> str | None:
+    """Why the FP8 kernels cannot run on CUDA device ``device`` (default: the current one), one line, or None.
+
+    Multiplies one tile, once in a process for a device.
+    """
+    if reason := trial(device):
+        return reason
+    return None if _interpreter() else _fp8_trial(torch.cuda.current_device() if device is None else device)
+
+
+@functools.cache
+def _fp8_trial(device: int) -> str | None:
+    capability = torch.cuda.get_device_capability(device)
+    if capability < MIN_FP8_CAPABILITY:
+        return (
+            "FP8 needs compute capability {}.{} (Ada) or later, ".format(*MIN_FP8_CAPABILITY)
+            + f"this device is {torch.cuda.get_device_name(device)} ({capability[0]}.{capability[1]})"
+        )
+    try:
+        one = torch.zeros(64, 64, dtype=torch.float8_e4m3fn, device=torch.device("cuda", device))
+        scales = torch.ones(64, 1, device=one.device)
+        torch._scaled_mm(one, one.t(), scale_a=scales, scale_b=scales.t(), out_dtype=torch.bfloat16)
+    except RuntimeError as error:
+        return f"PyTorch multiplies no FP8 with scales by row here: {str(error).strip().splitlines()[0]}"
+    return None
+
+
+def check_fp8(n: int, k: int, dtype: torch.dtype = torch.bfloat16) -> str | None:
+    """Why :func:`fp8_gemm` does not serve an ``[n, k]`` weight with ``dtype`` activations, or None if it does."""
+    if dtype != torch.bfloat16:
+        return f"activations have to be bfloat16, got {dtype}"
+    return f"N and K have to be multiples of 16, got {n} x {k}" if n % 16 or k % 16 else None
 
 
 def check(n: int, k: int, dtype: torch.dtype = torch.bfloat16) -> str | None:
@@ -201,6 +242,65 @@ def _gemm(x, packed, scale, alpha, bias=None, u=None, lora_b=None):
     return nvfp4_gemm(x, packed, scale, alpha, bias, u, lora_b)
 
 
+def _require_fp8(tensor: torch.Tensor) -> None:
+    _require(tensor)
+    if not _interpreter() and (reason := fp8_availability(tensor.device.index)):
+        raise RuntimeError(f"The FP8 kernels cannot run. {reason}")
+
+
+def _fp8_quantize(x, factor=1.0):
+    if x.ndim != 2 or x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ValueError(f"x has to be bfloat16, float16 or float32 [M, K], got {x.dtype} {tuple(x.shape)}")
+    _require_fp8(x)
+    from .fp8 import quantize_rows
+
+    return quantize_rows(x, factor)
+
+
+def _nvfp4_to_fp8(packed, scale):
+    _check_weight(packed, scale)
+    _require_fp8(packed)
+    from .fp8 import nvfp4_to_fp8
+
+    return nvfp4_to_fp8(packed, scale.view(torch.uint8), torch.float8_e4m3fn)
+
+
+def _nvfp4_through_fp8(packed, scale):
+    _check_weight(packed, scale)
+    _require_fp8(packed)
+    from .fp8 import nvfp4_to_fp8
+
+    return nvfp4_to_fp8(packed, scale.view(torch.uint8), torch.bfloat16)[0]
+
+
+def _fp8_gemm(x, weight, weight_scale, alpha, bias=None):
+    n, k = weight.shape
+    if x.shape[-1] != k or x.dtype != torch.bfloat16:
+        raise ValueError(f"x has to be bfloat16 [..., {k}], got {x.dtype} {tuple(x.shape)}")
+    if weight.dtype != torch.float8_e4m3fn or weight_scale.shape != (n,) or (bias is not None and bias.shape != (n,)):
+        raise ValueError(
+            f"weight has to be float8_e4m3fn [N, K], weight_scale [N] and bias [N] or None, got {weight.dtype} "
+            f"{tuple(weight.shape)}, {tuple(weight_scale.shape)} and {None if bias is None else tuple(bias.shape)}"
+        )
+    rows = x.reshape(-1, k)
+    if rows.shape[0] == 0:
+        return x.new_empty((*x.shape[:-1], n))
+    _require_fp8(x)
+    from .fp8 import quantize_rows
+
+    codes, scale = quantize_rows(rows, alpha)
+    y = torch._scaled_mm(
+        codes,
+        weight.t(),
+        scale_a=scale.unsqueeze(1),
+        scale_b=weight_scale.unsqueeze(0),
+        bias=None if bias is None else bias.to(x.dtype),
+        out_dtype=x.dtype,
+        use_fast_accum=FAST_ACCUMULATION,
+    )
+    return y.view(*x.shape[:-1], n)
+
+
 library.define(
     "qerl_portable::nvfp4_dequantize",
     "(Tensor packed, Tensor scale, ScalarType dtype, bool transposed=False) -> Tensor",
@@ -210,7 +310,18 @@ library.define(
     "qerl_portable::nvfp4_gemm",
     "(Tensor x, Tensor packed, Tensor scale, float alpha, Tensor? bias=None, Tensor? u=None, Tensor? lora_b=None) -> Tensor",
 )
+library.define("qerl_portable::fp8_quantize", "(Tensor x, float factor=1.0) -> (Tensor, Tensor)")
+library.define("qerl_portable::nvfp4_to_fp8", "(Tensor packed, Tensor scale) -> (Tensor, Tensor)")
+library.define("qerl_portable::nvfp4_through_fp8", "(Tensor packed, Tensor scale) -> Tensor")
+library.define(
+    "qerl_portable::fp8_gemm",
+    "(Tensor x, Tensor weight, Tensor weight_scale, float alpha, Tensor? bias=None) -> Tensor",
+)
 OPERATORS = {
+    "fp8_quantize": on_tensors_device(_fp8_quantize),
+    "nvfp4_to_fp8": on_tensors_device(_nvfp4_to_fp8),
+    "nvfp4_through_fp8": on_tensors_device(_nvfp4_through_fp8),
+    "fp8_gemm": on_tensors_device(_fp8_gemm),
     "nvfp4_dequantize": on_tensors_device(_dequantize),
     "nvfp4_quantize": on_tensors_device(_quantize),
     "nvfp4_gemm": on_tensors_device(_gemm),
@@ -232,6 +343,27 @@ def _(weight, global_scale):
     n, k = weight.shape
     packed = weight.new_empty((n, k // 2), dtype=torch.uint8)
     return packed, weight.new_empty((n, k // BLOCK_SIZE), dtype=torch.float8_e4m3fn)
+
+
+@library.register_fake("qerl_portable::fp8_quantize")
+def _(x, factor=1.0):
+    return x.new_empty(x.shape, dtype=torch.float8_e4m3fn), x.new_empty(x.shape[:1], dtype=torch.float32)
+
+
+@library.register_fake("qerl_portable::nvfp4_to_fp8")
+def _(packed, scale):
+    n, k = packed.shape[0], packed.shape[1] * 2
+    return packed.new_empty((n, k), dtype=torch.float8_e4m3fn), packed.new_empty(n, dtype=torch.float32)
+
+
+@library.register_fake("qerl_portable::nvfp4_through_fp8")
+def _(packed, scale):
+    return packed.new_empty((packed.shape[0], packed.shape[1] * 2), dtype=torch.bfloat16)
+
+
+@library.register_fake("qerl_portable::fp8_gemm")
+def _(x, weight, weight_scale, alpha, bias=None):
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 @library.register_fake("qerl_portable::nvfp4_gemm")
@@ -310,3 +442,63 @@ def gemm(
         RuntimeError: :func:`availability` has a reason, or the tensors are not on a CUDA device.
     """
     return torch.ops.qerl_portable.nvfp4_gemm(x, packed, scale, alpha, bias, u, lora_b)
+
+
+def fp8_quantize(x: torch.Tensor, factor: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round each row of activations to E4M3 under a power of two, as ``quantize_rows_reference`` does.
+
+    Args:
+        x: ``[M, K]`` bfloat16, float16 or float32.
+        factor: multiplied into the second result.
+
+    Returns:
+        ``[M, K]`` float8_e4m3fn and ``[M]`` float32. A row that is not finite gets a scale of NaN, or codes of NaN.
+
+    Raises:
+        ValueError: another shape or dtype.
+        RuntimeError: :func:`fp8_availability` has a reason.
+    """
+    return torch.ops.qerl_portable.fp8_quantize(x, factor)
+
+
+def nvfp4_to_fp8(packed: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """An NVFP4 weight rounded to E4M3, as ``nvfp4_to_fp8_reference`` does it.
+
+    Args:
+        packed: ``[N, K / 2]`` uint8.
+        scale: ``[N, K / 16]`` float8_e4m3fn, or the same bytes as uint8; finite.
+
+    Returns:
+        ``[N, K]`` float8_e4m3fn and ``[N]`` float32, the power of two of each output channel.
+
+    Raises:
+        ValueError: shapes or dtypes other than the above.
+        RuntimeError: :func:`fp8_availability` has a reason.
+    """
+    return torch.ops.qerl_portable.nvfp4_to_fp8(packed, scale)
+
+
+def nvfp4_through_fp8(packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """``[N, K]`` bfloat16, the product of what :func:`nvfp4_to_fp8` returns, exactly."""
+    return torch.ops.qerl_portable.nvfp4_through_fp8(packed, scale)
+
+
+def fp8_gemm(
+    x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, alpha: float, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """``alpha * x' (weight * weight_scale)^T + bias``, ``x'`` being ``x`` rounded by :func:`fp8_quantize`.
+
+    Args:
+        x: ``[..., K]`` bfloat16.
+        weight, weight_scale: from :func:`nvfp4_to_fp8`.
+        alpha: 1 / ``weight_global_scale``.
+        bias: ``[N]`` or None.
+
+    Returns:
+        ``[..., N]`` bfloat16. No autograd.
+
+    Raises:
+        ValueError: other shapes or dtypes.
+        RuntimeError: :func:`fp8_availability` has a reason.
+    """
+    return torch.ops.qerl_portable.fp8_gemm(x, weight, weight_scale, alpha, bias)

@@ -14,6 +14,12 @@ from torch import library
 
 from qerl_verl.kernels import portable
 from qerl_verl.kernels.nvfp4_dequantize import block_values_nvfp4
+from qerl_verl.kernels.nvfp4_fp8_linear import (
+    nvfp4_fp8_linear_reference,
+    nvfp4_to_fp8_reference,
+    quantize_rows_reference,
+    through_fp8,
+)
 from qerl_verl.kernels.nvfp4_quantize import nvfp4_global_scale, quantize_nvfp4
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -291,6 +297,115 @@ class TestGemm:
         assert call(*args).shape == (0, 32)
 
 
+# --------------------------------------------------------------------------------------------------------- fp8
+def every_finite(dtype):
+    """All finite values of a 16-bit type, in rows of 512 that span few or many orders of magnitude."""
+    values = torch.arange(1 << 16).to(torch.int32).to(torch.int16).view(dtype)
+    values = values[torch.isfinite(values)]
+    rest = torch.zeros(-len(values) % 512, dtype=dtype)
+    by_size = torch.cat((values.sort().values, rest)).view(-1, 512)
+    return torch.cat((by_size, torch.cat((values[torch.randperm(len(values))], rest)).view(-1, 512)))
+
+
+def same_codes(got, expected):
+    """E4M3 codes and powers of two."""
+    assert got[0].dtype == expected[0].dtype == torch.float8_e4m3fn and got[1].dtype == torch.float32
+    assert torch.equal(got[1].cpu(), expected[1])
+    assert torch.equal(got[0].cpu().view(torch.uint8), expected[0].view(torch.uint8))
+
+
+class TestFP8:
+    @pytest.mark.parametrize("dtype", [*DTYPES, torch.float32])
+    def test_rows(self, dtype):
+        for x in (torch.randn(5, 320).to(dtype), torch.zeros(2, 64, dtype=dtype), torch.randn(3, 50).to(dtype)):
+            same_codes(portable.fp8_quantize(x.to(DEVICE)), quantize_rows_reference(x))
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_every_value(self, dtype):
+        x = every_finite(dtype)
+        same_codes(portable.fp8_quantize(x.to(DEVICE)), quantize_rows_reference(x))
+
+    def test_both_sides_of_448(self):
+        top = (
+            torch.tensor([447.0, 448.0, 448.0 * (1 + 2**-7), 512.0, 1e-38, 3e38]).bfloat16().unsqueeze(1).repeat(1, 64)
+        )
+        got = portable.fp8_quantize(top.to(DEVICE))
+        same_codes(got, quantize_rows_reference(top))
+        assert got[1][:4].tolist() == [1, 1, 2, 2]
+
+    def test_long_rows_views_and_the_factor(self, monkeypatch):
+        from qerl_verl.kernels.portable import fp8
+
+        monkeypatch.setattr(fp8, "BLOCK_K", 128)
+        x = torch.randn(3, 1000).bfloat16()[:, 1:700]
+        codes, scale = quantize_rows_reference(x)
+        same_codes(portable.fp8_quantize(x.to(DEVICE), 0.25), (codes, scale * 0.25))
+
+    @pytest.mark.parametrize("bad", [float("inf"), -float("inf"), float("nan")])
+    def test_what_is_not_finite_stays_so(self, bad):
+        x = torch.randn(2, 64).bfloat16()
+        x[1, 7] = bad
+        codes, scale = portable.fp8_quantize(x.to(DEVICE))
+        rows = (codes.float() * scale[:, None]).cpu()
+        assert rows[0].isfinite().all()
+        assert INTERPRETED and bad != bad or rows[1].isnan().any()
+
+    def test_weight_of_every_code_and_scale(self):
+        packed, scale = every_value(64)
+        mixed = scale[torch.randperm(254)][:, torch.arange(4)]
+        mixed[:, 1] = scale[torch.randperm(254), 0]
+        for scales in (scale, mixed):
+            expected = nvfp4_to_fp8_reference(packed, scales)
+            same_codes(portable.nvfp4_to_fp8(*on_device(packed, scales)), expected)
+            got = portable.nvfp4_through_fp8(*on_device(packed, scales))
+            assert same_bits(got, through_fp8(*expected, torch.bfloat16))
+
+    @pytest.mark.parametrize("n, k", [(1, 16), (33, 80), (130, 1040)])
+    def test_weight_of_other_shapes(self, n, k):
+        packed, scale = random_weight(n, k)
+        same_codes(portable.nvfp4_to_fp8(*on_device(packed, scale)), nvfp4_to_fp8_reference(packed, scale))
+
+    def test_opcheck(self):
+        x = torch.randn(3, 64, device=DEVICE)
+        packed, scale = on_device(*random_weight(33, 64))
+        ops, checks = torch.ops.qerl_portable, ("test_schema", "test_faketensor")
+        library.opcheck(ops.nvfp4_through_fp8, (packed, scale), test_utils=checks)
+        with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            fake = [*ops.fp8_quantize(mode.from_tensor(x)), *ops.nvfp4_to_fp8(*map(mode.from_tensor, (packed, scale)))]
+        for a, b in zip(fake, [*ops.fp8_quantize(x), *ops.nvfp4_to_fp8(packed, scale)], strict=True):
+            assert a.shape == b.shape and a.dtype == b.dtype
+
+    def test_refuses(self):
+        packed, scale = on_device(*random_weight(32, 64))
+        weight, channel = portable.nvfp4_to_fp8(packed, scale)
+        x = torch.randn(3, 64, device=DEVICE).bfloat16()
+        cases = [
+            (r"\[M, K\]", lambda: portable.fp8_quantize(x[0])),
+            ("need scales of shape", lambda: portable.nvfp4_to_fp8(packed, scale[:-1])),
+            (r"bfloat16 \[\.\.\., 64\]", lambda: portable.fp8_gemm(x.float(), weight, channel, 1.0)),
+            ("float8_e4m3fn", lambda: portable.fp8_gemm(x, packed.repeat(1, 2), channel, 1.0)),
+            ("weight_scale", lambda: portable.fp8_gemm(x, weight, channel[:-1], 1.0)),
+        ]
+        for message, attempt in cases:
+            with pytest.raises(ValueError, match=message):
+                attempt()
+        assert portable.fp8_gemm(x[:0], weight, channel, 1.0).shape == (0, 32)
+
+    @pytest.mark.skipif(DEVICE != "cuda", reason="FP8 tensor cores need a GPU")
+    @pytest.mark.parametrize("bias", [False, True])
+    @pytest.mark.parametrize("m, n, k", [(1, 48, 64), (7, 640, 512), (64, 3584, 18944), (1000, 4608, 3584)])
+    def test_gemm(self, m, n, k, bias):
+        if reason := portable.fp8_availability():
+            pytest.skip(reason)
+        x, packed, scale, b, *_ = on_device(*arguments(m, n, k, torch.bfloat16, bias, 0, (0x28, 0x40)))
+        weight, channel = portable.nvfp4_to_fp8(packed, scale)
+        y = portable.fp8_gemm(x, weight, channel, ALPHA, b)
+        expected = nvfp4_fp8_linear_reference(x.double(), weight, channel, ALPHA, b)
+        # one rounding to bfloat16; FP8 tensor cores align the products of 32 columns to about 14 bits
+        assert (y.double() - expected).norm() <= 2**-8 * expected.norm()
+        assert torch.equal(y, portable.fp8_gemm(x, weight, channel, ALPHA, b))
+
+
 # --------------------------------------------------------------------------------------------------------- ops
 class TestOps:
     def test_available(self):
@@ -437,3 +552,33 @@ class TestCompile:
             )
             assert "div.rn.f32" in sources[-1].asm["ptx"] and "div.full" not in sources[-1].asm["ptx"]
         assert all(".ftz" not in s.asm["ptx"] for s in sources)
+
+    def test_fp8(self, capability):
+        from qerl_verl.kernels.portable import fp8
+
+        native = capability >= 89
+        rows = compile_kernel(
+            fp8.fp8_quantize_rows_kernel,
+            dict(x="*bf16", out="*u8", scale="*fp32", k="i32", stride="i32", factor="fp32"),
+            dict(BLOCK_K=4096, NATIVE=native),
+            capability,
+        )
+        weights = [
+            compile_kernel(
+                fp8.nvfp4_to_fp8_kernel,
+                dict(packed="*u8", block_scale="*u8", channel_scale="*fp32", out=out)
+                | dict.fromkeys(("n", "half_k", "groups"), "i32"),
+                dict(BLOCK_N=fp8.BLOCK_N, BLOCK_GROUPS=fp8.BLOCK_GROUPS, NATIVE=native),
+                capability,
+            )
+            for out in ("*u8", "*bf16")
+        ]
+        compile_kernel(
+            fp8.nvfp4_channel_scale_kernel,
+            dict(block_scale="*u8", out="*fp32", n="i32", groups="i32"),
+            dict(BLOCK_N=fp8.SCALE_ROWS, BLOCK_GROUPS=256),
+            capability,
+        )
+        for compiled in (rows, *weights):
+            assert ("cvt.rn.satfinite.e4m3x2.f32" in compiled.asm["ptx"]) is native
+            assert ".ftz" not in compiled.asm["ptx"]
