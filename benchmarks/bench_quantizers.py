@@ -26,7 +26,7 @@ import torch
 
 from qerl_verl.nvfp4.architectures import get_architecture
 from qerl_verl.nvfp4.calibration import encode_row, load_tokenizer, read_calibration
-from qerl_verl.nvfp4.checkpoint import _hf_config, quantize_checkpoint, read_headers
+from qerl_verl.nvfp4.checkpoint import _hf_config, quantize_checkpoint, read_headers, split_experts
 from qerl_verl.nvfp4.decoder import LayerwiseDecoder
 from qerl_verl.nvfp4.layerwise import load_packed_weights
 from qerl_verl.nvfp4.quantizers import METHODS
@@ -50,7 +50,7 @@ def measure(model: Path, folders: dict[str, Path], sequences, device: torch.devi
     """Loss, KL divergence and entropy of NVFP4 folders, all in one pass over the layers of the 16-bit model."""
     config = _hf_config(model)
     architecture = get_architecture(config)
-    decoder = LayerwiseDecoder(config, read_headers(model), device)
+    decoder = LayerwiseDecoder(config, split_experts(read_headers(model), architecture, config), device)
     headers = {name: read_headers(folder) for name, folder in folders.items()}
     reference = decoder.embed(sequences)
     streams = {name: [activations.copy() for activations in reference] for name in folders}
@@ -58,8 +58,9 @@ def measure(model: Path, folders: dict[str, Path], sequences, device: torch.devi
         layer = decoder.load_layer(index)
         for activations in reference:
             activations.advance(layer, index)
+        linears = [linear for group in architecture.layer_groups(config, index) for linear in group]
         for name, stream in streams.items():
-            load_packed_weights(layer, f"{architecture.layer_prefix}{index}.", architecture.linears, headers[name])
+            load_packed_weights(layer, f"{architecture.layer_prefix}{index}.", linears, headers[name])
             for activations in stream:
                 activations.advance(layer, index)
         decoder.drop_layer(index)

@@ -26,6 +26,10 @@ YARN = dict(rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_posit
 FAMILIES = {
     "Qwen2ForCausalLM": ("qwen2", {}),
     "Qwen3ForCausalLM": ("qwen3", dict(head_dim=64)),
+    "Qwen3MoeForCausalLM": (
+        "qwen3_moe",
+        dict(head_dim=64, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48, mlp_only_layers=[1]),
+    ),
     "LlamaForCausalLM": ("llama", {}),
     "MistralForCausalLM": ("mistral", {}),
     "Ministral3ForCausalLM": (
@@ -69,7 +73,10 @@ FAMILIES = {
     "Glm4ForCausalLM": ("glm4", dict(head_dim=64)),
     "SeedOssForCausalLM": ("seed_oss", dict(head_dim=64)),
 }
-"""Architecture -> transformers' model_type, and its configuration beside :data:`SIZES`."""
+"""Architecture -> transformers' model_type, and its configuration beside :data:`SIZES`. A mixture has
+a layer with experts and one without."""
+
+DENSE = [name for name in FAMILIES if name != "Qwen3MoeForCausalLM"]
 
 
 def make_config(architecture: str, **changes):

@@ -40,7 +40,7 @@ def find_noise_targets(model: nn.Module, architecture: Architecture, fused: dict
     """The norms that receive noise, found by the linears beside them.
 
     ``architecture.noise_targets`` says which norm of a decoder layer feeds, or is fed by, which
-    linears. A norm counts where it stands beside those linears in the model at hand, under their
+    linears; the router and the experts stand in the place of gate and up where a layer has them. A norm counts where it stands beside those linears in the model at hand, under their
     own or their fused name; the class of the norm does not matter (an inference engine has its
     own).
 
@@ -58,6 +58,7 @@ def find_noise_targets(model: nn.Module, architecture: Architecture, fused: dict
     """
     modules = dict(model.named_modules())
     targets: dict[str, nn.Module] = {}
+    experts = architecture.experts
     for name, module in modules.items():
         for norm, linears in architecture.noise_targets.items():
             if not (name.startswith(architecture.layer_prefix) and name.endswith(f".{norm}")):
@@ -65,6 +66,8 @@ def find_noise_targets(model: nn.Module, architecture: Architecture, fused: dict
             if not isinstance(getattr(module, "weight", None), torch.Tensor):
                 continue  # another pipeline rank's layer
             layer = name[: -len(norm)]
+            if experts and layer + experts.module in modules:
+                linears = architecture.noise_targets_with_experts[norm]
             for linear in linears:
                 if layer + linear not in modules and layer + fused.get(linear, linear) not in modules:
                     raise ValueError(f"{name} should stand beside {layer}{linear}, but the model has no such module")

@@ -75,11 +75,11 @@ def adapter_problems(config: DictConfig, model: str, adapter: dict) -> list[str]
     """
     from qerl_verl.lora.adapter_files import AdapterError, map_names, read_tensors
     from qerl_verl.lora.targets import matched_layers
-    from qerl_verl.nvfp4.checkpoint import linear_shapes
+    from qerl_verl.nvfp4.checkpoint import adaptable_shapes
 
     get = lambda name: OmegaConf.select(config, f"{model}.{name}")  # noqa: E731
     folder, base = get("lora_adapter_path"), Path(os.path.expanduser(get("path")))
-    layers, out = linear_shapes(base), []
+    layers, out = adaptable_shapes(base), []
     where = f"{model}.lora_adapter_path={folder}"
     wanted = adapter["wanted"]
     if "target_modules" in wanted or "exclude_modules" in wanted:
@@ -112,10 +112,10 @@ def target_problems(config: DictConfig, model: str) -> list[str]:
         config: ``{model}.path`` is a local folder, quantized or not.
         model: key of the model.
     """
-    from qerl_verl.nvfp4.checkpoint import linear_shapes
+    from qerl_verl.nvfp4.checkpoint import adaptable_shapes
 
     get = lambda name: OmegaConf.select(config, f"{model}.{name}")  # noqa: E731
-    layers = linear_shapes(Path(os.path.expanduser(get("path"))))
+    layers = adaptable_shapes(Path(os.path.expanduser(get("path"))))
     return _target_problems(layers, get("target_modules"), get("exclude_modules"), model)
 
 
@@ -136,7 +136,7 @@ def adapted_layers(config: DictConfig, model: str, layers: Collection[str], adap
     """The layers of a model that have an adapter in a run.
 
     Args:
-        layers: full names, see :func:`~qerl_verl.nvfp4.checkpoint.linear_shapes`.
+        layers: full names, see :func:`~qerl_verl.nvfp4.checkpoint.adaptable_shapes`.
         adapter: what :func:`adopt_adapter` returned, None for a new one.
     """
     from qerl_verl.lora.targets import matched_layers

@@ -67,12 +67,12 @@ def _adapted_layers(config: DictConfig, model: str, adapter: dict | None) -> lis
     from qerl_verl.config.adapters import adapted_layers
     from qerl_verl.config.checks.models import local_folder
     from qerl_verl.lora.targets import last_names, matched_layers
-    from qerl_verl.nvfp4.checkpoint import linear_shapes
+    from qerl_verl.nvfp4.checkpoint import adaptable_shapes
     from qerl_verl.nvfp4.errors import CheckpointError
 
     folder = local_folder(config, model)
     try:
-        layers = linear_shapes(folder) if folder else {}
+        layers = adaptable_shapes(folder) if folder else {}
         adapted = adapted_layers(config, model, layers, adapter) if layers else set()
     except (CheckpointError, ValueError, TypeError):  # reported by the checks of models and adapters
         return []

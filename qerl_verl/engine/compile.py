@@ -17,7 +17,7 @@ RECOMPILE_LIMIT = 32
 (which PyTorch compiles for themselves), and this for every kind of norm that shares a ``forward``."""
 
 GATED_MLPS = {
-    *("LlamaMLP", "MistralMLP", "Ministral3MLP", "Qwen2MLP", "Qwen3MLP"),
+    *("LlamaMLP", "MistralMLP", "Ministral3MLP", "Qwen2MLP", "Qwen3MLP", "Qwen3MoeMLP"),
     *("Gemma3MLP", "GraniteMLP", "Olmo2MLP", "Olmo3MLP", "SmolLM3MLP"),
 }
 """Classes of transformers that compute ``down_proj(act_fn(gate_proj(x)) * up_proj(x))`` and nothing else."""

@@ -14,7 +14,7 @@ from qerl_verl.evaluation.errors import EvaluationError
 from qerl_verl.export.locate import find_adapter
 from qerl_verl.lora.adapter_files import AdapterError, map_names, read_adapter_config, read_tensors
 from qerl_verl.nvfp4.cache import Quantization, fetch_model, fingerprint, resolve_checkpoint
-from qerl_verl.nvfp4.checkpoint import check_checkpoint, linear_shapes
+from qerl_verl.nvfp4.checkpoint import adaptable_shapes, check_checkpoint
 from qerl_verl.nvfp4.errors import CheckpointError
 
 BASE = "base"
@@ -119,7 +119,7 @@ def check_adapters(given: Sequence[str], folder: Path) -> list[Adapter]:
     Raises:
         EvaluationError: adapters that do not fit, a sentence for each problem.
     """
-    layers, out, problems = linear_shapes(folder), [], []
+    layers, out, problems = adaptable_shapes(folder), [], []
     for name in expand(given):
         try:
             out.append(_check(name, folder, layers))
@@ -190,6 +190,6 @@ def write_plain(adapter: Adapter, model: Model, folder: Path) -> None:
     tensors = read_tensors(adapter.folder)
     if _digest(read_adapter_config(adapter.folder), tensors) != adapter.digest:
         raise EvaluationError(f"--adapter {adapter.name}: it was replaced while the evaluation ran; call it again")
-    names = map_names({n: tuple(t.shape) for n, t in tensors.items()}, adapter.config, linear_shapes(model.folder))
+    names = map_names({n: tuple(t.shape) for n, t in tensors.items()}, adapter.config, adaptable_shapes(model.folder))
     config = LoraConfig.from_pretrained(str(adapter.folder))
     save_adapter(folder, {place: tensors[name] for name, place in names.items()}, config, str(model.folder))

@@ -13,6 +13,7 @@ import torch
 from qerl_verl.kernels.nvfp4_dequantize import dequantize_nvfp4
 from qerl_verl.lora.adapter_files import PREFIX, AdapterError, map_names, read_adapter_config, read_tensors
 from qerl_verl.nvfp4 import checkpoint as files
+from qerl_verl.nvfp4.architectures import get_architecture
 from qerl_verl.nvfp4.atomic_folder import atomic_folder
 from qerl_verl.nvfp4.errors import CheckpointError
 from qerl_verl.nvfp4.report import REPORT_FILE
@@ -79,7 +80,7 @@ def read_deltas(adapter: Path, base: Path) -> Deltas:
     Raises:
         CheckpointError: the adapter is not plain LoRA or does not fit the base, with the reason.
     """
-    layers = files.linear_shapes(base)
+    layers = files.adaptable_shapes(base)
     try:
         config = read_adapter_config(adapter)
         tensors = read_tensors(adapter)
@@ -100,8 +101,11 @@ class Base:
     def __init__(self, folder: Path):
         self.folder = folder
         self.packed = files.check_checkpoint(folder) == "nvfp4"
-        self.tensors = files.read_headers(folder)
+        config = files._hf_config(folder)
+        architecture = get_architecture(config)
+        self.tensors = files.split_experts(files.read_headers(folder), architecture, config)
         self.linears = files.linear_shapes(folder)
+        self.routers = architecture.routers(config)
         self.dtype = "F16" if self.tensors["model.embed_tokens.weight"].dtype == "F16" else "BF16"
 
     def others(self) -> dict[str, TensorInfo]:
@@ -198,7 +202,7 @@ def _write(
         if k not in ("quantization_config", "compression_config")
     }
     if form == "fp8":
-        config["quantization_config"] = FP8_CONFIG
+        config["quantization_config"] = FP8_CONFIG | {"ignore": ["lm_head", *base.routers]}
     with atomic_folder(dst) as folder:
         write_shards(
             folder,

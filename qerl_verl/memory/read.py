@@ -49,13 +49,8 @@ def model_of(content: Mapping[str, Any], rank: int, targets: Any, exclude: Any =
     values = {key: value for key, value in content.items() if key not in ("model_type", "quantization_config")}
     config = AutoConfig.for_model(content["model_type"], **values)
     shapes, projections = architecture.tensor_shapes(config), architecture.projection_shapes(config)
-    packed_ends = tuple(f".{linear}.weight" for linear in architecture.linears)
-    packed = {
-        name.removesuffix(".weight"): shape
-        for name, shape in shapes.items()
-        if name.startswith(architecture.layer_prefix) and name.endswith(packed_ends)
-    }
-    adapted = matched_layers(packed, targets, exclude)
+    packed = {linear: shapes[f"{linear}.weight"] for group in architecture.all_groups(config) for linear in group}
+    adapted = matched_layers(architecture.adaptable(packed), targets, exclude)
     return Model(
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,

@@ -7,7 +7,7 @@ to). docs/models.md explains the columns and how a row is added.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,13 +55,60 @@ class Fixed:
     reason: str
 
 
+@dataclass(frozen=True)
+class Experts:
+    """The MLPs of a mixture of experts: a router chooses some of them for each token.
+
+    Expert ``E`` of a layer has the linears ``{module}.{E}.gate_proj``, ``up_proj`` and
+    ``down_proj`` in a checkpoint, as transformers and llm-compressor write it. transformers holds
+    the experts of a layer as ``{module}.gate_up_proj`` ``[E, 2 I, H]`` and ``{module}.down_proj``
+    ``[E, H, I]``.
+
+    Attributes:
+        is_layer: whether a layer, by the configuration and its index, has experts; the other
+            layers have one MLP.
+        module, router: names in a layer. The router is a linear that stays in 16 bits.
+        count, inner: keys of the configuration, for how many experts there are and for the output
+            features of their gate and up.
+    """
+
+    is_layer: Callable[[Any, int], bool]
+    module: str = "mlp.experts"
+    router: str = "mlp.gate"
+    count: str = "num_experts"
+    inner: str = "moe_intermediate_size"
+
+    def linears(self, config: Any) -> Iterator[tuple[str, str, str]]:
+        """Gate, up and down of each expert, by their names in a layer."""
+        for expert in range(getattr(config, self.count)):
+            yield tuple(f"{self.module}.{expert}.{name}" for name in _EXPERT_LINEARS)
+
+    def stacked_shapes(self, config: Any) -> dict[str, tuple[int, int, int]]:
+        """Name in a layer -> shape of transformers' parameters."""
+        count, inner = getattr(config, self.count), getattr(config, self.inner)
+        hidden = config.hidden_size
+        return {
+            f"{self.module}.gate_up_proj": (count, 2 * inner, hidden),
+            f"{self.module}.down_proj": (count, hidden, inner),
+        }
+
+
+_EXPERT_LINEARS = ("gate_proj", "up_proj", "down_proj")
+
+
+def _qwen_sparse_layer(config: Any, index: int) -> bool:
+    """As transformers' Qwen3MoeDecoderLayer and vLLM's decide."""
+    chosen = index not in (config.mlp_only_layers or ()) and (index + 1) % config.decoder_sparse_step == 0
+    return chosen and config.num_experts > 0
+
+
 def _hard_coded(key: str, value: Any) -> Fixed:
     return Fixed(key, value, "vLLM's model is built for this value alone")
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A dense decoder-only model.
+    """A decoder-only model, dense or with a mixture of experts.
 
     Names of linears and norms are relative to a layer, ``{layer_prefix}{i}.``. A projection is one
     of q, k, v, o, gate, up and down; a linear is what the checkpoint holds, which is a projection
@@ -97,6 +144,9 @@ class Architecture:
     bias_switches: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Boolean of the config -> the projections that have a bias if it is set."""
 
+    experts: Experts | None = None
+    """Of the layers that have a mixture in the MLP's place."""
+
     fixed: tuple[Fixed, ...] = ()
     """Settings of which one value alone is served."""
 
@@ -118,7 +168,7 @@ class Architecture:
 
     @property
     def linears(self) -> tuple[str, ...]:
-        """The linears whose weights are packed."""
+        """The linears of a layer without experts, whose weights are packed."""
         return self._linears_of((*_ATTENTION, *_MLP))
 
     @property
@@ -135,6 +185,15 @@ class Architecture:
         norms = self.norms_in_front or self.norms_behind
         return {norm: self._linears_of(projections) for norm, projections in norms.items()}
 
+    @property
+    def noise_targets_with_experts(self) -> dict[str, tuple[str, ...]]:
+        """The same of a layer with experts: router and experts stand where the MLP's linears are."""
+        mlp, experts = self._linears_of(_MLP), self.experts
+        return {
+            norm: (experts.router, experts.module) if set(linears) & set(mlp) else linears
+            for norm, linears in self.noise_targets.items()
+        }
+
     def _linears_of(self, projections: tuple[str, ...]) -> tuple[str, ...]:
         holder = {projection: linear for linear, parts in self.fused.items() for projection in parts}
         return tuple(dict.fromkeys(holder.get(projection, projection) for projection in projections))
@@ -143,8 +202,12 @@ class Architecture:
         """The projections whose rows a linear holds, in their order."""
         return tuple(self.fused.get(linear, (linear,)))
 
+    def has_experts(self, config: Any, index: int) -> bool:
+        """Whether a layer has experts in the MLP's place."""
+        return self.experts is not None and self.experts.is_layer(config, index)
+
     def projection_shapes(self, config: Any) -> dict[str, tuple[int, int]]:
-        """Projection -> (output, input features).
+        """Projection of a layer without experts -> (output, input features).
 
         Args:
             config: transformers' configuration object (which supplies the defaults of absent keys).
@@ -162,6 +225,21 @@ class Architecture:
             "mlp.down_proj": (hidden, inner),
         }
 
+    def linear_shapes(self, config: Any, index: int) -> dict[str, tuple[int, int]]:
+        """The packed linears of layer ``index`` -> (output, input features)."""
+        projections = self.projection_shapes(config)
+        shapes = {}
+        for linear in self.linears:
+            parts = [projections[projection] for projection in self.projections_of(linear)]
+            shapes[linear] = sum(rows for rows, _ in parts), parts[0][1]
+        if not self.has_experts(config, index):
+            return shapes
+        attention = {linear: shapes[linear] for linear in self._linears_of(_ATTENTION)}
+        hidden, inner = config.hidden_size, getattr(config, self.experts.inner)
+        for gate, up, down in self.experts.linears(config):
+            attention |= {gate: (inner, hidden), up: (inner, hidden), down: (hidden, inner)}
+        return attention
+
     def tensor_shapes(self, config: Any) -> dict[str, tuple[int, ...]]:
         """Name -> shape of every tensor of the 16-bit checkpoint.
 
@@ -170,34 +248,48 @@ class Architecture:
 
         Returns:
             What the model's ``state_dict()`` holds, less ``lm_head.weight`` where embeddings are
-            tied.
+            tied. Experts are apart, see :class:`Experts`.
 
         Raises:
             UnsupportedArchitecture: ``config`` describes a variant of the model that is not served.
         """
         self._check(config)
-        hidden, projections = config.hidden_size, self.projection_shapes(config)
-        rows = {
-            linear: sum(projections[projection][0] for projection in self.projections_of(linear))
-            for linear in self.linears
-        }
-        columns = {linear: projections[self.projections_of(linear)[0]][1] for linear in self.linears}
-        layer = {f"{norm}.weight": (hidden,) for norm in (*self.norms_in_front, *self.norms_behind)}
-        layer |= {f"{norm}.weight": (_head_dim(config),) for norm in self.head_norms}
-        layer |= {f"{norm}.weight": projections[of][:1] for norm, of in self.output_norms.items()}
-        layer |= {f"{linear}.weight": (rows[linear], columns[linear]) for linear in self.linears}
-        biased = list(self.biased)
-        for switch, parts in self.bias_switches.items():
-            biased += parts if getattr(config, switch) else ()
-        layer |= {f"{linear}.bias": (rows[linear],) for linear in self._linears_of(tuple(biased))}
-
+        hidden = config.hidden_size
         shapes = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
+        layers = {}  # of a layer without experts, and of one with experts
         for i in range(config.num_hidden_layers):
-            shapes |= {f"{self.layer_prefix}{i}.{name}": shape for name, shape in layer.items()}
+            kind = self.has_experts(config, i)
+            if kind not in layers:
+                layers[kind] = self._layer_shapes(config, i)
+            shapes |= {f"{self.layer_prefix}{i}.{name}": shape for name, shape in layers[kind].items()}
         shapes["model.norm.weight"] = (hidden,)
         if not config.tie_word_embeddings:
             shapes["lm_head.weight"] = (config.vocab_size, hidden)
         return shapes
+
+    def _layer_shapes(self, config: Any, index: int) -> dict[str, tuple[int, ...]]:
+        hidden, projections = config.hidden_size, self.projection_shapes(config)
+        linears = self.linear_shapes(config, index)
+        layer = {f"{norm}.weight": (hidden,) for norm in (*self.norms_in_front, *self.norms_behind)}
+        layer |= {f"{norm}.weight": (_head_dim(config),) for norm in self.head_norms}
+        layer |= {f"{norm}.weight": projections[of][:1] for norm, of in self.output_norms.items()}
+        if self.has_experts(config, index):
+            layer[f"{self.experts.router}.weight"] = (getattr(config, self.experts.count), hidden)
+        layer |= {f"{linear}.weight": shape for linear, shape in linears.items()}
+        biased = list(self.biased)
+        for switch, parts in self.bias_switches.items():
+            biased += parts if getattr(config, switch) else ()
+        return layer | {f"{linear}.bias": linears[linear][:1] for linear in self._linears_of(tuple(biased))}
+
+    def adaptable(self, linears: Iterable[str]) -> list[str]:
+        """Those of a model's packed linears that can have a LoRA adapter: all but the experts'."""
+        within = f".{self.experts.module}." if self.experts else None
+        return [name for name in linears if within is None or within not in name]
+
+    def routers(self, config: Any) -> tuple[str, ...]:
+        """Full names of the routers, linears that stay in 16 bits."""
+        layers = range(config.num_hidden_layers)
+        return tuple(f"{self.layer_prefix}{i}.{self.experts.router}" for i in layers if self.has_experts(config, i))
 
     def _check(self, config: Any) -> None:
         for setting in self.fixed:
@@ -209,9 +301,26 @@ class Architecture:
                 )
 
     def scale_groups(self) -> tuple[tuple[str, ...], ...]:
-        """All packed linears, in the groups that share a global scale; a linear that shares with none is alone."""
+        """The packed linears of a layer without experts, in the groups that share a global scale; a
+        linear that shares with none is alone."""
         shared = {linear for group in self.shared_scale_groups for linear in group}
         return (*self.shared_scale_groups, *((linear,) for linear in self.linears if linear not in shared))
+
+    def layer_groups(self, config: Any, index: int) -> tuple[tuple[str, ...], ...]:
+        """The same of layer ``index``. Gate and up of an expert share a global scale, which vLLM
+        keeps by expert (compressed_tensors_moe_w4a4_nvfp4.py, w13_weight_global_scale)."""
+        groups = self.scale_groups()
+        if not self.has_experts(config, index):
+            return groups
+        attention = self._linears_of(_ATTENTION)
+        of_experts = [group for gate, up, down in self.experts.linears(config) for group in ((gate, up), (down,))]
+        return (*(group for group in groups if group[0] in attention), *of_experts)
+
+    def all_groups(self, config: Any) -> Iterator[tuple[str, ...]]:
+        """The same of all layers, by full names."""
+        for i in range(config.num_hidden_layers):
+            for group in self.layer_groups(config, i):
+                yield tuple(f"{self.layer_prefix}{i}.{linear}" for linear in group)
 
 
 def _head_dim(config: Any) -> int:
@@ -227,6 +336,12 @@ _ARCHITECTURES = {
             bias_switches={"attention_bias": _ATTENTION},
             head_norms=_NORMED_HEADS,
             shares_base=True,
+        ),
+        Architecture(
+            "Qwen3MoeForCausalLM",
+            head_norms=_NORMED_HEADS,
+            experts=Experts(_qwen_sparse_layer),
+            fixed=(_hard_coded("attention_bias", False),),
         ),
         Architecture("LlamaForCausalLM", bias_switches=_LLAMA_BIASES, shares_base=True),
         Architecture("MistralForCausalLM", shares_base=True),
@@ -305,8 +420,8 @@ def get_architecture(hf_config: Any) -> Architecture:
             return _ARCHITECTURES[name]
     found = ", ".join(names) if names else f"none (model_type {get('model_type')})"
     raise UnsupportedArchitecture(
-        f"architecture in config.json: {found}. Supported are the dense models {', '.join(_ARCHITECTURES)}; "
-        f"mixture-of-experts and multimodal models are not. {DOCUMENTATION} says how a dense model is added."
+        f"architecture in config.json: {found}. Supported are {', '.join(_ARCHITECTURES)}. "
+        f"{DOCUMENTATION} says why others are not, and how a model is added."
     )
 
 

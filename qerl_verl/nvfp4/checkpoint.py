@@ -16,7 +16,7 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -128,7 +128,7 @@ def quantize_checkpoint(
     """Quantize the linears of a checkpoint to NVFP4.
 
     The q, k, v, o, gate, up and down projections are packed; q/k/v share one global scale per layer, and so do
-    gate/up. lm_head, embeddings, norms and biases stay in bfloat16 or float16; float32 ones become bfloat16. Tokenizer,
+    gate/up, of each expert by itself. lm_head, embeddings, routers of experts, norms and biases stay in bfloat16 or float16; float32 ones become bfloat16. Tokenizer,
     generation config and every other file that is not a weight are copied. Tensors are read one group of linears that
     share a scale at a time, so that host memory stays at about one decoder layer. ``qerl_report.json`` says what
     errors that makes.
@@ -138,6 +138,8 @@ def quantize_checkpoint(
 
     Args:
         src: folder with config.json and safetensors (one file, or shards and an index) in float32, bfloat16 or float16.
+            Experts are one matrix each, or stacked as transformers' ``save_pretrained(save_original_format=False)``
+            writes them; what is written has one each.
         dst: folder to write, absent or empty. It appears when it is complete; on an error nothing is left but GPTQ's
             finished layers.
         method: see :data:`~qerl_verl.nvfp4.quantizers.Method`.
@@ -176,8 +178,9 @@ def quantize_checkpoint(
         _check_replaceable(src, dst)
     config = read_config(src)
     architecture = get_architecture(config)
-    tensors = _check_source(src, architecture)
-    units = _plan(tensors, architecture)
+    hf_config = _hf_config(src)
+    tensors = _check_source(src, architecture, hf_config)
+    units = _plan(tensors, architecture, hf_config)
     ours = (CONFIG_FILE, MANIFEST_FILE, REPORT_FILE)
     others = [name for name in source_files(src) if name not in ours and not _is_weight(name)]
 
@@ -187,14 +190,14 @@ def quantize_checkpoint(
         finished = FinishedLayers(dst, _attempt_key(src, tensors, calibration))
         written += max(0, sum(unit.output_bytes for unit in units if unit.quantize) - finished.nbytes)
     _check_space(dst, written)
-    config["quantization_config"] = QUANTIZATION_CONFIG
+    config["quantization_config"] = QUANTIZATION_CONFIG | {"ignore": ["lm_head", *architecture.routers(hf_config)]}
     dtype = "float16" if tensors["model.embed_tokens.weight"].dtype == "F16" else "bfloat16"
     config |= {key: dtype for key in ("dtype", "torch_dtype") if key in config} or {"torch_dtype": dtype}
 
     try:
         packer = _Rounder(method, device)
         if finished is not None:
-            packer = _Finished(gptq_layers(_hf_config(src), tensors, calibration, finished, device, progress))
+            packer = _Finished(gptq_layers(hf_config, tensors, calibration, finished, device, progress))
         with atomic_folder(dst, replace=replace) as folder:
             records = _write_weights(folder, tensors, units, max_shard_bytes, progress, packer)
             for name in others:
@@ -203,7 +206,7 @@ def quantize_checkpoint(
             text = None
             if calibration is not None:
                 packed = read_headers(folder)
-                text = compare_checkpoints(_hf_config(src), tensors, packed, calibration.held_out, device, progress)
+                text = compare_checkpoints(hf_config, tensors, packed, calibration.held_out, device, progress)
             report = build_report(method, packer.errors, architecture.layer_prefix, calibration, text)
             records[REPORT_FILE] = _write_json(folder / REPORT_FILE, report)
             manifest = {
@@ -316,8 +319,8 @@ def check_checkpoint(path: str | Path) -> Literal["none", "nvfp4", "modelopt", "
     if kind == "nvfp4":
         validate_nvfp4_checkpoint(path)
     else:
-        architecture = get_architecture(read_config(path))
-        _plan(_check_source(path, architecture), architecture)
+        architecture, hf_config = get_architecture(read_config(path)), _hf_config(path)
+        _plan(_check_source(path, architecture, hf_config), architecture, hf_config)
     return kind
 
 
@@ -333,8 +336,17 @@ def linear_shapes(path: str | Path) -> dict[str, tuple[int, int]]:
     path = Path(path)
     architecture, hf_config = get_architecture(read_config(path)), _hf_config(path)
     shapes = architecture.tensor_shapes(hf_config)
-    groups = _scale_groups(architecture, hf_config.num_hidden_layers)
-    return {linear: shapes[f"{linear}.weight"] for group in groups for linear in group}
+    return {linear: shapes[f"{linear}.weight"] for group in architecture.all_groups(hf_config) for linear in group}
+
+
+def adaptable_shapes(path: str | Path) -> dict[str, tuple[int, int]]:
+    """The same of the linears that can have a LoRA adapter, which are all but those of experts.
+
+    Raises:
+        UnsupportedArchitecture, CheckpointError: as :func:`linear_shapes`.
+    """
+    shapes = linear_shapes(path)
+    return {linear: shapes[linear] for linear in get_architecture(read_config(Path(path))).adaptable(shapes)}
 
 
 def check_method(path: str | Path, wanted: Literal["nvfp4", "mxfp4"]) -> None:
@@ -370,7 +382,7 @@ def check_source(path: str | Path) -> None:
         raise CheckpointError(
             f"{path} is quantized to NVFP4: give the original model in 16 or 32 bits, or use +qerl=nvfp4"
         )
-    _check_source(path, get_architecture(read_config(path)))
+    _check_source(path, get_architecture(read_config(path)), _hf_config(path))
 
 
 def unused_settings(path: str | Path) -> list[str]:
@@ -399,7 +411,7 @@ def validate_nvfp4_checkpoint(path: str | Path) -> None:
     """Check that an NVFP4 checkpoint is complete and sound, from its headers, scales, norms and biases.
 
     Every tensor of the model must be there in the right dtype and shape and no other one. The linears of the decoder layers are
-    packed, or in 16 bits where ``ignore`` of the quantization names them. Scales must be positive and finite; a ninth of
+    packed, or in 16 bits where ``ignore`` of the quantization names them; the experts of a layer are all of one kind. Scales must be positive and finite; a ninth of
     the file is read for that, in pieces.
 
     Raises:
@@ -415,9 +427,9 @@ def validate_nvfp4_checkpoint(path: str | Path) -> None:
 
     unpacked = architecture.tensor_shapes(hf_config)
     packed = {}  # linear -> (N, K)
-    for group in _scale_groups(architecture, hf_config.num_hidden_layers):
+    for group in architecture.all_groups(hf_config):
         packed |= {linear: unpacked.pop(f"{linear}.weight") for linear in group}
-    for linear in _check_plain_linears(path, tensors, packed, architecture):
+    for linear in _check_plain_linears(path, tensors, packed, architecture, hf_config):
         unpacked[f"{linear}.weight"] = packed.pop(linear)
     _check_tensors(path, tensors, unpacked, WEIGHT_DTYPES)
     for linear, (n, k) in packed.items():
@@ -436,7 +448,11 @@ def validate_nvfp4_checkpoint(path: str | Path) -> None:
 
 
 def _check_plain_linears(
-    path: Path, tensors: dict[str, TensorInfo], linears: dict[str, tuple[int, int]], architecture: Architecture
+    path: Path,
+    tensors: dict[str, TensorInfo],
+    linears: dict[str, tuple[int, int]],
+    architecture: Architecture,
+    hf_config: Any,
 ) -> set[str]:
     """The linears that an NVFP4 checkpoint leaves in 16 bits; vLLM takes them for packed unless ``ignore`` names them."""
     plain = {linear for linear in linears if f"{linear}.weight" in tensors}
@@ -453,14 +469,61 @@ def _check_plain_linears(
         raise CheckpointError(
             f"{path}: none of its linears is packed. Quantize the original checkpoint with `qerl quantize`."
         )
-    layers = sum(linear.endswith(f".{architecture.linears[0]}") for linear in linears)
-    for group in _scale_groups(architecture, layers):
+    check_routers(path, tensors, architecture.routers(hf_config), ignore)
+    for group in fused_linears(architecture, hf_config):
         if 0 < len(plain.intersection(group)) < len(group):
             raise CheckpointError(
-                f"{path}: of {', '.join(group)} some are packed and some are not, but vLLM fuses them. Quantize the original "
+                f"{path}: of {name_group(group)} some are packed and some are not, but vLLM fuses them. Quantize the original "
                 "checkpoint with `qerl quantize`."
             )
     return plain
+
+
+def fused_linears(architecture: Architecture, hf_config: Any) -> Iterator[tuple[str, ...]]:
+    """Full names of the linears that vLLM computes as one layer, each of one kind therefore: fused projections, and all
+    experts of a layer."""
+    for i in range(hf_config.num_hidden_layers):
+        prefix, of_experts = f"{architecture.layer_prefix}{i}.", []
+        for group in architecture.layer_groups(hf_config, i):
+            if architecture.has_experts(hf_config, i) and group[0].startswith(f"{architecture.experts.module}."):
+                of_experts += group
+            else:
+                yield tuple(prefix + linear for linear in group)
+        if of_experts:
+            yield tuple(prefix + linear for linear in of_experts)
+
+
+def name_group(group: tuple[str, ...]) -> str:
+    """Linears that vLLM fuses, in words."""
+    return ", ".join(group) if len(group) <= 3 else f"the {len(group)} linears {group[0]} to {group[-1]}"
+
+
+def check_routers(
+    path: Path, tensors: Mapping[str, TensorInfo], routers: Iterable[str], ignore: Iterable[str] | None = None
+) -> None:
+    """Refuse a quantized router, and one that vLLM would take for packed.
+
+    Args:
+        path: for messages.
+        tensors: of a quantized checkpoint.
+        routers: full names.
+        ignore: of the quantization; None where the format at hand does not go by it.
+
+    Raises:
+        CheckpointError: names the router.
+    """
+    for router in routers:
+        parts = (f"{router}.weight_packed", f"{router}.weight_scale")
+        if part := next((part for part in parts if part in tensors), None):
+            raise CheckpointError(
+                f"{tensors[part].file}: {part}: the router of the experts is quantized, but it stays in 16 bits here. Quantize "
+                "the original checkpoint with `qerl quantize`, or export it again with re:.*mlp.gate$ among the ignored modules."
+            )
+        if ignore is not None and not is_ignored(router, ignore):
+            raise CheckpointError(
+                f"{path}: the router {router} is in 16 bits, but ignore in config.json does not name it. Export the checkpoint "
+                "again with re:.*mlp.gate$ among the ignored modules."
+            )
 
 
 def is_ignored(linear: str, ignore: Iterable[str]) -> bool:
@@ -561,9 +624,8 @@ class _Unit:
         return sum(nbytes(dtype, shape) for dtype, shape in self.layout.values())
 
 
-def _plan(tensors: dict[str, TensorInfo], architecture: Architecture) -> list[_Unit]:
-    layers = sum(name.endswith(f".{architecture.linears[0]}.weight") for name in tensors)
-    group_of = {linear: group for group in _scale_groups(architecture, layers) for linear in group}
+def _plan(tensors: dict[str, TensorInfo], architecture: Architecture, hf_config: Any) -> list[_Unit]:
+    group_of = {linear: group for group in architecture.all_groups(hf_config) for linear in group}
     units, done = [], set()
     for name, info in tensors.items():
         linear = name.removesuffix(".weight")
@@ -594,13 +656,6 @@ def _packed_layout(linear: str, n: int, k: int) -> dict[str, tuple[str, tuple[in
         f"{linear}.weight_packed": ("U8", (n, k // 2)),
         f"{linear}.weight_scale": ("F8_E4M3", (n, k // BLOCK_SIZE)),
     }
-
-
-def _scale_groups(architecture: Architecture, layers: int) -> Iterator[tuple[str, ...]]:
-    """Full names of the linears that share a global scale."""
-    for i in range(layers):
-        for group in architecture.scale_groups():
-            yield tuple(f"{architecture.layer_prefix}{i}.{linear}" for linear in group)
 
 
 def _write_weights(
@@ -797,13 +852,45 @@ def _finite_amax(tensor: torch.Tensor, name: str, info: TensorInfo) -> torch.Ten
     return amax
 
 
-def _check_source(path: Path, architecture: Architecture) -> dict[str, TensorInfo]:
+def _check_source(path: Path, architecture: Architecture, hf_config: Any) -> dict[str, TensorInfo]:
     """The headers of a 16- or 32-bit checkpoint, which holds the tensors of its model and no others."""
-    tensors, hf_config = read_headers(path), _hf_config(path)
+    tensors = split_experts(read_headers(path), architecture, hf_config)
     shapes = architecture.tensor_shapes(hf_config)
     _check_tensors(path, tensors, shapes, WEIGHT_DTYPES)
     _check_names(path, tensors, shapes.keys(), hf_config.tie_word_embeddings)
     return tensors
+
+
+def split_experts(tensors: dict[str, TensorInfo], architecture: Architecture, hf_config: Any) -> dict[str, TensorInfo]:
+    """The tensors of a 16- or 32-bit checkpoint with one matrix for each linear of an expert.
+
+    Where a checkpoint stacks the experts of a layer (``gate_up_proj`` ``[E, 2 I, H]``, ``down_proj`` ``[E, H, I]``), the
+    matrices of one expert lie in one piece each, so they are places in the same files.
+
+    Raises:
+        CheckpointError: a stack of another shape.
+    """
+    if architecture.experts is None:
+        return tensors
+    stacks, linears = architecture.experts.stacked_shapes(hf_config), list(architecture.experts.linears(hf_config))
+    out = {}
+    for name, info in tensors.items():
+        stack = next((stack for stack in stacks if name.endswith(f".{stack}")), None)
+        if stack is None:
+            out[name] = info
+            continue
+        if info.shape != stacks[stack]:
+            raise CheckpointError(
+                f"{info.file}: tensor {name} has shape {list(info.shape)}, config.json says {list(stacks[stack])}."
+            )
+        prefix, offset = name.removesuffix(stack), info.offset
+        for gate, up, down in linears:
+            parts = (gate, up) if stack.endswith("gate_up_proj") else (down,)
+            shape = info.shape[1] // len(parts), info.shape[2]
+            for part in parts:
+                out[f"{prefix}{part}.weight"] = TensorInfo(info.file, offset, info.dtype, shape)
+                offset += nbytes(info.dtype, shape)
+    return out
 
 
 def _check_names(path: Path, tensors: dict[str, TensorInfo], expected: Set[str], tied: bool) -> None:

@@ -114,11 +114,14 @@ class _Source:
         self.kind: Foreign = kind
         self.config = files.read_config(path)
         self.architecture = get_architecture(self.config)
+        self.hf_config = files._hf_config(path)
         self.tensors = {n: i for n, i in files.read_headers(path).items() if not _DROPPED.search(n)}
-        shapes = self.architecture.tensor_shapes(files._hf_config(path))
+        shapes = self.architecture.tensor_shapes(self.hf_config)
         linears = files.linear_shapes(path)
         self.others = {name: shape for name, shape in shapes.items() if name.removesuffix(".weight") not in linears}
         self.linears = {n: self._look_at(n, *shape) for n, shape in linears.items()}
+        self.routers = self.architecture.routers(self.hf_config)
+        files.check_routers(path, self.tensors, self.routers)
         files._check_tensors(path, self.tensors, self.others, files.WEIGHT_DTYPES)
         self._refuse_unknown()
         self._refuse_mixed_groups()
@@ -167,20 +170,19 @@ class _Source:
         known = set(self.others)
         for linear in self.linears.values():
             known |= set(self._parts(linear.name)) if linear.packed else {f"{linear.name}.weight"}
-        files._check_names(self.path, self.tensors, known, files._hf_config(self.path).tie_word_embeddings)
+        files._check_names(self.path, self.tensors, known, self.hf_config.tie_word_embeddings)
 
     def _refuse_mixed_groups(self) -> None:
-        for group in self.groups():
-            if len({linear.packed for linear in group}) > 1:
-                names = ", ".join(linear.name for linear in group)
+        for group in files.fused_linears(self.architecture, self.hf_config):
+            if len({self.linears[name].packed for name in group}) > 1:
                 raise CheckpointError(
-                    f"{self.path}: of {names} some are quantized and some are not, but vLLM fuses them. Exclude all of them or none."
+                    f"{self.path}: of {files.name_group(group)} some are quantized and some are not, but vLLM fuses them. Exclude "
+                    "all of them or none."
                 )
 
     def groups(self) -> Iterator[tuple[_Linear, ...]]:
-        """The linears that vLLM fuses, and each other one by itself."""
-        layers = files._hf_config(self.path).num_hidden_layers
-        for group in files._scale_groups(self.architecture, layers):
+        """The linears that share a global scale where we quantize, and each other one by itself."""
+        for group in self.architecture.all_groups(self.hf_config):
             yield tuple(self.linears[name] for name in group)
 
     def tensors_of(self, unit: str | tuple[_Linear, ...]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -301,7 +303,7 @@ def convert_checkpoint(
     ours = (files.CONFIG_FILE, files.MANIFEST_FILE, files.REPORT_FILE, MODELOPT_FILE)
     plain = [linear.name for linear in source.linears.values() if not linear.packed]
     config = {k: v for k, v in source.config.items() if k != "compression_config"}
-    config["quantization_config"] = files.QUANTIZATION_CONFIG | {"ignore": ["lm_head", *plain]}
+    config["quantization_config"] = files.QUANTIZATION_CONFIG | {"ignore": ["lm_head", *source.routers, *plain]}
     with atomic_folder(dst) as folder:
         records = write_shards(
             folder,

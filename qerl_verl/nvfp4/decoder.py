@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from qerl_verl.nvfp4.architectures import get_architecture, logits_divisor
+from qerl_verl.nvfp4.architectures import Architecture, get_architecture, logits_divisor
 from qerl_verl.nvfp4.safetensors_stream import TensorInfo, read_tensor
 
 _BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
@@ -62,12 +62,59 @@ class _Recorder(nn.Module):
         return hidden
 
 
+class SeparateExperts(nn.Module):
+    """The experts of a layer as linears with the checkpoint's names, where transformers has 3-D parameters.
+
+    Expert ``E`` is ``self.get_submodule(f"{E}")`` with ``gate_proj``, ``up_proj`` and ``down_proj``.
+
+    Attributes:
+        chosen: ``[tokens of the expert]`` int64 while an expert runs: which of the layer's tokens it gets.
+
+    Args:
+        experts: transformers' module, on the meta device.
+        config: transformers' configuration of the model.
+        row: the model's.
+    """
+
+    def __init__(self, experts: nn.Module, config: Any, row: Architecture):
+        super().__init__()
+        dtype, hidden, inner = experts.down_proj.dtype, config.hidden_size, getattr(config, row.experts.inner)
+        self._count = getattr(config, row.experts.count)
+        self._act = experts.act_fn
+        self.chosen: torch.Tensor | None = None
+        for expert in range(self._count):
+            shapes = {"gate_proj": (hidden, inner), "up_proj": (hidden, inner), "down_proj": (inner, hidden)}
+            linears = {n: nn.Linear(*shape, bias=False, dtype=dtype, device="meta") for n, shape in shapes.items()}
+            self.add_module(str(expert), nn.ModuleDict(linears))
+
+    def forward(self, hidden: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """As transformers' experts (Qwen3MoeExperts).
+
+        Args:
+            hidden: ``[tokens, hidden_size]``.
+            indices, weights: ``[tokens, experts of a token]``, from the router.
+
+        Returns:
+            ``[tokens, hidden_size]``.
+        """
+        out = torch.zeros_like(hidden)
+        for index in range(self._count):
+            self.chosen, place = torch.where(indices == index)
+            if not len(self.chosen):
+                continue
+            expert, x = self.get_submodule(str(index)), hidden[self.chosen]
+            x = expert["down_proj"](self._act(expert["gate_proj"](x)) * expert["up_proj"](x))
+            out.index_add_(0, self.chosen, (x * weights[self.chosen, place, None]).to(out.dtype))
+        self.chosen = None
+        return out
+
+
 class LayerwiseDecoder:
     """A causal language model whose weights stay in its checkpoint until they are asked for.
 
     Args:
         config: transformers' configuration of the model.
-        tensors: name -> place of the checkpoint's tensors.
+        tensors: name -> place of the checkpoint's tensors, with one matrix for each linear of an expert.
         device: where to compute. On a CPU in float32, for bfloat16 there can be fifty times slower; elsewhere in the
             checkpoint's dtype.
     """
@@ -77,7 +124,8 @@ class LayerwiseDecoder:
         from transformers import AutoModelForCausalLM
 
         self._tensors, self.device = tensors, device
-        self._prefix = get_architecture(config).layer_prefix
+        row = get_architecture(config)
+        self._prefix = row.layer_prefix
         half = torch.float16 if tensors["model.embed_tokens.weight"].dtype == "F16" else torch.bfloat16
         self.dtype = torch.float32 if device.type == "cpu" else half
         with init_empty_weights(include_buffers=False):
@@ -85,6 +133,11 @@ class LayerwiseDecoder:
         model.eval().requires_grad_(False)
         self._model = model.base_model
         self._layers = list(model.get_submodule(self._prefix.rstrip(".")))
+        for index, layer in enumerate(self._layers):
+            if row.has_experts(config, index):
+                parent, _, leaf = row.experts.module.rpartition(".")
+                separate = SeparateExperts(layer.get_submodule(row.experts.module), config, row)
+                setattr(layer.get_submodule(parent), leaf, separate.requires_grad_(False))
         self._norm = self._model.norm
         self._model.norm = nn.Identity()
         self._divisor = logits_divisor(config)

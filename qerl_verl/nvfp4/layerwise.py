@@ -29,7 +29,7 @@ from qerl_verl.kernels.nvfp4_dequantize import dequantize_nvfp4
 from qerl_verl.kernels.nvfp4_quantize import pack_e2m1
 from qerl_verl.nvfp4.architectures import get_architecture
 from qerl_verl.nvfp4.calibration import Calibration
-from qerl_verl.nvfp4.decoder import Activations, LayerwiseDecoder
+from qerl_verl.nvfp4.decoder import Activations, LayerwiseDecoder, SeparateExperts
 from qerl_verl.nvfp4.errors import CheckpointError
 from qerl_verl.nvfp4.gptq import Hessian, gptq_codes
 from qerl_verl.nvfp4.quantizers import (
@@ -166,8 +166,9 @@ def gptq_layers(
         else:
             prefix = f"{architecture.layer_prefix}{index}."
             linears = {}
-            hessians = _hessians(layer, index, stream, [group[0] for group in architecture.scale_groups()])
-            for group in architecture.scale_groups():
+            groups = architecture.layer_groups(config, index)
+            hessians = _hessians(layer, index, stream, [group[0] for group in groups])
+            for group in groups:
                 weights = {name: read_tensor(tensors[f"{prefix}{name}.weight"]).to(device) for name in group}
                 try:
                     packed = _gptq_group(weights, hessians.pop(group[0]).sum)
@@ -211,18 +212,24 @@ def _gptq_group(weights: dict[str, torch.Tensor], hessian: torch.Tensor) -> dict
 
 
 def _hessians(layer: nn.Module, index: int, stream: Sequence[Activations], names: Sequence[str]) -> dict[str, Hessian]:
-    """Of the inputs of the named linears, over all that is not padding; the activations stay as they are."""
+    """Of the inputs of the named linears, over all that is not padding; the activations stay as they are.
+
+    An expert's are over the tokens that the router gives it. One that gets none has a Hessian of zeros, by which GPTQ
+    rounds to nearest.
+    """
     hessians = {}
     inside = None
+    experts = [module for module in layer.modules() if isinstance(module, SeparateExperts)]
 
-    def collect(hessian: Hessian, module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-        hessian.add(arguments[0][inside])
+    def collect(hessian: Hessian, owner: SeparateExperts | None, module: nn.Module, arguments: tuple) -> None:
+        hessian.add(arguments[0][inside if owner is None else inside.flatten()[owner.chosen]])
 
     with contextlib.ExitStack() as hooks:
         for name in names:
             linear = layer.get_submodule(name)
+            owner = next((e for e in experts if any(linear is module for module in e.modules())), None)
             hessians[name] = Hessian.empty(linear.in_features, linear.weight.device)
-            hooks.callback(linear.register_forward_pre_hook(partial(collect, hessians[name])).remove)
+            hooks.callback(linear.register_forward_pre_hook(partial(collect, hessians[name], owner)).remove)
         for activations in stream:
             inside = activations.inside
             activations.copy().advance(layer, index)
@@ -259,7 +266,8 @@ def compare_checkpoints(
         layer, prefix = decoder.load_layer(index), f"{architecture.layer_prefix}{index}."
         for activations in reference:
             activations.advance(layer, index)
-        load_packed_weights(layer, prefix, architecture.linears, packed)
+        linears = [linear for group in architecture.layer_groups(config, index) for linear in group]
+        load_packed_weights(layer, prefix, linears, packed)
         for activations in ours:
             activations.advance(layer, index)
         decoder.drop_layer(index)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,8 @@ def build_report(
     """
     kinds: dict[str, list[SquaredError]] = {}
     for name, error in errors.items():
-        kinds.setdefault(name.removeprefix(prefix).partition(".")[2], []).append(error)
+        kind = re.sub(r"\.\d+\.", ".*.", name.removeprefix(prefix).partition(".")[2])  # the experts together
+        kinds.setdefault(kind, []).append(error)
     linears = {name: _relative([error]) for name, error in errors.items()}
     by = "output_error" if any("output_error" in values for values in linears.values()) else "weight_error"
     worst = sorted(linears, key=lambda name: (-linears[name].get(by, 0.0), name))[:_WORST]

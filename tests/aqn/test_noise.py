@@ -5,7 +5,8 @@ import sys
 
 import pytest
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from tiny_families import make_config
+from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from qerl_verl.aqn.noise import NoiseInjector, NoiseTarget, combine, describe_size, draw_noise, find_noise_targets
 from qerl_verl.nvfp4.architectures import get_architecture
@@ -70,6 +71,16 @@ def test_another_process_draws_the_same():
 def test_goes_to_the_norms_before_qkv_and_gate_up_only(model):
     names = set(targets_of(model))
     assert names == {f"model.layers.{i}.{n}" for i in range(3) for n in ("input_layernorm", "post_attention_layernorm")}
+
+
+def test_goes_to_the_norm_in_front_of_router_and_experts():
+    """A layer with experts and one without; the router alone is not enough."""
+    model = AutoModelForCausalLM.from_config(make_config("Qwen3MoeForCausalLM"))
+    names = set(targets_of(model))
+    assert names == {f"model.layers.{i}.{n}" for i in range(2) for n in ("input_layernorm", "post_attention_layernorm")}
+    del model.model.layers[0].mlp.gate
+    with pytest.raises(ValueError, match="model.layers.0.post_attention_layernorm should stand beside .*mlp.gate,"):
+        targets_of(model)
 
 
 def test_a_norm_that_feeds_something_else_is_an_error(model):

@@ -107,7 +107,7 @@ def test_resolve_uses_the_environment(src, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     "config, named",
     [
-        ({"architectures": ["Qwen3MoeForCausalLM"]}, "Qwen3MoeForCausalLM"),
+        ({"architectures": ["DeepseekV3ForCausalLM"]}, "DeepseekV3ForCausalLM"),
         ({"architectures": ["Qwen2ForCausalLM"], "quantization_config": {"quant_method": "awq"}}, "awq"),
     ],
 )

@@ -144,7 +144,7 @@ def test_a_compiled_mlp_is_transformers_own_to_the_bit(name):
     torch.manual_seed(0)
     activation = "hidden_activation" if name == "Gemma3ForCausalLM" else "hidden_act"
     model = AutoModelForCausalLM.from_config(make_config(name, **{activation: "gelu"}), dtype=torch.bfloat16)
-    layer, parameters = model.model.layers[0], dict(model.named_parameters())
+    layer, parameters = model.model.layers[-1], dict(model.named_parameters())
     x = torch.randn(3, 5, model.config.hidden_size, dtype=torch.bfloat16)
     expected = layer.mlp(x)
     compile_layers(model, backend="aot_eager")

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from qerl_verl.data.prompts import prompt_row
 from qerl_verl.lora.peft import save_adapter
-from qerl_verl.nvfp4.checkpoint import linear_shapes
+from qerl_verl.nvfp4.checkpoint import adaptable_shapes
 
 
 @pytest.fixture(scope="session")
@@ -19,7 +19,7 @@ def write_adapter(bf16_checkpoint):
     ``rename`` is applied to each tensor's name and may return None to leave it out; ``settings`` are written over
     adapter_config.json.
     """
-    shapes = linear_shapes(bf16_checkpoint)
+    shapes = adaptable_shapes(bf16_checkpoint)
 
     def write(folder, rank=8, alpha=16, seed=1, rename=None, settings=None, shapes=shapes):
         torch.manual_seed(seed)

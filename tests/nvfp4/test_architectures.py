@@ -50,6 +50,12 @@ def test_tensor_shapes_are_those_of_the_model(name, kwargs):
     want = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     if kwargs.get("tie_word_embeddings"):
         del want["lm_head.weight"]
+    for stack in [key for key in want if ".experts." in key]:
+        experts, rows, columns = want.pop(stack)
+        base, _, kind = stack.rpartition(".")
+        for part in ("gate_proj", "up_proj") if kind == "gate_up_proj" else (kind,):
+            shape = (rows // 2 if kind == "gate_up_proj" else rows, columns)
+            want |= {f"{base}.{expert}.{part}.weight": shape for expert in range(experts)}
     assert get_architecture(config).tensor_shapes(config) == want
 
 
@@ -58,8 +64,29 @@ def test_linears_are_all_but_lm_head(name):
     config, model = build(name)
     architecture = get_architecture(config)
     linears = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)} - {"lm_head"}
-    assert linears == {f"{architecture.layer_prefix}{i}.{n}" for i in range(2) for n in architecture.linears}
+    packed = [linear for group in architecture.all_groups(config) for linear in group]
+    assert set(packed) <= {n.removesuffix(".weight") for n in architecture.tensor_shapes(config)}
+    assert len(packed) == len(set(packed)) and linears == set(architecture.adaptable(packed))
     assert sorted(n for group in architecture.scale_groups() for n in group) == sorted(architecture.linears)
+    for i in range(2):
+        in_groups = [linear for group in architecture.layer_groups(config, i) for linear in group]
+        assert sorted(in_groups) == sorted(architecture.linear_shapes(config, i))
+
+
+def test_where_experts_are():
+    """Which layers have experts is what transformers' model has, and routers are theirs."""
+    layers = {}
+    for changes in ({}, {"decoder_sparse_step": 2}, {"mlp_only_layers": []}, {"mlp_only_layers": None}):
+        config, model = build("Qwen3MoeForCausalLM", **changes)
+        row = get_architecture(config)
+        found = [i for i in range(2) if row.has_experts(config, i)]
+        assert found == [i for i, layer in enumerate(model.model.layers) if hasattr(layer.mlp, "experts")]
+        assert row.routers(config) == tuple(n for n, m in model.named_modules() if n.endswith("mlp.gate"))
+        shapes = {n: tuple(p.shape) for n, p in model.named_parameters() if ".experts." in n}
+        stacks = row.experts.stacked_shapes(config)
+        assert shapes == {f"model.layers.{i}.{name}": shape for i in found for name, shape in stacks.items()}
+        layers[str(changes)] = found
+    assert list(layers.values()) == [[0], [], [0, 1], [0, 1]]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -72,21 +99,26 @@ def test_each_norm_stands_beside_the_named_linears_and_no_others(name):
     taken, given = {}, {}
     for module_name, module in model.named_modules():
         if module_name.startswith(row.layer_prefix) and (
-            module_name.endswith("norm") or isinstance(module, torch.nn.Linear)
+            module_name.endswith(("norm", "mlp.gate", "mlp.experts")) or isinstance(module, torch.nn.Linear)
         ):
 
             def hook(module, arguments, output, key=module_name):
-                taken[key], given[key] = arguments[0], output
+                taken[key], given[key] = arguments[0], output[0] if isinstance(output, tuple) else output
 
             module.register_forward_hook(hook)
     model(torch.arange(6).view(1, 6))
 
-    wide = {n for n in taken if model.get_submodule(n).weight.shape == (config.hidden_size,)}
+    def same(one, other):
+        return one is other or one.data_ptr() == other.data_ptr()  # tokens of all sequences in one dimension
+
+    wide = {n for n in taken if n.endswith("norm") and model.get_submodule(n).weight.shape == (config.hidden_size,)}
     for i in range(config.num_hidden_layers):
         layer = f"{row.layer_prefix}{i}."
         for norm, projections in row.norms_in_front.items():
-            fed = {key for key, value in taken.items() if value is given[layer + norm]}
-            assert fed == {layer + linear for linear in row._linears_of(projections)}
+            fed = {key for key, value in taken.items() if same(value, given[layer + norm])}
+            mixed = row.has_experts(config, i) and norm in row.noise_targets
+            linears = row.noise_targets_with_experts[norm] if mixed else row._linears_of(projections)
+            assert fed == {layer + linear for linear in linears}
         for norm, (projection,) in row.norms_behind.items():
             assert taken[layer + norm] is given[layer + projection]
         beside = {layer + norm for norm in (*row.norms_in_front, *row.norms_behind)}
@@ -117,7 +149,7 @@ def test_fused_rows_are_those_of_the_projections_in_their_order(name):
     assert [p for linear in row.linears for p in row.projections_of(linear)] == list(projections)
     for linear in row.linears:
         parts = [projections[projection] for projection in row.projections_of(linear)]
-        assert shapes[f"model.layers.0.{linear}.weight"] == (sum(rows for rows, _ in parts), parts[0][1])
+        assert shapes[f"model.layers.1.{linear}.weight"] == (sum(rows for rows, _ in parts), parts[0][1])
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -174,7 +206,7 @@ def test_lookup_by_dict_or_object(name):
 @pytest.mark.parametrize(
     "config, named",
     [
-        ({"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe"}, "Qwen3MoeForCausalLM"),
+        ({"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3"}, "Qwen3MoeForCausalLM"),
         ({"architectures": ["Qwen2_5_VLForConditionalGeneration"]}, "Qwen2_5_VLForConditionalGeneration"),
         ({"architectures": None, "model_type": "gpt2"}, "gpt2"),
         ({}, "none"),

@@ -356,9 +356,9 @@ def test_what_was_just_quantized_is_not_hashed_again(make_checkpoint, tmp_path, 
 def test_unusable_sources_fail_before_they_are_hashed(make_checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(cache_module, "_content_key", lambda *a: pytest.fail("hashed"))
     moe = make_checkpoint(name="moe")
-    config = json.loads((moe / "config.json").read_text()) | {"architectures": ["Qwen3MoeForCausalLM"]}
+    config = json.loads((moe / "config.json").read_text()) | {"architectures": ["DeepseekV3ForCausalLM"]}
     (moe / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UnsupportedArchitecture, match="Qwen3MoeForCausalLM"):
+    with pytest.raises(UnsupportedArchitecture, match="DeepseekV3ForCausalLM"):
         resolve_checkpoint(moe, tmp_path / "cache")
     broken = make_checkpoint(name="broken", shards=True)
     next(broken.glob("*.safetensors")).unlink()

@@ -20,9 +20,10 @@ import torch
 from compressed_tensors.compressors import ModelCompressor
 from compressed_tensors.compressors.nvfp4 import NVFP4PackedCompressor
 from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus, preset_name_to_scheme
+from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from qerl_verl.kernels.nvfp4_dequantize import dequantize_nvfp4
 from qerl_verl.kernels.nvfp4_quantize import nvfp4_global_scale, quantize_nvfp4, quantize_nvfp4_four_over_six
@@ -34,11 +35,13 @@ from qerl_verl.nvfp4.checkpoint import (
     QUANTIZATION_CONFIG,
     check_checkpoint,
     quantize_checkpoint,
+    read_config,
     read_quantization,
     validate_nvfp4_checkpoint,
 )
 from qerl_verl.nvfp4.errors import CheckpointError
 from qerl_verl.nvfp4.safetensors_stream import HashedFile
+from qerl_verl.nvfp4.verify import verify_checkpoint
 
 Q0 = "model.layers.0.self_attn.q_proj"
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -94,8 +97,8 @@ def test_tensors(make_checkpoint, tmp_path, architecture, method, tied):
     make_global_scale, quantize = DATA_FREE[method]
     source, output = load(src), load(dst)
     assert ("lm_head.weight" in source) is not tied
-    names = get_architecture({"architectures": [architecture]}).linears
-    linears = {f"model.layers.{i}.{name}" for i in range(2) for name in names}
+    config = AutoConfig.from_pretrained(src)
+    linears = {linear for group in get_architecture(config).all_groups(config) for linear in group}
     whole = load(src)
     for linear in linears:
         weight = source.pop(f"{linear}.weight")
@@ -307,6 +310,125 @@ def test_memory_is_that_of_a_layer(tmp_path):
     validate_nvfp4_checkpoint(tmp_path / "dst")
 
 
+# --- experts ---------------------------------------------------------------------------------------------------------
+
+
+MOE = "Qwen3MoeForCausalLM"
+EXPERT = "model.layers.0.mlp.experts.2"
+ROUTER = "model.layers.0.mlp.gate"
+
+
+def stack_experts(folder):
+    """The same checkpoint as ``save_pretrained(save_original_format=False)`` writes it."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, save_original_format=False)
+
+
+def test_both_layouts_of_experts_give_the_same_bytes(make_checkpoint, tmp_path):
+    src, stacked = make_checkpoint(MOE), make_checkpoint(MOE, name="stacked")
+    stack_experts(stacked)
+    assert load(stacked)["model.layers.0.mlp.experts.gate_up_proj"].shape == (4, 96, 128)
+    assert f"{EXPERT}.gate_proj.weight" in load(src) and f"{EXPERT}.gate_proj.weight" not in load(stacked)
+    for folder in (src, stacked):
+        assert check_checkpoint(folder) == "none"
+        quantize_checkpoint(folder, tmp_path / f"{folder.name}-q", progress=False)
+    one, other = load(tmp_path / "src-q"), load(tmp_path / "stacked-q")
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[n].view(torch.uint8), other[n].view(torch.uint8)) for n in one)
+    assert verify_checkpoint(tmp_path / "stacked-q", progress=False)["linears"] == 2 * 4 + 4 * 3 + 3
+
+
+def test_a_stack_of_another_shape(make_checkpoint, tmp_path):
+    src = make_checkpoint(MOE)
+    stack_experts(src)
+    edit_config(src, moe_intermediate_size=64)
+    refused(src, tmp_path, "model.layers.0.mlp.experts.down_proj", "[4, 128, 48]", "[4, 128, 64]")
+
+
+def test_routers_stay_in_16_bits_and_are_named(make_checkpoint, tmp_path):
+    """As compressed-tensors and vLLM have it; experts show up as one kind each in the report."""
+    src, dst = quantized(make_checkpoint, tmp_path, MOE)
+    assert read_config(dst)["quantization_config"]["ignore"] == ["lm_head", ROUTER]
+    assert torch.equal(load(dst)[f"{ROUTER}.weight"], load(src)[f"{ROUTER}.weight"])
+    kinds = json.loads((dst / "qerl_report.json").read_text())["kinds"]
+    assert {k for k in kinds if "experts" in k} == {f"mlp.experts.*.{n}_proj" for n in ("gate", "up", "down")}
+    assert "mlp.gate_proj" in kinds
+
+
+def test_an_experts_bytes_are_compressed_tensors(make_checkpoint, tmp_path):
+    """Its own compressor, with the global scale that an expert's gate and up share."""
+    src, dst = quantized(make_checkpoint, tmp_path, MOE)
+    source, output = load(src), load(dst)
+    scheme = preset_name_to_scheme("NVFP4A16", ["Linear"])
+    amax = max(source[f"{EXPERT}.{n}.weight"].float().abs().max() for n in ("gate_proj", "up_proj"))
+    for name in ("gate_proj", "up_proj"):
+        weight = source[f"{EXPERT}.{name}.weight"]
+        global_scale = generate_gparam(-amax.reshape(1), amax.reshape(1))
+        blocks = weight.unflatten(1, (-1, 16))
+        scale, _ = calculate_qparams(blocks.amin(-1), blocks.amax(-1), scheme.weights, global_scale=global_scale)
+        state = {"weight": weight, "weight_scale": scale, "weight_global_scale": global_scale}
+        with torch.compiler.set_stance("force_eager"):  # compiled, their rounding differs from their own eager code's
+            expected = NVFP4PackedCompressor.compress(state, scheme)
+        for part in ("weight_packed", "weight_scale", "weight_global_scale"):
+            found = output[f"{EXPERT}.{name}.{part}"]
+            assert torch.equal(found.view(torch.uint8), expected[part].to(found.dtype).view(torch.uint8)), part
+
+
+def test_a_checkpoint_of_llm_compressor_with_experts(make_checkpoint, tmp_path):
+    """Expressions in ``ignore``, scales that gate and up do not share, activation scales of W4A4, and a layer whose experts
+    are all left out."""
+    _, dst = quantized(make_checkpoint, tmp_path, MOE, mlp_only_layers=[])
+    config = read_config(dst)["quantization_config"]
+    plain = [f"model.layers.1.mlp.experts.{i}.{n}" for i in range(4) for n in ("gate_proj", "up_proj", "down_proj")]
+
+    def change(tensors):
+        tensors[f"{EXPERT}.up_proj.weight_global_scale"] *= 2
+        tensors[f"{EXPERT}.up_proj.input_global_scale"] = torch.ones(1)
+        for linear in plain:
+            parts = [tensors.pop(f"{linear}.weight_{part}") for part in ("packed", "scale", "global_scale")]
+            tensors[f"{linear}.weight"] = dequantize_nvfp4(*parts)
+
+    edit_weights(dst, change)
+    config["ignore"] = ["lm_head", "re:.*mlp.gate$", "re:model.layers.1.mlp.experts.*"]
+    edit_config(dst, quantization_config=config)
+    validate_nvfp4_checkpoint(dst)
+    config["ignore"] = ["lm_head", "re:.*mlp.gate$", *plain[:-1]]
+    edit_config(dst, quantization_config=config)
+    with pytest.raises(CheckpointError, match=re.escape(plain[-1])):
+        validate_nvfp4_checkpoint(dst)
+
+
+DAMAGED_EXPERTS = [
+    ("a packed router", dict(pack=ROUTER), [f"{ROUTER}.weight_packed", "stays in 16 bits"]),
+    ("a router that ignore leaves out", dict(ignore=["lm_head"]), [ROUTER, "ignore"]),
+    ("one expert in 16 bits", dict(plain=[f"{EXPERT}.{n}_proj" for n in ("gate", "up", "down")]), ["the 12 linears"]),
+    ("a missing expert", dict(drop=f"{EXPERT}.down_proj.weight_scale"), [f"{EXPERT}.down_proj.weight_scale"]),
+]
+
+
+@pytest.mark.parametrize("change, named", [case[1:] for case in DAMAGED_EXPERTS], ids=[c[0] for c in DAMAGED_EXPERTS])
+def test_damaged_experts(make_checkpoint, tmp_path, change, named):
+    _, dst = quantized(make_checkpoint, tmp_path, MOE)
+    config = read_config(dst)["quantization_config"]
+
+    def edit(tensors):
+        if "pack" in change:
+            del tensors[f"{change['pack']}.weight"]
+            tensors[f"{change['pack']}.weight_packed"] = torch.zeros(4, 64, dtype=torch.uint8)
+        for linear in change.get("plain", ()):
+            parts = [tensors.pop(f"{linear}.weight_{part}") for part in ("packed", "scale", "global_scale")]
+            tensors[f"{linear}.weight"] = dequantize_nvfp4(*parts)
+        tensors.pop(change.get("drop"), None)
+
+    edit_weights(dst, edit)
+    config["ignore"] = [*change.get("ignore", config["ignore"]), *change.get("plain", ())]
+    edit_config(dst, quantization_config=config)
+    with pytest.raises(CheckpointError) as error:
+        validate_nvfp4_checkpoint(dst)
+    assert all(text in str(error.value) for text in named)
+
+
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
@@ -439,10 +561,10 @@ def test_no_model_folder(tmp_path):
     refused(tmp_path / "empty", tmp_path, "config.json", "not valid JSON")
 
 
-def test_mixture_of_experts(make_checkpoint, tmp_path):
+def test_a_family_that_is_not_in_the_table(make_checkpoint, tmp_path):
     src = make_checkpoint()
-    edit_config(src, architectures=["Qwen3MoeForCausalLM"], model_type="qwen3_moe")
-    refused(src, tmp_path, "Qwen3MoeForCausalLM", "LlamaForCausalLM", error=UnsupportedArchitecture)
+    edit_config(src, architectures=["DeepseekV3ForCausalLM"], model_type="deepseek_v3")
+    refused(src, tmp_path, "DeepseekV3ForCausalLM", "LlamaForCausalLM", error=UnsupportedArchitecture)
 
 
 def test_quantized_already(make_checkpoint, tmp_path):

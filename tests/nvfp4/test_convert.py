@@ -131,6 +131,39 @@ def test_modelopt_decodes_to_the_same_weights(nvfp4_checkpoint, tmp_path, in_con
     assert not any(name.endswith(("input_scale", "scale_2")) for name in after)
 
 
+def test_modelopt_with_experts(tmp_path):
+    """One matrix an expert, as ModelOpt exports them; routers in 16 bits, and refused where they are packed."""
+    make_family("Qwen3MoeForCausalLM", tmp_path / "s", mlp_only_layers=[])
+    quantize_checkpoint(tmp_path / "s", tmp_path / "q", progress=False)
+    linears = list(linear_shapes(tmp_path / "q"))
+    plain = [linear for linear in linears if linear.startswith("model.layers.1.mlp.experts.")]
+    source = modelopt(tmp_path / "q", tmp_path / "m", plain, linears=linears)
+    assert check_checkpoint(source) == "modelopt"
+    convert_checkpoint(source, tmp_path / "n", progress=False)
+    routers = [f"model.layers.{i}.mlp.gate" for i in range(2)]
+    assert read_ignore(tmp_path / "n") == ["lm_head", *routers, *plain]
+    validate_nvfp4_checkpoint(tmp_path / "n")
+    original, converted = Base(tmp_path / "q"), Base(tmp_path / "n")
+    for linear in linears:
+        expected = original.weight(linear, CPU)
+        if linear in plain:
+            assert torch.equal(read_tensor(converted.tensors[f"{linear}.weight"]), expected.bfloat16())
+        else:
+            torch.testing.assert_close(converted.weight(linear, CPU), expected, rtol=1e-6, atol=0)
+
+    def pack_router(tensors):
+        tensors[f"{routers[0]}.weight"] = torch.zeros(4, 64, dtype=torch.uint8)
+        tensors[f"{routers[0]}.weight_scale"] = torch.zeros(4, 8).to(torch.float8_e4m3fn)
+
+    for name, others, change, said in (
+        ("router", (), pack_router, f"{routers[0]}.weight_scale.*stays in 16 bits"),
+        ("mixed", plain[:3], lambda tensors: None, "the 12 linears model.layers.1.mlp.experts.0.gate_proj to"),
+    ):
+        broken = modelopt(tmp_path / "q", tmp_path / name, others, change=change, linears=linears)
+        with pytest.raises(CheckpointError, match=said):
+            check_checkpoint(broken)
+
+
 @pytest.mark.parametrize("name", ["Phi3ForCausalLM", "Gemma3ForCausalLM"])
 def test_modelopt_of_other_families(tmp_path, name):
     """Linears that the checkpoint fuses; embeddings that are tied by the model's default, with a copy of them."""

@@ -17,6 +17,7 @@ from qerl_verl.nvfp4.calibration import Calibration
 from qerl_verl.nvfp4.checkpoint import _hf_config, quantize_checkpoint, read_headers, validate_nvfp4_checkpoint
 from qerl_verl.nvfp4.decoder import LayerwiseDecoder
 from qerl_verl.nvfp4.errors import CheckpointError
+from qerl_verl.nvfp4.quantizers import round_weight
 
 CPU = torch.device("cpu")
 
@@ -123,6 +124,38 @@ def test_gptq_beats_rounding(model_and_text, tmp_path, architecture):
     assert gptq["text"]["reference_loss"] == rtn["text"]["reference_loss"]
     kind = "mlp.gate_proj"
     assert gptq["kinds"][kind]["weight_error"] > rtn["kinds"][kind]["weight_error"] > six["kinds"][kind]["weight_error"]
+
+
+def test_gptq_of_experts(model_and_text, tmp_path, monkeypatch):
+    """Each expert is solved from its own tokens, padding left out."""
+    folder, text = model_and_text("Qwen3MoeForCausalLM")
+    counts, hessians = {}, layerwise._hessians
+
+    def counted(layer, index, stream, names):
+        found = hessians(layer, index, stream, names)
+        counts[index] = {name: hessian.count for name, hessian in found.items()}
+        return found
+
+    monkeypatch.setattr(layerwise, "_hessians", counted)
+    for method in ("four-over-six", "gptq"):
+        quantize_checkpoint(folder, tmp_path / method, method=method, calibration=text, progress=False)
+        validate_nvfp4_checkpoint(tmp_path / method)
+    tokens = sum(len(ids) for ids, _ in text.sequences)
+    of_experts = {name: count for name, count in counts[0].items() if ".experts." in name}
+    assert sum(c for n, c in of_experts.items() if n.endswith("gate_proj")) == 2 * tokens  # two experts a token
+    assert all(of_experts[n] == of_experts[n.replace("gate_proj", "down_proj")] for n in of_experts if "gate" in n)
+    assert counts[0]["self_attn.q_proj"] == tokens
+    six, gptq = (report(tmp_path / method) for method in ("four-over-six", "gptq"))
+    assert gptq["text"]["kl"] < 0.8 * six["text"]["kl"]
+
+
+def test_gptq_of_an_expert_without_tokens_rounds_to_nearest():
+    weights = {name: torch.randn(48, 128) for name in ("gate_proj", "up_proj")}
+    solved = layerwise._gptq_group(weights, torch.zeros(128, 128))
+    for name, weight in weights.items():
+        rounded = round_weight(weight, solved[name].global_scale, "four-over-six")
+        assert torch.equal(solved[name].packed, rounded.packed)
+        assert torch.equal(solved[name].scale.view(torch.uint8), rounded.scale.view(torch.uint8))
 
 
 def test_gptq_is_plain_nvfp4(model_and_text, tmp_path):

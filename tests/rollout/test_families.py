@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_families import FAMILIES, Reference, make_adapter, make_family
+from tiny_families import DENSE, Reference, make_adapter, make_family
 
 from qerl_verl.aqn.noise import draw_noise
 from qerl_verl.nvfp4.architectures import get_architecture
-from qerl_verl.nvfp4.checkpoint import linear_shapes, quantize_checkpoint, read_config
+from qerl_verl.nvfp4.checkpoint import adaptable_shapes, quantize_checkpoint, read_config
 from qerl_verl.nvfp4.loading import iterate_tensors
 
 pytestmark = [
@@ -36,7 +36,7 @@ def look_at(names, folder):
         source, quantized, adapter = (folder / name / part for part in ("source", "quantized", "adapter"))
         make_family(name, source)
         quantize_checkpoint(source, quantized, progress=False)
-        make_adapter(adapter, linear_shapes(quantized))
+        make_adapter(adapter, adaptable_shapes(quantized))
         places[name] = quantized, adapter
         arguments += [str(quantized), str(adapter)]
     out = folder / "seen.json"
@@ -62,11 +62,11 @@ def quick(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def others(tmp_path_factory):
-    return look_at([name for name in FAMILIES if name not in QUICK], tmp_path_factory.mktemp("families"))
+    return look_at([name for name in DENSE if name not in QUICK], tmp_path_factory.mktemp("families"))
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in FAMILIES]
+    "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in DENSE]
 )
 def test_a_family_in_the_rollout(request, name):
     """Log-probabilities are those of a float64 model with the decoded weights: without adapter,
@@ -83,7 +83,7 @@ def test_a_family_in_the_rollout(request, name):
         assert torch.equal(torch.tensor(live), weight + row.norm_offset + z), norm
 
     reference.check(PROMPTS, seen["clean"])
-    assert seen["taken"] == 2 * len(linear_shapes(quantized))
+    assert seen["taken"] == 2 * len(adaptable_shapes(quantized))
     with reference.adapted(adapter):
         reference.check(PROMPTS, seen["adapted"])
     with reference.noised(expected, **NOISE):

@@ -33,18 +33,22 @@ def find_problems(config: DictConfig, folder: Path) -> list[str]:
     from transformers import AutoConfig
 
     from qerl_verl.nvfp4.architectures import get_architecture
-    from qerl_verl.nvfp4.checkpoint import linear_shapes, read_config
+    from qerl_verl.nvfp4.checkpoint import read_config
 
     actor, rollout = get_value(config, "qerl.kernel"), get_value(config, "qerl.rollout.kernel")
     if all(kernel in (None, "auto", "pytorch", "marlin") for kernel in (actor, rollout)):
         return []
     hf_config = AutoConfig.from_pretrained(folder)
-    architecture, shapes = get_architecture(read_config(folder)), linear_shapes(folder)
-    first = f"{architecture.layer_prefix}0."  # the other layers are like it
-    alone = {linear: (shapes[first + linear], ()) for linear in architecture.linears}
+    architecture = get_architecture(read_config(folder))
+    alone, dense = {}, False
+    for i in range(hf_config.num_hidden_layers):  # layers with experts are like each other, and so are the others
+        alone |= {linear: (shape, ()) for linear, shape in architecture.linear_shapes(hf_config, i).items()}
+        dense = dense or not architecture.has_experts(hf_config, i)
     divided = get_value(config, f"{ROLLOUT}.tensor_model_parallel_size") or 1
     fused = {}
     for group in architecture.scale_groups():
+        if not dense and group[0] not in alone:
+            continue
         projections = [projection for linear in group for projection in architecture.projections_of(linear)]
         parts = {projection: architecture.projection_shapes(hf_config)[projection] for projection in projections}
         fused[", ".join(group)] = _fused(parts, divided, hf_config.num_key_value_heads)

@@ -107,7 +107,7 @@ def find_misfits(config: DictConfig, adapters: Mapping[str, dict] | None = None)
     out += tokenizers.find_problems(config) + fused_kernel_problems(config) + length_problems(config)
     out += head_size_problems(config)
     out += position_problems(config) + packing_problems(config) + critic_problems(config)
-    return out + vllm_lora_problems(config)
+    return out + vllm_lora_problems(config) + expert_problems(config)
 
 
 def _new_adapter_problems(config: DictConfig, model: str) -> list[str]:
@@ -266,6 +266,27 @@ def vllm_lora_problems(config: DictConfig) -> list[str]:
         else "use +qerl=nvfp4, whose layers hold the adapter"
     )
     return [f"{MODEL}.path={folder}: vLLM's own LoRA path does not serve the model, because {reason}; {fix}"]
+
+
+def expert_problems(config: DictConfig) -> list[str]:
+    """A mixture of experts, which actor and rollout do not hold in NVFP4 yet."""
+    from qerl_verl.nvfp4.architectures import get_architecture
+    from qerl_verl.nvfp4.checkpoint import read_config
+    from qerl_verl.nvfp4.errors import CheckpointError
+
+    out = []
+    for model in trained_models(config):
+        folder = local_folder(config, model)
+        try:
+            architecture = get_architecture(read_config(folder)) if folder else None
+        except CheckpointError:  # told elsewhere
+            continue
+        if architecture and architecture.experts:
+            out.append(
+                f"{model}.path={folder}: {architecture.name} has a mixture of experts, which `qerl quantize` writes and "
+                "neither actor nor rollout holds yet. Use a dense model"
+            )
+    return out
 
 
 def critic_problems(config: DictConfig) -> list[str]:

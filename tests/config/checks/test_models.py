@@ -227,3 +227,11 @@ def test_vllms_own_lora_path_does_not_serve_every_family(tmp_path, name, arm, pa
     problems = models.vllm_lora_problems(OmegaConf.create(values))
     assert len(problems) == (expected is not None)
     assert not problems or re.search(expected, problems[0])
+
+
+@pytest.mark.parametrize(("name", "refused"), [("Qwen3MoeForCausalLM", True), ("Qwen3ForCausalLM", False)])
+def test_experts_are_refused_in_a_run(tmp_path, name, refused):
+    make_config(name).save_pretrained(tmp_path)
+    problems = models.expert_problems(run_of(tmp_path))
+    assert bool(problems) == refused
+    assert not refused or str(tmp_path) in problems[0] and "mixture of experts" in problems[0]
