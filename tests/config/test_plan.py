@@ -1,6 +1,8 @@
 """One plan for a run and for `qerl explain`: the same values, the same problems, and nothing is
 started."""
 
+from dataclasses import replace
+
 import pytest
 from omegaconf import OmegaConf
 
@@ -42,8 +44,11 @@ def test_problems_of_all_areas_are_reported_together(tmp_path):
         assert expected in problems
 
 
-def test_a_run_says_what_explain_prints(monkeypatch, capsys, gsm8k_files, bf16_checkpoint):
-    """Both go through plan(); this fails when one of them sets or checks something beside it."""
+@pytest.mark.parametrize("environment", [{}, {"OMP_NUM_THREADS": "1"}])
+def test_a_run_says_what_explain_prints(monkeypatch, capsys, gsm8k_files, bf16_checkpoint, environment):
+    """Both go through plan() on one host; this fails when one of them sets or checks something beside it."""
+    host = replace(HOST, environment=environment)
+    monkeypatch.setattr(Host, "here", lambda: host)
     overrides = [
         "+qerl=nvfp4",
         "algorithm.adv_estimator=grpo",
@@ -59,12 +64,13 @@ def test_a_run_says_what_explain_prints(monkeypatch, capsys, gsm8k_files, bf16_c
 
     for step in ("_use_cpu_in_this_process", "_replace_models", "give_job_folder", "start_watch"):
         monkeypatch.setattr(callback, step, lambda *arguments: {})
-    monkeypatch.setattr(callback.Host, "here", lambda: HOST)
     config, keys = compose_with_keys("ppo_trainer", overrides)
     callback.prepare(config, keys)
     said = [line.removeprefix("[qerl] ") for line in capsys.readouterr().out.splitlines()]
     assert [line for line in said if not line.startswith("platform:")] == explained
     assert any("the training data ends after 30 steps" in line for line in said)
+    if environment:
+        assert any(line.startswith("OMP_NUM_THREADS=2") for line in said)
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,10 @@
-"""`python -m verl.trainer.main_ppo` with the switch, in real processes: verl, Ray, vLLM. Five runs, at each of which many tests look.
+"""`python -m verl.trainer.main_ppo` with the switch, in real processes: verl, Ray, vLLM. Two runs, at which many tests look.
 
-The first trains with GRPO, validates, saves, and is killed while it saves step 6. The second starts from what is left, the
-checkpoint of step 4 beside half of another one, and has to go on where the first one was: under the GSM8K recipe with RLOO, a KL loss
-and settings of verl's example scripts, on which nothing depends that it must restore. PPO with a critic trains two steps and is
-resumed after the first, with the trainer whose rollout has a slot of its own. The last, in the slow tier, runs the GSM8K recipe with
-REINFORCE++, CISPO's loss and the asynchronous trainer, through verl's own reward.
+The first trains PPO with a critic on verl's synchronous trainer, validates, saves every step, and is killed while it saves the last
+one. The second starts from what is left, the checkpoint of the step before beside half of another one, and goes on where the first
+one was: under the GSM8K recipe with GRPO, a KL loss, settings of verl's example scripts, and the trainer whose rollout has a slot of
+its own. What it must restore depends on none of these. A run in the slow tier takes the GSM8K recipe with REINFORCE++, CISPO's loss
+and the colocated asynchronous trainer through verl's own reward.
 """
 
 import json
@@ -34,13 +34,16 @@ from qerl_verl.trainer.checkpoints import find_damage, find_resumable, list_chec
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(3600)]
 
 HERE = Path(__file__).parent
-STEPS = 6
-RECIPE = [
+STEPS = 4
+SAVED = STEPS - 1  # the last whole checkpoint
+WARMUP = 5  # steps of the learning rate
+LR = 1e-2
+SIGMA_START, SIGMA_END = 0.05, 0.02
+COMMON = [
     "+qerl=nvfp4",
     f"qerl.aqn.num_stages={STEPS}",
-    "qerl.aqn.sigma_start=0.05",
-    "qerl.aqn.sigma_end=0.005",
-    "algorithm.adv_estimator=grpo",
+    f"qerl.aqn.sigma_start={SIGMA_START}",
+    f"qerl.aqn.sigma_end={SIGMA_END}",
     "data.train_batch_size=8",
     "data.max_prompt_length=32",
     "data.max_response_length=8",
@@ -49,20 +52,29 @@ RECIPE = [
     "actor_rollout_ref.rollout.max_model_len=64",
     "actor_rollout_ref.actor.ppo_mini_batch_size=4",
     "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=16",
-    "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=32",
-    "actor_rollout_ref.actor.optim.lr=1e-2",
-    "actor_rollout_ref.actor.optim.lr_warmup_steps=8",
+    f"actor_rollout_ref.actor.optim.lr={LR}",
+    f"actor_rollout_ref.actor.optim.lr_warmup_steps={WARMUP}",
+    "critic.enable=True",
+    "critic.model.lora_rank=8",
+    f"critic.optim.lr={LR}",
+    "critic.ppo_micro_batch_size_per_gpu=16",
     f"reward.custom_reward_function.path={HERE / 'digit_reward.py'}",
     "trainer.logger=[console,file]",
     f"trainer.total_training_steps={STEPS}",
     "trainer.total_epochs=10",
-    "trainer.save_freq=2",
-    "trainer.test_freq=2",
+    "trainer.save_freq=1",
+    f"trainer.test_freq={SAVED}",
 ]
 
+FIRST = [
+    "algorithm.adv_estimator=gae",
+    "algorithm.use_kl_in_reward=True",
+    "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=32",
+    "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=32",
+]
 
 EXAMPLE_SCRIPTS = [
-    "algorithm.adv_estimator=rloo",
+    "algorithm.adv_estimator=grpo",
     "qerl.base=separate",
     # what the first run left at verl's values and the recipe sets
     "actor_rollout_ref.model.lora_alpha=16",
@@ -77,6 +89,15 @@ EXAMPLE_SCRIPTS = [
     "actor_rollout_ref.actor.fsdp_config.optimizer_offload=True",
     "actor_rollout_ref.ref.fsdp_config.param_offload=True",
     "actor_rollout_ref.rollout.layered_summon=True",
+]
+
+UPDATES = 2  # a step of the second run, each on one mini-batch; the first has two mini-batches in one update
+SEPARATE = [
+    "trainer.v1.trainer_mode=separate_async",
+    f"trainer.v1.separate_async.parameter_sync_step={UPDATES}",
+    "actor_rollout_ref.hybrid_engine=False",
+    "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=16",
+    "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=16",
 ]
 
 
@@ -114,25 +135,27 @@ def common(tmp_path_factory, bf16_checkpoint):
     write_parquet(rows(training[:64]), folder / "train.parquet")
     write_parquet(rows(held_out), folder / "validation.parquet")
     return folder, [
-        *RECIPE,
+        *COMMON,
         f"data.train_files={folder / 'train.parquet'}",
         f"data.val_files={folder / 'validation.parquet'}",
         f"actor_rollout_ref.model.path={bf16_checkpoint}",
+        f"critic.model.path={bf16_checkpoint}",
         f"qerl.cache_dir={folder / 'cache'}",
     ]
 
 
 @pytest.fixture(scope="module")
 def first(common):
-    """Checkpoints, metrics and log of a run that is killed in the middle of the save of step 6, how it ended, and its checkpoints as
-    they were in the middle of the update of step 4."""
+    """Checkpoints, metrics and log of a run that is killed in the middle of its last save, how it ended, and its checkpoints as
+    they were in the middle of the update before."""
     folder, overrides = common
     checkpoints = folder / "first" / "checkpoints"
-    hooks = ["actor_rollout_ref.model.external_lib=repeatable", f"trainer.default_local_dir={checkpoints}"]
-    job = Job(folder / "first", [*overrides, *hooks], hold_folder=folder / "hold").start()
+    own = ["actor_rollout_ref.model.external_lib=repeatable", f"trainer.default_local_dir={checkpoints}"]
+    own += [f"trainer.rollout_data_dir={folder / 'first' / 'samples'}"]
+    job = Job(folder / "first", [*overrides, *FIRST, *own], hold_folder=folder / "hold").start()
     try:
-        job.hold("update", 4)
-        job.wait_until(job.held, START_SECONDS, "update of step 4")
+        job.hold("update", SAVED)
+        job.wait_until(job.held, START_SECONDS, f"update of step {SAVED}")
         shutil.copytree(checkpoints, folder / "in_update")
         end = kill_at(job, "actor", "save", STEPS)
     finally:
@@ -142,18 +165,23 @@ def first(common):
 
 @pytest.fixture(scope="module")
 def resumed(common, first):
+    """Checkpoints, metrics and log of the second run, which takes the last step."""
     folder, overrides = common
     again = shutil.copytree(first[0], folder / "again")
-    (again / "latest_checkpointed_iteration.txt").write_text("6")  # as if it named the half checkpoint
+    (again / "latest_checkpointed_iteration.txt").write_text(str(STEPS))  # as if it named the half checkpoint
     recipe = ["--config-path=pkg://qerl_verl.recipes", "--config-name=gsm8k_grpo"]
     overrides = [o for o in overrides if o != "+qerl=nvfp4"]  # the recipe has the switch
-    metrics, log = train(
-        folder / "resumed", *recipe, *overrides, *EXAMPLE_SCRIPTS, f"trainer.default_local_dir={again}"
-    )
+    own = [f"trainer.default_local_dir={again}", f"trainer.rollout_data_dir={folder / 'resumed' / 'samples'}"]
+    metrics, log = train(folder / "resumed", *recipe, *overrides, *EXAMPLE_SCRIPTS, *SEPARATE, *own)
     return again, metrics, log
 
 
-SCHEDULE = AQNSchedule(AQNSettings(sigma_start=0.05, sigma_end=0.005, num_stages=STEPS), STEPS)
+def prompts(folder: Path, step: int) -> set[str]:
+    """Those that a step of the run in ``folder`` trained on, as verl wrote them."""
+    return {json.loads(line)["input"] for line in (folder / "samples" / f"{step}.jsonl").read_text().splitlines()}
+
+
+SCHEDULE = AQNSchedule(AQNSettings(sigma_start=SIGMA_START, sigma_end=SIGMA_END, num_stages=STEPS), STEPS)
 
 
 def test_trains_under_the_noise_schedule_and_logs_it(first):
@@ -162,8 +190,8 @@ def test_trains_under_the_noise_schedule_and_logs_it(first):
         m = metrics[step]
         assert m["qerl/aqn_stage"] == step - 1 and m["qerl/aqn_sigma"] == pytest.approx(SCHEDULE.sigma(step))
         assert m["actor/entropy"] > 0 and m["actor/grad_norm"] > 0
-        assert m["actor/lr"] == pytest.approx(1e-2 * step / 8)
-    assert metrics[1]["qerl/aqn_sigma"] == 0 and metrics[2]["qerl/aqn_sigma"] == 0.05
+        assert m["actor/lr"] == pytest.approx(LR * step / WARMUP)
+    assert metrics[1]["qerl/aqn_sigma"] == 0 and metrics[2]["qerl/aqn_sigma"] == SIGMA_START
 
 
 def test_rollout_and_training_agree_without_noise_and_part_with_it(first):
@@ -226,10 +254,10 @@ def test_actor_and_rollout_use_one_copy_of_the_base_and_a_resumed_run_may_have_t
 
 
 def test_a_checkpoint_records_the_policy_and_the_users_model(first, resumed, bf16_checkpoint):
-    for checkpoint in (first[0] / "global_step_4", resumed[0] / "global_step_6"):
+    for checkpoint in (first[0] / f"global_step_{SAVED}", resumed[0] / f"global_step_{STEPS}"):
         record = json.loads((checkpoint / "qerl_checkpoint.json").read_text())
         policy, model = record["policy"], "actor_rollout_ref.model"
-        assert record["total_training_steps"] == STEPS and policy["qerl.aqn.sigma_start"] == 0.05
+        assert record["total_training_steps"] == STEPS and policy["qerl.aqn.sigma_start"] == SIGMA_START
         assert policy[f"{model}.lora_alpha"] > 0 and len(policy[f"{model}.target_modules"]) == 7
         adapter = json.loads((checkpoint / "actor" / "lora_adapter" / "adapter_config.json").read_text())
         assert adapter["base_model_name_or_path"] == str(bf16_checkpoint)
@@ -239,7 +267,7 @@ def test_a_checkpoint_records_the_policy_and_the_users_model(first, resumed, bf1
 def test_a_checkpoint_is_small_and_its_adapter_is_pefts(first):
     from safetensors.torch import load_file
 
-    actor = first[0] / "global_step_4" / "actor"
+    actor = first[0] / f"global_step_{SAVED}" / "actor"
     state = torch.load(actor / "model_world_size_1_rank_0.pt", weights_only=False)
     assert state and all("lora_" in name for name in state)
     adapter = load_file(actor / "lora_adapter" / "adapter_model.safetensors")
@@ -248,51 +276,57 @@ def test_a_checkpoint_is_small_and_its_adapter_is_pefts(first):
 
 def test_in_the_middle_of_an_update_the_checkpoint_before_is_there_untouched(first):
     checkpoints, _, _, _, in_update = first
-    assert [f.name for f in list_checkpoints(in_update)] == ["global_step_2"]
-    assert find_resumable(in_update, print) == in_update / "global_step_2"
-    assert checkpoint_differences(in_update / "global_step_2", checkpoints / "global_step_2") == []
-    assert checkpoint_differences(in_update / "global_step_2", checkpoints / "global_step_4") != []
+    before, after = f"global_step_{SAVED - 1}", f"global_step_{SAVED}"
+    assert {f.name for f in list_checkpoints(in_update)} == {f"global_step_{step}" for step in range(1, SAVED)}
+    assert find_resumable(in_update, print) == in_update / before
+    assert checkpoint_differences(in_update / before, checkpoints / before) == []
+    assert checkpoint_differences(in_update / before, checkpoints / after) != []
 
 
 def test_a_kill_in_the_middle_of_a_save_ends_the_job_and_leaves_the_checkpoint_before(first):
     checkpoints, metrics, _, end, _ = first
+    half = checkpoints / f"global_step_{STEPS}"
     assert end["ended"].endswith("code 1") and end["outlived"] == []
-    assert 0 < end["files"] < 10 and list((checkpoints / "global_step_6" / "actor").glob("optim_*"))
-    assert find_damage(checkpoints / "global_step_6") is not None
-    assert find_resumable(checkpoints, print) == checkpoints / "global_step_4"
-    assert max(metrics) == 5 and metrics[5]["actor/grad_norm"] > 0
+    assert 0 < end["files"] < 10 and list((half / "actor").glob("optim_*"))
+    assert find_damage(half) is not None
+    assert find_resumable(checkpoints, print) == checkpoints / f"global_step_{SAVED}"
+    assert max(metrics) == SAVED and metrics[SAVED]["actor/grad_norm"] > 0
 
 
-def test_resuming_restores_adapter_optimizer_scheduler_data_and_noise(first, resumed):
+def test_resuming_restores_adapter_optimizer_scheduler_data_and_noise(common, first, resumed):
     before = first[1]
     folder, after, _ = resumed
-    assert sorted(s for s in after if "actor/lr" in after[s]) == [5, 6]
-    # greedy validation right after the resume is that of the first run at step 4: same adapter in the rollout, no noise
-    assert validation(after[4]) == validation(before[4])
-    assert validation(before[4]) != validation(before[0])
-    for name in ("qerl/aqn_sigma", "qerl/aqn_stage", "actor/lr"):
-        assert after[5][name] == before[5][name], name
-    assert after[5]["prompt_length/mean"] == before[5]["prompt_length/mean"]  # the same prompts
-    assert after[6]["qerl/aqn_sigma"] == 0.005 and after[6]["actor/lr"] == pytest.approx(1e-2 * 6 / 8)
-    actor = folder / "global_step_6" / "actor"
-    optimizer = torch.load(actor / "optim_world_size_1_rank_0.pt", weights_only=False)
-    assert {int(s["step"]) for s in optimizer["state"].values()} == {2 * STEPS}  # two mini-batches a step
-    extra = torch.load(actor / "extra_state_world_size_1_rank_0.pt", weights_only=False)
-    assert extra["lr_scheduler"]["last_epoch"] == STEPS
+    assert [step for step in after if "actor/lr" in after[step]] == [STEPS]
+    # greedy validation right after the resume is that of the first run: same adapter in the rollout, no noise
+    assert validation(after[SAVED]) == validation(before[SAVED])
+    assert validation(before[SAVED]) != validation(before[0])
+    assert after[STEPS]["qerl/aqn_sigma"] == SCHEDULE.sigma(STEPS) == SIGMA_END
+    assert after[STEPS]["qerl/aqn_stage"] == STEPS - 1
+    rates = [LR * min(1, (SAVED + update) / WARMUP) for update in range(1, UPDATES + 1)]
+    assert rates[0] <= after[STEPS]["actor/lr"] <= rates[-1]
+    # an epoch has 8 steps, so what is new to the run is a prompt of no step before
+    seen = set().union(*(prompts(common[0] / "first", step) for step in range(1, STEPS)))
+    now = prompts(common[0] / "resumed", STEPS)
+    assert len(seen) == 8 * SAVED and len(now) == 8 and not seen & now
+    for checkpoints, step, updates in ((first[0], SAVED, SAVED), (folder, STEPS, SAVED + UPDATES)):
+        actor = checkpoints / f"global_step_{step}" / "actor"
+        optimizer = torch.load(actor / "optim_world_size_1_rank_0.pt", weights_only=False)
+        assert {int(s["step"]) for s in optimizer["state"].values()} == {2 * step}  # two mini-batches a step
+        extra = torch.load(actor / "extra_state_world_size_1_rank_0.pt", weights_only=False)
+        assert extra["lr_scheduler"]["last_epoch"] == updates
 
 
 def test_a_half_checkpoint_is_passed_over(resumed):
     folder, _, log = resumed
-    assert f"{folder / 'global_step_6'} is passed over: " in log
-    assert f"resuming from {folder / 'global_step_4'}" in log
+    assert f"{folder / f'global_step_{STEPS}'} is passed over: " in log
+    assert f"resuming from {folder / f'global_step_{SAVED}'}" in log
 
 
-def test_rloo_and_a_kl_loss_run_under_the_settings_of_verls_example_scripts(resumed):
+def test_grpo_and_a_kl_loss_run_under_the_settings_of_verls_example_scripts(resumed):
     _, metrics, log = resumed
-    for step in (5, 6):
-        assert metrics[step]["actor/grad_norm"] > 0
-        assert metrics[step]["actor/kl_loss"] > 0  # the reference is the base without the adapter
-        assert metrics[step]["critic/advantages/min"] < 0 < metrics[step]["critic/advantages/max"]
+    assert metrics[STEPS]["actor/grad_norm"] > 0
+    assert metrics[STEPS]["actor/kl_loss"] > 0  # the reference is the base without the adapter
+    assert metrics[STEPS]["critic/advantages/min"] < 0 < metrics[STEPS]["critic/advantages/max"]
     assert log.count("[qerl] kernel: actor NVFP4 linear") == 1  # and no second model
     assert "[qerl] actor_rollout_ref.actor.strategy: fsdp -> fsdp2" in log
 
@@ -302,52 +336,11 @@ def test_the_second_run_takes_the_checkpoint_from_the_cache(common, resumed):
     assert len(entries) == 1 and f"[qerl] model: {entries[0]}" in resumed[2]
 
 
-PPO = [
-    "algorithm.adv_estimator=gae",
-    "algorithm.use_kl_in_reward=True",
-    "critic.model.lora_rank=8",
-    "critic.optim.lr=1e-2",
-    "critic.ppo_micro_batch_size_per_gpu=16",
-    "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=32",
-    "actor_rollout_ref.actor.optim.lr_warmup_steps=0",
-    "actor_rollout_ref.rollout.seed=1",
-    "trainer.total_training_steps=2",
-    "trainer.save_freq=1",
-    "trainer.test_freq=-1",
-    "trainer.val_before_train=False",
-]
-
-
-SEPARATE = [
-    "trainer.v1.trainer_mode=separate_async",
-    "trainer.v1.separate_async.parameter_sync_step=2",
-    "actor_rollout_ref.hybrid_engine=False",
-    "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=16",
-    "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=16",
-    "trainer.test_freq=2",
-]
-
-
-@pytest.fixture(scope="module")
-def ppo(common, bf16_checkpoint):
-    """Two steps of PPO with a critic, saved after each, and a second run from the checkpoint of the first."""
-    folder, overrides = common
-    overrides = [*overrides, *PPO, f"critic.model.path={bf16_checkpoint}"]
-    first = folder / "ppo_checkpoints"
-    metrics, log = train(folder / "ppo", *overrides, f"trainer.default_local_dir={first}")
-    again = folder / "ppo_again"
-    again.mkdir()
-    shutil.copytree(first / "global_step_1", again / "global_step_1")
-    (again / "latest_checkpointed_iteration.txt").write_text("1")
-    after, _ = train(folder / "ppo_resumed", *overrides, *SEPARATE, f"trainer.default_local_dir={again}")
-    return first, metrics, log, again, after
-
-
-def test_ppo_trains_a_critic_on_the_actors_checkpoint(common, ppo):
-    _, metrics, log, _, _ = ppo
-    for step in (1, 2):
+def test_ppo_trains_a_critic_on_the_actors_checkpoint(common, first):
+    _, metrics, log, _, _ = first
+    for step in range(1, STEPS):
         m = metrics[step]
-        assert m["critic/grad_norm"] > 0 and m["critic/lr"] == pytest.approx(1e-2) and m["actor/grad_norm"] > 0
+        assert m["critic/grad_norm"] > 0 and m["critic/lr"] == pytest.approx(LR) and m["actor/grad_norm"] > 0
         assert m["critic/vf_loss"] > 0
     assert abs(metrics[2]["critic/values/mean"] - metrics[1]["critic/values/mean"]) > 0.05  # adapter and head are on
     shared = re.findall(r"base: the (\w+) uses the (\S+) GiB on each device that are shared", log)
@@ -356,42 +349,38 @@ def test_ppo_trains_a_critic_on_the_actors_checkpoint(common, ppo):
     assert len([p for p in (common[0] / "cache").iterdir() if p.is_dir()]) == 1
 
 
-def test_the_reference_is_the_actor_without_its_adapter(ppo):
+def test_the_reference_is_the_actor_without_its_adapter(first):
     """At the first step the adapter adds nothing, so the penalty is 0; and no second actor was built."""
-    _, metrics, log, _, _ = ppo
+    _, metrics, log, _, _ = first
     assert metrics[1]["actor/reward_kl_penalty"] == 0 and metrics[2]["actor/reward_kl_penalty"] != 0
     assert log.count("[qerl] kernel: actor NVFP4 linear") == 1
 
 
-def test_resuming_ppo_restores_critic_adapter_head_optimizer_and_scheduler(ppo):
-    first, metrics, _, again, after = ppo
-    assert sorted(s for s in after if "critic/lr" in after[s]) == [2]
-    # other samples of the same prompts: what it predicts at its updates is that of the trained critic, not of a fresh one
-    fresh, trained, resumed = (m["critic/vpred_mean"] for m in (metrics[1], metrics[2], after[2]))
-    assert abs(resumed - trained) < 0.3 * abs(trained - fresh)
-    for folder, scheduled in ((first, 2), (again, 3)):  # verl's scheduler counts the updates of separate_async
-        critic = folder / "global_step_2" / "critic"
+def test_resuming_restores_the_critics_adapter_head_optimizer_and_scheduler(first, resumed):
+    metrics, after = first[1], resumed[1]
+    # other samples: what it predicts at its updates is that of the trained critic, not of a fresh one
+    fresh, trained, now = (m["critic/vpred_mean"] for m in (metrics[1], metrics[SAVED], after[STEPS]))
+    assert abs(now - trained) < 0.3 * abs(trained - fresh)
+    for checkpoints, step, updates in ((first[0], SAVED, SAVED), (resumed[0], STEPS, SAVED + UPDATES)):
+        critic = checkpoints / f"global_step_{step}" / "critic"
         head = torch.load(critic / "value_head_world_size_1_rank_0.pt", weights_only=False)
         optimizer = torch.load(critic / "optim_world_size_1_rank_0.pt", weights_only=False)
-        assert len(head) == 2 and {int(s["step"]) for s in optimizer["state"].values()} == {
-            4
-        }  # two mini-batches a step
+        assert len(head) == 2 and {int(s["step"]) for s in optimizer["state"].values()} == {2 * step}
         extra = torch.load(critic / "extra_state_world_size_1_rank_0.pt", weights_only=False)
-        assert extra["lr_scheduler"]["last_epoch"] == scheduled
+        assert extra["lr_scheduler"]["last_epoch"] == updates
 
 
-def test_an_engine_of_its_own_samples_under_the_adapter_and_the_noise_of_the_step(common, ppo):
-    """Resumed after the clean first step: samples of the step's own noise, as far from the actor as in the colocated run."""
-    _, metrics, _, _, after = ppo
-    sigma = metrics[2]["qerl/aqn_sigma"]
-    assert after[2]["qerl/aqn_sigma"] == sigma > 0
-    assert [after[2][f"qerl/aqn_sigma_of_samples/{what}"] for what in ("min", "max")] == [sigma, sigma]
-    assert after[2]["training/off_policy/trajectory_staleness_worst/max"] == 0
+def test_an_engine_of_its_own_samples_under_the_adapter_and_the_noise_of_the_step(first, resumed):
+    """Its samples have the step's own noise, and part from the actor by what that noise does in the colocated run."""
+    before, after = first[1], resumed[1][STEPS]
+    assert after["qerl/aqn_sigma"] == SIGMA_END
+    assert [after[f"qerl/aqn_sigma_of_samples/{what}"] for what in ("min", "max")] == [SIGMA_END, SIGMA_END]
+    assert after["qerl/aqn_sigma_effective"] == pytest.approx(SIGMA_END, rel=0.1)
+    assert after["training/off_policy/trajectory_staleness_worst/max"] == 0
     apart = "training/rollout_probs_diff_mean"
-    assert after[2][apart] < 2 * metrics[2][apart] and after[2]["actor/grad_norm"] > 0
-    assert 0 <= validation(after[2]) <= 1
-    log = (common[0] / "ppo_resumed" / "log").read_text()
-    assert "checkpoint_engine.backend: naive -> qerl" in log and "[qerl] resuming from" in log
+    assert before[1][apart] < after[apart] < 2 * before[2][apart]  # sigma: 0, SIGMA_END, SIGMA_START
+    assert 0 <= validation(after) <= 1
+    assert "checkpoint_engine.backend: naive -> qerl" in resumed[2]
 
 
 GSM8K = [
