@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 import time
 from collections.abc import Callable
 
 POLL_SECONDS = 2.0
 REMARK_SECONDS = 15.0
+
+
+def add_cluster(subparsers, common: argparse.ArgumentParser) -> None:
+    """Declare the subcommand."""
+    parser = subparsers.add_parser(
+        "cluster", parents=[common], help="wait until a Ray cluster has so many nodes and GPUs"
+    )
+    parser.add_argument("--nodes", type=int, required=True)
+    parser.add_argument("--gpus", type=int, required=True, help="of all nodes together")
+    parser.add_argument("--timeout", type=float, default=600, help="seconds (default: %(default)s)")
+    parser.add_argument("--address", help="default: $RAY_ADDRESS, or the cluster on this machine")
+    parser.set_defaults(run=_run)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    return wait_for_cluster(arguments.nodes, arguments.gpus, arguments.timeout, arguments.address)
 
 
 def _ray_nodes(address: str | None) -> list[dict]:

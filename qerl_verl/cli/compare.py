@@ -96,7 +96,7 @@ def add_compare(subparsers, common: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--all", action="store_true", help="print the means over the first and over all steps, too"
     )
-    parser.set_defaults(run=_compare)
+    parser.set_defaults(run=_run)
 
 
 def _positive(text: str) -> int:
@@ -122,7 +122,7 @@ def _share(text: str) -> float:
     return value
 
 
-def _compare(arguments: argparse.Namespace) -> int:
+def _run(arguments: argparse.Namespace) -> int:
     from qerl_verl.compare import figure, page
     from qerl_verl.compare.arms import group_runs
     from qerl_verl.compare.comparison import Options, compare, to_json

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
@@ -16,6 +17,16 @@ with initialize_config_dir(os.path.join(os.path.dirname(verl.__file__), "trainer
     nodes = [compose("ppo_trainer", overrides=[f"+qerl={arm}"]).qerl for arm in sys.argv[1:]]
 sys.exit(0 if "qerl_verl.plugin" in sys.modules and all("aqn" in node for node in nodes) else 3)
 """
+
+
+def add_doctor(subparsers, common: argparse.ArgumentParser) -> None:
+    """Declare the subcommand."""
+    parser = subparsers.add_parser("doctor", parents=[common], help="check that the switch works on this installation")
+    parser.set_defaults(run=_run)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    return doctor()
 
 
 def checks() -> list[tuple[str, str]]:

@@ -79,7 +79,7 @@ def add_eval(subparsers, common: argparse.ArgumentParser) -> None:
     )
     _add_quantization(parser)
     _add_engine(parser)
-    parser.set_defaults(run=_evaluate)
+    parser.set_defaults(run=_run)
 
 
 def _add_quantization(parser: argparse.ArgumentParser) -> None:
@@ -184,7 +184,7 @@ def _quantization(arguments: argparse.Namespace):
     return Quantization(method, calibration, isolated=not is_cpu_build())  # then no CUDA memory stays taken
 
 
-def _evaluate(arguments: argparse.Namespace) -> int:
+def _run(arguments: argparse.Namespace) -> int:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # read when vLLM is imported
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     from qerl_verl.evaluation.report import format_table

@@ -6,6 +6,7 @@ written, and no GPU is needed.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +21,49 @@ STOCK = "ppo_trainer"
 
 class ExplainError(ValueError):
     """The configuration cannot be composed."""
+
+
+def add_explain(subparsers, common: argparse.ArgumentParser) -> None:
+    """Declare the subcommand."""
+    parser = subparsers.add_parser(
+        "explain",
+        parents=[common],
+        help="print what a recipe and the switch set in verl's configuration, and what cannot run; starts nothing",
+        usage="%(prog)s NAME [key=value ...] [--config-path PATH] [--platform {cuda,cpu}] [--elsewhere]",
+    )
+    parser.add_argument(
+        "words",
+        nargs="*",
+        metavar="NAME | key=value",
+        help="a recipe, as in --config-name, or ppo_trainer with +qerl=nvfp4 among the overrides; and overrides as on "
+        "verl's command line, in any order",
+    )
+    parser.add_argument("--config-path", help="folder or pkg://package of NAME (default: QeRL's recipes, then verl's)")
+    parser.add_argument("--platform", choices=("cuda", "cpu"), default="cuda", help="default: %(default)s")
+    parser.add_argument(
+        "--elsewhere",
+        action="store_true",
+        help="the run takes place on another machine: do not look at this one's files, CPUs, GPUs and Ray",
+    )
+    parser.set_defaults(run=_run)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    name, overrides = split_words(arguments.words, "explain")
+    return explain(name, overrides, arguments.config_path, arguments.platform, not arguments.elsewhere)
+
+
+def split_words(words: list[str], command: str) -> tuple[str, list[str]]:
+    """The recipe's name among the words of a command line, and the overrides.
+
+    Raises:
+        ExplainError: no word is a name.
+    """
+    names = [word for word in words if "=" not in word and not word.startswith("~")]
+    if not names:
+        raise ExplainError(f"{command}: give the name of a recipe, for example `qerl {command} gsm8k_grpo`")
+    at = words.index(names[0])
+    return names[0], words[:at] + words[at + 1 :]
 
 
 def compose(name: str, overrides: list[str], config_path: str | None = None) -> DictConfig:

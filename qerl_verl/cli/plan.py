@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 
-from qerl_verl.cli.explain import ExplainError, compose_with_keys
+from qerl_verl.cli.explain import ExplainError, compose_with_keys, split_words
 from qerl_verl.nvfp4.errors import CheckpointError
 
 
 def add_plan(subparsers, common: argparse.ArgumentParser) -> None:
+    """Declare the subcommand."""
     parser = subparsers.add_parser(
         "plan",
         parents=[common],
@@ -22,11 +23,8 @@ def add_plan(subparsers, common: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    names = [word for word in arguments.words if "=" not in word and not word.startswith("~")]
-    if not names:
-        raise ExplainError("plan: give the name of a recipe, for example `qerl plan gsm8k_grpo`")
-    arguments.words.remove(names[0])
-    return show_plan(names[0], arguments.words, arguments.config_path, arguments.gpu_memory)
+    name, overrides = split_words(arguments.words, "plan")
+    return show_plan(name, overrides, arguments.config_path, arguments.gpu_memory)
 
 
 def show_plan(name: str, overrides: list[str], config_path: str | None, gpu_memory: float | None) -> int:
