@@ -96,7 +96,7 @@ def plan(config: DictConfig, keys: set[str], host: Host, platform: str | None = 
     made.quantization = choose_quantization(config, made.settings, gpu)
     if made.quantization and models.find_unquantized(config):
         made.lines.append(made.quantization.line)
-        made.problems += quantization.find_problems(made.quantization)
+        made.problems += quantization.find_problems(made.quantization, here)
     made.lines += recipe.find_remarks(config)
     made.problems += recipe.find_problems(config, keys) + arms.find_problems(config, host.environment)
     if here:

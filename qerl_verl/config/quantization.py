@@ -96,8 +96,12 @@ def choose_quantization(config: DictConfig, settings: QeRLSettings, gpu: bool) -
     )
 
 
-def find_problems(choice: Choice) -> list[str]:
-    """What keeps the method from being used, one sentence each; training files have checks of their own."""
+def find_problems(choice: Choice, here: bool = True) -> list[str]:
+    """What keeps the method from being used, one sentence each; training files have checks of their own.
+
+    Args:
+        here: False where the run takes place on another machine, whose files are not looked at.
+    """
     if choice.method != "gptq":
         return []
     if not choice.files:
@@ -105,7 +109,7 @@ def find_problems(choice: Choice) -> list[str]:
             f"{KEY}.method=gptq needs text, and {TRAIN_FILES} has none that can be read here: set {KEY}.calibration to a "
             "parquet, JSONL or text file, or the method to four-over-six"
         ]
-    if choice.text_from == TRAIN_FILES:
+    if choice.text_from == TRAIN_FILES or not here:
         return []
     missing = [file for file in choice.files if "://" not in file and not Path(file).expanduser().is_file()]
     return [f"{KEY}.calibration={file}: there is no such file" for file in missing]

@@ -16,6 +16,7 @@ from typing import Any
 from tqdm import tqdm
 
 import qerl_verl
+from qerl_verl.config.checks.models import cpu_head_size_problem
 from qerl_verl.evaluation import engine as engines
 from qerl_verl.evaluation.engine import Engine, EngineSettings, Request, Sampling
 from qerl_verl.evaluation.errors import EvaluationError
@@ -163,6 +164,8 @@ def prepare(settings: EvaluationSettings) -> Plan:
     reward = attempt(Reward, settings.reward_function)
     folder = attempt(fetch_model, settings.model)
     adapters = folder and attempt(check_adapters, settings.adapters, folder)
+    if folder and on_cpu and (problem := cpu_head_size_problem(folder)):
+        problems.append(f"MODEL {settings.model}: {problem}")
     if problems:
         raise EvaluationError(problems)
     for source in {p.source: p for d in data for p in d.problems}.values():

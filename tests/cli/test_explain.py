@@ -109,7 +109,10 @@ def test_problems(capsys, arguments, problem):
 
 
 def test_files_of_another_machine_are_left_out(capsys):
-    elsewhere = ["data.train_files=/there/a.parquet", "actor_rollout_ref.model.path=/there/model"]
+    model = "actor_rollout_ref.model"
+    elsewhere = [f"{model}.path=/there/model", f"{model}.lora_adapter_path=/there/adapter"]
+    elsewhere += ["data.train_files=/there/a.parquet", "qerl.quantization.calibration=/there/b.parquet"]
+    elsewhere += ["trainer.resume_mode=resume_path", "trainer.resume_from_path=/there/run/global_step_1"]
     code, lines = explained(capsys, "gsm8k_grpo", *elsewhere, "--elsewhere")
     assert code == 0 and "not looked at: data, model folders, CPUs, GPUs and Ray (--elsewhere)" in lines
     code, lines = explained(capsys, "gsm8k_grpo")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -189,6 +190,24 @@ def test_refused_before_the_engine_starts(settings, case):
     with pytest.raises(ValueError, match=message):
         run(replace(settings, **change))
     assert not settings.responses.exists()
+
+
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_heads_that_vllm_has_no_cpu_kernel_for_are_refused_there(
+    settings, nvfp4_checkpoint, monkeypatch, tmp_path, on_cpu
+):
+    model = shutil.copytree(nvfp4_checkpoint, tmp_path / "narrow heads")
+    config = json.loads((model / "config.json").read_text())
+    config |= {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16}  # matrices of the same shapes
+    (model / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("qerl_verl.evaluation.run._on_cpu", lambda: on_cpu)
+    if on_cpu:
+        with pytest.raises(
+            EvaluationError, match="narrow heads: its attention heads are 16 wide .* no kernel on a CPU"
+        ):
+            prepare(replace(settings, model=str(model)))
+    else:
+        prepare(replace(settings, model=str(model)))
 
 
 def test_what_can_be_found_at_once_comes_at_once(settings):

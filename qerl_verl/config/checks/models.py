@@ -152,17 +152,25 @@ CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 def head_size_problems(config: DictConfig) -> list[str]:
     """A width of the attention heads that vLLM's CPU build has no kernel for; it says so with the first batch."""
     folder = local_folder(config, MODEL)
-    if get_value(config, "trainer.device") != "cpu" or folder is None or not (folder / "config.json").is_file():
+    if get_value(config, "trainer.device") != "cpu" or folder is None:
         return []
+    problem = cpu_head_size_problem(folder)
+    return [f"{MODEL}.path={folder}: {problem}"] if problem else []
+
+
+def cpu_head_size_problem(folder: Path) -> str:
+    """Why vLLM's CPU build has no attention kernel for the model in ``folder``; empty where it has one."""
+    if not (folder / "config.json").is_file():
+        return ""
     settings = json.loads((folder / "config.json").read_text())
     heads = settings.get("num_attention_heads")
     size = settings.get("head_dim") or (settings.get("hidden_size", 0) // heads if heads else None)
     if size is None or size in CPU_HEAD_SIZES:
-        return []
-    return [
-        f"{MODEL}.path={folder}: its attention heads are {size} wide (config.json), for which vLLM has no kernel on a CPU; "
+        return ""
+    return (
+        f"its attention heads are {size} wide (config.json), for which vLLM has no kernel on a CPU; "
         f"it has {', '.join(map(str, CPU_HEAD_SIZES))}. Use another model, or a GPU"
-    ]
+    )
 
 
 def position_problems(config: DictConfig, installed: Callable[[str], str] = version) -> list[str]:
