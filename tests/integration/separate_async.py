@@ -59,7 +59,7 @@ def run(folder: Path, inputs: list[str], hybrid: bool) -> dict[int, dict]:
     job = Job(folder, [*inputs, *OVERRIDES, *overrides]).start()
     code = job.wait(600)
     if left := job.end():
-        print("five seconds after the driver there were still:", [title.split()[0] for title in left])
+        print("long after the driver there were still:", [title.split()[0] for title in left])
     assert code == 0, f"exit code {code}\n{job.tail()}"
     return job.metrics()
 

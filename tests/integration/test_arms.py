@@ -1,4 +1,4 @@
-"""Three steps of main_ppo in the arm whose actor and rollout are verl's and vLLM's own, with the noise.
+"""Three steps of main_ppo with RLOO in the arm whose actor and rollout are verl's and vLLM's own, with the noise.
 
 Steps 2 and 3 sample under noise (three stages), so what the engine puts on its norms shows in the difference between
 sampling and training probabilities, which without it is rounding.
@@ -25,7 +25,11 @@ def run(request, tmp_path_factory, bf16_checkpoint):
     folder = tmp_path_factory.mktemp(request.param)
     overrides = [o for o in make_inputs(folder, bf16_checkpoint) if not o.startswith("+qerl=")]
     overrides += [f"+qerl={request.param}", "qerl.aqn.num_stages=3", "trainer.total_training_steps=3"]
-    overrides += ["trainer.save_freq=3", f"trainer.default_local_dir={folder / 'checkpoints'}"]
+    overrides += [
+        "algorithm.adv_estimator=rloo",
+        "trainer.save_freq=3",
+        f"trainer.default_local_dir={folder / 'checkpoints'}",
+    ]
     job = Job(folder / "run", overrides).start()
     try:
         assert job.wait(800) == 0, job.tail()

@@ -31,6 +31,11 @@ VICTIMS = {
 """What of a job can be killed: text in the title of its process. ``driver`` is the process that the user starts."""
 
 
+OUTLIVE_SECONDS = 30.0
+"""What the processes of a job may take to end after the driver. Ray's agents look for the raylet every 0.4 s and end when it is
+gone for five looks (ray/_private/process_watcher.py); on a machine that has other work, that takes longer than two seconds."""
+
+
 def make_inputs(folder: Path, model: Path) -> list[str]:
     """Training and validation data under ``folder``. Returns the overrides of a run on them, without steps and folders."""
     from qerl_verl.data.prompts import write_parquet
@@ -166,11 +171,11 @@ class Job:
         return [p.pid for p in victims]
 
     def end(self) -> list[str]:
-        """Kill what is left. Returns the titles of what had outlived the driver by five seconds."""
+        """Kill what is left. Returns the titles of what had outlived the driver by :data:`OUTLIVE_SECONDS`."""
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait()
-        end = time.monotonic() + 5
+        end = time.monotonic() + OUTLIVE_SECONDS
         while self.processes() and time.monotonic() < end:
             time.sleep(0.1)
         left = list(self.processes().values())
