@@ -7,8 +7,9 @@ written, and no GPU is needed.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from omegaconf import DictConfig, open_dict
 
@@ -17,6 +18,7 @@ from qerl_verl.config.keys import flatten, written_keys
 RECIPES = "pkg://qerl_verl.recipes"
 VERL = "pkg://verl.trainer.config"
 STOCK = "ppo_trainer"
+T = TypeVar("T")
 
 
 class ExplainError(ValueError):
@@ -68,11 +70,25 @@ def split_words(words: list[str], command: str) -> tuple[str, list[str]]:
 
 def compose(name: str, overrides: list[str], config_path: str | None = None) -> DictConfig:
     """The composed configuration, see :func:`compose_with_keys`."""
-    return compose_with_keys(name, overrides, config_path)[0]
+    return _compose(name, overrides, config_path, lambda config: None)[0]
 
 
 def compose_with_keys(name: str, overrides: list[str], config_path: str | None = None) -> tuple[DictConfig, set[str]]:
     """The composed configuration, and the dotted keys in it that the user wrote.
+
+    Args:
+        name, overrides, config_path: as for :func:`_compose`.
+
+    Raises:
+        ExplainError: no such recipe, or Hydra refuses it.
+    """
+    return _compose(name, overrides, config_path, written_keys)
+
+
+def _compose(
+    name: str, overrides: list[str], config_path: str | None, ask: Callable[[DictConfig], T]
+) -> tuple[DictConfig, T]:
+    """The composed configuration, and what ``ask`` says about it while it still has Hydra's own node.
 
     Args:
         name: a recipe, as in ``--config-name``.
@@ -102,10 +118,10 @@ def compose_with_keys(name: str, overrides: list[str], config_path: str | None =
     try:
         with context:
             config = hydra.compose(name.removesuffix(".yaml"), overrides=overrides, return_hydra_config=True)
-            keys = written_keys(config)
+            answer = ask(config)
         with open_dict(config):
             del config["hydra"]
-        return config, keys
+        return config, answer
     except MissingConfigException as error:
         if error.missing_cfg_file != name.removesuffix(".yaml"):
             raise ExplainError(f"{name}: {error}") from error

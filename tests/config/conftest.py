@@ -11,10 +11,10 @@ from omegaconf import OmegaConf, open_dict
 
 
 @functools.cache
-def _composed(choices: tuple[str, ...]):
+def _composed(arm: str, choices: tuple[str, ...]):
     from qerl_verl.cli.explain import compose
 
-    return compose("ppo_trainer", ["+qerl=nvfp4", *choices])
+    return compose("ppo_trainer", [f"+qerl={arm}", *choices])
 
 
 def _is_choice(override: str) -> bool:
@@ -26,11 +26,11 @@ def _is_choice(override: str) -> bool:
 
 @pytest.fixture(scope="session")
 def composed():
-    """``composed(*overrides)``: verl's ``ppo_trainer`` with ``+qerl=nvfp4`` and a command line's
-    overrides."""
+    """``composed(*overrides, arm="nvfp4")``: verl's ``ppo_trainer`` with the switch and a command
+    line's overrides."""
 
-    def compose(*overrides: str):
-        config = copy.deepcopy(_composed(tuple(o for o in overrides if _is_choice(o))))
+    def compose(*overrides: str, arm: str = "nvfp4"):
+        config = copy.deepcopy(_composed(arm, tuple(o for o in overrides if _is_choice(o))))
         with open_dict(config):
             for override in overrides:
                 if not _is_choice(override):

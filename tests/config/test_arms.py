@@ -39,17 +39,23 @@ def installed(**versions):
     return version
 
 
-def switched(arm, *overrides, on_cpu=False, packages=VERSIONS, environment=None):
-    """verl's configuration in an arm, after the rules, and the problems."""
-    overrides = [f"+qerl={arm}", "algorithm.adv_estimator=grpo", *overrides]
-    config = compose("ppo_trainer", overrides)
-    rules.apply_rules(config, override_keys(overrides), on_cpu=on_cpu, notify=lambda line: None)
-    return config, recipe.find_problems(config) + arms.find_problems(config, environment or {}, installed(**packages))
+@pytest.fixture(scope="module")
+def switched(composed):
+    """``switched(arm, *overrides)``: verl's configuration in an arm, after the rules, and the problems."""
+
+    def switch(arm, *overrides, on_cpu=False, packages=VERSIONS, environment=None):
+        overrides = ["algorithm.adv_estimator=grpo", *overrides]
+        config = composed(*overrides, arm=arm)
+        rules.apply_rules(config, override_keys(overrides), on_cpu=on_cpu, notify=lambda line: None)
+        found = arms.find_problems(config, environment or {}, installed(**packages))
+        return config, recipe.find_problems(config) + found
+
+    return switch
 
 
 @pytest.mark.parametrize("enable", [True, False])
 @pytest.mark.parametrize("arm", ARMS)
-def test_an_arm_composes_with_and_without_the_noise(arm, enable):
+def test_an_arm_composes_with_and_without_the_noise(switched, arm, enable):
     config, problems = switched(arm, f"qerl.aqn.enable={enable}")
     assert problems == [] and config.qerl.arm == arm and config.qerl.aqn.enable is enable
     assert config.ray_kwargs.ray_init.runtime_env.env_vars.QERL_SWITCH == arm
@@ -58,7 +64,7 @@ def test_an_arm_composes_with_and_without_the_noise(arm, enable):
 
 
 @pytest.mark.parametrize("on_cpu", [True, False], ids=["cpu", "cuda"])
-def test_arms_differ_in_the_base_alone(on_cpu):
+def test_arms_differ_in_the_base_alone(switched, on_cpu):
     found = {arm: flatten(switched(arm, on_cpu=on_cpu)[0]) for arm in ARMS}
     for arm, values in found.items():
         differ = {key for key in values.keys() | found["nvfp4"] if values.get(key) != found["nvfp4"].get(key)}
@@ -98,16 +104,16 @@ def test_arms_differ_in_the_base_alone(on_cpu):
         ("bf16", ["actor_rollout_ref.model.lora.merge=True"], {}, "lora.merge=True: the adapter alone is sent"),
     ],
 )
-def test_what_an_arm_cannot_do_is_refused(arm, overrides, packages, expected):
+def test_what_an_arm_cannot_do_is_refused(switched, arm, overrides, packages, expected):
     _, problems = switched(arm, *overrides, packages=packages)
     assert any(expected in problem for problem in problems), problems
 
 
-def test_a_vllm_that_has_the_layers_itself_needs_no_plugin():
+def test_a_vllm_that_has_the_layers_itself_needs_no_plugin(switched):
     assert switched("nf4", packages={"vllm": "0.24.0", "vllm-bnb-plugin": None})[1] == []
 
 
-def test_vllms_list_of_plugins_has_to_name_the_layers():
+def test_vllms_list_of_plugins_has_to_name_the_layers(switched):
     for names, refused in (("qerl", True), ("qerl,bitsandbytes", False)):
         problems = switched("nf4", environment={"VLLM_PLUGINS": names})[1]
         assert problems == [] or (
@@ -116,7 +122,7 @@ def test_vllms_list_of_plugins_has_to_name_the_layers():
         assert bool(problems) is refused
 
 
-def test_nf4_is_refused_on_a_cpu():
+def test_nf4_is_refused_on_a_cpu(switched):
     assert "vLLM's CPU build does not run bitsandbytes' layers" in switched("nf4", on_cpu=True)[1][0]
     assert switched("bf16", on_cpu=True)[1] == switched("mxfp4", on_cpu=True)[1] == []
 

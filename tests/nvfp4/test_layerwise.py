@@ -1,6 +1,7 @@
 """GPTQ over a whole checkpoint: better than rounding on text it has not seen, repeatable, resumable, plain NVFP4."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -22,24 +23,61 @@ from qerl_verl.nvfp4.quantizers import round_weight
 CPU = torch.device("cpu")
 
 
+@pytest.fixture(scope="module")
+def _written(tmp_path_factory):
+    return tmp_path_factory.mktemp("written"), {}
+
+
 @pytest.fixture
-def model_and_text(make_checkpoint):
-    """A checkpoint and text that its own model has written, of different lengths: 64 sequences, 16 of them kept apart."""
+def shared_model_and_text(make_checkpoint, _written):
+    """A checkpoint and text that its own model has written, of different lengths: 64 sequences, 16 of them kept apart.
+
+    The same folder for every test, which reads it.
+    """
+    root, made = _written
 
     def make(architecture="LlamaForCausalLM", **config):
-        folder = make_checkpoint(architecture, **config)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        for parameter in model.parameters():  # the fixture's weights are so small that layers hardly matter
-            parameter.data *= 2 if parameter.ndim == 2 else 1
-        model.to(torch.bfloat16).save_pretrained(folder)
-        model.float()
-        torch.manual_seed(0)
-        start = torch.randint(96, (64, 1))
-        written = model.generate(start, do_sample=True, max_new_tokens=39, min_new_tokens=39, top_k=0, pad_token_id=0)
-        sequences = tuple((tuple(ids[: 20 + i % 21].tolist()), i % 3) for i, ids in enumerate(written))
-        return folder, Calibration(sequences[:48], sequences[48:], "the model itself")
+        key = repr((architecture, sorted(config.items())))
+        if key not in made:
+            folder = shutil.move(make_checkpoint(architecture, **config), root / str(len(made)))
+            made[key] = folder, _write_text(folder)
+        return made[key]
 
     return make
+
+
+@pytest.fixture
+def model_and_text(shared_model_and_text, tmp_path):
+    """The same with a copy of the folder."""
+
+    def make(*arguments, **config):
+        folder, text = shared_model_and_text(*arguments, **config)
+        return shutil.copytree(folder, tmp_path / "src"), text
+
+    return make
+
+
+def _write_text(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    for parameter in model.parameters():  # the fixture's weights are so small that layers hardly matter
+        parameter.data *= 2 if parameter.ndim == 2 else 1
+    model.to(torch.bfloat16).save_pretrained(folder)
+    model.float()
+    torch.manual_seed(0)
+    start = torch.randint(96, (64, 1))
+    written = model.generate(start, do_sample=True, max_new_tokens=39, min_new_tokens=39, top_k=0, pad_token_id=0)
+    sequences = tuple((tuple(ids[: 20 + i % 21].tolist()), i % 3) for i, ids in enumerate(written))
+    return Calibration(sequences[:48], sequences[48:], "the model itself")
+
+
+@pytest.fixture
+def undisturbed(_written, shared_model_and_text):
+    """The folder that gptq makes of :func:`shared_model_and_text` when nothing disturbs it, and those two."""
+    root, _ = _written
+    folder, text = shared_model_and_text()
+    if not (root / "gptq").exists():
+        quantize_checkpoint(folder, root / "gptq", method="gptq", calibration=text, progress=False)
+    return root / "gptq", folder, text
 
 
 def report(folder):
@@ -180,13 +218,12 @@ def test_gptq_is_plain_nvfp4(model_and_text, tmp_path):
     assert (got - want).norm() < 0.01 * want.norm()
 
 
-def test_gptq_twice_gives_the_same_bytes_and_leaves_nothing(model_and_text, tmp_path):
-    folder, text = model_and_text()
-    for name in ("one", "two"):
-        quantize_checkpoint(folder, tmp_path / name, method="gptq", calibration=text, progress=False)
-    assert contents(tmp_path / "one") == contents(tmp_path / "two")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["one", "src", "two"]
-    manifest = json.loads((tmp_path / "one" / "qerl_manifest.json").read_text())
+def test_gptq_twice_gives_the_same_bytes_and_leaves_nothing(undisturbed, tmp_path):
+    once, folder, text = undisturbed
+    quantize_checkpoint(folder, tmp_path / "again", method="gptq", calibration=text, progress=False)
+    assert contents(tmp_path / "again") == contents(once)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["again"]
+    manifest = json.loads((tmp_path / "again" / "qerl_manifest.json").read_text())
     assert manifest["method"] == "gptq" and manifest["calibration"]["sha256"] == text.key
 
 
@@ -195,9 +232,8 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("killed_at", ["second layer", "writing"])
-def test_gptq_goes_on_where_it_was_killed(model_and_text, tmp_path, monkeypatch, killed_at):
-    folder, text = model_and_text()
-    quantize_checkpoint(folder, tmp_path / "undisturbed", method="gptq", calibration=text, progress=False)
+def test_gptq_goes_on_where_it_was_killed(undisturbed, tmp_path, monkeypatch, killed_at):
+    whole, folder, text = undisturbed
     solved, solve = [], layerwise._gptq_group
 
     def counted(weights, hessian):
@@ -226,7 +262,7 @@ def test_gptq_goes_on_where_it_was_killed(model_and_text, tmp_path, monkeypatch,
     killed_at = "no more"
     quantize_checkpoint(folder, tmp_path / "dst", method="gptq", calibration=text, progress=False)
     assert len(solved) == 4 * (2 - len(finished))  # four groups a layer
-    assert contents(tmp_path / "dst") == contents(tmp_path / "undisturbed")
+    assert contents(tmp_path / "dst") == contents(whole)
     assert not list(tmp_path.glob("dst.*"))
 
 
