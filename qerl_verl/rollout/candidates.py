@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 
 from qerl_verl.kernels.backends import Candidate, get_backend
+from qerl_verl.kernels.nvfp4_experts import ExpertWeights, nvfp4_experts_reference
 
 
 class VLLMKernel(Candidate):
@@ -36,3 +37,72 @@ class VLLMKernel(Candidate):
 
 CANDIDATES: tuple[Candidate, ...] = (get_backend("hopper"), VLLMKernel(), get_backend("triton"), get_backend("pytorch"))
 """The best first: vLLM's Marlin is tuned for the GPUs on which the Triton kernels are not."""
+
+
+class VLLMExperts(VLLMKernel):
+    """What vLLM chooses for the experts of a mixture with 16-bit activations, which is Marlin
+    (fused_moe/oracle/nvfp4.py). It pads the intermediate size."""
+
+    def refuses(self, n, k, dtype):
+        if k % 64:
+            return f"the hidden size has to be a multiple of 64, got {k}"
+        return super().refuses(n, k, dtype)
+
+
+class NoExperts(Candidate):
+    """Stands for a backend of linear layers that has no kernel for experts."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def refuses(self, n, k, dtype):
+        return "it has no kernel for experts"
+
+
+class ExpertsKernel(Candidate):
+    """A kernel of ours for the experts of a mixture, on the checkpoint's layout."""
+
+    def experts(
+        self,
+        x: torch.Tensor,
+        weights: torch.Tensor,
+        chosen: torch.Tensor,
+        gate_up: ExpertWeights,
+        down: ExpertWeights,
+    ) -> torch.Tensor:
+        """As :func:`qerl_verl.kernels.nvfp4_experts.nvfp4_experts_reference`."""
+        raise NotImplementedError
+
+
+class PyTorchExperts(ExpertsKernel):
+    """Plain PyTorch, expert by expert.
+
+    Args:
+        captured: whether the engine captures CUDA graphs.
+    """
+
+    name = "pytorch"
+    description = get_backend("pytorch").description
+
+    def __init__(self, captured: bool):
+        self.captured = captured
+
+    def unavailable(self, device):
+        if self.captured and device.type == "cuda":
+            return (
+                "it reads on the host which experts have tokens, which a CUDA graph cannot hold: "
+                "actor_rollout_ref.rollout.enforce_eager=True"
+            )
+        return None
+
+    def experts(self, x, weights, chosen, gate_up, down):
+        return nvfp4_experts_reference(x, weights, chosen, gate_up, down)
+
+
+def expert_candidates(captured: bool) -> tuple[Candidate, ...]:
+    """What can compute the experts of a mixture, the best first.
+
+    Args:
+        captured: whether the engine captures CUDA graphs.
+    """
+    return NoExperts("hopper"), VLLMExperts(), NoExperts("triton"), PyTorchExperts(captured)

@@ -30,6 +30,8 @@ FUSED = {
 
 _NAME = re.compile(r"^(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<part>[AB])(?:\.default)?\.weight$")
 
+_EXPERT = re.compile(r"\.mlp\.(?:experts|gate)\.")
+
 
 @dataclass(frozen=True)
 class LoraSettings:
@@ -146,6 +148,11 @@ class AdapterStore:
                 for plain, (fused, index) in FUSED.items():
                     if candidate.endswith(plain) and candidate.removesuffix(plain) + fused in self.layers:
                         return candidate.removesuffix(plain) + fused, index, match["part"]
+        if _EXPERT.search(name):
+            raise ValueError(
+                f"the adapter has a tensor {name}: the rollout serves no adapter on the experts or the router of a mixture; "
+                "take them out of actor_rollout_ref.model.target_modules"
+            )
         raise ValueError(
             f"the adapter has a tensor {name}, for which the rollout model has no NVFP4 layer: take its module out of "
             "actor_rollout_ref.model.target_modules, or set qerl.rollout.lora=punica"

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import torch
 from vllm.config import get_current_vllm_config
+from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
@@ -19,13 +20,17 @@ from vllm.platforms import current_platform
 
 from qerl_verl.kernels.nvfp4_dequantize import BLOCK_SIZE
 from qerl_verl.nvfp4.unused_tensors import KV_CACHE_SCALE
-from qerl_verl.rollout.lora import ADDITIONAL_CONFIG, lora_settings
+from qerl_verl.rollout.experts import experts_method
+from qerl_verl.rollout.lora import ADDITIONAL_CONFIG, LoraSettings, lora_settings
 from qerl_verl.rollout.scheme import AdapterOnLinear, KernelReport, NVFP4Scheme
 from qerl_verl.rollout.shared_base import shared_embedding
 
 QUANT_FORMAT = "qerl-nvfp4-pack-quantized"
 """Our name for the format inside vLLM. verl takes ``nvfp4-pack-quantized`` for its QAT, patches vLLM for that and
 then keeps the first adapter for ever (verl/workers/rollout/vllm_rollout/utils.py, vLLMColocateWorkerExtension)."""
+
+ROUTER = ".mlp.gate"
+"""How the name of a mixture's router ends. It stays in 16 bits and has no adapter."""
 
 
 class QeRLCompressedTensorsConfig(CompressedTensorsConfig):
@@ -46,12 +51,8 @@ class QeRLCompressedTensorsConfig(CompressedTensorsConfig):
     def _get_scheme_from_parts(self, weight_quant, input_quant, *args, **kwargs):
         if not self._is_nvfp4(weight_quant):
             return super()._get_scheme_from_parts(weight_quant, input_quant, *args, **kwargs)
-        additional = get_current_vllm_config().additional_config
-        on_cpu = current_platform.is_cpu()
         return NVFP4Scheme(
-            torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device()),
-            (additional or {}).get(ADDITIONAL_CONFIG, {}).get("kernel", "auto"),
-            lora_settings(additional),
+            *self._settings(),
             lambda: super(QeRLCompressedTensorsConfig, self)._get_scheme_from_parts(
                 weight_quant, None, *args, **kwargs
             ),
@@ -59,15 +60,38 @@ class QeRLCompressedTensorsConfig(CompressedTensorsConfig):
         )
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str):
-        """vLLM's, with room for the adapter in linears that the checkpoint leaves in 16 bits, and for an embedding or output layer
-        in the actor's memory."""
+        """vLLM's, but for experts in NVFP4, with room for the adapter in linears that the checkpoint
+        leaves in 16 bits, and for an embedding or output layer in the actor's memory."""
+        if isinstance(layer, RoutedExperts) and (parts := self._nvfp4_experts(layer, prefix)):
+            input_scales = parts.get("input_activations") is not None
+            return experts_method(layer, prefix, *self._settings(), input_scales, self.qerl_report)
         method = super().get_quant_method(layer, prefix)
         if method is None and isinstance(layer, VocabParallelEmbedding):
             return shared_embedding(layer)
-        if type(method) is not UnquantizedLinearMethod:
+        if type(method) is not UnquantizedLinearMethod or prefix.endswith(ROUTER):
             return method  # of attention, vLLM also asks after a reload, when no configuration is set
         lora = lora_settings(get_current_vllm_config().additional_config)
         return method if lora is None else AdapterOnLinear(lora)
+
+    @staticmethod
+    def _settings() -> tuple[torch.device, str, LoraSettings | None]:
+        """Of the engine that is being built: where it computes, on which kernel, and the adapter in
+        its layers."""
+        additional = get_current_vllm_config().additional_config
+        on_cpu = current_platform.is_cpu()
+        return (
+            torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device()),
+            (additional or {}).get(ADDITIONAL_CONFIG, {}).get("kernel", "auto"),
+            lora_settings(additional),
+        )
+
+    def _nvfp4_experts(self, layer: RoutedExperts, name: str) -> dict | None:
+        """How the checkpoint holds the experts of a layer; None where not all of it is NVFP4, which
+        vLLM serves or refuses."""
+        self._add_fused_moe_to_target_scheme_map()
+        parts = [self.get_scheme_dict(layer, f"{name}.0.{linear}") for linear in ("gate_proj", "up_proj", "down_proj")]
+        same = parts[0] is not None and all(part == parts[0] for part in parts)
+        return parts[0] if same and self._is_nvfp4(parts[0].get("weights")) else None
 
     @staticmethod
     def get_cache_scale_mapper():

@@ -21,6 +21,9 @@ from qerl_verl.rollout.shared_base import shared_weights
 
 SETTING = "qerl.rollout.kernel"
 
+EXPERTS = ".experts"
+"""How the name of the experts of a layer ends in vLLM."""
+
 WEIGHTS = ("weight_packed", "weight_scale", "weight_global_scale")
 
 
@@ -29,7 +32,7 @@ class KernelReport:
     computes how many."""
 
     def __init__(self) -> None:
-        self._count, self._built = KernelCount(), 0
+        self._count, self._built, self._experts = KernelCount(), 0, False
 
     def built(self) -> None:
         """One layer more is to come."""
@@ -44,10 +47,13 @@ class KernelReport:
         if self._count.total == self._built:
             return
         self._count.add(layer, choice, device)
+        self._experts = self._experts or layer.endswith(EXPERTS)
         if self._count.total == self._built:
             adapter = (
                 f"adapter of rank {lora.rank} in the layer" if lora else "adapter, if any, through vLLM's LoRA path"
             )
+            if lora and self._experts:
+                adapter += ", none in the experts"
             # past vLLM's log level, which verl sets to WARN
             print(f"[qerl] kernel: rollout NVFP4 linear = {self._count}; {adapter}", flush=True)
 

@@ -1,0 +1,271 @@
+"""Experts of a mixture in vLLM, NVFP4 weights and 16-bit activations: vLLM's own kernel, or ours.
+
+Loading is vLLM's in both cases: ``RoutedExperts`` fills the parameters that
+``CompressedTensorsW4A4Nvfp4MoEMethod`` creates, divided among tensor- or expert-parallel ranks. Our
+methods are subclasses of that one, so names and layout of the parameters are vLLM's.
+
+Experts have no adapter in the rollout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch.nn import Parameter
+from vllm.config import CUDAGraphMode, get_current_vllm_config
+from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, RoutedExperts
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe.compressed_tensors_moe_w4a4_nvfp4 import (  # noqa: E501
+    CompressedTensorsW4A4Nvfp4MoEMethod,
+)
+
+from qerl_verl.kernels.backends import Choice, choose_backend
+from qerl_verl.kernels.nvfp4_dequantize import BLOCK_SIZE
+from qerl_verl.kernels.nvfp4_experts import ExpertWeights, expert_alphas, route_softmax
+from qerl_verl.rollout.candidates import ExpertsKernel, VLLMKernel, expert_candidates
+from qerl_verl.rollout.lora import LoraSettings
+from qerl_verl.rollout.scheme import SETTING, KernelReport
+
+_INPUT_SCALES = ("w13_input_global_scale", "w2_input_global_scale")
+_SERVED = {
+    "apply_router_weight_on_input": False,
+    "swiglu_limit": None,
+    "use_grouped_topk": False,
+    "scoring_func": "softmax",
+    "custom_routing_function": None,
+    "e_score_correction_bias": None,
+    "routed_scaling_factor": 1.0,
+}
+"""Attributes of vLLM's ``RoutedExperts``, and the one value of each that our kernels compute."""
+
+
+@dataclass(frozen=True)
+class Experts:
+    """What was decided about the experts of one layer.
+
+    Attributes:
+        name: full name of the layer in vLLM.
+        choice: what computes them.
+        device: where.
+        lora: of the adapter in the linear layers, or None.
+        input_scales: whether the checkpoint has scales for quantized activations (W4A4), which are
+            loaded and dropped.
+        report: of the engine.
+    """
+
+    name: str
+    choice: Choice
+    device: torch.device
+    lora: LoraSettings | None
+    input_scales: bool
+    report: KernelReport
+
+
+def experts_method(
+    layer: RoutedExperts,
+    name: str,
+    device: torch.device,
+    kernel: str,
+    lora: LoraSettings | None,
+    input_scales: bool,
+    report: KernelReport,
+) -> FusedMoEMethodBase:
+    """vLLM's ``quant_method`` for the experts of a layer, which it asks for while it builds them.
+
+    Args:
+        layer: under construction; its configuration and attributes are set.
+        name: its full name.
+        device: where it computes.
+        kernel: ``qerl.rollout.kernel``.
+        lora: of the adapter in the linear layers, or None.
+        input_scales: whether the checkpoint is W4A4.
+        report: of the engine.
+
+    Raises:
+        ValueError: what the configuration asks for is not served; names the layer and the setting.
+    """
+    moe = layer.moe_config
+    inner = moe.intermediate_size_per_partition
+    if inner % BLOCK_SIZE:
+        raise ValueError(
+            f"{name}: {inner} intermediate channels per tensor-parallel rank are not a multiple of {BLOCK_SIZE}: choose "
+            "another actor_rollout_ref.rollout.tensor_model_parallel_size"
+        )
+    if moe.is_lora_enabled:
+        raise ValueError(
+            f"{name}: qerl.rollout.lora=punica does not serve experts in NVFP4; use qerl.rollout.lora=inline, whose "
+            "adapter is in the attention's layers"
+        )
+    graphs = get_current_vllm_config().compilation_config.cudagraph_mode
+    choice = choose_backend(
+        device,
+        (2 * inner, moe.hidden_dim),
+        layer.params_dtype,
+        kernel,
+        setting=SETTING,
+        layer=name,
+        candidates=expert_candidates(graphs not in (None, CUDAGraphMode.NONE)),
+    )
+    experts = Experts(name, choice, device, lora, input_scales, report)
+    if not isinstance(choice.backend, ExpertsKernel):
+        return VLLMExpertsMethod(experts, moe)
+    if reason := _refusal(layer):
+        raise ValueError(f"{name}: {reason}, which the {choice.backend.name} kernel for experts does not compute")
+    return QeRLExpertsMethod(experts, moe)
+
+
+def _refusal(layer: RoutedExperts) -> str | None:
+    moe = layer.moe_config
+    if moe.activation.value != "silu":
+        return f"the activation is {moe.activation.value}"
+    if moe.has_bias:
+        return "the experts have biases"
+    if moe.moe_parallel_config.use_all2all_kernels:
+        return "tokens are exchanged between expert-parallel ranks (data parallelism)"
+    for name, value in _SERVED.items():
+        found = getattr(layer, name)
+        if found is not value and found != value:
+            return f"{name} is {found}"
+    return None
+
+
+class _NVFP4Experts(CompressedTensorsW4A4Nvfp4MoEMethod):
+    """What both methods share: loading, and the line that counts layers."""
+
+    experts: Experts
+
+    def create_weights(self, layer: RoutedExperts, *args, **kwargs) -> None:
+        """vLLM's. Scales of activations have a place where the checkpoint has some: vLLM's reload
+        counts what it has loaded of a layer's parameters, and holds back a layer that misses one."""
+        super().create_weights(layer, *args, **kwargs)
+        if not self.experts.input_scales:
+            self._drop_input_scales(layer)
+        self.experts.report.built()
+
+    def process_weights_after_loading(self, layer: RoutedExperts) -> None:
+        """At the start, and again after the base was read into the memory of an engine that slept
+        at level 2 (vllm/model_executor/model_loader/reload). vLLM then copies the new values of
+        the layer's parameters into the first ones, whose addresses CUDA graphs hold."""
+        self._prepare(layer)
+        self._drop_input_scales(layer)
+        experts = self.experts
+        experts.report.loaded(experts.name, experts.choice, experts.device, experts.lora)
+
+    def _prepare(self, layer: RoutedExperts) -> None:
+        raise NotImplementedError
+
+    @staticmethod
+    def _drop_input_scales(layer: RoutedExperts) -> None:
+        for name in _INPUT_SCALES:
+            if hasattr(layer, name):
+                delattr(layer, name)
+
+
+class QeRLExpertsMethod(_NVFP4Experts):
+    """Experts on a kernel of ours, with the weights as the checkpoint has them.
+
+    Args:
+        experts: what was decided; its backend is one of ours
+            (:class:`~qerl_verl.rollout.candidates.ExpertsKernel`).
+        moe: vLLM's configuration of the layer.
+
+    Attributes:
+        capture: called with the expert numbers ``[T, k]`` of each batch where this method routes
+            (``is_monolithic``), or None. vLLM's routers have a hook of their own.
+    """
+
+    use_global_sf = False
+    group_size = BLOCK_SIZE
+    capture: Callable[[torch.Tensor], None] | None = None
+
+    def __init__(self, experts: Experts, moe):
+        FusedMoEMethodBase.__init__(self, moe)  # vLLM's constructor would choose a kernel of vLLM's
+        self.experts = experts
+
+    @property
+    def supports_eplb(self) -> bool:
+        return False
+
+    @property
+    def is_monolithic(self) -> bool:
+        """Whether vLLM leaves the routing to this method. Its routers have kernels for GPUs alone."""
+        return self.experts.device.type == "cpu"
+
+    def get_fused_moe_quant_config(self, layer: RoutedExperts) -> None:
+        """None: there is no kernel of vLLM's to configure."""
+
+    def _prepare(self, layer: RoutedExperts) -> None:
+        alphas = expert_alphas(layer.w13_weight_global_scale.data, layer.w2_weight_global_scale.data)
+        for name, alpha in zip(("w13", "w2"), alphas, strict=True):
+            layer.register_parameter(f"qerl_{name}_alpha", Parameter(alpha, requires_grad=False))
+
+    def apply(
+        self,
+        layer: RoutedExperts,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        shared_experts=None,
+        shared_experts_input: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """``[T, H]`` to ``[T, H]``; with tensor or expert parallelism a part of the sum over ranks.
+
+        Shared experts are run by vLLM's runner, beside a method that has no ``moe_kernel``.
+        """
+        if layer.expert_map is not None:
+            topk_ids = layer.expert_map[topk_ids.long()]
+        gate_up = ExpertWeights(layer.w13_weight_packed, layer.w13_weight_scale, layer.qerl_w13_alpha)
+        down = ExpertWeights(layer.w2_weight_packed, layer.w2_weight_scale, layer.qerl_w2_alpha)
+        return self.experts.choice.backend.experts(x, topk_weights, topk_ids, gate_up, down)
+
+    def apply_monolithic(
+        self,
+        layer: RoutedExperts,
+        x: torch.Tensor,
+        router_logits: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """:meth:`apply` of the experts that ``router_logits`` ``[T, E]`` choose."""
+        weights, chosen = route_softmax(router_logits, layer.top_k, layer.renormalize)
+        if self.capture is not None:
+            self.capture(chosen)
+        return self.apply(layer, x, weights, chosen)
+
+
+class VLLMExpertsMethod(_NVFP4Experts):
+    """Experts on the kernel that vLLM chooses for 16-bit activations, Marlin.
+
+    Args:
+        experts: what was decided.
+        moe: vLLM's configuration of the layer.
+    """
+
+    def __init__(self, experts: Experts, moe):
+        super().__init__(moe, experts.name, use_a16=True)
+        self.experts = replace(experts, choice=replace(experts.choice, backend=VLLMKernel(self.experts_cls.__name__)))
+
+    def _prepare(self, layer: RoutedExperts) -> None:
+        """vLLM's, with three things mended.
+
+        - It takes gate's global scale for up as well: what up's differs by goes into down's.
+        - vLLM 0.24 keeps the factors made of the global scales as plain attributes, which a reload
+          does not copy to where CUDA graphs read them.
+        - After a reload it would make a second kernel on the tensors of the reload, which are
+          copied into the first one's and would stay in memory beside them.
+        """
+        for name in _INPUT_SCALES:
+            if not hasattr(layer, name):  # read, and not used without quantized activations
+                setattr(layer, name, torch.ones(1, device=layer.w13_weight_packed.device))
+        gate, up = layer.w13_weight_global_scale.data.unbind(1)
+        layer.w2_weight_global_scale.data.mul_(up / gate)
+        up.copy_(gate)
+        first, config = self.moe_kernel, self.moe_quant_config
+        CompressedTensorsW4A4Nvfp4MoEMethod.process_weights_after_loading(self, layer)
+        for name in ("w13_weight_scale_2", "w2_weight_scale_2"):
+            factor = getattr(layer, name)
+            if not isinstance(factor, Parameter):
+                delattr(layer, name)
+                layer.register_parameter(name, Parameter(factor, requires_grad=False))
+        if first is not None:
+            self.moe_kernel, self.moe_quant_config = first, config
