@@ -133,6 +133,20 @@ def log_probabilities(model, prompt: list[int]) -> torch.Tensor:
     return logits.gather(-1, torch.tensor(prompt[1:])[:, None])[:, 0].double()
 
 
+def _stack_experts(state: dict[str, torch.Tensor], config) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint under transformers' names, with the experts of a layer in one."""
+    rows: dict[str, list[torch.Tensor]] = {}
+    for name in [name for name in state if ".experts." in name]:
+        module, _, rest = name.partition(".experts.")
+        expert, projection, _ = rest.split(".")
+        stack = "down_proj" if projection == "down_proj" else "gate_up_proj"
+        place = rows.setdefault(
+            f"{module}.experts.{stack}", [None] * (config.num_experts * (1 + (stack != projection)))
+        )
+        place[int(expert) if stack == projection else 2 * int(expert) + (projection == "up_proj")] = state.pop(name)
+    return state | {n: torch.cat(t).view(config.num_experts, -1, t[0].shape[1]) for n, t in rows.items()}
+
+
 class Reference:
     """transformers' model with the decoded weights of an NVFP4 checkpoint in float64, and beside it
     in float32.
@@ -161,9 +175,12 @@ class Reference:
                 state[name] = tensor.float()
         config = AutoConfig.from_pretrained(checkpoint)
         del config.quantization_config
+        state = _stack_experts(state, config)
         self.models = []
         for dtype in (torch.float64, torch.float32):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager").eval()
+            if hasattr(model, "set_experts_implementation"):  # the default takes no float64
+                model.set_experts_implementation("eager")
             missing, unexpected = model.load_state_dict(state, strict=False)
             assert not unexpected and set(missing) <= {"lm_head.weight"}
             model.tie_weights()

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.utils._triton import has_triton
 
+from qerl_verl.nvfp4.experts import NVFP4Experts
+from qerl_verl.nvfp4.experts import gated as plain_gated
 from qerl_verl.platform.compilers import missing_compiler
 
 RECOMPILE_LIMIT = 32
@@ -32,16 +34,12 @@ def unavailable(device: torch.device) -> str | None:
     return missing_compiler(device.type)
 
 
-def _gated(act_fn: nn.Module, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    return act_fn(gate) * up
-
-
 class CompiledMLP(nn.Module):
     """``down_proj(act_fn(gate_proj(x)) * up_proj(x))``, as :data:`GATED_MLPS` compute it, with one kernel between the products.
 
     Args:
         mlp: its parts are taken over under their names, so parameters keep theirs.
-        gated: :func:`_gated`, compiled.
+        gated: :func:`qerl_verl.nvfp4.experts.gated`, compiled.
     """
 
     def __init__(self, mlp: nn.Module, gated: Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]):
@@ -74,10 +72,13 @@ def compile_layers(model: nn.Module, **options) -> str:
         options["recompile_limit"] = RECOMPILE_LIMIT
     else:  # of the process; later PyTorch has settings by thread and task, and the argument
         torch._dynamo.config.recompile_limit = max(RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
-    gated, names = torch.compile(_gated, dynamic=True, **options), set()
+    gated, names = torch.compile(plain_gated, dynamic=True, **options), set()
     for name, module in list(model.named_modules()):
         parent, _, leaf = name.rpartition(".")
-        if type(module).__name__ in GATED_MLPS:
+        if isinstance(module, NVFP4Experts):
+            module.gated = gated
+            names.add(f"{leaf}.act_fn")
+        elif type(module).__name__ in GATED_MLPS:
             setattr(model.get_submodule(parent), leaf, CompiledMLP(module, gated))
             names.add(f"{leaf}.act_fn")
         elif "norm" in leaf:

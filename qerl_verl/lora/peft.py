@@ -12,6 +12,7 @@ from torch import nn
 
 from qerl_verl.kernels.nvfp4_lora_linear import nvfp4_lora_linear
 from qerl_verl.lora.targets import last_names
+from qerl_verl.nvfp4.experts import PROJECTIONS, is_experts
 from qerl_verl.nvfp4.linear import NVFP4Linear
 
 
@@ -69,12 +70,19 @@ class NVFP4LoraLinear(Linear):
 
 
 def adaptable_layers(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Full name -> (output, input features) of all linears but the output layer."""
+    """Full name -> (output, input features) of all linears but the output layer.
+
+    Beside experts those of MLPs are left out, since PEFT takes their names for the experts'
+    (:meth:`qerl_verl.nvfp4.architectures.Architecture.adaptable`).
+    """
+    beside_experts = any(is_experts(module) for module in model.modules())
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     return {
         name: (module.out_features, module.in_features)
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | NVFP4Linear) and module is not output
+        if isinstance(module, nn.Linear | NVFP4Linear)
+        and module is not output
+        and not (beside_experts and name.endswith(PROJECTIONS))
     }
 
 

@@ -282,9 +282,15 @@ class Architecture:
         return layer | {f"{linear}.bias": linears[linear][:1] for linear in self._linears_of(tuple(biased))}
 
     def adaptable(self, linears: Iterable[str]) -> list[str]:
-        """Those of a model's packed linears that can have a LoRA adapter: all but the experts'."""
-        within = f".{self.experts.module}." if self.experts else None
-        return [name for name in linears if within is None or within not in name]
+        """Those of a model's packed linears that can have a LoRA adapter: all, or beside experts those
+        of the attention alone.
+
+        PEFT 0.21 takes gate_proj, up_proj and down_proj in ``target_modules`` for the experts' 3-D
+        parameters in such a model, also where a layer has an MLP of these names
+        (peft/utils/transformers_weight_conversion.py, _convert_peft_config_moe).
+        """
+        attention = tuple(f".{linear}" for linear in self._linears_of(_ATTENTION))
+        return [name for name in linears if self.experts is None or name.endswith(attention)]
 
     def routers(self, config: Any) -> tuple[str, ...]:
         """Full names of the routers, linears that stay in 16 bits."""

@@ -340,7 +340,8 @@ def linear_shapes(path: str | Path) -> dict[str, tuple[int, int]]:
 
 
 def adaptable_shapes(path: str | Path) -> dict[str, tuple[int, int]]:
-    """The same of the linears that can have a LoRA adapter, which are all but those of experts.
+    """The same of the linears that can have a LoRA adapter, see
+    :meth:`~qerl_verl.nvfp4.architectures.Architecture.adaptable`.
 
     Raises:
         UnsupportedArchitecture, CheckpointError: as :func:`linear_shapes`.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from safetensors import safe_open
 from torch import nn
 
 from qerl_verl.kernels.backends import KernelCount
+from qerl_verl.nvfp4.experts import PROJECTIONS, STACKS, NVFP4Experts, is_experts
 from qerl_verl.nvfp4.linear import NVFP4Linear
 from qerl_verl.nvfp4.unused_tensors import is_unused
 
@@ -55,7 +57,8 @@ def swap_linears(
     dtype: torch.dtype,
     storage_dtype: torch.dtype = torch.uint8,
 ) -> None:
-    """Replace the named ``nn.Linear`` modules by empty :class:`NVFP4Linear` modules on the same device.
+    """Replace the named ``nn.Linear`` modules by empty :class:`NVFP4Linear` modules on the same device, and experts
+    whose linears are named by :class:`NVFP4Experts`.
 
     Args:
         model: built from the checkpoint's configuration, usually on the meta device.
@@ -64,10 +67,17 @@ def swap_linears(
         storage_dtype: see :class:`NVFP4Linear`.
 
     Raises:
-        ValueError: a name that is no linear layer of the model.
+        ValueError: a name that is no linear layer of the model; or some of the experts of a layer.
     """
     modules = dict(model.named_modules())
-    for name in sorted(names):
+    of_experts: dict[str, set[str]] = {}
+    for name in names:
+        if (found := _EXPERT_LINEAR.fullmatch(name)) and found[1] in modules:
+            of_experts.setdefault(found[1], set()).add(name)
+    for name, linears in sorted(of_experts.items()):
+        parent, _, child = name.rpartition(".")
+        setattr(modules[parent], child, _empty_experts(name, modules[name], linears, storage_dtype))
+    for name in sorted(names.difference(*of_experts.values())):
         linear = modules.get(name)
         if not isinstance(linear, nn.Linear):
             raise ValueError(f"the checkpoint holds {name} in NVFP4, but the model has no linear layer of that name")
@@ -86,6 +96,28 @@ def swap_linears(
         setattr(modules[parent], child, new)
 
 
+_EXPERT_LINEAR = re.compile(r"(.+)\.\d+\.(?:gate|up|down)_proj")
+
+
+def _empty_experts(name: str, experts: nn.Module, linears: set[str], storage_dtype: torch.dtype) -> NVFP4Experts:
+    """In the place of transformers' experts (``gate_up_proj`` ``[E, 2 I, H]``, ``down_proj`` ``[E, H, I]``)."""
+    try:
+        count, hidden, inner = experts.down_proj.shape
+        device = experts.down_proj.device
+    except (AttributeError, ValueError) as error:
+        raise ValueError(
+            f"the checkpoint holds the experts of {name} in NVFP4, but the model has none there"
+        ) from error
+    expected = {f"{name}.{expert}.{projection}" for expert in range(count) for projection in PROJECTIONS}
+    if linears != expected:
+        odd = sorted(expected ^ linears)[0]
+        raise ValueError(f"{name}: the checkpoint packs {len(linears)} linears of {count} experts; {odd} is amiss")
+    try:
+        return NVFP4Experts(count, hidden, inner, experts.act_fn, device=device, storage_dtype=storage_dtype)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
 def load_tensors(model: nn.Module, path: str | Path, dtype: torch.dtype, new_modules: tuple[str, ...] = ()) -> None:
     """Put a checkpoint's tensors into a model built by :func:`swap_linears`, one at a time.
 
@@ -98,9 +130,10 @@ def load_tensors(model: nn.Module, path: str | Path, dtype: torch.dtype, new_mod
     Raises:
         ValueError: a shape that does not fit, or tensors that the model lacks or the checkpoint does.
     """
-    joined = _parts_of_joined(model)
-    expected = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers()), **joined}
-    persistent = {n for n in model.state_dict(keep_vars=True) if not n.endswith(".weight_joined")} | set(joined)
+    holders = _parts(model)
+    parts = {name: part for part in holders for name in part.places()}
+    expected = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    persistent = set(model.state_dict(keep_vars=True)).difference(*(part.holds for part in holders)) | set(parts)
     loaded, unexpected = set(), []
     for name, tensor in iterate_tensors(path):
         if is_unused(name):
@@ -108,8 +141,8 @@ def load_tensors(model: nn.Module, path: str | Path, dtype: torch.dtype, new_mod
         if name not in persistent:
             unexpected.append(name)
             continue
-        target = expected[name]
-        if name in joined:
+        target = parts[name].places()[name] if name in parts else expected[name]
+        if name.endswith((".weight_packed", ".weight_scale")):
             tensor = tensor.view(torch.uint8)
         elif name.endswith(".weight_global_scale"):
             tensor = tensor.to(torch.float32).reshape(1)
@@ -119,8 +152,8 @@ def load_tensors(model: nn.Module, path: str | Path, dtype: torch.dtype, new_mod
             raise ValueError(
                 f"{name} of {path} has shape {tuple(tensor.shape)}, the model expects {tuple(target.shape)}"
             )
-        if name in joined:
-            _fill(model, name, tensor)
+        if name in parts:
+            parts[name].fill(name, tensor)
         else:
             _assign(model, name, tensor.clone(), requires_grad=target.requires_grad)
         loaded.add(name)
@@ -142,7 +175,7 @@ def prepack_linears(
     elsewhere: Mapping[str, str] | None = None,
     compute: str = "bf16",
 ) -> str:
-    """Choose the kernels of every :class:`NVFP4Linear` and put the weights into their layout, layer by layer on ``device``.
+    """Choose the kernels of every :class:`NVFP4Linear` and :class:`NVFP4Experts` and put the weights into their layout, layer by layer on ``device``.
 
     Args:
         model: its tensors stay where they are; layers on the meta device get the kernels and no data.
@@ -166,30 +199,77 @@ def prepack_linears(
             choice = layer.use_backend(device, wanted, dtype, name=name, elsewhere=elsewhere, compute=compute)
             count.add(name, choice, device)
             backends[layer.out_features, layer.in_features] = layer.backend
+        elif isinstance(layer, NVFP4Experts):
+            choices = layer.use_backend(device, wanted, dtype, name=name, elsewhere=elsewhere)
+            for stack, choice in choices.items():
+                count.add(f"{name}.{stack}", choice, device)
     for shape, backend in backends.items():
         if said := backend.tune(device, *shape):
             print(f"[qerl] kernel: {said}", flush=True)
     return str(count)
 
 
-def _parts_of_joined(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The names that a checkpoint has for the two parts of each ``weight_joined``, and views of them."""
-    parts = {}
-    for name, module in model.named_modules():
+class _Parts:
+    """A module whose parameters hold several tensors of the checkpoint each.
+
+    Attributes:
+        holds: full names of those parameters and buffers.
+
+    Args:
+        name: of the module.
+        module: an NVFP4 layer, or transformers' experts in 16 bits.
+    """
+
+    def __init__(self, name: str, module: nn.Module):
+        self._prefix, self._module = f"{name}.", module
+        if isinstance(module, NVFP4Linear):
+            leaves = ("weight_joined",)
+        elif isinstance(module, NVFP4Experts):
+            leaves = ("weight_joined", "weight_global_scale")
+        else:
+            leaves = tuple(STACKS)
+        self.holds = {self._prefix + leaf for leaf in leaves}
+        self._leaves, self._places = leaves, self._find()
+
+    def _find(self) -> dict[str, torch.Tensor]:
+        module = self._module
         if isinstance(module, NVFP4Linear):
             packed, scale = module.weight_bytes()
-            parts |= {f"{name}.weight_packed": packed, f"{name}.weight_scale": scale}
-    return parts
+            parts = {"weight_packed": packed, "weight_scale": scale}
+        elif isinstance(module, NVFP4Experts):
+            parts = module.parts()
+        else:
+            parts = {
+                f"{expert}.{projection}.weight": piece
+                for stack, projections in STACKS.items()
+                for expert, rows in enumerate(getattr(module, stack).detach())
+                for projection, piece in zip(projections, rows.chunk(len(projections)), strict=True)
+            }
+        return {self._prefix + name: view for name, view in parts.items()}
+
+    def places(self) -> dict[str, torch.Tensor]:
+        """Full name of a checkpoint's tensor -> view of its place."""
+        return self._places
+
+    def fill(self, name: str, tensor: torch.Tensor) -> None:
+        """Copy a tensor to its place; the first one brings the module's memory into being."""
+        if self._places[name].is_meta:
+            for leaf in self._leaves:
+                empty = torch.empty_like(getattr(self._module, leaf), device=tensor.device)
+                if leaf in self._module._parameters:
+                    empty = nn.Parameter(empty, requires_grad=False)
+                setattr(self._module, leaf, empty)
+            self._places = self._find()
+        self._places[name].copy_(tensor)
 
 
-def _fill(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
-    """Copy one part into its layer's ``weight_joined``, which the first part brings into being."""
-    owner, _, leaf = name.rpartition(".")
-    layer = model.get_submodule(owner)
-    if layer.weight_bytes()[0].is_meta:
-        empty = torch.empty_like(layer.weight_joined, device=tensor.device)
-        layer.weight_joined = nn.Parameter(empty, requires_grad=False)
-    layer.weight_bytes()[leaf == "weight_scale"].copy_(tensor)
+def _parts(model: nn.Module) -> list[_Parts]:
+    """The modules of a model that hold several tensors of a checkpoint in one parameter."""
+    return [
+        _Parts(name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, NVFP4Linear) or is_experts(module)
+    ]
 
 
 def _assign(model: nn.Module, name: str, tensor: torch.Tensor, requires_grad: bool) -> None:

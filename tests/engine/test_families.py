@@ -1,7 +1,7 @@
 """Every family in verl's FSDP2 engine: a step of training, however its sequences are laid out."""
 
 import pytest
-from tiny_families import DENSE, make_family
+from tiny_families import FAMILIES, make_family
 
 from qerl_verl.nvfp4.checkpoint import quantize_checkpoint
 from qerl_verl.quickstart.tiny_model import build_tokenizer
@@ -10,12 +10,12 @@ PACKED = {"use_remove_padding": True, "packed_attention": True}
 VARIANTS = {"padded": {}, "packed": PACKED, "chunks": PACKED | {"use_fused_kernels": True}}
 """Padded rows with SDPA; one packed row with the package's attention; the same with
 log-probabilities from the output layer."""
-QUICK = ("Gemma3ForCausalLM", "GraniteForCausalLM")
-"""Layers with and without a window, and a model that divides its logits."""
+QUICK = ("Gemma3ForCausalLM", "GraniteForCausalLM", "Qwen3MoeForCausalLM")
+"""Layers with and without a window, a model that divides its logits, and a mixture of experts."""
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in DENSE]
+    "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in FAMILIES]
 )
 def test_a_family_trains_the_same_however_its_sequences_are_laid_out(run_engine, tmp_path, name):
     """In float32 with gradient checkpointing; the loss, and the norm of the gradients, of two
