@@ -22,7 +22,7 @@ from qerl_verl.kernels.nvfp4_linear import scaled_mm
 
 
 @dataclass(frozen=True)
-class ExpertWeights:
+class ExpertStack:
     """One matrix of each expert.
 
     Attributes:
@@ -41,7 +41,7 @@ class ExpertWeights:
 
 
 def expert_alphas(gate_up: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The factors of :class:`ExpertWeights` from a checkpoint's global scales.
+    """The factors of :class:`ExpertStack` from a checkpoint's global scales.
 
     Args:
         gate_up: ``[E, 2]`` float32, ``weight_global_scale`` of gate and up.
@@ -75,8 +75,8 @@ def nvfp4_experts_reference(
     x: torch.Tensor,
     weights: torch.Tensor,
     chosen: torch.Tensor,
-    gate_up: ExpertWeights,
-    down: ExpertWeights,
+    gate_up: ExpertStack,
+    down: ExpertStack,
 ) -> torch.Tensor:
     """What the chosen experts make of each token.
 

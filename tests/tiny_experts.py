@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from qerl_verl.kernels.nvfp4_dequantize import dequantize_nvfp4
-from qerl_verl.kernels.nvfp4_experts import ExpertWeights, expert_alphas
+from qerl_verl.kernels.nvfp4_experts import ExpertStack, expert_alphas
 from qerl_verl.kernels.nvfp4_quantize import nvfp4_global_scale, quantize_nvfp4
 
 LINEARS = ("gate_proj", "up_proj", "down_proj")
@@ -54,11 +54,11 @@ class TinyExperts:
 
         return tuple(torch.stack(join(part, 0)) for part in ("weight_packed", "weight_scale", "weight_global_scale"))
 
-    def weights(self) -> tuple[ExpertWeights, ExpertWeights]:
+    def weights(self) -> tuple[ExpertStack, ExpertStack]:
         """For the kernels, with factors in float64."""
         gate_up, down = self.stacked("gate_proj", "up_proj"), self.stacked("down_proj")
         alphas = expert_alphas(gate_up[2].double(), down[2][:, 0].double())
-        return ExpertWeights(*gate_up[:2], alphas[0]), ExpertWeights(*down[:2], alphas[1])
+        return ExpertStack(*gate_up[:2], alphas[0]), ExpertStack(*down[:2], alphas[1])
 
     def compute(self, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
         """Token by token in float64; a negative expert adds nothing."""

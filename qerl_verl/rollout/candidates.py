@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 
 from qerl_verl.kernels.backends import Candidate, get_backend
-from qerl_verl.kernels.nvfp4_experts import ExpertWeights, nvfp4_experts_reference
+from qerl_verl.kernels.nvfp4_experts import ExpertStack, nvfp4_experts_reference
 
 
 class VLLMKernel(Candidate):
@@ -67,8 +67,8 @@ class ExpertsKernel(Candidate):
         x: torch.Tensor,
         weights: torch.Tensor,
         chosen: torch.Tensor,
-        gate_up: ExpertWeights,
-        down: ExpertWeights,
+        gate_up: ExpertStack,
+        down: ExpertStack,
     ) -> torch.Tensor:
         """As :func:`qerl_verl.kernels.nvfp4_experts.nvfp4_experts_reference`."""
         raise NotImplementedError

@@ -22,7 +22,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 
 from qerl_verl.kernels.backends import Choice, choose_backend
 from qerl_verl.kernels.nvfp4_dequantize import BLOCK_SIZE
-from qerl_verl.kernels.nvfp4_experts import ExpertWeights, expert_alphas, route_softmax
+from qerl_verl.kernels.nvfp4_experts import ExpertStack, expert_alphas, route_softmax
 from qerl_verl.rollout.candidates import ExpertsKernel, VLLMKernel, expert_candidates
 from qerl_verl.rollout.lora import LoraSettings
 from qerl_verl.rollout.scheme import SETTING, KernelReport
@@ -215,8 +215,8 @@ class QeRLExpertsMethod(_NVFP4Experts):
         """
         if layer.expert_map is not None:
             topk_ids = layer.expert_map[topk_ids.long()]
-        gate_up = ExpertWeights(layer.w13_weight_packed, layer.w13_weight_scale, layer.qerl_w13_alpha)
-        down = ExpertWeights(layer.w2_weight_packed, layer.w2_weight_scale, layer.qerl_w2_alpha)
+        gate_up = ExpertStack(layer.w13_weight_packed, layer.w13_weight_scale, layer.qerl_w13_alpha)
+        down = ExpertStack(layer.w2_weight_packed, layer.w2_weight_scale, layer.qerl_w2_alpha)
         return self.experts.choice.backend.experts(x, topk_weights, topk_ids, gate_up, down)
 
     def apply_monolithic(

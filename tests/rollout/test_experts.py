@@ -18,7 +18,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 from vllm.model_executor.model_loader import reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
-from qerl_verl.kernels.nvfp4_experts import ExpertWeights, nvfp4_experts_reference, route_softmax
+from qerl_verl.kernels.nvfp4_experts import ExpertStack, nvfp4_experts_reference, route_softmax
 from qerl_verl.nvfp4.checkpoint import QUANTIZATION_CONFIG
 from qerl_verl.rollout.candidates import PyTorchExperts, VLLMExperts, VLLMKernel, expert_candidates
 from qerl_verl.rollout.experts import QeRLExpertsMethod, VLLMExpertsMethod
@@ -148,8 +148,8 @@ class MarlinOnTheCPU:
 
     def apply(self, x, w13, w2, topk_weights, topk_ids, *, expert_map, **kwargs):
         c = self.config
-        gate_up = ExpertWeights(w13.flip(-1), c["w13_scale"].flip(-1), c["w13_scale_2"])
-        down = ExpertWeights(w2.flip(-1), c["w2_scale"].flip(-1), c["w2_scale_2"])
+        gate_up = ExpertStack(w13.flip(-1), c["w13_scale"].flip(-1), c["w13_scale_2"])
+        down = ExpertStack(w2.flip(-1), c["w2_scale"].flip(-1), c["w2_scale_2"])
         chosen = topk_ids if expert_map is None else expert_map[topk_ids]
         return nvfp4_experts_reference(x, topk_weights, chosen, gate_up, down)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_families import DENSE, Reference, make_adapter, make_family
+from tiny_families import FAMILIES, Reference, make_adapter, make_family
 
 from qerl_verl.aqn.noise import draw_noise
 from qerl_verl.nvfp4.architectures import get_architecture
@@ -21,9 +21,9 @@ pytestmark = [
 ]
 
 SCRIPT = Path(__file__).parent / "families_process.py"
-QUICK = ("Gemma3ForCausalLM", "Phi3ForCausalLM", "SmolLM3ForCausalLM")
+QUICK = ("Gemma3ForCausalLM", "Phi3ForCausalLM", "SmolLM3ForCausalLM", "Qwen3MoeForCausalLM")
 """Norms of their own, linears that the checkpoint fuses, a model that vLLM runs through
-transformers' code."""
+transformers' code, a mixture of experts."""
 PROMPTS = [list(range(3, 35)), list(range(90, 50, -1)), [7, 7, 8, 9] * 9]
 """Longer than the sliding windows of the tiny models."""
 NOISE = {"seed": 3, "step": 5, "sigma": 0.05}
@@ -62,11 +62,11 @@ def quick(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def others(tmp_path_factory):
-    return look_at([name for name in DENSE if name not in QUICK], tmp_path_factory.mktemp("families"))
+    return look_at([name for name in FAMILIES if name not in QUICK], tmp_path_factory.mktemp("families"))
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in DENSE]
+    "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in FAMILIES]
 )
 def test_a_family_in_the_rollout(request, name):
     """Log-probabilities are those of a float64 model with the decoded weights: without adapter,
