@@ -136,25 +136,21 @@ def run_variant(name: str, args: argparse.Namespace) -> dict:
     return result
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="7B")
-    parser.add_argument("--variants", nargs="*", default=["bf16_lora", "nvfp4_lora"], choices=VARIANTS)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those of this script but its shape and variants."""
     parser.add_argument("--sequences", type=int, nargs="*", default=[1, 8, 64, 256])
     parser.add_argument("--tensor-parallel", type=int, default=1, help="GPUs that share the model")
     parser.add_argument("--generated", type=int, default=GENERATED, help="tokens a sequence")
     parser.add_argument("--work", default="/tmp/qerl-bench", help="where the random models are written")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--variant", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.variant:
-        print("RESULT " + json.dumps(run_variant(args.variant, args)), flush=True)
-        return
 
+
+def run_variants(args: argparse.Namespace) -> dict:
+    """Each variant in a process of its own, with a line for it; what they measured, and with what."""
     import torch
 
     out = {
-        "command": "python benchmarks/bench_rollout.py " + " ".join(sys.argv[1:]),
+        "command": f"python benchmarks/{Path(sys.argv[0]).name} " + " ".join(sys.argv[1:]),
         "shape": args.shape,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "tensor_parallel": args.tensor_parallel,
@@ -186,9 +182,14 @@ def main() -> None:
             f"{name:20} start {run['start_s']:.0f} s  tokens/s {speeds}  prefill {run['prefill_s'] * 1e3:.1f} ms",
             flush=True,
         )
+    return out
+
+
+def add_ratios(out: dict, baseline: str) -> None:
+    """Compare the variants of :func:`run_variants` with one of them, where that was measured."""
     runs = {r["variant"]: r for r in out["runs"] if "decode" in r}
-    if base := runs.get("bf16_lora"):
-        out["ratio_to_bf16_lora"] = {
+    if base := runs.get(baseline):
+        ratios_of = out[f"ratio_to_{baseline}"] = {
             name: {
                 **{s: d["tokens_per_s"] / base["decode"][s]["tokens_per_s"] for s, d in run["decode"].items()},
                 **{
@@ -199,8 +200,22 @@ def main() -> None:
             }
             for name, run in runs.items()
         }
-        for name, ratios in out["ratio_to_bf16_lora"].items():
+        for name, ratios in ratios_of.items():
             print(f"{name:20} " + "  ".join(f"{k}: {v:.2f}x" for k, v in ratios.items()), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="7B")
+    parser.add_argument("--variants", nargs="*", default=["bf16_lora", "nvfp4_lora"], choices=VARIANTS)
+    parser.add_argument("--variant", help=argparse.SUPPRESS)
+    add_arguments(parser)
+    args = parser.parse_args()
+    if args.variant:
+        print("RESULT " + json.dumps(run_variant(args.variant, args)), flush=True)
+        return
+    out = run_variants(args)
+    add_ratios(out, "bf16_lora")
     if args.json:
         args.json.write_text(json.dumps(out, indent=1) + "\n")
 

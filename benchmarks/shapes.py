@@ -11,7 +11,19 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-SHAPES = {
+
+class Shapes(dict):
+    """Name -> settings of ``config.json``. ``BASE-N`` is BASE with N layers, where it has no entry of
+    its own."""
+
+    def __missing__(self, name: str) -> dict:
+        base, _, layers = name.rpartition("-")
+        if base not in self or not layers.isdecimal():
+            raise KeyError(f"{name}: choose one of {', '.join(self)}, or one of them with -N behind it for N layers")
+        return {**self[base], "num_hidden_layers": int(layers)}
+
+
+SHAPES = Shapes({
     # Qwen2.5-7B
     "7B": {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
            "num_key_value_heads": 4, "vocab_size": 152064, "tie_word_embeddings": False},
@@ -28,30 +40,58 @@ SHAPES = {
     # to try a benchmark on the CPU
     "tiny": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4,
              "num_key_value_heads": 2, "vocab_size": 1024, "tie_word_embeddings": False},
-}  # fmt: skip
+    # Qwen3-30B-A3B, a mixture of experts
+    "30B-A3B": {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 48, "num_attention_heads": 32,
+                "num_key_value_heads": 4, "head_dim": 128, "vocab_size": 151936, "tie_word_embeddings": False,
+                "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True},
+    "tiny-moe": {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
+                 "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 1024, "tie_word_embeddings": False,
+                 "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True},
+})  # fmt: skip
 RANK = 32
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def config(shape: str) -> dict:
-    """Qwen2's ``config.json`` in bfloat16."""
+    """``config.json`` in bfloat16: Qwen2's, or Qwen3-MoE's for a shape with experts."""
+    architecture, model_type = ("Qwen3MoeForCausalLM", "qwen3_moe") if has_experts(shape) else ("Qwen2ForCausalLM", "qwen2")
     return {
-        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu", "rms_norm_eps": 1e-6,
+        "architectures": [architecture], "model_type": model_type, "hidden_act": "silu", "rms_norm_eps": 1e-6,
         "rope_theta": 1e6, "max_position_embeddings": 32768, "torch_dtype": "bfloat16", "bos_token_id": 1, "eos_token_id": 2,
         "use_sliding_window": False, **SHAPES[shape],
     }  # fmt: skip
 
 
+def has_experts(shape: str) -> bool:
+    """Whether the MLPs are mixtures of experts."""
+    return "num_experts" in SHAPES[shape]
+
+
 def linears(shape: str) -> dict[str, tuple[int, int]]:
-    """Name within a layer and ``(rows, columns)`` of each linear."""
+    """Name within a layer and ``(rows, columns)`` of each linear that takes an adapter; experts take
+    none."""
     c = SHAPES[shape]
     hidden, inner = c["hidden_size"], c["intermediate_size"]
-    kv = hidden // c["num_attention_heads"] * c["num_key_value_heads"]
-    return {
-        "self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (kv, hidden), "self_attn.v_proj": (kv, hidden),
-        "self_attn.o_proj": (hidden, hidden), "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden),
-        "mlp.down_proj": (hidden, inner),
+    head = c.get("head_dim", hidden // c["num_attention_heads"])
+    heads, kv = head * c["num_attention_heads"], head * c["num_key_value_heads"]
+    attention = {
+        "self_attn.q_proj": (heads, hidden), "self_attn.k_proj": (kv, hidden), "self_attn.v_proj": (kv, hidden),
+        "self_attn.o_proj": (hidden, heads),
     }  # fmt: skip
+    if has_experts(shape):
+        return attention
+    return attention | {
+        "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner),
+    }  # fmt: skip
+
+
+def expert_linears(shape: str) -> dict[str, tuple[int, int]]:
+    """The same of the experts' linears, of which the checkpoint holds one each."""
+    c = SHAPES[shape]
+    hidden, inner = c["hidden_size"], c.get("moe_intermediate_size")
+    sizes = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
+    experts = range(c.get("num_experts", 0))
+    return {f"mlp.experts.{expert}.{name}": size for expert in experts for name, size in sizes.items()}
 
 
 def write_config(folder: Path, shape: str, quantized: bool) -> Path:
@@ -60,7 +100,11 @@ def write_config(folder: Path, shape: str, quantized: bool) -> Path:
     if quantized:
         from qerl_verl.nvfp4.checkpoint import QUANTIZATION_CONFIG
 
-        content["quantization_config"] = QUANTIZATION_CONFIG
+        routers = ["re:.*mlp.gate$"] if has_experts(shape) else []
+        content["quantization_config"] = {
+            **QUANTIZATION_CONFIG,
+            "ignore": [*QUANTIZATION_CONFIG["ignore"], *routers],
+        }
     (folder / "config.json").write_text(json.dumps(content, indent=1))
     return folder
 
@@ -87,15 +131,19 @@ def write_nvfp4(folder: Path, shape: str, device: str = DEVICE) -> Path:
     for layer in range(c["num_hidden_layers"]):
         tensors = {}
         prefix = f"model.layers.{layer}."
-        for name, (rows, columns) in linears(shape).items():
+        for name, (rows, columns) in (linears(shape) | expert_linears(shape)).items():
             tensors[f"{prefix}{name}.weight_packed"] = torch.randint(
                 0, 256, (rows, columns // 2), dtype=torch.uint8, device=device
             )
             scale = torch.rand(rows, columns // 16, device=device) * 300 + 20
             tensors[f"{prefix}{name}.weight_scale"] = scale.to(torch.float8_e4m3fn)
             tensors[f"{prefix}{name}.weight_global_scale"] = torch.full((1,), 3e4 * (columns / 3584) ** 0.5)
-            if name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
+            if not has_experts(shape) and name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
                 tensors[f"{prefix}{name}.bias"] = normal(rows)
+        if has_experts(shape):
+            tensors[f"{prefix}mlp.gate.weight"] = normal(c["num_experts"], hidden)
+            for norm in ("q_norm", "k_norm"):
+                tensors[f"{prefix}self_attn.{norm}.weight"] = 1 + normal(c["head_dim"])
         for norm in ("input_layernorm", "post_attention_layernorm"):
             tensors[f"{prefix}{norm}.weight"] = 1 + normal(hidden)
         save(f"model-{layer:02}.safetensors", tensors)

@@ -1,0 +1,40 @@
+"""The random models of the benchmarks, and what the benchmark of a mixture says of its speed."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from qerl_verl.nvfp4.checkpoint import adaptable_shapes, validate_nvfp4_checkpoint
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
+import bench_moe  # noqa: E402
+import shapes  # noqa: E402
+
+
+@pytest.mark.parametrize("shape", ["tiny", "tiny-moe"])
+def test_a_random_checkpoint_is_a_valid_one(tmp_path, shape):
+    folder = shapes.write_nvfp4(tmp_path / shape, shape)
+    validate_nvfp4_checkpoint(folder)
+    layers = range(shapes.SHAPES[shape]["num_hidden_layers"])
+    adapted = {f"model.layers.{i}.{name}": s for i in layers for name, s in shapes.linears(shape).items()}
+    assert adaptable_shapes(folder) == adapted
+
+
+def test_a_shape_may_have_fewer_layers():
+    whole = shapes.SHAPES["30B-A3B"]
+    assert shapes.SHAPES["30B-A3B-24"] == whole | {"num_hidden_layers": 24}
+    assert shapes.SHAPES["7B-2"]["vocab_size"] == 32768  # an entry of its own
+    for name in ("30B-A3B-x", "9B-2", "9B"):
+        with pytest.raises(KeyError, match="choose one of 7B, "):
+            shapes.SHAPES[name]
+
+
+@pytest.mark.parametrize(
+    ("sequences", "ratio", "verdict"),
+    [(1, 2.0, "the aim is met"), (1, 1.9, "enough"), (1, 1.2, "too slow"), (256, 1.0, "enough")],
+)
+def test_a_speed_is_judged_by_its_target(sequences, ratio, verdict):
+    line = bench_moe.judge({f"decode {sequences}": ratio}, sequences)
+    assert line.startswith(f"{sequences} sequences: {ratio:.2f}x") and line.endswith(f": {verdict}")
