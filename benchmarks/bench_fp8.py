@@ -8,7 +8,8 @@ Parts:
 * ``gemm``: one projection of Qwen2.5-7B, forward and backward, in microseconds. ``cublas``: a bfloat16 weight. ``nvfp4``: the
   kernels that qerl.kernel=auto takes, measured launches. ``fp8_resident``: quantizing x, and the FP8 GEMM on a weight kept in
   E4M3, as the rollout does; ``fp8_decoded``: with the decoding in front, as the actor does; ``..._fast``: sums in the tensor
-  cores' own accumulators. ``..._lora``: with an adapter of rank 32. Backward is dL/dx alone. Errors are relative, against
+  cores' own accumulators. ``..._lora``: with an adapter of rank 32. Backward is dL/dx alone; ``backward_fp8_gemm`` is what it
+  would take in FP8 without the decoding: dL/dy times the channels' powers of two, rounded by token. Errors are relative, against
   float64: of the kernel (``of_kernel``) against what FP8 compute is defined as, and of that definition
   against the unrounded layer (``of_rounding``).
 * ``logprobs``: a random model with an adapter, its tokens sampled from its own distribution: k3 estimate of the KL
@@ -112,6 +113,7 @@ def measure_tokens(m: int, nvfp4, plain, laid_out, resident, dense, adapter) -> 
             portable.FAST_ACCUMULATION = False
 
     codes, row_scale = portable.fp8_quantize(x, ALPHA)
+    transposed = [(weight.t().contiguous(), scale) for weight, scale in resident]
     us = {
         "cublas": timed(lambda i: torch.addmm(bias, x, dense[i].t()), dense),
         "nvfp4": timed(lambda i: nvfp4.linear(x, *laid_out[i], ALPHA, bias), laid_out),
@@ -131,6 +133,7 @@ def measure_tokens(m: int, nvfp4, plain, laid_out, resident, dense, adapter) -> 
         ),
         "backward_cublas": timed(lambda i: grad @ dense[i], dense),
         "backward_nvfp4": timed(lambda i: grad @ nvfp4.block_values(*laid_out[i], torch.bfloat16), laid_out),
+        "backward_fp8_gemm": timed(lambda i: backward_in_fp8(grad, *transposed[i]), transposed),
         "backward_fp8": timed(lambda i: grad @ fp8.block_values(*plain[i], torch.bfloat16), plain),
     }
     if m <= 1024:
@@ -141,6 +144,15 @@ def measure_tokens(m: int, nvfp4, plain, laid_out, resident, dense, adapter) -> 
         )
         us["fp8_resident_lora"] = timed(lambda i: fp8.lora_linear(x, *resident[i], ALPHA, bias, *lora), resident)
     return {"us": us, "error": errors(x, grad, bias, *plain[0], fp8)}
+
+
+def backward_in_fp8(grad, codes_t, channel):
+    """dL/dx with E4M3 on both sides: ``codes_t`` is ``[K, N]``, the weight's codes transposed, ``channel`` their scales ``[N]``."""
+    rounded, scale = portable.fp8_quantize(grad * channel.bfloat16(), ALPHA)
+    ones = torch.ones(1, codes_t.shape[0], device=DEVICE)
+    return torch._scaled_mm(
+        rounded, codes_t.t(), scale_a=scale[:, None], scale_b=ones, out_dtype=torch.bfloat16, use_fast_accum=False
+    )
 
 
 def errors(x, grad, bias, packed, scale, fp8, rows: int = 2048, tokens: int = 512) -> dict:
@@ -165,6 +177,8 @@ def errors(x, grad, bias, packed, scale, fp8, rows: int = 2048, tokens: int = 51
     exact = part.double() @ weight
     out["of_gradient"] = relative(part @ fp8.block_values(*few, torch.bfloat16), part.double() @ rounded)
     out["of_gradient_rounding"] = relative(part.double() @ rounded, exact)
+    codes_t = codes[0].t().contiguous()
+    out["of_gradient_in_fp8"] = relative(backward_in_fp8(part, codes_t, codes[1]), part.double() @ rounded * ALPHA)
     return out
 
 

@@ -208,22 +208,46 @@ def run_variant(variant: str, args: argparse.Namespace) -> dict:
     return result
 
 
-def gradient_errors(shape: str, fp8: bool) -> dict:
-    """Relative error of the adapters' gradients against float32, over all of them together, on two layers."""
+def round_gradients() -> None:
+    """From now on, dL/dy goes through E4M3 on its way to dL/dx, as it would in FP8 GEMMs of the backward pass: times the powers of
+    two of the weight's channels, rounded by token. The weight of the GEMM is the unrounded one."""
+    from qerl_verl.kernels import nvfp4_lora_linear
+    from qerl_verl.kernels.nvfp4_fp8_linear import quantize_rows_reference, row_scales, through_fp8
+
+    exact = nvfp4_lora_linear._NVFP4LoraLinear.backward
+
+    def backward(ctx, grad):
+        found = list(exact(ctx, grad))
+        x, packed, scale, a, b, _ = ctx.saved_tensors
+        rows = grad.reshape(-1, grad.shape[-1])
+        weight = ctx.backend.block_values(packed, scale, rows.dtype)
+        channel = row_scales(weight.float().abs().amax(1)).to(rows.dtype)
+        rounded = through_fp8(*quantize_rows_reference(rows * channel), rows.dtype) / channel
+        grad_u = nvfp4_lora_linear.scaled(rows @ b, ctx.scaling)
+        found[0] = (grad_u @ a).addmm_(rounded, weight, alpha=ctx.alpha).view(x.shape)
+        return tuple(found)
+
+    nvfp4_lora_linear._NVFP4LoraLinear.backward = staticmethod(backward)
+
+
+def gradient_errors(shape: str, fp8: bool, layers: int) -> dict:
+    """Relative error of the adapters' gradients against float32, over all of them together."""
     sys.path.insert(0, str(HERE))
     import torch
 
     torch.backends.cuda.matmul.allow_tf32 = False
 
     def gradients(variant, dtype):
-        model, _ = build(variant, shape, 2, dtype)
+        model, _ = build(variant, shape, layers, dtype)
         make_step(model, dtype, 256, 2)()
         return {n: p.grad.float().cpu() for n, p in model.named_parameters() if p.requires_grad}
 
     exact = gradients("bf16_peft", torch.float32)
     out = {}
-    for variant in ("bf16_peft", "nvfp4", *(["nvfp4_fp8"] if fp8 else [])):
-        found = gradients(variant, torch.bfloat16)
+    for variant in ("bf16_peft", "nvfp4", *(["nvfp4_fp8", "nvfp4 with an FP8 backward pass"] if fp8 else [])):
+        if "backward" in variant:
+            round_gradients()
+        found = gradients(variant.partition(" ")[0], torch.bfloat16)
         wrong = sum(((found[n] - exact[n]).double() ** 2).sum() for n in exact)
         out[variant] = float((wrong / sum((exact[n].double() ** 2).sum() for n in exact)) ** 0.5)
     return out
@@ -242,7 +266,7 @@ def main() -> None:
     parser.add_argument("--variant", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.variant == "gradients":
-        print("RESULT " + json.dumps(gradient_errors(args.shape, "fp8" in args.variants)), flush=True)
+        print("RESULT " + json.dumps(gradient_errors(args.shape, "fp8" in args.variants, args.layers or 2)), flush=True)
         return
     if args.variant:
         print("RESULT " + json.dumps(run_variant(args.variant, args)), flush=True)

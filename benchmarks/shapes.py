@@ -54,7 +54,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 def config(shape: str) -> dict:
     """``config.json`` in bfloat16: Qwen2's, or Qwen3-MoE's for a shape with experts."""
-    architecture, model_type = ("Qwen3MoeForCausalLM", "qwen3_moe") if has_experts(shape) else ("Qwen2ForCausalLM", "qwen2")
+    architecture, model_type = (
+        ("Qwen3MoeForCausalLM", "qwen3_moe") if has_experts(shape) else ("Qwen2ForCausalLM", "qwen2")
+    )
     return {
         "architectures": [architecture], "model_type": model_type, "hidden_act": "silu", "rms_norm_eps": 1e-6,
         "rope_theta": 1e6, "max_position_embeddings": 32768, "torch_dtype": "bfloat16", "bos_token_id": 1, "eos_token_id": 2,
