@@ -16,7 +16,10 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-if "PYTEST_XDIST_WORKER" in os.environ:
+ONE_THREAD = "QERL_TEST_ONE_THREAD"
+"""Set by tests that start pytest beside other workers."""
+
+if {"PYTEST_XDIST_WORKER", ONE_THREAD} & os.environ.keys():
     # Not with OMP_NUM_THREADS=1, which a vLLM engine would inherit: vLLM 0.28 corrupts its heap on one thread when a batch mixes
     # prefill and decoding.
     torch.set_num_threads(1)

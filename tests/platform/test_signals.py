@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+from functools import partial
 
 import pytest
 
@@ -12,8 +13,9 @@ from qerl_verl.platform import signals
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-def test_what_is_under_way_cleans_up_and_a_second_signal_does_not_disturb_it(capfd, number, code):
-    before = signal.getsignal(number)
+def test_what_is_under_way_cleans_up_and_a_second_signal_does_not_disturb_it(capfd, request, number, code):
+    request.addfinalizer(partial(signal.signal, number, signal.getsignal(number)))
+    signal.signal(number, signal.SIG_DFL)  # the tests may run under nohup
     cleaned = []
     with pytest.raises(SystemExit) as ended, signals.ends_on_signals():
         try:
@@ -21,7 +23,7 @@ def test_what_is_under_way_cleans_up_and_a_second_signal_does_not_disturb_it(cap
         finally:
             signal.raise_signal(number)
             cleaned.append(True)
-    assert ended.value.code == code and cleaned == [True] and signal.getsignal(number) is before
+    assert ended.value.code == code and cleaned == [True] and signal.getsignal(number) is signal.SIG_DFL
     assert capfd.readouterr().err.count(f"[qerl] {number.name} ends this process") == 1
 
 
