@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from qerl_verl.cli.main import main
+
 RECIPES = Path(__file__).parents[2] / "recipes"
 SCRIPTS = sorted(p.name for p in RECIPES.glob("*.sh"))
 
@@ -113,13 +115,37 @@ def test_shellcheck():
     assert result.returncode == 0, result.stdout
 
 
+@pytest.fixture
+def dry_run(launch, tmp_path, monkeypatch, capsys):
+    """``dry_run(script, *arguments, **environment)``: exit code and output.
+
+    The `qerl explain` of ``run.sh`` is a process of its own, that of the others runs in this one: it takes seven seconds to start.
+    """
+    python = tmp_path / "bin" / "python-stand-in"
+    python.write_text(STAND_IN)
+    python.chmod(0o755)
+
+    def run(script, *arguments, **environment):
+        real = script == "run.sh"
+        result = launch(script, *arguments, PYTHON=sys.executable if real else str(python), **environment)
+        if real or result.returncode:
+            assert launch.calls() == []
+            return result.returncode, result.stdout + result.stderr
+        ((name, words, _, address, *_),) = launch.calls()  # nothing else was started
+        assert name == python.name and words[:3] == ["-m", "qerl_verl.cli.main", "explain"]
+        monkeypatch.setenv("RAY_ADDRESS", address) if address else monkeypatch.delenv("RAY_ADDRESS", raising=False)
+        capsys.readouterr()
+        code = main(words[2:])
+        return code, result.stdout + capsys.readouterr().out
+
+    return run
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_dry_run(launch, gsm8k_files, script):
+def test_dry_run(dry_run, gsm8k_files, script):
     arguments = ["gsm8k_grpo"] if script == "run.sh" else []
-    arguments = ["--dry-run", *arguments, "trainer.logger=[console]"]
-    result = launch(script, *arguments, **NEEDED[script], PYTHON=sys.executable)
-    assert result.returncode == 0, result.stderr
-    out = result.stdout
+    code, out = dry_run(script, "--dry-run", *arguments, "trainer.logger=[console]", **NEEDED[script])
+    assert code == 0, out
     assert "-m verl.trainer.main_ppo --config-path pkg://qerl_verl.recipes --config-name gsm8k_grpo" in out
     assert "trainer.logger: ['console', 'wandb'] -> ['console']" in out
     assert "trainer.v1.trainer_mode: sync -> qerl_sync (verl's trainer with the noise schedule)" in out
@@ -127,17 +153,14 @@ def test_dry_run(launch, gsm8k_files, script):
     if script != "run.sh":
         assert "actor_rollout_ref.model.path: ~/models/deepseek-llm-7b-chat -> /shared/model" in out
         assert "qerl.cache_dir: ${shared}/cache" in out and "shared: /shared" in out
-    assert launch.calls() == []
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_dry_run_finds_problems(launch, script):
+def test_a_dry_run_finds_problems(dry_run, script):
     arguments = ["gsm8k_grpo"] if script == "run.sh" else []
-    environment = {**NEEDED[script], "PYTHON": sys.executable, "DRY_RUN": "1"}
-    result = launch(script, *arguments, "trainer.use_v1=False", **environment)
-    assert result.returncode == 2
-    assert "- trainer.use_v1=False: QeRL runs on verl's V1 trainer" in result.stdout
-    assert launch.calls() == []
+    code, out = dry_run(script, *arguments, "trainer.use_v1=False", **NEEDED[script], DRY_RUN="1")
+    assert code == 2
+    assert "- trainer.use_v1=False: QeRL runs on verl's V1 trainer" in out
 
 
 @pytest.mark.parametrize("script, missing", [(s, m) for s in SCRIPTS for m in NEEDED[s]])
