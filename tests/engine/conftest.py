@@ -2,28 +2,20 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from fork_server import ForkServer
 from safetensors.torch import load_file, save_file
 
-SERVER = Path(__file__).parent / "engine_server.py"
+HERE = Path(__file__).parent
 
 
 @pytest.fixture(scope="session")
 def engine_server(tmp_path_factory):
     """A process of ``engine_server.py``."""
-    log = tmp_path_factory.mktemp("engine_server") / "log"
-    with log.open("w") as file:
-        server = subprocess.Popen(
-            [sys.executable, SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file, text=True
-        )
-    yield server, log
-    server.stdin.close()
-    server.wait()
-    server.stdout.close()
+    with ForkServer([HERE / "engine_server.py"], tmp_path_factory.mktemp("engine_server") / "log") as server:
+        yield server
 
 
 @pytest.fixture(scope="session")
@@ -34,20 +26,19 @@ def run_engine(engine_server):
     def run(checkpoint, out: Path, world: int = 1, environment: dict | None = None, **settings) -> list[dict]:
         meeting = Path(f"{out}.meeting")  # a file in place of a port, which another process might take
         meeting.unlink(missing_ok=True)
+        logs = [f"{out}.{rank}.log" for rank in range(world)]
         ranks = [
             {
+                "script": str(HERE / "engine_process.py"),
                 "arguments": [str(checkpoint), str(out), str(rank), str(world), "0", json.dumps(settings)],
                 "environment": {"DIST_INIT_METHOD": f"file://{meeting}", **(environment or {})},
-                "log": f"{out}.{rank}.log",
+                "out": log,
+                "err": log,
             }
-            for rank in range(world)
+            for rank, log in enumerate(logs)
         ]
-        server, log = engine_server
-        print(json.dumps(ranks), file=server.stdin, flush=True)
-        answer = server.stdout.readline()
-        assert answer, f"engine_server.py ended:\n{log.read_text()[-4000:]}"
-        logs = [Path(rank["log"]).read_text(errors="replace")[-4000:] for rank in ranks]
-        assert not any(json.loads(answer)), "\n".join(logs)
+        codes = engine_server.run(ranks)
+        assert not any(codes), "\n".join(Path(log).read_text(errors="replace")[-4000:] for log in logs)
         return [json.loads(Path(f"{out}.{rank}.json").read_text()) for rank in range(world)]
 
     return run

@@ -1,22 +1,14 @@
-"""Runs ``engine_process.py`` in forks of one process that has verl imported, which costs five seconds of CPU time once.
-
-Reads a request a line from standard input, ``[{"arguments": [...], "environment": {...}, "log": path}, ...]``: the ranks of one
-run, which start together. Answers with a line on standard output, the list of their exit codes.
-"""
+"""Runs ``engine_process.py`` in forks of one process that has verl imported, see ``tests/fork_server.py``."""
 
 from __future__ import annotations
 
-import json
 import os
-import runpy
-import signal
 import sys
-import traceback
 from pathlib import Path
 
-SCRIPT = Path(__file__).with_name("engine_process.py")
-SECONDS = 900
-"""What a rank may take before it is killed."""
+sys.path.insert(1, str(Path(__file__).parents[1]))
+
+from fork_server import serve  # noqa: E402
 
 
 def import_what_the_ranks_import() -> None:
@@ -30,37 +22,5 @@ def import_what_the_ranks_import() -> None:
     import qerl_verl.engine.fsdp  # noqa: F401
 
 
-def start(rank: dict) -> int:
-    """Fork; returns the process id."""
-    process = os.fork()
-    if process:
-        return process
-    signal.alarm(SECONDS)
-    log = os.open(rank["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    for stream in (1, 2):
-        os.dup2(log, stream)
-    os.environ |= rank["environment"]
-    sys.argv = [str(SCRIPT), *rank["arguments"]]
-    code = 1
-    try:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
-def main() -> None:
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what imports print is no answer
-    import_what_the_ranks_import()
-    for line in sys.stdin:
-        processes = [start(rank) for rank in json.loads(line)]
-        codes = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
-        print(json.dumps(codes), file=answers, flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    serve(import_what_the_ranks_import)

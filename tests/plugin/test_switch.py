@@ -1,9 +1,14 @@
-"""The switch from outside: real processes of `python -m verl.trainer.main_ppo`, stopped before Ray or printing only."""
+"""The switch from outside: real processes of `python -m verl.trainer.main_ppo`, stopped before Ray or printing only.
+
+Most are forked from one that has imported what verl and vLLM import, and neither of them (``tests/fork_server.py``).
+"""
 
 import os
 import subprocess
 import sys
+from pathlib import Path
 
+import fork_server
 import pytest
 
 MAIN = [sys.executable, "-m", "verl.trainer.main_ppo"]
@@ -35,22 +40,49 @@ def run(command, cwd, **environment):
     )
 
 
-def test_without_the_switch_the_configuration_is_byte_identical(tmp_path):
-    with_plugin = run([*MAIN, "--cfg", "job"], tmp_path)
-    without = run([*MAIN, "--cfg", "job"], tmp_path, VERL_USE_EXTERNAL_PLUGINS="none")
+IMPORTED = ("torch", "transformers", "peft", "ray", "hydra", "tensordict", "datasets", "fastapi", "openai", "xgrammar")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """A process without verl, vLLM and QeRL, from which others are forked."""
+    log = tmp_path_factory.mktemp("server") / "log"
+    with fork_server.ForkServer([fork_server.__file__, *IMPORTED], log) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def fork(server):
+    """As :func:`run`: ``fork(folder, *arguments)`` runs verl's main_ppo, ``fork(folder, *arguments, code=TEXT)`` other code."""
+
+    def start(cwd, *arguments, code=None, **environment):
+        out, err = (Path(cwd) / name for name in ("out", "err"))
+        program = {"module": MAIN[2]} if code is None else {"code": f"import sys\n{NOT_YET}\n{code}"}
+        program |= {"arguments": arguments, "environment": environment, "cwd": str(cwd)}
+        (status,) = server.run([program | {"out": str(out), "err": str(err)}])
+        return subprocess.CompletedProcess(arguments, status, out.read_text(), err.read_text())
+
+    return start
+
+
+NOT_YET = "assert not {'verl', 'vllm', 'qerl_verl'} & sys.modules.keys(), 'the server has imported too much'"
+
+
+def test_without_the_switch_the_configuration_is_byte_identical(fork, tmp_path):
+    with_plugin = fork(tmp_path, "--cfg", "job")
+    without = fork(tmp_path, "--cfg", "job", VERL_USE_EXTERNAL_PLUGINS="none")
     assert with_plugin.returncode == without.returncode == 0
     assert "actor_rollout_ref" in without.stdout and with_plugin.stdout == without.stdout
 
 
 @pytest.fixture(scope="module")
-def stock(tmp_path_factory):
+def stock(fork, tmp_path_factory):
     """What is registered where no plugin is loaded."""
-    folder = tmp_path_factory.mktemp("stock")
-    return run([sys.executable, "-c", STATE], folder, VERL_USE_EXTERNAL_PLUGINS="none", VLLM_PLUGINS="")
+    return fork(tmp_path_factory.mktemp("stock"), code=STATE, VERL_USE_EXTERNAL_PLUGINS="none", VLLM_PLUGINS="")
 
 
-def test_without_the_switch_no_class_of_verl_or_vllm_is_replaced(stock, tmp_path):
-    ours = run([sys.executable, "-c", STATE], tmp_path)
+def test_without_the_switch_no_class_of_verl_or_vllm_is_replaced(fork, stock, tmp_path):
+    ours = fork(tmp_path, code=STATE)
     assert stock.returncode == ours.returncode == 0, stock.stderr + ours.stderr
     stock, ours = stock.stdout.splitlines()[-7:], ours.stdout.splitlines()[-7:]
     assert "PPOTrainer" not in stock[0] and "verl.workers.engine.fsdp" in stock[0]
@@ -58,8 +90,10 @@ def test_without_the_switch_no_class_of_verl_or_vllm_is_replaced(stock, tmp_path
     assert ours[:6] == stock[:6]
 
 
-def test_with_the_switch_a_worker_registers_everything_and_changes_vllms_quantization_and_replica(stock, tmp_path):
-    ours = run([sys.executable, "-c", STATE, "qerl"], tmp_path, QERL_SWITCH="nvfp4")
+def test_with_the_switch_a_worker_registers_everything_and_changes_vllms_quantization_and_replica(
+    fork, stock, tmp_path
+):
+    ours = fork(tmp_path, "qerl", code=STATE, QERL_SWITCH="nvfp4")
     assert ours.returncode == 0, ours.stderr
     stock, ours = (
         [eval(line) if line[0] in "[(" else line for line in o.stdout.splitlines()[-7:-1]] for o in (stock, ours)
@@ -86,8 +120,8 @@ def slow(*values):
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
-def refused(tmp_path, *overrides, **environment):
-    result = run([*MAIN, "+qerl=nvfp4", "algorithm.adv_estimator=grpo", *overrides], tmp_path, **environment)
+def refused(fork, tmp_path, *overrides):
+    result = fork(tmp_path, "+qerl=nvfp4", "algorithm.adv_estimator=grpo", *overrides)
     assert result.returncode != 0, result.stdout
     assert "ray init kwargs" not in result.stdout and "Started a local Ray" not in result.stderr
     return result.stderr
@@ -102,23 +136,23 @@ def refused(tmp_path, *overrides, **environment):
         slow(["actor_rollout_ref.model.path=/nowhere"], "/nowhere"),
     ],
 )
-def test_a_refused_run_stops_before_ray_and_says_why(tmp_path, overrides, expected):
-    stderr = refused(tmp_path, *overrides)
+def test_a_refused_run_stops_before_ray_and_says_why(fork, tmp_path, overrides, expected):
+    stderr = refused(fork, tmp_path, *overrides)
     assert "[qerl] The run was not started:" in stderr and expected in stderr
 
 
 @pytest.mark.slow
-def test_an_unsupported_architecture_is_refused(tmp_path):
+def test_an_unsupported_architecture_is_refused(fork, tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text(
         '{"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_embd": 8}'
     )
-    stderr = refused(tmp_path, f"actor_rollout_ref.model.path={tmp_path}/model")
+    stderr = refused(fork, tmp_path, f"actor_rollout_ref.model.path={tmp_path}/model")
     assert "GPT2LMHeadModel" in stderr and "Qwen2ForCausalLM" in stderr
 
 
-def test_multirun_is_refused(tmp_path):
-    result = run([*MAIN, "--multirun", "+qerl=nvfp4", "actor_rollout_ref.rollout.n=1,2"], tmp_path)
+def test_multirun_is_refused(fork, tmp_path):
+    result = fork(tmp_path, "--multirun", "+qerl=nvfp4", "actor_rollout_ref.rollout.n=1,2")
     assert result.returncode != 0 and "--multirun" in result.stderr
 
 
