@@ -9,7 +9,6 @@ Experts have no adapter in the rollout.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -169,15 +168,10 @@ class QeRLExpertsMethod(_NVFP4Experts):
         experts: what was decided; its backend is one of ours
             (:class:`~qerl_verl.rollout.candidates.ExpertsKernel`).
         moe: vLLM's configuration of the layer.
-
-    Attributes:
-        capture: called with the expert numbers ``[T, k]`` of each batch where this method routes
-            (``is_monolithic``), or None. vLLM's routers have a hook of their own.
     """
 
     use_global_sf = False
     group_size = BLOCK_SIZE
-    capture: Callable[[torch.Tensor], None] | None = None
 
     def __init__(self, experts: Experts, moe):
         FusedMoEMethodBase.__init__(self, moe)  # vLLM's constructor would choose a kernel of vLLM's
@@ -228,8 +222,6 @@ class QeRLExpertsMethod(_NVFP4Experts):
     ) -> torch.Tensor:
         """:meth:`apply` of the experts that ``router_logits`` ``[T, E]`` choose."""
         weights, chosen = route_softmax(router_logits, layer.top_k, layer.renormalize)
-        if self.capture is not None:
-            self.capture(chosen)
         return self.apply(layer, x, weights, chosen)
 
 

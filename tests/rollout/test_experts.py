@@ -110,10 +110,7 @@ def test_a_layer_computes_what_its_checkpoint_says(shared_scale, activations):
     experts, layer = TinyExperts(EXPERTS, HIDDEN, INNER, shared_scale), build(activations=activations)
     assert len(load(layer, experts, activations)) == len(tensors_of(experts, activations))
     x, logits = make_tokens(torch.float32, TOKENS, HIDDEN, EXPERTS)
-    seen = []
-    layer.quant_method.capture = seen.append
     check([run(layer, x, logits)], experts, x, logits)
-    assert torch.equal(seen[0], route_softmax(logits, TOP_K, True)[1])
     assert not [name for name, _ in layer.named_parameters() if "input" in name]
     assert {p.element_size() for name, p in layer.named_parameters() if p.dim() == 3} == {1}
 

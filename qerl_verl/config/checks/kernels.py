@@ -9,11 +9,17 @@ from __future__ import annotations
 
 from itertools import accumulate
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
 from qerl_verl.config.keys import get_value
 from qerl_verl.config.rules import ACTOR, MODEL, ROLLOUT
+
+if TYPE_CHECKING:
+    import torch
+
+    from qerl_verl.nvfp4.architectures import Architecture
 
 _ROW_PARALLEL = ("o_proj", "down_proj")
 """Their input channels are divided among tensor-parallel ranks, the others' output channels."""
@@ -55,7 +61,8 @@ def find_problems(config: DictConfig, folder: Path) -> list[str]:
     rank = get_value(config, f"{MODEL}.lora_rank") if get_value(config, "qerl.rollout.lora") == "inline" else None
     found = (
         _first_refusal("qerl.kernel", actor, alone, _actor_dtype(config), None),
-        _first_refusal("qerl.rollout.kernel", rollout, fused, get_value(config, f"{ROLLOUT}.dtype"), rank),
+        _first_refusal("qerl.rollout.kernel", rollout, fused, get_value(config, f"{ROLLOUT}.dtype"), rank)
+        or _experts_refusal(rollout, architecture, hf_config, divided, get_value(config, f"{ROLLOUT}.dtype")),
     )
     return [problem for problem in found if problem]
 
@@ -78,17 +85,37 @@ def _actor_dtype(config: DictConfig) -> str:
     return get_value(config, f"{ACTOR}.fsdp_config.mixed_precision.param_dtype") or "bf16"
 
 
-def _first_refusal(key: str, kernel: str | None, layers: dict, dtype: str | None, rank: int | None) -> str | None:
+def _experts_refusal(
+    kernel: str | None, architecture: Architecture, hf_config: Any, divided: int, dtype: str | None
+) -> str | None:
+    """The same of the experts in the rollout, whose kernels are others than the linears'."""
+    from qerl_verl.rollout.candidates import expert_candidates
+
+    experts = architecture.experts
+    if not any(architecture.has_experts(hf_config, i) for i in range(hf_config.num_hidden_layers)):
+        return None
+    n, k = 2 * getattr(hf_config, experts.inner) // divided, hf_config.hidden_size
+    for candidate in expert_candidates(captured=False):  # the device is not known here
+        if candidate.name == kernel and (reason := candidate.refuses(n, k, _torch_dtype(dtype))):
+            return f"qerl.rollout.kernel={kernel} does not serve {experts.module} of {n} x {k}: {reason}; use auto"
+    return None
+
+
+def _torch_dtype(name: str | None) -> torch.dtype:
+    """By the names that verl and vLLM take; bfloat16 where there is none."""
     import torch
 
+    short = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "half": "float16"}
+    found = getattr(torch, short.get(str(name), str(name)), None)
+    return found if isinstance(found, torch.dtype) else torch.bfloat16
+
+
+def _first_refusal(key: str, kernel: str | None, layers: dict, dtype: str | None, rank: int | None) -> str | None:
     from qerl_verl.kernels.backends import BACKENDS, get_backend
 
     if kernel not in [backend.name for backend in BACKENDS]:
         return None
-    short = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "half": "float16"}
-    chosen = getattr(torch, short.get(str(dtype), str(dtype)), None)
-    if not isinstance(chosen, torch.dtype):
-        chosen = torch.bfloat16
+    chosen = _torch_dtype(dtype)
     backend = get_backend(kernel)
     for name, ((n, k), ends) in layers.items():
         if reason := backend.refuses(n, k, chosen):

@@ -60,6 +60,23 @@ def test_what_does_not_fit_is_named_with_the_setting(bf16_checkpoint, values, pr
         assert re.search(re.escape(problem), only)
 
 
+@pytest.mark.parametrize(
+    ("kernel", "parallel", "problem"),
+    [
+        ("hopper", 1, "mlp.experts of 128 x 128: it has no kernel for experts; use auto"),
+        ("hopper", 2, "mlp.experts of 64 x 128: it has no kernel for experts; use auto"),
+        ("triton", 1, "mlp.experts of 128 x 128: it has no kernel for experts; use auto"),
+        ("marlin", 1, None),
+    ],
+)
+def test_experts_have_kernels_of_their_own(tmp_path, kernel, parallel, problem):
+    settings_ = dict(moe_intermediate_size=64, num_attention_heads=8, num_key_value_heads=4, intermediate_size=128)
+    make_config("Qwen3MoeForCausalLM", **settings_).save_pretrained(tmp_path)
+    found = find_problems(settings(rollout=kernel, parallel=parallel, lora="punica"), tmp_path)
+    expected = [f"qerl.rollout.kernel={kernel} does not serve {problem}"]
+    assert found == ([] if problem is None else expected)
+
+
 def test_of_linears_that_the_checkpoint_fuses_each_projection_ends_by_itself(tmp_path):
     """Also where tensor parallelism divides them: 128 rows of q, 64 of k and 64 of v, on two ranks
     half of each."""
