@@ -16,6 +16,7 @@ slowly, for tests.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 
@@ -25,11 +26,13 @@ from torch import library
 from .. import autotune
 from ..device_guard import on_tensors_device
 from ..nvfp4_dequantize import BLOCK_SIZE
+from ..nvfp4_experts import ExpertStack
 from .tuning import Plan, choose
 
 __all__ = [
-    "Plan", "availability", "check", "check_fp8", "choose", "dequantize", "fp8_availability", "fp8_gemm", "fp8_quantize",
+    "Plan", "availability", "check", "check_experts", "check_fp8", "choose", "dequantize", "experts", "fp8_availability", "fp8_gemm", "fp8_quantize",
     "gemm", "is_available", "nvfp4_through_fp8", "nvfp4_to_fp8", "quantize", "trial", "tune",
+    "warm_up_experts",
 ]  # fmt: skip
 
 MIN_CAPABILITY = (8, 0)
@@ -145,6 +148,11 @@ def check(n: int, k: int, dtype: torch.dtype = torch.bfloat16) -> str | None:
     if k % 64 or k <= 0:
         return f"K has to be a multiple of 64, got {k}"
     return None
+
+
+def check_experts(hidden: int, inner: int, dtype: torch.dtype = torch.bfloat16) -> str | None:
+    """Why :func:`experts` does not serve experts of ``inner`` channels, or None if it does."""
+    return check(inner, hidden, dtype) or check(hidden, inner, dtype)
 
 
 def tune(device: torch.device, n: int, k: int) -> str | None:
@@ -502,3 +510,64 @@ def fp8_gemm(
         RuntimeError: :func:`fp8_availability` has a reason.
     """
     return torch.ops.qerl_portable.fp8_gemm(x, weight, weight_scale, alpha, bias)
+
+
+@on_tensors_device
+def _experts(x, weights, chosen, *stacks):
+    from .nvfp4_experts import nvfp4_experts
+
+    return nvfp4_experts(x, weights, chosen, ExpertStack(*stacks[:3]), ExpertStack(*stacks[3:]))
+
+
+def experts(
+    x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, gate_up: ExpertStack, down: ExpertStack
+) -> torch.Tensor:
+    """What the chosen experts make of each token, see
+    :func:`qerl_verl.kernels.nvfp4_experts.nvfp4_experts_reference`.
+
+    Neither an operator nor differentiable: the rollout calls it behind an operator of the engine's.
+
+    Args:
+        x: ``[T, H]`` bfloat16 or float16, H a multiple of 64.
+        weights: ``[T, k]``.
+        chosen: ``[T, k]`` integers; negative ones add nothing.
+        gate_up: ``[E, 2 I, ...]``, I a multiple of 64.
+        down: ``[E, H, ...]``.
+
+    Returns:
+        ``[T, H]`` in ``x.dtype``. Between the GEMMs and before the sum, values are rounded to it.
+
+    Raises:
+        ValueError: shapes or dtypes other than the above, or tensors on several devices.
+        RuntimeError: :func:`availability` has a reason, or the tensors are not on a CUDA device.
+    """
+    hidden, inner = x.shape[-1], down.packed.shape[2] * 2
+    if reason := check_experts(hidden, inner, x.dtype):
+        raise ValueError(reason)
+    if x.ndim != 2 or weights.shape != chosen.shape or chosen.ndim != 2 or len(chosen) != len(x):
+        raise ValueError(
+            f"x has to be [T, H], weights and chosen [T, k], got {tuple(x.shape)}, {tuple(weights.shape)} and "
+            f"{tuple(chosen.shape)}"
+        )
+    count = len(down.packed)
+    for stack, n, k in ((gate_up, 2 * inner, hidden), (down, hidden, inner)):
+        shapes = tuple(stack.packed.shape), tuple(stack.scale.shape), tuple(stack.alpha.shape)
+        if shapes != ((count, n, k // 2), (count, n, k // BLOCK_SIZE), (count,)):
+            raise ValueError(f"{count} experts of {n} x {k} need other shapes than {shapes}")
+        if not (stack.packed.is_contiguous() and stack.scale.is_contiguous()):
+            raise ValueError("packed values and scales of the experts have to be contiguous")
+    _require(x)
+    if len(x) == 0:
+        return x.new_empty(x.shape)
+    parts = [(s.packed, s.scale, s.alpha.float()) for s in (gate_up, down)]
+    return _experts(x, weights, chosen, *parts[0], *parts[1])
+
+
+def warm_up_experts(gate_up: ExpertStack, down: ExpertStack, top_k: int, dtype: torch.dtype) -> None:
+    """Compile what :func:`experts` launches for these weights, whatever the number of tokens, since
+    Triton compiles nothing while a CUDA graph is captured. Arguments as there."""
+    _require(down.packed)
+    from .nvfp4_experts import warm_up
+
+    with torch.cuda.device(down.packed.device) if down.packed.is_cuda else contextlib.nullcontext():
+        warm_up(gate_up, down, top_k, dtype)

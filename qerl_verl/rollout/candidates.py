@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import torch
 
+from qerl_verl.kernels import portable
 from qerl_verl.kernels.backends import Candidate, get_backend
 from qerl_verl.kernels.nvfp4_experts import ExpertStack, nvfp4_experts_reference
 
@@ -73,6 +74,28 @@ class ExpertsKernel(Candidate):
         """As :func:`qerl_verl.kernels.nvfp4_experts.nvfp4_experts_reference`."""
         raise NotImplementedError
 
+    def warm_up(self, gate_up: ExpertStack, down: ExpertStack, top_k: int, dtype: torch.dtype) -> None:
+        """Compile what these weights need, before a CUDA graph is captured."""
+
+
+class TritonExperts(ExpertsKernel):
+    """Grouped GEMMs in Triton, for every NVIDIA GPU, which nobody has tuned."""
+
+    name = "triton"
+    description = "Triton W4A16, grouped by expert"
+
+    def unavailable(self, device):
+        return get_backend("triton").unavailable(device)
+
+    def refuses(self, n, k, dtype):
+        return portable.check_experts(k, n // 2, dtype)
+
+    def experts(self, x, weights, chosen, gate_up, down):
+        return portable.experts(x, weights, chosen, gate_up, down)
+
+    def warm_up(self, gate_up, down, top_k, dtype):
+        portable.warm_up_experts(gate_up, down, top_k, dtype)
+
 
 class PyTorchExperts(ExpertsKernel):
     """Plain PyTorch, expert by expert.
@@ -105,4 +128,4 @@ def expert_candidates(captured: bool) -> tuple[Candidate, ...]:
     Args:
         captured: whether the engine captures CUDA graphs.
     """
-    return NoExperts("hopper"), VLLMExperts(), NoExperts("triton"), PyTorchExperts(captured)
+    return NoExperts("hopper"), VLLMExperts(), TritonExperts(), PyTorchExperts(captured)

@@ -193,6 +193,14 @@ class QeRLExpertsMethod(_NVFP4Experts):
         alphas = expert_alphas(layer.w13_weight_global_scale.data, layer.w2_weight_global_scale.data)
         for name, alpha in zip(("w13", "w2"), alphas, strict=True):
             layer.register_parameter(f"qerl_{name}_alpha", Parameter(alpha, requires_grad=False))
+        self.experts.choice.backend.warm_up(*self._stacks(layer), layer.top_k, layer.params_dtype)
+
+    @staticmethod
+    def _stacks(layer: RoutedExperts) -> tuple[ExpertStack, ExpertStack]:
+        return (
+            ExpertStack(layer.w13_weight_packed, layer.w13_weight_scale, layer.qerl_w13_alpha),
+            ExpertStack(layer.w2_weight_packed, layer.w2_weight_scale, layer.qerl_w2_alpha),
+        )
 
     def apply(
         self,
@@ -209,9 +217,7 @@ class QeRLExpertsMethod(_NVFP4Experts):
         """
         if layer.expert_map is not None:
             topk_ids = layer.expert_map[topk_ids.long()]
-        gate_up = ExpertStack(layer.w13_weight_packed, layer.w13_weight_scale, layer.qerl_w13_alpha)
-        down = ExpertStack(layer.w2_weight_packed, layer.w2_weight_scale, layer.qerl_w2_alpha)
-        return self.experts.choice.backend.experts(x, topk_weights, topk_ids, gate_up, down)
+        return self.experts.choice.backend.experts(x, topk_weights, topk_ids, *self._stacks(layer))
 
     def apply_monolithic(
         self,

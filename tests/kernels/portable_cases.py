@@ -14,6 +14,7 @@ from torch import library
 
 from qerl_verl.kernels import portable
 from qerl_verl.kernels.nvfp4_dequantize import block_values_nvfp4
+from qerl_verl.kernels.nvfp4_experts import ExpertStack
 from qerl_verl.kernels.nvfp4_fp8_linear import (
     nvfp4_fp8_linear_reference,
     nvfp4_to_fp8_reference,
@@ -297,6 +298,92 @@ class TestGemm:
         assert call(*args).shape == (0, 32)
 
 
+# ----------------------------------------------------------------------------------------------------- experts
+def make_experts(count, hidden, inner):
+    """Random experts, gate and up before down; the factors differ by expert."""
+    stacks = []
+    for n, k in ((2 * inner, hidden), (hidden, inner)):
+        packed, scale = random_weight(count * n, k, (0x28, 0x40))
+        alpha = torch.rand(count) * 0.05 / k**0.5 + 0.01
+        stacks.append(ExpertStack(packed.view(count, n, -1), scale.view(count, n, -1), alpha))
+    return stacks
+
+
+class TestExperts:
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize(
+        "tokens, count, top_k, hidden, inner",
+        [
+            (1, 5, 2, 64, 64),
+            slow(7, 3, 3, 192, 64),
+            (40, 3, 1, 64, 128),
+            slow(33, 2, 2, 128, 192),
+            slow(150, 4, 2, 64, 64),
+        ],
+    )
+    @pytest.mark.parametrize("other_ranks", [False, True])
+    def test_as_the_reference(self, dtype, other_ranks, tokens, count, top_k, hidden, inner):
+        """Within the roundings between the GEMMs; one expert has no tokens, and with ``other_ranks``
+        some choices are another rank's."""
+        from qerl_verl.kernels.nvfp4_experts import nvfp4_experts_reference
+
+        gate_up, down = make_experts(count, hidden, inner)
+        x = torch.randn(tokens, hidden).to(dtype)
+        logits = torch.randn(tokens, count)
+        if count > top_k:
+            logits[:, 1] = -9.0
+        weights, chosen = logits.softmax(-1).topk(top_k)
+        if other_ranks:
+            chosen[::2, 0] = -1
+        exact = nvfp4_experts_reference(x.double(), weights, chosen, gate_up, down)
+        place = lambda s: ExpertStack(*on_device(s.packed, s.scale, s.alpha))  # noqa: E731
+        got = portable.experts(*on_device(x, weights, chosen), place(gate_up), place(down))
+        assert got.dtype == dtype and got.shape == x.shape
+        error = (got.cpu().double() - exact).norm() / exact.norm()
+        assert error < 2 * torch.finfo(dtype).eps, error
+        none = portable.experts(*on_device(x, weights, torch.full_like(chosen, -1)), place(gate_up), place(down))
+        assert not none.any()
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, slow(torch.float16)])
+    def test_every_tile(self, dtype):
+        """The same within roundings, whatever the tile; what is warmed up is what is launched."""
+        from qerl_verl.kernels.portable.nvfp4_experts import TILES, choose_tile, nvfp4_experts
+
+        stacks = [ExpertStack(*on_device(s.packed, s.scale, s.alpha)) for s in make_experts(3, 128, 128)]
+        x = torch.randn(19, 128, device=DEVICE).to(dtype)
+        weights, chosen = torch.randn(19, 3, device=DEVICE).softmax(-1).topk(2)
+        portable.warm_up_experts(*stacks, 2, dtype)
+        found = [nvfp4_experts(x, weights, chosen, *stacks, tile).double() for _, *tile in TILES]
+        for other in found[1:]:
+            assert (other - found[0]).norm() < torch.finfo(dtype).eps * found[0].norm()
+        limits = [limit for limit, *_ in TILES]
+        assert [choose_tile(rows * 4, 4) for rows in (limits[0], limits[1], limits[1] + 1)] == [t for _, *t in TILES]
+
+    def test_no_tokens(self):
+        stacks = [ExpertStack(*on_device(s.packed, s.scale, s.alpha)) for s in make_experts(2, 64, 64)]
+        empty = torch.zeros(0, 2, device=DEVICE)
+        out = portable.experts(torch.zeros(0, 64, device=DEVICE).bfloat16(), empty, empty.int(), *stacks)
+        assert out.shape == (0, 64)
+
+    def test_refuses(self):
+        gate_up, down = (ExpertStack(*on_device(s.packed, s.scale, s.alpha)) for s in make_experts(2, 64, 64))
+        x, weights = torch.zeros(3, 64, device=DEVICE).bfloat16(), torch.zeros(3, 1, device=DEVICE)
+        chosen, apart = weights.int(), torch.stack([down.packed, down.packed], -1)[..., 0]
+        cases = [
+            ("bfloat16 or float16", lambda: portable.experts(x.float(), weights, chosen, gate_up, down)),
+            ("multiple of 64, got 32", lambda: portable.experts(x[:, :32], weights, chosen, gate_up, down)),
+            (r"weights and chosen \[T, k\]", lambda: portable.experts(x, weights[:2], chosen, gate_up, down)),
+            ("need other shapes", lambda: portable.experts(x, weights, chosen, down, down)),
+            (
+                "have to be contiguous",
+                lambda: portable.experts(x, weights, chosen, gate_up, ExpertStack(apart, down.scale, down.alpha)),
+            ),
+        ]
+        for message, attempt in cases:
+            with pytest.raises(ValueError, match=message):
+                attempt()
+
+
 # --------------------------------------------------------------------------------------------------------- fp8
 def every_finite(dtype):
     """All finite values of a 16-bit type, in rows of 512 that span few or many orders of magnitude."""
@@ -519,6 +606,35 @@ class TestCompile:
                 assert compiled.metadata.shared <= SHARED_MEMORY[capability] * 1024
                 assert ".ftz" not in compiled.asm["ptx"]  # subnormal numbers count
                 assert "mma" in compiled.asm["ptx"]
+
+    @pytest.mark.parametrize("dtype", ["bf16", slow("fp16")])
+    def test_experts(self, capability, dtype):
+        import triton.language as tl
+
+        from qerl_verl.kernels.portable import nvfp4_experts
+
+        x, integers = f"*{dtype}", dict.fromkeys(("n", "k_64", "top_k"), "i32")
+        types = dict(x=x, packed="*u8", scale="*u8", alpha="*fp32", order="*i32", bounds="*i32", weights="*fp32", out=x)
+        dot = tl.bfloat16 if dtype == "bf16" else tl.float16
+        for _, block_m, block_n, block_k, warps, stages in nvfp4_experts.TILES:
+            for gated in (True, False):
+                blocks = dict(GATED=gated, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, DOT=dot)
+                kernel, options = nvfp4_experts.grouped_gemm_kernel, dict(num_warps=warps, num_stages=stages)
+                compiled = compile_kernel(kernel, types | integers, blocks, capability, **options)
+                assert compiled.metadata.shared <= SHARED_MEMORY[capability] * 1024
+                assert "mma" in compiled.asm["ptx"]
+        compile_kernel(
+            nvfp4_experts.sort_choices_kernel,
+            dict(chosen="*i32", order="*i32", bounds="*i32", count="i32"),
+            dict(BLOCK=nvfp4_experts.SORT_BLOCK),
+            capability,
+        )
+        compile_kernel(
+            nvfp4_experts.sum_choices_kernel,
+            dict(rows=x, chosen="*i32", out=x, n="i32", top_k="i32"),
+            dict(BLOCK=nvfp4_experts.SUM_BLOCK),
+            capability,
+        )
 
     def test_others(self, capability):
         from qerl_verl.kernels.portable import nvfp4_dequantize, nvfp4_gemm, nvfp4_quantize

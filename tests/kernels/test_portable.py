@@ -21,7 +21,7 @@ from qerl_verl.kernels.nvfp4_dequantize import block_values_nvfp4
 from qerl_verl.kernels.portable import tuning
 
 CASES = Path(__file__).with_name("portable_cases.py")
-GROUPS = ("Dequantize", "Quantize", "Gemm", "FP8", "Ops")
+GROUPS = ("Dequantize", "Quantize", "Gemm", "Experts", "FP8", "Ops")
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed (requirements/test.txt, `make test`)"
 )

@@ -18,9 +18,10 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 from vllm.model_executor.model_loader import reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
+from qerl_verl.kernels import portable
 from qerl_verl.kernels.nvfp4_experts import ExpertStack, nvfp4_experts_reference, route_softmax
 from qerl_verl.nvfp4.checkpoint import QUANTIZATION_CONFIG
-from qerl_verl.rollout.candidates import PyTorchExperts, VLLMExperts, VLLMKernel, expert_candidates
+from qerl_verl.rollout.candidates import PyTorchExperts, TritonExperts, VLLMExperts, VLLMKernel, expert_candidates
 from qerl_verl.rollout.experts import QeRLExpertsMethod, VLLMExpertsMethod
 from qerl_verl.rollout.lora import AdapterStore
 from qerl_verl.rollout.quantization import QeRLCompressedTensorsConfig
@@ -40,7 +41,9 @@ def parallel(rank=0, ranks=1, by_expert=False):
     )  # fmt: skip
 
 
-def build(divided=None, activations=None, settings=(), inner=INNER, moe=(), ignore=(), **attributes):
+def build(
+    divided=None, activations=None, settings=(), inner=INNER, moe=(), ignore=(), dtype=torch.float32, **attributes
+):
     """An empty layer, as vLLM's model builds it.
 
     Args:
@@ -49,6 +52,7 @@ def build(divided=None, activations=None, settings=(), inner=INNER, moe=(), igno
         settings: of the engine (``additional_config``).
         moe: changes of vLLM's configuration of the layer.
         ignore: names that the checkpoint leaves in 16 bits.
+        dtype: of the activations.
         attributes: further arguments of vLLM's layer.
     """
     divided = divided or parallel()
@@ -66,10 +70,10 @@ def build(divided=None, activations=None, settings=(), inner=INNER, moe=(), igno
             num_experts=EXPERTS, experts_per_token=TOP_K, hidden_dim=HIDDEN, intermediate_size=inner,
             num_local_experts=manager.local_num_experts, num_logical_experts=EXPERTS, activation=MoEActivation.SILU,
             device="cpu", routing_method=RoutingMethodType.Renormalize, moe_parallel_config=divided,
-            in_dtype=torch.float32,
+            in_dtype=dtype,
         )  # fmt: skip
         return RoutedExperts(
-            NAME, torch.float32, FusedMoEConfig(**arguments | dict(moe)),
+            NAME, dtype, FusedMoEConfig(**arguments | dict(moe)),
             QeRLCompressedTensorsConfig.from_config(written), expert_map_manager=manager, **attributes,
         )  # fmt: skip
 
@@ -225,6 +229,22 @@ def test_the_base_is_read_again_into_the_memory_that_it_had(monkeypatch, marlin,
         assert parameter.data_ptr() == place and torch.equal(parameter.float(), value.float()), name
     assert layer.quant_method.moe_kernel is kernel
     assert torch.equal(run(layer, x, logits), first)
+
+
+def test_tritons_kernel_is_compiled_when_the_layer_is_loaded(monkeypatch, capsys):
+    """In the kernel's place, its reference."""
+    warmed = []
+    monkeypatch.setattr(TritonExperts, "unavailable", lambda self, device: None)
+    monkeypatch.setattr(portable, "experts", nvfp4_experts_reference)
+    monkeypatch.setattr(portable, "warm_up_experts", lambda *arguments: warmed.append(arguments))
+    experts, layer = TinyExperts(EXPERTS, HIDDEN, INNER), build(settings={"kernel": "triton"}, dtype=torch.bfloat16)
+    load(layer, experts)
+    ((gate_up, down, top_k, dtype),) = warmed
+    assert (gate_up.packed.shape[0], top_k, dtype) == (EXPERTS, TOP_K, torch.bfloat16)
+    assert down.alpha.data_ptr() == layer.qerl_w2_alpha.data_ptr()
+    x, logits = make_tokens(torch.bfloat16, TOKENS, HIDDEN, EXPERTS)
+    check([run(layer, x, logits)], experts, x, logits, relative=3e-2)
+    assert f"Triton W4A16, grouped by expert on cpu ({SETTING}): 1 layer (experts 1)" in capsys.readouterr().out
 
 
 def test_experts_that_the_checkpoint_leaves_in_16_bits_are_vllms():

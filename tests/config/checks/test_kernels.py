@@ -65,7 +65,8 @@ def test_what_does_not_fit_is_named_with_the_setting(bf16_checkpoint, values, pr
     [
         ("hopper", 1, "mlp.experts of 128 x 128: it has no kernel for experts; use auto"),
         ("hopper", 2, "mlp.experts of 64 x 128: it has no kernel for experts; use auto"),
-        ("triton", 1, "mlp.experts of 128 x 128: it has no kernel for experts; use auto"),
+        ("triton", 1, None),
+        ("triton", 2, "mlp.experts of 64 x 128: K has to be a multiple of 64, got 32; use auto"),
         ("marlin", 1, None),
     ],
 )
