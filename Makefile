@@ -1,11 +1,11 @@
 # Two entry points: `make quickstart` and `make test`. Both set up .venv first, once. `make test-all` adds the tests marked
-# slow. `make bench` needs a GPU.
+# slow, `make lint` reads the sources. `make bench` needs a GPU.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= runs/quickstart
 
-.PHONY: setup quickstart test test-all bench clean
+.PHONY: setup quickstart lint test test-all bench clean
 
 setup: $(VENV)/.ready
 
@@ -20,6 +20,9 @@ quickstart: setup
 $(VENV)/.ready-test: $(VENV)/.ready requirements/test.txt
 	$(BIN)/python -m pip --disable-pip-version-check install -q --no-deps -r requirements/test.txt
 	touch $@
+
+lint: setup $(VENV)/.ready-test
+	$(BIN)/ruff check .
 
 # Two workers side by side, and one of them for everything that starts Ray or a vLLM engine (tests/conftest.py, ALONE_PLACES).
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder

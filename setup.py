@@ -4,11 +4,14 @@
 says how it stays out of the way of Hugging Face's package of the same name.
 """
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "qerl_verl/__init__.py").read_text(encoding="utf-8"), re.M)[1]
+"""``qerl_verl.__version__``, the one place."""
 ELSEWHERE = {
     "qerl_verl.kernels": "kernels",
     "qerl_verl.kernels.hopper": "kernels/hopper",
@@ -23,16 +26,32 @@ ELSEWHERE = {
 
 setup(
     name="qerl-verl",
-    version="0.1.0",
+    version=VERSION,
     description="QeRL for verl: reinforcement learning of LLMs with LoRA on an NVFP4 base and adaptive quantization noise",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    project_urls={
+        "Paper": "https://arxiv.org/abs/2510.11696",
+        "verl": "https://github.com/verl-project/verl",
+    },
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Environment :: GPU :: NVIDIA CUDA",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.10",
     packages=[*find_packages(include=["qerl_verl", "qerl_verl.*"]), *ELSEWHERE],
     package_dir=ELSEWHERE,
     package_data={
-        "qerl_verl": ["config/**/*.yaml"],
+        "qerl_verl": ["py.typed", "config/**/*.yaml"],
         "qerl_verl.kernels.hopper": ["*.cu", "*.cuh"],
         "qerl_verl.recipes": ["*.yaml", "*.sh"],
         "qerl_verl.recipes.paper": ["*.yaml", "*.md"],

@@ -1,4 +1,4 @@
-"""Runs Python programs in forks of one process that has imported what they import, which then costs CPU time once.
+"""Runs Python programs in forks of one process that has imported what they import.
 
     python tests/fork_server.py MODULE ...
 
@@ -7,7 +7,8 @@ Reads a request a line from standard input, a list of programs that start togeth
     [{"script": path | "module": name | "code": text, "arguments": [...], "environment": {...}, "cwd": path,
       "out": path, "err": path}, ...]
 
-Answers with a line on standard output, the list of their exit codes. Exit handlers of a program do not run.
+Answers with a line on standard output, the list of their exit codes. Exit handlers of a program do
+not run.
 """
 
 from __future__ import annotations

@@ -1,10 +1,12 @@
-"""`python -m verl.trainer.main_ppo` with the switch, in real processes: verl, Ray, vLLM. Two runs, at which many tests look.
+"""`python -m verl.trainer.main_ppo` with the switch, in real processes: verl, Ray, vLLM.
 
-The first trains PPO with a critic on verl's synchronous trainer, validates, saves every step, and is killed while it saves the last
-one. The second starts from what is left, the checkpoint of the step before beside half of another one, and goes on where the first
-one was: under the GSM8K recipe with GRPO, a KL loss, settings of verl's example scripts, and the trainer whose rollout has a slot of
-its own. What it must restore depends on none of these. A run in the slow tier takes the GSM8K recipe with REINFORCE++, CISPO's loss
-and the colocated asynchronous trainer through verl's own reward.
+Many tests look at two runs. The first trains PPO with a critic on verl's synchronous trainer,
+validates, saves every step, and is killed while it saves the last one. The second starts from what
+is left, the checkpoint of the step before beside half of another one, and goes on where the first
+one was: under the GSM8K recipe with GRPO, a KL loss, settings of verl's example scripts, and the
+trainer whose rollout has a slot of its own. What it must restore depends on none of these. A run in
+the slow tier takes the GSM8K recipe with REINFORCE++, CISPO's loss and the colocated asynchronous
+trainer through verl's own reward.
 """
 
 import json
@@ -145,8 +147,8 @@ def common(tmp_path_factory, bf16_checkpoint):
 
 @pytest.fixture(scope="module")
 def first(common):
-    """Checkpoints, metrics and log of a run that is killed in the middle of its last save, how it ended, and its checkpoints as
-    they were in the middle of the update before."""
+    """Checkpoints, metrics and log of a run that is killed in the middle of its last save, how it
+    ended, and its checkpoints as they were in the middle of the update before."""
     folder, overrides = common
     checkpoints = folder / "first" / "checkpoints"
     own = ["actor_rollout_ref.model.external_lib=repeatable", f"trainer.default_local_dir={checkpoints}"]

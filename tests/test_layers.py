@@ -1,0 +1,57 @@
+"""Which part may import which, as docs/design.md has it, lazily or not."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ABOVE = {f"qerl_verl.{name}" for name in ("engine", "rollout", "trainer", "plugin", "platform", "cli", "evaluation")}
+FORBIDDEN = {
+    "kernels": {"verl", "vllm", "ray", "peft", *ABOVE, "qerl_verl.config", "qerl_verl.nvfp4", "qerl_verl.lora"},
+    "qerl_verl/nvfp4": {"verl", "vllm", "ray", "peft", *ABOVE, "qerl_verl.config", "qerl_verl.lora", "qerl_verl.aqn"},
+    "qerl_verl/lora": {"verl", "vllm", "ray", *ABOVE, "qerl_verl.config", "qerl_verl.aqn"},
+    "qerl_verl/aqn": {"verl", "vllm", "ray", *ABOVE},
+    "qerl_verl/sharing": {"verl", "vllm", "ray", *ABOVE, "qerl_verl.config"},
+    "qerl_verl/memory": {"verl", "vllm", "ray", *ABOVE},
+    "qerl_verl/export": {"verl", "vllm", "ray", *ABOVE, "qerl_verl.config"},
+    "qerl_verl/compare": {"torch", "verl", "vllm", "ray", *ABOVE, "qerl_verl.config", "qerl_verl.nvfp4"},
+    "qerl_verl/config": {"vllm", "qerl_verl.engine", "qerl_verl.rollout", "qerl_verl.cli", "qerl_verl.evaluation"},
+}
+"""Folder -> what no file in it imports."""
+
+
+def imported(source: str) -> set[str]:
+    """Modules that a file imports anywhere in it; for ``from a import b`` both ``a`` and ``a.b``."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:  # a relative one stays in its package
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def crossings(source: str, forbidden: set[str]) -> set[str]:
+    return {name for name in imported(source) for top in forbidden if name == top or name.startswith(f"{top}.")}
+
+
+@pytest.mark.parametrize("folder", FORBIDDEN)
+def test_a_lower_layer_knows_nothing_of_a_higher_one(folder):
+    files = list((ROOT / folder).rglob("*.py"))
+    found = {str(f.relative_to(ROOT)): crossings(f.read_text(encoding="utf-8"), FORBIDDEN[folder]) for f in files}
+    assert files and {name: names for name, names in found.items() if names} == {}
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("import verl", {"verl"}),
+        ("def f():\n    from verl.utils import fs", {"verl.utils", "verl.utils.fs"}),
+        ("from qerl_verl import engine", {"qerl_verl.engine"}),
+        ("import qerl_verl.engine.fsdp as e", {"qerl_verl.engine.fsdp"}),
+        ("import verlite, qerl_verl.engineering", set()),
+    ],
+)
+def test_an_import_is_found_wherever_it_stands(source, expected):
+    assert crossings(source, {"verl", "qerl_verl.engine"}) == expected
