@@ -8,7 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING
+
+from qerl_verl.nvfp4.architectures import automatic_class, get_architecture
 
 SIZES = dict(
     vocab_size=96,
@@ -72,17 +74,60 @@ FAMILIES = {
     ),
     "Glm4ForCausalLM": ("glm4", dict(head_dim=64)),
     "SeedOssForCausalLM": ("seed_oss", dict(head_dim=64)),
+    "Qwen2_5_VLForConditionalGeneration": (
+        "qwen2_5_vl",
+        dict(rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[4, 6, 6])),
+    ),
+    "Qwen3VLForConditionalGeneration": (
+        "qwen3_vl",
+        dict(
+            head_dim=32,
+            rope_parameters=dict(
+                rope_type="default", rope_theta=10000.0, mrope_section=[6, 5, 5], mrope_interleaved=True
+            ),
+        ),
+    ),
 }
-"""Architecture -> transformers' model_type, and its configuration beside :data:`SIZES`. A mixture has
-a layer with experts and one without."""
+"""Architecture -> transformers' model_type, and its (the decoder's) configuration beside :data:`SIZES`. A
+mixture has a layer with experts and one without."""
 
 DENSE = [name for name in FAMILIES if name != "Qwen3MoeForCausalLM"]
+
+TOWERS = {
+    "Qwen2_5_VLForConditionalGeneration": dict(window_size=56, fullatt_block_indexes=[1]),
+    "Qwen3VLForConditionalGeneration": dict(num_position_embeddings=64, deepstack_visual_indexes=[0]),
+}
+"""Architecture -> configuration of its vision tower beside :data:`TOWER`."""
+TOWER = dict(
+    depth=2, hidden_size=64, intermediate_size=48, num_heads=2, patch_size=14, out_hidden_size=SIZES["hidden_size"]
+)
+IMAGE_TOKENS = dict(image_token_id=92, video_token_id=93, vision_start_token_id=94, vision_end_token_id=95)
 
 
 def make_config(architecture: str, **changes):
     """transformers' configuration of a tiny model."""
     model_type, settings = FAMILIES[architecture]
-    return CONFIG_MAPPING[model_type](**SIZES | settings | changes, architectures=[architecture])
+    settings = SIZES | settings | changes
+    if architecture not in TOWERS:
+        return CONFIG_MAPPING[model_type](**settings, architectures=[architecture])
+    settings.setdefault("tie_word_embeddings", False)
+    whole = {key: settings.pop(key) for key in IMAGE_TOKENS if key in settings}
+    return CONFIG_MAPPING[model_type](
+        text_config=settings,
+        vision_config=TOWER | TOWERS[architecture],
+        tie_word_embeddings=settings["tie_word_embeddings"],
+        architectures=[architecture],
+        **IMAGE_TOKENS | whole,
+    )
+
+
+def make_model(architecture: str, **changes):
+    """A tiny model with transformers' own random weights, and its configuration."""
+    config = make_config(architecture, **changes)
+    torch.manual_seed(0)
+    model = automatic_class(get_architecture(config)).from_config(config)
+    assert type(model).__name__ == architecture
+    return config, model
 
 
 def make_family(
@@ -96,7 +141,7 @@ def make_family(
     """
     config = make_config(architecture, **changes)
     torch.manual_seed(len(architecture))
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model = automatic_class(get_architecture(config)).from_config(config, dtype=dtype)
     assert type(model).__name__ == architecture
     for name, parameter in model.named_parameters():
         mean = 1.0 if name.endswith("norm.weight") and architecture != "Gemma3ForCausalLM" else 0.0
@@ -126,10 +171,10 @@ def make_adapter(folder: Path, linears: dict[str, tuple[int, int]]) -> Path:
     return folder
 
 
-def log_probabilities(model, prompt: list[int]) -> torch.Tensor:
+def log_probabilities(model, prompt: list[int], **inputs) -> torch.Tensor:
     """Of every token of a prompt but the first, ``[len(prompt) - 1]`` float64."""
     with torch.no_grad():
-        logits = model(torch.tensor([prompt]), use_cache=False).logits[0, :-1].log_softmax(-1)
+        logits = model(torch.tensor([prompt]), use_cache=False, **inputs).logits[0, :-1].log_softmax(-1)
     return logits.gather(-1, torch.tensor(prompt[1:])[:, None])[:, 0].double()
 
 
@@ -178,7 +223,8 @@ class Reference:
         state = _stack_experts(state, config)
         self.models = []
         for dtype in (torch.float64, torch.float32):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager").eval()
+            automatic = automatic_class(get_architecture(config))
+            model = automatic.from_config(config, dtype=dtype, attn_implementation="eager").eval()
             if hasattr(model, "set_experts_implementation"):  # the default takes no float64
                 model.set_experts_implementation("eager")
             missing, unexpected = model.load_state_dict(state, strict=False)
@@ -206,7 +252,7 @@ class Reference:
         """With noise on norms, by their full names."""
         from qerl_verl.aqn.noise import draw_noise
 
-        size = self.models[0].config.hidden_size
+        size = self.models[0].config.get_text_config().hidden_size
         with self._changed({f"{norm}.weight": draw_noise(seed, step, norm, size, sigma) for norm in norms}):
             yield
 
@@ -222,9 +268,17 @@ class Reference:
             for name, value in old.items():
                 model.get_parameter(name).data = value
 
-    def check(self, prompts: list[list[int]], found: list[list[float]]) -> None:
-        """Log-probabilities of ``prompts`` from float32 code are the float64 model's."""
-        exact, rounded = (torch.cat([log_probabilities(model, p) for p in prompts]) for model in self.models)
+    def check(self, prompts: list[list[int]], found: list[list[float]], inputs: list[dict] | None = None) -> None:
+        """Log-probabilities of ``prompts`` from float32 code are the float64 model's.
+
+        Args:
+            inputs: what else the model gets of each, images.
+        """
+        inputs = inputs or [{}] * len(prompts)
+        exact, rounded = (
+            torch.cat([log_probabilities(model, p, **i) for p, i in zip(prompts, inputs, strict=True)])
+            for model in self.models
+        )
         error = torch.cat([torch.as_tensor(f, dtype=torch.float64) for f in found]) - exact
         rounding = root_mean_square(rounded - exact)
         print(f"error {root_mean_square(error):.2e}, of transformers in float32 {rounding:.2e}")

@@ -36,7 +36,9 @@ def draw_noise(seed: int, step: int, layer: str, size: int, sigma: float) -> tor
     return torch.from_numpy(generator.standard_normal(size, dtype=np.float32)) * sigma
 
 
-def find_noise_targets(model: nn.Module, architecture: Architecture, fused: dict[str, str]) -> dict[str, nn.Module]:
+def find_noise_targets(
+    model: nn.Module, architecture: Architecture, fused: dict[str, str], prefix: str | None = None
+) -> dict[str, nn.Module]:
     """The norms that receive noise, found by the linears beside them.
 
     ``architecture.noise_targets`` says which norm of a decoder layer feeds, or is fed by, which
@@ -49,19 +51,23 @@ def find_noise_targets(model: nn.Module, architecture: Architecture, fused: dict
         architecture: wiring of the model's decoder layer.
         fused: names under which the model fuses linears, e.g.
             ``{"self_attn.q_proj": "self_attn.qkv_proj"}``.
+        prefix: with which the model begins the names of its decoder layers, by default the
+            architecture's.
 
     Returns:
-        Full module name to norm, in the model's order. Each has a ``weight`` [hidden].
+        Full name to norm, in the model's order. Each has a ``weight`` [hidden]. Names begin as in
+        transformers' model, so the same noise is drawn wherever the model's are others.
 
     Raises:
         ValueError: a norm without one of the linears that should stand beside it, or no target at all.
     """
     modules = dict(model.named_modules())
+    prefix = prefix or architecture.layer_prefix
     targets: dict[str, nn.Module] = {}
     experts = architecture.experts
     for name, module in modules.items():
         for norm, linears in architecture.noise_targets.items():
-            if not (name.startswith(architecture.layer_prefix) and name.endswith(f".{norm}")):
+            if not (name.startswith(prefix) and name.endswith(f".{norm}")):
                 continue
             if not isinstance(getattr(module, "weight", None), torch.Tensor):
                 continue  # another pipeline rank's layer
@@ -71,7 +77,7 @@ def find_noise_targets(model: nn.Module, architecture: Architecture, fused: dict
             for linear in linears:
                 if layer + linear not in modules and layer + fused.get(linear, linear) not in modules:
                     raise ValueError(f"{name} should stand beside {layer}{linear}, but the model has no such module")
-            targets[name] = module
+            targets[architecture.layer_prefix + name.removeprefix(prefix)] = module
     if not targets:
         raise ValueError(f"no norm of {architecture.name} found in {type(model).__name__}: nothing to put noise on")
     return targets

@@ -84,7 +84,7 @@ def adapter_problems(config: DictConfig, model: str, adapter: dict) -> list[str]
     wanted = adapter["wanted"]
     if "target_modules" in wanted or "exclude_modules" in wanted:
         targets, exclude = wanted.get("target_modules", _STOCK["target_modules"]), wanted.get("exclude_modules")
-        problems = _target_problems(layers, targets, exclude, model)
+        problems = _target_problems(base, layers, targets, exclude, model)
         if problems:
             return problems
         if matched_layers(layers, targets, exclude) != adapted_layers(config, model, layers, adapter):
@@ -115,21 +115,24 @@ def target_problems(config: DictConfig, model: str) -> list[str]:
     from qerl_verl.nvfp4.checkpoint import adaptable_shapes
 
     get = lambda name: OmegaConf.select(config, f"{model}.{name}")  # noqa: E731
-    layers = adaptable_shapes(Path(os.path.expanduser(get("path"))))
-    return _target_problems(layers, get("target_modules"), get("exclude_modules"), model)
+    base = Path(os.path.expanduser(get("path")))
+    layers = adaptable_shapes(base)
+    return _target_problems(base, layers, get("target_modules"), get("exclude_modules"), model)
 
 
 def value_head_shapes(base: Path) -> dict[str, tuple[int, ...]]:
     """Name -> shape of a critic's value head (engine/fsdp.py, NVFP4EngineWithValueHead)."""
     from transformers import AutoConfig
 
-    return {"score.weight": (1, AutoConfig.from_pretrained(base).hidden_size), "score.bias": (1,)}
+    hidden = AutoConfig.from_pretrained(base).get_text_config().hidden_size
+    return {"score.weight": (1, hidden), "score.bias": (1,)}
 
 
-def _target_problems(layers, targets: Any, exclude: Any, model: str) -> list[str]:
+def _target_problems(base: Path, layers, targets: Any, exclude: Any, model: str) -> list[str]:
     from qerl_verl.lora.targets import find_problems
+    from qerl_verl.nvfp4.checkpoint import tower_linears
 
-    return find_problems(layers, targets, exclude, key=f"{model}.")
+    return find_problems(layers, targets, exclude, key=f"{model}.", tower=tower_linears(base) if exclude else ())
 
 
 def adapted_layers(config: DictConfig, model: str, layers: Collection[str], adapter: dict | None) -> set[str]:

@@ -83,6 +83,7 @@ def packed_attention_forward(
         key, value: ``[batch, key_value_heads, tokens, head_dim]``.
         attention_mask: from :func:`packed_attention_mask`; None means one packed row.
         position_ids: ``[1, tokens]``; each sequence begins at 0. Without them, those of :func:`hand_on_positions`.
+        kwargs: with ``is_causal=False``, as of a vision tower, which calls for each image by itself, SDPA computes.
 
     Returns:
         ``[batch, tokens, heads, head_dim]``, and None for the weights of the attention.
@@ -91,7 +92,7 @@ def packed_attention_forward(
         ValueError: a packed row without position_ids, or with dropout or a softcap, which FlashAttention's variable-length
             form does not have.
     """
-    if attention_mask is not None or query.shape[0] != 1:
+    if attention_mask is not None or query.shape[0] != 1 or kwargs.get("is_causal") is False:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils._triton import has_triton
 
+from qerl_verl.lora.peft import tower_of
 from qerl_verl.nvfp4.experts import NVFP4Experts
 from qerl_verl.nvfp4.experts import gated as plain_gated
 from qerl_verl.platform.compilers import missing_compiler
@@ -20,7 +21,7 @@ RECOMPILE_LIMIT = 32
 
 GATED_MLPS = {
     *("LlamaMLP", "MistralMLP", "Ministral3MLP", "Qwen2MLP", "Qwen3MLP", "Qwen3MoeMLP"),
-    *("Gemma3MLP", "GraniteMLP", "Olmo2MLP", "Olmo3MLP", "SmolLM3MLP"),
+    *("Gemma3MLP", "GraniteMLP", "Olmo2MLP", "Olmo3MLP", "Qwen3VLTextMLP", "SmolLM3MLP"),
 }
 """Classes of transformers that compute ``down_proj(act_fn(gate_proj(x)) * up_proj(x))`` and nothing else."""
 
@@ -62,7 +63,7 @@ def compile_layers(model: nn.Module, **options) -> str:
     than a minute at the first step (docs/performance.md).
 
     Args:
-        model: MLPs of other classes than :data:`GATED_MLPS` are left alone.
+        model: MLPs of other classes than :data:`GATED_MLPS` are left alone, and so is a vision tower.
         options: for ``torch.compile``.
 
     Returns:
@@ -73,7 +74,10 @@ def compile_layers(model: nn.Module, **options) -> str:
     else:  # of the process; later PyTorch has settings by thread and task, and the argument
         torch._dynamo.config.recompile_limit = max(RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
     gated, names = torch.compile(plain_gated, dynamic=True, **options), set()
+    tower = tower_of(model)
     for name, module in list(model.named_modules()):
+        if tower and name.startswith(tower):
+            continue
         parent, _, leaf = name.rpartition(".")
         if isinstance(module, NVFP4Experts):
             module.gated = gated

@@ -47,8 +47,15 @@ from qerl_verl.engine.recompute import Recompute
 from qerl_verl.engine.shared_base import causal_lm, use_shared_base
 from qerl_verl.kernels.backends import BACKENDS
 from qerl_verl.lora.adapter_files import check_loaded, map_names, read_adapter_config, read_tensors
-from qerl_verl.lora.peft import adaptable_layers, draw_adapter, linear_names, register_nvfp4, save_adapter
-from qerl_verl.lora.targets import ALL_LINEAR, last_names
+from qerl_verl.lora.peft import (
+    adaptable_layers,
+    draw_adapter,
+    linear_names,
+    register_nvfp4,
+    save_adapter,
+    tower_of,
+)
+from qerl_verl.lora.targets import ALL_LINEAR, last_names, without_tower
 from qerl_verl.lora.wire import CONFIG_TENSOR, pack_config
 from qerl_verl.nvfp4.loading import load_tensors, packed_linear_names, prepack_linears, swap_linears
 from qerl_verl.switch import KERNEL_ENV, RECOMPUTE_ENV, SOURCES_ENV
@@ -95,14 +102,32 @@ def remove_dropout(config) -> dict[str, float]:
     Returns:
         Name -> value of each setting that was not 0.
     """
-    found = {
-        name: value
-        for name, value in config.to_dict().items()
-        if ("dropout" in name or name.endswith("_pdrop")) and isinstance(value, int | float) and value
-    }
-    for name in found:
-        setattr(config, name, 0.0)
+    found: dict[str, float] = {}
+    for part in (config, config.get_text_config()):
+        names = {
+            name: value
+            for name, value in part.to_dict().items()
+            if ("dropout" in name or name.endswith("_pdrop")) and isinstance(value, int | float) and value
+        }
+        for name in names:
+            setattr(part, name, 0.0)
+        found |= names
     return found
+
+
+def require_input_gradients(module: nn.Module) -> None:
+    """Let gradients flow through layers that are run again in the backward pass, from the decoder's embeddings on.
+
+    transformers' own method would also let them flow into a vision tower, where nothing trains.
+    """
+    tower = tower_of(module)
+    if not tower:
+        module.enable_input_require_grads()
+        return
+    module.get_input_embeddings().register_forward_hook(lambda layer, arguments, output: output.requires_grad_(True))
+    for layer in module.get_submodule(tower.rstrip(".")).modules():
+        if getattr(layer, "gradient_checkpointing", False):
+            layer.gradient_checkpointing = False
 
 
 def unavailable_elsewhere(device: torch.device) -> dict[str, str]:
@@ -189,7 +214,8 @@ class NVFP4EngineMixin:
 
     def _draws_random_numbers(self, config) -> bool:
         """Whether a layer's second run has to draw what its first run drew: dropout in the base, or in an adapter of the user's."""
-        dropout = any(value for name, value in config.to_dict().items() if "dropout" in name)
+        settings = config.to_dict() | config.get_text_config().to_dict()
+        dropout = any(value for name, value in settings.items() if "dropout" in name)
         return dropout or self.model_config.lora_adapter_path is not None
 
     def _build_fsdp_module(self, module: nn.Module) -> nn.Module:
@@ -268,10 +294,15 @@ class AdapterEngineMixin:
         return tuple(PrecisionType.to_dtype(name) for name in names)
 
     def _patch_forward(self, module: nn.Module, use_fused_kernels: bool) -> None:
-        """verl's own changes to a model's forward pass, as its engine makes them (_build_module)."""
+        """verl's own changes to a model's forward pass, as its engine makes them (_build_module).
+
+        What verl changes for packed rows is for flash-attn: among it, the attention layers of Qwen2.5-VL, which would
+        call flash-attn whatever the attention is (verl/models/transformers/qwen2_vl.py, qwen2_vl_attn_forward).
+        """
+        attention = self.model_config.hf_config.get_text_config()._attn_implementation
         apply_monkey_patch(
             model=module,
-            use_remove_padding=self.use_remove_padding,
+            use_remove_padding=self.use_remove_padding and attention.startswith("flash_attention"),
             ulysses_sp_size=self.ulysses_sequence_parallel_size,
             use_fused_kernels=use_fused_kernels,
             fused_kernels_backend=(self.model_config.fused_kernel_options or {}).get("impl_backend"),
@@ -279,7 +310,7 @@ class AdapterEngineMixin:
 
     def _build_lora_module(self, module: nn.Module) -> nn.Module:
         """PEFT's LoRA with float32 master weights, which are cast to 16 bits for the forward pass."""
-        module.enable_input_require_grads()
+        require_input_gradients(module)
         hand_on_positions(module)
         adapter = self.model_config.lora_adapter_path
         if adapter is not None:
@@ -293,7 +324,7 @@ class AdapterEngineMixin:
                 r=self.model_config.lora_rank,
                 lora_alpha=self.model_config.lora_alpha,
                 target_modules=targets,
-                exclude_modules=convert_to_regular_types(self.model_config.exclude_modules),
+                exclude_modules=without_tower(self.model_config.exclude_modules, tower_of(module)),
                 bias="none",
             )
             with torch.random.fork_rng(devices=[]):
@@ -320,6 +351,7 @@ class AdapterEngineMixin:
         tensors = {names[name]: tensor for name, tensor in tensors.items()}
         config = LoraConfig.from_pretrained(folder)
         config.inference_mode, config.init_lora_weights = False, True
+        config.exclude_modules = without_tower(config.exclude_modules, tower_of(module))
         if config.target_modules == ALL_LINEAR:
             config.target_modules = set(last_names(layers))
         # PEFT adds the modules that the task trains, to those that the folder names once more

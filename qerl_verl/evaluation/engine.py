@@ -15,7 +15,7 @@ from typing import Any
 from qerl_verl.config.rules import COMPILATION, WORKER_EXTENSION, cpu_environment
 from qerl_verl.evaluation.policies import Adapter, Model, write_plain
 from qerl_verl.platform.cpu_features import missing_bfloat16
-from qerl_verl.rollout.rope import rope_overrides
+from qerl_verl.rollout.overrides import hf_overrides
 from qerl_verl.switch import ENGINE_VENDOR, EVALUATION_ENV, SWITCH_ENV
 
 PATIENCE = 10.0
@@ -137,7 +137,7 @@ class Engine:
             "worker_extension_cls": WORKER_EXTENSION,
             "additional_config": {"qerl": additional},
             "seed": 0,
-            "hf_overrides": rope_overrides(AutoConfig.from_pretrained(self._model.folder)),
+            "hf_overrides": hf_overrides(AutoConfig.from_pretrained(self._model.folder), on_cpu),
         }
         if not arguments["enforce_eager"]:
             arguments["compilation_config"] = compilation

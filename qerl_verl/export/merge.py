@@ -105,8 +105,8 @@ class Base:
         architecture = get_architecture(config)
         self.tensors = files.split_experts(files.read_headers(folder), architecture, config)
         self.linears = files.linear_shapes(folder)
-        self.routers = architecture.routers(config)
-        self.dtype = "F16" if self.tensors["model.embed_tokens.weight"].dtype == "F16" else "BF16"
+        self.ignored = [*architecture.plain_modules, *architecture.routers(config)]
+        self.dtype = "F16" if self.tensors[architecture.embeddings].dtype == "F16" else "BF16"
 
     def others(self) -> dict[str, TensorInfo]:
         """What is not a linear of the decoder layers: embeddings, norms, biases, output layer."""
@@ -202,7 +202,7 @@ def _write(
         if k not in ("quantization_config", "compression_config")
     }
     if form == "fp8":
-        config["quantization_config"] = FP8_CONFIG | {"ignore": ["lm_head", *base.routers]}
+        config["quantization_config"] = FP8_CONFIG | {"ignore": base.ignored}
     with atomic_folder(dst) as folder:
         write_shards(
             folder,

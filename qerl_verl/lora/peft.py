@@ -12,6 +12,7 @@ from torch import nn
 
 from qerl_verl.kernels.nvfp4_lora_linear import nvfp4_lora_linear
 from qerl_verl.lora.targets import last_names
+from qerl_verl.nvfp4.architectures import UnsupportedArchitecture, get_architecture
 from qerl_verl.nvfp4.experts import PROJECTIONS, is_experts
 from qerl_verl.nvfp4.linear import NVFP4Linear
 
@@ -69,13 +70,21 @@ class NVFP4LoraLinear(Linear):
         raise ValueError("adapters on an NVFP4 base are never merged, so there is nothing to unmerge")
 
 
+def tower_of(model: nn.Module) -> str:
+    """How names in a model's vision tower begin; empty where it has none."""
+    try:
+        return get_architecture(model.config).vision
+    except (AttributeError, UnsupportedArchitecture):
+        return ""
+
+
 def adaptable_layers(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Full name -> (output, input features) of all linears but the output layer.
+    """Full name -> (output, input features) of all linears but the output layer and those of a vision tower.
 
     Beside experts those of MLPs are left out, since PEFT takes their names for the experts'
     (:meth:`qerl_verl.nvfp4.architectures.Architecture.adaptable`).
     """
-    beside_experts = any(is_experts(module) for module in model.modules())
+    beside_experts, tower = any(is_experts(module) for module in model.modules()), tower_of(model)
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     return {
         name: (module.out_features, module.in_features)
@@ -83,6 +92,7 @@ def adaptable_layers(model: nn.Module) -> dict[str, tuple[int, int]]:
         if isinstance(module, nn.Linear | NVFP4Linear)
         and module is not output
         and not (beside_experts and name.endswith(PROJECTIONS))
+        and not (tower and name.startswith(tower))
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from typing import Any
 
@@ -31,7 +32,31 @@ def matched_layers(layers: Collection[str], targets: Any, exclude: Any = None, *
     return {name for name in layers if check_target_module_exists(settings, name)}
 
 
-def find_problems(layers: Collection[str], targets: Any, exclude: Any = None, key: str = "") -> list[str]:
+def without_tower(exclude: Any, tower: str) -> Any:
+    """``exclude_modules`` that also leaves out a vision tower, whose layers may have the decoder's last names.
+
+    vLLM gives no adapter to a vision tower, so one that trained there would be lost in the rollout.
+
+    Args:
+        exclude: the user's.
+        tower: how names in the vision tower begin; empty where there is none.
+    """
+    exclude = _plain(exclude)
+    if not tower:
+        return exclude
+    pattern = rf".*\b{re.escape(tower.rstrip('.').rpartition('.')[2])}\..*"
+    if not exclude:
+        return pattern
+    if isinstance(exclude, str) and exclude.endswith(pattern):
+        return exclude
+    if not isinstance(exclude, str):
+        exclude = rf"(?:.*\.)?(?:{'|'.join(map(re.escape, exclude))})"
+    return f"{exclude}|{pattern}"
+
+
+def find_problems(
+    layers: Collection[str], targets: Any, exclude: Any = None, key: str = "", tower: Collection[str] = ()
+) -> list[str]:
     """What keeps target modules from being what the user wrote, one sentence each.
 
     Args:
@@ -40,6 +65,8 @@ def find_problems(layers: Collection[str], targets: Any, exclude: Any = None, ke
         targets: see :func:`matched_layers`.
         exclude: see :func:`matched_layers`.
         key: the model's setting, with which the problems begin.
+        tower: full names of linear layers of a vision tower, which has no adapter; to exclude them is
+            no mistake.
     """
     targets, exclude = _plain(targets), _plain(exclude)
     names = f"The model has {', '.join(last_names(layers))}"
@@ -63,7 +90,7 @@ def find_problems(layers: Collection[str], targets: Any, exclude: Any = None, ke
             )
         for excluded in [exclude] if isinstance(exclude, str) else exclude or []:
             whole = excluded if isinstance(exclude, str) else [excluded]
-            if not matched_layers(layers, whole):
+            if not matched_layers([*layers, *tower], whole):
                 out.append(f"{key}exclude_modules: {excluded} matches no layer. {names}; remove it")
         if not out and not matched_layers(layers, targets, exclude):
             out.append(f"{key}exclude_modules={exclude}: no layer is left that would have an adapter; remove it")

@@ -51,6 +51,7 @@ def model_of(content: Mapping[str, Any], rank: int, targets: Any, exclude: Any =
     shapes, projections = architecture.tensor_shapes(config), architecture.projection_shapes(config)
     packed = {linear: shapes[f"{linear}.weight"] for group in architecture.all_groups(config) for linear in group}
     adapted = matched_layers(architecture.adaptable(packed), targets, exclude)
+    config = config.get_text_config()
     return Model(
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,

@@ -7,6 +7,7 @@ to). docs/models.md explains the columns and how a row is added.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -108,7 +109,7 @@ def _hard_coded(key: str, value: Any) -> Fixed:
 
 @dataclass(frozen=True)
 class Architecture:
-    """A decoder-only model, dense or with a mixture of experts.
+    """A decoder-only model, dense or with a mixture of experts, by itself or behind a vision tower.
 
     Names of linears and norms are relative to a layer, ``{layer_prefix}{i}.``. A projection is one
     of q, k, v, o, gate, up and down; a linear is what the checkpoint holds, which is a projection
@@ -118,7 +119,14 @@ class Architecture:
     name: str
     """As in ``architectures`` of config.json."""
 
-    layer_prefix: str = "model.layers."
+    decoder: str = "model."
+    """Of the names of the decoder's embeddings, layers and last norm, in transformers' model."""
+
+    vision: str = ""
+    """Of the names of the vision tower, which stays in 16 bits; empty where there is none."""
+
+    older_names: Mapping[str, str] = field(default_factory=dict)
+    """Beginning of a name in published checkpoints -> in transformers' model."""
 
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Linear of the checkpoint -> the projections whose rows it holds, one behind the other."""
@@ -167,6 +175,30 @@ class Architecture:
     its own for the family, whose layers are the checkpoint's, fused as in :meth:`scale_groups`."""
 
     @property
+    def layer_prefix(self) -> str:
+        """Of the names of the decoder layers, in front of their number."""
+        return f"{self.decoder}layers."
+
+    @property
+    def embeddings(self) -> str:
+        """Name of the embeddings' weight."""
+        return f"{self.decoder}embed_tokens.weight"
+
+    @property
+    def plain_modules(self) -> tuple[str, ...]:
+        """Linears that are in 16 bits, as compressed-tensors' ``ignore`` names them. The expression
+        fits the names in transformers' model, in vLLM's and in older checkpoints."""
+        tower = self.vision.rstrip(".").rpartition(".")[2]
+        return ("lm_head", rf"re:(?:.*\.)?{tower}\..*") if tower else ("lm_head",)
+
+    def module_name(self, name: str) -> str:
+        """The name in transformers' model of a tensor or linear of a checkpoint."""
+        for older, now in self.older_names.items():
+            if name.startswith(older):
+                return now + name.removeprefix(older)
+        return name
+
+    @property
     def linears(self) -> tuple[str, ...]:
         """The linears of a layer without experts, whose weights are packed."""
         return self._linears_of((*_ATTENTION, *_MLP))
@@ -212,6 +244,7 @@ class Architecture:
         Args:
             config: transformers' configuration object (which supplies the defaults of absent keys).
         """
+        config = config.get_text_config()
         hidden, inner = config.hidden_size, config.intermediate_size
         head_dim = _head_dim(config)
         q_size, kv_size = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
@@ -227,6 +260,7 @@ class Architecture:
 
     def linear_shapes(self, config: Any, index: int) -> dict[str, tuple[int, int]]:
         """The packed linears of layer ``index`` -> (output, input features)."""
+        config = config.get_text_config()
         projections = self.projection_shapes(config)
         shapes = {}
         for linear in self.linears:
@@ -253,19 +287,36 @@ class Architecture:
         Raises:
             UnsupportedArchitecture: ``config`` describes a variant of the model that is not served.
         """
+        whole, config = config, config.get_text_config()
         self._check(config)
         hidden = config.hidden_size
-        shapes = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
+        shapes = self._vision_shapes(whole) | {self.embeddings: (config.vocab_size, hidden)}
         layers = {}  # of a layer without experts, and of one with experts
         for i in range(config.num_hidden_layers):
             kind = self.has_experts(config, i)
             if kind not in layers:
                 layers[kind] = self._layer_shapes(config, i)
             shapes |= {f"{self.layer_prefix}{i}.{name}": shape for name, shape in layers[kind].items()}
-        shapes["model.norm.weight"] = (hidden,)
-        if not config.tie_word_embeddings:
+        shapes[f"{self.decoder}norm.weight"] = (hidden,)
+        if not whole.tie_word_embeddings:
             shapes["lm_head.weight"] = (config.vocab_size, hidden)
         return shapes
+
+    def _vision_shapes(self, config: Any) -> dict[str, tuple[int, ...]]:
+        """Of the vision tower as transformers builds it."""
+        if not self.vision:
+            return {}
+        from accelerate import init_empty_weights
+
+        config = copy.deepcopy(config)
+        decoder = config.get_text_config()
+        decoder.num_hidden_layers = 1
+        if getattr(decoder, "layer_types", None):
+            decoder.layer_types = decoder.layer_types[:1]
+        with init_empty_weights(include_buffers=False):
+            model = automatic_class(self).from_config(config)
+        tower = model.get_submodule(self.vision.rstrip("."))
+        return {f"{self.vision}{name}": tuple(tensor.shape) for name, tensor in tower.state_dict().items()}
 
     def _layer_shapes(self, config: Any, index: int) -> dict[str, tuple[int, ...]]:
         hidden, projections = config.hidden_size, self.projection_shapes(config)
@@ -294,7 +345,7 @@ class Architecture:
 
     def routers(self, config: Any) -> tuple[str, ...]:
         """Full names of the routers, linears that stay in 16 bits."""
-        layers = range(config.num_hidden_layers)
+        layers = range(config.get_text_config().num_hidden_layers)
         return tuple(f"{self.layer_prefix}{i}.{self.experts.router}" for i in layers if self.has_experts(config, i))
 
     def _check(self, config: Any) -> None:
@@ -324,7 +375,7 @@ class Architecture:
 
     def all_groups(self, config: Any) -> Iterator[tuple[str, ...]]:
         """The same of all layers, by full names."""
-        for i in range(config.num_hidden_layers):
+        for i in range(config.get_text_config().num_hidden_layers):
             for group in self.layer_groups(config, i):
                 yield tuple(f"{self.layer_prefix}{i}.{linear}" for linear in group)
 
@@ -332,6 +383,8 @@ class Architecture:
 def _head_dim(config: Any) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
+
+_VISION = {"decoder": "model.language_model.", "vision": "model.visual."}
 
 _ARCHITECTURES = {
     architecture.name: architecture
@@ -401,6 +454,23 @@ _ARCHITECTURES = {
             ),
             shares_base=True,
         ),
+        Architecture(
+            "Qwen2_5_VLForConditionalGeneration",
+            **_VISION,
+            older_names={
+                "visual.": "model.visual.",
+                "model.embed_tokens.": "model.language_model.embed_tokens.",
+                "model.layers.": "model.language_model.layers.",
+                "model.norm.": "model.language_model.norm.",
+            },
+            biased=_QKV,
+        ),
+        Architecture(
+            "Qwen3VLForConditionalGeneration",
+            **_VISION,
+            bias_switches={"attention_bias": _ATTENTION},
+            head_norms=_NORMED_HEADS,
+        ),
     )
 }
 
@@ -431,6 +501,22 @@ def get_architecture(hf_config: Any) -> Architecture:
     )
 
 
+def text_settings(content: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What config.json says of the decoder, which models with a vision tower have in a part of its own.
+
+    Args:
+        content: of config.json.
+    """
+    return {**content, **(content.get("text_config") or {})}
+
+
+def automatic_class(architecture: Architecture) -> type:
+    """transformers' ``AutoModel...`` class that builds the model with its output layer."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText if architecture.vision else AutoModelForCausalLM
+
+
 def logits_divisor(config: Any) -> float:
     """By what a model divides the output of its output layer (Granite's ``logits_scaling``); 1 for
     the others.
@@ -438,4 +524,4 @@ def logits_divisor(config: Any) -> float:
     Args:
         config: transformers' configuration object.
     """
-    return float(getattr(config, "logits_scaling", None) or 1.0)
+    return float(getattr(config.get_text_config(), "logits_scaling", None) or 1.0)

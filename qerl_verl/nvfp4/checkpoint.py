@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from qerl_verl.kernels.mxfp4_quantize import LARGEST_SPAN, MX_BLOCK_SIZE, NO_EXPONENT, mxfp4_exponents
 from qerl_verl.kernels.nvfp4_dequantize import BLOCK_SIZE
-from qerl_verl.nvfp4.architectures import Architecture, get_architecture
+from qerl_verl.nvfp4.architectures import Architecture, UnsupportedArchitecture, get_architecture
 from qerl_verl.nvfp4.atomic_folder import atomic_folder, settle_leftovers
 from qerl_verl.nvfp4.calibration import Calibration
 from qerl_verl.nvfp4.errors import CheckpointError
@@ -190,9 +190,10 @@ def quantize_checkpoint(
         finished = FinishedLayers(dst, _attempt_key(src, tensors, calibration))
         written += max(0, sum(unit.output_bytes for unit in units if unit.quantize) - finished.nbytes)
     _check_space(dst, written)
-    config["quantization_config"] = QUANTIZATION_CONFIG | {"ignore": ["lm_head", *architecture.routers(hf_config)]}
-    dtype = "float16" if tensors["model.embed_tokens.weight"].dtype == "F16" else "bfloat16"
-    config |= {key: dtype for key in ("dtype", "torch_dtype") if key in config} or {"torch_dtype": dtype}
+    ignored = [*architecture.plain_modules, *architecture.routers(hf_config)]
+    config["quantization_config"] = QUANTIZATION_CONFIG | {"ignore": ignored}
+    dtype = "float16" if tensors[architecture.embeddings].dtype == "F16" else "bfloat16"
+    _set_dtype(config, dtype)
 
     try:
         packer = _Rounder(method, device)
@@ -233,6 +234,14 @@ def quantize_checkpoint(
     if finished is not None:
         finished.remove()
     return records
+
+
+def _set_dtype(config: dict[str, Any], dtype: str) -> None:
+    """Write the dtype of what is not packed into the content of config.json and its parts, in place."""
+    config |= {key: dtype for key in ("dtype", "torch_dtype") if key in config} or {"torch_dtype": dtype}
+    for part in (config.get("text_config"), config.get("vision_config")):
+        if part:
+            part |= {key: dtype for key in ("dtype", "torch_dtype") if key in part}
 
 
 def _attempt_key(src: Path, tensors: dict[str, TensorInfo], calibration: Calibration) -> str:
@@ -350,6 +359,19 @@ def adaptable_shapes(path: str | Path) -> dict[str, tuple[int, int]]:
     return {linear: shapes[linear] for linear in get_architecture(read_config(Path(path))).adaptable(shapes)}
 
 
+def tower_linears(path: str | Path) -> list[str]:
+    """Full names of the linears of a model's vision tower, in 16 bits; none where it has no tower.
+
+    Args:
+        path: see :func:`linear_shapes`.
+    """
+    path = Path(path)
+    architecture = get_architecture(read_config(path))
+    shapes = architecture.tensor_shapes(_hf_config(path)) if architecture.vision else {}
+    tower = (name for name, shape in shapes.items() if name.startswith(architecture.vision) and len(shape) == 2)
+    return [name.removesuffix(".weight") for name in tower]
+
+
 def check_method(path: str | Path, wanted: Literal["nvfp4", "mxfp4"]) -> None:
     """Tell a ready-made MXFP4 checkpoint from an NVFP4 one, which have the same container: by the manifest.
 
@@ -440,7 +462,7 @@ def validate_nvfp4_checkpoint(path: str | Path) -> None:
             scalar = name.endswith("_global_scale") and info is not None and info.shape == ()
             _check_tensors(path, tensors, {name: () if scalar else shape}, dtypes)
     outputs = {name for linear, (n, k) in packed.items() for name in _packed_layout(linear, n, k)}
-    _check_names(path, tensors, unpacked.keys() | outputs, hf_config.tie_word_embeddings)
+    _check_names(path, tensors, unpacked.keys() | outputs, architecture, hf_config.tie_word_embeddings)
     _check_matched(path, packed)
     _check_scales(tensors, packed)
     for name in unpacked:
@@ -483,7 +505,7 @@ def _check_plain_linears(
 def fused_linears(architecture: Architecture, hf_config: Any) -> Iterator[tuple[str, ...]]:
     """Full names of the linears that vLLM computes as one layer, each of one kind therefore: fused projections, and all
     experts of a layer."""
-    for i in range(hf_config.num_hidden_layers):
+    for i in range(decoder_layers(hf_config)):
         prefix, of_experts = f"{architecture.layer_prefix}{i}.", []
         for group in architecture.layer_groups(hf_config, i):
             if architecture.has_experts(hf_config, i) and group[0].startswith(f"{architecture.experts.module}."):
@@ -538,10 +560,11 @@ def is_ignored(linear: str, ignore: Iterable[str]) -> bool:
 
 
 def read_ignore(path: Path) -> list[str]:
-    """``ignore`` of a checkpoint's quantization, empty where it has none."""
+    """``ignore`` of a checkpoint's quantization, with names as in transformers' model; empty where it has none."""
     config = read_config(path)
     quantization = config.get("quantization_config") or config.get("compression_config") or {}
-    return list(quantization.get("ignore") or [])
+    module_name = get_architecture(config).module_name
+    return [i if i.startswith("re:") else module_name(i) for i in quantization.get("ignore") or []]
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -562,6 +585,9 @@ def read_config(path: Path) -> dict[str, Any]:
 def read_headers(path: Path) -> dict[str, TensorInfo]:
     """Name -> place of every tensor of a checkpoint, in the order of the files.
 
+    Names are those of transformers' model, also where the files have older ones
+    (:attr:`~qerl_verl.nvfp4.architectures.Architecture.older_names`).
+
     Raises:
         CheckpointError: no safetensors, a shard that the index names is missing, a file is damaged.
     """
@@ -575,7 +601,11 @@ def read_headers(path: Path) -> dict[str, TensorInfo]:
         for name in names:
             if name not in tensors:
                 raise CheckpointError(f"{path / file}: tensor {name}, which {INDEX_FILE} places there, is missing.")
-    return tensors
+    try:
+        architecture = get_architecture(read_config(path))
+    except UnsupportedArchitecture:  # told where the model is asked for
+        return tensors
+    return {architecture.module_name(name): info for name, info in tensors.items()}
 
 
 def _weight_files(path: Path) -> dict[str, list[str]]:
@@ -858,7 +888,7 @@ def _check_source(path: Path, architecture: Architecture, hf_config: Any) -> dic
     tensors = split_experts(read_headers(path), architecture, hf_config)
     shapes = architecture.tensor_shapes(hf_config)
     _check_tensors(path, tensors, shapes, WEIGHT_DTYPES)
-    _check_names(path, tensors, shapes.keys(), hf_config.tie_word_embeddings)
+    _check_names(path, tensors, shapes.keys(), architecture, hf_config.tie_word_embeddings)
     return tensors
 
 
@@ -894,11 +924,13 @@ def split_experts(tensors: dict[str, TensorInfo], architecture: Architecture, hf
     return out
 
 
-def _check_names(path: Path, tensors: dict[str, TensorInfo], expected: Set[str], tied: bool) -> None:
+def _check_names(
+    path: Path, tensors: dict[str, TensorInfo], expected: Set[str], architecture: Architecture, tied: bool
+) -> None:
     """Refuse tensors that the model does not have: they would be lost, or stop the actor."""
     unexpected = [name for name in tensors if name not in expected and not is_unused(name)]
     if tied and "lm_head.weight" in unexpected:
-        _check_tied(tensors["lm_head.weight"], tensors["model.embed_tokens.weight"])
+        _check_tied(tensors["lm_head.weight"], tensors[architecture.embeddings], architecture.embeddings)
         unexpected.remove("lm_head.weight")
     if unexpected:
         raise CheckpointError(
@@ -908,13 +940,13 @@ def _check_names(path: Path, tensors: dict[str, TensorInfo], expected: Set[str],
         )
 
 
-def _check_tied(head: TensorInfo, embeddings: TensorInfo) -> None:
+def _check_tied(head: TensorInfo, embeddings: TensorInfo, name: str) -> None:
     """vLLM and the actor use the embeddings as output layer where config.json ties the two; transformers does not when
     they differ (modeling_utils.py, tie_weights)."""
     same = head.shape == embeddings.shape and head.dtype == embeddings.dtype
     if not same or not all(map(torch.equal, read_pieces(head), read_pieces(embeddings))):
         raise CheckpointError(
-            f"{head.file}: lm_head.weight differs from model.embed_tokens.weight, but config.json says "
+            f"{head.file}: lm_head.weight differs from {name}, but config.json says "
             "tie_word_embeddings: true. Set it to false, or remove lm_head.weight."
         )
 
@@ -923,12 +955,12 @@ def _check_matched(path: Path, linears: Iterable[str]) -> None:
     """Refuse a config.json by which vLLM would build some packed linear without NVFP4 (its compressed_tensors/utils.py,
     should_ignore_layer and find_matched_target): the actor goes by the tensors alone."""
     config = read_config(path)
-    quantization = config.get("quantization_config") or config.get("compression_config")
+    quantization, ignore = config.get("quantization_config") or config.get("compression_config"), read_ignore(path)
     targets = [
         target for group in quantization.get("config_groups", {}).values() for target in group.get("targets") or ()
     ]
     for linear in linears:
-        ignored = next((i for i in quantization.get("ignore") or () if _names(i, linear)), None)
+        ignored = next((i for i in ignore if _names(i, linear)), None)
         if ignored is not None or not any(target == "Linear" or _names(target, linear) for target in targets):
             why = (
                 f"its ignore list has {ignored}"
@@ -1008,6 +1040,15 @@ def _check_space(dst: Path, needed: int) -> None:
 
 def _gb(size: int) -> str:
     return f"{size / 1e9:.2f} GB"
+
+
+def decoder_layers(hf_config: Any) -> int:
+    """The number of a model's decoder layers.
+
+    Args:
+        hf_config: transformers' configuration of the model.
+    """
+    return hf_config.get_text_config().num_hidden_layers
 
 
 def _hf_config(path: Path) -> Any:

@@ -170,7 +170,7 @@ class _Source:
         known = set(self.others)
         for linear in self.linears.values():
             known |= set(self._parts(linear.name)) if linear.packed else {f"{linear.name}.weight"}
-        files._check_names(self.path, self.tensors, known, self.hf_config.tie_word_embeddings)
+        files._check_names(self.path, self.tensors, known, self.architecture, self.hf_config.tie_word_embeddings)
 
     def _refuse_mixed_groups(self) -> None:
         for group in files.fused_linears(self.architecture, self.hf_config):
@@ -303,7 +303,8 @@ def convert_checkpoint(
     ours = (files.CONFIG_FILE, files.MANIFEST_FILE, files.REPORT_FILE, MODELOPT_FILE)
     plain = [linear.name for linear in source.linears.values() if not linear.packed]
     config = {k: v for k, v in source.config.items() if k != "compression_config"}
-    config["quantization_config"] = files.QUANTIZATION_CONFIG | {"ignore": ["lm_head", *source.routers, *plain]}
+    ignored = [*source.architecture.plain_modules, *source.routers, *plain]
+    config["quantization_config"] = files.QUANTIZATION_CONFIG | {"ignore": ignored}
     with atomic_folder(dst) as folder:
         records = write_shards(
             folder,

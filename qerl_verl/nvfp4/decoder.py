@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from qerl_verl.nvfp4.architectures import Architecture, get_architecture, logits_divisor
+from qerl_verl.nvfp4.architectures import Architecture, automatic_class, get_architecture, logits_divisor
 from qerl_verl.nvfp4.safetensors_stream import TensorInfo, read_tensor
 
 _BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
@@ -121,17 +121,17 @@ class LayerwiseDecoder:
 
     def __init__(self, config: Any, tensors: dict[str, TensorInfo], device: torch.device):
         from accelerate import init_empty_weights
-        from transformers import AutoModelForCausalLM
 
         self._tensors, self.device = tensors, device
-        row = get_architecture(config)
+        row = self._row = get_architecture(config)
         self._prefix = row.layer_prefix
-        half = torch.float16 if tensors["model.embed_tokens.weight"].dtype == "F16" else torch.bfloat16
+        half = torch.float16 if tensors[row.embeddings].dtype == "F16" else torch.bfloat16
         self.dtype = torch.float32 if device.type == "cpu" else half
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=self.dtype, attn_implementation="sdpa")
+            automatic = automatic_class(self._row)
+            model = automatic.from_config(config, dtype=self.dtype, attn_implementation="sdpa")
         model.eval().requires_grad_(False)
-        self._model = model.base_model
+        self._model = model.get_submodule(self._row.decoder.rstrip("."))
         self._layers = list(model.get_submodule(self._prefix.rstrip(".")))
         for index, layer in enumerate(self._layers):
             if row.has_experts(config, index):
@@ -141,7 +141,7 @@ class LayerwiseDecoder:
         self._norm = self._model.norm
         self._model.norm = nn.Identity()
         self._divisor = logits_divisor(config)
-        self._head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+        self._head = self._row.embeddings if config.tie_word_embeddings else "lm_head.weight"
         for buffer_owner in (m for name, m in self._model.named_children() if name not in ("layers", "embed_tokens")):
             buffer_owner.to(device)
         self._model.embed_tokens.padding_idx = None  # concerns gradients, and would have to be one of the rows in use
@@ -156,7 +156,7 @@ class LayerwiseDecoder:
         Args:
             sequences: token ids, and how many of the first of them are not scored (the prompt).
         """
-        table = read_tensor(self._tensors["model.embed_tokens.weight"])
+        table = read_tensor(self._tensors[self._row.embeddings])
         batches = []
         for batch in _by_length(sequences, _BATCH_TOKENS[self.device.type]):
             lengths = torch.tensor([len(ids) for ids, _ in batch])
@@ -201,7 +201,7 @@ class LayerwiseDecoder:
             ``tokens``; in nats a token ``loss`` and ``entropy`` of ``ours``, ``reference_loss``, and ``kl``, the mean of
             KL(reference || ours).
         """
-        weight = read_tensor(self._tensors["model.norm.weight"]).to(self.device, self.dtype)
+        weight = read_tensor(self._tensors[f"{self._row.decoder}norm.weight"]).to(self.device, self.dtype)
         self._norm.load_state_dict({"weight": weight}, assign=True)
         head = read_tensor(self._tensors[self._head]).to(self.device, self.dtype)
         names = ("tokens", "loss", "entropy", "reference_loss", "kl")

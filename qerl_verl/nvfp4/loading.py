@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -12,6 +12,7 @@ from safetensors import safe_open
 from torch import nn
 
 from qerl_verl.kernels.backends import KernelCount
+from qerl_verl.nvfp4.architectures import UnsupportedArchitecture, get_architecture
 from qerl_verl.nvfp4.experts import PROJECTIONS, STACKS, NVFP4Experts, is_experts
 from qerl_verl.nvfp4.linear import NVFP4Linear
 from qerl_verl.nvfp4.unused_tensors import is_unused
@@ -30,8 +31,19 @@ def checkpoint_files(path: str | Path) -> list[Path]:
     return [path / "model.safetensors"]
 
 
+def _module_name(path: str | Path) -> Callable[[str], str]:
+    """From a name in a checkpoint's files to the one in transformers' model."""
+    config = Path(path) / "config.json"
+    try:
+        return get_architecture(json.loads(config.read_text(encoding="utf-8"))).module_name
+    except (FileNotFoundError, UnsupportedArchitecture):
+        return lambda name: name
+
+
 def iterate_tensors(path: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name and tensor of everything in a checkpoint, few tensors in memory at a time: one that is kept keeps its neighbours."""
+    """Name in transformers' model and tensor of everything in a checkpoint, few tensors in memory at a time: one that is
+    kept keeps its neighbours."""
+    module_name = _module_name(path)
     for file in checkpoint_files(path):
         with safe_open(file, framework="pt") as handle:
             names = list(handle.keys())
@@ -39,15 +51,17 @@ def iterate_tensors(path: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
             # what was read of a mapped file stays in memory until the last tensor of the mapping is gone
             with safe_open(file, framework="pt") as handle:
                 for name in names[begin : begin + _MAPPED_TOGETHER]:
-                    yield name, handle.get_tensor(name)
+                    yield module_name(name), handle.get_tensor(name)
 
 
 def packed_linear_names(path: str | Path) -> set[str]:
     """Full module names of the linears that a checkpoint holds in NVFP4."""
     names: set[str] = set()
+    module_name = _module_name(path)
     for file in checkpoint_files(path):
         with safe_open(file, framework="pt") as handle:
-            names |= {k.removesuffix(_PACKED_SUFFIX) for k in handle.keys() if k.endswith(_PACKED_SUFFIX)}
+            packed = (key for key in handle.keys() if key.endswith(_PACKED_SUFFIX))
+            names |= {module_name(key.removesuffix(_PACKED_SUFFIX)) for key in packed}
     return names
 
 

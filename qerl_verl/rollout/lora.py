@@ -125,9 +125,14 @@ def split_fused(parts: dict[tuple[int | None, str], torch.Tensor], rows: list[in
 
 
 class AdapterStore:
-    """Writes adapters into the layers of one worker's model."""
+    """Writes adapters into the layers of one worker's model.
 
-    def __init__(self, model: torch.nn.Module, tp_rank: int, tp_size: int):
+    Args:
+        renamed: how the decoder's names begin in transformers' model, and in vLLM's.
+    """
+
+    def __init__(self, model: torch.nn.Module, tp_rank: int, tp_size: int, renamed: tuple[str, str] = ("", "")):
+        self.renamed = renamed
         self.layers = {n: m for n, m in model.named_modules() if hasattr(m, "qerl_lora_a")}
         self.tp_rank, self.tp_size = tp_rank, tp_size
 
@@ -140,7 +145,9 @@ class AdapterStore:
         """
         match = _NAME.match(name)
         if match:
-            module = match["module"]
+            module, (theirs, ours) = match["module"], self.renamed
+            if theirs != ours and module.startswith(theirs):
+                module = ours + module.removeprefix(theirs)
             for candidate in (module, module.removeprefix("model."), f"model.{module}"):
                 if candidate in self.layers:
                     single = len(self.layers[candidate].qerl_lora_ends) == 1

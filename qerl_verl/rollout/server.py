@@ -15,12 +15,13 @@ import secrets
 import ray
 from verl.workers.rollout.replica import RolloutMode
 from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, vLLMReplica
+from vllm.platforms import current_platform
 
 from qerl_verl.config.base import BaseSharing
 from qerl_verl.config.checks.plugins import vllm_policy_problem
 from qerl_verl.rollout.ahead import ServerClass
 from qerl_verl.rollout.lora import ADDITIONAL_CONFIG, lora_settings
-from qerl_verl.rollout.rope import rope_overrides
+from qerl_verl.rollout.overrides import hf_overrides
 from qerl_verl.rollout.sender import job_name
 
 
@@ -86,10 +87,10 @@ class QeRLHttpServer(vLLMHttpServer):
         return model_config
 
     def _apply_quantization(self):
-        """verl's ``quantization`` and ``hf_overrides``, with those of :func:`~qerl_verl.rollout.rope.rope_overrides`."""
+        """verl's ``quantization`` and ``hf_overrides``, with those of :mod:`qerl_verl.rollout.overrides`."""
         quantization, overrides = super()._apply_quantization()
         if self._qerl().get(ADDITIONAL_CONFIG):
-            overrides |= rope_overrides(self.model_config.hf_config)
+            overrides |= hf_overrides(self.model_config.hf_config, current_platform.is_cpu())
         return quantization, overrides
 
     async def run_server(self, args: argparse.Namespace):

@@ -11,9 +11,10 @@ from verl.workers.rollout.vllm_rollout.utils import VLLM_LORA_INT_ID, vLLMColoca
 from qerl_verl.aqn.noise import NoiseInjector, find_noise_targets
 from qerl_verl.engine.finite import first_nonfinite
 from qerl_verl.lora.wire import take_config
-from qerl_verl.nvfp4.architectures import get_architecture
+from qerl_verl.nvfp4.architectures import Architecture, get_architecture
 from qerl_verl.platform.job_folder import note_segments
 from qerl_verl.rollout.lora import FUSED, AdapterStore, adapter_scaling, lora_settings
+from qerl_verl.rollout.names import vllm_name
 from qerl_verl.rollout.norm import NoisyNorm
 
 NOISE_FUSED = {plain: fused for plain, (fused, _) in FUSED.items()}
@@ -22,13 +23,21 @@ NOISE_FUSED = {plain: fused for plain, (fused, _) in FUSED.items()}
 class QeRLWorkerExtension(vLLMColocateWorkerExtension):
     """What the trainer calls in every worker of a rollout engine through ``collective_rpc``."""
 
+    def _qerl_architecture(self) -> Architecture:
+        return get_architecture(self.model_runner.vllm_config.model_config.hf_config)
+
+    def _qerl_vllm_name(self, name: str) -> str:
+        """In this worker's model, of a name in transformers'."""
+        mapper = getattr(self.model_runner.get_model(), "hf_to_vllm_mapper", None)
+        return vllm_name(mapper, self._qerl_architecture(), name)
+
     def _qerl_noise_injector(self) -> NoiseInjector:
         # vLLM mixes the extension into its worker class, so there is no constructor of our own
         injector = getattr(self, "_qerl_injector", None)
         if injector is None:
-            model = self.model_runner.get_model()
-            architecture = get_architecture(self.model_runner.vllm_config.model_config.hf_config)
-            norms = find_noise_targets(model, architecture, NOISE_FUSED)
+            model, architecture = self.model_runner.get_model(), self._qerl_architecture()
+            prefix = self._qerl_vllm_name(architecture.layer_prefix)
+            norms = find_noise_targets(model, architecture, NOISE_FUSED, prefix)
             targets = {name: norm.noise_target() for name, norm in norms.items()}
             injector = self._qerl_injector = NoiseInjector(targets)
         return injector
@@ -74,9 +83,10 @@ class QeRLWorkerExtension(vLLMColocateWorkerExtension):
         if store is None:
             from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 
-            store = self._qerl_adapter_store = AdapterStore(
-                self.model_runner.get_model(), get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-            )
+            model, decoder = self.model_runner.get_model(), self._qerl_architecture().decoder
+            ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+            store = AdapterStore(model, *ranks, renamed=(decoder, self._qerl_vllm_name(decoder)))
+            self._qerl_adapter_store = store
         return store.load(tensors.items(), scaling)
 
     def qerl_load_adapter_folder(self, folder: str) -> int:
@@ -126,7 +136,7 @@ class QeRLWorkerExtension(vLLMColocateWorkerExtension):
         return injector.measure()
 
     def qerl_norm_weights(self) -> dict[str, list[float]]:
-        """What the norms that receive noise multiply by, by full module name, float32."""
+        """What the norms that receive noise multiply by, by full module name in transformers' model, float32."""
         return {name: t.live.cpu().tolist() for name, t in self._qerl_noise_injector().targets.items()}
 
     def qerl_base_digest(self) -> str:

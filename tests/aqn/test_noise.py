@@ -95,6 +95,15 @@ def test_a_model_without_targets_is_an_error(model):
         find_noise_targets(model.lm_head, get_architecture(model.config), fused={})
 
 
+def test_names_are_those_of_transformers_model_whatever_the_engine_calls_its_layers(model):
+    """The same noise is drawn by name; vLLM puts the decoder behind a vision tower into a module of its own."""
+    row = get_architecture({"architectures": ["Qwen3VLForConditionalGeneration"]})
+    engine = torch.nn.ModuleDict({"language_model": model, "visual": torch.nn.Module()})
+    found = find_noise_targets(engine, row, fused={}, prefix="language_model.model.layers.")
+    assert {n.replace("language_model.", ""): m for n, m in found.items()} == targets_of(model)
+    assert all(name.startswith("model.language_model.layers.") for name in found)
+
+
 def test_noise_is_added_to_the_clean_weights_each_time_and_comes_off_bit_for_bit(model):
     clean = {n: p.detach().float() for n, p in model.named_parameters()}
     targets, injector = targets_and_injector(model)

@@ -24,6 +24,7 @@ from many_ranks import (  # noqa: E402
     changed_bytes,
     count_all_gathers,
     full,
+    image_batch,
     loss_function,
     randomize_adapters,
     verl_batch,
@@ -119,7 +120,7 @@ def train_step(engine, step):
 def run_variant(name, variant):
     """Two steps of verl's train_batch; with ``reference``, log-probabilities without the adapter before each of them."""
     engine = make_engine(**variant)
-    seen = {"fresh": infer(engine)} if variant.get("reference") else {}
+    seen = {"fresh": infer(engine, **variant)} if variant.get("reference") else {}
     seen |= {"class": type(engine).__name__, "built": digest(adapter(engine)[0])}
     with engine.train_mode():
         randomize_adapters(engine)
@@ -135,18 +136,19 @@ def run_variant(name, variant):
     for step in range(variant.get("steps", 2)):
         if variant.get("reference"):
             with engine.disable_adapter():
-                seen["without"] = infer(engine)
-            seen["with"] = infer(engine)
-        data = verl_batch(
-            step,
-            engine.get_data_parallel_rank(),
-            engine.get_data_parallel_size(),
-            use_remove_padding=variant.get("use_remove_padding", False),
-            use_fused_kernels=variant.get("use_fused_kernels", False),
-            use_dynamic_bsz=variant.get("use_dynamic_bsz", False),
-            max_token_len_per_gpu=32,
-            micro_batch_size_per_gpu=min(4, 8 // engine.get_data_parallel_size()),
-        )
+                seen["without"] = infer(engine, **variant)
+            seen["with"] = infer(engine, **variant)
+        how = {
+            "use_remove_padding": variant.get("use_remove_padding", False),
+            "use_fused_kernels": variant.get("use_fused_kernels", False),
+            "use_dynamic_bsz": variant.get("use_dynamic_bsz", False),
+            "max_token_len_per_gpu": 32,
+            "micro_batch_size_per_gpu": min(4, 8 // engine.get_data_parallel_size()),
+        }
+        if variant.get("images"):
+            data = image_batch(engine.module.get_base_model().model, **how)
+        else:
+            data = verl_batch(step, engine.get_data_parallel_rank(), engine.get_data_parallel_size(), **how)
         with engine.train_mode():
             output = engine.train_batch(data, loss_function(settings.get("model_type")))
             engine.lr_scheduler_step()
@@ -184,9 +186,14 @@ def keep(tensors, name):
         torch.save(tensors, f"{out}.{name}.pt")
 
 
-def infer(engine):
-    """Log-probabilities or values of step 0's batch, flat, as a list."""
-    data = verl_batch(0, use_remove_padding=False, use_dynamic_bsz=False, micro_batch_size_per_gpu=8)
+def infer(engine, images=False, use_remove_padding=False, use_fused_kernels=False, **variant):
+    """Log-probabilities or values of step 0's batch, flat, as a list; of sequences with ``images`` as the variant computes."""
+    how = {"use_dynamic_bsz": False, "micro_batch_size_per_gpu": 8}
+    if images:
+        how |= {"use_remove_padding": use_remove_padding, "use_fused_kernels": use_fused_kernels}
+        data = image_batch(engine.module.get_base_model().model, **how)
+    else:
+        data = verl_batch(0, use_remove_padding=False, **how)
     with engine.eval_mode():
         output = engine.infer_batch(data)["model_output"]
     return output["values" if "values" in output else "log_probs"].values().float().tolist()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -64,6 +66,50 @@ def verl_batch(step, dp_rank=0, dp_size=1, longer=1, vocabulary=200, **extra):
         "old_log_probs": jagged(torch.randn(r, generator=generator) * 0.1 - 5 for r in responses),
     }
     return tu.get_tensordict(tensors, {"temperature": 1.0, "global_batch_size": 8, **extra})
+
+
+def image_batch(model, **extra):
+    """Eight sequences with an image each, as verl's trainer sends them to a worker.
+
+    Args:
+        model: transformers', with the vision tower and without the output layer.
+        extra: verl's settings of a batch.
+    """
+    from tensordict.tensorclass import NonTensorData, NonTensorStack
+
+    sys.path.append(str(Path(__file__).parents[1]))
+    from tiny_vision import image_sequences
+    from verl.utils import tensordict_utils as tu
+
+    generator = torch.Generator().manual_seed(300)
+    sequences = image_sequences(model.config)
+    responses = [5, 4, 3, 5, 2, 3, 4, 5]
+
+    def jagged(rows):
+        return torch.nested.as_nested_tensor(list(rows), layout=torch.jagged)
+
+    def drawn():
+        return jagged(torch.randn(r, generator=generator) for r in responses)
+
+    pairs = list(zip(sequences, responses, strict=True))
+    tensors = {
+        "input_ids": jagged(s.ids for s in sequences),
+        "position_ids": torch.nested.nested_tensor_from_jagged(
+            torch.cat([s.positions(model) for s in sequences], dim=1),
+            torch.tensor([0, *(len(s.ids) for s in sequences)]).cumsum(0),
+            jagged_dim=2,
+        ),
+        "prompts": jagged(s.ids[:-r] for s, r in pairs),
+        "responses": jagged(s.ids[-r:] for s, r in pairs),
+        "loss_mask": jagged(torch.ones(r) for r in responses),
+        "response_mask": jagged(torch.ones(r) for r in responses),
+        "advantages": drawn(),
+        "old_log_probs": jagged(torch.randn(r, generator=generator) * 0.1 - 5 for r in responses),
+    }
+    batch = tu.get_tensordict(tensors, {"temperature": 1.0, "global_batch_size": 8, **extra})
+    images = ({"pixel_values": s.pixel_values, "image_grid_thw": s.grid} for s in sequences)
+    batch["multi_modal_inputs"] = NonTensorStack(*(NonTensorData(i) for i in images))
+    return batch
 
 
 def loss_function(model_type: str = "language_model"):

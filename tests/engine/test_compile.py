@@ -15,6 +15,7 @@ from qerl_verl.engine.compile import CompiledMLP, compile_layers, unavailable
 from qerl_verl.engine.recompute import Recompute
 from qerl_verl.kernels.nvfp4_quantize import quantize_nvfp4
 from qerl_verl.lora.peft import linear_names, register_nvfp4
+from qerl_verl.nvfp4.architectures import automatic_class, get_architecture
 from qerl_verl.nvfp4.linear import NVFP4Linear
 from qerl_verl.nvfp4.loading import prepack_linears, swap_linears
 from qerl_verl.platform import compilers
@@ -148,11 +149,15 @@ def test_a_compiled_mlp_is_transformers_own_to_the_bit(name):
     """Fails if transformers computes an MLP in another way, or names its parts anew."""
     torch.manual_seed(0)
     activation = "hidden_activation" if name == "Gemma3ForCausalLM" else "hidden_act"
-    model = AutoModelForCausalLM.from_config(make_config(name, **{activation: "gelu"}), dtype=torch.bfloat16)
-    layer, parameters = model.model.layers[-1], dict(model.named_parameters())
-    x = torch.randn(3, 5, model.config.hidden_size, dtype=torch.bfloat16)
+    config = make_config(name, **{activation: "gelu"})
+    row = get_architecture(config)
+    model = automatic_class(row).from_config(config, dtype=torch.bfloat16)
+    layer, parameters = model.get_submodule(f"{row.layer_prefix}1"), dict(model.named_parameters())
+    x = torch.randn(3, 5, config.get_text_config().hidden_size, dtype=torch.bfloat16)
     expected = layer.mlp(x)
     compile_layers(model, backend="aot_eager")
+    tower = model.get_submodule(row.vision.rstrip(".")).modules() if row.vision else ()
+    assert not any(m._compiled_call_impl is not None or isinstance(m, CompiledMLP) for m in tower)
     assert isinstance(layer.mlp, CompiledMLP) and torch.equal(layer.mlp(x), expected)
     found = dict(model.named_parameters())
     assert found.keys() == parameters.keys() and all(found[n] is p for n, p in parameters.items())

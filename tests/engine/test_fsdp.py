@@ -11,12 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_families import make_config
-from transformers import AutoModelForCausalLM, Qwen2Config
+from transformers import Qwen2Config
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngine
 
 from qerl_verl.config.base import BaseSharing
 from qerl_verl.engine.fsdp import AdapterEngineMixin, NVFP4EngineMixin, remove_dropout
 from qerl_verl.engine.recompute import Recompute
+from qerl_verl.nvfp4.architectures import automatic_class, get_architecture
 
 ROUNDING = torch.finfo(torch.bfloat16).eps
 """Ranks add in another order, in bfloat16; ``test_many_ranks.py`` compares them in float32."""
@@ -209,6 +210,7 @@ def test_verls_way_to_build_fsdp2_is_the_one_that_ours_stands_in_for():
     [
         ("SeedOssForCausalLM", {"attention_dropout": 0.1, "residual_dropout": 0.1}),
         ("Phi3ForCausalLM", {"resid_pdrop": 0.2}),
+        ("Qwen3VLForConditionalGeneration", {"attention_dropout": 0.1}),
         ("Qwen2ForCausalLM", {}),
     ],
 )
@@ -216,7 +218,7 @@ def test_a_policy_has_no_dropout_while_it_trains(name, found):
     """Its log-probabilities in training are then those in evaluation, which the rollout's are compared with."""
     config = make_config(name, **found)
     assert remove_dropout(config) == found and remove_dropout(config) == {}
-    model, ids = AutoModelForCausalLM.from_config(config), torch.arange(9)[None]
+    model, ids = automatic_class(get_architecture(config)).from_config(config), torch.arange(9)[None]
     assert torch.equal(model.train()(ids).logits, model.eval()(ids).logits)
 
 

@@ -7,11 +7,13 @@ from accelerate import init_empty_weights
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from tiny_families import FAMILIES, Reference, log_probabilities, make_adapter, make_family
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from qerl_verl.engine.output_layer import use_logprob_layer
 from qerl_verl.lora.adapter_files import check_loaded
-from qerl_verl.lora.peft import linear_names, register_nvfp4
+from qerl_verl.lora.peft import linear_names, register_nvfp4, tower_of
+from qerl_verl.lora.targets import without_tower
+from qerl_verl.nvfp4.architectures import automatic_class, get_architecture
 from qerl_verl.nvfp4.checkpoint import adaptable_shapes, quantize_checkpoint
 from qerl_verl.nvfp4.linear import NVFP4Linear
 from qerl_verl.nvfp4.loading import load_tensors, packed_linear_names, swap_linears
@@ -25,7 +27,8 @@ def actor(quantized):
     config = AutoConfig.from_pretrained(quantized)
     del config.quantization_config
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+        automatic = automatic_class(get_architecture(config))
+        model = automatic.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
     swap_linears(model, packed_linear_names(quantized), torch.float32)
     load_tensors(model, quantized, torch.float32)
     return model.requires_grad_(False).eval()
@@ -46,6 +49,7 @@ def test_a_family_in_the_actor(tmp_path, name):
     tensors = load_file(make_adapter(tmp_path / "adapter", linears) / "adapter_model.safetensors")
     config = LoraConfig.from_pretrained(tmp_path / "adapter")
     assert sorted(config.target_modules) == linear_names(model)
+    config.exclude_modules = without_tower(config.exclude_modules, tower_of(model))
     adapted = get_peft_model(model, register_nvfp4(config))
     set_peft_model_state_dict(adapted, tensors)
     check_loaded(get_peft_model_state_dict(adapted), tensors)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from qerl_verl.lora.targets import find_problems, last_names, matched_layers
+from qerl_verl.lora.targets import find_problems, last_names, matched_layers, without_tower
 
 PARTS = (
     "self_attn.q_proj",
@@ -68,3 +68,29 @@ def test_targets_that_are_not_what_the_user_means(targets, exclude, named):
 
 def test_all_linear_means_every_layer_by_its_last_name():
     assert last_names(LAYERS) == ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj"]
+
+
+TOWER = ["model.visual.blocks.0.mlp.gate_proj", "model.visual.blocks.0.attn.qkv"]
+DECODER = [f"model.language_model.layers.0.{name}" for name in ("self_attn.q_proj", "mlp.gate_proj", "mlp.up_proj")]
+WITHOUT_TOWER = [
+    (None, DECODER),
+    (".*visual.*", DECODER),  # as in verl's recipes
+    ("gate_proj", DECODER),  # a regular expression that matches no full name
+    (r".*\.up_proj", DECODER[:2]),
+    (["gate_proj", "mlp.up_proj"], DECODER[:1]),
+]
+
+
+@pytest.mark.parametrize(("exclude", "left"), WITHOUT_TOWER)
+def test_a_vision_tower_is_left_out_beside_what_the_user_leaves_out(exclude, left):
+    """Its layers have the decoder's last names."""
+    pattern = without_tower(exclude, "model.visual.")
+    assert matched_layers([*TOWER, *DECODER], last_names([*TOWER, *DECODER]), pattern) == set(left)
+    assert without_tower(pattern, "model.visual.").count("visual") <= 2
+    assert without_tower(exclude, "") == exclude
+
+
+def test_to_exclude_a_vision_tower_is_no_mistake():
+    assert find_problems(DECODER, "all-linear", ".*visual.*", tower=TOWER) == []
+    (problem,) = find_problems(DECODER, "all-linear", ".*visual.*")
+    assert "matches no layer" in problem

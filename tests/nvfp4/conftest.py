@@ -5,7 +5,8 @@ import shutil
 import pytest
 import torch
 from tiny_families import make_config
-from transformers import AutoModelForCausalLM
+
+from qerl_verl.nvfp4.architectures import automatic_class, get_architecture
 
 
 @pytest.fixture(scope="session")
@@ -22,7 +23,8 @@ def make_checkpoint(_built, tmp_path):
         key = repr((architecture, dtype, shards, sorted(kwargs.items())))
         if key not in cache:
             torch.manual_seed(len(architecture))
-            model = AutoModelForCausalLM.from_config(make_config(architecture, **kwargs), dtype=dtype)
+            config = make_config(architecture, **kwargs)
+            model = automatic_class(get_architecture(config)).from_config(config, dtype=dtype)
             for parameter in model.parameters():  # norms and biases too: no two tensors alike
                 torch.nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.05)
             cache[key] = root / str(len(cache))

@@ -5,8 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_families import FAMILIES, make_config
-from transformers import AttentionInterface, AutoModelForCausalLM
+from safetensors import safe_open
+from tiny_families import FAMILIES, TOWERS, make_config, make_family, make_model
+from transformers import AttentionInterface
 
 from qerl_verl.nvfp4.architectures import (
     DOCUMENTATION,
@@ -15,7 +16,16 @@ from qerl_verl.nvfp4.architectures import (
     logits_divisor,
     supported_architectures,
 )
+from qerl_verl.nvfp4.checkpoint import (
+    check_checkpoint,
+    is_ignored,
+    linear_shapes,
+    quantize_checkpoint,
+    read_headers,
+    read_ignore,
+)
 from qerl_verl.nvfp4.errors import CheckpointError
+from qerl_verl.nvfp4.loading import iterate_tensors, packed_linear_names
 
 VARIANTS = [
     *((name, {}) for name in FAMILIES),
@@ -32,21 +42,14 @@ VARIANTS = [
 ]
 
 
-def build(name, **kwargs):
-    config = make_config(name, **kwargs)
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config)
-    assert type(model).__name__ == name
-    return config, model
-
-
 def test_the_table_is_what_these_tests_cover():
     assert set(supported_architectures()) == set(FAMILIES)
 
 
 @pytest.mark.parametrize("name, kwargs", VARIANTS)
 def test_tensor_shapes_are_those_of_the_model(name, kwargs):
-    config, model = build(name, **kwargs)
+    """Also of a vision tower; the names of published checkpoints are mapped to them."""
+    config, model = make_model(name, **kwargs)
     want = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     if kwargs.get("tie_word_embeddings"):
         del want["lm_head.weight"]
@@ -61,9 +64,12 @@ def test_tensor_shapes_are_those_of_the_model(name, kwargs):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_linears_are_all_but_lm_head(name):
-    config, model = build(name)
+    config, model = make_model(name)
     architecture = get_architecture(config)
     linears = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)} - {"lm_head"}
+    ignored = {n for n in linears if is_ignored(n, architecture.plain_modules)}
+    assert ignored == {n for n in linears if architecture.vision and n.startswith(architecture.vision)}
+    linears -= ignored
     packed = [linear for group in architecture.all_groups(config) for linear in group]
     assert set(packed) <= {n.removesuffix(".weight") for n in architecture.tensor_shapes(config)}
     assert len(packed) == len(set(packed)) and linears <= set(packed)
@@ -79,7 +85,7 @@ def test_where_experts_are():
     """Which layers have experts is what transformers' model has, and routers are theirs."""
     layers = {}
     for changes in ({}, {"decoder_sparse_step": 2}, {"mlp_only_layers": []}, {"mlp_only_layers": None}):
-        config, model = build("Qwen3MoeForCausalLM", **changes)
+        config, model = make_model("Qwen3MoeForCausalLM", **changes)
         row = get_architecture(config)
         found = [i for i in range(2) if row.has_experts(config, i)]
         assert found == [i for i, layer in enumerate(model.model.layers) if hasattr(layer.mlp, "experts")]
@@ -91,12 +97,46 @@ def test_where_experts_are():
     assert list(layers.values()) == [[0], [], [0, 1], [0, 1]]
 
 
+@pytest.mark.parametrize("name", TOWERS)
+def test_a_published_checkpoints_names_are_mapped(tmp_path, name):
+    """transformers saves under the names of published checkpoints. Where they are other ones, the
+    packed checkpoint has the model's, and its config.json leaves the tower out."""
+    config, model = make_model(name)
+    make_family(name, tmp_path / "source")
+    with safe_open(tmp_path / "source" / "model.safetensors", "pt") as file:
+        saved = set(file.keys())
+    assert (
+        {get_architecture(config).module_name(n) for n in saved}
+        == set(model.state_dict())
+        == set(read_headers(tmp_path / "source"))
+    )
+    quantize_checkpoint(tmp_path / "source", tmp_path / "packed", progress=False)
+    assert check_checkpoint(tmp_path / "packed") == "nvfp4"
+    packed = packed_linear_names(tmp_path / "packed")
+    assert packed == set(linear_shapes(tmp_path / "packed")) == set(linear_shapes(tmp_path / "source"))
+    assert read_ignore(tmp_path / "packed") == ["lm_head", r"re:(?:.*\.)?visual\..*"]
+    kept = dict(iterate_tensors(tmp_path / "source"))
+    for key, tensor in iterate_tensors(tmp_path / "packed"):
+        assert "visual." not in key or torch.equal(tensor, kept[key])
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_the_names_of_a_tower_in_every_program(name):
+    """In transformers' model, in vLLM's and in older checkpoints; no name of the decoder is among them."""
+    row = get_architecture(make_config(name))
+    for tower in ("visual.", "model.visual."):
+        assert is_ignored(f"{tower}blocks.0.attn.qkv", row.plain_modules)
+        assert row.module_name("model.visual.blocks.0.attn.qkv") == "model.visual.blocks.0.attn.qkv"
+    for decoder in ("model.layers.", "model.language_model.layers.", "language_model.model.layers."):
+        assert not is_ignored(f"{decoder}0.self_attn.q_proj", row.plain_modules)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_each_norm_stands_beside_the_named_linears_and_no_others(name):
     """The tensor that a norm returns is the very tensor its linears get, or the tensor that it gets
     is the very one that its linear returns. Every norm as wide as the model is in the row, with
     what it feeds or what feeds it."""
-    config, model = build(name)
+    config, model = make_model(name)
     row = get_architecture(config)
     taken, given = {}, {}
     for module_name, module in model.named_modules():
@@ -113,8 +153,9 @@ def test_each_norm_stands_beside_the_named_linears_and_no_others(name):
     def same(one, other):
         return one is other or one.data_ptr() == other.data_ptr()  # tokens of all sequences in one dimension
 
-    wide = {n for n in taken if n.endswith("norm") and model.get_submodule(n).weight.shape == (config.hidden_size,)}
-    for i in range(config.num_hidden_layers):
+    sizes = config.get_text_config()
+    wide = {n for n in taken if n.endswith("norm") and model.get_submodule(n).weight.shape == (sizes.hidden_size,)}
+    for i in range(sizes.num_hidden_layers):
         layer = f"{row.layer_prefix}{i}."
         for norm, projections in row.norms_in_front.items():
             fed = {key for key, value in taken.items() if same(value, given[layer + norm])}
@@ -132,10 +173,10 @@ def test_each_norm_stands_beside_the_named_linears_and_no_others(name):
 def test_what_a_norm_adds_to_its_stored_weight(name):
     """A norm of ones has the weight 1 less the row's offset, also the norms of heads and the last
     one."""
-    config, model = build(name)
+    config, model = make_model(name)
     row = get_architecture(config)
     for norm_name, norm in model.named_modules():
-        if norm_name.endswith("norm"):
+        if norm_name.startswith(row.decoder) and norm_name.endswith("norm"):
             torch.nn.init.constant_(norm.weight, 1.0 - row.norm_offset)
             x = torch.randn(3, norm.weight.numel())
             torch.testing.assert_close(
@@ -145,18 +186,18 @@ def test_what_a_norm_adds_to_its_stored_weight(name):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_fused_rows_are_those_of_the_projections_in_their_order(name):
-    config, _ = build(name)
+    config, _ = make_model(name)
     row = get_architecture(config)
     shapes, projections = row.tensor_shapes(config), row.projection_shapes(config)
     assert [p for linear in row.linears for p in row.projections_of(linear)] == list(projections)
     for linear in row.linears:
         parts = [projections[projection] for projection in row.projections_of(linear)]
-        assert shapes[f"model.layers.1.{linear}.weight"] == (sum(rows for rows, _ in parts), parts[0][1])
+        assert shapes[f"{row.layer_prefix}1.{linear}.weight"] == (sum(rows for rows, _ in parts), parts[0][1])
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_what_a_model_does_with_its_output_layers_result(name):
-    config, model = build(name)
+    config, model = make_model(name)
     outputs = []
     model.lm_head.register_forward_hook(lambda module, arguments, output: outputs.append(output))
     logits = model(torch.arange(6).view(1, 6)).logits
@@ -166,7 +207,7 @@ def test_what_a_model_does_with_its_output_layers_result(name):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_whether_positions_reach_the_attention_function(name):
     """Fails when transformers hands them on, or takes them, in another family."""
-    config, model = build(name)
+    config, model = make_model(name)
     seen = []
 
     def attention(module, query, key, value, mask, position_ids=None, **kwargs):
@@ -174,8 +215,11 @@ def test_whether_positions_reach_the_attention_function(name):
         return query.transpose(1, 2), None
 
     AttentionInterface.register("qerl_test", attention)
-    model.config._attn_implementation = "qerl_test"
-    model(torch.arange(6).view(1, 6), position_ids=torch.arange(6).view(1, 6))
+    model.config.get_text_config()._attn_implementation = "qerl_test"
+    positions = torch.arange(6).view(1, 6)
+    if name in TOWERS:  # as verl gives them: of the sequence, and of an image's time, height and width
+        positions = positions.expand(4, 1, 6)
+    model(torch.arange(6).view(1, 6), position_ids=positions)
     assert (seen[0] is None) == get_architecture(config).keeps_positions
 
 
@@ -209,7 +253,7 @@ def test_lookup_by_dict_or_object(name):
     "config, named",
     [
         ({"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3"}, "Qwen3MoeForCausalLM"),
-        ({"architectures": ["Qwen2_5_VLForConditionalGeneration"]}, "Qwen2_5_VLForConditionalGeneration"),
+        ({"architectures": ["Qwen2VLForConditionalGeneration"]}, "Qwen2VLForConditionalGeneration"),
         ({"architectures": None, "model_type": "gpt2"}, "gpt2"),
         ({}, "none"),
         (SimpleNamespace(architectures=["MixtralForCausalLM"]), "MixtralForCausalLM"),

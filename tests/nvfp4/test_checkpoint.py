@@ -23,12 +23,18 @@ from compressed_tensors.quantization import QuantizationConfig, QuantizationStat
 from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny_families import TOWERS
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from qerl_verl.kernels.nvfp4_dequantize import dequantize_nvfp4
 from qerl_verl.kernels.nvfp4_quantize import nvfp4_global_scale, quantize_nvfp4, quantize_nvfp4_four_over_six
 from qerl_verl.nvfp4 import checkpoint as checkpoint_module
-from qerl_verl.nvfp4.architectures import UnsupportedArchitecture, get_architecture, supported_architectures
+from qerl_verl.nvfp4.architectures import (
+    UnsupportedArchitecture,
+    automatic_class,
+    get_architecture,
+    supported_architectures,
+)
 from qerl_verl.nvfp4.cache import resolve_checkpoint
 from qerl_verl.nvfp4.checkpoint import (
     FORMAT,
@@ -98,8 +104,10 @@ def test_tensors(make_checkpoint, tmp_path, architecture, method, tied):
     source, output = load(src), load(dst)
     assert ("lm_head.weight" in source) is not tied
     config = AutoConfig.from_pretrained(src)
-    linears = {linear for group in get_architecture(config).all_groups(config) for linear in group}
-    whole = load(src)
+    row = get_architecture(config)
+    linears = {linear for group in row.all_groups(config) for linear in group}
+    source = {row.module_name(name): tensor for name, tensor in source.items()}
+    whole = dict(source)
     for linear in linears:
         weight = source.pop(f"{linear}.weight")
         parent, _, name = linear.rpartition(".")
@@ -133,12 +141,15 @@ def test_decompressed_by_compressed_tensors(make_checkpoint, tmp_path, method):
     assert (weight == ours).float().mean() > 0.99
 
 
-@pytest.mark.parametrize("architecture, tied", [("Qwen2ForCausalLM", True), ("LlamaForCausalLM", False)])
+@pytest.mark.parametrize(
+    "architecture, tied", [("Qwen2ForCausalLM", True), ("LlamaForCausalLM", False), *((name, True) for name in TOWERS)]
+)
 def test_model_loaded_by_transformers(make_checkpoint, tmp_path, architecture, tied):
     """Logits of the loaded NVFP4 model are those of the 16-bit model with quantized and dequantized weights."""
     src, dst = quantized(make_checkpoint, tmp_path, architecture, tie_word_embeddings=tied)
     tokens = torch.arange(20).view(2, 10)
-    reference = AutoModelForCausalLM.from_pretrained(src, dtype=torch.bfloat16)
+    automatic = automatic_class(get_architecture({"architectures": [architecture]}))
+    reference = automatic.from_pretrained(src, dtype=torch.bfloat16)
     original = reference(tokens).logits.float()
     output = load(dst)
     for name, module in reference.named_modules():
@@ -146,7 +157,7 @@ def test_model_loaded_by_transformers(make_checkpoint, tmp_path, architecture, t
             parts = (output[f"{name}.{part}"] for part in ("weight_packed", "weight_scale", "weight_global_scale"))
             module.weight.data = dequantize_nvfp4(*parts)
     want = reference(tokens).logits.float()
-    loaded = AutoModelForCausalLM.from_pretrained(dst, dtype=torch.bfloat16)
+    loaded = automatic.from_pretrained(dst, dtype=torch.bfloat16)
     got = loaded(tokens).logits.float()
     assert (got - want).norm() < 2 * torch.finfo(torch.bfloat16).eps * want.norm()
     assert (original - want).norm() > 0.02 * want.norm()  # quantization does show, so the line above means something

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from qerl_verl.kernels.nvfp4_dequantize import dequantize_nvfp4
 from qerl_verl.nvfp4 import decoder as decoder_module
 from qerl_verl.nvfp4 import layerwise
-from qerl_verl.nvfp4.architectures import supported_architectures
+from qerl_verl.nvfp4.architectures import automatic_class, get_architecture, supported_architectures
 from qerl_verl.nvfp4.calibration import Calibration
 from qerl_verl.nvfp4.checkpoint import _hf_config, quantize_checkpoint, read_headers, validate_nvfp4_checkpoint
 from qerl_verl.nvfp4.decoder import LayerwiseDecoder
@@ -121,19 +121,21 @@ def test_layer_by_layer_is_the_model(make_checkpoint, architecture, config):
         decoder.drop_layer(index)
         assert all(parameter.is_meta for parameter in layer.parameters())
     (batch,) = batches
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    row = get_architecture({"architectures": [architecture]})
+    model = automatic_class(row).from_pretrained(folder, dtype=torch.float32)
+    norm = model.get_submodule(f"{row.decoder}norm")
     by_length = sorted(sequences, key=lambda s: len(s[0]), reverse=True)
     total, tokens = 0.0, 0
-    for row, (ids, begin) in enumerate(by_length):
+    for place, (ids, begin) in enumerate(by_length):
         output = model(torch.tensor([ids]), output_hidden_states=True)
-        got = batch.hidden[row, : len(ids)]
-        assert batch.inside[row].sum() == len(ids)
+        got = batch.hidden[place, : len(ids)]
+        assert batch.inside[place].sum() == len(ids)
         want_logits = output.logits[0]
         scored = range(max(begin, 1) - 1, len(ids) - 1)
-        assert batch.scored[row].nonzero().flatten().tolist() == list(scored)
+        assert batch.scored[place].nonzero().flatten().tolist() == list(scored)
         total -= sum(want_logits[i].log_softmax(-1)[ids[i + 1]].item() for i in scored)
         tokens += len(scored)
-        assert torch.allclose(model.model.norm(got), output.hidden_states[-1][0], atol=1e-4)
+        assert torch.allclose(norm(got), output.hidden_states[-1][0], atol=1e-4)
     compared = decoder.compare(batches, batches)
     assert compared["tokens"] == tokens and compared["kl"] == pytest.approx(0, abs=1e-6)
     assert compared["loss"] == compared["reference_loss"] == pytest.approx(total / tokens, rel=1e-4)

@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import traceback
+from pathlib import Path
 
 os.environ |= {
     "QERL_SWITCH": "nvfp4",
@@ -27,7 +28,9 @@ os.environ |= {
 from transformers import AutoConfig  # noqa: E402
 from vllm import LLM, SamplingParams  # noqa: E402
 
-from qerl_verl.rollout.rope import rope_overrides  # noqa: E402
+from qerl_verl.rollout.overrides import hf_overrides  # noqa: E402
+
+sys.path.append(str(Path(__file__).parents[1]))  # tiny_vision
 
 LORA = {"rank": 4, "alpha": 8}
 
@@ -49,15 +52,37 @@ def adapter_shapes(worker):
     return {name: module.qerl_lora_ends for name, module in modules if hasattr(module, "qerl_lora_a")}
 
 
+def with_images(engine, adapter):
+    """Log-probabilities of :func:`image_prompts` without an adapter and with one, and the tokens that vLLM made of each."""
+    from tiny_vision import image_prompts
+
+    prompts = [{"prompt_token_ids": ids, "multi_modal_data": {"image": image}} for ids, image in image_prompts()]
+    seen = {}
+    parameters = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False, ignore_eos=True)
+    for key, load in (("image_clean", False), ("image_adapted", True)):
+        if load:
+            engine.collective_rpc("qerl_load_adapter_folder", args=(adapter,))
+        engine.reset_prefix_cache()
+        outputs = engine.generate(prompts, parameters, use_tqdm=False)
+        seen["image_tokens"] = [output.prompt_token_ids for output in outputs]
+        seen[key] = [
+            [place[token].logprob for token, place in zip(o.prompt_token_ids[1:], o.prompt_logprobs[1:], strict=True)]
+            for o in outputs
+        ]
+    return seen
+
+
 def look_at(checkpoint, adapter, prompts, noise):
+    images = (Path(checkpoint) / "processor_config.json").exists()
     engine = LLM(
         checkpoint,
-        skip_tokenizer_init=True,
+        skip_tokenizer_init=not images,  # vLLM's processors of images need it
+        **({"limit_mm_per_prompt": {"image": 1, "video": 0}} if images else {}),
         enforce_eager=True,
         distributed_executor_backend="uni",
         dtype="float32",  # bfloat16's rounding would hide what a family does differently
         max_model_len=128,
-        hf_overrides=rope_overrides(AutoConfig.from_pretrained(checkpoint)),
+        hf_overrides=hf_overrides(AutoConfig.from_pretrained(checkpoint), on_cpu=True),
         worker_extension_cls="qerl_verl.rollout.worker.QeRLWorkerExtension",
         additional_config={"qerl": {"kernel": "auto", "lora": LORA, "noise": True}},
     )
@@ -71,6 +96,8 @@ def look_at(checkpoint, adapter, prompts, noise):
     seen["noised"] = log_probabilities(engine, prompts)
     engine.collective_rpc("qerl_set_noise", kwargs=noise | {"sigma": 0.0})
     seen["clean_again"] = log_probabilities(engine, prompts)
+    if images:
+        seen |= with_images(engine, adapter)
     engine.llm_engine.engine_core.shutdown()
     return seen
 

@@ -1,5 +1,6 @@
 """Every family of the table in a vLLM engine, beside the same model in the actor and in float64."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -8,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_families import FAMILIES, Reference, make_adapter, make_family
+from tiny_families import FAMILIES, TOWERS, Reference, make_adapter, make_family
+from tiny_vision import image_prompts, processed, vision_settings, write_processor
 
 from qerl_verl.aqn.noise import draw_noise
 from qerl_verl.nvfp4.architectures import get_architecture
@@ -26,6 +28,7 @@ QUICK = ("Gemma3ForCausalLM", "Phi3ForCausalLM", "SmolLM3ForCausalLM", "Qwen3Moe
 transformers' code, a mixture of experts."""
 PROMPTS = [list(range(3, 35)), list(range(90, 50, -1)), [7, 7, 8, 9] * 9]
 """Longer than the sliding windows of the tiny models."""
+HAS_TORCHVISION = importlib.util.find_spec("torchvision") is not None
 NOISE = {"seed": 3, "step": 5, "sigma": 0.05}
 
 
@@ -34,7 +37,11 @@ def look_at(names, folder):
     places, arguments = {}, [json.dumps(PROMPTS), json.dumps(NOISE)]
     for name in names:
         source, quantized, adapter = (folder / name / part for part in ("source", "quantized", "adapter"))
-        make_family(name, source)
+        if name in TOWERS:
+            make_family(name, source, **vision_settings())
+            write_processor(source, name)
+        else:
+            make_family(name, source)
         quantize_checkpoint(source, quantized, progress=False)
         make_adapter(adapter, adaptable_shapes(quantized))
         places[name] = quantized, adapter
@@ -62,7 +69,8 @@ def quick(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def others(tmp_path_factory):
-    return look_at([name for name in FAMILIES if name not in QUICK], tmp_path_factory.mktemp("families"))
+    names = [name for name in FAMILIES if name not in QUICK and (name not in TOWERS or HAS_TORCHVISION)]
+    return look_at(names, tmp_path_factory.mktemp("families"))
 
 
 @pytest.mark.parametrize(
@@ -71,11 +79,13 @@ def others(tmp_path_factory):
 def test_a_family_in_the_rollout(request, name):
     """Log-probabilities are those of a float64 model with the decoded weights: without adapter,
     with one, and with noise on the norms that the row names. Noise comes off bit for bit."""
+    if name in TOWERS and not HAS_TORCHVISION:
+        pytest.skip("vLLM's models with a vision tower need torchvision")
     quantized, adapter, seen = request.getfixturevalue("quick" if name in QUICK else "others")[name]
     assert "error" not in seen, seen["error"]
     row, reference = get_architecture(read_config(quantized)), Reference(quantized)
     clean = dict(iterate_tensors(quantized))
-    expected = {f"model.layers.{i}.{norm}" for i in range(2) for norm in row.noise_targets}
+    expected = {f"{row.layer_prefix}{i}.{norm}" for i in range(2) for norm in row.noise_targets}
     assert set(seen["norms"]) == expected
     for norm, live in seen["norms"].items():
         weight = clean[f"{norm}.weight"].float()
@@ -89,3 +99,15 @@ def test_a_family_in_the_rollout(request, name):
     with reference.noised(expected, **NOISE):
         reference.check(PROMPTS, seen["noised"])
     assert seen["clean_again"] == seen["clean"]
+    if name in TOWERS:
+        check_images(quantized, adapter, seen, reference)
+
+
+def check_images(quantized, adapter, seen, reference):
+    """Prompts with an image: the tower is in 16 bits, and the adapter on the decoder alone."""
+    ids, images = seen["image_tokens"], [image for _, image in image_prompts()]
+    inputs = [processed(quantized, tokens, image) for tokens, image in zip(ids, images, strict=True)]
+    reference.check(ids, seen["image_clean"], inputs)
+    with reference.adapted(adapter):
+        reference.check(ids, seen["image_adapted"], inputs)
+    assert all("visual" not in layer for layer in seen["layers"])

@@ -153,6 +153,15 @@ def test_names_with_and_without_pefts_prefix_and_adapter_name(form):
     assert store.locate(f"{form.format('model.layers.0.mlp.down_proj.lora_A')}.weight")[1:] == (0, "A")
 
 
+def test_a_decoder_in_a_module_of_its_own_is_found_by_transformers_names():
+    renamed = ("model.language_model.", "language_model.model.")
+    store = AdapterStore(torch.nn.ModuleDict({"language_model": build()}), 0, 1, renamed)
+    name = "base_model.model.model.language_model.layers.0.self_attn.v_proj.lora_B.weight"
+    assert store.locate(name) == ("language_model.model.layers.0.self_attn.qkv_proj", 2, "B")
+    with pytest.raises(ValueError, match="for which the rollout model has no NVFP4 layer"):
+        store.locate("base_model.model.model.visual.blocks.0.mlp.gate_proj.lora_B.weight")
+
+
 def test_buffers_start_at_zero_and_are_no_part_of_the_checkpoint():
     model = build(backend="hopper", dtype=torch.bfloat16)
     assert all(not t.any() and t.dtype == torch.bfloat16 for t in buffers(model).values())

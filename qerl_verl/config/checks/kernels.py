@@ -46,8 +46,8 @@ def find_problems(config: DictConfig, folder: Path) -> list[str]:
         return []
     hf_config = AutoConfig.from_pretrained(folder)
     architecture = get_architecture(read_config(folder))
-    alone, dense = {}, False
-    for i in range(hf_config.num_hidden_layers):  # layers with experts are like each other, and so are the others
+    alone, dense, decoder = {}, False, hf_config.get_text_config()
+    for i in range(decoder.num_hidden_layers):  # layers with experts are like each other, and so are the others
         alone |= {linear: (shape, ()) for linear, shape in architecture.linear_shapes(hf_config, i).items()}
         dense = dense or not architecture.has_experts(hf_config, i)
     divided = get_value(config, f"{ROLLOUT}.tensor_model_parallel_size") or 1
@@ -57,7 +57,7 @@ def find_problems(config: DictConfig, folder: Path) -> list[str]:
             continue
         projections = [projection for linear in group for projection in architecture.projections_of(linear)]
         parts = {projection: architecture.projection_shapes(hf_config)[projection] for projection in projections}
-        fused[", ".join(group)] = _fused(parts, divided, hf_config.num_key_value_heads)
+        fused[", ".join(group)] = _fused(parts, divided, decoder.num_key_value_heads)
     rank = get_value(config, f"{MODEL}.lora_rank") if get_value(config, "qerl.rollout.lora") == "inline" else None
     found = (
         _first_refusal("qerl.kernel", actor, alone, _actor_dtype(config), None),

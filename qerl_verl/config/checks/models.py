@@ -7,13 +7,14 @@ import os
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 from packaging.version import Version
 
 from qerl_verl.config.adapters import adapter_problems, target_problems
 from qerl_verl.config.arms import get_arm
-from qerl_verl.config.checks import kernels, tokenizers
+from qerl_verl.config.checks import kernels, tokenizers, vision
 from qerl_verl.config.keys import get_value
 from qerl_verl.config.rules import CRITIC, MODEL, PACKED_ATTENTION, ROLLOUT, trained_models
 
@@ -100,6 +101,8 @@ def find_misfits(config: DictConfig, adapters: Mapping[str, dict] | None = None)
         adapter = (adapters or {}).get(model)
         try:
             out += adapter_problems(config, model, adapter) if adapter else _new_adapter_problems(config, model)
+            if model == MODEL:
+                out += vision.find_problems(config, local_folder(config, model))
             if model == MODEL and get_arm(config).container:
                 out += kernels.find_problems(config, local_folder(config, model))
         except CheckpointError:
@@ -121,7 +124,7 @@ def fused_kernel_problems(config: DictConfig) -> list[str]:
     folder = local_folder(config, MODEL)
     if not get_value(config, f"{MODEL}.use_fused_kernels") or folder is None or not (folder / "config.json").is_file():
         return []
-    cap = json.loads((folder / "config.json").read_text()).get("final_logit_softcapping")
+    cap = _decoder_settings(folder).get("final_logit_softcapping")
     if cap is None:
         return []
     return [
@@ -130,13 +133,20 @@ def fused_kernel_problems(config: DictConfig) -> list[str]:
     ]
 
 
+def _decoder_settings(folder: Path) -> Mapping[str, Any]:
+    """What the config.json of a model says of its decoder."""
+    from qerl_verl.nvfp4.architectures import text_settings
+
+    return text_settings(json.loads((folder / "config.json").read_text()))
+
+
 def length_problems(config: DictConfig) -> list[str]:
     """A length beyond the model's positions, which verl's server refuses when it starts
     (verl/workers/rollout/vllm_rollout/vllm_async_server.py)."""
     folder = local_folder(config, MODEL)
     if folder is None or not (folder / "config.json").is_file():
         return []
-    positions = json.loads((folder / "config.json").read_text()).get("max_position_embeddings")
+    positions = _decoder_settings(folder).get("max_position_embeddings")
     if not isinstance(positions, int):
         return []
     longest = get_value(config, f"{ROLLOUT}.max_model_len")
@@ -162,7 +172,7 @@ def cpu_head_size_problem(folder: Path) -> str:
     """Why vLLM's CPU build has no attention kernel for the model in ``folder``; empty where it has one."""
     if not (folder / "config.json").is_file():
         return ""
-    settings = json.loads((folder / "config.json").read_text())
+    settings = _decoder_settings(folder)
     heads = settings.get("num_attention_heads")
     size = settings.get("head_dim") or (settings.get("hidden_size", 0) // heads if heads else None)
     if size is None or size in CPU_HEAD_SIZES:
@@ -187,9 +197,10 @@ def position_problems(config: DictConfig, installed: Callable[[str], str] = vers
     from transformers import AutoConfig
 
     try:
-        settings = AutoConfig.from_pretrained(folder)
+        whole = AutoConfig.from_pretrained(folder)
     except Exception:  # whatever transformers makes of it; the checks of the checkpoint say so
         return []
+    settings = whole.get_text_config()
     rope = getattr(settings, "rope_parameters", None) or {}
     if rope.get("rope_type") == "dynamic":
         return [
@@ -200,7 +211,7 @@ def position_problems(config: DictConfig, installed: Callable[[str], str] = vers
         getattr(settings, "layer_types", None) or ()
     )
     if (
-        "Olmo3ForCausalLM" in (getattr(settings, "architectures", None) or ())
+        "Olmo3ForCausalLM" in (getattr(whole, "architectures", None) or ())
         and scaled
         and Version(installed("vllm")) < Version("0.28")
     ):

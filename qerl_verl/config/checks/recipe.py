@@ -97,7 +97,6 @@ REFUSED = (
     Refused(f"{ACTOR}.fsdp_config.qat.enable", _is_set, _QAT),
     Refused(f"{ROLLOUT}.qat.enable", lambda v, get: v and not get(f"{ACTOR}.fsdp_config.qat.enable"), _QAT),
     Refused("critic.fsdp.qat.enable", _is_set, _QAT),
-    Refused(f"{ACTOR}.freeze_vision_tower", _is_set, "only dense text models are supported"),
     Refused(f"{ROLLOUT}.calculate_log_probs", lambda v, get: v is False and _uses_rollout_log_probs(get),
             "algorithm.rollout_correction works with the log-probabilities of the rollout; without them verl leaves the "
             "correction out or fails in the first step; remove the setting"),

@@ -36,7 +36,8 @@ def folder_problem(folder: Path, where: str, trust_remote_code: bool = False) ->
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **arguments)
         has_config = (folder / "config.json").is_file()
-        rows = getattr(AutoConfig.from_pretrained(folder, **arguments), "vocab_size", None) if has_config else None
+        config = AutoConfig.from_pretrained(folder, **arguments).get_text_config() if has_config else None
+        rows = getattr(config, "vocab_size", None)
     except Exception as error:  # whatever transformers makes of what is there
         return f"{where}: no tokenizer can be loaded from this folder ({' '.join(str(error).split())[:200]}). {fix}"
     words = tokenizer.get_vocab().keys() - {str(token) for token in tokenizer.added_tokens_decoder.values()}

@@ -1,0 +1,47 @@
+"""Models with a vision tower in verl's FSDP2 engine: sequences with images."""
+
+import pytest
+import torch
+from tiny_families import TOWERS, Reference, make_family
+from tiny_vision import image_sequences
+from transformers import AutoConfig
+
+from qerl_verl.nvfp4.checkpoint import quantize_checkpoint
+from qerl_verl.quickstart.tiny_model import build_tokenizer
+
+PACKED = {"use_remove_padding": True, "packed_attention": True}
+VARIANTS = {"padded": {}, "packed": PACKED, "chunks": PACKED | {"use_fused_kernels": True}}
+IMAGE_TOKENS = {"image_token_id": 250, "video_token_id": 251, "vision_start_token_id": 252, "vision_end_token_id": 253}
+QUICK = ("Qwen3VLForConditionalGeneration",)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in TOWERS]
+)
+def test_sequences_with_images_train_the_same_however_they_are_laid_out(run_engine, tmp_path, name):
+    """Log-probabilities without the adapter are transformers' own, in float64, on the decoded weights; the loss and the
+    norm of the gradients of two steps are those of padded rows. The adapter is on the decoder alone."""
+    tokenizer = build_tokenizer()
+    make_family(name, tmp_path / "source", vocab_size=len(tokenizer), **IMAGE_TOKENS)
+    tokenizer.save_pretrained(tmp_path / "source")
+    quantize_checkpoint(tmp_path / "source", tmp_path / "model", progress=False)
+    single = {"mixed_precision": {"param_dtype": "fp32", "reduce_dtype": "fp32"}, "lr_warmup_steps": 0}
+    variants = {key: value | {"images": True, "reference": True} for key, value in VARIANTS.items()}
+    (report,) = run_engine(tmp_path / "model", tmp_path / "r", variants=variants, **single)
+
+    config = AutoConfig.from_pretrained(tmp_path / "model")
+    sequences, reference = image_sequences(config), Reference(tmp_path / "model")
+    prompts = [sequence.ids.tolist() for sequence in sequences]
+    inputs = [
+        {"pixel_values": s.pixel_values, "image_grid_thw": s.grid, "mm_token_type_ids": s.types(config)}
+        for s in sequences
+    ]
+    padded = report["padded"]
+    assert padded["loss"][0] != padded["loss"][1] and min(padded["grad_norm"]) > 0
+    for seen in report.values():
+        found = torch.tensor(seen["without"]).split([len(prompt) for prompt in prompts])
+        reference.check(prompts, [values[:-1] for values in found], inputs)
+        assert seen["loss"] == pytest.approx(padded["loss"], rel=1e-4, abs=1e-5)
+        assert seen["grad_norm"] == pytest.approx(padded["grad_norm"], rel=1e-3)
+    adapter = torch.load(f"{tmp_path / 'r'}.padded.pt")
+    assert len(adapter) == 2 * 2 * 7 and all("language_model.layers." in tensor for tensor in adapter)
