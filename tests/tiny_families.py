@@ -91,8 +91,6 @@ FAMILIES = {
 """Architecture -> transformers' model_type, and its (the decoder's) configuration beside :data:`SIZES`. A
 mixture has a layer with experts and one without."""
 
-DENSE = [name for name in FAMILIES if name != "Qwen3MoeForCausalLM"]
-
 TOWERS = {
     "Qwen2_5_VLForConditionalGeneration": dict(window_size=56, fullatt_block_indexes=[1]),
     "Qwen3VLForConditionalGeneration": dict(num_position_embeddings=64, deepstack_visual_indexes=[0]),

@@ -400,6 +400,7 @@ _ARCHITECTURES = {
             "Qwen3MoeForCausalLM",
             head_norms=_NORMED_HEADS,
             experts=Experts(_qwen_sparse_layer),
+            no_punica="it does not serve experts in NVFP4",
             fixed=(_hard_coded("attention_bias", False),),
         ),
         Architecture("LlamaForCausalLM", bias_switches=_LLAMA_BIASES, shares_base=True),

@@ -288,24 +288,24 @@ def vllm_lora_problems(config: DictConfig) -> list[str]:
 
 
 def expert_problems(config: DictConfig) -> list[str]:
-    """A mixture of experts, which actor and rollout do not hold in NVFP4 yet."""
+    """A mixture of experts in an arm that would leave the experts in 16 bits."""
     from qerl_verl.nvfp4.architectures import get_architecture
     from qerl_verl.nvfp4.checkpoint import read_config
     from qerl_verl.nvfp4.errors import CheckpointError
 
-    out = []
-    for model in trained_models(config):
-        folder = local_folder(config, model)
-        try:
-            architecture = get_architecture(read_config(folder)) if folder else None
-        except CheckpointError:  # told elsewhere
-            continue
-        if architecture and architecture.experts:
-            out.append(
-                f"{model}.path={folder}: {architecture.name} has a mixture of experts, which `qerl quantize` writes and "
-                "neither actor nor rollout holds yet. Use a dense model"
-            )
-    return out
+    folder = local_folder(config, MODEL)
+    if folder is None or get_arm(config).name != "nf4":
+        return []
+    try:
+        architecture = get_architecture(read_config(folder))
+    except CheckpointError:  # told elsewhere
+        return []
+    if architecture.experts is None:
+        return []
+    return [
+        f"{MODEL}.path={folder}: the arm nf4 does not serve {architecture.name}, because transformers gives bitsandbytes "
+        "linear layers alone, and the experts would stay in 16 bits; use +qerl=nvfp4"
+    ]
 
 
 def critic_problems(config: DictConfig) -> list[str]:

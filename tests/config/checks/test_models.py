@@ -229,9 +229,20 @@ def test_vllms_own_lora_path_does_not_serve_every_family(tmp_path, name, arm, pa
     assert not problems or re.search(expected, problems[0])
 
 
-@pytest.mark.parametrize(("name", "refused"), [("Qwen3MoeForCausalLM", True), ("Qwen3ForCausalLM", False)])
-def test_experts_are_refused_in_a_run(tmp_path, name, refused):
+@pytest.mark.parametrize(
+    ("name", "arm", "refused"),
+    [
+        ("Qwen3MoeForCausalLM", "nf4", True),
+        ("Qwen3MoeForCausalLM", "nvfp4", False),
+        ("Qwen3MoeForCausalLM", "mxfp4", False),
+        ("Qwen3MoeForCausalLM", "bf16", False),
+        ("Qwen3ForCausalLM", "nf4", False),
+    ],
+)
+def test_an_arm_that_would_leave_experts_in_16_bits(tmp_path, name, arm, refused):
     make_config(name).save_pretrained(tmp_path)
-    problems = models.expert_problems(run_of(tmp_path))
+    config = run_of(tmp_path)
+    config.qerl = {"arm": arm}
+    problems = models.expert_problems(config)
     assert bool(problems) == refused
-    assert not refused or str(tmp_path) in problems[0] and "mixture of experts" in problems[0]
+    assert not refused or str(tmp_path) in problems[0] and "+qerl=nvfp4" in problems[0]

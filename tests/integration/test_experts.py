@@ -1,0 +1,75 @@
+"""A mixture of experts through main_ppo: verl, Ray, vLLM, with the experts in NVFP4 on both sides."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_families import make_family
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from tiny_job import Job, make_inputs  # noqa: E402
+
+from qerl_verl.quickstart.tiny_model import build_tokenizer
+
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(1800)]
+
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Metrics by step and the log of a run of three steps, the first without noise."""
+    folder, tokenizer = tmp_path_factory.mktemp("experts"), build_tokenizer()
+    sizes = dict(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    model = make_family("Qwen3MoeForCausalLM", folder / "model", std=0.08, **sizes)
+    tokenizer.save_pretrained(model)
+    overrides = [
+        *make_inputs(folder, model),
+        f"qerl.aqn.num_stages={STEPS}",
+        "actor_rollout_ref.model.enable_gradient_checkpointing=True",
+        # on every CPU, so that the two policies differ in nothing but the order of sums
+        "actor_rollout_ref.rollout.dtype=float32",
+        "actor_rollout_ref.actor.fsdp_config.mixed_precision={param_dtype:fp32,reduce_dtype:fp32,buffer_dtype:fp32}",
+        f"trainer.total_training_steps={STEPS}",
+        f"trainer.default_local_dir={folder / 'checkpoints'}",
+        f"trainer.save_freq={STEPS}",
+    ]
+    job = Job(folder / "run", overrides).start()
+    try:
+        assert job.wait(1500) == 0, job.tail()
+        return job.metrics(), job.log.read_text(errors="replace"), folder / "checkpoints"
+    finally:
+        job.end()
+
+
+def test_it_trains(run):
+    metrics, _, _ = run
+    assert sorted(metrics)[-1] == STEPS
+    assert all(metrics[step]["actor/grad_norm"] > 0 for step in range(1, STEPS + 1))
+
+
+def test_actor_and_rollout_are_one_policy(run):
+    """Without noise the two differ by rounding alone, though each chooses the experts by itself."""
+    metrics, _, _ = run
+    assert metrics[1]["qerl/aqn_sigma"] == 0 and metrics[2]["qerl/aqn_sigma"] > 0
+    assert metrics[1]["training/rollout_probs_diff_max"] < 1e-4
+    assert metrics[2]["training/rollout_probs_diff_max"] > 1e-2
+
+
+def test_the_log_says_what_computes_the_experts(run):
+    _, log, _ = run
+    assert re.search(r"kernel: actor NVFP4 linear = .*gate_up_proj 1", log)
+    assert re.search(r"kernel: rollout NVFP4 linear = .*experts", log)
+    assert "none in the experts" in log
+    assert re.search(r"base: a copy each in actor and rollout \(.*Qwen3MoeForCausalLM", log)
+
+
+def test_the_adapter_is_the_attentions(run):
+    from safetensors.torch import load_file
+
+    _, _, checkpoints = run
+    tensors = load_file(checkpoints / f"global_step_{STEPS}" / "actor" / "lora_adapter" / "adapter_model.safetensors")
+    assert tensors and all(".self_attn." in name for name in tensors)
+    assert any(tensor.abs().max() > 0 for name, tensor in tensors.items() if "lora_B" in name)
