@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -83,6 +83,27 @@ def find_noise_targets(
     return targets
 
 
+def find_router_norms(model: nn.Module, architecture: Architecture, targets: Iterable[str]) -> frozenset[str]:
+    """Those of the norms that receive noise whose output also goes to a router of experts.
+
+    Args:
+        model: see :func:`find_noise_targets`.
+        architecture: see :func:`find_noise_targets`.
+        targets: full names, as from :func:`find_noise_targets`.
+    """
+    experts = architecture.experts
+    if experts is None:
+        return frozenset()
+    modules = {name for name, _ in model.named_modules()}
+    norms = [n for n, fed in architecture.noise_targets_with_experts.items() if experts.router in fed]
+    return frozenset(
+        name
+        for name in targets
+        for norm in norms
+        if name.endswith(f".{norm}") and name.removesuffix(norm) + experts.module in modules
+    )
+
+
 def _no_switch(noised: bool) -> None:
     """For a norm that always multiplies by its live weight."""
 
@@ -119,13 +140,23 @@ class NoiseInjector:
 
     Args:
         targets: full module name -> norm.
+        router_norms: names of those that feed a router, see :func:`find_router_norms`.
     """
 
-    def __init__(self, targets: Mapping[str, NoiseTarget]):
-        self.targets = dict(targets)
+    def __init__(self, targets: Mapping[str, NoiseTarget], router_norms: Collection[str] = ()):
+        self.targets, self._router_norms = dict(targets), frozenset(router_norms)
+        self._noised = dict(targets)  # those that the last noise was for
 
     @torch.no_grad()
-    def set_noise(self, seed: int, step: int, sigma: float, unit: str = "absolute", rounding: str = "none") -> None:
+    def set_noise(
+        self,
+        seed: int,
+        step: int,
+        sigma: float,
+        unit: str = "absolute",
+        rounding: str = "none",
+        router: bool = False,
+    ) -> None:
         """Make every live weight the effective one plus the noise of ``step``; with ``sigma`` 0
         exactly the effective one.
 
@@ -138,15 +169,17 @@ class NoiseInjector:
             unit: ``absolute``, or ``relative``: to the root mean square of each norm's effective
                 weight.
             rounding: ``none``, or ``weight``: the sum is rounded to the dtype of the clean weight.
+            router: whether norms that feed a router receive noise, too.
 
         Raises:
             FloatingPointError: a noised weight is not finite; the message names it. No target has
                 changed then.
         """
         values = {}
+        noised = {n: target for n, target in self.targets.items() if router or n not in self._router_norms}
         for name, target in self.targets.items():
             value = target.effective()
-            if sigma:
+            if sigma and name in noised:
                 scale = root_mean_square(value) if unit == "relative" else 1.0
                 value = value + draw_noise(seed, step, name, value.numel(), sigma * scale)
                 if rounding == "weight":
@@ -156,20 +189,22 @@ class NoiseInjector:
             values[name] = value
         for name, target in self.targets.items():
             target.live.copy_(values[name])
-            target.switch(bool(sigma))
+            target.switch(bool(sigma) and name in noised)
+        self._noised = noised
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
         """What acts: standard deviation of the noise, read back from the live weights.
 
         Returns:
-            ``absolute``: root mean square of live minus clean over all channels of all targets;
+            ``absolute``: root mean square of live minus clean over all channels of all targets that
+            the last noise was for;
             ``relative``: the same in units of the root mean square of each target's clean weight;
             ``weight_min``, ``weight_median``, ``weight_max``: of those root mean squares over the
             targets.
         """
         absolute, relative, sizes = [], [], []
-        for target in self.targets.values():
+        for target in self._noised.values():
             clean = target.effective()
             noise = root_mean_square(target.live.detach().cpu() - clean)
             size = root_mean_square(clean)

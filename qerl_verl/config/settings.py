@@ -49,6 +49,8 @@ class AQNSettings:
         rounding: of the noised weight: ``none``, it acts in float32 as drawn; ``weight``, it is
             rounded to the dtype of the norm's weight, which takes small noise off. That is what an
             implementation that writes the noise into a 16-bit weight does; for comparisons.
+        router: whether the norm in front of a mixture's experts receives noise. It also feeds their
+            router, so noise there moves tokens to other experts. Dense layers have no such norm.
         target_kl: divergence of the sampling policy from the clean one that ``schedule=adaptive``
             keeps, nats a token. Above 0 and below 1; None with the other schedules.
     """
@@ -61,6 +63,7 @@ class AQNSettings:
     seed: int = 42
     unit: str = "absolute"
     rounding: str = "none"
+    router: bool = False
     target_kl: float | None = None
 
 

@@ -8,7 +8,7 @@ import torch
 from verl.utils.device import get_device_name
 from verl.workers.rollout.vllm_rollout.utils import VLLM_LORA_INT_ID, vLLMColocateWorkerExtension
 
-from qerl_verl.aqn.noise import NoiseInjector, find_noise_targets
+from qerl_verl.aqn.noise import NoiseInjector, find_noise_targets, find_router_norms
 from qerl_verl.engine.finite import first_nonfinite
 from qerl_verl.lora.wire import take_config
 from qerl_verl.nvfp4.architectures import Architecture, get_architecture
@@ -39,7 +39,8 @@ class QeRLWorkerExtension(vLLMColocateWorkerExtension):
             prefix = self._qerl_vllm_name(architecture.layer_prefix)
             norms = find_noise_targets(model, architecture, NOISE_FUSED, prefix)
             targets = {name: norm.noise_target() for name, norm in norms.items()}
-            injector = self._qerl_injector = NoiseInjector(targets)
+            injector = NoiseInjector(targets, find_router_norms(model, architecture, targets))
+            self._qerl_injector = injector
         return injector
 
     def update_weights_from_ipc(self, peft_config: dict = None, base_sync_done=False, use_shm: bool = False):
@@ -122,7 +123,13 @@ class QeRLWorkerExtension(vLLMColocateWorkerExtension):
         return digest.hexdigest()
 
     def qerl_set_noise(
-        self, seed: int, step: int, sigma: float, unit: str = "absolute", rounding: str = "none"
+        self,
+        seed: int,
+        step: int,
+        sigma: float,
+        unit: str = "absolute",
+        rounding: str = "none",
+        router: bool = False,
     ) -> dict[str, float]:
         """Put the noise of a training step on the norms of this worker's part of the model; ``sigma`` 0 takes it off.
 
@@ -132,7 +139,7 @@ class QeRLWorkerExtension(vLLMColocateWorkerExtension):
             What acts now, see :meth:`qerl_verl.aqn.noise.NoiseInjector.measure`.
         """
         injector = self._qerl_noise_injector()
-        injector.set_noise(seed, step, sigma, unit, rounding)
+        injector.set_noise(seed, step, sigma, unit, rounding, router)
         return injector.measure()
 
     def qerl_norm_weights(self) -> dict[str, list[float]]:

@@ -392,6 +392,7 @@ class AQNTrainerMixin(RunLengthMixin, RunRecordMixin, WholeCheckpointsMixin):
         servers = [replica.server_handle for replica in replicas]
         aqn = self.qerl_settings.aqn
         arguments = {"seed": aqn.seed, "step": step, "sigma": sigma, "unit": aqn.unit, "rounding": aqn.rounding}
+        arguments["router"] = aqn.router
         acting = ray.get([s.qerl_set_noise.remote(**arguments) for s in servers])
         ray.get([s.clear_kv_cache.remote() for s in servers])
         return [worker for server in acting for worker in server]

@@ -8,7 +8,15 @@ import torch
 from tiny_families import make_config
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from qerl_verl.aqn.noise import NoiseInjector, NoiseTarget, combine, describe_size, draw_noise, find_noise_targets
+from qerl_verl.aqn.noise import (
+    NoiseInjector,
+    NoiseTarget,
+    combine,
+    describe_size,
+    draw_noise,
+    find_noise_targets,
+    find_router_norms,
+)
 from qerl_verl.nvfp4.architectures import get_architecture
 
 CONFIG = dict(
@@ -81,6 +89,28 @@ def test_goes_to_the_norm_in_front_of_router_and_experts():
     del model.model.layers[0].mlp.gate
     with pytest.raises(ValueError, match="model.layers.0.post_attention_layernorm should stand beside .*mlp.gate,"):
         targets_of(model)
+
+
+def test_a_norm_that_feeds_a_router_has_noise_where_it_is_wanted():
+    """What acts is measured on the norms that it was for; noise on a router's norm comes off with the next."""
+    model = AutoModelForCausalLM.from_config(make_config("Qwen3MoeForCausalLM"))
+    row = get_architecture(model.config)
+    names = list(targets_of(model))
+    routed = find_router_norms(model, row, names)
+    assert routed == {"model.layers.0.post_attention_layernorm"}  # layer 1 has one MLP
+    switched = {}
+    targets = {
+        name: NoiseTarget(torch.ones(512), torch.ones(512), lambda on, name=name: switched.__setitem__(name, on))
+        for name in names
+    }
+    injector = NoiseInjector(targets, routed)
+    for router in (True, False):
+        injector.set_noise(seed=1, step=1, sigma=0.1, router=router)
+        noised = {name for name, target in targets.items() if not torch.equal(target.live, target.clean)}
+        assert noised == {name for name, on in switched.items() if on} == set(names) - (set() if router else routed)
+        assert injector.measure()["absolute"] == pytest.approx(0.1, rel=0.1)
+    dense = AutoModelForCausalLM.from_config(make_config("Qwen3ForCausalLM"))
+    assert not find_router_norms(dense, get_architecture(dense.config), targets_of(dense))
 
 
 def test_a_norm_that_feeds_something_else_is_an_error(model):

@@ -25,6 +25,7 @@ def test_defaults_are_the_papers():
         seed=42,
         unit="absolute",
         rounding="none",
+        router=False,
         target_kl=None,
     )
     assert settings.platform == "auto" and settings.cache_dir is None

@@ -31,7 +31,7 @@ def run(tmp_path_factory):
         "actor_rollout_ref.model.enable_gradient_checkpointing=True",
         # on every CPU, so that the two policies differ in nothing but the order of sums
         "actor_rollout_ref.rollout.dtype=float32",
-        "actor_rollout_ref.actor.fsdp_config.mixed_precision={param_dtype:fp32,reduce_dtype:fp32,buffer_dtype:fp32}",
+        "++actor_rollout_ref.actor.fsdp_config.mixed_precision={param_dtype:fp32,reduce_dtype:fp32,buffer_dtype:fp32}",
         f"trainer.total_training_steps={STEPS}",
         f"trainer.default_local_dir={folder / 'checkpoints'}",
         f"trainer.save_freq={STEPS}",

@@ -30,11 +30,13 @@ PROMPTS = [list(range(3, 35)), list(range(90, 50, -1)), [7, 7, 8, 9] * 9]
 """Longer than the sliding windows of the tiny models."""
 HAS_TORCHVISION = importlib.util.find_spec("torchvision") is not None
 NOISE = {"seed": 3, "step": 5, "sigma": 0.05}
+ROUTER = {"router": True}
+"""Noise also where a router is fed."""
 
 
 def look_at(names, folder):
     """What :mod:`families_process` sees of these families, and their folders."""
-    places, arguments = {}, [json.dumps(PROMPTS), json.dumps(NOISE)]
+    places, arguments = {}, [json.dumps(PROMPTS), json.dumps(NOISE | ROUTER)]
     for name in names:
         source, quantized, adapter = (folder / name / part for part in ("source", "quantized", "adapter"))
         if name in TOWERS:

@@ -48,7 +48,7 @@ class Server:
         self.qerl_check_engine = SimpleNamespace(remote=lambda: events.append("alive"))
         self.clear_kv_cache = SimpleNamespace(remote=lambda: events.append("clear"))
 
-    def _set_noise(self, seed, step, sigma, unit, rounding):
+    def _set_noise(self, seed, step, sigma, unit, rounding, router):
         assert unit == "absolute"
         self.events.append((seed, step, round(sigma, 6)))
         acting = 0.99 * sigma  # what the engine finds in its weights, not what the schedule asked for
