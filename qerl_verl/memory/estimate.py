@@ -3,7 +3,9 @@
 Weights, adapters, optimizer, kept outputs and KV cache follow from shapes. The rest is estimated:
 
 - Activations of the layer that runs in the backward pass, a token: four tensors of the MLP's inner
-  size, four of the hidden size and two of q, k and v, in 16 bits.
+  size, four of the hidden size and two of q, k and v, in 16 bits. In a mixture of experts the inner
+  sizes of a token's experts add up, and three tensors hold a row of the hidden size for each of them;
+  the larger of a layer's two stacks of experts is decoded at a time.
 - Log-probabilities: two tensors of logits in 16 bits and one chunk in float32, or with verl's
   ``use_fused_kernels`` one chunk of :data:`qerl_verl.kernels.linear_logprobs.CHUNK_BYTES` in float32
   with two temporaries.
@@ -41,15 +43,18 @@ MARGIN = 0.1
 
 @dataclass(frozen=True)
 class Model:
-    """The shapes of a dense decoder.
+    """The shapes of a decoder.
 
     Attributes:
         layers: decoder layers.
-        hidden, inner, vocabulary: sizes.
+        hidden, inner, vocabulary: sizes; ``inner`` of what a token goes through in one layer, which
+            with experts is the sum of theirs.
         query, key: output channels of q_proj, and of k_proj and v_proj each.
         packed: bytes of the NVFP4 linears with their scales.
         plain: bytes of everything else, in 16 bits.
         adapter: parameters of the LoRA adapter.
+        chosen: experts that a token goes to; 0 in a dense model.
+        decoded: bytes of the experts' weights that a layer decodes at a time.
     """
 
     layers: int
@@ -61,6 +66,8 @@ class Model:
     packed: int
     plain: int
     adapter: int
+    chosen: int = 0
+    decoded: int = 0
 
     @property
     def base(self) -> int:
@@ -177,7 +184,7 @@ def estimate(model: Model, run: Run, total: int) -> Estimate:
 
 
 def _activations(model: Model, run: Run) -> dict[str, int]:
-    width = 4 * model.inner + 4 * model.hidden + 2 * (model.query + 2 * model.key)
+    width = 4 * model.inner + (4 + 3 * model.chosen) * model.hidden + 2 * (model.query + 2 * model.key)
     if run.fused_logits:
         logits = LOGITS_CHUNK * 5 // 2
     else:
@@ -186,12 +193,13 @@ def _activations(model: Model, run: Run) -> dict[str, int]:
         "inputs of the layers": model.layers * run.tokens * model.hidden * ACTIVATION,
         "activations of one layer": run.tokens * width * ACTIVATION,
         "logits": logits,
+        **({"decoded experts": model.decoded} if model.decoded else {}),
     }
 
 
 def _kept_layers(model: Model, run: Run, total: int, training: dict[str, int]) -> int:
     """As :class:`qerl_verl.engine.recompute.Recompute` decides."""
-    need = sum(training[part] for part in ("inputs of the layers", "activations of one layer", "logits"))
+    need = sum(training[part] for part in _activations(model, run))
     taken = sum(training.values()) - need - training["gradients"]
     room = (1 - MARGIN) * (total - taken - (1 + MARGIN) * need)
     return max(0, min(model.layers, int(room / (run.tokens * model.kept_a_token))))

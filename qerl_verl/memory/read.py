@@ -52,16 +52,26 @@ def model_of(content: Mapping[str, Any], rank: int, targets: Any, exclude: Any =
     packed = {linear: shapes[f"{linear}.weight"] for group in architecture.all_groups(config) for linear in group}
     adapted = matched_layers(architecture.adaptable(packed), targets, exclude)
     config = config.get_text_config()
+    of_layers = [architecture.has_experts(config, i) for i in range(config.num_hidden_layers)]
+    experts, chosen, inner, decoded = architecture.experts, 0, 0, 0
+    if any(of_layers):
+        chosen = getattr(config, experts.chosen)
+        inner = chosen * getattr(config, experts.inner)
+        decoded = ACTIVATION * max(math.prod(shape) for shape in experts.stacked_shapes(config).values())
+    if not all(of_layers):
+        inner = max(inner, config.intermediate_size)
     return Model(
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
-        inner=config.intermediate_size,
+        inner=inner,
         vocabulary=config.vocab_size,
         query=projections["self_attn.q_proj"][0],
         key=projections["self_attn.k_proj"][0],
         packed=sum(math.prod(shape) for shape in packed.values()) * 9 // 16,
         plain=sum(math.prod(s) for n, s in shapes.items() if n.removesuffix(".weight") not in packed) * ACTIVATION,
         adapter=sum(rank * sum(packed[name]) for name in adapted),
+        chosen=chosen,
+        decoded=decoded,
     )
 
 

@@ -69,14 +69,15 @@ class Experts:
         is_layer: whether a layer, by the configuration and its index, has experts; the other
             layers have one MLP.
         module, router: names in a layer. The router is a linear that stays in 16 bits.
-        count, inner: keys of the configuration, for how many experts there are and for the output
-            features of their gate and up.
+        count, chosen, inner: keys of the configuration, for how many experts there are, how many of
+            them a token goes to, and the output features of their gate and up.
     """
 
     is_layer: Callable[[Any, int], bool]
     module: str = "mlp.experts"
     router: str = "mlp.gate"
     count: str = "num_experts"
+    chosen: str = "num_experts_per_tok"
     inner: str = "moe_intermediate_size"
 
     def linears(self, config: Any) -> Iterator[tuple[str, str, str]]:

@@ -51,6 +51,33 @@ def test_shapes_give_the_known_sizes():
     assert made.cache_a_token == 2 * 2 * 512 * 28
 
 
+EXPERTS = {
+    **QWEN,
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    **dict(vocab_size=151936, hidden_size=2048, intermediate_size=6144, num_hidden_layers=48, num_attention_heads=32),
+    **dict(num_key_value_heads=4, head_dim=128, moe_intermediate_size=768, num_experts=128, num_experts_per_tok=8),
+}
+"""Qwen3-30B-A3B."""
+
+
+def test_a_mixture_of_experts():
+    """30.5 billion parameters in 17 GB; a token goes through the inner sizes of its 8 experts; adapters on attention alone."""
+    made = model_of(EXPERTS, 32, "all-linear")
+    expert, attention = 3 * 768 * 2048, 2048 * 4096 * 2 + 2 * 2048 * 512
+    assert made.packed * 16 // 9 == 48 * (128 * expert + attention)
+    assert made.packed * 16 / 9 + made.plain / 2 == pytest.approx(30.53e9, rel=1e-3)
+    assert made.base == pytest.approx(18.1e9, rel=0.01)
+    assert made.adapter == 32 * 48 * (2 * (2048 + 4096) + 2 * (2048 + 512))
+    assert (made.inner, made.chosen, made.decoded) == (8 * 768, 8, 2 * 128 * 2 * 768 * 2048)
+    found = estimate(made, RUN, H100)
+    assert found.training["decoded experts"] == made.decoded and not found.problems
+    dense = replace(made, chosen=0, decoded=0)
+    assert sum(found.training.values()) > sum(estimate(dense, RUN, H100).training.values())
+    mixed = model_of({**EXPERTS, "mlp_only_layers": [0], "intermediate_size": 16384}, 32, "all-linear")
+    assert mixed.inner == 16384
+
+
 def test_linears_that_a_checkpoint_fuses_count_once():
     sizes = SHAPES["7B"] | {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     made = model_of({**QWEN, **sizes, "architectures": ["Phi3ForCausalLM"], "model_type": "phi3"}, 32, "all-linear")

@@ -6,9 +6,11 @@ import shutil
 
 import pytest
 from omegaconf import OmegaConf
-from tiny_families import YARN, make_config
+from tiny_families import YARN, make_config, make_family
 
 from qerl_verl.config.checks import models
+from qerl_verl.nvfp4.checkpoint import quantize_checkpoint
+from qerl_verl.quickstart.tiny_model import build_tokenizer
 
 
 @pytest.mark.parametrize(
@@ -227,6 +229,16 @@ def test_vllms_own_lora_path_does_not_serve_every_family(tmp_path, name, arm, pa
     problems = models.vllm_lora_problems(OmegaConf.create(values))
     assert len(problems) == (expected is not None)
     assert not problems or re.search(expected, problems[0])
+
+
+def test_a_mixture_of_experts_has_no_problems(tmp_path):
+    """In 16 bits and packed; an adapter goes to the attention alone."""
+    build_tokenizer().save_pretrained(make_family("Qwen3MoeForCausalLM", tmp_path / "source"))
+    quantize_checkpoint(tmp_path / "source", tmp_path / "packed", progress=False)
+    for folder in (tmp_path / "source", tmp_path / "packed"):
+        assert models.find_problems(run_of(folder)) == []
+        (problem,) = models.find_problems(run_of(folder, target_modules=["q_proj", "down_proj"]))
+        assert "target_modules: down_proj" in problem and "q_proj, k_proj, v_proj, o_proj" in problem
 
 
 @pytest.mark.parametrize(
