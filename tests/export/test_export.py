@@ -6,13 +6,15 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from tiny_families import Reference, log_probabilities, make_family
+from tiny_families import make_adapter as families_adapter
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qerl_verl.cli.main import main
 from qerl_verl.export.locate import find_adapter, find_base
 from qerl_verl.export.merge import Base, delta_kept, export_merged, read_deltas
 from qerl_verl.nvfp4.cache import fingerprint
-from qerl_verl.nvfp4.checkpoint import quantize_checkpoint, read_config, read_quantization
+from qerl_verl.nvfp4.checkpoint import adaptable_shapes, quantize_checkpoint, read_config, read_quantization
 from qerl_verl.nvfp4.errors import CheckpointError
 
 TARGETS = ["q_proj", "o_proj", "down_proj"]
@@ -110,6 +112,49 @@ def test_fp8_is_what_compressed_tensors_reads(run, expected, nvfp4_checkpoint, t
     assert (found - expected).norm() / expected.norm() < 10 * 2.0**-4
     exact = Base(nvfp4_checkpoint).weight("model.layers.0.mlp.up_proj", torch.device("cpu"))
     assert ((weight.float() * scale - exact).abs() <= exact.abs() * 2.0**-4 + scale * 2.0**-9).all()
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory):
+    """Folders of a mixture of experts: in 16 bits with the experts stacked, quantized, and an adapter."""
+    folder = tmp_path_factory.mktemp("mixture")
+    source, packed, adapter = (folder / name for name in ("source", "packed", "adapter"))
+    model = AutoModelForCausalLM.from_pretrained(make_family("Qwen3MoeForCausalLM", folder / "apart"))
+    model.save_pretrained(source, save_original_format=False)
+    quantize_checkpoint(source, packed, progress=False)
+    families_adapter(adapter, adaptable_shapes(packed))
+    return source, packed, adapter
+
+
+ROUTER, EXPERT = "model.layers.0.mlp.gate", "model.layers.0.mlp.experts.3.down_proj"
+
+
+def test_a_mixture_of_experts_is_merged(mixture, tmp_path):
+    """One matrix for each expert, which transformers loads; the attention has the deltas."""
+    source, packed, adapter = mixture
+    done = export_merged(packed, adapter, tmp_path / "m", device="cpu", progress=False)
+    assert done == {"linears": 4 * 3 + 3 + 2 * 4, "adapted": 8}
+    tensors, base = load_file(tmp_path / "m" / "model.safetensors"), Base(packed)
+    assert torch.equal(tensors[f"{EXPERT}.weight"], base.weight(EXPERT, torch.device("cpu")).bfloat16())
+    prompt = list(range(3, 40))
+    reference, found = Reference(packed), AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32)
+    with reference.adapted(adapter):
+        expected = log_probabilities(reference.models[0], prompt)
+    assert (log_probabilities(found, prompt) - expected).norm() / expected.norm() < 10 * torch.finfo(torch.bfloat16).eps
+    export_merged(source, adapter, tmp_path / "s", device="cpu", progress=False)  # stacked, in 16 bits
+    merged = load_file(tmp_path / "s" / "model.safetensors")
+    assert merged.keys() == tensors.keys()
+    stack = load_file(source / "model.safetensors")["model.layers.0.mlp.experts.down_proj"]
+    assert torch.equal(merged[f"{EXPERT}.weight"], stack[3])
+
+
+def test_a_mixture_of_experts_in_fp8_leaves_the_routers(mixture, tmp_path):
+    _, packed, adapter = mixture
+    export_merged(packed, adapter, tmp_path / "f", "fp8", device="cpu", progress=False)
+    tensors = load_file(tmp_path / "f" / "model.safetensors")
+    assert tensors[f"{EXPERT}.weight"].dtype == torch.float8_e4m3fn and f"{EXPERT}.weight_scale" in tensors
+    assert tensors[f"{ROUTER}.weight"].dtype == torch.bfloat16
+    assert read_config(tmp_path / "f")["quantization_config"]["ignore"] == ["lm_head", ROUTER]
 
 
 def test_nvfp4_needs_force_and_tells_what_is_left(run, nvfp4_checkpoint, tmp_path, capsys):
