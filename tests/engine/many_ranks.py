@@ -161,7 +161,9 @@ def bytes_per_weight(layer: nn.Module, gathered: int) -> float:
 
 
 def changed_bytes(engine, checkpoint: str) -> int:
-    """How many bytes of the packed linears, gathered on this rank as for a forward pass, are not the checkpoint's."""
+    """How many bytes of the packed linears and experts, gathered on this rank as for a forward pass, are not the
+    checkpoint's."""
+    from qerl_verl.nvfp4.experts import NVFP4Experts
     from qerl_verl.nvfp4.linear import NVFP4Linear
     from qerl_verl.nvfp4.loading import iterate_tensors
 
@@ -172,6 +174,12 @@ def changed_bytes(engine, checkpoint: str) -> int:
             continue
         part.unshard()
         for name, linear in part.named_modules():
+            if isinstance(linear, NVFP4Experts):
+                name = f"{place}.{name}".removeprefix("base_model.model.")
+                changed += sum(
+                    int((found.view(torch.uint8) != stored[f"{name}.{kind}"].view(torch.uint8)).sum())
+                    for kind, found in linear.parts().items()
+                )
             if isinstance(linear, NVFP4Linear):
                 name = f"{place}.{name}".removeprefix("base_model.model.").removesuffix(".base_layer")
                 given = (stored[f"{name}.{kind}"].view(torch.uint8) for kind in ("weight_packed", "weight_scale"))

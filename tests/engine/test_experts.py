@@ -1,0 +1,79 @@
+"""Experts in verl's FSDP2 engine: sharded, compiled, kept for the backward pass, in a critic, in 16 bits."""
+
+import pytest
+import torch
+from tiny_families import make_family
+
+from qerl_verl.engine.compile import unavailable
+from qerl_verl.nvfp4.checkpoint import quantize_checkpoint
+from qerl_verl.quickstart.tiny_model import build_tokenizer
+
+FLOAT32 = {
+    "use_remove_padding": True,
+    "packed_attention": True,
+    "mixed_precision": {"param_dtype": "fp32", "reduce_dtype": "fp32"},
+    "lr_warmup_steps": 0,
+    "steps": 3,
+}
+ONE = {
+    "one": FLOAT32,
+    "selective": FLOAT32 | {"recompute": "selective"},
+    "stored": FLOAT32 | {"gradient_checkpointing": False},
+    "compiled": FLOAT32 | {"use_torch_compile": True, "recompute": "selective"},
+    "bf16": {"arm": "bf16"},
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """The same mixture of experts in 16 bits and packed."""
+    folder, tokenizer = tmp_path_factory.mktemp("experts"), build_tokenizer()
+    source = make_family("Qwen3MoeForCausalLM", folder / "source", vocab_size=len(tokenizer), mlp_only_layers=[])
+    tokenizer.save_pretrained(source)
+    quantize_checkpoint(source, folder / "packed", progress=False)
+    return source, folder / "packed"
+
+
+@pytest.fixture(scope="module")
+def reports(run_engine, tmp_path_factory, folders):
+    """Of one rank, and of two."""
+    out, (source, packed) = tmp_path_factory.mktemp("reports"), folders
+    one = ONE | {"bf16": ONE["bf16"] | FLOAT32 | {"base": str(source)}}
+    (first,) = run_engine(packed, out / "one", variants=one)
+    counted = {"two": FLOAT32, "counted": {"steps": 1, "count": True}}
+    return first, run_engine(packed, out / "two", world=2, variants=counted)
+
+
+@pytest.mark.parametrize("name", ["selective", "stored", "compiled", "two"])
+def test_experts_train_the_same(reports, name):
+    """With other things computed twice, between compiled kernels, and on two ranks that share the bytes."""
+    one, two = reports
+    found = one[name] if name in one else two[0][name]
+    tight = name in ("selective", "stored")  # the same kernels on the same numbers
+    for what in ("loss", "grad_norm"):
+        assert len(found[what]) == 3 and found[what] == pytest.approx(
+            one["one"][what], rel=0 if tight else 1e-4, abs=1e-6
+        )
+    assert len(set(one["one"]["loss"])) == 3 and min(one["one"]["grad_norm"]) > 0
+    if name == "compiled" and unavailable(torch.device("cpu")) is None:
+        assert found["compiled"]["norms"] == 2 * 4 + 1
+
+
+def test_every_rank_computes_with_the_checkpoints_bytes(reports):
+    _, two = reports
+    assert [report["counted"]["changed_bytes"] for report in two] == [0, 0]
+
+
+def test_adapters_are_the_same_in_16_bits(reports):
+    """The arm bf16 holds transformers' experts, and its adapter is on the same layers."""
+    one, _ = reports
+    assert one["bf16"]["built"] == one["one"]["built"] and min(one["bf16"]["grad_norm"]) > 0
+
+
+def test_a_critic_of_experts(run_engine, folders, tmp_path):
+    (report,) = run_engine(folders[1], tmp_path / "r", model_type="value_model", steps=3)
+    assert report["class"] == "NVFP4EngineWithValueHead"
+    packed = [name for name in report["parameters"] if name.endswith("experts.weight_joined")]
+    assert len(packed) == 2 and not any(report["parameters"][name]["trains"] for name in packed)
+    assert all(step["grad_norm"] > 0 for step in report["steps"])
+    assert len({step["loss"] for step in report["steps"]}) == 3
