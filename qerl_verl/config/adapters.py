@@ -130,9 +130,14 @@ def value_head_shapes(base: Path) -> dict[str, tuple[int, ...]]:
 
 def _target_problems(base: Path, layers, targets: Any, exclude: Any, model: str) -> list[str]:
     from qerl_verl.lora.targets import find_problems
-    from qerl_verl.nvfp4.checkpoint import tower_linears
+    from qerl_verl.nvfp4.architectures import get_architecture
+    from qerl_verl.nvfp4.checkpoint import read_config, tower_linears
 
-    return find_problems(layers, targets, exclude, key=f"{model}.", tower=tower_linears(base) if exclude else ())
+    tower = tower_linears(base) if exclude else ()
+    problems = find_problems(layers, targets, exclude, key=f"{model}.", tower=tower)
+    if get_architecture(read_config(base)).experts is None:
+        return problems
+    return [f"{problem} (experts, their routers and MLPs beside them have no adapter)" for problem in problems]
 
 
 def adapted_layers(config: DictConfig, model: str, layers: Collection[str], adapter: dict | None) -> set[str]:

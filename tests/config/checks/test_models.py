@@ -239,6 +239,7 @@ def test_a_mixture_of_experts_has_no_problems(tmp_path):
         assert models.find_problems(run_of(folder)) == []
         (problem,) = models.find_problems(run_of(folder, target_modules=["q_proj", "down_proj"]))
         assert "target_modules: down_proj" in problem and "q_proj, k_proj, v_proj, o_proj" in problem
+        assert problem.endswith("(experts, their routers and MLPs beside them have no adapter)")
 
 
 @pytest.mark.parametrize(
