@@ -189,8 +189,15 @@ class Architecture:
     def plain_modules(self) -> tuple[str, ...]:
         """Linears that are in 16 bits, as compressed-tensors' ``ignore`` names them. The expression
         fits the names in transformers' model, in vLLM's and in older checkpoints."""
-        tower = self.vision.rstrip(".").rpartition(".")[2]
-        return ("lm_head", rf"re:(?:.*\.)?{tower}\..*") if tower else ("lm_head",)
+        return ("lm_head", rf"re:(?:.*\.)?{self._tower}\..*") if self.vision else ("lm_head",)
+
+    def is_of_tower(self, name: str) -> bool:
+        """Whether a module is the vision tower's, by its name in any of these programs."""
+        return bool(self.vision) and self._tower in name.split(".")
+
+    @property
+    def _tower(self) -> str:
+        return self.vision.rstrip(".").rpartition(".")[2]
 
     def module_name(self, name: str) -> str:
         """The name in transformers' model of a tensor or linear of a checkpoint."""
@@ -477,6 +484,20 @@ _ARCHITECTURES = {
 }
 
 
+_DELTA_NETS = (
+    "the projections of its gated delta nets are not packed here yet, and without flash-linear-attention transformers 5.9 "
+    "lets the state of a delta net run from one sequence of a packed row into the next"
+)
+NOT_YET = dict.fromkeys(
+    (
+        *("Qwen3_5ForConditionalGeneration", "Qwen3_5ForCausalLM"),
+        *("Qwen3_5MoeForConditionalGeneration", "Qwen3_5MoeForCausalLM"),
+    ),
+    _DELTA_NETS,
+)
+"""Models that people ask for and that have no row, with the reason."""
+
+
 def supported_architectures() -> tuple[str, ...]:
     """The names in the table."""
     return tuple(_ARCHITECTURES)
@@ -497,6 +518,8 @@ def get_architecture(hf_config: Any) -> Architecture:
         if name in _ARCHITECTURES:
             return _ARCHITECTURES[name]
     found = ", ".join(names) if names else f"none (model_type {get('model_type')})"
+    if reason := next((NOT_YET[name] for name in names if name in NOT_YET), ""):
+        found += f", which is not supported: {reason}"
     raise UnsupportedArchitecture(
         f"architecture in config.json: {found}. Supported are {', '.join(_ARCHITECTURES)}. "
         f"{DOCUMENTATION} says why others are not, and how a model is added."

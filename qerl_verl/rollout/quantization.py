@@ -19,11 +19,10 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 from vllm.platforms import current_platform
 
 from qerl_verl.kernels.nvfp4_dequantize import BLOCK_SIZE
-from qerl_verl.nvfp4.architectures import Architecture, get_architecture
+from qerl_verl.nvfp4.architectures import get_architecture
 from qerl_verl.nvfp4.unused_tensors import KV_CACHE_SCALE
 from qerl_verl.rollout.experts import experts_method
 from qerl_verl.rollout.lora import ADDITIONAL_CONFIG, LoraSettings, lora_settings
-from qerl_verl.rollout.names import vllm_name
 from qerl_verl.rollout.scheme import AdapterOnLinear, KernelReport, NVFP4Scheme
 from qerl_verl.rollout.shared_base import shared_embedding
 
@@ -49,12 +48,6 @@ class QeRLCompressedTensorsConfig(CompressedTensorsConfig):
         if self.quant_format == "nvfp4-pack-quantized":
             self.quant_format = QUANT_FORMAT
         self.qerl_report = KernelReport()
-        self.qerl_mapper = None
-
-    def apply_vllm_mapper(self, hf_to_vllm_mapper) -> None:
-        """vLLM's; the mapper also tells which layers are a vision tower's."""
-        super().apply_vllm_mapper(hf_to_vllm_mapper)
-        self.qerl_mapper = hf_to_vllm_mapper
 
     def _get_scheme_from_parts(self, weight_quant, input_quant, *args, **kwargs):
         if not self._is_nvfp4(weight_quant):
@@ -80,14 +73,9 @@ class QeRLCompressedTensorsConfig(CompressedTensorsConfig):
             return method  # of attention, vLLM also asks after a reload, when no configuration is set
         config = get_current_vllm_config()
         lora = lora_settings(config.additional_config)
-        if lora is None or self._is_of_tower(prefix, get_architecture(config.model_config.hf_config)):
+        if lora is None or get_architecture(config.model_config.hf_config).is_of_tower(prefix):
             return method
         return AdapterOnLinear(lora)
-
-    def _is_of_tower(self, prefix: str, architecture: Architecture) -> bool:
-        """Whether a layer is a vision tower's, which has no adapter."""
-        tower = architecture.vision
-        return bool(tower) and prefix.startswith(vllm_name(self.qerl_mapper, architecture, tower))
 
     @staticmethod
     def _settings() -> tuple[torch.device, str, LoraSettings | None]:

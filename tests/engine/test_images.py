@@ -45,3 +45,19 @@ def test_sequences_with_images_train_the_same_however_they_are_laid_out(run_engi
         assert seen["grad_norm"] == pytest.approx(padded["grad_norm"], rel=1e-3)
     adapter = torch.load(f"{tmp_path / 'r'}.padded.pt")
     assert len(adapter) == 2 * 2 * 7 and all("language_model.layers." in tensor for tensor in adapter)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TOWERS)
+def test_the_arm_of_16_bits_trains_on_images(run_engine, tmp_path, name):
+    """On verl's own engine, with the adapter on the decoder alone."""
+    tokenizer = build_tokenizer()
+    make_family(name, tmp_path / "source", vocab_size=len(tokenizer), **IMAGE_TOKENS)
+    tokenizer.save_pretrained(tmp_path / "source")
+    packed = {} if name == "Qwen2_5_VLForConditionalGeneration" else PACKED
+    variants = {"bf16": {"arm": "bf16", "images": True, **packed}}
+    (report,) = run_engine(tmp_path / "source", tmp_path / "r", variants=variants, lr_warmup_steps=0)
+    assert report["bf16"]["class"] == "BF16EngineWithLMHead"
+    assert report["bf16"]["loss"][0] != report["bf16"]["loss"][1] and min(report["bf16"]["grad_norm"]) > 0
+    adapter = torch.load(f"{tmp_path / 'r'}.bf16.pt")
+    assert len(adapter) == 2 * 2 * 7 and all("language_model.layers." in tensor for tensor in adapter)

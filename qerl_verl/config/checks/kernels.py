@@ -92,7 +92,7 @@ def _experts_refusal(
     from qerl_verl.rollout.candidates import expert_candidates
 
     experts = architecture.experts
-    if not any(architecture.has_experts(hf_config, i) for i in range(hf_config.num_hidden_layers)):
+    if experts is None or not any(architecture.has_experts(hf_config, i) for i in range(hf_config.num_hidden_layers)):
         return None
     n, k = 2 * getattr(hf_config, experts.inner) // divided, hf_config.hidden_size
     for candidate in expert_candidates(captured=False):  # the device is not known here

@@ -25,6 +25,10 @@ ALL_ROWS_NEED_IMAGES = ("Qwen2_5_VLForConditionalGeneration",)
 """verl 0.9.1 runs the tower on a blank image where a micro-batch has none, and takes what transformers 5
 returns for a tensor (verl/models/transformers/qwen2_vl.py, _get_input_embeds)."""
 
+FLASH_ATTENTION_FOR_PACKED_ROWS = ("Qwen2_5_VLForConditionalGeneration",)
+"""verl/models/transformers/monkey_patch.py, apply_monkey_patch. The engine of packed bases leaves that out
+(engine/fsdp.py, _patch_forward)."""
+
 INTERLEAVED = ("Qwen3VLForConditionalGeneration",)
 """Models in which transformers interleaves the frequencies of an image's time, height and width."""
 
@@ -75,6 +79,7 @@ def find_problems(config: DictConfig, folder: Path) -> list[str]:
         found.append(
             f"{ACTOR}.ulysses_sequence_parallel_size={divided}: sequence parallelism has not been tried with images; set it to 1"
         )
+    found += _arm_problems(get, architecture.name)
     if architecture.name in ALL_ROWS_NEED_IMAGES and (row := _first_without_image(get)):
         found.append(
             f"data.train_files={get('data.train_files')}: {row}. Stock verl 0.9.1 with transformers 5 ends at a micro-batch "
@@ -82,6 +87,20 @@ def find_problems(config: DictConfig, folder: Path) -> list[str]:
             f"{architecture.name}, or name their column with data.image_key"
         )
     return found
+
+
+def _arm_problems(get: Get, name: str) -> list[str]:
+    """What the arms cannot do whose actor is built by verl or transformers."""
+    arm, attention = get("qerl.arm"), get(f"{MODEL}.override_config.attn_implementation") or "flash_attention_2"
+    if arm == "nf4":
+        return [f"+qerl=nf4 with {name}: bitsandbytes would quantize the vision tower too; use +qerl=nvfp4 or bf16"]
+    packed = get(f"{MODEL}.use_remove_padding") and not attention.startswith("flash_attention")
+    if arm == "bf16" and packed and name in FLASH_ATTENTION_FOR_PACKED_ROWS:
+        return [
+            f"{MODEL}.use_remove_padding=True with +qerl=bf16: verl gives {name} flash-attn for packed rows whatever "
+            f"attn_implementation is ({attention}); set use_remove_padding=False, or install flash-attn"
+        ]
+    return []
 
 
 def _processor_problem(get: Get, folder: Path) -> str | None:

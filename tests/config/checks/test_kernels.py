@@ -60,6 +60,15 @@ def test_what_does_not_fit_is_named_with_the_setting(bf16_checkpoint, values, pr
         assert re.search(re.escape(problem), only)
 
 
+def test_a_decoder_behind_a_vision_tower_is_looked_at(tmp_path):
+    make_config("Qwen3VLForConditionalGeneration").save_pretrained(tmp_path)
+    found = find_problems(settings(actor="hopper", rollout="hopper", lora="punica"), tmp_path)
+    assert [re.search(r"(qerl\S+)=hopper does not serve (\S+) ", problem).groups() for problem in found] == [
+        ("qerl.kernel", "mlp.gate_proj"),
+        ("qerl.rollout.kernel", "mlp.gate_proj,"),
+    ]
+
+
 @pytest.mark.parametrize(
     ("kernel", "parallel", "problem"),
     [

@@ -17,7 +17,18 @@ MROPE = {"rope_theta": 1e4, "mrope_section": [6, 5, 5], "mrope_interleaved": Tru
 IMAGE = {"bytes": b"", "path": "a.png"}
 
 
-def problems_of(folder, name=QWEN3, settings=None, images=((IMAGE,),), actor=None, monkeypatch=None, reason=None):
+def problems_of(
+    folder,
+    name=QWEN3,
+    settings=None,
+    images=((IMAGE,),),
+    actor=None,
+    arm="nvfp4",
+    attention="sdpa",
+    reason=None,
+    *,
+    monkeypatch,
+):
     """With the packages in place, and a processor that cannot be loaded for ``reason``."""
     (folder / "config.json").write_text(json.dumps(make_config(name, **settings or {}).to_dict()))
     columns = {"prompt": ["what?"] * len(images)}
@@ -25,7 +36,10 @@ def problems_of(folder, name=QWEN3, settings=None, images=((IMAGE,),), actor=Non
         columns["images"] = [list(row) for row in images]
     pq.write_table(pa.table(columns), folder / "train.parquet")
     config = OmegaConf.create({
-        "actor_rollout_ref": {"model": {"path": str(folder)}, "actor": actor or {}},
+        "qerl": {"arm": arm},
+        "actor_rollout_ref": {"model": {
+            "path": str(folder), "use_remove_padding": True, "override_config": {"attn_implementation": attention},
+        }, "actor": actor or {}},
         "data": {"train_files": str(folder / "train.parquet"), "image_key": "images"},
     })  # fmt: skip
     monkeypatch.setattr(vision, "_processor_problem", lambda get, folder: reason)
@@ -48,6 +62,10 @@ TABLE = [
     ({"name": QWEN2_5, "settings": {"rope_parameters": MROPE}}, "as with False. Set false there"),
     ({"actor": {"ulysses_sequence_parallel_size": 2}}, "ulysses_sequence_parallel_size=2: .* set it to 1"),
     ({"actor": {"fsdp_config": {"ulysses_sequence_parallel_size": 4}}}, "ulysses_sequence_parallel_size=4"),
+    ({"arm": "nf4"}, r"\+qerl=nf4 with Qwen3VL.*use \+qerl=nvfp4 or bf16"),
+    ({"arm": "bf16"}, None),
+    ({"arm": "bf16", "name": QWEN2_5}, "use_remove_padding=True with .qerl=bf16: .*set use_remove_padding=False"),
+    ({"arm": "bf16", "name": QWEN2_5, "attention": "flash_attention_2"}, None),
     ({"reason": "no preprocessor_config.json"}, "no image processor .* \\(no preprocessor_config.json\\)"),
 ]
 
