@@ -76,14 +76,13 @@ PARTS = (
     Part("gemm_other_shapes", "bench_gemm.py", ("--tune", "--shapes", "others"), 5),
     Part("lora_gemm_other_shapes", "bench_gemm.py", ("--tune", "--lora", "--shapes", "others"), 5),
     Part("without_flash_attn", "bench_without_flash_attn.py", (), 2),
-    Part("rollout_32b", "bench_rollout.py", ("--shape", "32B-32", "--sequences", "8", "64", "256"), 8),
+    Part(
+        "rollout_32b", "bench_rollout.py", ("--shape", "32B-32", "--sequences", "8", "64", "256"), 8
+    ),
 )
 """In the order in which they run: the numbers that users ask for first come early."""
 
-EXTRA = (
-    Part("experts_training", "bench_experts_training.py", (), 2),
-    Part("two_gpus_7b", "bench_two_gpus.py", (), 20, gpus=2),
-)
+EXTRA = (Part("two_gpus_7b", "bench_two_gpus.py", (), 20, gpus=2),)
 """Run where the machine has the GPUs, beyond the hour."""
 
 
@@ -117,7 +116,9 @@ def hash_code(root: Path = ROOT) -> str:
                 "report.py",
                 "run_all.py",
             ):
-                digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() + b"\0")
+                digest.update(
+                    str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() + b"\0"
+                )
     return digest.hexdigest()[:16]
 
 
@@ -163,13 +164,19 @@ def describe_plan(parts: Sequence[Part], results: Path, machine: dict, force: bo
     for part in parts:
         path = result_file(part, results, machine["gpu"])
         made = read_made(path)
-        took = f"took {made['seconds'] / 60:.1f} min last time" if made and made.get("seconds") else "not timed yet"
+        took = (
+            f"took {made['seconds'] / 60:.1f} min last time"
+            if made and made.get("seconds")
+            else "not timed yet"
+        )
         if is_current(path, machine) and not force:
             lines.append(f"  {part.name:<24} is there: {path}")
         else:
             total += part.minutes
             lines.append(f"  {part.name:<24} at most {part.minutes:g} min, {took}")
-    return "\n".join([f"{machine['gpu']}, code {machine['code']}:", *lines, f"at most {total:g} min in all"])
+    return "\n".join(
+        [f"{machine['gpu']}, code {machine['code']}:", *lines, f"at most {total:g} min in all"]
+    )
 
 
 def run_part(part: Part, path: Path, machine: dict, python: str = sys.executable) -> str | None:
@@ -203,7 +210,9 @@ def run_part(part: Part, path: Path, machine: dict, python: str = sys.executable
         return f"ended with exit code {code}; what it measured is in {staging}"
     for node in (found, found.get("environment")):
         if isinstance(node, dict) and "command" in node:  # the temporary name is nobody's concern
-            node["command"] = " ".join(["python", f"benchmarks/{part.script}", *part.arguments, "--json", path.name])
+            node["command"] = " ".join(
+                ["python", f"benchmarks/{part.script}", *part.arguments, "--json", path.name]
+            )
     found["made"] = machine | {"seconds": round(time.monotonic() - started, 1)}
     staging.write_text(json.dumps(found, indent=1) + "\n")
     staging.replace(path)
@@ -226,10 +235,14 @@ def _end(process: subprocess.Popen) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what is missing; the exit code is 1 where a part gave no result."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     known = {part.name: part for part in (*PARTS, *EXTRA)}
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--parts", nargs="+", choices=known, metavar="PART", help=f"of {', '.join(known)}")
+    parser.add_argument(
+        "--parts", nargs="+", choices=known, metavar="PART", help=f"of {', '.join(known)}"
+    )
     parser.add_argument("--force", action="store_true", help="measure again what is there")
     parser.add_argument("--list", action="store_true", help="show the plan and run nothing")
     arguments = parser.parse_args(argv)
