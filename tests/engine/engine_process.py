@@ -138,6 +138,7 @@ def run_variant(name, variant):
             with engine.disable_adapter():
                 seen["without"] = infer(engine, **variant)
             seen["with"] = infer(engine, **variant)
+        ranks = engine.get_data_parallel_rank(), engine.get_data_parallel_size()
         how = {
             "use_remove_padding": variant.get("use_remove_padding", False),
             "use_fused_kernels": variant.get("use_fused_kernels", False),
@@ -146,9 +147,9 @@ def run_variant(name, variant):
             "micro_batch_size_per_gpu": min(4, 8 // engine.get_data_parallel_size()),
         }
         if variant.get("images"):
-            data = image_batch(engine.module.get_base_model().model, **how)
+            data = image_batch(engine.module.get_base_model().model, *ranks, **how)
         else:
-            data = verl_batch(step, engine.get_data_parallel_rank(), engine.get_data_parallel_size(), **how)
+            data = verl_batch(step, *ranks, **how)
         with engine.train_mode():
             output = engine.train_batch(data, loss_function(settings.get("model_type")))
             engine.lr_scheduler_step()

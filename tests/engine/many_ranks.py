@@ -68,8 +68,8 @@ def verl_batch(step, dp_rank=0, dp_size=1, longer=1, vocabulary=200, **extra):
     return tu.get_tensordict(tensors, {"temperature": 1.0, "global_batch_size": 8, **extra})
 
 
-def image_batch(model, **extra):
-    """Eight sequences with an image each, as verl's trainer sends them to a worker.
+def image_batch(model, dp_rank=0, dp_size=1, **extra):
+    """A data-parallel rank's part of eight sequences with an image each, as verl's trainer sends them to a worker.
 
     Args:
         model: transformers', with the vision tower and without the output layer.
@@ -82,14 +82,15 @@ def image_batch(model, **extra):
     from verl.utils import tensordict_utils as tu
 
     generator = torch.Generator().manual_seed(300)
-    sequences = image_sequences(model.config)
-    responses = [5, 4, 3, 5, 2, 3, 4, 5]
+    mine = slice(dp_rank * 8 // dp_size, (dp_rank + 1) * 8 // dp_size)
+    every = [5, 4, 3, 5, 2, 3, 4, 5]
+    sequences, responses = image_sequences(model.config)[mine], every[mine]
 
     def jagged(rows):
         return torch.nested.as_nested_tensor(list(rows), layout=torch.jagged)
 
-    def drawn():
-        return jagged(torch.randn(r, generator=generator) for r in responses)
+    def drawn(scale=1.0, shift=0.0):
+        return jagged([torch.randn(r, generator=generator) * scale + shift for r in every][mine])
 
     pairs = list(zip(sequences, responses, strict=True))
     tensors = {
@@ -104,7 +105,7 @@ def image_batch(model, **extra):
         "loss_mask": jagged(torch.ones(r) for r in responses),
         "response_mask": jagged(torch.ones(r) for r in responses),
         "advantages": drawn(),
-        "old_log_probs": jagged(torch.randn(r, generator=generator) * 0.1 - 5 for r in responses),
+        "old_log_probs": drawn(0.1, -5.0),
     }
     batch = tu.get_tensordict(tensors, {"temperature": 1.0, "global_batch_size": 8, **extra})
     images = ({"pixel_values": s.pixel_values, "image_grid_thw": s.grid} for s in sequences)

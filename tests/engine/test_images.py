@@ -49,6 +49,23 @@ def test_sequences_with_images_train_the_same_however_they_are_laid_out(run_engi
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TOWERS)
+def test_two_ranks_train_as_one_does(run_engine, tmp_path, name):
+    """The tower is sharded like the rest of what is frozen in 16 bits; rank 1 gets it from rank 0."""
+    tokenizer = build_tokenizer()
+    make_family(name, tmp_path / "source", vocab_size=len(tokenizer), **IMAGE_TOKENS)
+    tokenizer.save_pretrained(tmp_path / "source")
+    quantize_checkpoint(tmp_path / "source", tmp_path / "model", progress=False)
+    single = {"mixed_precision": {"param_dtype": "fp32", "reduce_dtype": "fp32"}, "lr_warmup_steps": 0}
+    variants = {"packed": PACKED | {"images": True}}
+    (one,) = run_engine(tmp_path / "model", tmp_path / "one", variants=variants, **single)
+    first, second = run_engine(tmp_path / "model", tmp_path / "two", world=2, variants=variants, **single)
+    assert first["packed"]["adapter"] == second["packed"]["adapter"]
+    assert first["packed"]["loss"] == pytest.approx(one["packed"]["loss"], rel=1e-4, abs=1e-5)
+    assert first["packed"]["grad_norm"] == pytest.approx(one["packed"]["grad_norm"], rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TOWERS)
 def test_the_arm_of_16_bits_trains_on_images(run_engine, tmp_path, name):
     """On verl's own engine, with the adapter on the decoder alone."""
     tokenizer = build_tokenizer()

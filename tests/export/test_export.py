@@ -6,9 +6,9 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny_families import Reference, log_probabilities, make_family
+from tiny_families import TOWERS, Reference, log_probabilities, make_family
 from tiny_families import make_adapter as families_adapter
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from qerl_verl.cli.main import main
 from qerl_verl.export.locate import find_adapter, find_base
@@ -251,3 +251,22 @@ def test_several_files_have_an_index(run, nvfp4_checkpoint, tmp_path):
     assert len(set(index["weight_map"].values())) > 1
     assert "quantization_config" not in read_config(tmp_path / "m")
     AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_behind_a_vision_tower_the_decoder_alone_changes(tmp_path, name):
+    """Log-probabilities are those of base and adapter but for some ten roundings of the form; the tower's bytes stay."""
+    quantize_checkpoint(make_family(name, tmp_path / "source"), tmp_path / "base", progress=False)
+    families_adapter(tmp_path / "adapter", adaptable_shapes(tmp_path / "base"))
+    reference, prompt = Reference(tmp_path / "base"), list(range(3, 35))
+    with reference.adapted(tmp_path / "adapter"):
+        expected = log_probabilities(reference.models[1], prompt)
+    for form in ("merged", "fp8"):
+        dst = tmp_path / form
+        export_merged(tmp_path / "base", tmp_path / "adapter", dst, form, device="cpu", progress=False)
+        model = AutoModelForImageTextToText.from_pretrained(dst, dtype=torch.float32)
+        error = log_probabilities(model, prompt) - expected
+        assert error.square().mean().sqrt() < 10 * {"merged": 2.0**-7, "fp8": 2.0**-4}[form] * expected.std()
+        kept = load_file(dst / "model.safetensors")
+        tower = {n: t for n, t in load_file(tmp_path / "base" / "model.safetensors").items() if ".visual." in n}
+        assert tower and all(torch.equal(kept[n], t) for n, t in tower.items())
