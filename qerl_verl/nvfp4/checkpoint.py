@@ -127,11 +127,12 @@ def quantize_checkpoint(
 ) -> dict[str, FileRecord]:
     """Quantize the linears of a checkpoint to NVFP4.
 
-    The q, k, v, o, gate, up and down projections are packed; q/k/v share one global scale per layer, and so do
-    gate/up, of each expert by itself. lm_head, embeddings, routers of experts, norms and biases stay in bfloat16 or float16; float32 ones become bfloat16. Tokenizer,
-    generation config and every other file that is not a weight are copied. Tensors are read one group of linears that
-    share a scale at a time, so that host memory stays at about one decoder layer. ``qerl_report.json`` says what
-    errors that makes.
+    The q, k, v, o, gate, up and down projections are packed; q/k/v share one global scale per layer,
+    and so do gate/up, of each expert by itself. lm_head, embeddings, routers of experts, norms and
+    biases stay in bfloat16 or float16; float32 ones become bfloat16. Tokenizer, generation config
+    and every other file that is not a weight are copied. Tensors are read one group of linears that
+    share a scale at a time, so that host memory stays at about one decoder layer.
+    ``qerl_report.json`` says what errors that makes.
 
     GPTQ keeps each finished layer in a folder beside ``dst``, ``<name>.layers-<key>``, until ``dst`` is there: the same
     call after a kill or a full disk goes on with the first layer that is missing.
@@ -433,9 +434,10 @@ def unused_settings(path: str | Path) -> list[str]:
 def validate_nvfp4_checkpoint(path: str | Path) -> None:
     """Check that an NVFP4 checkpoint is complete and sound, from its headers, scales, norms and biases.
 
-    Every tensor of the model must be there in the right dtype and shape and no other one. The linears of the decoder layers are
-    packed, or in 16 bits where ``ignore`` of the quantization names them; the experts of a layer are all of one kind. Scales must be positive and finite; a ninth of
-    the file is read for that, in pieces.
+    Every tensor of the model must be there in the right dtype and shape and no other one. The linears
+    of the decoder layers are packed, or in 16 bits where ``ignore`` of the quantization names them; the
+    experts of a layer are all of one kind. Scales must be positive and finite; a ninth of the file is
+    read for that, in pieces.
 
     Raises:
         UnsupportedArchitecture: the model is none of :func:`~qerl_verl.nvfp4.architectures.supported_architectures`.

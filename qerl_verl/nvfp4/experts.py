@@ -138,7 +138,8 @@ class NVFP4Experts(nn.Module):
 
     def _weights(self, stack: str) -> ExpertWeights:
         columns = [PROJECTIONS.index(projection) for projection in STACKS[stack]]
-        alpha = 1.0 / self.weight_global_scale[:, columns[0] : columns[-1] + 1].double()
+        divisors = self.weight_global_scale[:, columns[0] : columns[-1] + 1]
+        alpha = 1.0 / divisors.to(self.weight_joined.device).double()
         return ExpertWeights(*self.weight_bytes(stack), alpha, self.backends[stack])
 
     def forward(
