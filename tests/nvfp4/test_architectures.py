@@ -228,6 +228,7 @@ def test_whether_positions_reach_the_attention_function(name):
 REFUSED = [
     ("Gemma3ForCausalLM", {"use_bidirectional_attention": True}, "a policy has to be causal"),
     ("Olmo3ForCausalLM", {"attention_bias": True}, "vLLM's model is built for this value alone"),
+    ("Qwen3MoeForCausalLM", {"attention_bias": True}, "vLLM's model is built for this value alone"),
     ("SeedOssForCausalLM", {"attention_bias": False}, "vLLM's model is built for this value alone"),
     ("SeedOssForCausalLM", {"attention_out_bias": True}, "vLLM's model is built for this value alone"),
     ("SeedOssForCausalLM", {"mlp_bias": True}, "vLLM's model is built for this value alone"),
@@ -256,7 +257,10 @@ def test_lookup_by_dict_or_object(name):
     [
         ({"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3"}, "Qwen3MoeForCausalLM"),
         ({"architectures": ["Qwen2VLForConditionalGeneration"]}, "Qwen2VLForConditionalGeneration"),
-        ({"architectures": ["Qwen3_5ForConditionalGeneration"]}, "Qwen3_5ForConditionalGeneration, which is not supported: "),
+        (
+            {"architectures": ["Qwen3_5ForConditionalGeneration"]},
+            "Qwen3_5ForConditionalGeneration, which is not supported: ",
+        ),
         ({"architectures": ["Qwen3_5MoeForCausalLM"]}, "gated delta nets are not packed here yet"),
         ({"architectures": None, "model_type": "gpt2"}, "gpt2"),
         ({}, "none"),

@@ -7,10 +7,11 @@ import torch
 from accelerate import init_empty_weights
 from safetensors.torch import load_file, save_file
 from tiny_families import make_family
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from qerl_verl.kernels import nvfp4_grouped_linear as op
+from qerl_verl.kernels.backends import get_backend
 from qerl_verl.kernels.nvfp4_dequantize import dequantize_nvfp4
 from qerl_verl.nvfp4.checkpoint import quantize_checkpoint
 from qerl_verl.nvfp4.experts import STACKS, NVFP4Experts
@@ -153,6 +154,39 @@ def test_experts_in_16_bits(checkpoint, tmp_path):
     experts, packed = model.get_submodule(EXPERTS), load(checkpoint).get_submodule(EXPERTS)
     for stack in STACKS:
         assert torch.equal(getattr(experts, stack), packed.dequantize(stack))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["pytorch", "triton", "hopper"])
+def test_on_a_gpu(backend):
+    """In bfloat16 on each backend's layout: outputs, gradients, and that nothing decoded stays in memory."""
+    device = torch.device("cuda", 0)
+    if reason := get_backend(backend).unavailable(device):
+        pytest.skip(reason)
+    config = Qwen3MoeConfig(hidden_size=256, moe_intermediate_size=128, num_experts=32, num_experts_per_tok=4)
+    experts = NVFP4Experts(32, 256, 128, torch.nn.SiLU(), device=device)
+    generator = torch.Generator(device).manual_seed(0)
+    for stack in STACKS:
+        packed, scale = experts.weight_bytes(stack)
+        packed.random_(0, 256, generator=generator)
+        values = torch.rand(scale.shape, generator=generator, device=device) * 300 + 20
+        scale.copy_(values.to(torch.float8_e4m3fn).view(torch.uint8))
+    experts.weight_global_scale.copy_(3e3 * (1 + torch.rand(32, 3)))
+    plain = transformers_experts(experts, config).to(device)
+    assert set(experts.use_backend(device, backend)) == set(STACKS)
+    index, weights = (t.to(device) for t in routing(96, config, torch.bfloat16))
+    x, grad = (torch.randn(96, 256, generator=generator, device=device).bfloat16() for _ in range(2))
+    results, before = [], torch.cuda.memory_allocated()
+    for module, dtype in ((experts, torch.bfloat16), (plain, torch.float64)):
+        leaves = [t.detach().to(dtype).requires_grad_() for t in (x, weights)]
+        y = module(leaves[0], index, leaves[1])
+        if module is experts:
+            decoded = 2 * sum(rows * columns for rows, columns in map(experts.shape_of, STACKS))
+            assert torch.cuda.memory_allocated() - before < decoded / 2
+        y.backward(grad.to(dtype))
+        results.append((y.detach(), *(leaf.grad for leaf in leaves)))
+    for found, expected in zip(*results, strict=True):
+        assert (found.double() - expected).norm() < 2e-2 * expected.norm()
 
 
 INCOMPLETE = [
