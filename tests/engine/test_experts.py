@@ -19,6 +19,8 @@ ONE = {
     "one": FLOAT32,
     "selective": FLOAT32 | {"recompute": "selective"},
     "stored": FLOAT32 | {"gradient_checkpointing": False},
+    "padded": FLOAT32 | {"use_remove_padding": False, "packed_attention": False},
+    "chunks": FLOAT32 | {"use_fused_kernels": True},
     "compiled": FLOAT32 | {"use_torch_compile": True, "recompute": "selective"},
     "bf16": {"arm": "bf16"},
 }
@@ -44,9 +46,10 @@ def reports(run_engine, tmp_path_factory, folders):
     return first, run_engine(packed, out / "two", world=2, variants=counted)
 
 
-@pytest.mark.parametrize("name", ["selective", "stored", "compiled", "two"])
+@pytest.mark.parametrize("name", ["selective", "stored", "padded", "chunks", "compiled", "two"])
 def test_experts_train_the_same(reports, name):
-    """With other things computed twice, between compiled kernels, and on two ranks that share the bytes."""
+    """With other things computed twice, however sequences are laid out, between compiled kernels, and on two ranks that
+    share the bytes."""
     one, two = reports
     found = one[name] if name in one else two[0][name]
     tight = name in ("selective", "stored")  # the same kernels on the same numbers

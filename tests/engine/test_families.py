@@ -10,8 +10,9 @@ PACKED = {"use_remove_padding": True, "packed_attention": True}
 VARIANTS = {"padded": {}, "packed": PACKED, "chunks": PACKED | {"use_fused_kernels": True}}
 """Padded rows with SDPA; one packed row with the package's attention; the same with
 log-probabilities from the output layer."""
-QUICK = ("Gemma3ForCausalLM", "GraniteForCausalLM", "Qwen3MoeForCausalLM")
-"""Layers with and without a window, a model that divides its logits, and a mixture of experts."""
+QUICK = ("Gemma3ForCausalLM", "GraniteForCausalLM")
+"""Layers with and without a window, and a model that divides its logits. A mixture of experts is in
+test_experts.py."""
 
 
 @pytest.mark.parametrize(
