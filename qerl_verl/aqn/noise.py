@@ -42,7 +42,8 @@ def find_noise_targets(
     """The norms that receive noise, found by the linears beside them.
 
     ``architecture.noise_targets`` says which norm of a decoder layer feeds, or is fed by, which
-    linears; the router and the experts stand in the place of gate and up where a layer has them. A norm counts where it stands beside those linears in the model at hand, under their
+    linears; the router and the experts stand in the place of gate and up where a layer has them. A
+    norm counts where it stands beside those linears in the model at hand, under their
     own or their fused name; the class of the norm does not matter (an inference engine has its
     own).
 

@@ -189,7 +189,8 @@ def prepack_linears(
     elsewhere: Mapping[str, str] | None = None,
     compute: str = "bf16",
 ) -> str:
-    """Choose the kernels of every :class:`NVFP4Linear` and :class:`NVFP4Experts` and put the weights into their layout, layer by layer on ``device``.
+    """Choose the kernels of every :class:`NVFP4Linear` and :class:`NVFP4Experts` and put the weights
+    into their layout, layer by layer on ``device``.
 
     Args:
         model: its tensors stay where they are; layers on the meta device get the kernels and no data.
