@@ -46,6 +46,7 @@ from qerl_verl.nvfp4.checkpoint import (
     validate_nvfp4_checkpoint,
 )
 from qerl_verl.nvfp4.errors import CheckpointError
+from qerl_verl.nvfp4.loading import iterate_tensors
 from qerl_verl.nvfp4.safetensors_stream import HashedFile
 from qerl_verl.nvfp4.verify import verify_checkpoint
 
@@ -814,3 +815,37 @@ def test_a_scheme_for_the_kv_cache_is_left_out_and_that_is_noted(make_checkpoint
 def test_validate_refuses_16_bit(make_checkpoint):
     with pytest.raises(CheckpointError, match="qerl quantize"):
         validate_nvfp4_checkpoint(make_checkpoint())
+
+
+def test_a_packed_checkpoint_with_published_names_and_one_flat_config(make_checkpoint, tmp_path):
+    """As Qwen2.5-VL's published checkpoints are, and what llm-compressor makes of them: older names, in ``ignore`` each linear
+    of the tower by name, and the decoder's settings at the top of config.json."""
+    _, dst = quantized(make_checkpoint, tmp_path, "Qwen2_5_VLForConditionalGeneration")
+    modules, row = load(dst), get_architecture({"architectures": ["Qwen2_5_VLForConditionalGeneration"]})
+    older = {now: old for old, now in row.older_names.items()}
+
+    def published(name):
+        return next((old + name.removeprefix(now) for now, old in older.items() if name.startswith(now)), name)
+
+    edit_weights(dst, lambda tensors: tensors.update({published(n): tensors.pop(n) for n in list(tensors)}))
+    config = json.loads((dst / "config.json").read_text())
+    decoder = config.pop("text_config")
+    rope = decoder.pop("rope_parameters")
+    decoder |= {
+        "rope_theta": rope["rope_theta"],
+        "rope_scaling": {"type": "mrope", "mrope_section": rope["mrope_section"]},
+    }
+    tower = [published(name) for name in checkpoint_module.tower_linears(dst)]
+    config["quantization_config"]["ignore"] = ["lm_head", *tower]
+    unnamed = {key: value for key, value in decoder.items() if key not in ("model_type", "layer_types")}
+    (dst / "config.json").write_text(json.dumps(config | unnamed))
+
+    assert set(load(dst)) != set(modules)
+    assert check_checkpoint(dst) == "nvfp4"
+    assert set(modules) == {name for name, _ in iterate_tensors(dst)}
+    assert checkpoint_module.linear_shapes(dst)[f"{row.layer_prefix}0.mlp.down_proj"] == (128, 112)
+    edit_config(
+        dst, quantization_config=config["quantization_config"] | {"ignore": [*tower, "model.layers.0.mlp.up_proj"]}
+    )
+    with pytest.raises(CheckpointError, match=r"language_model.layers.0.mlp.up_proj is packed, but ignore"):
+        check_checkpoint(dst)
