@@ -4,8 +4,9 @@ that verl and the installed transformers can compute."""
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ PACKAGES = {
 ALL_ROWS_NEED_IMAGES = ("Qwen2_5_VLForConditionalGeneration",)
 """verl 0.9.1 runs the tower on a blank image where a micro-batch has none, and takes what transformers 5
 returns for a tensor (verl/models/transformers/qwen2_vl.py, _get_input_embeds)."""
+LOOKED_AT = 2000
+"""Rows of the training data whose images are counted. They are read with their bytes."""
 
 FLASH_ATTENTION_FOR_PACKED_ROWS = ("Qwen2_5_VLForConditionalGeneration",)
 """verl/models/transformers/monkey_patch.py, apply_monkey_patch. The engine of packed bases leaves that out
@@ -34,7 +37,7 @@ INTERLEAVED = ("Qwen3VLForConditionalGeneration",)
 
 
 def find_problems(config: DictConfig, folder: Path) -> list[str]:
-    """What keeps a local model with a vision tower from running, one sentence each; none for other models.
+    """What keeps a local model from running on images, or on data that has some, one sentence each.
 
     Args:
         config: the configuration after :func:`~qerl_verl.config.rules.apply_rules`.
@@ -49,7 +52,7 @@ def find_problems(config: DictConfig, folder: Path) -> list[str]:
     content = read_config(folder)
     architecture, get = get_architecture(content), partial(get_value, config)
     if not architecture.vision:
-        return []
+        return [problem] if (problem := _row_problem(get, architecture.name, tower=False)) else []
     where = f"{MODEL}.path={folder}"
     found = [
         f"{where}: {architecture.name} needs {name}: {why}"
@@ -80,12 +83,8 @@ def find_problems(config: DictConfig, folder: Path) -> list[str]:
             f"{ACTOR}.ulysses_sequence_parallel_size={divided}: sequence parallelism has not been tried with images; set it to 1"
         )
     found += _arm_problems(get, architecture.name)
-    if architecture.name in ALL_ROWS_NEED_IMAGES and (row := _first_without_image(get)):
-        found.append(
-            f"data.train_files={get('data.train_files')}: {row}. Stock verl 0.9.1 with transformers 5 ends at a micro-batch "
-            f"without images ('BaseModelOutputWithPooling' object has no attribute 'mean'): leave such rows out for "
-            f"{architecture.name}, or name their column with data.image_key"
-        )
+    if problem := _row_problem(get, architecture.name):
+        found.append(problem)
     return found
 
 
@@ -122,29 +121,64 @@ def _rope(content: dict[str, Any]) -> dict[str, Any]:
     return settings.get("rope_parameters") or settings.get("rope_scaling") or {}
 
 
-def _first_without_image(get: Get) -> str | None:
-    """Says which row of the training data has no image; None where all have one, or nobody can tell."""
+def _row_problem(get: Get, name: str, tower: bool = True) -> str | None:
+    """The first row of the training data whose images and prompt do not go together, of :data:`LOOKED_AT`.
+
+    Args:
+        name: of the architecture.
+        tower: whether the model has a vision tower.
+    """
+    from pyarrow.parquet import read_schema
+
     train = look_at(get, "data.train_files")
     if get("data.custom_cls.path") or not train.paths or not all(path.endswith(".parquet") for path in train.paths):
         return None
-    from pyarrow.parquet import read_schema
-
-    columns = [get("data.image_key") or "images", get("data.video_key") or "videos"]
-    for path in train.paths:
-        present = [column for column in columns if column in read_schema(path).names]
-        if not present:
-            return f"{path} has no column {columns[0]}"
-        for number, row in enumerate(_rows(path, present)):
-            if not any(row):
-                return f"row {number} of {path} has nothing in {' and '.join(present)}"
+    where, image_key = f"data.train_files={get('data.train_files')}", get("data.image_key") or "images"
+    columns = [image_key, get("data.video_key") or "videos"]
+    if not tower and not any(column in read_schema(path).names for path in train.paths for column in columns):
+        return None
+    for place, marks, counts in islice(_rows(train.paths, get("data.prompt_key") or "prompt", columns), LOOKED_AT):
+        if not tower and any(counts):
+            return (
+                f"{where}: {place} has images or videos ({' and '.join(columns)}), and {name} has no vision tower; take a "
+                "model with one, or name other columns with data.image_key and data.video_key"
+            )
+        if tower and marks and not any(counts):
+            return (
+                f"{where}: {place} has <image> in its prompt and nothing in the column {image_key}, so the model would be "
+                "asked without the image; name the column with data.image_key"
+            )
+        if tower and counts[0] != marks and any(counts):
+            return (
+                f"{where}: {place} has <image> {marks} times in its prompt and {counts[0]} images; verl wants as many"
+            )
+        if name in ALL_ROWS_NEED_IMAGES and not any(counts):
+            return (
+                f"{where}: {place} has no image. Stock verl 0.9.1 with transformers 5 ends at a micro-batch without images "
+                f"('BaseModelOutputWithPooling' object has no attribute 'mean'): leave such rows out for {name}"
+            )
     return None
 
 
-def _rows(path: str, columns: list[str]) -> Iterator[tuple[int, ...]]:
-    """How many images and videos each row has. The images themselves are not decoded."""
+def _rows(paths: Iterable[str], prompt: str, columns: list[str]) -> Iterator[tuple[str, int, list[int]]]:
+    """Of each row its place, how often ``<image>`` is in its prompt, and how many entries each of the columns has."""
     import pyarrow.compute as pc
     from pyarrow.parquet import ParquetFile
 
-    for batch in ParquetFile(path).iter_batches(batch_size=256, columns=columns):
-        lengths = [pc.list_value_length(batch.column(i)).to_pylist() for i in range(batch.num_columns)]
-        yield from (tuple(length or 0 for length in row) for row in zip(*lengths, strict=True))
+    for path in paths:
+        file = ParquetFile(path)
+        present = set(file.schema_arrow.names)
+        if prompt not in present:
+            continue
+        start = 0
+        for batch in file.iter_batches(batch_size=64, columns=[c for c in (prompt, *columns) if c in present]):
+            lengths = [
+                pc.list_value_length(batch.column(c)).to_pylist() if c in present else [0] * len(batch) for c in columns
+            ]
+            for index, messages in enumerate(batch.column(prompt).to_pylist()):
+                texts = (
+                    [m.get("content") for m in messages or () if isinstance(m, dict)] if messages is not None else []
+                )
+                marks = sum(text.count("<image>") for text in texts if isinstance(text, str))
+                yield f"row {start + index} of {path}", marks, [column[index] or 0 for column in lengths]
+            start += len(batch)

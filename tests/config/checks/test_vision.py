@@ -26,14 +26,16 @@ def problems_of(
     arm="nvfp4",
     attention="sdpa",
     reason=None,
+    marks=None,
+    column="images",
     *,
     monkeypatch,
 ):
     """With the packages in place, and a processor that cannot be loaded for ``reason``."""
     (folder / "config.json").write_text(json.dumps(make_config(name, **settings or {}).to_dict()))
-    columns = {"prompt": ["what?"] * len(images)}
-    if images is not None and images != "none":
-        columns["images"] = [list(row) for row in images]
+    asked = marks if marks is not None else [len(row) for row in images]
+    columns = {"prompt": [[{"role": "user", "content": "<image>" * n + "what?"}] for n in asked]}
+    columns[column] = [list(row) for row in images]
     pq.write_table(pa.table(columns), folder / "train.parquet")
     config = OmegaConf.create({
         "qerl": {"arm": arm},
@@ -54,9 +56,12 @@ TABLE = [
     ({"images": [[]]}, None),
     (
         {"name": QWEN2_5, "images": [[IMAGE], []]},
-        "row 1 of .*train.parquet has nothing in images. Stock verl .* leave such rows out",
+        "row 1 of .*train.parquet has no image. Stock verl .* leave such rows out",
     ),
-    ({"name": QWEN2_5, "images": "none"}, "train.parquet has no column images"),
+    ({"images": [[IMAGE, IMAGE], []]}, None),
+    ({"column": "image"}, "row 0 .*has <image> in its prompt and nothing in the column images.*data.image_key"),
+    ({"images": [[IMAGE], [IMAGE]], "marks": [1, 2]}, "row 1 .*has <image> 2 times in its prompt and 1 images"),
+    ({"name": "Qwen2ForCausalLM"}, "has images or videos .* and Qwen2ForCausalLM has no vision tower"),
     ({"settings": {"rope_parameters": MROPE | YARN}}, "rope_type yarn in config.json"),
     ({"settings": {"rope_parameters": MROPE | {"mrope_interleaved": False}}}, "as with True. Set true there"),
     ({"name": QWEN2_5, "settings": {"rope_parameters": MROPE}}, "as with False. Set false there"),
