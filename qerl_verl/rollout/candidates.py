@@ -37,7 +37,7 @@ class VLLMKernel(Candidate):
 
 
 CANDIDATES: tuple[Candidate, ...] = (get_backend("hopper"), VLLMKernel(), get_backend("triton"), get_backend("pytorch"))
-"""The best first: vLLM's Marlin is tuned for the GPUs on which the Triton kernels are not."""
+"""The best first. Marlin stands before the Triton kernels, which have not been measured against it."""
 
 
 class VLLMExperts(VLLMKernel):

@@ -1,0 +1,76 @@
+"""Time the Triton NVFP4 GEMM with built-in and with measured launches against cuBLAS in bfloat16.
+
+    python benchmarks/bench_triton_gemm.py --json benchmarks/results/triton_gemm_h100.json
+
+Microseconds, medians over replays of CUDA graphs whose calls rotate through copies of the weight, see bench_gemm.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+from bench_fp8 import DEVICE, copies, floor_us, random_weight
+from bench_gemm import ALPHA, SHAPES, environment, geomean, time_calls
+
+from qerl_verl.kernels import portable
+from qerl_verl.kernels.portable import tuning
+from qerl_verl.kernels.portable.nvfp4_gemm import run_plan
+
+NAMES = ("7B qkv", "8B gate_up", "8B down")
+TOKENS = (1, 16, 32, 64, 128, 256, 512, 1024)
+
+
+def measure_plans(m: int, plans: dict, weights, dense) -> dict:
+    """Times of the Triton GEMM by plan, and of cuBLAS, for ``m`` tokens."""
+    n, k = dense[0].shape
+    x, about = torch.randn(m, k, device=DEVICE, dtype=torch.bfloat16), floor_us(m, n, k)
+
+    def timed(plan) -> float:
+        return time_calls(lambda i: run_plan(x, *weights[i], ALPHA, None, None, None, plan), len(weights), about, 5)
+
+    cublas = time_calls(lambda i: torch.mm(x, dense[i].t()), len(dense), about, 5)
+    return {"cublas": cublas} | {way: timed(plan) for way, plan in (plans | {"dequantize": tuning.DEQUANTIZE}).items()}
+
+
+def measure_triton(names, out: dict) -> None:
+    sms = torch.cuda.get_device_properties(DEVICE).multi_processor_count
+    for name in names:
+        n, k = SHAPES[name]
+        start = time.monotonic()
+        said = portable.tune(DEVICE, n, k)
+        seconds = time.monotonic() - start
+        print(name, said, f"{seconds:.1f} s", flush=True)
+        weights = [random_weight(n, k) for _ in range(copies(n * k * 9 // 16))]
+        dense = [torch.randn(n, k, device=DEVICE, dtype=torch.bfloat16) for _ in range(copies(n * k * 2))]
+        for m in TOKENS:
+            plan = tuning.choose(m, n, k, sms)
+            us = measure_plans(m, {"table": tuning._choose(m, n, k, sms), "measured": plan}, weights, dense)
+            row = {"shape": name, "n": n, "k": k, "m": m, "us": us, "plan": str(plan), "tuning_s": seconds}
+            out["gemm"].append(row)
+            print(f"{name:10} {m:5}", {key: round(value, 1) for key, value in us.items()}, plan, flush=True)
+    for m in TOKENS:
+        rows = [row["us"] for row in out["gemm"] if row["m"] == m]
+        ratios = {way: geomean(row["cublas"] / row[way] for row in rows) for way in ("table", "measured")}
+        print(f"{m:5} cuBLAS / Triton", {key: round(value, 2) for key, value in ratios.items()}, flush=True)
+        out["cublas_over_triton"][m] = ratios
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="*", default=NAMES, choices=SHAPES, help="projections")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    out = environment() | {"command": "python " + " ".join(["benchmarks/bench_triton_gemm.py", *sys.argv[1:]])}
+    out |= {"gemm": [], "cublas_over_triton": {}}
+    measure_triton(args.shapes, out)
+    if args.json:
+        args.json.write_text(json.dumps(out, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
