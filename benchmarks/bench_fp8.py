@@ -1,7 +1,8 @@
-"""FP8 GEMMs (``qerl.compute=fp8``) against bfloat16 ones on the same NVFP4 weights, and what the rounding does.
+"""FP8 GEMMs against bfloat16 ones on the same NVFP4 weights, and what the rounding does to a policy.
+
+No setting chooses FP8: docs/performance.md tells why. :class:`FP8Backend` is how a layer would compute in it.
 
     python benchmarks/bench_fp8.py --json benchmarks/results/fp8_h100.json
-    python benchmarks/bench_fp8.py --parts triton --json benchmarks/results/triton_gemm_h100.json
 
 Parts:
 
@@ -14,7 +15,6 @@ Parts:
   against the unrounded layer (``of_rounding``).
 * ``logprobs``: a random model with an adapter, its tokens sampled from its own distribution: k3 estimate of the KL
   divergence between the log-probabilities of two ways to compute it.
-* ``triton``: the Triton GEMM with built-in and with measured launches against cuBLAS.
 
 Times are medians over replays of CUDA graphs whose calls rotate through copies of the weight, see bench_gemm.py.
 """
@@ -29,10 +29,10 @@ import time
 from pathlib import Path
 
 import torch
-from bench_gemm import ALPHA, ENDS, RANK, ROTATE_BYTES, SHAPES, environment, geomean, time_calls
+from bench_gemm import ALPHA, ENDS, RANK, ROTATE_BYTES, SHAPES, environment, time_calls
 
 from qerl_verl.kernels import portable
-from qerl_verl.kernels.backends import BACKENDS, choose_backend, get_backend
+from qerl_verl.kernels.backends import BACKENDS, Backend, choose_backend, get_backend
 from qerl_verl.kernels.nvfp4_dequantize import block_values_nvfp4
 from qerl_verl.kernels.nvfp4_fp8_linear import nvfp4_fp8_linear_reference, nvfp4_to_fp8_reference, through_fp8
 from qerl_verl.kernels.nvfp4_lora_linear import add_lora_reference
@@ -40,8 +40,36 @@ from qerl_verl.kernels.nvfp4_lora_linear import add_lora_reference
 DEVICE = torch.device("cuda", 0)
 TOKENS = (1, 16, 64, 128, 256, 1024, 8192)
 PROJECTIONS = ("7B qkv", "7B o", "7B gate_up", "7B down")
-TRITON_SHAPES = ("7B qkv", "8B gate_up", "8B down")
-TRITON_TOKENS = (1, 16, 32, 64, 128, 256, 512, 1024)
+
+
+class FP8Backend(Backend):
+    """An NVFP4 layer on FP8 tensor cores (compute capability 8.9 and later), as ``kernels/nvfp4_fp8_linear.py`` defines it.
+
+    A weight is a pair as of every backend, decoded for each GEMM, or what :meth:`reside` makes of one, which takes 1 byte a weight.
+    """
+
+    name = "fp8"
+
+    def reside(self, packed: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The weight in E4M3 ``[N, K]``, and the powers of two of its rows ``[N]``."""
+        return portable.nvfp4_to_fp8(packed, scale)
+
+    def block_values(self, packed, scale, dtype):
+        return portable.nvfp4_through_fp8(packed, scale).to(dtype)
+
+    def linear(self, x, packed, scale, alpha, bias=None):
+        weight = (packed, scale) if packed.dtype == torch.float8_e4m3fn else self.reside(packed, scale)
+        return portable.fp8_gemm(x, *weight, alpha, bias)
+
+    def dequantizes(self, tokens, n, k):
+        return False
+
+
+class FP8InBfloat16(FP8Backend):
+    """The same policy, multiplied by cuBLAS in bfloat16."""
+
+    def linear(self, x, packed, scale, alpha, bias=None):
+        return nvfp4_fp8_linear_reference(x, *self.reside(packed, scale), alpha, bias)
 
 
 def random_weight(n: int, k: int):
@@ -66,7 +94,7 @@ def relative(got: torch.Tensor, expected: torch.Tensor) -> float:
 def measure_gemm(name: str, tokens, out: dict) -> None:
     n, k = SHAPES[name]
     ends = ENDS.get(name, (n,))
-    nvfp4, fp8 = choose_backend(DEVICE, (n, k), candidates=BACKENDS).backend, get_backend("fp8")
+    nvfp4, fp8 = choose_backend(DEVICE, (n, k), candidates=BACKENDS).backend, FP8Backend()
     for ends_ in (None, ends):
         nvfp4.tune(DEVICE, n, k, ends_, RANK)
     packed, scale = random_weight(n, k)
@@ -95,7 +123,7 @@ def measure_gemm(name: str, tokens, out: dict) -> None:
 
 def measure_tokens(m: int, nvfp4, plain, laid_out, resident, dense, adapter) -> dict:
     """Times and errors of one weight, of which there are copies in each form, for ``m`` tokens."""
-    (n, k), fp8 = dense[0].shape, get_backend("fp8")
+    (n, k), fp8 = dense[0].shape, FP8Backend()
     a, b, b_laid_out, ends = adapter
     x = torch.randn(m, k, device=DEVICE, dtype=torch.bfloat16)
     grad = torch.randn(m, n, device=DEVICE, dtype=torch.bfloat16)
@@ -202,12 +230,6 @@ def measure_logprobs(shape: str, layers: int | None, out: dict, sequences: int =
     natural = [module.backend for module in linears]
     kept = [tuple(t.clone() for t in module.backend.unpack(*module.weight_bytes())) for module in linears]
 
-    class InBfloat16(type(get_backend("fp8"))):
-        """What FP8 compute is defined as, multiplied by cuBLAS in bfloat16."""
-
-        def linear(self, x, packed, scale, alpha, bias=None):
-            return nvfp4_fp8_linear_reference(x, *portable.nvfp4_to_fp8(packed, scale), alpha, bias)
-
     def use(backends) -> None:
         for module, backend, (packed, scale) in zip(linears, backends, kept, strict=True):
             module.place(*backend.prepack(packed, scale)) if module._placed is None else None
@@ -229,10 +251,10 @@ def measure_logprobs(shape: str, layers: int | None, out: dict, sequences: int =
         "nvfp4": (natural, sequences, False),
         "nvfp4, one sequence at a time": (natural, 1, False),
         "nvfp4, pytorch": ([get_backend("pytorch")] * len(linears), sequences, False),
-        "fp8": ([get_backend("fp8")] * len(linears), sequences, False),
-        "fp8, one sequence at a time": ([get_backend("fp8")] * len(linears), 1, False),
-        "fp8, in bfloat16": ([InBfloat16()] * len(linears), sequences, False),
-        "fp8, fast accumulation": ([get_backend("fp8")] * len(linears), sequences, True),
+        "fp8": ([FP8Backend()] * len(linears), sequences, False),
+        "fp8, one sequence at a time": ([FP8Backend()] * len(linears), 1, False),
+        "fp8, in bfloat16": ([FP8InBfloat16()] * len(linears), sequences, False),
+        "fp8, fast accumulation": ([FP8Backend()] * len(linears), sequences, True),
     }
     found = {}
     for name, (backends, batch, fast) in ways.items():
@@ -264,64 +286,22 @@ def measure_logprobs(shape: str, layers: int | None, out: dict, sequences: int =
     print(shape, layers, f"{entropy:.2f} nats", {key: f"{value:.2e}" for key, value in result.items()}, flush=True)
 
 
-def measure_plans(m: int, plans: dict, weights, dense) -> dict:
-    """Times of the Triton GEMM by plan, and of cuBLAS, for ``m`` tokens."""
-    from qerl_verl.kernels.portable import tuning
-    from qerl_verl.kernels.portable.nvfp4_gemm import run_plan
-
-    n, k = dense[0].shape
-    x, about = torch.randn(m, k, device=DEVICE, dtype=torch.bfloat16), floor_us(m, n, k)
-
-    def timed(plan) -> float:
-        return time_calls(lambda i: run_plan(x, *weights[i], ALPHA, None, None, None, plan), len(weights), about, 5)
-
-    cublas = time_calls(lambda i: torch.mm(x, dense[i].t()), len(dense), about, 5)
-    return {"cublas": cublas} | {way: timed(plan) for way, plan in (plans | {"dequantize": tuning.DEQUANTIZE}).items()}
-
-
-def measure_triton(names, out: dict) -> None:
-    from qerl_verl.kernels.portable import tuning
-
-    sms = torch.cuda.get_device_properties(DEVICE).multi_processor_count
-    for name in names:
-        n, k = SHAPES[name]
-        start = time.monotonic()
-        said = portable.tune(DEVICE, n, k)
-        seconds = time.monotonic() - start
-        print(name, said, f"{seconds:.1f} s", flush=True)
-        weights = [random_weight(n, k) for _ in range(copies(n * k * 9 // 16))]
-        dense = [torch.randn(n, k, device=DEVICE, dtype=torch.bfloat16) for _ in range(copies(n * k * 2))]
-        for m in TRITON_TOKENS:
-            plan = tuning.choose(m, n, k, sms)
-            us = measure_plans(m, {"table": tuning._choose(m, n, k, sms), "measured": plan}, weights, dense)
-            row = {"shape": name, "n": n, "k": k, "m": m, "us": us, "plan": str(plan), "tuning_s": seconds}
-            out["triton"].append(row)
-            print(f"{name:10} {m:5}", {key: round(value, 1) for key, value in us.items()}, plan, flush=True)
-    for m in TRITON_TOKENS:
-        rows = [row["us"] for row in out["triton"] if row["m"] == m]
-        ratios = {way: geomean(row["cublas"] / row[way] for row in rows) for way in ("table", "measured")}
-        print(f"{m:5} cuBLAS / Triton", {key: round(value, 2) for key, value in ratios.items()}, flush=True)
-        out["triton_ratio"][m] = ratios
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="*", default=["gemm", "logprobs"], choices=["gemm", "logprobs", "triton"])
+    parser.add_argument("--parts", nargs="*", default=["gemm", "logprobs"], choices=["gemm", "logprobs"])
     parser.add_argument("--shapes", nargs="*", choices=SHAPES, help="projections")
     parser.add_argument("--tokens", nargs="*", type=int, default=list(TOKENS), help="of the part gemm")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no further shape after so many")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     out = environment() | {"command": "python " + " ".join(["benchmarks/bench_fp8.py", *sys.argv[1:]])}
-    out |= {"gemm": [], "decode": [], "logprobs": [], "triton": [], "triton_ratio": {}}
+    out |= {"gemm": [], "decode": [], "logprobs": []}
     start = time.monotonic()
     steps = []
     if "gemm" in args.parts:
         steps += [lambda name=name: measure_gemm(name, args.tokens, out) for name in args.shapes or PROJECTIONS]
     if "logprobs" in args.parts:
         steps += [lambda layers=layers: measure_logprobs("7B", layers, out) for layers in (2, 28)]
-    if "triton" in args.parts:
-        steps += [lambda: measure_triton(args.shapes or TRITON_SHAPES, out)]
     for step in steps:
         if time.monotonic() - start > args.seconds:
             print("no time left", flush=True)

@@ -26,7 +26,7 @@ HERE = Path(__file__).resolve().parent
 BATCH, LENGTH, CHUNK = 8, 1024, 1024
 VARIANTS = ("bf16_peft", "nvfp4", "nvfp4_selective", "nvfp4_selective_compiled", "compressed_tensors")
 FP8_VARIANTS = ("nvfp4_fp8", "nvfp4_fp8_selective", "nvfp4_fp8_selective_compiled")
-"""The same with ``qerl.compute=fp8``; measured where they are asked for."""
+"""The same in FP8 (bench_fp8.py); measured where they are asked for."""
 
 
 def random_packed(rows: int, columns: int, seed: int):
@@ -116,8 +116,15 @@ def build(variant: str, shape: str, layers: int | None, dtype):
             setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
     model.tie_weights()
     model = model.cuda().requires_grad_(False)
-    compute = "fp8" if "fp8" in variant else "bf16"
-    said = prepack_linears(model, torch.device("cuda", 0), compute=compute) if ours else None
+    said = None
+    if "fp8" in variant:
+        from bench_fp8 import FP8Backend
+
+        for module in model.modules():
+            if isinstance(module, NVFP4Linear):
+                module.backend = FP8Backend()
+    elif ours:
+        said = prepack_linears(model, torch.device("cuda", 0))
     model.enable_input_require_grads()
     lora = LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=RANK, target_modules=targets)
     if ours:

@@ -17,7 +17,6 @@ import torch
 
 from qerl_verl.kernels import hopper, portable
 from qerl_verl.kernels.nvfp4_dequantize import block_values_nvfp4
-from qerl_verl.kernels.nvfp4_fp8_linear import nvfp4_fp8_linear_reference, nvfp4_to_fp8_reference, through_fp8
 from qerl_verl.kernels.nvfp4_linear import nvfp4_linear_reference
 from qerl_verl.kernels.nvfp4_lora_linear import add_lora_reference
 
@@ -92,11 +91,6 @@ class Backend(Candidate):
     def unpack_lora_b(self, b: torch.Tensor) -> torch.Tensor:
         """The inverse of :meth:`prepack_lora_b`."""
         return b
-
-    def reside(self, packed: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """From what :meth:`prepack` gave, what an inference engine keeps for :meth:`linear` and
-        :meth:`lora_linear`, which take either."""
-        return packed, scale
 
     def block_values(self, packed: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """``e2m1 * scale``, ``[N, K]`` in ``dtype``."""
@@ -234,64 +228,6 @@ class PortableBackend(Backend):
         return portable.gemm(x, packed, scale, alpha, bias, u if scaling == 1 else u * scaling, lora_b)
 
 
-class FP8Reference(Backend):
-    """FP8 activations and weights in plain PyTorch, for CPUs: :class:`FP8Backend`'s arithmetic in the
-    dtype of the activations, see ``kernels/nvfp4_fp8_linear.py``.
-
-    A weight is a pair as of every backend, or an E4M3 weight ``[N, K]`` with the powers of two of its
-    rows ``[N]`` (:meth:`reside`), which takes 1 byte a weight and is not decoded for each GEMM.
-    """
-
-    name = "fp8-reference"
-    description = "FP8 rounding in PyTorch (quantize, dequantize, matrix product)"
-
-    def unavailable(self, device):
-        return None if device.type == "cpu" else "it is the reference, for CPUs"
-
-    def reside(self, packed, scale):
-        return nvfp4_to_fp8_reference(packed, scale)
-
-    def block_values(self, packed, scale, dtype):
-        return through_fp8(*self._decoded(packed, scale), dtype)
-
-    def linear(self, x, packed, scale, alpha, bias=None):
-        return nvfp4_fp8_linear_reference(x, *self._decoded(packed, scale), alpha, bias)
-
-    def add_linear(self, y, x, packed, scale, alpha):
-        return y.add_(self.linear(x, packed, scale, alpha))
-
-    def dequantizes(self, tokens, n, k):
-        return False
-
-    def _decoded(self, weight: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return (weight, scale) if weight.dtype == torch.float8_e4m3fn else self.reside(weight, scale)
-
-
-class FP8Backend(FP8Reference):
-    """FP8 tensor cores (compute capability 8.9 and later) with a weight decoded by Triton, see
-    ``kernels/portable/fp8.py``."""
-
-    name = "fp8"
-    description = "FP8 W8A8 (NVFP4 decoded to E4M3)"
-
-    def unavailable(self, device):
-        return _needs_cuda(device) or portable.fp8_availability(device.index)
-
-    def refuses(self, n, k, dtype):
-        return portable.check_fp8(n, k, dtype)
-
-    def reside(self, packed, scale):
-        return portable.nvfp4_to_fp8(packed, scale)
-
-    def block_values(self, packed, scale, dtype):
-        if dtype != torch.bfloat16 or packed.dtype == torch.float8_e4m3fn:
-            return super().block_values(packed, scale, dtype)
-        return portable.nvfp4_through_fp8(packed, scale)
-
-    def linear(self, x, packed, scale, alpha, bias=None):
-        return portable.fp8_gemm(x, *self._decoded(packed, scale), alpha, bias)
-
-
 def _needs_cuda(device: torch.device) -> str | None:
     return None if device.type == "cuda" else f"it runs on CUDA, not on {device.type}"
 
@@ -300,14 +236,6 @@ BACKENDS: tuple[Backend, ...] = (HopperBackend(), PortableBackend(), Backend())
 """The best first."""
 
 NAMES = tuple(b.name for b in BACKENDS)
-
-FP8_BACKENDS: tuple[Backend, ...] = (FP8Backend(), FP8Reference())
-"""All that compute in FP8."""
-
-
-def backends_for(compute: str) -> tuple[Backend, ...]:
-    """The backends of a setting of ``qerl.compute``, ``bf16`` or ``fp8``, the best first."""
-    return FP8_BACKENDS if compute == "fp8" else BACKENDS
 
 
 @dataclass(frozen=True)
@@ -371,13 +299,12 @@ def choose_backend(
         setting: where ``wanted`` comes from.
         layer: its name, for messages.
         adapter: the adapter in the layer, if one is.
-        candidates: the best first.
+        candidates: the best first; the last serves everything.
         elsewhere: why a candidate, by its name, cannot run for others that share the layer's bytes.
 
     Raises:
         ValueError: an unknown name, or one that cannot run here, does not serve the layer, or is
-            meant to compute the adapter and cannot compute this one; or no candidate serves the
-            layer. With the reasons.
+            meant to compute the adapter and cannot compute this one; with the reason.
     """
     names = [c.name for c in candidates]
     if wanted != "auto" and wanted not in names:
@@ -405,7 +332,7 @@ def choose_backend(
         if reason is None:
             return Choice(candidate, tuple(passed_over), None if wanted == "auto" else setting, beside, shape)
         passed_over.append(f"not {candidate.name}: {reason}")
-    raise ValueError(f"{setting}: nothing serves {layer} on {_name_of(device)}: {'; '.join(passed_over)}")
+    raise ValueError(f"nothing serves {layer}: {'; '.join(passed_over)}")
 
 
 class KernelCount:
@@ -445,7 +372,7 @@ class KernelCount:
 
 def get_backend(name: str) -> Backend:
     """A backend by name, whether or not it can run here."""
-    return next(b for b in (*BACKENDS, *FP8_BACKENDS) if b.name == name)
+    return next(b for b in BACKENDS if b.name == name)
 
 
 def _name_of(device: torch.device) -> str:

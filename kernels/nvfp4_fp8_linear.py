@@ -19,6 +19,9 @@ holds of the product, by at most 1/16 of the value. A weight with powers of two 
 its scales span at most 2^14 in a row.
 
 The derivative of e4m3 counts as 1, so dy/dx = alpha W'.
+
+No layer computes so: the rounding of activations widens the divergence between rollout and actor too much (docs/performance.md,
+"FP8 compute"). Benchmarks do.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Activations and NVFP4 weights rounded to FP8 (E4M3). Reference and definitions: ``kernels/nvfp4_fp8_linear.py``."""
+"""Activations and NVFP4 weights rounded to FP8 (E4M3). Reference and definitions: ``kernels/nvfp4_fp8_linear.py``.
+
+For ``benchmarks/bench_fp8.py``; no layer computes in FP8.
+"""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from qerl_verl.kernels.backends import Backend, Choice, backends_for, choose_backend, get_backend
+from qerl_verl.kernels.backends import Backend, Choice, choose_backend, get_backend
 from qerl_verl.kernels.nvfp4_dequantize import BLOCK_SIZE, dequantize_nvfp4
 from qerl_verl.kernels.nvfp4_linear import nvfp4_linear
 
@@ -86,7 +86,6 @@ class NVFP4Linear(nn.Module):
         *,
         name: str = "a layer",
         elsewhere: Mapping[str, str] | None = None,
-        compute: str = "bf16",
     ) -> Choice:
         """Choose the kernels for ``device``; where the layer has data, put its bytes into their layout, on that device.
 
@@ -96,22 +95,12 @@ class NVFP4Linear(nn.Module):
             dtype: of the activations.
             name: of the layer, for messages.
             elsewhere: see :func:`qerl_verl.kernels.backends.choose_backend`.
-            compute: ``qerl.compute``.
 
         Raises:
             ValueError: a wanted kernel that cannot run here or does not serve the layer.
         """
         shape = self.out_features, self.in_features
-        choice = choose_backend(
-            device,
-            shape,
-            dtype,
-            wanted,
-            setting="qerl.kernel" if compute == "bf16" else f"qerl.compute={compute}",
-            layer=name,
-            candidates=backends_for(compute),
-            elsewhere=elsewhere,
-        )
+        choice = choose_backend(device, shape, dtype, wanted, layer=name, elsewhere=elsewhere)
         chosen = choice.backend
         if chosen is self.backend:
             return choice
@@ -135,9 +124,7 @@ class NVFP4Linear(nn.Module):
             raise ValueError(f"a weight of {shapes} cannot be placed in {(packed.shape, scale.shape)}")
         del self.weight_joined
         self._placed = packed, scale
-        self.qweight = (
-            packed  # PEFT asks for the device of a weight of this name, of a parameter or not (tuners/lora/model.py)
-        )
+        self.qweight = packed  # PEFT asks for the device of a weight of this name, of a parameter or not (tuners/lora/model.py)
 
     def weight_bytes(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Views of the packed values ``[out_features, in_features / 2]`` and of the scales ``[out_features, in_features / 16]``,

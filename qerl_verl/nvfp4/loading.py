@@ -187,7 +187,6 @@ def prepack_linears(
     wanted: str = "auto",
     dtype: torch.dtype = torch.bfloat16,
     elsewhere: Mapping[str, str] | None = None,
-    compute: str = "bf16",
 ) -> str:
     """Choose the kernels of every :class:`NVFP4Linear` and :class:`NVFP4Experts` and put the weights
     into their layout, layer by layer on ``device``.
@@ -199,7 +198,6 @@ def prepack_linears(
         dtype: of the activations.
         elsewhere: why a backend, by its name, cannot run on another rank; the ranks share the
             bytes, so all need one layout.
-        compute: ``qerl.compute``.
 
     Returns:
         What was chosen for how many layers of each kind, and why nothing better, for the line
@@ -211,7 +209,7 @@ def prepack_linears(
     count, backends = KernelCount(), {}
     for name, layer in model.named_modules():
         if isinstance(layer, NVFP4Linear):
-            choice = layer.use_backend(device, wanted, dtype, name=name, elsewhere=elsewhere, compute=compute)
+            choice = layer.use_backend(device, wanted, dtype, name=name, elsewhere=elsewhere)
             count.add(name, choice, device)
             backends[layer.out_features, layer.in_features] = layer.backend
         elif isinstance(layer, NVFP4Experts):
