@@ -15,19 +15,25 @@ IMAGE_TOKENS = {"image_token_id": 250, "video_token_id": 251, "vision_start_toke
 QUICK = ("Qwen3VLForConditionalGeneration",)
 
 
+SINGLE = {"mixed_precision": {"param_dtype": "fp32", "reduce_dtype": "fp32"}, "lr_warmup_steps": 0}
+
+
+def make_source(name, folder):
+    """A 16-bit checkpoint with a tokenizer."""
+    tokenizer = build_tokenizer()
+    tokenizer.save_pretrained(make_family(name, folder, vocab_size=len(tokenizer), **IMAGE_TOKENS))
+    return folder
+
+
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in TOWERS]
 )
 def test_sequences_with_images_train_the_same_however_they_are_laid_out(run_engine, tmp_path, name):
     """Log-probabilities without the adapter are transformers' own, in float64, on the decoded weights; the loss and the
     norm of the gradients of two steps are those of padded rows. The adapter is on the decoder alone."""
-    tokenizer = build_tokenizer()
-    make_family(name, tmp_path / "source", vocab_size=len(tokenizer), **IMAGE_TOKENS)
-    tokenizer.save_pretrained(tmp_path / "source")
-    quantize_checkpoint(tmp_path / "source", tmp_path / "model", progress=False)
-    single = {"mixed_precision": {"param_dtype": "fp32", "reduce_dtype": "fp32"}, "lr_warmup_steps": 0}
+    quantize_checkpoint(make_source(name, tmp_path / "source"), tmp_path / "model", progress=False)
     variants = {key: value | {"images": True, "reference": True} for key, value in VARIANTS.items()}
-    (report,) = run_engine(tmp_path / "model", tmp_path / "r", variants=variants, **single)
+    (report,) = run_engine(tmp_path / "model", tmp_path / "r", variants=variants, **SINGLE)
 
     config = AutoConfig.from_pretrained(tmp_path / "model")
     sequences, reference = image_sequences(config), Reference(tmp_path / "model")
@@ -50,27 +56,26 @@ def test_sequences_with_images_train_the_same_however_they_are_laid_out(run_engi
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TOWERS)
 def test_two_ranks_train_as_one_does(run_engine, tmp_path, name):
-    """The tower is sharded like the rest of what is frozen in 16 bits; rank 1 gets it from rank 0."""
-    tokenizer = build_tokenizer()
-    make_family(name, tmp_path / "source", vocab_size=len(tokenizer), **IMAGE_TOKENS)
-    tokenizer.save_pretrained(tmp_path / "source")
-    quantize_checkpoint(tmp_path / "source", tmp_path / "model", progress=False)
-    single = {"mixed_precision": {"param_dtype": "fp32", "reduce_dtype": "fp32"}, "lr_warmup_steps": 0}
-    variants = {"packed": PACKED | {"images": True}}
-    (one,) = run_engine(tmp_path / "model", tmp_path / "one", variants=variants, **single)
-    first, second = run_engine(tmp_path / "model", tmp_path / "two", world=2, variants=variants, **single)
-    assert first["packed"]["adapter"] == second["packed"]["adapter"]
-    assert first["packed"]["loss"] == pytest.approx(one["packed"]["loss"], rel=1e-4, abs=1e-5)
-    assert first["packed"]["grad_norm"] == pytest.approx(one["packed"]["grad_norm"], rel=1e-3)
+    """The tower is sharded like the rest of what is frozen in 16 bits; rank 1 gets it from rank 0. With
+    Ulysses each rank has a part of every sequence."""
+    quantize_checkpoint(make_source(name, tmp_path / "source"), tmp_path / "model", progress=False)
+    packed = PACKED | {"images": True}
+    # of Qwen2.5-VL, verl hands flash-attn the attention of divided sequences
+    divided = {} if name == "Qwen2_5_VLForConditionalGeneration" else {"divided": packed | {"ulysses": 2}}
+    (one,) = run_engine(tmp_path / "model", tmp_path / "one", variants={"packed": packed}, **SINGLE)
+    variants = {"packed": packed, **divided}
+    first, second = run_engine(tmp_path / "model", tmp_path / "two", world=2, variants=variants, **SINGLE)
+    for variant in variants:
+        assert first[variant]["adapter"] == second[variant]["adapter"]
+        assert first[variant]["loss"] == pytest.approx(one["packed"]["loss"], rel=1e-4, abs=1e-5)
+        assert first[variant]["grad_norm"] == pytest.approx(one["packed"]["grad_norm"], rel=1e-3)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TOWERS)
 def test_the_arm_of_16_bits_trains_on_images(run_engine, tmp_path, name):
     """On verl's own engine, with the adapter on the decoder alone."""
-    tokenizer = build_tokenizer()
-    make_family(name, tmp_path / "source", vocab_size=len(tokenizer), **IMAGE_TOKENS)
-    tokenizer.save_pretrained(tmp_path / "source")
+    make_source(name, tmp_path / "source")
     packed = {} if name == "Qwen2_5_VLForConditionalGeneration" else PACKED
     variants = {"bf16": {"arm": "bf16", "images": True, **packed}}
     (report,) = run_engine(tmp_path / "source", tmp_path / "r", variants=variants, lr_warmup_steps=0)

@@ -28,7 +28,7 @@ returns for a tensor (verl/models/transformers/qwen2_vl.py, _get_input_embeds)."
 LOOKED_AT = 2000
 """Rows of the training data whose images are counted. They are read with their bytes."""
 
-FLASH_ATTENTION_FOR_PACKED_ROWS = ("Qwen2_5_VLForConditionalGeneration",)
+FLASH_ATTENTION_ALONE = ("Qwen2_5_VLForConditionalGeneration",)
 """verl/models/transformers/monkey_patch.py, apply_monkey_patch. The engine of packed bases leaves that out
 (engine/fsdp.py, _patch_forward)."""
 
@@ -76,12 +76,6 @@ def find_problems(config: DictConfig, folder: Path) -> list[str]:
             f"{where}: mrope_interleaved {rope.get('mrope_interleaved')} in config.json: vLLM goes by it, and transformers' "
             f"{architecture.name} computes as with {interleaved}. Set {str(interleaved).lower()} there"
         )
-    divided = get(f"{ACTOR}.fsdp_config.ulysses_sequence_parallel_size") or 1
-    divided = max(divided, get(f"{ACTOR}.ulysses_sequence_parallel_size") or 1)
-    if divided > 1:
-        found.append(
-            f"{ACTOR}.ulysses_sequence_parallel_size={divided}: sequence parallelism has not been tried with images; set it to 1"
-        )
     found += _arm_problems(get, architecture.name)
     if problem := _row_problem(get, architecture.name):
         found.append(problem)
@@ -89,16 +83,19 @@ def find_problems(config: DictConfig, folder: Path) -> list[str]:
 
 
 def _arm_problems(get: Get, name: str) -> list[str]:
-    """What the arms cannot do whose actor is built by verl or transformers."""
+    """What the arms cannot do whose actor is built by verl or transformers, and what without flash-attn no arm can."""
     arm, attention = get("qerl.arm"), get(f"{MODEL}.override_config.attn_implementation") or "flash_attention_2"
     if arm == "nf4":
         return [f"+qerl=nf4 with {name}: bitsandbytes would quantize the vision tower too; use +qerl=nvfp4 or bf16"]
-    packed = get(f"{MODEL}.use_remove_padding") and not attention.startswith("flash_attention")
-    if arm == "bf16" and packed and name in FLASH_ATTENTION_FOR_PACKED_ROWS:
-        return [
-            f"{MODEL}.use_remove_padding=True with +qerl=bf16: verl gives {name} flash-attn for packed rows whatever "
-            f"attn_implementation is ({attention}); set use_remove_padding=False, or install flash-attn"
-        ]
+    if name not in FLASH_ATTENTION_ALONE or attention.startswith("flash_attention"):
+        return []
+    divided = get(f"{ACTOR}.fsdp_config.ulysses_sequence_parallel_size") or 1
+    divided = max(divided, get(f"{ACTOR}.ulysses_sequence_parallel_size") or 1)
+    why = f"verl gives {name} flash-attn for it whatever attn_implementation is ({attention})"
+    if divided > 1:
+        return [f"{ACTOR}.ulysses_sequence_parallel_size={divided}: {why}; set it to 1, or install flash-attn"]
+    if arm == "bf16" and get(f"{MODEL}.use_remove_padding"):
+        return [f"{MODEL}.use_remove_padding=True with +qerl=bf16: {why}; set it to False, or install flash-attn"]
     return []
 
 

@@ -65,11 +65,19 @@ TABLE = [
     ({"settings": {"rope_parameters": MROPE | YARN}}, "rope_type yarn in config.json"),
     ({"settings": {"rope_parameters": MROPE | {"mrope_interleaved": False}}}, "as with True. Set true there"),
     ({"name": QWEN2_5, "settings": {"rope_parameters": MROPE}}, "as with False. Set false there"),
-    ({"actor": {"ulysses_sequence_parallel_size": 2}}, "ulysses_sequence_parallel_size=2: .* set it to 1"),
-    ({"actor": {"fsdp_config": {"ulysses_sequence_parallel_size": 4}}}, "ulysses_sequence_parallel_size=4"),
+    ({"actor": {"ulysses_sequence_parallel_size": 2}}, None),
+    (
+        {"name": QWEN2_5, "actor": {"ulysses_sequence_parallel_size": 2}},
+        "ulysses_sequence_parallel_size=2: .* set it to 1",
+    ),
+    (
+        {"name": QWEN2_5, "actor": {"fsdp_config": {"ulysses_sequence_parallel_size": 4}}},
+        "ulysses_sequence_parallel_size=4",
+    ),
+    ({"name": QWEN2_5, "actor": {"ulysses_sequence_parallel_size": 2}, "attention": "flash_attention_2"}, None),
     ({"arm": "nf4"}, r"\+qerl=nf4 with Qwen3VL.*use \+qerl=nvfp4 or bf16"),
     ({"arm": "bf16"}, None),
-    ({"arm": "bf16", "name": QWEN2_5}, "use_remove_padding=True with .qerl=bf16: .*set use_remove_padding=False"),
+    ({"arm": "bf16", "name": QWEN2_5}, "use_remove_padding=True with .qerl=bf16: .*set it to False"),
     ({"arm": "bf16", "name": QWEN2_5, "attention": "flash_attention_2"}, None),
     ({"reason": "no preprocessor_config.json"}, "no image processor .* \\(no preprocessor_config.json\\)"),
 ]
