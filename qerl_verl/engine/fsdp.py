@@ -299,7 +299,7 @@ class AdapterEngineMixin:
         What verl changes for packed rows is for flash-attn: among it, the attention layers of Qwen2.5-VL, which would
         call flash-attn whatever the attention is (verl/models/transformers/qwen2_vl.py, qwen2_vl_attn_forward).
         """
-        attention = self.model_config.hf_config.get_text_config()._attn_implementation
+        attention = self.model_config.hf_config.get_text_config()._attn_implementation or ""
         apply_monkey_patch(
             model=module,
             use_remove_padding=self.use_remove_padding and attention.startswith("flash_attention"),
