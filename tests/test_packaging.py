@@ -85,14 +85,13 @@ def test_the_metadata(wheel):
 
 
 SWITCH = """
-import os, verl
+import importlib, os, verl
 from hydra import compose, initialize_config_dir
 folder = os.path.join(os.path.dirname(verl.__file__), "trainer", "config")
 with initialize_config_dir(folder, version_base=None):
     config = compose("ppo_trainer", overrides=["+qerl=nvfp4"])
-import qerl_verl.kernels, qerl_verl.recipes, hydra_plugins.qerl_verl_search_path
-for module in (qerl_verl, qerl_verl.kernels, qerl_verl.recipes, hydra_plugins.qerl_verl_search_path):
-    print(os.path.dirname(module.__file__))
+for name in ("qerl_verl", "qerl_verl.kernels", "qerl_verl.recipes", "hydra_plugins.qerl_verl_search_path"):
+    print(os.path.dirname(importlib.import_module(name).__file__))
 print(config.qerl.aqn.enable)
 """
 
