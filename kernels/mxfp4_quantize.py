@@ -24,8 +24,12 @@ E2M1_EXPONENT = 2
 NO_EXPONENT = torch.iinfo(torch.int32).min
 """In the place of a shared exponent, for a block of zeros."""
 
-_SCALE_EXPONENTS = (-9, 8)  # of the powers of two in E4M3, down to its smallest subnormal number
-LARGEST_SPAN = _SCALE_EXPONENTS[1] - _SCALE_EXPONENTS[0]
+_LOWEST = -9
+LARGEST_SCALE_EXPONENT = 8
+"""E4M3 holds the powers of two from 2^-9, its smallest subnormal number, to 2^8."""
+
+LARGEST_SPAN = LARGEST_SCALE_EXPONENT - _LOWEST
+"""Between the shared exponents of a tensor, so that the block scales of NVFP4 hold them all."""
 
 _CHUNK_ELEMENTS = 1 << 20
 
@@ -68,7 +72,7 @@ def mxfp4_global_scale(amax: torch.Tensor) -> torch.Tensor:
     if amax.item() == 0:
         return torch.ones(1)
     exponent = torch.frexp(amax.float()).exponent.item() - 1 - E2M1_EXPONENT
-    return torch.tensor([2.0 ** min(_SCALE_EXPONENTS[1] - exponent, 126)], dtype=torch.float32)
+    return torch.tensor([2.0 ** min(LARGEST_SCALE_EXPONENT - exponent, 126)], dtype=torch.float32)
 
 
 def quantize_mxfp4(weight: torch.Tensor, global_scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -89,8 +93,7 @@ def quantize_mxfp4(weight: torch.Tensor, global_scale: torch.Tensor) -> tuple[to
     if mantissa.tolist() != [0.5]:
         raise ValueError(f"global_scale must be one power of two, got {global_scale.tolist()}")
     exponents = mxfp4_exponents(weight)
-    low, high = _SCALE_EXPONENTS
-    top = high - (shift.item() - 1)  # the shared exponent whose scale is the largest
+    top = LARGEST_SCALE_EXPONENT - (shift.item() - 1)  # the shared exponent whose scale is the largest
     exponents = torch.where(exponents == NO_EXPONENT, top, exponents)
     if exponents.numel() and not (top - LARGEST_SPAN <= exponents.min() and exponents.max() <= top):
         raise ValueError(
@@ -104,6 +107,19 @@ def quantize_mxfp4(weight: torch.Tensor, global_scale: torch.Tensor) -> tuple[to
         blocks = weight[start : start + rows].unflatten(1, (-1, MX_BLOCK_SIZE)).float()
         codes = e2m1_codes(torch.ldexp(blocks, -exponents[start : start + rows].unsqueeze(-1)))
         packed[start : start + rows] = pack_e2m1(codes.flatten(1))
-    scale = torch.ldexp(torch.ones_like(exponents, dtype=torch.float32), exponents - top + high).to(torch.float8_e4m3fn)
-    repeats = MX_BLOCK_SIZE // BLOCK_SIZE
-    return packed, scale.view(torch.uint8).repeat_interleave(repeats, dim=1).view(torch.float8_e4m3fn)
+    return packed, container_scales(exponents, top)
+
+
+def container_scales(exponents: torch.Tensor, top: int) -> torch.Tensor:
+    """The block scales of NVFP4 that stand for shared exponents: ``2^(exponent - top + 8)``, each for two blocks of 16.
+
+    Args:
+        exponents: ``[N, K / 32]`` int32, from ``top - LARGEST_SPAN`` to ``top``.
+        top: the exponent that becomes E4M3's largest power of two. The divisor of the tensor is ``2^(8 - top)``.
+
+    Returns:
+        ``[N, K / 16]`` float8_e4m3fn.
+    """
+    scale = torch.ldexp(torch.ones(exponents.shape, device=exponents.device), exponents - top + LARGEST_SCALE_EXPONENT)
+    codes = scale.to(torch.float8_e4m3fn).view(torch.uint8)
+    return codes.repeat_interleave(MX_BLOCK_SIZE // BLOCK_SIZE, dim=1).view(torch.float8_e4m3fn)

@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 import torch
 
+from qerl_verl.kernels.mxfp4_quantize import LARGEST_SCALE_EXPONENT, LARGEST_SPAN, MX_BLOCK_SIZE, container_scales
 from qerl_verl.kernels.nvfp4_dequantize import BLOCK_SIZE
 from qerl_verl.nvfp4 import checkpoint as files
 from qerl_verl.nvfp4.architectures import get_architecture
@@ -36,10 +37,8 @@ CONVERT_VERSION = 1
 
 MODELOPT_FILE = "hf_quant_config.json"
 MXFP4_FORMAT = "mxfp4-pack-quantized"
-_MX_BLOCK = 32
 _MX_BIAS = 127
-_E4M3_EXPONENTS = (-9, 8)
-"""Exponents of the powers of two that E4M3 holds."""
+"""Of E8M0, in which MXFP4 stores shared exponents."""
 
 _DROPPED = re.compile(
     r"\.(input_scale|input_global_scale|k_scale|v_scale|q_scale|k_proj\.output_scale|v_proj\.output_scale)$"
@@ -146,7 +145,7 @@ class _Source:
             files._check_tensors(self.path, self.tensors, {plain: (rows, columns)}, files.WEIGHT_DTYPES)
             return _Linear(linear, rows, columns, packed=False)
         files._check_tensors(self.path, self.tensors, {codes: (rows, columns // 2)}, ("U8",))
-        block = BLOCK_SIZE if self.kind == "modelopt" else _MX_BLOCK
+        block = BLOCK_SIZE if self.kind == "modelopt" else MX_BLOCK_SIZE
         dtype = ("F8_E4M3",) if self.kind == "modelopt" else ("U8",)
         files._check_tensors(self.path, self.tensors, {scales[0]: (rows, columns // block)}, dtype)
         if self.kind == "modelopt":
@@ -235,36 +234,33 @@ class _Source:
                 f"{self.path}: tensor {linear.name}.weight_scale holds NaN. Fetch or export the checkpoint again."
             )
         exponent = scale.int() - _MX_BIAS
-        empty = ((codes & 0x77) == 0).unflatten(1, (-1, _MX_BLOCK // 2)).all(-1)
+        empty = ((codes & 0x77) == 0).unflatten(1, (-1, MX_BLOCK_SIZE // 2)).all(-1)
         if empty.all():
             return torch.zeros_like(exponent)
         return exponent.masked_fill(empty, int(exponent[~empty].max()))
 
     def _exponents(self, group: tuple[_Linear, ...]) -> dict[str, tuple[torch.Tensor, int]]:
         """Of each linear its exponents and the one that becomes E4M3's largest power of two, shared where the span allows."""
-        low, high = _E4M3_EXPONENTS
         found = {linear.name: self._shared_exponents(linear) for linear in group}
         top = max(int(e.max()) for e in found.values())
-        if top - min(int(e.min()) for e in found.values()) <= high - low:
+        if top - min(int(e.min()) for e in found.values()) <= LARGEST_SPAN:
             return {name: (exponent, top) for name, exponent in found.items()}
         return {name: (exponent, int(exponent.max())) for name, exponent in found.items()}
 
     def _mx_scales(self, linear: _Linear, exponents: dict) -> tuple[torch.Tensor, torch.Tensor]:
-        low, high = _E4M3_EXPONENTS
         exponent, top = exponents[linear.name]
         span = top - int(exponent.min())
-        if span > high - low:
+        if span > LARGEST_SPAN:
             raise CheckpointError(
-                f"{self.path}: the exponents of {linear.name}.weight_scale span {span}, and NVFP4's block scales hold {high - low}, so it "
+                f"{self.path}: the exponents of {linear.name}.weight_scale span {span}, and NVFP4's block scales hold {LARGEST_SPAN}, so it "
                 "cannot be converted without loss. Quantize the original model with `qerl quantize`."
             )
-        scale = torch.ldexp(torch.ones(exponent.shape), exponent - top + high)
-        divisor = 2.0 ** (high - top)
+        divisor = 2.0 ** (LARGEST_SCALE_EXPONENT - top)
         if not 0 < divisor < math.inf or not math.isfinite(2.0**-126 * divisor if divisor > 1 else divisor):
             raise CheckpointError(
                 f"{self.path}: the exponent {top} of {linear.name}.weight_scale is outside float32's range."
             )
-        return scale.repeat_interleave(_MX_BLOCK // BLOCK_SIZE, 1).to(torch.float8_e4m3fn), torch.tensor([divisor])
+        return container_scales(exponent, top), torch.tensor([divisor])
 
 
 def convert_checkpoint(

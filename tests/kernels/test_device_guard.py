@@ -60,7 +60,7 @@ def test_every_operator_is_guarded(namespace):
     """Each that is defined, and what the guard surrounds is the implementation."""
     schemas = torch._C._dispatch_get_registrations_for_dispatch_key("CUDA")
     defined = {name.partition("::")[2] for name in schemas if name.startswith(f"{namespace}::")}
-    assert defined == set(NAMESPACES[namespace]) and len(defined) == 3
+    assert defined == set(NAMESPACES[namespace]) and len(defined) >= 3
     guard = on_tensors_device(len).__code__
     assert all(f.__code__ is guard and f.__wrapped__.__code__ is not guard for f in NAMESPACES[namespace].values())
 
