@@ -1,11 +1,17 @@
 """The user's settings: every field's range, and errors that name the key and the cure."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
+from qerl_verl.config.keys import flatten
 from qerl_verl.config.settings import AQNSettings, QeRLSettings, SettingsError
+
+ROOT = Path(__file__).parents[2]
 
 
 def problems_of(**values):
@@ -29,6 +35,19 @@ def test_defaults_are_the_papers():
         target_kl=None,
     )
     assert settings.platform == "auto" and settings.cache_dir is None
+
+
+def test_the_readme_and_the_group_of_hydra_have_every_setting_with_its_default():
+    """But for ``qerl.arm``, which the choice of the group's file sets."""
+    settings = flatten(OmegaConf.structured(QeRLSettings()), "qerl")
+    del settings["qerl.arm"]
+    group = flatten(OmegaConf.load(ROOT / "qerl_verl/config/qerl_common.yaml").qerl, "qerl")
+    del group["qerl.arm"]
+    assert group == settings
+    rows = re.findall(r"^\| `(qerl\.\S+)` \| `(.+?)` \|", (ROOT / "README.md").read_text(), re.M)
+    as_yaml = {name: OmegaConf.create({"value": settings[name]}) for name, _ in rows if name in settings}
+    found = {name: OmegaConf.create(f"value: {value}") for name, value in rows}
+    assert found == as_yaml and found.keys() == settings.keys()
 
 
 def test_values_are_taken_over():

@@ -72,20 +72,31 @@ def with_images(engine, adapter):
     return seen
 
 
-def look_at(checkpoint, adapter, prompts, noise):
-    images = (Path(checkpoint) / "processor_config.json").exists()
-    engine = LLM(
+def takes_images(checkpoint):
+    return (Path(checkpoint) / "processor_config.json").exists()
+
+
+def start_engine(checkpoint, dtype, **options):
+    """An engine inside this process; ``options`` are more of vLLM's."""
+    images = takes_images(checkpoint)
+    return LLM(
         checkpoint,
         skip_tokenizer_init=not images,  # vLLM's processors of images need it
         **({"limit_mm_per_prompt": {"image": 1, "video": 0}} if images else {}),
         enforce_eager=True,
         distributed_executor_backend="uni",
-        dtype="float32",  # bfloat16's rounding would hide what a family does differently
+        dtype=dtype,
         max_model_len=128,
         hf_overrides=hf_overrides(AutoConfig.from_pretrained(checkpoint), on_cpu=True),
         worker_extension_cls="qerl_verl.rollout.worker.QeRLWorkerExtension",
         additional_config={"qerl": {"kernel": "auto", "lora": LORA, "noise": True}},
+        **options,
     )
+
+
+def look_at(checkpoint, adapter, prompts, noise):
+    images = takes_images(checkpoint)
+    engine = start_engine(checkpoint, "float32")  # bfloat16's rounding would hide what a family does differently
     seen = {"clean": log_probabilities(engine, prompts)}
     (seen["layers"],) = engine.collective_rpc(adapter_shapes)
     (seen["taken"],) = engine.collective_rpc("qerl_load_adapter_folder", args=(adapter,))

@@ -11,19 +11,17 @@ import sys
 import traceback
 import uuid
 
-from families_process import LORA, log_probabilities  # sets the environment, first of all
+from families_process import LORA, log_probabilities, start_engine  # sets the environment, first of all
 
 # isort: split
 import torch
 from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM
-from vllm import LLM
 
 from qerl_verl.config.base import LOAD_FORMAT, BaseSharing
 from qerl_verl.nvfp4.architectures import get_architecture
 from qerl_verl.nvfp4.loading import packed_linear_names, swap_linears
 from qerl_verl.rollout.candidates import CANDIDATES
-from qerl_verl.rollout.rope import rope_overrides
 from qerl_verl.sharing.base import OtherSide, load_base, plan_layout
 from qerl_verl.sharing.channel import BaseOwner
 from qerl_verl.sharing.memory import SharedMemory
@@ -51,18 +49,7 @@ def own_base(checkpoint, dtype):
 
 
 def look_at(checkpoint, prompts, dtype, load_format):
-    engine = LLM(
-        checkpoint,
-        skip_tokenizer_init=True,
-        enforce_eager=True,
-        distributed_executor_backend="uni",
-        dtype=dtype,
-        max_model_len=128,
-        load_format=load_format,
-        hf_overrides=rope_overrides(AutoConfig.from_pretrained(checkpoint)),
-        worker_extension_cls="qerl_verl.rollout.worker.QeRLWorkerExtension",
-        additional_config={"qerl": {"kernel": "auto", "lora": LORA, "noise": True}},
-    )
+    engine = start_engine(checkpoint, dtype, load_format=load_format)
     seen = {"log_probs": log_probabilities(engine, prompts), "digest": engine.collective_rpc("qerl_base_digest")}
     engine.llm_engine.engine_core.shutdown()
     return seen
