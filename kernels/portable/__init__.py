@@ -9,6 +9,9 @@ The functions are registered with PyTorch as ``torch.ops.qerl_portable.nvfp4_deq
 device. Triton compiles a kernel on its first call for a dtype and tile, so call each once before capturing a CUDA
 graph. No autograd: the training layer calls :func:`dequantize` for its backward pass.
 
+:func:`tune` measures how :func:`gemm` is launched for a weight shape; without it a built-in table decides. The FP8
+functions serve benchmarks, see ``kernels/nvfp4_fp8_linear.py``.
+
 Importing this package needs PyTorch only. Without Triton or a GPU, :func:`availability` says so and every function raises
 a RuntimeError. With TRITON_INTERPRET=1 set before Triton is imported, they run on a CPU in Triton's interpreter,
 slowly, for tests.
