@@ -1,6 +1,7 @@
 """A real vLLM engine on the NVFP4 base: adapters come and go, noise goes on and off, the base stays."""
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_families
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -17,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from qerl_verl.aqn.noise import draw_noise
 from qerl_verl.lora.peft import save_adapter
 from qerl_verl.lora.wire import CONFIG_TENSOR, pack_config
+from qerl_verl.nvfp4.checkpoint import adaptable_shapes, quantize_checkpoint
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -37,7 +40,7 @@ PUNICA = {"enable_lora": True, "max_loras": 1, "max_lora_rank": RANK}
 
 
 @contextlib.contextmanager
-def running(checkpoint, **settings):
+def running(checkpoint, dtype="bfloat16", **settings):
     """A vLLM engine as verl starts it."""
     environment = {
         "QERL_SWITCH": "nvfp4",
@@ -57,7 +60,7 @@ def running(checkpoint, **settings):
         skip_tokenizer_init=True,
         enforce_eager=True,
         distributed_executor_backend="mp",
-        dtype="bfloat16",
+        dtype=dtype,
         max_model_len=128,
         worker_extension_cls="qerl_verl.rollout.worker.QeRLWorkerExtension",
         **settings,
@@ -606,3 +609,29 @@ def test_a_sync_reaches_every_rank(found):
 def test_the_noise_is_the_same_on_every_rank(found):
     (one,) = found[1]["norms"]
     assert found[2]["norms"] == [one, one]
+
+
+@pytest.mark.slow
+def test_a_mixture_of_experts_on_two_ranks(tmp_path, monkeypatch, cpu_platform):
+    """Each has a part of the channels of every expert. Without an adapter and with one on the attention."""
+    settings = dict(moe_intermediate_size=64, intermediate_size=128)
+    quantize_checkpoint(
+        tiny_families.make_family("Qwen3MoeForCausalLM", tmp_path / "source", **settings), tmp_path / "quantized",
+        progress=False,
+    )  # fmt: skip
+    adapter = tiny_families.make_adapter(tmp_path / "adapter", adaptable_shapes(tmp_path / "quantized"))
+    reference = tiny_families.Reference(tmp_path / "quantized")
+    lora = {"rank": tiny_families.RANK, "alpha": tiny_families.ALPHA}
+    engine_settings = {"additional_config": {"qerl": {"kernel": "auto", "lora": lora}}, "tensor_parallel_size": 2}
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # more wait for each other when ranks share the cores
+    with running(tmp_path / "quantized", dtype="float32", **engine_settings) as divided:
+        reference.check(PROMPTS, split(prompt_log_probabilities(divided, PROMPTS)))
+        sync_ranks(divided, str(adapter), 2)
+        with reference.adapted(adapter):
+            reference.check(PROMPTS, split(prompt_log_probabilities(divided, PROMPTS)))
+
+
+def split(values):
+    """By prompt."""
+    values = iter(values)
+    return [list(itertools.islice(values, len(prompt) - 1)) for prompt in PROMPTS]
