@@ -1,5 +1,7 @@
 """Which node is named when a run ends because one is gone."""
 
+from types import SimpleNamespace
+
 import pytest
 from ray._private import worker
 
@@ -23,10 +25,13 @@ def node(number, alive=True):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Time that passes only while somebody sleeps."""
+    """Time that passes only while the watch sleeps; threads that other tests have left keep theirs."""
     now = [0.0]
-    monkeypatch.setattr(lost_nodes.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(lost_nodes.time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+
+    def sleep(seconds):
+        now[0] += seconds
+
+    monkeypatch.setattr(lost_nodes, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
     return now
 
 
