@@ -22,6 +22,8 @@ SCALES = tuple(sorted(file.stem for file in (HERE / "scale").glob("*.yaml")))
 POLL_SECONDS = 2.0
 END_SECONDS = 60.0
 """How long a run may take to end when it is told to."""
+HOST_GIB_PER_RUN = 10.5
+"""Host memory of one run at SmolLM2's scale. Twelve runs reached 95 % of 125 GiB, where Ray begins to kill."""
 
 
 @dataclass(frozen=True)
@@ -95,10 +97,14 @@ def run_all(
 
     Returns:
         0 if every run has finished, else 1. The log of a run is ``runs/NAME/log.txt``.
+
+    Raises:
+        SystemExit: the host's memory does not take so many runs side by side; the message says how many it takes.
     """
     out = out.absolute()
     waiting = [run for run in wanted if not is_finished(out, run)]
     slots = [gpu for _ in range(per_gpu) for gpu in (gpus or [None])]
+    _check_host_memory(min(len(slots), len(waiting)), scale)
     running: dict[subprocess.Popen, tuple[Run, str | None, float]] = {}
     failed = []
     print(
@@ -138,6 +144,29 @@ def run_all(
             f"not finished: {', '.join(run.name for run in failed)}; the same command takes them up again", flush=True
         )
     return 1 if failed else 0
+
+
+def most_side_by_side(available_gib: float, scale: str) -> int | None:
+    """How many runs the host's memory takes at once; None where it is not known for the scale.
+
+    Args:
+        available_gib: memory that is free, GiB.
+        scale: a file of ``scale/``.
+    """
+    return max(1, int(available_gib / HOST_GIB_PER_RUN)) if scale == "smollm2" else None
+
+
+def _check_host_memory(side_by_side: int, scale: str) -> None:
+    import psutil
+
+    available = psutil.virtual_memory().available / 2**30
+    most = most_side_by_side(available, scale)
+    if most is not None and side_by_side > most:
+        raise SystemExit(
+            f"{side_by_side} runs side by side need about {side_by_side * HOST_GIB_PER_RUN:.0f} GiB of host memory and "
+            f"{available:.0f} GiB are available, so Ray would kill some of them; choose --per-gpu and --gpus for at "
+            f"most {most} runs side by side"
+        )
 
 
 def _end(running: Mapping[subprocess.Popen, tuple[Run, str | None, float]]) -> None:

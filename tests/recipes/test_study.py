@@ -143,12 +143,12 @@ def test_runs_side_by_side_and_taken_up_again(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(runs, "command", command)
     monkeypatch.setattr(runs, "POLL_SECONDS", 0.05)
     wanted = [Run("bf16", 1), Run("nf4", 1), Run("nvfp4", 2)]
-    assert run_all(wanted, tmp_path, "smollm2", ["0", "1"], 1, 0.0) == 1
+    assert run_all(wanted, tmp_path, "qwen3b", ["0", "1"], 1, 0.0) == 1
     assert [is_finished(tmp_path, run) for run in wanted] == [True, False, True]
     assert metrics_file(tmp_path, wanted[0]).read_text() == "0" and metrics_file(tmp_path, wanted[1]).read_text() == "1"
     assert "not finished: nf4_s1" in capsys.readouterr().out
     fails.clear()
-    assert run_all(wanted, tmp_path, "smollm2", ["0"], 2, 0.0) == 0
+    assert run_all(wanted, tmp_path, "qwen3b", ["0"], 2, 0.0) == 0
     assert "3 runs, 2 of them finished already" in capsys.readouterr().out
 
 
@@ -164,5 +164,20 @@ def test_an_interruption_ends_the_runs_with_it(tmp_path, monkeypatch):
 
     monkeypatch.setattr(runs, "_start", start)
     with pytest.raises(KeyboardInterrupt):
-        run_all([Run("bf16", 1), Run("bf16", 2)], tmp_path, "smollm2", ["0"], 2, 0.0)
+        run_all([Run("bf16", 1), Run("bf16", 2)], tmp_path, "qwen3b", ["0"], 2, 0.0)
     assert [process.returncode for process in started] == [-signal.SIGTERM]
+
+
+@pytest.mark.parametrize(
+    ("gib", "scale", "most"),
+    [(119.0, "smollm2", 11), (22.0, "smollm2", 2), (1.0, "smollm2", 1), (22.0, "qwen7b", None)],
+)
+def test_as_many_runs_side_by_side_as_the_hosts_memory_takes(gib, scale, most):
+    assert runs.most_side_by_side(gib, scale) == most
+
+
+def test_more_runs_than_the_hosts_memory_takes_are_refused_before_one_starts(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "HOST_GIB_PER_RUN", 1e6)
+    monkeypatch.setattr(runs, "_start", lambda *_: pytest.fail("a run was started"))
+    with pytest.raises(SystemExit, match="choose --per-gpu and --gpus for at most 1 runs side by side"):
+        run_all([Run("bf16", 1), Run("bf16", 2)], tmp_path, "smollm2", ["0"], 2, 0.0)
