@@ -37,14 +37,14 @@ def test_defaults_are_the_papers():
     assert settings.platform == "auto" and settings.cache_dir is None
 
 
-def test_the_readme_and_the_group_of_hydra_have_every_setting_with_its_default():
+def test_the_page_and_the_group_of_hydra_have_every_setting_with_its_default():
     """But for ``qerl.arm``, which the choice of the group's file sets."""
     settings = flatten(OmegaConf.structured(QeRLSettings()), "qerl")
     del settings["qerl.arm"]
     group = flatten(OmegaConf.load(ROOT / "qerl_verl/config/qerl_common.yaml").qerl, "qerl")
     del group["qerl.arm"]
     assert group == settings
-    rows = re.findall(r"^\| `(qerl\.\S+)` \| `(.+?)` \|", (ROOT / "README.md").read_text(), re.M)
+    rows = re.findall(r"^\| `(qerl\.\S+)` \| `(.+?)` \|", (ROOT / "docs/settings.md").read_text(), re.M)
     as_yaml = {name: OmegaConf.create({"value": settings[name]}) for name, _ in rows if name in settings}
     found = {name: OmegaConf.create(f"value: {value}") for name, value in rows}
     assert found == as_yaml and found.keys() == settings.keys()
