@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= runs/quickstart
 
-.PHONY: setup quickstart lint test test-all bench clean
+.PHONY: setup quickstart lint test test-all bench docs clean
 
 setup: $(VENV)/.ready
 
@@ -41,5 +41,16 @@ bench:
 	$(PYTHON) benchmarks/run_all.py --results "$(RESULTS)" $(ARGS); status=$$?; \
 		$(PYTHON) benchmarks/report.py "$(RESULTS)" && exit $$status
 
+# The documentation site, in site/. `make docs MKDOCS="serve"` shows it at 127.0.0.1:8000 and follows changes.
+DOCS_VENV ?= .venv-docs
+MKDOCS ?= build --strict
+$(DOCS_VENV)/.ready: requirements/docs.txt
+	"$(PYTHON)" -m venv "$(DOCS_VENV)"
+	$(DOCS_VENV)/bin/python -m pip --disable-pip-version-check install -q -r requirements/docs.txt
+	touch $@
+
+docs: $(DOCS_VENV)/.ready
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs $(MKDOCS)
+
 clean:
-	rm -rf $(VENV) build
+	rm -rf $(VENV) $(DOCS_VENV) build site

@@ -1,0 +1,102 @@
+"""The pages: links and anchors resolve, the site builds, and what a page says of the code is what the code has."""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted([
+    *ROOT.glob("*.md"), *DOCS.rglob("*.md"), *(ROOT / "recipes").rglob("*.md"), *(ROOT / "benchmarks").glob("*.md"),
+])  # fmt: skip
+FENCE = re.compile(r"^ *(```|~~~).*?^ *\1[^\n]*$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+
+
+def prose(page: Path) -> str:
+    """The Markdown of a page without its code blocks, whose lines stay as empty ones."""
+    return FENCE.sub(lambda match: "\n" * match[0].count("\n"), page.read_text(encoding="utf-8"))
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as code hosts and the site make them."""
+    found: dict[str, int] = {}
+    for heading in re.findall(r"^#+ +(.+?) *#*$", prose(page), re.MULTILINE):
+        text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading)
+        anchor = re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-")
+        found[anchor] = found.get(anchor, 0) + 1
+    return {name if not i else f"{name}-{i}" for name, count in found.items() for i in range(count)}
+
+
+def broken_links(page: Path) -> list[str]:
+    """Relative links whose file or anchor does not exist."""
+    broken = []
+    for link in LINK.findall(prose(page)):
+        if re.match(r"[a-z]+:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        if not target.exists() or (anchor and target.suffix == ".md" and anchor not in anchors(target)):
+            broken.append(link)
+    return broken
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_relative_links_and_anchors_resolve(page):
+    assert broken_links(page) == []
+
+
+def test_a_broken_link_is_found(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# A `title`: one/two\n[a](page.md#a-title-onetwo) [b](#none) [c](no.md) [d](https://x.y)\n```\n[e](f)\n```\n"
+    )
+    assert broken_links(page) == ["#none", "no.md"]
+
+
+def navigation() -> list[str]:
+    class Loader(yaml.SafeLoader):
+        """Without the tags that name Python functions of the Markdown extensions."""
+
+    Loader.add_multi_constructor("tag:yaml.org,2002:python/", lambda *_: None)
+    content = yaml.load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"), Loader)
+
+    def files(item):
+        if isinstance(item, str):
+            return [item]
+        return [file for value in (item.values() if isinstance(item, dict) else item) for file in files(value)]
+
+    return files(content["nav"])
+
+
+def test_every_page_is_in_the_navigation_of_the_site_once():
+    listed = navigation()
+    pages = {page.name for page in DOCS.glob("*.md")} | {"contributing.md", "changelog.md", "paper-recipes.md"}
+    assert set(listed) == pages and len(listed) == len(pages)
+
+
+def mkdocs() -> list[str] | None:
+    """The command of an installed mkdocs with its theme: this interpreter's, that of ``make docs``, or one on the PATH."""
+    if importlib.util.find_spec("mkdocs") and importlib.util.find_spec("material"):
+        return [sys.executable, "-m", "mkdocs"]
+    found = shutil.which("mkdocs", path=os.pathsep.join([str(ROOT / ".venv-docs" / "bin"), os.environ.get("PATH", "")]))
+    return [found] if found else None
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning(tmp_path):
+    command = mkdocs()
+    if command is None:
+        pytest.skip("mkdocs is not installed: `make docs` installs it into .venv-docs")
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    arguments = ["build", "--strict", "--quiet", "--config-file", str(ROOT / "mkdocs.yml"), "--site-dir", str(tmp_path)]
+    built = subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment, timeout=300)
+    assert built.returncode == 0, built.stdout + built.stderr
+    assert all((tmp_path / page).with_suffix(".html").is_file() for page in navigation())
