@@ -1,9 +1,9 @@
-"""Turn a 16- or 32-bit Hugging Face checkpoint into an NVFP4 one, and recognise and check NVFP4 checkpoints.
+"""Quantizes a 16- or 32-bit Hugging Face checkpoint to NVFP4, and recognises and checks NVFP4 ones.
 
-What is written is what compressed-tensors 0.17 calls ``nvfp4-pack-quantized`` under its preset ``NVFP4A16``
-(``compressed_tensors/quantization/quant_scheme.py``): for each linear ``X`` of the decoder layers
-``X.weight_packed``, ``X.weight_scale`` and ``X.weight_global_scale``, everything else in 16 bits. vLLM and
-transformers load it as it is.
+The output has the format that compressed-tensors 0.17 calls ``nvfp4-pack-quantized``, with its
+preset ``NVFP4A16`` (``compressed_tensors/quantization/quant_scheme.py``). Each linear ``X`` of the
+decoder layers becomes ``X.weight_packed``, ``X.weight_scale`` and ``X.weight_global_scale``; all
+other tensors are in 16 bits. vLLM and transformers load such a folder as it is.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ from qerl_verl.nvfp4.unused_tensors import is_unused
 
 FORMAT = "nvfp4-pack-quantized"
 FORMAT_VERSION = 2
-"""Raise it when the same source would give other bytes than before: it is part of the key of the cache."""
+"""Part of the cache key. Raise it when a change makes the same source give other bytes."""
 
 QUANTIZATION_CONFIG = {
     "config_groups": {
@@ -93,7 +93,8 @@ QUANTIZATION_CONFIG = {
     "transform_config": {},
     "version": "0.17.0",
 }
-"""``quantization_config`` as ``ModelCompressor.update_config`` of compressed-tensors 0.17.0 writes it."""
+"""``quantization_config`` as ``ModelCompressor.update_config`` of compressed-tensors 0.17.0 writes
+it."""
 
 CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
@@ -110,8 +111,9 @@ _WEIGHT_FILES = (
 )
 WEIGHT_DTYPES = ("F32", "BF16", "F16")
 _NAN_SCALE, _NEGATIVE_ZERO = 0x7F, 0x80  # E4M3 bytes
-_ANNOUNCED_SCALES = 500_000_000  # bytes; reading more of them shows a progress bar
-_SMALLEST, _LARGEST = 2.0**-126, 2.0**126  # of a global scale: it and its reciprocal are normal float32 numbers
+_ANNOUNCED_SCALES = 500_000_000  # bytes; a larger amount of scales is read behind a progress bar
+# Bounds of a global scale: the scale and its reciprocal are normal float32 numbers.
+_SMALLEST, _LARGEST = 2.0**-126, 2.0**126
 
 
 def quantize_checkpoint(
@@ -125,41 +127,46 @@ def quantize_checkpoint(
     progress: bool = True,
     max_shard_bytes: int = 5_000_000_000,
 ) -> dict[str, FileRecord]:
-    """Quantize the linears of a checkpoint to NVFP4.
+    """Quantizes the linears of a checkpoint to NVFP4.
 
-    The q, k, v, o, gate, up and down projections are packed; q/k/v share one global scale per layer,
-    and so do gate/up, of each expert by itself. lm_head, embeddings, routers of experts, norms and
-    biases stay in bfloat16 or float16; float32 ones become bfloat16. Tokenizer, generation config
-    and every other file that is not a weight are copied. Tensors are read one group of linears that
-    share a scale at a time, so that host memory stays at about one decoder layer.
-    ``qerl_report.json`` says what errors that makes.
+    The q, k, v, o, gate, up and down projections are packed. q, k and v of a layer share one global
+    scale, and so do gate and up, for each expert separately. lm_head, embeddings, expert routers,
+    norms and biases stay in bfloat16 or float16; float32 tensors become bfloat16. The tokenizer,
+    the generation config and every other file that holds no weights are copied. Tensors are read
+    one group of linears with a common scale at a time, so host memory stays at about one decoder
+    layer. ``qerl_report.json`` lists the quantization errors.
 
-    GPTQ keeps each finished layer in a folder beside ``dst``, ``<name>.layers-<key>``, until ``dst`` is there: the same
-    call after a kill or a full disk goes on with the first layer that is missing.
+    GPTQ keeps each finished layer in a folder ``<name>.layers-<key>`` beside ``dst`` until ``dst``
+    is complete. After a kill or a full disk, the same call continues with the first missing layer.
 
     Args:
-        src: folder with config.json and safetensors (one file, or shards and an index) in float32, bfloat16 or float16.
-            Experts are one matrix each, or stacked as transformers' ``save_pretrained(save_original_format=False)``
-            writes them; what is written has one each.
-        dst: folder to write, absent or empty. It appears when it is complete; on an error nothing is left but GPTQ's
-            finished layers.
+        src: folder with config.json and safetensors (one file, or shards and an index) in float32,
+            bfloat16 or float16. Experts are one matrix each, or stacked as transformers'
+            ``save_pretrained(save_original_format=False)`` writes them; the output has one matrix
+            for each.
+        dst: folder to write, absent or empty. It appears when it is complete. An error leaves
+            nothing behind except GPTQ's finished layers.
         method: see :data:`~qerl_verl.nvfp4.quantizers.Method`.
-        calibration: what GPTQ looks at. With any method the loss on its ``held_out`` goes into the report.
+        calibration: the text that GPTQ minimizes the output error on. With every method, the report
+            includes the loss on its ``held_out`` sequences.
         device: where to compute; by default the current GPU, or the CPU where there is none.
-        replace: ``dst`` may also be a checkpoint that this function wrote, with nothing else in it. It is moved aside when the
-            new one is complete, and removed when the new one is in place; a killed process leaves either of them at ``dst``, or
-            the next call brings the old one back.
+        replace: allow ``dst`` to be a checkpoint that this function wrote, with nothing else in it.
+            The old folder is moved aside when the new one is complete and removed when the new one
+            is in place. After a kill either of them is at ``dst``, or the next call moves the old
+            one back.
         progress: show a progress bar on stderr.
-        max_shard_bytes: size of a safetensors file above which the next one is begun.
+        max_shard_bytes: size in bytes above which another safetensors file is begun.
 
     Returns:
-        File name -> size and SHA-256, of every file in ``dst``. They are also in its ``qerl_manifest.json``.
+        File name -> size and SHA-256 of every file in ``dst``, as in its ``qerl_manifest.json``.
 
     Raises:
-        UnsupportedArchitecture: the model is none of :func:`~qerl_verl.nvfp4.architectures.supported_architectures`.
-        CheckpointError: the source is incomplete, damaged, quantized already, or holds NaN, Inf or tensors that the
-            model does not have; a weight has a number of input channels that 16 does not divide; ``dst`` is not empty
-            or may not be replaced; the disk or the memory of the GPU is full; GPTQ without a calibration text.
+        UnsupportedArchitecture: the model is none of
+            :func:`~qerl_verl.nvfp4.architectures.supported_architectures`.
+        CheckpointError: the source is incomplete, damaged, already quantized, or holds NaN, Inf or
+            tensors that the model does not have; the number of input channels of a weight is not a
+            multiple of 16; ``dst`` is not empty or may not be replaced; the disk or the GPU memory
+            is full; GPTQ has no calibration text.
     """
     if method not in METHODS:
         raise CheckpointError(f"method {method}: choose one of {', '.join(METHODS)}.")
@@ -168,7 +175,7 @@ def quantize_checkpoint(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     src, dst = Path(src), Path(dst)
     if read_quantization(src) == "nvfp4":
-        raise CheckpointError(f"{src} is an NVFP4 checkpoint already: use it as it is.")
+        raise CheckpointError(f"{src} is already an NVFP4 checkpoint: use it as it is.")
     settle_leftovers(dst)
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
         if not replace:
@@ -223,8 +230,8 @@ def quantize_checkpoint(
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise CheckpointError(
-                f"{dst}: the disk (or the quota) was full before all of the {_gb(written)} were written. What had been "
-                f"written is removed{finished.kept if finished else ''}. Free some space, or choose a folder on another disk."
+                f"{dst}: the disk (or the quota) was full before all of the {_gb(written)} were written. The incomplete "
+                f"folder is removed{finished.kept if finished else ''}. Free some space, or choose a folder on another disk."
             ) from error
         raise
     except torch.OutOfMemoryError as error:
@@ -238,7 +245,8 @@ def quantize_checkpoint(
 
 
 def _set_dtype(config: dict[str, Any], dtype: str) -> None:
-    """Write the dtype of what is not packed into the content of config.json and its parts, in place."""
+    """Sets the dtype of the unpacked tensors in the content of config.json and its parts, in place.
+    """
     config |= {key: dtype for key in ("dtype", "torch_dtype") if key in config} or {"torch_dtype": dtype}
     for part in (config.get("text_config"), config.get("vision_config")):
         if part:
@@ -246,7 +254,8 @@ def _set_dtype(config: dict[str, Any], dtype: str) -> None:
 
 
 def _attempt_key(src: Path, tensors: dict[str, TensorInfo], calibration: Calibration) -> str:
-    """What the finished layers of an attempt depend on. The source is told by its files' sizes and times."""
+    """Returns a hash of what the finished layers depend on; sizes and times identify source files.
+    """
     files = sorted({info.file for info in tensors.values()} | {src / CONFIG_FILE})
     stamps = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     content = json.dumps([FORMAT_VERSION, GPTQ_VERSION, stamps, calibration.key])
@@ -254,10 +263,11 @@ def _attempt_key(src: Path, tensors: dict[str, TensorInfo], calibration: Calibra
 
 
 def _check_replaceable(src: Path, dst: Path) -> None:
-    """Refuse to replace what :func:`quantize_checkpoint` did not write: its manifest lists all that it did.
+    """Refuses to replace a folder whose content :func:`quantize_checkpoint` did not write.
 
     Raises:
-        CheckpointError: saying what is there.
+        CheckpointError: ``dst`` contains ``src``, lacks a manifest, or holds a file that its
+            manifest does not list.
     """
     why = "SRC lies in it" if src.resolve().is_relative_to(dst.resolve()) else None
     try:
@@ -274,13 +284,14 @@ def _check_replaceable(src: Path, dst: Path) -> None:
 
 
 def read_quantization(path: str | Path) -> Literal["none", "nvfp4"]:
-    """How the weights of a checkpoint folder are stored, by its config.json.
+    """Returns how the weights of a checkpoint folder are stored, according to its config.json.
 
-    NVFP4 means compressed-tensors' ``nvfp4-pack-quantized``, of this package or of llm-compressor, weight-only
-    (NVFP4A16) or with activations (NVFP4: its activation part does not concern the weights).
+    NVFP4 means compressed-tensors' ``nvfp4-pack-quantized``, from this package or from
+    llm-compressor. The scheme may be weight-only (NVFP4A16) or include activations (NVFP4), which
+    does not affect the weights.
 
     Raises:
-        CheckpointError: no readable config.json, or the checkpoint is quantized in another way.
+        CheckpointError: config.json is not readable, or names another quantization.
     """
     path = Path(path)
     config = read_config(path)
@@ -301,7 +312,7 @@ def read_quantization(path: str | Path) -> Literal["none", "nvfp4"]:
     for name, group in quantization.get("config_groups", {}).items():
         weights = group.get("weights") or {}
         if not weights and all(target.endswith("Attention") for target in group.get("targets") or [""]):
-            continue  # of the KV cache, see unused_settings
+            continue  # a scheme of the KV cache, see unused_settings
         found = tuple(weights.get(key) for key in ("num_bits", "type", "group_size", "strategy", "symmetric"))
         if found != (4, "float", BLOCK_SIZE, "tensor_group", True):
             raise _other_quantization(path, f"compressed-tensors, config_groups.{name}: weights {weights}")
@@ -309,17 +320,18 @@ def read_quantization(path: str | Path) -> Literal["none", "nvfp4"]:
 
 
 def check_checkpoint(path: str | Path) -> Literal["none", "nvfp4", "modelopt", "mxfp4"]:
-    """Check that a model folder can be used: as it is, quantized, or converted. Nothing is written.
+    """Checks that a model folder can be used: as it is, quantized, or converted. Writes nothing.
 
-    Of a 16- or 32-bit checkpoint the headers are read, of an NVFP4 one the scales, too.
+    Reads the headers of a 16- or 32-bit checkpoint, and also the scales of an NVFP4 checkpoint.
 
     Returns:
         As :func:`read_quantization`, or a format that :mod:`qerl_verl.nvfp4.convert` converts.
 
     Raises:
-        UnsupportedArchitecture, CheckpointError: as :func:`quantize_checkpoint` or :func:`validate_nvfp4_checkpoint`.
+        UnsupportedArchitecture, CheckpointError: as :func:`quantize_checkpoint` or
+            :func:`validate_nvfp4_checkpoint`.
     """
-    from qerl_verl.nvfp4.convert import check_foreign, foreign_format  # built on this module
+    from qerl_verl.nvfp4.convert import check_foreign, foreign_format  # convert imports this module
 
     path = Path(path)
     if foreign := foreign_format(path):
@@ -335,13 +347,14 @@ def check_checkpoint(path: str | Path) -> Literal["none", "nvfp4", "modelopt", "
 
 
 def linear_shapes(path: str | Path) -> dict[str, tuple[int, int]]:
-    """Full name -> (output, input features) of the linears of a model that are, or would be, packed.
+    """Returns full name -> (output, input features) of a model's packed, or packable, linears.
 
     Args:
-        path: a model folder, quantized or not; its config.json is read.
+        path: a model folder, quantized or not. Only its config.json is read.
 
     Raises:
-        UnsupportedArchitecture, CheckpointError: no readable config.json, or of another model.
+        UnsupportedArchitecture: the model is not supported.
+        CheckpointError: config.json is not readable.
     """
     path = Path(path)
     architecture, hf_config = get_architecture(read_config(path)), _hf_config(path)
@@ -350,8 +363,9 @@ def linear_shapes(path: str | Path) -> dict[str, tuple[int, int]]:
 
 
 def adaptable_shapes(path: str | Path) -> dict[str, tuple[int, int]]:
-    """The same of the linears that can have a LoRA adapter, see
-    :meth:`~qerl_verl.nvfp4.architectures.Architecture.adaptable`.
+    """Returns full name -> (output, input features) of the linears that can have a LoRA adapter.
+
+    See :meth:`~qerl_verl.nvfp4.architectures.Architecture.adaptable`.
 
     Raises:
         UnsupportedArchitecture, CheckpointError: as :func:`linear_shapes`.
@@ -361,10 +375,13 @@ def adaptable_shapes(path: str | Path) -> dict[str, tuple[int, int]]:
 
 
 def tower_linears(path: str | Path) -> list[str]:
-    """Full names of the linears of a model's vision tower, in 16 bits; none where it has no tower.
+    """Returns the full names of the 16-bit linears of a model's vision tower, if it has one.
 
     Args:
         path: see :func:`linear_shapes`.
+
+    Raises:
+        UnsupportedArchitecture, CheckpointError: as :func:`linear_shapes`.
     """
     path = Path(path)
     architecture = get_architecture(read_config(path))
@@ -374,15 +391,17 @@ def tower_linears(path: str | Path) -> list[str]:
 
 
 def check_method(path: str | Path, wanted: Literal["nvfp4", "mxfp4"]) -> None:
-    """Tell a ready-made MXFP4 checkpoint from an NVFP4 one, which have the same container: by the manifest.
+    """Checks that a packed checkpoint holds the wanted one of MXFP4 and NVFP4.
+
+    Both formats have the same container, so the manifest decides.
 
     Args:
-        path: a packed checkpoint. One without a manifest of ours is NVFP4; one that was converted from another
-            library's MXFP4 serves as either.
-        wanted: the form that the run wants.
+        path: a packed checkpoint. Without a manifest of this package it counts as NVFP4. One that
+            was converted from another library's MXFP4 serves as either.
+        wanted: the format that the run wants.
 
     Raises:
-        CheckpointError: the checkpoint has the other form.
+        CheckpointError: the checkpoint has the other format.
     """
     try:
         method = json.loads((Path(path) / MANIFEST_FILE).read_text(encoding="utf-8")).get("method")
@@ -396,10 +415,11 @@ def check_method(path: str | Path, wanted: Literal["nvfp4", "mxfp4"]) -> None:
 
 
 def check_source(path: str | Path) -> None:
-    """Check that a 16- or 32-bit model folder can be used as it is, from its headers.
+    """Checks from its headers that a 16- or 32-bit model folder can be used as it is.
 
     Raises:
-        UnsupportedArchitecture, CheckpointError: as :func:`quantize_checkpoint`; or the checkpoint is NVFP4.
+        UnsupportedArchitecture, CheckpointError: as :func:`quantize_checkpoint`; or the checkpoint
+            is NVFP4.
     """
     path = Path(path)
     if read_quantization(path) == "nvfp4":
@@ -410,12 +430,13 @@ def check_source(path: str | Path) -> None:
 
 
 def unused_settings(path: str | Path) -> list[str]:
-    """What a checkpoint asks for and does not get, one sentence each.
+    """Returns one sentence for each setting of a checkpoint that a run does not use.
 
-    Actor and rollout compute with the same 16-bit keys and values, so a scheme for the KV cache is not used: vLLM
-    would serve an FP8 cache by it (vllm/model_executor/layers/attention/attention.py), the actor has none.
+    Actor and rollout compute with the same 16-bit keys and values, so a scheme for the KV cache is
+    ignored. vLLM would serve an FP8 cache from it
+    (vllm/model_executor/layers/attention/attention.py); the actor has none.
     """
-    from qerl_verl.nvfp4.convert import modelopt_settings  # built on this module
+    from qerl_verl.nvfp4.convert import modelopt_settings  # convert imports this module
 
     path = Path(path)
     config = read_config(path)
@@ -432,20 +453,22 @@ def unused_settings(path: str | Path) -> list[str]:
 
 
 def validate_nvfp4_checkpoint(path: str | Path) -> None:
-    """Check that an NVFP4 checkpoint is complete and sound, from its headers, scales, norms and biases.
+    """Checks that an NVFP4 checkpoint is complete and sound, from headers, scales, norms and
+    biases.
 
-    Every tensor of the model must be there in the right dtype and shape and no other one. The linears
-    of the decoder layers are packed, or in 16 bits where ``ignore`` of the quantization names them; the
-    experts of a layer are all of one kind. Scales must be positive and finite; a ninth of the file is
-    read for that, in pieces.
+    The checkpoint must hold exactly the tensors of the model, with the right dtypes and shapes. The
+    linears of the decoder layers are packed, or in 16 bits where the quantization's ``ignore``
+    names them; the experts of a layer are either all packed or all in 16 bits. Scales must be
+    positive and finite. The check reads a ninth of the packed bytes, in pieces.
 
     Raises:
-        UnsupportedArchitecture: the model is none of :func:`~qerl_verl.nvfp4.architectures.supported_architectures`.
+        UnsupportedArchitecture: the model is none of
+            :func:`~qerl_verl.nvfp4.architectures.supported_architectures`.
         CheckpointError: names the first file or tensor that is wrong.
     """
     path = Path(path)
     if read_quantization(path) != "nvfp4":
-        raise CheckpointError(f"{path} is not quantized: `qerl quantize` makes an NVFP4 checkpoint of it.")
+        raise CheckpointError(f"{path} is not quantized. `qerl quantize` makes an NVFP4 checkpoint from it.")
     architecture = get_architecture(read_config(path))
     hf_config = _hf_config(path)
     tensors = read_headers(path)
@@ -479,7 +502,12 @@ def _check_plain_linears(
     architecture: Architecture,
     hf_config: Any,
 ) -> set[str]:
-    """The linears that an NVFP4 checkpoint leaves in 16 bits; vLLM takes them for packed unless ``ignore`` names them."""
+    """Returns the linears that an NVFP4 checkpoint leaves in 16 bits.
+
+    Raises:
+        CheckpointError: ``ignore`` does not agree with the tensors (vLLM treats a linear as packed
+            unless ``ignore`` names it), nothing is packed, or linears that vLLM fuses differ.
+    """
     plain = {linear for linear in linears if f"{linear}.weight" in tensors}
     ignore = read_ignore(path)
     for linear in sorted(linears):
@@ -505,8 +533,10 @@ def _check_plain_linears(
 
 
 def fused_linears(architecture: Architecture, hf_config: Any) -> Iterator[tuple[str, ...]]:
-    """Full names of the linears that vLLM computes as one layer, each of one kind therefore: fused projections, and all
-    experts of a layer."""
+    """Yields the full names of the linears that vLLM computes as one layer.
+
+    These are fused projections, and all experts of a layer. They must be all packed or all plain.
+    """
     for i in range(decoder_layers(hf_config)):
         prefix, of_experts = f"{architecture.layer_prefix}{i}.", []
         for group in architecture.layer_groups(hf_config, i):
@@ -519,20 +549,20 @@ def fused_linears(architecture: Architecture, hf_config: Any) -> Iterator[tuple[
 
 
 def name_group(group: tuple[str, ...]) -> str:
-    """Linears that vLLM fuses, in words."""
+    """Returns the names of linears that vLLM fuses as text for a message."""
     return ", ".join(group) if len(group) <= 3 else f"the {len(group)} linears {group[0]} to {group[-1]}"
 
 
 def check_routers(
     path: Path, tensors: Mapping[str, TensorInfo], routers: Iterable[str], ignore: Iterable[str] | None = None
 ) -> None:
-    """Refuse a quantized router, and one that vLLM would take for packed.
+    """Refuses a quantized router, and one that vLLM would treat as packed.
 
     Args:
         path: for messages.
-        tensors: of a quantized checkpoint.
+        tensors: the tensors of a quantized checkpoint.
         routers: full names.
-        ignore: of the quantization; None where the format at hand does not go by it.
+        ignore: the quantization's ``ignore``; None where the format does not use it.
 
     Raises:
         CheckpointError: names the router.
@@ -552,17 +582,18 @@ def check_routers(
 
 
 def is_ignored(linear: str, ignore: Iterable[str]) -> bool:
-    """Whether compressed-tensors leaves a linear in 16 bits.
+    """Returns whether compressed-tensors leaves a linear in 16 bits.
 
     Args:
         linear: its full name.
-        ignore: of the quantization: names, or regular expressions behind ``re:``.
+        ignore: the quantization's ``ignore``: names, or regular expressions after ``re:``.
     """
     return any(re.match(i.removeprefix("re:"), linear) if i.startswith("re:") else i == linear for i in ignore)
 
 
 def read_ignore(path: Path) -> list[str]:
-    """``ignore`` of a checkpoint's quantization, with names as in transformers' model; empty where it has none."""
+    """Returns ``ignore`` of a checkpoint's quantization, with transformers' names; empty without
+    one."""
     config = read_config(path)
     quantization = config.get("quantization_config") or config.get("compression_config") or {}
     module_name = get_architecture(config).module_name
@@ -570,28 +601,29 @@ def read_ignore(path: Path) -> list[str]:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The content of config.json.
+    """Returns the content of config.json.
 
     Raises:
-        CheckpointError: there is none, or it is not a JSON object.
+        CheckpointError: the folder or the file is missing, or the file is not a JSON object.
     """
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a folder.")
     if not (path / CONFIG_FILE).exists() and (path / "adapter_config.json").exists():
         raise CheckpointError(
-            f"{path} holds a PEFT adapter and no model. Give the model that it belongs to, and this folder as lora_adapter_path."
+            f"{path} holds a PEFT adapter but no model. Give the adapter's base model, and this folder as lora_adapter_path."
         )
     return _read_json(path / CONFIG_FILE, "This is not the folder of a Hugging Face model.")
 
 
 def read_headers(path: Path) -> dict[str, TensorInfo]:
-    """Name -> place of every tensor of a checkpoint, in the order of the files.
+    """Returns name -> location of every tensor of a checkpoint, in the order of the files.
 
-    Names are those of transformers' model, also where the files have older ones
+    Names are those of transformers' model, also where the files have older names
     (:attr:`~qerl_verl.nvfp4.architectures.Architecture.older_names`).
 
     Raises:
-        CheckpointError: no safetensors, a shard that the index names is missing, a file is damaged.
+        CheckpointError: there are no safetensors, a shard of the index is missing, or a file is
+            damaged.
     """
     weights = _weight_files(path)
     tensors = {}
@@ -605,13 +637,13 @@ def read_headers(path: Path) -> dict[str, TensorInfo]:
                 raise CheckpointError(f"{path / file}: tensor {name}, which {INDEX_FILE} places there, is missing.")
     try:
         architecture = get_architecture(read_config(path))
-    except UnsupportedArchitecture:  # told where the model is asked for
+    except UnsupportedArchitecture:  # reported where the model is requested
         return tensors
     return {architecture.module_name(name): info for name, info in tensors.items()}
 
 
 def _weight_files(path: Path) -> dict[str, list[str]]:
-    """File name -> the tensors that the index places there."""
+    """Returns file name -> the tensors that the index places there."""
     single, index = path / SINGLE_FILE, path / INDEX_FILE
     if not index.exists():
         if single.exists():
@@ -625,7 +657,7 @@ def _weight_files(path: Path) -> dict[str, list[str]]:
     files = {}
     for name, file in weight_map.items():
         files.setdefault(file, []).append(name)
-    if single.exists() and SINGLE_FILE not in files:  # transformers would load the one, vLLM the other
+    if single.exists() and SINGLE_FILE not in files:  # transformers would load one of the two, vLLM the other
         raise CheckpointError(
             f"{path} holds two models, {SINGLE_FILE} and what {INDEX_FILE} lists: give each a folder of its own."
         )
@@ -637,7 +669,8 @@ def _is_weight(name: str) -> bool:
 
 
 def source_files(path: Path) -> list[str]:
-    """The files that make up a checkpoint, relative to it: its safetensors and every visible file that is no weight."""
+    """Returns the files of a checkpoint, relative to it: safetensors and visible files without
+    weights."""
     weights = _weight_files(path)
     names = (file.relative_to(path) for file in sorted(path.rglob("*")) if file.is_file())
     names = (name.as_posix() for name in names if not any(part.startswith(".") for part in name.parts))
@@ -646,7 +679,7 @@ def source_files(path: Path) -> list[str]:
 
 @dataclass(frozen=True)
 class _Unit:
-    """What is read at a time: one tensor that is copied, or linears that share a global scale."""
+    """One unit of reading: a tensor that is copied, or linears that share a global scale."""
 
     sources: tuple[str, ...]
     layout: dict[str, tuple[str, tuple[int, ...]]]  # output name -> (dtype, shape)
@@ -742,10 +775,10 @@ def _write_weights(
 
 @contextlib.contextmanager
 def _worker_pool() -> Iterator[ThreadPoolExecutor]:
-    """As many threads as torch would use, each of them running torch's operators on its own.
+    """Yields a pool of as many threads as torch would use, each running torch operators alone.
 
-    Torch's own threads meet, spinning, after each operator. Where something else wants the cores (Ray starting up, say)
-    that made quantization ten times slower.
+    Torch's own threads spin at a barrier after each operator. Where another process competes for
+    the cores (Ray during its start, for example), that made quantization ten times slower.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -769,10 +802,10 @@ def _write_packed(
 
 
 class _Rounder:
-    """Gives the writer packed linears, by a method that needs nothing but their weights.
+    """Gives the writer packed linears, by a method that needs only their weights.
 
     Attributes:
-        errors: of the linears so far.
+        errors: full name of each linear packed so far -> its error.
     """
 
     def __init__(self, method: str, device: torch.device):
@@ -789,7 +822,8 @@ class _Rounder:
         self._reader.shutdown(cancel_futures=True)
 
     def begin(self, tensors: dict[str, TensorInfo], coming: list[tuple[str, ...]]) -> None:
-        """Read the weights of the units to come in a thread. Not for a CPU, whose cores and memory the units at hand need."""
+        """Read the weights of the units to come in a thread. Not for a CPU, whose cores and memory
+        the units at hand need."""
         for sources in coming if self._device.type != "cpu" else ():
             if sources not in self._weights:
                 self._weights[sources] = self._reader.submit(self._read, tensors, sources)
@@ -800,7 +834,8 @@ class _Rounder:
     def pack(
         self, tensors: dict[str, TensorInfo], sources: tuple[str, ...], pool: ThreadPoolExecutor
     ) -> Iterator[tuple[str, PackedLinear]]:
-        """Linears that share a global scale, one after the other, from the names of their weights."""
+        """Linears that share a global scale, one after the other, from the names of their weights.
+        """
         ahead = self._weights.pop(sources, None)
         weights = ahead.result() if ahead else self._read(tensors, sources)
         amax = [_finite_amax(weight, name, tensors[name]) for name, weight in weights.items()]
@@ -817,7 +852,8 @@ class _Rounder:
 
 
 def _check_exponents(weights: dict[str, torch.Tensor], tensors: dict[str, TensorInfo]) -> None:
-    """Refuse fused linears whose MXFP4 exponents span more than the container of NVFP4 holds, naming the tensor."""
+    """Refuse fused linears whose MXFP4 exponents span more than the container of NVFP4 holds,
+    naming the tensor."""
     lowest, highest = {}, []
     for name, weight in weights.items():
         if weight.shape[1] % MX_BLOCK_SIZE:
@@ -886,7 +922,8 @@ def _finite_amax(tensor: torch.Tensor, name: str, info: TensorInfo) -> torch.Ten
 
 
 def _check_source(path: Path, architecture: Architecture, hf_config: Any) -> dict[str, TensorInfo]:
-    """The headers of a 16- or 32-bit checkpoint, which holds the tensors of its model and no others."""
+    """The headers of a 16- or 32-bit checkpoint, which holds the tensors of its model and no
+    others."""
     tensors = split_experts(read_headers(path), architecture, hf_config)
     shapes = architecture.tensor_shapes(hf_config)
     _check_tensors(path, tensors, shapes, WEIGHT_DTYPES)
@@ -897,8 +934,9 @@ def _check_source(path: Path, architecture: Architecture, hf_config: Any) -> dic
 def split_experts(tensors: dict[str, TensorInfo], architecture: Architecture, hf_config: Any) -> dict[str, TensorInfo]:
     """The tensors of a 16- or 32-bit checkpoint with one matrix for each linear of an expert.
 
-    Where a checkpoint stacks the experts of a layer (``gate_up_proj`` ``[E, 2 I, H]``, ``down_proj`` ``[E, H, I]``), the
-    matrices of one expert lie in one piece each, so they are places in the same files.
+    Where a checkpoint stacks the experts of a layer (``gate_up_proj`` ``[E, 2 I, H]``,
+    ``down_proj`` ``[E, H, I]``), the matrices of one expert lie in one piece each, so they are
+    places in the same files.
 
     Raises:
         CheckpointError: a stack of another shape.
@@ -943,8 +981,8 @@ def _check_names(
 
 
 def _check_tied(head: TensorInfo, embeddings: TensorInfo, name: str) -> None:
-    """vLLM and the actor use the embeddings as output layer where config.json ties the two; transformers does not when
-    they differ (modeling_utils.py, tie_weights)."""
+    """vLLM and the actor use the embeddings as output layer where config.json ties the two;
+    transformers does not when they differ (modeling_utils.py, tie_weights)."""
     same = head.shape == embeddings.shape and head.dtype == embeddings.dtype
     if not same or not all(map(torch.equal, read_pieces(head), read_pieces(embeddings))):
         raise CheckpointError(
@@ -954,8 +992,9 @@ def _check_tied(head: TensorInfo, embeddings: TensorInfo, name: str) -> None:
 
 
 def _check_matched(path: Path, linears: Iterable[str]) -> None:
-    """Refuse a config.json by which vLLM would build some packed linear without NVFP4 (its compressed_tensors/utils.py,
-    should_ignore_layer and find_matched_target): the actor goes by the tensors alone."""
+    """Refuse a config.json by which vLLM would build some packed linear without NVFP4 (its
+    compressed_tensors/utils.py, should_ignore_layer and find_matched_target): the actor goes by the
+    tensors alone."""
     config = read_config(path)
     quantization, ignore = config.get("quantization_config") or config.get("compression_config"), read_ignore(path)
     targets = [
@@ -982,7 +1021,8 @@ def _names(pattern: str, linear: str) -> bool:
 
 
 def _check_scales(tensors: dict[str, TensorInfo], linears: Iterable[str]) -> None:
-    """Refuse scales by which a weight decodes to NaN or Inf, or that a kernel reads in another way."""
+    """Refuse scales by which a weight decodes to NaN or Inf, or that a kernel reads in another way.
+    """
     scales = {f"{linear}.weight_scale": tensors[f"{linear}.weight_scale"] for linear in linears}
     size = sum(info.nbytes for info in scales.values())
     show = size > _ANNOUNCED_SCALES
