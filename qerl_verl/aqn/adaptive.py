@@ -32,10 +32,10 @@ class AdaptiveSigma:
 
         sigma(s + 1) = sigma' * clip(sqrt(target_kl / D), 1 / MAX_FACTOR, MAX_FACTOR)
 
-    within [sigma_end, sigma_start], where D is measured on the samples of step s and sigma' is what those were drawn under. An
-    asynchronous trainer trains on samples of earlier steps; measuring against their sigma and not
-    the step's keeps the loop from running away meanwhile. The first step has ``sigma_end``. The
-    fixed point is D = target_kl.
+    within [sigma_end, sigma_start], where D is measured on the samples of step s and sigma' is what
+    those were drawn under. An asynchronous trainer trains on samples of earlier steps; measuring
+    against their sigma and not the step's keeps the loop from running away meanwhile. The first
+    step has ``sigma_end``. The fixed point is D = target_kl.
 
     Attributes:
         settings: with ``target_kl``.
@@ -49,18 +49,18 @@ class AdaptiveSigma:
         self.sigmas = self.sigmas or {1: self.settings.sigma_end}
 
     def sigma(self, step: int) -> float:
-        """Standard deviation of the noise under which a step samples: the last one that was decided
-        by then."""
+        """Returns the standard deviation of the noise under which a step samples: the last one that
+        was decided by then."""
         if not self.settings.enable:
             return 0.0
         return self.sigmas[max((s for s in self.sigmas if s <= step), default=min(self.sigmas))]
 
     def bounds(self) -> dict[str, float]:
-        """The largest sigma and the smallest, by what is said of them."""
+        """Returns the largest sigma and the smallest, by what is said of them."""
         return {"at most": self.settings.sigma_start, "at least": self.settings.sigma_end}
 
     def update(self, step: int, divergence: float, sigmas_of_samples: Sequence[float]) -> float:
-        """Decide the sigma of ``step + 1``.
+        """Decides the sigma of ``step + 1``.
 
         Args:
             step: the one whose samples were measured.
@@ -86,7 +86,7 @@ class AdaptiveSigma:
         return {"sigmas": {str(step): sigma for step, sigma in self.sigmas.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on as the run that saved ``state``.
+        """Goes on as the run that saved ``state``.
 
         Raises:
             ValueError: not a state of :meth:`state_dict`.

@@ -17,8 +17,8 @@ def measure_samples(
     level: str = "token",
     bounds: tuple[float, float] = (0.0, 2.0),
 ) -> dict[str, float]:
-    """Estimates over the tokens of a batch. With r = clean - sampled and importance weights w =
-    exp(r):
+    """Returns estimates over the tokens of a batch. With r = clean - sampled and importance weights
+    w = exp(r):
 
     - ``entropy``: mean of -sampled, of the policy that sampled, nats a token;
     - ``kl``: mean of w - 1 - r (the k3 estimator, http://joschu.net/blog/kl-approx.html) of

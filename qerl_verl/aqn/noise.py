@@ -39,7 +39,7 @@ def draw_noise(seed: int, step: int, layer: str, size: int, sigma: float) -> tor
 def find_noise_targets(
     model: nn.Module, architecture: Architecture, fused: dict[str, str], prefix: str | None = None
 ) -> dict[str, nn.Module]:
-    """The norms that receive noise, found by the linears beside them.
+    """Returns the norms that receive noise, found by the linears beside them.
 
     ``architecture.noise_targets`` says which norm of a decoder layer feeds, or is fed by, which
     linears; the router and the experts stand in the place of gate and up where a layer has them. A
@@ -60,7 +60,8 @@ def find_noise_targets(
         transformers' model, so the same noise is drawn wherever the model's are others.
 
     Raises:
-        ValueError: a norm without one of the linears that should stand beside it, or no target at all.
+        ValueError: a norm without one of the linears that should stand beside it, or no target at
+            all.
     """
     modules = dict(model.named_modules())
     prefix = prefix or architecture.layer_prefix
@@ -132,7 +133,7 @@ class NoiseTarget:
             raise ValueError(f"noise needs a float32 weight to act on, got {self.live.dtype}")
 
     def effective(self) -> torch.Tensor:
-        """``[hidden]`` float32 on the CPU: what the norm multiplies by without noise."""
+        """Returns ``[hidden]`` float32 on the CPU: what the norm multiplies by without noise."""
         return self.clean.detach().float().cpu() + self.offset
 
 
@@ -158,7 +159,7 @@ class NoiseInjector:
         rounding: str = "none",
         router: bool = False,
     ) -> None:
-        """Make every live weight the effective one plus the noise of ``step``; with ``sigma`` 0
+        """Makes every live weight the effective one plus the noise of ``step``; with ``sigma`` 0
         exactly the effective one.
 
         In place, so captured CUDA graphs see it.
@@ -195,7 +196,7 @@ class NoiseInjector:
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
-        """What acts: standard deviation of the noise, read back from the live weights.
+        """Returns what acts: standard deviation of the noise, read back from the live weights.
 
         Returns:
             ``absolute``: root mean square of live minus clean over all channels of all targets that
@@ -222,8 +223,8 @@ class NoiseInjector:
 
 
 def combine(measured: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """One measurement of several workers' (:meth:`NoiseInjector.measure`). Tensor-parallel ranks
-    and replicas measure the same; pipeline ranks, each the norms of its own layers."""
+    """Returns one measurement of several workers' (:meth:`NoiseInjector.measure`). Tensor-parallel
+    ranks and replicas measure the same; pipeline ranks, each the norms of its own layers."""
     combined = {key: math.sqrt(statistics.fmean(m[key] ** 2 for m in measured)) for key in ("absolute", "relative")}
     for key, pick in (("weight_min", min), ("weight_median", statistics.median), ("weight_max", max)):
         combined[key] = pick([m[key] for m in measured])
@@ -231,7 +232,7 @@ def combine(measured: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def describe_size(sigmas: Mapping[str, float], unit: str, measured: Mapping[str, float]) -> str:
-    """How large noise is on a model, in one line.
+    """Returns how large noise is on a model, in one line.
 
     Args:
         sigmas: what is said of a sigma -> the sigma, in ``unit``, e.g.

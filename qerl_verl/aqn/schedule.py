@@ -12,17 +12,17 @@ from qerl_verl.config.settings import AQNSettings
 class AQNSchedule:
     """sigma by training step.
 
-    ``total_steps`` are cut into K stages of equal length. Stage 0 is without noise. Stage k = 1 .. K-1 has, with
-    t = (k - 1) / (K - 2):
+    ``total_steps`` are cut into K stages of equal length. Stage 0 is without noise. Stage k = 1 ..
+    K-1 has, with t = (k - 1) / (K - 2):
 
     - exponential: sigma_start * (sigma_end / sigma_start) ** t
     - linear: sigma_start + (sigma_end - sigma_start) * t
     - cosine: sigma_end + (sigma_start - sigma_end) * (1 + cos(pi t)) / 2
     - logarithmic: sigma_start + (sigma_end - sigma_start) * log(1 + (e - 1) t)
 
-    Eq. 8 as printed divides by K - 1 and so never reaches sigma_end; with t as above the last stage has exactly sigma_end.
-    With K = 2 the one noisy stage is the last, so it has sigma_end. A run of fewer steps than stages has one stage
-    a step.
+    Eq. 8 as printed divides by K - 1 and so never reaches sigma_end; with t as above the last stage
+    has exactly sigma_end. With K = 2 the one noisy stage is the last, so it has sigma_end. A run of
+    fewer steps than stages has one stage a step.
     """
 
     settings: AQNSettings
@@ -38,13 +38,15 @@ class AQNSchedule:
         return min(self.settings.num_stages, self.total_steps)
 
     def stage(self, step: int) -> int:
-        """Stage of a step. Args: step: 1 .. total_steps, as verl counts (``global_steps``); later ones stay in the last stage."""
+        """Returns the stage of a step. Args: step: 1 .. total_steps, as verl counts
+        (``global_steps``); later ones stay in the last stage."""
         if step < 1:
             raise ValueError(f"training steps count from 1, got {step}")
         return min((step - 1) * self.num_stages // self.total_steps, self.num_stages - 1)
 
     def sigma_of_stage(self, stage: int) -> float:
-        """Standard deviation of the noise in a stage, 0.0 for stage 0 and where the noise is off."""
+        """Returns the standard deviation of the noise in a stage, 0.0 for stage 0 and where the
+        noise is off."""
         s = self.settings
         if stage == 0 or not s.enable:
             return 0.0
@@ -62,10 +64,10 @@ class AQNSchedule:
         raise ValueError(f"unknown schedule {s.schedule!r}")
 
     def sigma(self, step: int) -> float:
-        """Standard deviation of the noise under which a step samples."""
+        """Returns the standard deviation of the noise under which a step samples."""
         return self.sigma_of_stage(self.stage(step))
 
     def bounds(self) -> dict[str, float]:
-        """The first noisy stage's sigma and the last one's, by what is said of them."""
+        """Returns the first noisy stage's sigma and the last one's, by what is said of them."""
         first, last = min(1, self.num_stages - 1), self.num_stages - 1
         return {"in the first noisy stage": self.sigma_of_stage(first), "in the last": self.sigma_of_stage(last)}
