@@ -1,4 +1,5 @@
-"""``qerl cluster --nodes N --gpus G``: wait until a Ray cluster is complete. The Slurm launcher runs it before training."""
+"""``qerl cluster --nodes N --gpus G``: wait until a Ray cluster is complete. The Slurm launcher
+runs it before training."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ REMARK_SECONDS = 15.0
 
 
 def add_cluster(subparsers, common: argparse.ArgumentParser) -> None:
-    """Declare the subcommand."""
+    """Declares the subcommand."""
     parser = subparsers.add_parser(
         "cluster", parents=[common], help="wait until a Ray cluster has so many nodes and GPUs"
     )
@@ -43,7 +44,7 @@ def wait_for_cluster(
     address: str | None = None,
     list_nodes: Callable[[str | None], list[dict]] = _ray_nodes,
 ) -> int:
-    """Wait for a number of nodes and GPUs, saying every 15 seconds how many there are.
+    """Waits for a number of nodes and GPUs, saying every 15 seconds how many there are.
 
     Args:
         nodes: nodes that have to be alive.

@@ -16,7 +16,7 @@ _SETTINGS_SHOWN = 15
 
 
 def add_compare(subparsers, common: argparse.ArgumentParser) -> None:
-    """Declare the subcommand."""
+    """Declares the subcommand."""
     parser = subparsers.add_parser(
         "compare",
         parents=[common],
@@ -37,13 +37,9 @@ def add_compare(subparsers, common: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers")
     parser.add_argument("--png", type=Path, metavar="FILE", help="write the figure")
-    parser.add_argument(
-        "--html", type=Path, metavar="FILE", help="write one page with figure and tables"
-    )
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write one page with figure and tables")
     parser.add_argument("--title", default="", help="of the figure and the page")
-    parser.add_argument(
-        "--reward", default="critic/score/mean", metavar="METRIC", help="default: %(default)s"
-    )
+    parser.add_argument("--reward", default="critic/score/mean", metavar="METRIC", help="default: %(default)s")
     parser.add_argument(
         "--metric",
         action="append",
@@ -72,12 +68,8 @@ def add_compare(subparsers, common: argparse.ArgumentParser) -> None:
         help="count the steps to this reward; repeatable (default: the baseline's last value)",
     )
     parser.add_argument("--up-to", type=_positive, metavar="STEP", help="look at no later step")
-    parser.add_argument(
-        "--min-steps", type=_positive, default=1, metavar="N", help="leave shorter runs out"
-    )
-    parser.add_argument(
-        "--confidence", type=_share, default=0.95, help="of the intervals (default: %(default)s)"
-    )
+    parser.add_argument("--min-steps", type=_positive, default=1, metavar="N", help="leave shorter runs out")
+    parser.add_argument("--confidence", type=_share, default=0.95, help="of the intervals (default: %(default)s)")
     parser.add_argument(
         "--resamples",
         type=_positive,
@@ -85,17 +77,13 @@ def add_compare(subparsers, common: argparse.ArgumentParser) -> None:
         metavar="N",
         help="of the bootstrap (default: %(default)s)",
     )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of the bootstrap (default: %(default)s)"
-    )
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: %(default)s)")
     parser.add_argument(
         "--allow-differences",
         action="store_true",
         help="compare runs with other data, rewards or lengths; every output names the difference",
     )
-    parser.add_argument(
-        "--all", action="store_true", help="print the means over the first and over all steps, too"
-    )
+    parser.add_argument("--all", action="store_true", help="print the means over the first and over all steps, too")
     parser.set_defaults(run=_run)
 
 
@@ -109,9 +97,7 @@ def _positive(text: str) -> int:
 def _odd(text: str) -> int:
     value = _positive(text)
     if value % 2 == 0:
-        raise argparse.ArgumentTypeError(
-            f"{text} is even; a centred average takes an odd number of steps"
-        )
+        raise argparse.ArgumentTypeError(f"{text} is even; a centred average takes an odd number of steps")
     return value
 
 
@@ -160,7 +146,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def show(comparison, everything: bool = False) -> None:
-    """Print the tables; as many arms side by side as the terminal is wide.
+    """Prints the tables; as many arms side by side as the terminal is wide.
 
     Args:
         everything: see :func:`qerl_verl.compare.tables.tables`.
@@ -175,9 +161,7 @@ def show(comparison, everything: bool = False) -> None:
     console = Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH, highlight=False)
 
     def print_table(table) -> None:
-        shown = RichTable(
-            title=escape(table.title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
-        )
+        shown = RichTable(title=escape(table.title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
         for index, head in enumerate(table.head):
             shown.add_column(
                 escape(head),

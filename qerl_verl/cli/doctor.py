@@ -20,7 +20,7 @@ sys.exit(0 if "qerl_verl.plugin" in sys.modules and all("aqn" in node for node i
 
 
 def add_doctor(subparsers, common: argparse.ArgumentParser) -> None:
-    """Declare the subcommand."""
+    """Declares the subcommand."""
     parser = subparsers.add_parser("doctor", parents=[common], help="check that the switch works on this installation")
     parser.set_defaults(run=_run)
 
@@ -30,7 +30,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def checks() -> list[tuple[str, str]]:
-    """What was looked at and what is wrong with it; an empty text means nothing is."""
+    """Returns what was looked at and what is wrong with it; an empty text means nothing is."""
     from qerl_verl.config.checks.plugins import verl_policy_problem, vllm_policy_problem
     from qerl_verl.versions import SUPPORTED, version_problems
 
@@ -64,7 +64,7 @@ def _device_problem() -> str:
 
 
 def kernels() -> str:
-    """Which kernels the NVFP4 layers would run on here, and why none better."""
+    """Returns which kernels the NVFP4 layers would run on here, and why none better."""
     import torch
 
     from qerl_verl.kernels.backends import choose_backend
@@ -74,7 +74,7 @@ def kernels() -> str:
 
 
 def arms() -> list[str]:
-    """One line for each arm: whether its packages are installed."""
+    """Returns one line for each arm: whether its packages are installed."""
     from qerl_verl.config.checks.arms import missing_packages
 
     missing = {name: missing_packages(arm) for name, arm in ARMS.items()}
@@ -84,7 +84,7 @@ def arms() -> list[str]:
 
 
 def doctor() -> int:
-    """Print each check, the kernels that would run and the arms; exit code 1 if a check failed."""
+    """Prints each check, the kernels that would run and the arms; exit code 1 if a check failed."""
     from qerl_verl.versions import untested_versions
 
     results = checks()

@@ -16,7 +16,7 @@ DEFAULT_RESPONSES = Path("responses.jsonl")
 
 
 def add_eval(subparsers, common: argparse.ArgumentParser) -> None:
-    """Declare the subcommand."""
+    """Declares the subcommand."""
     parser = subparsers.add_parser(
         "eval",
         parents=[common],
@@ -115,10 +115,11 @@ def responses_file(arguments: argparse.Namespace) -> Path:
 
 
 def read_settings(arguments: argparse.Namespace):
-    """The settings that the arguments stand for.
+    """Returns the settings that the arguments stand for.
 
     Raises:
-        EvaluationError: arguments that are no JSON or do not go together, or a file that cannot be read.
+        EvaluationError: arguments that are no JSON or do not go together, or a file that cannot be
+            read.
     """
     from qerl_verl.evaluation.engine import EngineSettings
     from qerl_verl.evaluation.run import EvaluationSettings

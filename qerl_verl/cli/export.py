@@ -11,7 +11,7 @@ from qerl_verl.nvfp4.errors import CheckpointError
 
 
 def add_export(subparsers, common: argparse.ArgumentParser) -> None:
-    """Declare the subcommand."""
+    """Declares the subcommand."""
     parser = subparsers.add_parser(
         "export",
         parents=[common],

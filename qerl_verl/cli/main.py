@@ -1,10 +1,10 @@
-"""The ``qerl`` command: ``quantize SRC DST``, ``resolve MODEL``, ``export CHECKPOINT DST``, ``eval MODEL``, ``compare RUN...``,
-``explain NAME``, ``plan NAME``, ``cluster`` and ``doctor``.
+"""The ``qerl`` command: ``quantize SRC DST``, ``resolve MODEL``, ``export CHECKPOINT DST``,
+``eval MODEL``, ``compare RUN...``, ``explain NAME``, ``plan NAME``, ``cluster`` and ``doctor``.
 
-Each subcommand has a file of its own, whose ``add_<name>(subparsers, common)`` declares the arguments and sets ``run``; ``_COMMANDS``
-lists them. ``run(arguments)`` returns the exit code. What the user can put right is raised as CheckpointError,
-CompareError, EvaluationError, ExplainError or OSError and ends in one line on stderr and exit code 2; ``--debug`` shows
-the traceback.
+Each subcommand has a file of its own, whose ``add_<name>(subparsers, common)`` declares the
+arguments and sets ``run``; ``_COMMANDS`` lists them. ``run(arguments)`` returns the exit code. What
+the user can put right is raised as CheckpointError, CompareError, EvaluationError, ExplainError or
+OSError and ends in one line on stderr and exit code 2; ``--debug`` shows the traceback.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ _COMMANDS = (
 
 
 def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse ``argv``; words after an option belong to the words before it.
+    """Parses ``argv``; words after an option belong to the words before it.
 
-    argparse gives a positional argument of any length only what stands in one piece, and its ``parse_intermixed_args``
-    does not work with subcommands.
+    argparse gives a positional argument of any length only what stands in one piece, and its
+    ``parse_intermixed_args`` does not work with subcommands.
     """
     arguments, rest = parser.parse_known_args(argv)
     if rest and (not hasattr(arguments, "words") or any(word.startswith("-") for word in rest)):
@@ -59,7 +59,7 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpa
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
+    """Runs the command line; returns the exit code."""
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser = argparse.ArgumentParser(

@@ -1,4 +1,5 @@
-"""``qerl plan NAME [key=value ...]``: the memory that a run would take, by part, before anything is started."""
+"""``qerl plan NAME [key=value ...]``: the memory that a run would take, by part, before anything is
+started."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from qerl_verl.nvfp4.errors import CheckpointError
 
 
 def add_plan(subparsers, common: argparse.ArgumentParser) -> None:
-    """Declare the subcommand."""
+    """Declares the subcommand."""
     parser = subparsers.add_parser(
         "plan",
         parents=[common],
@@ -28,7 +29,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def show_plan(name: str, overrides: list[str], config_path: str | None, gpu_memory: float | None) -> int:
-    """Print the memory of a run on GPUs; exit code 2 where it does not fit.
+    """Prints the memory of a run on GPUs; exit code 2 where it does not fit.
 
     Args:
         name, overrides, config_path: as for :func:`~qerl_verl.cli.explain.compose_with_keys`.

@@ -1,4 +1,5 @@
-"""``qerl quantize SRC DST``: an NVFP4 copy of a checkpoint; with ``--check DST``, the bytes of one are verified."""
+"""``qerl quantize SRC DST``: an NVFP4 copy of a checkpoint; with ``--check DST``, the bytes of one
+are verified."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from qerl_verl.nvfp4.errors import CheckpointError
 
 
 def add_quantize(subparsers, common: argparse.ArgumentParser) -> None:
-    """Declare the subcommand."""
+    """Declares the subcommand."""
     parser = subparsers.add_parser(
         "quantize",
         parents=[common],
@@ -51,7 +52,7 @@ def add_method(parser: argparse.ArgumentParser) -> None:
 
 
 def read_calibration_files(arguments: argparse.Namespace, model: Path):
-    """The calibration text that the arguments name, in tokens of ``model``."""
+    """Returns the calibration text that the arguments name, in tokens of ``model``."""
     from qerl_verl.nvfp4.calibration import read_calibration
 
     return read_calibration(

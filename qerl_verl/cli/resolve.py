@@ -12,7 +12,7 @@ from qerl_verl.nvfp4.errors import CheckpointError
 
 
 def add_resolve(subparsers, common: argparse.ArgumentParser) -> None:
-    """Declare the subcommand."""
+    """Declares the subcommand."""
     parser = subparsers.add_parser(
         "resolve",
         parents=[common],
