@@ -35,8 +35,8 @@ class Grouping:
 
 
 def split_seed(name: str, folder: str = "") -> tuple[str, int | None]:
-    """An arm and a seed: ``nvfp4_s1``, ``nvfp4-seed1`` and a run ``seed1`` in the folder ``nvfp4``
-    are seed 1 of ``nvfp4``. A name without a seed at its end is an arm."""
+    """Returns an arm and a seed: ``nvfp4_s1``, ``nvfp4-seed1`` and a run ``seed1`` in the folder
+    ``nvfp4`` are seed 1 of ``nvfp4``. A name without a seed at its end is an arm."""
     if match := _SEED_SUFFIX.match(name):
         return match.group(1), int(match.group(2))
     if folder and (match := _ONLY_SEED.match(name)):
@@ -45,7 +45,7 @@ def split_seed(name: str, folder: str = "") -> tuple[str, int | None]:
 
 
 def group_runs(arguments: Sequence[str]) -> Grouping:
-    """Read the runs that the arguments name and group them.
+    """Reads the runs that the arguments name and groups them.
 
     Args:
         arguments: files or folders; or ``ARM=GLOB``, whose matches are runs of that arm. An arm may
@@ -73,9 +73,7 @@ def group_runs(arguments: Sequence[str]) -> Grouping:
             )
     files_in = Counter(file.parent for _, _, file in unique)
     files_of = Counter(place for _, place, _ in unique)
-    names = _unique_names(
-        [(_name(place, file, files_in, files_of), file) for _, place, file in unique]
-    )
+    names = _unique_names([(_name(place, file, files_in, files_of), file) for _, place, file in unique])
     arms: dict[str, list[Run]] = {}
     automatic: set[str] = set()
     for (arm, _, file), name in zip(unique, names, strict=True):
@@ -85,9 +83,7 @@ def group_runs(arguments: Sequence[str]) -> Grouping:
         if arm is None:
             automatic.add(by_name)
         seed = find_seed(settings) if seed is None else seed
-        arms.setdefault(arm or by_name, []).append(
-            Run(name, file, steps, run_notes, settings, seed)
-        )
+        arms.setdefault(arm or by_name, []).append(Run(name, file, steps, run_notes, settings, seed))
     for runs in arms.values():
         runs.sort(key=lambda run: (run.seed is None, run.seed or 0, run.name))
     return Grouping(arms, _describe(arms, automatic))
@@ -113,7 +109,7 @@ def _expand(pattern: str, argument: str) -> list[Path]:
 
 
 def _name(place: Path, file: Path, files_in: Counter, files_of: Counter) -> str:
-    """The argument's name where it names one run, else what tells its runs apart."""
+    """Returns the argument's name where it names one run, else what tells its runs apart."""
     if place.is_dir() and files_of[place] == 1:
         return place.resolve().name
     if files_in[file.parent] == 1 and (place.is_dir() or _is_plain(file)):
@@ -123,11 +119,7 @@ def _name(place: Path, file: Path, files_in: Counter, files_of: Counter) -> str:
 
 def _stem(file: Path) -> str:
     """Without the suffix, where it is one: a dot is usual in names of runs, too."""
-    return (
-        file.name[: -len(file.suffix)]
-        if file.suffix in (".jsonl", ".log", ".txt", ".out")
-        else file.name
-    )
+    return file.name[: -len(file.suffix)] if file.suffix in (".jsonl", ".log", ".txt", ".out") else file.name
 
 
 def _is_plain(file: Path) -> bool:
@@ -135,7 +127,7 @@ def _is_plain(file: Path) -> bool:
 
 
 def _unique_names(named: list[tuple[str, Path]]) -> list[str]:
-    """Names that occur more than once get the name of the folder above in front."""
+    """Returns the names that occur more than once get the name of the folder above in front."""
     counts = Counter(name for name, _ in named)
     out = []
     for name, file in named:
@@ -143,18 +135,13 @@ def _unique_names(named: list[tuple[str, Path]]) -> list[str]:
         above = folder.parent if folder.name == name else folder
         out.append(f"{above.name}/{name}" if counts[name] > 1 else name)
     still = Counter(out)
-    return [
-        str(file) if still[name] > 1 else name for name, (_, file) in zip(out, named, strict=True)
-    ]
+    """Puts the name of the folder above in front of names that occur more than once."""
 
 
 def _describe(arms: dict[str, list[Run]], automatic: set[str]) -> list[str]:
     out = []
     if grouped := [arm for arm in arms if arm in automatic and len(arms[arm]) > 1]:
-        out.append(
-            "grouped by their names without the seed (ARM=GLOB groups by hand): "
-            + ", ".join(grouped)
-        )
+        out.append("grouped by their names without the seed (ARM=GLOB groups by hand): " + ", ".join(grouped))
     for arm, runs in arms.items():
         counts = Counter(run.seed for run in runs if run.seed is not None)
         if same := [seed for seed, count in counts.items() if count > 1]:

@@ -126,14 +126,12 @@ class Comparison:
     options: Options
 
     def group(self, group: str) -> list[Quantity]:
-        """The quantities of one table."""
+        """Returns the quantities of one table."""
         return [q for q in self.quantities if q.group == group]
 
 
-def compare(
-    arms: Mapping[str, list[Run]], options: Options, notes: Sequence[str] = ()
-) -> Comparison:
-    """Compare arms.
+def compare(arms: Mapping[str, list[Run]], options: Options, notes: Sequence[str] = ()) -> Comparison:
+    """Compares arms.
 
     Args:
         arms: arm -> its runs, see :func:`qerl_verl.compare.arms.group_runs`.
@@ -159,14 +157,10 @@ def compare(
     _add_policy(builder, arms, steps, window, options)
     _add_seconds(builder, arms, steps)
     curves = _curves(arms, steps, options)
-    return Comparison(
-        arms, baseline, steps, window, builder.quantities, curves, agreement, said, options
-    )
+    return Comparison(arms, baseline, steps, window, builder.quantities, curves, agreement, said, options)
 
 
-def _with_enough_steps(
-    arms: Mapping[str, list[Run]], options: Options
-) -> tuple[dict[str, list[Run]], list[str]]:
+def _with_enough_steps(arms: Mapping[str, list[Run]], options: Options) -> tuple[dict[str, list[Run]], list[str]]:
     kept, notes = {}, []
     for arm, runs in arms.items():
         for run in runs:
@@ -175,8 +169,7 @@ def _with_enough_steps(
                 kept.setdefault(arm, []).append(run)
             elif trained or options.min_steps > 1:
                 notes.append(
-                    f"{run.name} is left out: it has {trained} training steps "
-                    f"(--min-steps {options.min_steps})"
+                    f"{run.name} is left out: it has {trained} training steps (--min-steps {options.min_steps})"
                 )
             else:
                 raise CompareError(f"{run.path} {_why_no_steps(run, options.reward)}")
@@ -187,10 +180,7 @@ def _with_enough_steps(
 
 def _why_no_steps(run: Run, reward: str) -> str:
     if reward == SCORE:
-        return (
-            f"logged no training step (no {SCORE}): leave it out, or give --reward METRIC where it "
-            "has another name"
-        )
+        return f"logged no training step (no {SCORE}): leave it out, or give --reward METRIC where it has another name"
     near = [key for key in sorted(run.metrics()) if key.split("/")[0] == reward.split("/")[0]]
     return f"did not log --reward {reward}; it has {', '.join(near) or 'nothing under that name'}"
 
@@ -227,14 +217,9 @@ def _common_steps(arms: Mapping[str, list[Run]], options: Options) -> tuple[list
             f"end{'s' if len(shortest) == 1 else ''} there, the longest at {max(last.values())}. "
             "--min-steps leaves short runs out"
         )
-    missing = {
-        n: len([x for x in range(steps[0], steps[-1] + 1) if x not in s]) for n, s in sets.items()
-    }
+    missing = {n: len([x for x in range(steps[0], steps[-1] + 1) if x not in s]) for n, s in sets.items()}
     if gaps := {name: count for name, count in missing.items() if count}:
-        notes.append(
-            "steps that are missing: "
-            + ", ".join(f"{count} in {name}" for name, count in gaps.items())
-        )
+        notes.append("steps that are missing: " + ", ".join(f"{count} in {name}" for name, count in gaps.items()))
     return steps, notes
 
 
@@ -252,9 +237,7 @@ def _about_seeds(arms: Mapping[str, list[Run]], agreement: Agreement) -> list[st
     if single := [arm for arm, runs in arms.items() if len(runs) == 1]:
         out.append(f"one run only, so no interval: {_join(single, 8)}")
     if few := [arm for arm, runs in arms.items() if 1 < len(runs) < FEW_SEEDS]:
-        out.append(
-            f"with fewer than {FEW_SEEDS} runs a bootstrap interval is too narrow: {_join(few, 8)}"
-        )
+        out.append(f"with fewer than {FEW_SEEDS} runs a bootstrap interval is too narrow: {_join(few, 8)}")
     if agreement.unknown:
         out.append(
             "settings not known, so not checked for the same data, reward and lengths: "
@@ -271,10 +254,8 @@ class _Builder:
         self.arms, self.baseline, self.bootstrap = arms, baseline, bootstrap
         self.quantities: list[Quantity] = []
 
-    def add(
-        self, id: str, group: str, label: str, of: Callable[[Run], float], steps: bool = False
-    ) -> None:
-        """Add a quantity unless no run has it.
+    def add(self, id: str, group: str, label: str, of: Callable[[Run], float], steps: bool = False) -> None:
+        """Adds a quantity unless no run has it.
 
         Args:
             of: the value of one run, NaN where it has none.
@@ -283,12 +264,8 @@ class _Builder:
         if all(math.isnan(v) for by_run in values.values() for v in by_run.values()):
             return
         estimate = self.bootstrap.median if steps else self.bootstrap.mean
-        intervals = {
-            arm: estimate(np.array(list(by_run.values())), arm) for arm, by_run in values.items()
-        }
-        differences = {
-            arm: self._difference(values, arm, steps) for arm in self.arms if arm != self.baseline
-        }
+        intervals = {arm: estimate(np.array(list(by_run.values())), arm) for arm, by_run in values.items()}
+        differences = {arm: self._difference(values, arm, steps) for arm in self.arms if arm != self.baseline}
         self.quantities.append(Quantity(id, group, label, steps, values, intervals, differences))
 
     def _difference(self, values: dict[str, dict[str, float]], arm: str, steps: bool) -> Difference:
@@ -299,9 +276,7 @@ class _Builder:
         if len(common) >= 2:
             pairs = np.array([one[seed] - other[seed] for seed in common])
             return Difference(self.bootstrap.paired_difference(pairs, arm), tuple(common))
-        return Difference(
-            self.bootstrap.difference(values[arm], values[self.baseline], (arm, self.baseline))
-        )
+        return Difference(self.bootstrap.difference(values[arm], values[self.baseline], (arm, self.baseline)))
 
     def _by_seed(self, values: dict[str, dict[str, float]], arm: str) -> dict[int, float]:
         found = {run.seed: values[arm][run.name] for run in self.arms[arm] if run.seed is not None}
@@ -322,7 +297,8 @@ def _median(run: Run, metric: str, steps: list[int]) -> float:
 
 
 def area(values: np.ndarray, steps: list[int]) -> float:
-    """Area under a curve by the trapezoidal rule, divided by the width: the mean height.
+    """Returns the area under a curve by the trapezoidal rule, divided by the width: the mean
+    height.
 
     Args:
         values: ``[len(steps)]``; NaN is left out.
@@ -335,7 +311,8 @@ def area(values: np.ndarray, steps: list[int]) -> float:
 
 
 def first_step_at(values: np.ndarray, steps: list[int], level: float, smooth: int) -> float:
-    """The first step whose moving average is ``level`` or more; infinite where there is none."""
+    """Returns the first step whose moving average is ``level`` or more; infinite where there is
+    none."""
     reached = np.flatnonzero(moving_average(values, smooth) >= level)
     return float(steps[reached[0]]) if len(reached) else math.inf
 
@@ -377,9 +354,7 @@ def _add_rewards(
             f"{REWARD}/reach/{level:.6g}",
             REWARD,
             text,
-            lambda run, level=level: first_step_at(
-                run.series(reward, steps), steps, level, options.smooth
-            ),
+            lambda run, level=level: first_step_at(run.series(reward, steps), steps, level, options.smooth),
             steps=True,
         )
     keys = {key for runs in arms.values() for run in runs for key in run.metrics()}
@@ -432,14 +407,10 @@ def _add_policy(
 def _add_seconds(builder: _Builder, arms: Mapping[str, list[Run]], steps: list[int]) -> None:
     keys = {key for runs in arms.values() for run in runs for key in run.metrics()}
     for key in [names.STEP_SECONDS, *names.second_keys(keys)]:
-        builder.add(
-            key, TIME, key.removeprefix("timing_s/"), lambda run, k=key: _median(run, k, steps)
-        )
+        builder.add(key, TIME, key.removeprefix("timing_s/"), lambda run, k=key: _median(run, k, steps))
 
 
-def _curves(
-    arms: Mapping[str, list[Run]], steps: list[int], options: Options
-) -> dict[str, dict[str, Curve]]:
+def _curves(arms: Mapping[str, list[Run]], steps: list[int], options: Options) -> dict[str, dict[str, Curve]]:
     keys = {key for runs in arms.values() for run in runs for key in run.metrics()}
     wanted = [options.reward, *names.validation_keys(keys), *names.PANELS, *options.more]
     out: dict[str, dict[str, Curve]] = {}
@@ -468,7 +439,7 @@ def _curve(runs: list[Run], key: str, arm: str, smooth: int, options: Options) -
 
 
 def to_json(comparison: Comparison) -> dict[str, Any]:
-    """The comparison as JSON has it; what is not a finite number is null."""
+    """Returns the comparison as JSON has it; what is not a finite number is null."""
 
     def number(value: float) -> float | None:
         return float(value) if math.isfinite(value) else None
@@ -516,13 +487,11 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
                 "label": q.label,
                 "statistic": "median" if q.steps else "mean",
                 "arms": {
-                    arm: interval(i)
-                    | {"by_run": {name: number(v) for name, v in q.values[arm].items()}}
+                    arm: interval(i) | {"by_run": {name: number(v) for name, v in q.values[arm].items()}}
                     for arm, i in q.arms.items()
                 },
                 "differences": {
-                    arm: interval(d.interval)
-                    | {"p": number(d.interval.p), "paired_seeds": list(d.paired)}
+                    arm: interval(d.interval) | {"p": number(d.interval.p), "paired_seeds": list(d.paired)}
                     for arm, d in q.differences.items()
                 },
             }

@@ -20,7 +20,7 @@ _DASHES = ("-", "--", ":", "-.")
 
 
 def draw(comparison: Comparison, title: str = "") -> bytes:
-    """The figure as a PNG.
+    """Returns the figure as a PNG.
 
     Raises:
         CompareError: matplotlib is not installed.
@@ -68,23 +68,16 @@ def draw(comparison: Comparison, title: str = "") -> bytes:
 
 
 def write(comparison: Comparison, path: Path, title: str = "") -> None:
-    """Write the figure; see :func:`draw`."""
+    """Writes the figure; see :func:`draw`."""
     path.write_bytes(draw(comparison, title))
 
 
 def _caption(comparison: Comparison) -> list[str]:
     options = comparison.options
-    smooth = (
-        f"centred moving average of {options.smooth} steps"
-        if options.smooth > 1
-        else "not smoothed"
-    )
+    smooth = f"centred moving average of {options.smooth} steps" if options.smooth > 1 else "not smoothed"
     lines = [f"Curves: mean over runs, {smooth} (validation and sigma: not smoothed)"]
     if any(len(runs) > 1 for runs in comparison.arms.values()):
-        lines[0] += (
-            f"; bands: {options.bootstrap.confidence:.0%} bootstrap interval over runs, step by "
-            "step"
-        )
+        lines[0] += f"; bands: {options.bootstrap.confidence:.0%} bootstrap interval over runs, step by step"
     if single := [arm for arm, runs in comparison.arms.items() if len(runs) == 1]:
         lines.append(f"One run, so no band: {', '.join(single)}")
     lines += [f"NOT THE SAME: {conflict}" for conflict in comparison.agreement.conflicts]
@@ -92,7 +85,7 @@ def _caption(comparison: Comparison) -> list[str]:
 
 
 def _panels(comparison: Comparison) -> list[list[str]]:
-    """The metrics of each panel; the scheduled sigma shares that of the acting one."""
+    """Returns the metrics of each panel; the scheduled sigma shares that of the acting one."""
     out = []
     for key, by_arm in comparison.curves.items():
         twin = names.TWINS.get(key)
@@ -100,11 +93,7 @@ def _panels(comparison: Comparison) -> list[list[str]]:
             continue
         if key == names.SIGMA and names.SIGMA_EFFECTIVE in comparison.curves:
             continue
-        out.append(
-            [key, names.SIGMA]
-            if key == names.SIGMA_EFFECTIVE and names.SIGMA in comparison.curves
-            else [key]
-        )
+        out.append([key, names.SIGMA] if key == names.SIGMA_EFFECTIVE and names.SIGMA in comparison.curves else [key])
     return out
 
 
@@ -165,9 +154,7 @@ def _draw_seconds(axis, comparison: Comparison, parts: list) -> None:
         )
         left += values
     if total is not None:
-        rest = np.maximum(
-            0.0, np.nan_to_num([total.arms[arm].value for arm in comparison.arms]) - left
-        )
+        rest = np.maximum(0.0, np.nan_to_num([total.arms[arm].value for arm in comparison.arms]) - left)
         axis.barh(range(len(left)), rest, left=left, label="other", color="lightgrey", height=0.6)
     axis.set_yticks(range(len(left)), list(comparison.arms))
     axis.invert_yaxis()

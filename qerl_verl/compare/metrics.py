@@ -49,9 +49,7 @@ POLICY = (
     Metric("qerl/sampling_kl", "KL(sampling || clean), k3", "nats a token"),
     Metric("rollout_corr/k3_kl", "KL(rollout || actor), k3 of verl", "nats a token"),
     Metric("qerl/effective_sample_size", "effective sample size", "share"),
-    Metric(
-        "rollout_corr/rollout_is_eff_sample_size", "effective sample size after truncation", "share"
-    ),
+    Metric("rollout_corr/rollout_is_eff_sample_size", "effective sample size after truncation", "share"),
     Metric("qerl/truncated_weights", "truncated weights", "share"),
     Metric("rollout_corr/rollout_is_ratio_fraction_high", "weights above the threshold", "share"),
     Metric("training/rollout_probs_diff_mean", "|rollout - actor| probability"),
@@ -89,7 +87,7 @@ REWARDS = (Metric(SCORE, "reward"), Metric("critic/rewards/mean", "reward with K
 
 
 def find_metric(key: str) -> Metric:
-    """The metric with this name; one that is not in the tables is shown under its own name."""
+    """Returns the metric with this name; one that is not in the tables is shown under its own name."""
     if key == STEP_SECONDS:
         return Metric(key, "seconds a step", "s")
     if VALIDATION.match(key):
@@ -104,5 +102,5 @@ def validation_keys(keys: Iterable[str]) -> list[str]:
 
 
 def second_keys(keys: Iterable[str]) -> list[str]:
-    """The parts of a step's seconds among ``keys``."""
+    """Returns the parts of a step's seconds among ``keys``."""
     return sorted(key for key in keys if SECONDS.match(key))

@@ -24,7 +24,7 @@ img { max-width: 100%; height: auto; }
 
 
 def page(comparison: Comparison, picture: bytes, title: str = "") -> str:
-    """The page.
+    """Returns the page.
 
     Args:
         picture: a PNG, see :func:`qerl_verl.compare.figure.draw`.
@@ -32,13 +32,10 @@ def page(comparison: Comparison, picture: bytes, title: str = "") -> str:
     """
     heading = html.escape(title or f"Comparison of {', '.join(comparison.arms)}")
     conflicts = "".join(
-        f'<p class="conflict"><b>Not the same:</b> {html.escape(c)}</p>'
-        for c in comparison.agreement.conflicts
+        f'<p class="conflict"><b>Not the same:</b> {html.escape(c)}</p>' for c in comparison.agreement.conflicts
     )
     notes = [note for note in comparison.notes if not note.startswith("NOT THE SAME")]
-    listed = "".join(
-        f"<li>{html.escape(text)}</li>" for text in (*explain_intervals(comparison), *notes)
-    )
+    listed = "".join(f"<li>{html.escape(text)}</li>" for text in (*explain_intervals(comparison), *notes))
     image = base64.b64encode(picture).decode("ascii")
     shown = [*tables(comparison, everything=True), *filter(None, [settings_table(comparison)])]
     return (
@@ -51,14 +48,11 @@ def page(comparison: Comparison, picture: bytes, title: str = "") -> str:
 
 
 def write(comparison: Comparison, path: Path, picture: bytes, title: str = "") -> None:
-    """Write the page; see :func:`page`."""
+    """Writes the page; see :func:`page`."""
     path.write_text(page(comparison, picture, title), encoding="utf-8")
 
 
 def _table(table: Table) -> str:
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in table.head)
-    rows = "\n".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
-        for row in table.rows
-    )
+    rows = "\n".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in table.rows)
     return f"<h2>{html.escape(table.title)}</h2>\n<table><tr>{head}</tr>\n{rows}</table>"

@@ -33,9 +33,7 @@ LOG_NAMES = ("log", *(f"*{suffix}" for suffix in _LOG_SUFFIXES))
 """Console logs in a folder that holds no file of verl's ``file`` logger."""
 
 _CONSOLE_STEP = re.compile(r"(?<![\w/])step:(\d+) - (.*)")
-_CONSOLE_VALUE = re.compile(
-    r"^(\S.*?):(?:np\.\w+\()?([-+]?(?:\d[\d.]*(?:[eE][-+]?\d+)?|inf|nan))\)?\s*$"
-)
+_CONSOLE_VALUE = re.compile(r"^(\S.*?):(?:np\.\w+\()?([-+]?(?:\d[\d.]*(?:[eE][-+]?\d+)?|inf|nan))\)?\s*$")
 
 
 @dataclass
@@ -59,21 +57,21 @@ class Run:
     seed: int | None = None
 
     def training_steps(self, metric: str = SCORE) -> list[int]:
-        """The steps that logged ``metric``, in order."""
+        """Returns the steps that logged ``metric``, in order."""
         return sorted(step for step, values in self.steps.items() if metric in values)
 
     def series(self, metric: str, steps: list[int]) -> np.ndarray:
-        """``[len(steps)]`` float64, NaN where a step did not log ``metric``."""
+        """Returns ``[len(steps)]`` float64, NaN where a step did not log ``metric``."""
         values = [self.steps.get(step, {}).get(metric, math.nan) for step in steps]
         return np.array(values, dtype=np.float64)
 
     def metrics(self) -> set[str]:
-        """Names of all metrics that the run logged at any step."""
+        """Returns the names of all metrics that the run logged at any step."""
         return set().union(*self.steps.values())
 
 
 def find_metrics_files(path: Path) -> list[Path]:
-    """The files of the runs that a RUN argument names.
+    """Returns the files of the runs that a RUN argument names.
 
     Args:
         path: a file; or a folder, which is searched itself and, where it holds none, its
@@ -102,12 +100,12 @@ def find_metrics_files(path: Path) -> list[Path]:
 
 
 def find_logs(folder: Path) -> list[Path]:
-    """Files that are console logs by their names, sorted."""
+    """Returns the files that are console logs by their names, sorted."""
     return sorted({p for name in LOG_NAMES for p in folder.glob(name) if p.is_file()})
 
 
 def find_parts(path: Path) -> list[Path]:
-    """What the run logged before it resumed, the oldest first: ``<stem>.N.jsonl`` beside
+    """Returns what the run logged before it resumed, the oldest first: ``<stem>.N.jsonl`` beside
     ``<stem>.jsonl``, and beside a part those with lower numbers."""
     if path.suffix in _LOG_SUFFIXES:
         return []
@@ -121,7 +119,7 @@ def find_parts(path: Path) -> list[Path]:
 
 
 def _split_part(path: Path) -> tuple[str, int | None]:
-    """The stem without the number of a part, and that number; None for the newest file.
+    """Returns the stem without the number of a part, and that number; None for the newest file.
 
     A name may end in a number of its own, as ``sigma_0.01``. So a number is that of a part only
     where the run's newest file or its record is there.
@@ -135,7 +133,7 @@ def _split_part(path: Path) -> tuple[str, int | None]:
 
 
 def next_part(path: Path) -> Path:
-    """The name under which ``<stem>.jsonl`` becomes the newest of its parts."""
+    """Returns the name under which ``<stem>.jsonl`` becomes the newest of its parts."""
     number = 0
     while (part := path.with_name(f"{path.stem}.{number}{METRICS_SUFFIX}")).exists():
         number += 1
@@ -156,8 +154,8 @@ def _has_metrics(path: Path) -> bool:
 
 
 def _entries(path: Path) -> Iterator[tuple[str, Any]]:
-    """Pairs of a kind and what belongs to it: ``entry`` with (step, values), ``damaged`` with
-    whether the line has an end."""
+    """Yields the pairs of a kind and what belongs to it: ``entry`` with (step, values), ``damaged``
+    with whether the line has an end."""
     with path.open("rb") as file:
         for raw in file:
             line = raw.decode("utf-8", errors="replace").rstrip()
@@ -168,11 +166,7 @@ def _entries(path: Path) -> Iterator[tuple[str, Any]]:
                     if line.startswith('{"step"'):
                         yield "damaged", raw.endswith(b"\n")
                     continue
-                if (
-                    isinstance(entry, dict)
-                    and isinstance(entry.get("data"), dict)
-                    and _is_step(entry.get("step"))
-                ):
+                if isinstance(entry, dict) and isinstance(entry.get("data"), dict) and _is_step(entry.get("step")):
                     yield "entry", (entry["step"], _numbers(entry["data"]))
             elif match := _CONSOLE_STEP.search(line):
                 if values := _console_values(match.group(2)):
@@ -186,9 +180,7 @@ prefix (trainer_base.py, rename_dict)."""
 
 def _aliases(values: dict[str, float]) -> dict[str, float]:
     prefix = f"{_BYPASS}rollout_corr/"
-    return {
-        key.removeprefix(_BYPASS): value for key, value in values.items() if key.startswith(prefix)
-    }
+    return {key.removeprefix(_BYPASS): value for key, value in values.items() if key.startswith(prefix)}
 
 
 def _is_step(value: Any) -> bool:
@@ -196,7 +188,8 @@ def _is_step(value: Any) -> bool:
 
 
 def _numbers(data: dict[str, Any]) -> dict[str, float]:
-    """Numbers as floats; orjson writes NaN and infinities as null. Anything else is left out."""
+    """Returns the numbers as floats; orjson writes NaN and infinities as null. Anything else is
+    left out."""
     out = {}
     for key, value in data.items():
         if value is None:
@@ -215,7 +208,7 @@ def _console_values(text: str) -> dict[str, float]:
 
 
 def read_steps(path: Path) -> tuple[dict[int, dict[str, float]], list[str]]:
-    """The metrics by step, and notes about what was left out.
+    """Returns the metrics by step, and notes about what was left out.
 
     A run that resumed logs steps again that were logged before it was interrupted. From the first
     step that repeats, what was logged earlier belongs to updates that were lost, and only the later
@@ -235,17 +228,14 @@ def read_steps(path: Path) -> tuple[dict[int, dict[str, float]], list[str]]:
             cut_off += not what
             continue
         step, values = what
-        lost = {
-            s for s in steps if s > step or (s == step and SCORE in values and SCORE in steps[s])
-        }
+        lost = {s for s in steps if s > step or (s == step and SCORE in values and SCORE in steps[s])}
         repeated |= lost
         for s in lost:
             del steps[s]
         steps.setdefault(step, {}).update(_aliases(values) | values)
     if not steps:
         raise CompareError(
-            f"{path} holds no metrics of a verl run: neither lines of verl's file logger nor "
-            "`step:N - key:value` lines"
+            f"{path} holds no metrics of a verl run: neither lines of verl's file logger nor `step:N - key:value` lines"
         )
     notes = []
     if repeated:

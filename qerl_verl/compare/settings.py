@@ -90,7 +90,7 @@ _SEEDS = (
 
 
 def read_settings(path: Path, alone: bool) -> dict[str, Any] | None:
-    """The configuration of the run whose metrics are in ``path``, by dotted keys.
+    """Returns the configuration of the run whose metrics are in ``path``, by dotted keys.
 
     Args:
         path: a metrics file or a console log.
@@ -143,9 +143,7 @@ def _hydra_settings(folder: Path) -> dict[str, Any] | None:
     return None
 
 
-_PRINTED_START = re.compile(
-    r"^(\x1b\[\d+m\(TaskRunner\w* pid=\d+[^)]*\)\x1b\[0m |\(TaskRunner\w* pid=\d+[^)]*\) )?\{'"
-)
+_PRINTED_START = re.compile(r"^(\x1b\[\d+m\(TaskRunner\w* pid=\d+[^)]*\)\x1b\[0m |\(TaskRunner\w* pid=\d+[^)]*\) )?\{'")
 _PRINTED_LINES = 5000
 
 
@@ -182,7 +180,8 @@ def _flatten(node: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _normalize(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """One form for all sources: a single data file is a list of one, and :data:`MODEL` is set."""
+    """Returns one form for all sources: a single data file is a list of one, and :data:`MODEL` is
+    set."""
     out = dict(settings)
     for key in ("data.train_files", "data.val_files"):
         if isinstance(out.get(key), str):
@@ -193,7 +192,7 @@ def _normalize(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def find_seed(settings: Mapping[str, Any] | None) -> int | None:
-    """The first seed that the user can set in verl's configuration and that has a value."""
+    """Returns the first seed that the user can set in verl's configuration and that has a value."""
     values = ((settings or {}).get(key) for key in _SEEDS)
     return next((v for v in values if isinstance(v, int) and not isinstance(v, bool)), None)
 
@@ -214,15 +213,13 @@ class Agreement:
 
 
 def compare_settings(arms: Mapping[str, list[Run]]) -> Agreement:
-    """Compare the settings of all runs whose settings are known. A key that a run's configuration
+    """Compares the settings of all runs whose settings are known. A key that a run's configuration
     lacks, as that of another version of verl, is not compared for this run.
 
     Args:
         arms: arm -> its runs.
     """
-    out = Agreement(
-        unknown=[run.name for runs in arms.values() for run in runs if run.settings is None]
-    )
+    out = Agreement(unknown=[run.name for runs in arms.values() for run in runs if run.settings is None])
     known = {arm: [run for run in runs if run.settings is not None] for arm, runs in arms.items()}
     everything = [run for runs in known.values() for run in runs]
     keys = sorted({key for run in everything for key in run.settings if _is_compared(key)})
@@ -232,9 +229,7 @@ def compare_settings(arms: Mapping[str, list[Run]]) -> Agreement:
             continue
         mixed = {arm: runs for arm, runs in having.items() if len(_by_value(runs, key)) > 1}
         if _must_agree(key):
-            out.conflicts.append(
-                _disagreement(key, [run for runs in having.values() for run in runs])
-            )
+            out.conflicts.append(_disagreement(key, [run for runs in having.values() for run in runs]))
         elif mixed:
             out.conflicts += [
                 f"the runs of arm {arm} are not seeds of one arm, give each its own (ARM=GLOB): "
@@ -242,9 +237,7 @@ def compare_settings(arms: Mapping[str, list[Run]]) -> Agreement:
                 for arm, runs in mixed.items()
             ]
         else:
-            out.differing[key] = {
-                arm: runs[0].settings[key] for arm, runs in having.items() if runs
-            }
+            out.differing[key] = {arm: runs[0].settings[key] for arm, runs in having.items() if runs}
     return out
 
 
@@ -257,33 +250,29 @@ def _must_agree(key: str) -> bool:
 
 
 def _by_value(runs: list[Run], key: str) -> list[list[Run]]:
-    """The runs, grouped by what counts as the same value: of files their content, where the records
-    of all runs have it. A model under two paths is the same where its bytes are; under one path it
-    is also the same in two arms, which quantize it differently."""
+    """Returns the runs, grouped by what counts as the same value: of files their content, where the
+    records of all runs have it. A model under two paths is the same where its bytes are; under one
+    path it is also the same in two arms, which quantize it differently."""
     content = f"{key}{CONTENT}"
     if runs and all(run.settings.get(content) for run in runs):
         if key != MODEL or len({run.settings[key] for run in runs}) > 1:
             key = content
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        groups.setdefault(json.dumps(run.settings[key], sort_keys=True, default=str), []).append(
-            run
-        )
+        groups.setdefault(json.dumps(run.settings[key], sort_keys=True, default=str), []).append(run)
     return list(groups.values())
 
 
 def _disagreement(key: str, runs: list[Run]) -> str:
     said = []
     for group in _by_value(runs, key):
-        names = ", ".join(run.name for run in group[:3]) + (
-            f" and {len(group) - 3} more" if len(group) > 3 else ""
-        )
+        names = ", ".join(run.name for run in group[:3]) + (f" and {len(group) - 3} more" if len(group) > 3 else "")
         said.append(f"{show_value(group[0].settings[key])} ({names})")
     return f"{key} is {' and '.join(said)}"
 
 
 def show_value(value: Any) -> str:
-    """A setting's value for a sentence or a table."""
+    """Returns a setting's value for a sentence or a table."""
     if isinstance(value, list):
         return ", ".join(map(str, value))
     return "null" if value is None else str(value)

@@ -56,8 +56,8 @@ class Bootstrap:
     seed: int = 0
 
     def _counts(self, runs: int, name: str) -> np.ndarray:
-        """``[samples, runs]`` float64: how often each run is drawn. ``name`` keeps the draws of two
-        arms independent."""
+        """Returns ``[samples, runs]`` float64: how often each run is drawn. ``name`` keeps the
+        draws of two arms independent."""
         rng = np.random.default_rng([self.seed, zlib.crc32(name.encode())])
         return rng.multinomial(runs, np.full(runs, 1 / runs), size=self.samples).astype(np.float64)
 
@@ -78,8 +78,8 @@ class Bootstrap:
         return Interval(float(values.mean()), float(low), float(high), len(values))
 
     def median(self, values: np.ndarray, name: str) -> Interval:
-        """The lower median of ``[runs]``, for values of which some are infinite: a run that has not
-        reached something counts as later than all others."""
+        """Returns the lower median of ``[runs]``, for values of which some are infinite: a run that
+        has not reached something counts as later than all others."""
         values = np.sort(values[~np.isnan(values)])
         if len(values) == 0:
             return Interval(math.nan)
@@ -99,29 +99,23 @@ class Bootstrap:
         error = pairs.std(ddof=1) / math.sqrt(len(pairs))
         return replace(found, p=two_sided_p(found.value, error, len(pairs) - 1))
 
-    def difference(
-        self, one: Mapping[str, float], other: Mapping[str, float], names: tuple[str, str]
-    ) -> Interval:
-        """Mean of ``one`` less mean of ``other``, resampled independently, with Welch's t test.
+    def difference(self, one: Mapping[str, float], other: Mapping[str, float], names: tuple[str, str]) -> Interval:
+        """Returns the mean of ``one`` less mean of ``other``, resampled independently, with Welch's
+        t test.
 
         Args:
             one, other: run -> value; NaN is left out.
             names: of the two arms.
         """
         pairs = zip((one, other), names, strict=True)
-        parts = [
-            (np.array([v for v in values.values() if not math.isnan(v)]), name)
-            for values, name in pairs
-        ]
+        parts = [(np.array([v for v in values.values() if not math.isnan(v)]), name) for values, name in pairs]
         if not all(len(values) for values, _ in parts):
             return Interval(math.nan)
         value = float(parts[0][0].mean() - parts[1][0].mean())
         runs = min(len(values) for values, _ in parts)
         if runs < 2:
             return Interval(value, runs=runs)
-        estimates = [
-            self._counts(len(values), name) @ values / len(values) for values, name in parts
-        ]
+        estimates = [self._counts(len(values), name) @ values / len(values) for values, name in parts]
         low, high = self._limits(estimates[0] - estimates[1])
         squares = [values.var(ddof=1) / len(values) for values, _ in parts]
         total = sum(squares)
@@ -130,8 +124,8 @@ class Bootstrap:
         return Interval(value, float(low), float(high), runs, p)
 
     def curve(self, values: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Mean, lower and upper limit by step, each ``[steps]``; limits are pointwise and NaN for a
-        single run.
+        """Returns the mean, lower and upper limit by step, each ``[steps]``; limits are pointwise
+        and NaN for a single run.
 
         Args:
             values: ``[runs, steps]``; NaN is left out, so that a step's mean rests on the runs that
@@ -140,9 +134,7 @@ class Bootstrap:
         known = ~np.isnan(values)
         filled = np.where(known, values, 0.0)
         count = known.sum(axis=0)
-        mean = np.divide(
-            filled.sum(axis=0), count, out=np.full(count.shape, np.nan), where=count > 0
-        )
+        mean = np.divide(filled.sum(axis=0), count, out=np.full(count.shape, np.nan), where=count > 0)
         low, high = np.full_like(mean, np.nan), np.full_like(mean, np.nan)
         if len(values) > 1:
             counts = self._counts(len(values), name)
@@ -150,9 +142,7 @@ class Bootstrap:
                 part = slice(start, start + _COLUMNS)
                 weight = counts @ known[:, part]
                 sums = counts @ filled[:, part]
-                estimates = np.divide(
-                    sums, weight, out=np.full(sums.shape, np.nan), where=weight > 0
-                )
+                estimates = np.divide(sums, weight, out=np.full(sums.shape, np.nan), where=weight > 0)
                 enough = count[part] > 1
                 if enough.any():
                     columns = np.flatnonzero(enough) + start
@@ -161,7 +151,7 @@ class Bootstrap:
 
 
 def two_sided_p(value: float, error: float, freedom: float) -> float:
-    """The p value of Student's t distribution for an estimate and its standard error.
+    """Returns the p value of Student's t distribution for an estimate and its standard error.
 
     With x = sqrt(freedom) tan(angle) the density is proportional to cos(angle)^(freedom - 1), which
     is integrated by Simpson's rule.
@@ -182,7 +172,7 @@ def two_sided_p(value: float, error: float, freedom: float) -> float:
 
 
 def moving_average(values: np.ndarray, window: int) -> np.ndarray:
-    """Centred moving average over the last axis; NaN is left out.
+    """Returns centred moving average over the last axis; NaN is left out.
 
     At the ends the window is shorter, and stays centred: the first and last value are themselves.
 

@@ -37,19 +37,17 @@ class Table:
     rows: list[list[str]]
 
     def columns(self, most: int) -> list[Table]:
-        """Several tables of at most ``most`` columns after the first."""
+        """Returns several tables of at most ``most`` columns after the first."""
         rest = range(1, len(self.head), most)
         parts = [slice(start, start + most) for start in rest] or [slice(1, 1)]
         return [
-            Table(
-                self.title, [self.head[0], *self.head[p]], [[row[0], *row[p]] for row in self.rows]
-            )
-            for p in parts
+            Table(self.title, [self.head[0], *self.head[p]], [[row[0], *row[p]] for row in self.rows]) for p in parts
         ]
 
 
 def tables(comparison: Comparison, everything: bool = False) -> list[Table]:
-    """The tables, each followed by the differences from the baseline where there is another arm.
+    """Returns the tables, each followed by the differences from the baseline where there is another
+    arm.
 
     Args:
         everything: of the policy's metrics not only the means over the last steps, but also those
@@ -72,15 +70,12 @@ def tables(comparison: Comparison, everything: bool = False) -> list[Table]:
         quantities = comparison.group(group)
         if not quantities:
             continue
-        rows = [
-            [q.label, *(format_quantity(q, arm) for arm in comparison.arms)] for q in quantities
-        ]
+        rows = [[q.label, *(format_quantity(q, arm) for arm in comparison.arms)] for q in quantities]
         out.append(Table(title, ["", *comparison.arms], rows))
         others = [arm for arm in comparison.arms if arm != baseline]
         if others:
             rows = [
-                [q.label, *(format_difference(q.differences[arm], confidence) for arm in others)]
-                for q in quantities
+                [q.label, *(format_difference(q.differences[arm], confidence) for arm in others)] for q in quantities
             ]
             rows = [row for row in rows if set(row[1:]) != {NOTHING}]
         if others and rows:
@@ -89,7 +84,7 @@ def tables(comparison: Comparison, everything: bool = False) -> list[Table]:
 
 
 def settings_table(comparison: Comparison) -> Table | None:
-    """The settings that the arms do not share; None where they share all that is known."""
+    """Returns the settings that the arms do not share; None where they share all that is known."""
     differing = comparison.agreement.differing
     if not differing:
         return None
@@ -105,18 +100,14 @@ def _runs_table(comparison: Comparison) -> Table:
     for arm, runs in comparison.arms.items():
         seeds = ", ".join(NOTHING if run.seed is None else str(run.seed) for run in runs)
         lengths = [len(run.training_steps(comparison.options.reward)) for run in runs]
-        span = (
-            str(lengths[0]) if min(lengths) == max(lengths) else f"{min(lengths)} to {max(lengths)}"
-        )
-        name = (
-            f"{arm} (baseline)" if arm == comparison.baseline and len(comparison.arms) > 1 else arm
-        )
+        span = str(lengths[0]) if min(lengths) == max(lengths) else f"{min(lengths)} to {max(lengths)}"
+        name = f"{arm} (baseline)" if arm == comparison.baseline and len(comparison.arms) > 1 else arm
         rows.append([name, str(len(runs)), seeds, span, ", ".join(run.name for run in runs)])
     return Table("arms", ["arm", "runs", "seeds", "steps", "names"], rows)
 
 
 def explain_intervals(comparison: Comparison) -> list[str]:
-    """Sentences that say how the intervals were made."""
+    """Returns the sentences that say how the intervals were made."""
     bootstrap = comparison.options.bootstrap
     out = []
     if any(len(runs) > 1 for runs in comparison.arms.values()):
@@ -127,10 +118,7 @@ def explain_intervals(comparison: Comparison) -> list[str]:
     paired = {d.paired for q in comparison.quantities for d in q.differences.values() if d.paired}
     if paired:
         said = "; ".join(", ".join(map(str, seeds)) for seeds in sorted(paired))
-        out.append(
-            "Differences are taken seed by seed where two arms share at least two seeds "
-            f"(seeds {said})."
-        )
+        out.append(f"Differences are taken seed by seed where two arms share at least two seeds (seeds {said}).")
     if any(d.interval.has_interval for q in comparison.quantities for d in q.differences.values()):
         out.append(
             f"A star marks p < {1 - bootstrap.confidence:.2g} of a t test over runs, paired where "
@@ -149,15 +137,12 @@ def format_number(value: float) -> str:
 
 
 def _limits(interval: Interval) -> str:
-    return (
-        f"\n[{format_number(interval.low)}, {format_number(interval.high)}]"
-        if interval.has_interval
-        else ""
-    )
+    return f"\n[{format_number(interval.low)}, {format_number(interval.high)}]" if interval.has_interval else ""
 
 
 def format_quantity(quantity: Quantity, arm: str) -> str:
-    """An arm's value, and its interval on a second line; of steps also how many runs got there."""
+    """Returns an arm's value, and its interval on a second line; of steps also how many runs got
+    there."""
     interval = quantity.arms[arm]
     text = format_number(interval.value) + _limits(interval)
     values = list(quantity.values[arm].values())
