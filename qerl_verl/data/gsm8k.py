@@ -1,7 +1,9 @@
-"""``python -m qerl_verl.data.gsm8k --out DIR``: GSM8K as ``train.parquet`` and ``test.parquet`` for verl.
+"""``python -m qerl_verl.data.gsm8k --out DIR``: GSM8K as ``train.parquet`` and ``test.parquet`` for
+verl.
 
-The data source is named ``openai/gsm8k``, by which verl chooses its own reward (verl/utils/reward_score/gsm8k.py): 1 if
-the last ``#### <number>`` in the last 300 characters of a response is the answer, else 0.
+The data source is named ``openai/gsm8k``, by which verl chooses its own reward
+(verl/utils/reward_score/gsm8k.py): 1 if the last ``#### <number>`` in the last 300 characters of a
+response is the answer, else 0.
 """
 
 from __future__ import annotations
@@ -26,20 +28,22 @@ _FINAL_ANSWER = re.compile(r"####\s*(-?\d[\d,]*(?:\.\d+)?)\s*\Z")
 
 
 def final_answer(solution: str) -> str | None:
-    """The number after ``####`` that ends a GSM8K solution, without thousands separators; None if there is none."""
+    """Returns the number after ``####`` that ends a GSM8K solution, without thousands separators;
+    None if there is none."""
     found = _FINAL_ANSWER.search(solution)
     return found.group(1).replace(",", "") if found else None
 
 
 def rows(examples: Iterable[tuple[str, Any]], split: str) -> Iterator[dict[str, Any]]:
-    """Rows of verl's parquet.
+    """Yields the rows of verl's parquet.
 
     Args:
         examples: pairs of a place to name in errors (``file:line``) and what stands there.
         split: ``train`` or ``test``.
 
     Raises:
-        ValueError: an example is not ``{"question": text, "answer": text that ends with #### number}``.
+        ValueError: an example is not
+            ``{"question": text, "answer": text that ends with #### number}``.
     """
     for index, (place, example) in enumerate(examples):
         if not isinstance(example, dict):

@@ -1,6 +1,8 @@
-"""``python -m qerl_verl.data.math_benchmarks --out DIR``: MATH-500, AIME 2024 and 2025 and AMC 2023, for verl's validation.
+"""``python -m qerl_verl.data.math_benchmarks --out DIR``: MATH-500, AIME 2024 and 2025 and AMC
+2023, for verl's validation.
 
-Answers are scored by :mod:`qerl_verl.data.math_score`; each set is a data source of its own, so verl reports them one by one.
+Answers are scored by :mod:`qerl_verl.data.math_score`; each set is a data source of its own, so
+verl reports them one by one.
 """
 
 from __future__ import annotations
@@ -29,13 +31,14 @@ _WHOLE_NUMBER = re.compile(r"0*(\d+)(?:\.0+)?")
 
 
 def plain(answer: str) -> str:
-    """A whole number as a model writes it: ``033`` and ``27.0``, as AIME and AMC have them, become ``33`` and ``27``."""
+    """Returns a whole number as a model writes it: ``033`` and ``27.0``, as AIME and AMC have them,
+    become ``33`` and ``27``."""
     found = _WHOLE_NUMBER.fullmatch(answer)
     return found.group(1) if found else answer
 
 
 def rows(examples: Iterable[tuple[str, Any]], name: str) -> Iterator[dict[str, Any]]:
-    """Rows of verl's parquet.
+    """Yields the rows of verl's parquet.
 
     Args:
         examples: pairs of a place to name in errors and what stands there.

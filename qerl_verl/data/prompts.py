@@ -9,12 +9,12 @@ from typing import Any
 
 
 def user_turn(text: str) -> list[dict[str, str]]:
-    """A chat of one user turn."""
+    """Returns a chat of one user turn."""
     return [{"role": "user", "content": text}]
 
 
 def prompt_row(data_source: str, question: str, ground_truth: str, **extra_info: Any) -> dict[str, Any]:
-    """One prompt with the answer that a rule compares with.
+    """Returns one prompt with the answer that a rule compares with.
 
     Args:
         data_source: what verl chooses a reward function by, and names validation metrics after.
@@ -32,7 +32,7 @@ def prompt_row(data_source: str, question: str, ground_truth: str, **extra_info:
 
 
 def write_parquet(rows: Iterable[dict[str, Any]], path: Path) -> int:
-    """Write the rows, return their number. A kill leaves the file that was there before, or none.
+    """Writes the rows, returns their number. A kill leaves the file that was there before, or none.
 
     Raises:
         FileExistsError: the file is there and holds other data than rows of the same data sources.
@@ -55,7 +55,7 @@ def write_parquet(rows: Iterable[dict[str, Any]], path: Path) -> int:
 
 
 def _holds(path: Path, sources: set[str]) -> bool:
-    """Whether a file is a parquet of prompts of these data sources."""
+    """Returns whether a file is a parquet of prompts of these data sources."""
     import pandas
 
     try:

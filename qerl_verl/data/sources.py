@@ -12,7 +12,7 @@ from qerl_verl.data.prompts import write_parquet
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
-    """Place (``file:line``) and content of each line that is not blank.
+    """Yields place (``file:line``) and content of each line that is not blank.
 
     Raises:
         ValueError: a line is not JSON.
@@ -30,7 +30,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def read_hub(name: str, configuration: str | None, split: str) -> Iterator[tuple[str, Any]]:
-    """Place (``name/split[row]``) and content of each row of a data set on the hub.
+    """Yields place (``name/split[row]``) and content of each row of a data set on the hub.
 
     Args:
         name: of the data set.
@@ -44,10 +44,11 @@ def read_hub(name: str, configuration: str | None, split: str) -> Iterator[tuple
 
 
 def text_of(example: Any, keys: tuple[str, ...], place: str) -> str:
-    """The first of ``keys`` that an example has, as text without blanks around it.
+    """Returns the first of ``keys`` that an example has, as text without blanks around it.
 
     Raises:
-        ValueError: the example is no object, has none of the keys, or the text is empty; names ``place``.
+        ValueError: the example is no object, has none of the keys, or the text is empty; names
+            ``place``.
     """
     if not isinstance(example, dict):
         raise ValueError(f"{place}: expected an object, got {type(example).__name__}")
@@ -61,7 +62,8 @@ def text_of(example: Any, keys: tuple[str, ...], place: str) -> str:
 
 
 def convert(rows: Iterable[dict[str, Any]], file: Path) -> int | None:
-    """Write a parquet of prompts and print how many it holds; None, with the reason on stderr, where a row or a file is bad."""
+    """Writes a parquet of prompts and prints how many it holds; None, with the reason on stderr,
+    where a row or a file is bad."""
     try:
         count = write_parquet(rows, file)
     except (ValueError, OSError) as error:

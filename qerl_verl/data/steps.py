@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def reachable_steps(rows: int, batch_size: int, epochs: int) -> int:
-    """Steps until the epochs end: verl leaves out the rows that do not fill a batch.
+    """Returns steps until the epochs end: verl leaves out the rows that do not fill a batch.
 
     Args:
         rows: prompts of the training data, after filtering.
@@ -15,13 +15,13 @@ def reachable_steps(rows: int, batch_size: int, epochs: int) -> int:
 
 
 def epochs_for(steps: int, rows: int, batch_size: int) -> int:
-    """The smallest number of epochs that gives ``steps``; 0 where there is not one batch."""
+    """Returns the smallest number of epochs that gives ``steps``; 0 where there is not one batch."""
     per_epoch = rows // batch_size
     return -(-steps // per_epoch) if per_epoch else 0
 
 
 def ends_early(steps: int, reachable: int, epochs: int, fix: int) -> str:
-    """One line for a run whose epochs end before ``trainer.total_training_steps``.
+    """Returns one line for a run whose epochs end before ``trainer.total_training_steps``.
 
     Args:
         steps: what the user asked for.
