@@ -27,9 +27,11 @@ class EngineSettings:
     """How vLLM runs. None leaves a value to vLLM.
 
     Attributes:
-        dtype: of activations and 16-bit weights; ``auto`` is bfloat16, or float32 on a CPU without bfloat16 arithmetic.
+        dtype: of activations and 16-bit weights; ``auto`` is bfloat16, or float32 on a CPU without
+            bfloat16 arithmetic.
         kernel: of the NVFP4 layers, as ``qerl.rollout.kernel``.
-        lora: ``inline`` or ``punica``, as ``qerl.rollout.lora``; a 16-bit base always has vLLM's own path, punica.
+        lora: ``inline`` or ``punica``, as ``qerl.rollout.lora``; a 16-bit base always has vLLM's
+            own path, punica.
         tensor_parallel_size: GPUs that share the model.
         gpu_memory_utilization: share of a GPU's memory.
         max_num_seqs: responses that are generated at the same time.
@@ -70,7 +72,8 @@ class Sampling:
 
 
 def use_environment(form: str, on_cpu: bool) -> None:
-    """Set the environment variables of a job with the switch, for vLLM's plugins in this process and in those it starts."""
+    """Sets the environment variables of a job with the switch, for vLLM's plugins in this process
+    and in those it starts."""
     variables = {
         SWITCH_ENV: form,
         EVALUATION_ENV: str(os.getpid()),
@@ -84,7 +87,7 @@ def use_environment(form: str, on_cpu: bool) -> None:
 
 
 def compute_dtype(dtype: str, on_cpu: bool) -> str:
-    """What ``auto`` stands for, as the switch chooses it for actor and rollout."""
+    """Returns what ``auto`` stands for, as the switch chooses it for actor and rollout."""
     if dtype != "auto":
         return dtype
     return "float32" if on_cpu and missing_bfloat16() else "bfloat16"
@@ -123,7 +126,8 @@ class Engine:
         rank = max((adapter.rank for adapter in adapters), default=0)
         lora = None
         if self._inline and rank:
-            # The scaling is part of the layer; an adapter with another one is multiplied when it is loaded.
+            # The scaling is part of the layer; an adapter with another one is multiplied when it is
+            # loaded.
             lora = {"rank": rank, "alpha": adapters[0].scaling * rank}
         additional = {"lora": lora, "sleep_level": 1, "noise": False}
         compilation: dict[str, Any] = {"cudagraph_mode": "FULL_AND_PIECEWISE"}  # as verl
@@ -151,7 +155,7 @@ class Engine:
         return arguments
 
     def use(self, adapter: Adapter | None) -> None:
-        """Sample from the model with this adapter, or without one, from now on."""
+        """Samples from the model with this adapter, or without one, from now on."""
         self._request = None
         if adapter is None:
             if self._inline and self._used:
@@ -161,7 +165,8 @@ class Engine:
         self._forget_prefixes()
 
     def _forget_prefixes(self) -> None:
-        """Drop what was cached under the weights before; with asynchronous scheduling the last step may still hold it."""
+        """Drops what was cached under the weights before; with asynchronous scheduling the last
+        step may still hold it."""
         until = time.monotonic() + PATIENCE
         while not self._engine.reset_prefix_cache():
             if time.monotonic() > until:
@@ -183,10 +188,11 @@ class Engine:
             before.cleanup()
 
     def generate(self, requests: Iterable[Request], sampling: Sampling) -> Iterator[tuple[Request, list[int], str]]:
-        """Sample responses, each given as soon as it is complete.
+        """Samples responses, each given as soon as it is complete.
 
         Yields:
-            The request, the token ids of the response (with its end token), and vLLM's reason for its end.
+            The request, the token ids of the response (with its end token), and vLLM's reason for
+            its end.
         """
         from vllm import SamplingParams
         from vllm.inputs import tokens_input
@@ -221,7 +227,7 @@ class Engine:
             raise
 
     def close(self) -> None:
-        """End vLLM's processes."""
+        """Ends vLLM's processes."""
         self._engine.engine_core.shutdown()
         if self._folder is not None:
             self._folder.cleanup()

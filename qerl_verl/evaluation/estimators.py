@@ -27,7 +27,8 @@ class Estimate:
 
 
 def pass_at_k(samples: int, solved: np.ndarray, k: int) -> np.ndarray:
-    """Unbiased estimate of the probability that one of k responses to a problem is right.
+    """Returns the unbiased estimate of the probability that one of k responses to a problem is
+    right.
 
     It is 1 - C(n - c, k) / C(n, k) (arXiv 2107.03374, equation 1), computed with whole numbers.
 
@@ -53,10 +54,12 @@ def pass_at_k(samples: int, solved: np.ndarray, k: int) -> np.ndarray:
 
 
 def estimate(values: np.ndarray, confidence: float = 0.95, resamples: int = RESAMPLES, seed: int = 0) -> Estimate:
-    """Mean of one value a problem, with a percentile bootstrap interval over the problems.
+    """Returns the mean of one value a problem, with a percentile bootstrap interval over the
+    problems.
 
-    The interval says how the mean would vary with other problems of the same kind. It has no width where all values are
-    equal. For the difference of two policies on the same problems, give the differences.
+    The interval says how the mean would vary with other problems of the same kind. It has no width
+    where all values are equal. For the difference of two policies on the same problems, give the
+    differences.
 
     Args:
         values: [problems] float.

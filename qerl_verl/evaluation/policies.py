@@ -31,7 +31,8 @@ class Model:
     Attributes:
         given: as the user named it.
         folder: what vLLM loads.
-        form: ``nvfp4`` for every packed checkpoint, else ``bf16``, as which arm of the switch the engine runs.
+        form: ``nvfp4`` for every packed checkpoint, else ``bf16``, as which arm of the switch the
+            engine runs.
         fingerprint: of the weights.
         notes: what the checkpoint asks for and does not get.
     """
@@ -73,7 +74,7 @@ class Adapter:
 
 
 def find_model(given: str, cache_dir: Path | None = None, quantization: Quantization | None = None) -> Model:
-    """The model as an engine loads it.
+    """Returns the model as an engine loads it.
 
     Args:
         given: folder, or name on the Hugging Face hub.
@@ -95,7 +96,8 @@ def find_model(given: str, cache_dir: Path | None = None, quantization: Quantiza
 
 
 def expand(given: Iterable[str]) -> list[str]:
-    """Adapters as they were given; the folder of a run stands for all of its checkpoints, in the order of their steps."""
+    """Returns adapters as they were given; the folder of a run stands for all of its checkpoints,
+    in the order of their steps."""
     out = []
     for name in given:
         folder = Path(name).expanduser()
@@ -110,7 +112,7 @@ def expand(given: Iterable[str]) -> list[str]:
 
 
 def check_adapters(given: Sequence[str], folder: Path) -> list[Adapter]:
-    """Find adapters and check that the layers of a model have a place for each tensor.
+    """Finds adapters and checks that the layers of a model have a place for each tensor.
 
     Args:
         given: folders of PEFT adapters or checkpoints of runs, see :func:`expand`.
@@ -135,7 +137,8 @@ def check_adapters(given: Sequence[str], folder: Path) -> list[Adapter]:
 
 
 def check_bases(adapters: Sequence[Adapter], model: Model) -> None:
-    """Check that adapters were trained on the weights of a model, as far as their checkpoints tell.
+    """Checks that adapters were trained on the weights of a model, as far as their checkpoints
+    tell.
 
     Raises:
         EvaluationError: some were trained on others.
@@ -178,7 +181,7 @@ def _digest(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> str:
 
 
 def write_plain(adapter: Adapter, model: Model, folder: Path) -> None:
-    """Write an adapter with PEFT's own names and safetensors, whatever names and file it came in.
+    """Writes an adapter with PEFT's own names and safetensors, whatever names and file it came in.
 
     Raises:
         AdapterError: the adapter has been replaced, and no longer fits.

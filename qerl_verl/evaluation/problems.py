@@ -52,17 +52,18 @@ class DataSet:
 
 
 def read_data(given: str, limit: int | None = None, prompt_key: str = "prompt") -> DataSet:
-    """Read one ``--data``.
+    """Reads one ``--data``.
 
     Args:
-        given: a name of :data:`BENCHMARKS` (from the Hugging Face hub); ``NAME=FILE``, the same from a JSONL file with the
-            fields of the original data set; or a parquet, JSONL or JSON file with verl's columns ``data_source``,
-            ``prompt`` and ``reward_model``.
+        given: a name of :data:`BENCHMARKS` (from the Hugging Face hub); ``NAME=FILE``, the same
+            from a JSONL file with the fields of the original data set; or a parquet, JSONL or JSON
+            file with verl's columns ``data_source``, ``prompt`` and ``reward_model``.
         limit: take the first so many problems.
         prompt_key: the column of prompts (verl's ``data.prompt_key``).
 
     Raises:
-        EvaluationError: no such file, a file that cannot be read, or a row without a prompt or an answer.
+        EvaluationError: no such file, a file that cannot be read, or a row without a prompt or an
+            answer.
     """
     where = f"--data {given}"
     name, _, file = given.partition("=")
@@ -89,7 +90,7 @@ def read_data(given: str, limit: int | None = None, prompt_key: str = "prompt") 
 
 
 def _benchmark_rows(name: str, file: str, where: str) -> Iterator[tuple[str, Any]]:
-    """Rows of a benchmark as its maker in :mod:`qerl_verl.data` writes them."""
+    """Yields the rows of a benchmark as its maker in :mod:`qerl_verl.data` writes them."""
     hub, configuration, split = (
         (gsm8k.DATA_SOURCE, "main", "test") if name == "gsm8k" else _math_source(math_benchmarks.BENCHMARKS[name])
     )
@@ -126,7 +127,7 @@ def _from_hub(
 
 
 def _file_rows(path: Path, where: str) -> Iterator[tuple[str, Any]]:
-    """Rows of a file, as verl reads it (verl/utils/dataset/rl_dataset.py)."""
+    """Yields the rows of a file, as verl reads it (verl/utils/dataset/rl_dataset.py)."""
     if path.suffix not in FORMATS:
         raise EvaluationError(f"{where}: verl reads {', '.join(FORMATS)} files")
     try:
@@ -146,7 +147,7 @@ def _file_rows(path: Path, where: str) -> Iterator[tuple[str, Any]]:
 
 
 def _problem(index: int, row: Any, prompt_key: str, place: str) -> Problem:
-    """Check one row.
+    """Checks one row.
 
     Raises:
         EvaluationError: it lacks what verl reads of it.

@@ -25,7 +25,8 @@ class Result:
         problems: how many.
         samples: responses to each.
         pass_at: k -> pass@k.
-        difference: k -> pass@k less that of the first policy, problem by problem; empty for the first.
+        difference: k -> pass@k less that of the first policy, problem by problem; empty for the
+            first.
         score: mean of the scores, which verl's validation calls ``mean@N``.
         tokens: mean length of a response.
         cut_off: share of responses that reached the largest number of tokens.
@@ -56,7 +57,7 @@ def summarize(
     confidence: float,
     first: dict[int, np.ndarray] | None = None,
 ) -> tuple[Result, dict[int, np.ndarray]]:
-    """Estimate pass@k of one policy on the problems of one source.
+    """Estimates pass@k of one policy on the problems of one source.
 
     Args:
         responses: of each problem, as many of each.
@@ -90,7 +91,8 @@ def summarize(
 
 
 def as_json(result: Result) -> dict[str, Any]:
-    """A result as JSON has it: ``pass@1`` and so on, each with value, low and high, as fractions of 1."""
+    """Returns a result as JSON has it: ``pass@1`` and so on, each with value, low and high, as
+    fractions of 1."""
     out = asdict(result)
     for name, prefix in (("pass_at", "pass@"), ("difference", "difference of pass@")):
         out |= {f"{prefix}{k}": value for k, value in out.pop(name).items()}
@@ -98,7 +100,7 @@ def as_json(result: Result) -> dict[str, Any]:
 
 
 def format_table(results: Sequence[Result]) -> str:
-    """The table for the terminal, in percent."""
+    """Returns the table for the terminal, in percent."""
     shown = _short([result.policy for result in results])
     header = ["policy", "data", "problems", "samples"]
     ks = sorted({k for result in results for k in result.pass_at})
@@ -124,7 +126,7 @@ def format_table(results: Sequence[Result]) -> str:
 
 
 def _short(names: Iterable[str]) -> dict[str, str]:
-    """Name -> name without the folders that all names with folders begin with."""
+    """Returns name -> name without the folders that all names with folders begin with."""
     names = list(dict.fromkeys(names))
     folders = [name.split("/")[:-1] for name in names if "/" in name]
     common = len(os.path.commonprefix(folders)) if len(folders) > 1 else 0

@@ -53,19 +53,21 @@ class Response:
 class ResponseFile:
     """Open a file of responses to add to it; made where there is none.
 
-    A last line without an end, as a killed process leaves it, is cut off. The process has the file to itself while it is
-    open, where the file system has locks.
+    A last line without an end, as a killed process leaves it, is cut off. The process has the file
+    to itself while it is open, where the file system has locks.
 
     Args:
         path: of the file.
-        settings: name -> value, as JSON has them, of all that decides what a response is. The file keeps them. A later
-            call may have settings that the file lacks, for example another adapter; one with another value is refused.
+        settings: name -> value, as JSON has them, of all that decides what a response is. The file
+            keeps them. A later call may have settings that the file lacks, for example another
+            adapter; one with another value is refused.
 
     Attributes:
         done: key -> response, of those in the file.
 
     Raises:
-        EvaluationError: a setting has changed, a line is no response, or another process writes the file.
+        EvaluationError: a setting has changed, a line is no response, or another process writes the
+            file.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any]):
@@ -103,7 +105,8 @@ class ResponseFile:
                 ) from error
 
     def _read(self) -> dict[str, Any]:
-        """Fill :attr:`done`, return the settings, and cut off what a killed process did not finish."""
+        """Fills :attr:`done`, returns the settings, and cut off what a killed process did not
+        finish."""
         self._file.seek(0)
         content = self._file.read()
         whole = content.rpartition(b"\n")[0]
@@ -125,7 +128,7 @@ class ResponseFile:
         return known
 
     def add(self, response: Response) -> None:
-        """Write a response, so that it is there if the process is killed right after."""
+        """Writes a response, so that it is there if the process is killed right after."""
         self._append(asdict(response))
         self.done[response.key] = response
 
@@ -134,7 +137,7 @@ class ResponseFile:
         self._file.flush()
 
     def close(self) -> None:
-        """Write all to disk and let others open the file."""
+        """Writes all to disk and lets others open the file."""
         if not self._file.closed:
             os.fsync(self._file.fileno())
             self._file.close()

@@ -16,7 +16,8 @@ from qerl_verl.evaluation.errors import EvaluationError
 from qerl_verl.evaluation.problems import Problem
 
 BOXED = frozenset({*math_benchmarks.BENCHMARKS, bigmath.DATA_SOURCE})
-"""Data sources of :mod:`qerl_verl.data` whose answers stand in a box, and that verl has no reward for, or another one."""
+"""Data sources of :mod:`qerl_verl.data` whose answers stand in a box, and that verl has no reward
+for, or another one."""
 
 VERL, OURS = "verl's default_compute_score", "qerl_verl.data.math_score"
 
@@ -26,7 +27,8 @@ class Score:
     """What a response is worth.
 
     Attributes:
-        value: what verl's ``val-core`` averages: ``acc`` of the reward function's result where it has one, else the reward.
+        value: what verl's ``val-core`` averages: ``acc`` of the reward function's result where it
+            has one, else the reward.
         details: what the reward function returned beside it.
     """
 
@@ -38,9 +40,9 @@ class Reward:
     """Scores responses.
 
     Args:
-        function: ``FILE[:NAME]`` as ``reward.custom_reward_function.path`` and ``.name`` of verl; None chooses by the data
-            source, for those of :mod:`qerl_verl.data` with boxed answers :func:`qerl_verl.data.math_score.compute_score`,
-            else verl's ``default_compute_score``.
+        function: ``FILE[:NAME]`` as ``reward.custom_reward_function.path`` and ``.name`` of verl;
+            None chooses by the data source, for those of :mod:`qerl_verl.data` with boxed answers
+            :func:`qerl_verl.data.math_score.compute_score`, else verl's ``default_compute_score``.
 
     Attributes:
         digest: of the function's file; its name where it comes from a package.
@@ -54,13 +56,14 @@ class Reward:
         self._custom, self.digest = (None, None) if function is None else _load(function)
 
     def name(self, source: str) -> str:
-        """Which function scores a data source."""
+        """Returns which function scores a data source."""
         return self.function or (OURS if source in BOXED else VERL)
 
     def __call__(self, problem: Problem, response: str) -> Score:
-        """Score a response to a problem.
+        """Scores a response to a problem.
 
-        The arguments are those of verl's reward managers (verl/experimental/reward_loop/reward_manager/naive.py).
+        The arguments are those of verl's reward managers
+        (verl/experimental/reward_loop/reward_manager/naive.py).
 
         Raises:
             EvaluationError: the function fails, or returns no finite number.
@@ -102,7 +105,7 @@ class Reward:
 
 
 def _number(value: Any) -> float | None:
-    """A finite number, also one of NumPy's or torch's; None for what is none."""
+    """Returns a finite number, also one of NumPy's or torch's; None for what is none."""
     try:
         number = math.nan if isinstance(value, str) else float(value)
     except (TypeError, ValueError):

@@ -33,14 +33,16 @@ ResponseKey = tuple[str, str, int, int]
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """What to evaluate, and how. The defaults of sampling are the paper's (arXiv 2510.11696, appendix E).
+    """What to evaluate, and how. The defaults of sampling are the paper's (arXiv 2510.11696,
+    appendix E).
 
     Attributes:
         model: folder, or name on the Hugging Face hub.
         data: see :func:`~qerl_verl.evaluation.problems.read_data`, one or more.
         responses: the file of responses.
         adapters: folders, see :func:`~qerl_verl.evaluation.policies.expand`.
-        with_base: evaluate the model without an adapter, too; it is what is evaluated where there are no adapters.
+        with_base: evaluate the model without an adapter, too; it is what is evaluated where there
+            are no adapters.
         other_base: take adapters that were trained on other weights.
         samples: responses to each problem.
         ks: each k of pass@k.
@@ -114,7 +116,7 @@ class Plan:
         return max(map(len, self.prompts.values())) + self.settings.max_tokens
 
     def identity(self) -> dict[str, Any]:
-        """Name of an argument -> what it says, of all that decides what a response is."""
+        """Returns the name of an argument -> what it says, of all that decides what a response is."""
         settings = self.settings
         out = {
             "MODEL (fingerprint of its weights)": self.model.fingerprint,
@@ -132,7 +134,8 @@ class Plan:
         return out | {f"--adapter {name} (digest)": a.digest for name, a in self.policies.items() if a is not None}
 
     def wanted(self, policy: str) -> Iterator[tuple[ResponseKey, Problem]]:
-        """Every response of a policy; those to one problem follow each other, so that vLLM reuses its prompt."""
+        """Yields every response of a policy; those to one problem follow each other, so that vLLM
+        reuses its prompt."""
         for data in self.data:
             for problem in data.problems:
                 for sample in range(self.settings.samples):
@@ -140,12 +143,14 @@ class Plan:
 
 
 def prepare(settings: EvaluationSettings) -> Plan:
-    """Read and check everything that an evaluation needs; no engine is started and no response written.
+    """Reads and checks everything that an evaluation needs; no engine is started and no response
+    written.
 
     A model is quantized, where that is asked for, when all else has been checked.
 
     Raises:
-        EvaluationError, CheckpointError: something cannot be used, with the fix; what can be found at once comes at once.
+        EvaluationError, CheckpointError: something cannot be used, with the fix; what can be found
+            at once comes at once.
     """
     problems = _number_problems(settings)
 
@@ -211,7 +216,7 @@ def _number_problems(settings: EvaluationSettings) -> list[str]:
 
 
 def _on_cpu() -> bool:
-    """Whether vLLM runs on the CPU here.
+    """Returns whether vLLM runs on the CPU here.
 
     Raises:
         EvaluationError: vLLM would not load QeRL's layers, or does not run on this machine.
@@ -231,8 +236,8 @@ def _on_cpu() -> bool:
 def _tokenize(
     settings: EvaluationSettings, folder: Path, data: list[DataSet]
 ) -> tuple[dict[tuple[str, int], list[int]], str]:
-    """Prompts as verl's rollout makes them (verl/experimental/agent_loop/agent_loop.py, ct_build_initial_tokens), and
-    the chat template that made them."""
+    """Returns prompts as verl's rollout makes them (verl/experimental/agent_loop/agent_loop.py,
+    ct_build_initial_tokens), and the chat template that made them."""
     from transformers import AutoConfig
     from verl.utils.tokenizer import hf_tokenizer
     from verl.utils.tokenizer.continuous_token_wiring import create_continuous_token_builder
@@ -281,13 +286,14 @@ def _check_length(settings: EvaluationSettings, folder: Path, prompts: dict[tupl
 
 
 def seed_of(seed: int, index: int, sample: int) -> int:
-    """The seed of one response, the same in every call and for every policy, so that policies see the same draws."""
+    """Returns the seed of one response, the same in every call and for every policy, so that
+    policies see the same draws."""
     digest = hashlib.sha256(f"{seed}/{index}/{sample}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
 def evaluate(plan: Plan, start_engine: Callable[[Plan], Engine] | None = None, progress: bool = True) -> list[Result]:
-    """Sample what the file of responses lacks, and summarize.
+    """Samples what the file of responses lacks, and summarizes the scores.
 
     Args:
         plan: from :func:`prepare`.
@@ -312,7 +318,7 @@ def evaluate(plan: Plan, start_engine: Callable[[Plan], Engine] | None = None, p
 
 
 def start(plan: Plan) -> Engine:
-    """The engine of a plan."""
+    """Returns the engine of a plan."""
     adapters = [adapter for adapter in plan.policies.values() if adapter is not None]
     print(f"qerl: starting vLLM on {plan.model.folder} ({plan.model.form})", file=sys.stderr, flush=True)
     began = time.monotonic()
@@ -389,7 +395,8 @@ def _results(plan: Plan, file: ResponseFile) -> list[Result]:
 
 
 def report(plan: Plan, results: Sequence[Result]) -> dict[str, Any]:
-    """What ``--json`` writes: what was asked for, with what, and the results, as fractions of 1."""
+    """Returns what ``--json`` writes: what was asked for, with what, and the results, as fractions
+    of 1."""
     packages = ("verl", "vllm", "torch", "transformers", "peft")
     settings, model = plan.settings, plan.model
     adapters = [adapter for adapter in plan.policies.values() if adapter is not None]
@@ -421,7 +428,7 @@ def report(plan: Plan, results: Sequence[Result]) -> dict[str, Any]:
 
 
 def write_report(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file at once, so that a reader never sees half of it."""
+    """Writes a JSON file at once, so that a reader never sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     staging.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
