@@ -32,13 +32,14 @@ class Source:
 
 
 def find_adapter(checkpoint: Path) -> Source:
-    """The actor's adapter in a checkpoint.
+    """Returns the actor's adapter in a checkpoint.
 
     Args:
         checkpoint: ``global_step_N``, its ``actor`` folder, or the folder of a PEFT adapter.
 
     Raises:
-        CheckpointError: there is no adapter in it, or its configuration or the checkpoint's record is damaged.
+        CheckpointError: there is no adapter in it, or its configuration or the checkpoint's record
+            is damaged.
     """
     places = (checkpoint, checkpoint / "lora_adapter", checkpoint / "actor" / "lora_adapter")
     adapter = next((place for place in places if (place / ADAPTER_CONFIG).is_file()), None)
@@ -66,7 +67,7 @@ def _read_object(file: Path) -> dict[str, Any]:
 
 
 def find_base(source: Source, wanted: Path | None = None, cache_dir: Path | None = None) -> Path:
-    """The folder of the base that an adapter was trained on.
+    """Returns the folder of the base that an adapter was trained on.
 
     Args:
         source: from :func:`find_adapter`.

@@ -51,7 +51,8 @@ FP8_CONFIG = {
     "quant_method": "compressed-tensors",
     "quantization_status": "compressed",
 }
-"""compressed-tensors' preset FP8_DYNAMIC: a scale for each output channel, activations scaled by token while serving."""
+"""compressed-tensors' preset FP8_DYNAMIC: a scale for each output channel, activations scaled by
+token while serving."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,8 @@ class Deltas:
     scaling: float
 
     def add_to(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        """``weight + scaling B A`` for ``weight`` ``[N, K]`` in float32, in place; as it is without an adapter."""
+        """Returns ``weight + scaling B A`` for ``weight`` ``[N, K]`` in float32, in place; as it is
+        without an adapter."""
         if name in self.factors:
             a, b = (factor.to(weight.device) for factor in self.factors[name])
             weight.addmm_(b, a, alpha=self.scaling)
@@ -75,7 +77,7 @@ class Deltas:
 
 
 def read_deltas(adapter: Path, base: Path) -> Deltas:
-    """The LoRA deltas of an adapter for the linears of a base.
+    """Returns the LoRA deltas of an adapter for the linears of a base.
 
     Raises:
         CheckpointError: the adapter is not plain LoRA or does not fit the base, with the reason.
@@ -109,12 +111,13 @@ class Base:
         self.dtype = "F16" if self.tensors[architecture.embeddings].dtype == "F16" else "BF16"
 
     def others(self) -> dict[str, TensorInfo]:
-        """What is not a linear of the decoder layers: embeddings, norms, biases, output layer."""
+        """Returns what is not a linear of the decoder layers: embeddings, norms, biases, output
+        layer."""
         of_linears = {f"{linear}.{part}" for linear in self.linears for part in _PARTS}
         return {name: info for name, info in self.tensors.items() if name not in of_linears}
 
     def weight(self, linear: str, device: torch.device) -> torch.Tensor:
-        """``[N, K]`` float32."""
+        """Returns ``[N, K]`` float32."""
         if not self.packed:
             return read_tensor(self.tensors[f"{linear}.weight"]).to(device).float()
         packed, scale, divisor = (read_tensor(self.tensors[f"{linear}.{part}"]).to(device) for part in _PACKED)
@@ -135,7 +138,7 @@ def export_merged(
     progress: bool = True,
     max_shard_bytes: int = 5_000_000_000,
 ) -> dict[str, Any]:
-    """Write a model whose linears are the base's, decoded, plus the LoRA deltas.
+    """Writes a model whose linears are the base's, decoded, plus the LoRA deltas.
 
     The sum is formed in float32 and rounded once. Host memory stays at the largest tensor.
 
@@ -143,18 +146,20 @@ def export_merged(
         base: folder of an NVFP4 checkpoint, or of one in 16 or 32 bits.
         adapter: folder in PEFT's format.
         dst: folder to write, absent or empty; complete or absent.
-        form: ``merged``, the base's 16-bit dtype, for transformers and vLLM; ``fp8``, compressed-tensors FP8_DYNAMIC for
-            serving; ``nvfp4``, the merged weights rounded to NVFP4 again, which loses most of the deltas.
+        form: ``merged``, the base's 16-bit dtype, for transformers and vLLM; ``fp8``,
+            compressed-tensors FP8_DYNAMIC for serving; ``nvfp4``, the merged weights rounded to
+            NVFP4 again, which loses most of the deltas.
         device: where the sums are formed; by default the current GPU, or the CPU.
         progress: show a progress bar on stderr.
         max_shard_bytes: size of a safetensors file above which the next one is begun.
 
     Returns:
-        ``linears``, how many were written; ``adapted``, how many have a delta; with ``nvfp4`` also ``delta_kept``, see
-        :func:`delta_kept`.
+        ``linears``, how many were written; ``adapted``, how many have a delta; with ``nvfp4`` also
+        ``delta_kept``, see :func:`delta_kept`.
 
     Raises:
-        CheckpointError: base and adapter do not fit together, ``dst`` is not empty, or the disk is too small.
+        CheckpointError: base and adapter do not fit together, ``dst`` is not empty, or the disk is
+            too small.
     """
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
         raise CheckpointError(f"{dst} exists and is not an empty folder: choose another one.")
@@ -176,10 +181,11 @@ def export_merged(
 
 
 def delta_kept(base: Base, deltas: Deltas, merged: Base, device: torch.device) -> float:
-    """The share of the LoRA deltas that is left in merged weights.
+    """Returns the share of the LoRA deltas that is left in merged weights.
 
-    With the delta ``D`` of a linear, its base ``W`` and what was written ``Q``: ``sum <Q - W, D> / sum <D, D>`` over all
-    linears. It is 1 where nothing is lost and 0 where nothing is left.
+    With the delta ``D`` of a linear, its base ``W`` and what was written ``Q``:
+    ``sum <Q - W, D> / sum <D, D>`` over all linears. It is 1 where nothing is lost and 0 where
+    nothing is left.
     """
     kept = total = 0.0
     for name in deltas.factors:
@@ -219,7 +225,8 @@ def _write(
 
 
 def _units(base: Base, form: str) -> Iterator[tuple[str, dict[str, tuple[str, tuple[int, ...]]]]]:
-    """What is written at a time: name of the tensor or the linear, and output name -> (dtype, shape)."""
+    """Yields what is written at a time: name of the tensor or the linear, and output name ->
+    (dtype, shape)."""
     for name, info in base.others().items():
         yield name, {name: (base.dtype if info.dtype == "F32" else info.dtype, info.shape)}
     for linear, (rows, columns) in base.linears.items():
@@ -252,7 +259,7 @@ def _tensors(
 
 
 def export_adapter(adapter: Path, base: Path | None, dst: Path) -> dict[str, Any]:
-    """Copy an adapter in PEFT's format to a folder of its own.
+    """Copies an adapter in PEFT's format to a folder of its own.
 
     Args:
         adapter: its folder.
