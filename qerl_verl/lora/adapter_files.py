@@ -44,7 +44,8 @@ _CHOICES = {
 
 _HARMLESS_INITIALIZATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
 """Values of ``init_lora_weights`` that leave the base as it is. The others (pissa, olora, corda,
-loftq, lora_ga) move a part of the base's weight into the adapter, which then belongs to that base."""
+loftq, lora_ga) move a part of the base's weight into the adapter, which then belongs to that
+base."""
 
 
 class AdapterError(ValueError):
@@ -56,7 +57,7 @@ class AdapterError(ValueError):
 
 
 def read_adapter_config(folder: str | Path, heads: Collection[str] = ()) -> dict[str, Any]:
-    """The content of ``adapter_config.json``.
+    """Returns the content of ``adapter_config.json``.
 
     Args:
         folder: of the adapter.
@@ -81,7 +82,8 @@ def read_adapter_config(folder: str | Path, heads: Collection[str] = ()) -> dict
 
 
 def find_unsupported(config: Mapping[str, Any], heads: Collection[str] = ()) -> list[str]:
-    """What an adapter asks for beyond plain LoRA and rsLoRA with one rank, one sentence each.
+    """Returns what an adapter asks for beyond plain LoRA and rsLoRA with one rank, one sentence
+    each.
 
     Whatever is no field of this PEFT's LoraConfig, or has another value than its default, is named,
     so that a feature of a newer PEFT is not lost.
@@ -120,7 +122,7 @@ def find_unsupported(config: Mapping[str, Any], heads: Collection[str] = ()) -> 
 
 
 def read_tensors(folder: str | Path) -> dict[str, torch.Tensor]:
-    """The tensors of an adapter on the CPU, by the names in its file.
+    """Returns the tensors of an adapter on the CPU, by the names in its file.
 
     Raises:
         AdapterError: no file, one that is damaged, or one with a value that is not finite.
@@ -146,7 +148,7 @@ def map_names(
     layers: Mapping[str, tuple[int, int]],
     head: Mapping[str, tuple[int, ...]] | None = None,
 ) -> dict[str, str]:
-    """Find the place of every tensor of an adapter's file in a model.
+    """Finds the place of every tensor of an adapter's file in a model.
 
     Names may lack PEFT's prefix, may carry an adapter's name (``lora_A.default.weight``), and may
     have been saved from a model that was compiled or wrapped.
@@ -206,7 +208,7 @@ def map_names(
 
 
 def check_loaded(loaded: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
-    """Compare the adapter in a model with what was read.
+    """Compares the adapter in a model with what was read.
 
     Args:
         loaded: as ``peft.get_peft_model_state_dict`` gives it. What lies on the meta device is
@@ -230,7 +232,7 @@ def check_loaded(loaded: Mapping[str, torch.Tensor], expected: Mapping[str, torc
 
 
 def _peft_name(name: str, layers: Collection[str], head: Collection[str]) -> str | None:
-    """PEFT's name of a tensor, None where the model has no layer for it."""
+    """Returns PEFT's name of a tensor, None where the model has no layer for it."""
     plain = ".".join(part for part in name.split(".") if part not in _WRAPPERS).removeprefix(PREFIX)
     match = _TENSOR.match(plain)
     if match is None:

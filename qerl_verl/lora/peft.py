@@ -1,4 +1,5 @@
-"""LoRA on :class:`NVFP4Linear`, through PEFT's custom-module mapping (peft/tuners/lora/config.py, _register_custom_module)."""
+"""LoRA on :class:`NVFP4Linear`, through PEFT's custom-module mapping (peft/tuners/lora/config.py,
+_register_custom_module)."""
 
 from __future__ import annotations
 
@@ -20,9 +21,9 @@ from qerl_verl.nvfp4.linear import NVFP4Linear
 class NVFP4LoraLinear(Linear):
     """y = base(x) + B A x * alpha / r with a frozen NVFP4 base.
 
-    Adapters and state are PEFT's own (peft/tuners/lora/layer.py, Linear). So is the forward pass in every case but the plain
-    one, a single adapter without dropout, which is one autograd function; what would need the weight in 16 bits raises,
-    with the reason.
+    Adapters and state are PEFT's own (peft/tuners/lora/layer.py, Linear). So is the forward pass in
+    every case but the plain one, a single adapter without dropout, which is one autograd function;
+    what would need the weight in 16 bits raises, with the reason.
     """
 
     def __init__(self, base_layer: NVFP4Linear, adapter_name: str, config: LoraConfig, **kwargs):
@@ -37,7 +38,8 @@ class NVFP4LoraLinear(Linear):
         super().__init__(base_layer, adapter_name, config=config, **kwargs)
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        """Args: x: ``[..., in_features]`` floating point. Returns: ``[..., out_features]`` in autocast's dtype, or x's."""
+        """Args: x: ``[..., in_features]`` floating point. Returns: ``[..., out_features]`` in
+        autocast's dtype, or x's."""
         adapter = self._plain_adapter()
         if adapter is None or args or kwargs:
             return super().forward(x, *args, **kwargs)
@@ -49,7 +51,8 @@ class NVFP4LoraLinear(Linear):
         return nvfp4_lora_linear(x, *base.weight_bytes(), base.alpha, base.bias, a, b, scaling, base.backend)
 
     def _plain_adapter(self) -> str | None:
-        """The one active adapter, if the layer computes base + scaling B A x and nothing else."""
+        """Returns the one active adapter, if the layer computes base + scaling B A x and nothing
+        else."""
         if self.disable_adapters or self.merged or len(self.active_adapters) != 1:
             return None
         name = self.active_adapters[0]
@@ -71,7 +74,7 @@ class NVFP4LoraLinear(Linear):
 
 
 def tower_of(model: nn.Module) -> str:
-    """How names in a model's vision tower begin; empty where it has none."""
+    """Returns how names in a model's vision tower begin; empty where it has none."""
     try:
         return get_architecture(model.config).vision
     except (AttributeError, UnsupportedArchitecture):
@@ -79,7 +82,8 @@ def tower_of(model: nn.Module) -> str:
 
 
 def adaptable_layers(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Full name -> (output, input features) of all linears but the output layer and those of a vision tower.
+    """Returns full name -> (output, input features) of all linears but the output layer and those
+    of a vision tower.
 
     Beside experts those of MLPs are left out, since PEFT takes their names for the experts'
     (:meth:`qerl_verl.nvfp4.architectures.Architecture.adaptable`).
@@ -97,7 +101,8 @@ def adaptable_layers(model: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def linear_names(model: nn.Module) -> list[str]:
-    """What ``target_modules="all-linear"`` means: last names of all linears but the output layer, sorted.
+    """Returns what ``target_modules="all-linear"`` means: last names of all linears but the output
+    layer, sorted.
 
     PEFT resolves that word by the class of a layer and would pass over :class:`NVFP4Linear`.
     """
@@ -105,16 +110,18 @@ def linear_names(model: nn.Module) -> list[str]:
 
 
 def register_nvfp4(config: LoraConfig) -> LoraConfig:
-    """Tell a LoRA configuration how to wrap NVFP4 layers. Returns the same object."""
+    """Tells a LoRA configuration how to wrap NVFP4 layers. Returns the same object."""
     config._register_custom_module({NVFP4Linear: NVFP4LoraLinear})
     return config
 
 
 def draw_adapter(model: PeftModel, seed: int) -> None:
-    """Draw the initial values of a new adapter from ``seed``: in float32, on the CPU, layer by layer in the model's order.
+    """Draws the initial values of a new adapter from ``seed``: in float32, on the CPU, layer by
+    layer in the model's order.
 
-    PEFT draws them when it wraps a layer, and rounds them to the dtype of the base. Drawn here they are the same for every
-    base, whatever its dtype, its quantization and its device. The global random state stays as it was.
+    PEFT draws them when it wraps a layer, and rounds them to the dtype of the base. Drawn here they
+    are the same for every base, whatever its dtype, its quantization and its device. The global
+    random state stays as it was.
 
     Args:
         model: its active adapter's parameters become float32. Those on the meta device stay there.
@@ -137,7 +144,7 @@ def draw_adapter(model: PeftModel, seed: int) -> None:
 
 
 def save_adapter(folder: str | Path, tensors: dict[str, torch.Tensor], config: LoraConfig, base_model: str) -> None:
-    """Write an adapter in PEFT's format (``adapter_config.json``, ``adapter_model.safetensors``).
+    """Writes an adapter in PEFT's format (``adapter_config.json``, ``adapter_model.safetensors``).
 
     Args:
         folder: made if missing; files in it are replaced one by one, each atomically.

@@ -10,12 +10,14 @@ ALL_LINEAR = "all-linear"
 
 
 def last_names(layers: Collection[str]) -> list[str]:
-    """What ``all-linear`` stands for: the last parts of layers' names, in the order of the layers."""
+    """Returns what ``all-linear`` stands for: the last parts of layers' names, in the order of the
+    layers."""
     return list(dict.fromkeys(name.rpartition(".")[2] for name in layers))
 
 
 def matched_layers(layers: Collection[str], targets: Any, exclude: Any = None, **config: Any) -> set[str]:
-    """The layers that PEFT gives an adapter (peft/tuners/tuners_utils.py, check_target_module_exists).
+    """Returns the layers that PEFT gives an adapter (peft/tuners/tuners_utils.py,
+    check_target_module_exists).
 
     Args:
         layers: full names.
@@ -33,7 +35,8 @@ def matched_layers(layers: Collection[str], targets: Any, exclude: Any = None, *
 
 
 def without_tower(exclude: Any, tower: str) -> Any:
-    """``exclude_modules`` that also leaves out a vision tower, whose layers may have the decoder's last names.
+    """Returns ``exclude_modules`` that also leaves out a vision tower, whose layers may have the
+    decoder's last names.
 
     vLLM gives no adapter to a vision tower, so one that trained there would be lost in the rollout.
 
@@ -57,7 +60,7 @@ def without_tower(exclude: Any, tower: str) -> Any:
 def find_problems(
     layers: Collection[str], targets: Any, exclude: Any = None, key: str = "", tower: Collection[str] = ()
 ) -> list[str]:
-    """What keeps target modules from being what the user wrote, one sentence each.
+    """Returns what keeps target modules from being what the user wrote, one sentence each.
 
     Args:
         layers: full names of the linear layers of the model's decoder, which alone can have an
@@ -65,8 +68,8 @@ def find_problems(
         targets: see :func:`matched_layers`.
         exclude: see :func:`matched_layers`.
         key: the model's setting, with which the problems begin.
-        tower: full names of linear layers of a vision tower, which has no adapter; to exclude them is
-            no mistake.
+        tower: full names of linear layers of a vision tower, which has no adapter; to exclude them
+            is no mistake.
     """
     targets, exclude = _plain(targets), _plain(exclude)
     names = f"The model has {', '.join(last_names(layers))}"
@@ -100,7 +103,8 @@ def find_problems(
 
 
 def _other_modules(layers: Collection[str]) -> set[str]:
-    """Names of modules of a decoder that are no linear layers, so that a pattern which is too wide is seen."""
+    """Returns the names of modules of a decoder that are no linear layers, so that a pattern which
+    is too wide is seen."""
     parents = {name.rsplit(".", depth)[0] for name in layers for depth in range(1, name.count(".") + 1)}
     return parents | {"lm_head", "model.embed_tokens", "model.norm", "score"}
 

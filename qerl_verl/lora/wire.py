@@ -1,7 +1,8 @@
 """An adapter's configuration as one more tensor among the adapter's own.
 
-verl's checkpoint engines carry names and tensors and nothing else, and verl drops the configuration before them
-(verl/workers/engine_workers.py, update_weights). With this tensor what arrives says by itself that it is an adapter.
+verl's checkpoint engines carry names and tensors and nothing else, and verl drops the configuration
+before them (verl/workers/engine_workers.py, update_weights). With this tensor what arrives says by
+itself that it is an adapter.
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ CONFIG_TENSOR = "qerl_adapter_config"
 
 
 def pack_config(config: dict[str, Any]) -> torch.Tensor:
-    """A PEFT configuration as JSON: ``[bytes]`` uint8, ASCII, on the CPU; sets become lists. The same on every rank."""
+    """Returns a PEFT configuration as JSON: ``[bytes]`` uint8, ASCII, on the CPU; sets become
+    lists. The same on every rank."""
     text = json.dumps(config, default=sorted)
     return torch.tensor(list(text.encode("ascii")), dtype=torch.uint8)
 
 
 def take_config(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """Take the configuration out of what a checkpoint engine delivered. What stays in ``tensors`` is the adapter.
+    """Takes the configuration out of what a checkpoint engine delivered. What stays in ``tensors``
+    is the adapter.
 
     Some engines cast all that they send to bfloat16, which holds every ASCII code.
 
