@@ -4,11 +4,11 @@ Weights, adapters, optimizer, kept outputs and KV cache follow from shapes. The 
 
 - Activations of the layer that runs in the backward pass, a token: four tensors of the MLP's inner
   size, four of the hidden size and two of q, k and v, in 16 bits. In a mixture of experts the inner
-  sizes of a token's experts add up, and three tensors hold a row of the hidden size for each of them;
-  the larger of a layer's two stacks of experts is decoded at a time.
+  sizes of a token's experts add up, and three tensors hold a row of the hidden size for each of
+  them; the larger of a layer's two stacks of experts is decoded at a time.
 - Log-probabilities: two tensors of logits in 16 bits and one chunk in float32, or with verl's
-  ``use_fused_kernels`` one chunk of :data:`qerl_verl.kernels.linear_logprobs.CHUNK_BYTES` in float32
-  with two temporaries.
+  ``use_fused_kernels`` one chunk of :data:`qerl_verl.kernels.linear_logprobs.CHUNK_BYTES` in
+  float32 with two temporaries.
 - What a sleeping engine and each process hold beside their tensors: :data:`ASLEEP` and
   :data:`CONTEXT`, as measured on an H100.
 
@@ -27,8 +27,8 @@ CONTEXT = int(0.5 * GIB)
 """Of a process that uses CUDA: context, kernels, communication."""
 
 ASLEEP = int(2.3 * GIB)
-"""What vLLM holds while it sleeps at level 1: its context and captured CUDA graphs (7B and 32B on an
-H100)."""
+"""What vLLM holds while it sleeps at level 1: its context and captured CUDA graphs (7B and 32B on
+an H100)."""
 
 GRAPHS = int(1.5 * GIB)
 """Of the engine's share while it generates: CUDA graphs and its largest activations."""
@@ -145,7 +145,7 @@ class Estimate:
 
 
 def estimate(model: Model, run: Run, total: int) -> Estimate:
-    """What a run takes of a GPU with ``total`` bytes."""
+    """Returns what a run takes of a GPU with ``total`` bytes."""
     out = Estimate(total)
     adapter = MASTER * model.adapter // run.ranks
     base = model.base if run.shared else model.base // run.ranks
@@ -234,10 +234,11 @@ CHANGES = (
 
 
 def propose(model: Model, run: Run, total: int) -> list[str] | None:
-    """Settings with which a run fits that does not, the fewest that do; None if there are none.
+    """Returns settings with which a run fits that does not, the fewest that do; None if there are
+    none.
 
-    They are tried in this order: fewer tokens a micro-batch and another share for the rollout, then each of
-    :data:`CHANGES` in addition.
+    They are tried in this order: fewer tokens a micro-batch and another share for the rollout, then
+    each of :data:`CHANGES` in addition.
     """
     chosen, changed = run, []
     for change in (None, *CHANGES):
@@ -257,8 +258,8 @@ def propose(model: Model, run: Run, total: int) -> list[str] | None:
 
 
 def _fit(model: Model, run: Run, total: int) -> Run | None:
-    """The run with the most tokens a micro-batch that fits, at least one sequence, and the largest share for the rollout up to
-    its own."""
+    """Returns the run with the most tokens a micro-batch that fits, at least one sequence, and the
+    largest share for the rollout up to its own."""
     tokens = run.tokens
     while tokens >= run.sequence:
         for step in range(int(round(run.utilization * 100)), 4, -1):

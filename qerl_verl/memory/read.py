@@ -19,7 +19,8 @@ from qerl_verl.nvfp4.architectures import get_architecture
 
 
 def read_config(config: DictConfig) -> dict[str, Any]:
-    """The content of the actor's ``config.json``; of a name on the hub, that file alone is downloaded.
+    """Returns the content of the actor's ``config.json``; of a name on the hub, that file alone is
+    downloaded.
 
     Raises:
         OSError: there is none.
@@ -33,12 +34,13 @@ def read_config(config: DictConfig) -> dict[str, Any]:
 
 
 def model_of(content: Mapping[str, Any], rank: int, targets: Any, exclude: Any = None) -> Model:
-    """The shapes of a model with an adapter.
+    """Returns the shapes of a model with an adapter.
 
     Args:
         content: of ``config.json``.
         rank: of the adapter.
-        targets, exclude: as ``target_modules`` and ``exclude_modules`` of verl's model configuration.
+        targets, exclude: as ``target_modules`` and ``exclude_modules`` of verl's model
+            configuration.
 
     Raises:
         UnsupportedArchitecture: the model is none of those that QeRL knows.
@@ -76,7 +78,8 @@ def model_of(content: Mapping[str, Any], rank: int, targets: Any, exclude: Any =
 
 
 def run_of(config: DictConfig, shared: bool) -> Run:
-    """What of a composed configuration, after the rules of the switch, decides about memory."""
+    """Returns what of a composed configuration, after the rules of the switch, decides about
+    memory."""
     get = partial(get_value, config)
     sequence = get("data.max_prompt_length") + get("data.max_response_length")
     if get(f"{ACTOR}.use_dynamic_bsz"):
