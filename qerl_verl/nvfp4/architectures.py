@@ -81,12 +81,12 @@ class Experts:
     inner: str = "moe_intermediate_size"
 
     def linears(self, config: Any) -> Iterator[tuple[str, str, str]]:
-        """Gate, up and down of each expert, by their names in a layer."""
+        """Yields gate, up and down of each expert, by their names in a layer."""
         for expert in range(getattr(config, self.count)):
             yield tuple(f"{self.module}.{expert}.{name}" for name in _EXPERT_LINEARS)
 
     def stacked_shapes(self, config: Any) -> dict[str, tuple[int, int, int]]:
-        """Name in a layer -> shape of transformers' parameters."""
+        """Returns the name in a layer -> shape of transformers' parameters."""
         count, inner = getattr(config, self.count), getattr(config, self.inner)
         hidden = config.hidden_size
         return {
@@ -192,7 +192,7 @@ class Architecture:
         return ("lm_head", rf"re:(?:.*\.)?{self._tower}\..*") if self.vision else ("lm_head",)
 
     def is_of_tower(self, name: str) -> bool:
-        """Whether a module is the vision tower's, by its name in any of these programs."""
+        """Returns whether a module is the vision tower's, by its name in any of these programs."""
         return bool(self.vision) and self._tower in name.split(".")
 
     @property
@@ -200,7 +200,7 @@ class Architecture:
         return self.vision.rstrip(".").rpartition(".")[2]
 
     def module_name(self, name: str) -> str:
-        """The name in transformers' model of a tensor or linear of a checkpoint."""
+        """Returns the name in transformers' model of a tensor or linear of a checkpoint."""
         for older, now in self.older_names.items():
             if name.startswith(older):
                 return now + name.removeprefix(older)
@@ -239,15 +239,15 @@ class Architecture:
         return tuple(dict.fromkeys(holder.get(projection, projection) for projection in projections))
 
     def projections_of(self, linear: str) -> tuple[str, ...]:
-        """The projections whose rows a linear holds, in their order."""
+        """Returns the projections whose rows a linear holds, in their order."""
         return tuple(self.fused.get(linear, (linear,)))
 
     def has_experts(self, config: Any, index: int) -> bool:
-        """Whether a layer has experts in the MLP's place."""
+        """Returns whether a layer has experts in the MLP's place."""
         return self.experts is not None and self.experts.is_layer(config, index)
 
     def projection_shapes(self, config: Any) -> dict[str, tuple[int, int]]:
-        """Projection of a layer without experts -> (output, input features).
+        """Returns projection of a layer without experts -> (output, input features).
 
         Args:
             config: transformers' configuration object (which supplies the defaults of absent keys).
@@ -267,7 +267,7 @@ class Architecture:
         }
 
     def linear_shapes(self, config: Any, index: int) -> dict[str, tuple[int, int]]:
-        """The packed linears of layer ``index`` -> (output, input features)."""
+        """Returns the packed linears of layer ``index`` -> (output, input features)."""
         config = config.get_text_config()
         projections = self.projection_shapes(config)
         shapes = {}
@@ -283,7 +283,7 @@ class Architecture:
         return attention
 
     def tensor_shapes(self, config: Any) -> dict[str, tuple[int, ...]]:
-        """Name -> shape of every tensor of the 16-bit checkpoint.
+        """Returns name -> shape of every tensor of the 16-bit checkpoint.
 
         Args:
             config: transformers' configuration object (which supplies the defaults of absent keys).
@@ -341,8 +341,8 @@ class Architecture:
         return layer | {f"{linear}.bias": linears[linear][:1] for linear in self._linears_of(tuple(biased))}
 
     def adaptable(self, linears: Iterable[str]) -> list[str]:
-        """Those of a model's packed linears that can have a LoRA adapter: all, or beside experts those
-        of the attention alone.
+        """Those of a model's packed linears that can have a LoRA adapter: all, or beside experts
+        those of the attention alone.
 
         PEFT 0.21 takes gate_proj, up_proj and down_proj in ``target_modules`` for the experts' 3-D
         parameters in such a model, also where a layer has an MLP of these names
@@ -352,7 +352,7 @@ class Architecture:
         return [name for name in linears if self.experts is None or name.endswith(attention)]
 
     def routers(self, config: Any) -> tuple[str, ...]:
-        """Full names of the routers, linears that stay in 16 bits."""
+        """Returns the full names of the routers, linears that stay in 16 bits."""
         layers = range(config.get_text_config().num_hidden_layers)
         return tuple(f"{self.layer_prefix}{i}.{self.experts.router}" for i in layers if self.has_experts(config, i))
 
@@ -366,14 +366,14 @@ class Architecture:
                 )
 
     def scale_groups(self) -> tuple[tuple[str, ...], ...]:
-        """The packed linears of a layer without experts, in the groups that share a global scale; a
-        linear that shares with none is alone."""
+        """Returns the packed linears of a layer without experts, in the groups that share a global
+        scale; a linear that shares with none is alone."""
         shared = {linear for group in self.shared_scale_groups for linear in group}
         return (*self.shared_scale_groups, *((linear,) for linear in self.linears if linear not in shared))
 
     def layer_groups(self, config: Any, index: int) -> tuple[tuple[str, ...], ...]:
-        """The same of layer ``index``. Gate and up of an expert share a global scale, which vLLM
-        keeps by expert (compressed_tensors_moe_w4a4_nvfp4.py, w13_weight_global_scale)."""
+        """Returns the same of layer ``index``. Gate and up of an expert share a global scale, which
+        vLLM keeps by expert (compressed_tensors_moe_w4a4_nvfp4.py, w13_weight_global_scale)."""
         groups = self.scale_groups()
         if not self.has_experts(config, index):
             return groups
@@ -382,7 +382,7 @@ class Architecture:
         return (*(group for group in groups if group[0] in attention), *of_experts)
 
     def all_groups(self, config: Any) -> Iterator[tuple[str, ...]]:
-        """The same of all layers, by full names."""
+        """Yields the same of all layers, by full names."""
         for i in range(config.get_text_config().num_hidden_layers):
             for group in self.layer_groups(config, i):
                 yield tuple(f"{self.layer_prefix}{i}.{linear}" for linear in group)
@@ -499,12 +499,12 @@ NOT_YET = dict.fromkeys(
 
 
 def supported_architectures() -> tuple[str, ...]:
-    """The names in the table."""
+    """Returns the names in the table."""
     return tuple(_ARCHITECTURES)
 
 
 def get_architecture(hf_config: Any) -> Architecture:
-    """The table entry of a model.
+    """Returns the table entry of a model.
 
     Args:
         hf_config: the content of config.json as a dict, or transformers' configuration object.
@@ -527,7 +527,8 @@ def get_architecture(hf_config: Any) -> Architecture:
 
 
 def text_settings(content: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What config.json says of the decoder, which models with a vision tower have in a part of its own.
+    """Returns what config.json says of the decoder, which models with a vision tower have in a part
+    of its own.
 
     Args:
         content: of config.json.
@@ -536,7 +537,7 @@ def text_settings(content: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def automatic_class(architecture: Architecture) -> type:
-    """transformers' ``AutoModel...`` class that builds the model with its output layer."""
+    """Returns transformers' ``AutoModel...`` class that builds the model with its output layer."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     return AutoModelForImageTextToText if architecture.vision else AutoModelForCausalLM

@@ -1,8 +1,9 @@
 """A folder that is complete or absent, whatever happens to the process that writes it.
 
-Beside the destination lies, while it is written, a folder ``<name>.tmp-<random>`` that holds ``owner`` (see
-:mod:`qerl_verl.ownership`), ``content``, which becomes the destination by one rename, and for the moment between two renames
-``replaced``, the folder that stood there before. A process that dies leaves it to the next attempt.
+Beside the destination lies, while it is written, a folder ``<name>.tmp-<random>`` that holds
+``owner`` (see :mod:`qerl_verl.ownership`), ``content``, which becomes the destination by one
+rename, and for the moment between two renames ``replaced``, the folder that stood there before. A
+process that dies leaves it to the next attempt.
 """
 
 from __future__ import annotations
@@ -23,15 +24,17 @@ _OWNER, _CONTENT, _REPLACED, _OBSOLETE = "owner", "content", "replaced", "obsole
 
 @contextlib.contextmanager
 def atomic_folder(dst: Path, *, replace: bool = False) -> Iterator[Path]:
-    """Give a new folder to write to. At the end of the block it becomes ``dst``; on an error it goes.
+    """Gives a new folder to write to. At the end of the block it becomes ``dst``; on an error it
+    goes.
 
     Args:
-        dst: absent, or an empty folder; with ``replace`` also a folder that the new one takes the place of. That one is moved
-            aside first and removed when the new one is in place.
+        dst: absent, or an empty folder; with ``replace`` also a folder that the new one takes the
+            place of. That one is moved aside first and removed when the new one is in place.
         replace: see ``dst``.
 
     Raises:
-        CheckpointError: ``dst`` is not empty any more when the rename is due, or cannot be replaced.
+        CheckpointError: ``dst`` is not empty any more when the rename is due, or cannot be
+            replaced.
     """
     settle_leftovers(dst)
     dst.parent.mkdir(parents=True, exist_ok=True)
@@ -56,10 +59,11 @@ def atomic_folder(dst: Path, *, replace: bool = False) -> Iterator[Path]:
 
 
 def settle_leftovers(dst: Path) -> None:
-    """Finish what killed processes left of earlier attempts at ``dst``.
+    """Finishes what killed processes left of earlier attempts at ``dst``.
 
-    A folder that one of them had moved aside comes back where nothing stands in its place; the rest of theirs is removed. What
-    belongs to a process that cannot be judged from here (another host, another container) is left alone and named on stderr.
+    A folder that one of them had moved aside comes back where nothing stands in its place; the rest
+    of theirs is removed. What belongs to a process that cannot be judged from here (another host,
+    another container) is left alone and named on stderr.
     """
     for workspace in dst.parent.glob(f"{glob.escape(dst.name)}.tmp-*"):
         owner = Owner.read(workspace / _OWNER)
@@ -73,10 +77,10 @@ def settle_leftovers(dst: Path) -> None:
 
 
 def _settle(workspace: Path, dst: Path) -> None:
-    """End an attempt at ``dst`` that stopped anywhere.
+    """Ends an attempt at ``dst`` that stopped anywhere.
 
-    What it had moved aside comes back if the new folder did not take its place, and goes if it did. If something else stands at
-    ``dst`` by now, it stays where it is and stderr says so.
+    What it had moved aside comes back if the new folder did not take its place, and goes if it did.
+    If something else stands at ``dst`` by now, it stays where it is and stderr says so.
     """
     content, replaced, obsolete = (workspace / name for name in (_CONTENT, _REPLACED, _OBSOLETE))
     try:

@@ -1,9 +1,10 @@
 """From a model path or hub name to a local NVFP4 folder, quantizing at most once.
 
-A cache entry is a folder ``<model_type>-<key>``, the key being a hash of the content of every source file and of the
-format version. It appears by one rename of a finished folder, so it is complete or absent; a file lock beside it keeps
-others from doing the same work meanwhile. Correctness rests on the rename, the lock only saves work: where a shared
-file system does not honour locks between nodes, each node quantizes and the first to finish wins.
+A cache entry is a folder ``<model_type>-<key>``, the key being a hash of the content of every
+source file and of the format version. It appears by one rename of a finished folder, so it is
+complete or absent; a file lock beside it keeps others from doing the same work meanwhile.
+Correctness rests on the rename, the lock only saves work: where a shared file system does not
+honour locks between nodes, each node quantizes and the first to finish wins.
 """
 
 from __future__ import annotations
@@ -65,13 +66,15 @@ class ResolvedCheckpoint:
     source: str
     """What was asked for."""
     kind: Literal["as_is", "quantized", "converted"]
-    """``as_is``: the source was NVFP4 already. ``quantized`` and ``converted``: ``path`` is an entry of the cache."""
+    """``as_is``: the source was NVFP4 already. ``quantized`` and ``converted``: ``path`` is an
+    entry of the cache."""
     notes: tuple[str, ...] = ()
-    """What the source asks for and does not get, see :func:`~qerl_verl.nvfp4.checkpoint.unused_settings`."""
+    """What the source asks for and does not get, see
+    :func:`~qerl_verl.nvfp4.checkpoint.unused_settings`."""
 
 
 def default_cache_dir() -> Path:
-    """``$QERL_CACHE``, or ``~/.cache/qerl_verl``."""
+    """Returns ``$QERL_CACHE``, or ``~/.cache/qerl_verl``."""
     return Path(os.environ.get("QERL_CACHE") or "~/.cache/qerl_verl").expanduser()
 
 
@@ -81,8 +84,8 @@ class Quantization:
 
     Attributes:
         method: see :data:`~qerl_verl.nvfp4.quantizers.Method`.
-        calibration: makes the text that the method needs from the model's folder (its tokenizer); called only where the
-            model has to be quantized or looked up.
+        calibration: makes the text that the method needs from the model's folder (its tokenizer);
+            called only where the model has to be quantized or looked up.
         device: where; by default the current GPU, or the CPU where there is none.
         isolated: in a process of its own, see :mod:`qerl_verl.nvfp4.isolated`.
     """
@@ -100,21 +103,25 @@ def resolve_checkpoint(
     *,
     progress: bool = True,
 ) -> ResolvedCheckpoint:
-    """A local NVFP4 checkpoint of a model: the model itself if it is one, else quantized into the cache.
+    """Returns a local NVFP4 checkpoint of a model: the model itself if it is one, else quantized
+    into the cache.
 
-    Any number of processes, on any number of nodes that share ``cache_dir``, may call this at the same time. One of
-    them quantizes, the others wait and say on stderr for whom. A process that is killed leaves nothing that would be
-    used; its temporary folder is removed by the next attempt.
+    Any number of processes, on any number of nodes that share ``cache_dir``, may call this at the
+    same time. One of them quantizes, the others wait and say on stderr for whom. A process that is
+    killed leaves nothing that would be used; its temporary folder is removed by the next attempt.
 
     Args:
-        model_path: local folder, or name of a model on the Hugging Face hub (``HF_HUB_OFFLINE`` is respected).
+        model_path: local folder, or name of a model on the Hugging Face hub (``HF_HUB_OFFLINE`` is
+            respected).
         cache_dir: None means :func:`default_cache_dir`.
-        quantization: how. Another method or another calibration text makes another entry of the cache.
+        quantization: how. Another method or another calibration text makes another entry of the
+            cache.
         progress: show a progress bar on stderr.
 
     Raises:
-        UnsupportedArchitecture, CheckpointError: as :func:`~qerl_verl.nvfp4.checkpoint.quantize_checkpoint`; or the
-            model is neither a folder nor to be had from the hub; or a cache entry has been damaged.
+        UnsupportedArchitecture, CheckpointError: as
+            :func:`~qerl_verl.nvfp4.checkpoint.quantize_checkpoint`; or the model is neither a
+            folder nor to be had from the hub; or a cache entry has been damaged.
     """
     source = str(model_path)
     folder = fetch_model(source)
@@ -144,13 +151,15 @@ def resolve_checkpoint(
 
 
 def resolve_source(model_path: str | Path) -> Path:
-    """The local folder of a 16- or 32-bit checkpoint that is to be used as it is, fetched from the hub where it is not there.
+    """Returns the local folder of a 16- or 32-bit checkpoint that is to be used as it is, fetched
+    from the hub where it is not there.
 
     Args:
         model_path: as for :func:`resolve_checkpoint`.
 
     Raises:
-        UnsupportedArchitecture, CheckpointError: as :func:`resolve_checkpoint`; or the checkpoint is quantized.
+        UnsupportedArchitecture, CheckpointError: as :func:`resolve_checkpoint`; or the checkpoint
+            is quantized.
     """
     folder = fetch_model(str(model_path))
     check_source(folder)
@@ -158,7 +167,8 @@ def resolve_source(model_path: str | Path) -> Path:
 
 
 def fingerprint(folder: str | Path, cache_dir: str | Path | None = None) -> str:
-    """Path-independent hash of the weights of an NVFP4 folder: from their bytes, hashed again when a file changes.
+    """Returns path-independent hash of the weights of an NVFP4 folder: from their bytes, hashed
+    again when a file changes.
 
     Args:
         folder: see :attr:`ResolvedCheckpoint.path`.
@@ -197,7 +207,8 @@ def _fill(
 
 
 def _verify(entry: Path, cache: Path) -> None:
-    """All files against the manifest: their sizes, and of the weights the content, which is hashed again when a file changes."""
+    """Returns all files against the manifest: their sizes, and of the weights the content, which is
+    hashed again when a file changes."""
 
     def damaged(what: str) -> CheckpointError:
         return CheckpointError(
@@ -225,7 +236,8 @@ def _verify(entry: Path, cache: Path) -> None:
 
 
 def _content_key(folder: Path, cache: Path, method: str, calibration: Calibration | None) -> str:
-    """Hash of what the output depends on: all files that are read or copied, and how they are quantized."""
+    """Returns the hash of what the output depends on: all files that are read or copied, and how
+    they are quantized."""
     digests = _Digests(cache / _DIGESTS_FILE)
     files = {name: digests.of(folder / name) for name in source_files(folder)}
     digests.save()
@@ -241,7 +253,8 @@ def _content_key(folder: Path, cache: Path, method: str, calibration: Calibratio
 class _Digests:
     """SHA-256 of files, remembered for as long as size, inode and times stay the same.
 
-    The time of the last change of the inode is among them (inode(7), ctime): no program can set it back.
+    The time of the last change of the inode is among them (inode(7), ctime): no program can set it
+    back.
     """
 
     def __init__(self, store: Path):
@@ -277,7 +290,8 @@ class _Digests:
         return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
 
     def save(self) -> None:
-        """Add what is new. Where it fails or two processes save at once, some files are hashed again next time."""
+        """Adds what is new. Where it fails or two processes save at once, some files are hashed
+        again next time."""
         if not self._new:
             return
         temporary = self._store.with_name(f"{self._store.name}.{uuid.uuid4().hex[:8]}")
@@ -300,12 +314,14 @@ class _Digests:
 
 
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
-"""What flock(2) says on a file system that has no locks: NFS without lockd, FUSE, Lustre without its option ``flock``."""
+"""What flock(2) says on a file system that has no locks: NFS without lockd, FUSE, Lustre without
+its option ``flock``."""
 
 
 @contextlib.contextmanager
 def _exclusive(entry: Path) -> Iterator[None]:
-    """Hold the lock of an entry; while another process holds it, say who and for how long. Goes on where there are no locks."""
+    """Holds the lock of an entry; while another process holds it, says who and for how long. Goes
+    on where there are no locks."""
     lock = FileLock(entry.with_name(f"{entry.name}.lock"))
     owner = entry.with_name(f"{entry.name}.owner.json")
     if reason := _why_no_lock(lock.lock_file):
@@ -329,9 +345,11 @@ def _exclusive(entry: Path) -> Iterator[None]:
 
 
 def _why_no_lock(path: str) -> str | None:
-    """What the system says where a file cannot be locked at all; None where it can, also if another process holds it now.
+    """Returns what the system says where a file cannot be locked at all; None where it can, also if
+    another process holds it now.
 
-    Asked here, because filelock 3 waits for ever on such a file system, and 4 fails or leaves a lock that outlives a kill.
+    Asked here, because filelock 3 waits for ever on such a file system, and 4 fails or leaves a
+    lock that outlives a kill.
     """
     try:
         descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
@@ -370,7 +388,8 @@ def _describe(owner: Path) -> str:
 
 
 def fetch_model(model: str) -> Path:
-    """The local folder of a model, fetched from the Hugging Face hub where ``model`` is no folder. Nothing in it is checked.
+    """Returns the local folder of a model, fetched from the Hugging Face hub where ``model`` is no
+    folder. Nothing in it is checked.
 
     Raises:
         CheckpointError: as :func:`resolve_checkpoint`, where the model is not to be had.
@@ -399,7 +418,8 @@ def fetch_model(model: str) -> Path:
 
 
 def _refuse_pickles(model: str) -> None:
-    """Raise where the hub has a model's weights as PyTorch pickles alone, which :data:`_HUB_PATTERNS` leave out."""
+    """Raises where the hub has a model's weights as PyTorch pickles alone, which
+    :data:`_HUB_PATTERNS` leave out."""
     import huggingface_hub
 
     try:

@@ -1,4 +1,5 @@
-"""Text for quantizers that look at activations: prompts, with answers where there are any, as token ids."""
+"""Text for quantizers that look at activations: prompts, with answers where there are any, as token
+ids."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ _PROMPTS = ("question", "instruction", "problem", "query", "input")
 
 @dataclass(frozen=True)
 class Calibration:
-    """Sequences of token ids. Each comes with the number of its first tokens that are the prompt (0: all is text).
+    """Sequences of token ids. Each comes with the number of its first tokens that are the prompt
+    (0: all is text).
 
     Attributes:
         sequences: to calibrate with.
@@ -67,20 +69,24 @@ def read_calibration(
     prompt_key: str = "prompt",
     chat_template: str | None = None,
 ) -> Calibration:
-    """Sequences from data files, spread evenly over their rows and tokenized as the model's chat template has them.
+    """Returns the sequences from data files, spread evenly over their rows and tokenized as the
+    model's chat template has them.
 
     Args:
-        files: ``.parquet`` (verl's own, for one), ``.jsonl``, or text. A row is a chat (``messages``), a prompt
-            (``prompt_key``, or ``question`` and the like) with an answer where one is found (``answer``, ``solution``, ...,
-            in the row or in its ``extra_info``), or ``text``. A text file is cut into sequences.
+        files: ``.parquet`` (verl's own, for one), ``.jsonl``, or text. A row is a chat
+            (``messages``), a prompt (``prompt_key``, or ``question`` and the like) with an answer
+            where one is found (``answer``, ``solution``, ..., in the row or in its ``extra_info``),
+            or ``text``. A text file is cut into sequences.
         model: folder with the tokenizer.
-        samples: sequences to calibrate with; :data:`HELD_OUT` more are kept apart. Fewer where the files hold fewer.
+        samples: sequences to calibrate with; :data:`HELD_OUT` more are kept apart. Fewer where the
+            files hold fewer.
         sample_tokens: see :data:`SAMPLE_TOKENS`.
         prompt_key: verl's ``data.prompt_key``.
         chat_template: instead of the tokenizer's own.
 
     Raises:
-        CheckpointError: a file is missing or unreadable, holds nothing usable, or the model has no tokenizer.
+        CheckpointError: a file is missing or unreadable, holds nothing usable, or the model has no
+            tokenizer.
     """
     for name, value, least in (("samples", samples, 1), ("sample tokens", sample_tokens, 2)):
         if value < least:
@@ -111,7 +117,7 @@ def read_calibration(
 
 
 def load_tokenizer(model: str | Path) -> Any:
-    """The tokenizer in a model's folder.
+    """Returns the tokenizer in a model's folder.
 
     Raises:
         CheckpointError: there is none, or transformers cannot load it.
@@ -142,7 +148,7 @@ def _sequences(
 
 
 def _spread(rows: Sequence[Any], wanted: int) -> list[Any]:
-    """``wanted`` of the rows at equal distances, or all of them if there are no more."""
+    """Returns ``wanted`` of the rows at equal distances, or all of them if there are no more."""
     return [rows[i] for i in _spread_indices(len(rows), wanted)]
 
 
@@ -182,7 +188,8 @@ def _jsonl_rows(file: Path, wanted: int) -> Iterator[Mapping[str, Any]]:
 def encode_row(
     row: Mapping[str, Any], tokenizer: Any, tokens: int, prompt_key: str
 ) -> tuple[tuple[int, ...], int] | None:
-    """Token ids of a row, at most ``tokens`` of them, and how many of the first are its prompt.
+    """Returns token ids of a row, at most ``tokens`` of them, and how many of the first are its
+    prompt.
 
     Args:
         row: see :func:`read_calibration`.

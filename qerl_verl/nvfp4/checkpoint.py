@@ -245,8 +245,7 @@ def quantize_checkpoint(
 
 
 def _set_dtype(config: dict[str, Any], dtype: str) -> None:
-    """Sets the dtype of the unpacked tensors in the content of config.json and its parts, in place.
-    """
+    """Sets the dtype of the unpacked tensors in the content of config.json and its parts, in place."""
     config |= {key: dtype for key in ("dtype", "torch_dtype") if key in config} or {"torch_dtype": dtype}
     for part in (config.get("text_config"), config.get("vision_config")):
         if part:
@@ -254,8 +253,7 @@ def _set_dtype(config: dict[str, Any], dtype: str) -> None:
 
 
 def _attempt_key(src: Path, tensors: dict[str, TensorInfo], calibration: Calibration) -> str:
-    """Returns a hash of what the finished layers depend on; sizes and times identify source files.
-    """
+    """Returns a hash of what the finished layers depend on; sizes and times identify source files."""
     files = sorted({info.file for info in tensors.values()} | {src / CONFIG_FILE})
     stamps = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     content = json.dumps([FORMAT_VERSION, GPTQ_VERSION, stamps, calibration.key])
@@ -822,7 +820,7 @@ class _Rounder:
         self._reader.shutdown(cancel_futures=True)
 
     def begin(self, tensors: dict[str, TensorInfo], coming: list[tuple[str, ...]]) -> None:
-        """Read the weights of the units to come in a thread. Not for a CPU, whose cores and memory
+        """Reads the weights of the units to come in a thread. Not for a CPU, whose cores and memory
         the units at hand need."""
         for sources in coming if self._device.type != "cpu" else ():
             if sources not in self._weights:
@@ -834,7 +832,8 @@ class _Rounder:
     def pack(
         self, tensors: dict[str, TensorInfo], sources: tuple[str, ...], pool: ThreadPoolExecutor
     ) -> Iterator[tuple[str, PackedLinear]]:
-        """Linears that share a global scale, one after the other, from the names of their weights.
+        """Yields linears that share a global scale, one after the other, from the names of their
+        weights.
         """
         ahead = self._weights.pop(sources, None)
         weights = ahead.result() if ahead else self._read(tensors, sources)
@@ -852,7 +851,7 @@ class _Rounder:
 
 
 def _check_exponents(weights: dict[str, torch.Tensor], tensors: dict[str, TensorInfo]) -> None:
-    """Refuse fused linears whose MXFP4 exponents span more than the container of NVFP4 holds,
+    """Refuses fused linears whose MXFP4 exponents span more than the container of NVFP4 holds,
     naming the tensor."""
     lowest, highest = {}, []
     for name, weight in weights.items():
@@ -922,8 +921,8 @@ def _finite_amax(tensor: torch.Tensor, name: str, info: TensorInfo) -> torch.Ten
 
 
 def _check_source(path: Path, architecture: Architecture, hf_config: Any) -> dict[str, TensorInfo]:
-    """The headers of a 16- or 32-bit checkpoint, which holds the tensors of its model and no
-    others."""
+    """Returns the headers of a 16- or 32-bit checkpoint, which holds the tensors of its model and
+    no others."""
     tensors = split_experts(read_headers(path), architecture, hf_config)
     shapes = architecture.tensor_shapes(hf_config)
     _check_tensors(path, tensors, shapes, WEIGHT_DTYPES)
@@ -932,7 +931,8 @@ def _check_source(path: Path, architecture: Architecture, hf_config: Any) -> dic
 
 
 def split_experts(tensors: dict[str, TensorInfo], architecture: Architecture, hf_config: Any) -> dict[str, TensorInfo]:
-    """The tensors of a 16- or 32-bit checkpoint with one matrix for each linear of an expert.
+    """Returns the tensors of a 16- or 32-bit checkpoint with one matrix for each linear of an
+    expert.
 
     Where a checkpoint stacks the experts of a layer (``gate_up_proj`` ``[E, 2 I, H]``,
     ``down_proj`` ``[E, H, I]``), the matrices of one expert lie in one piece each, so they are
@@ -967,7 +967,7 @@ def split_experts(tensors: dict[str, TensorInfo], architecture: Architecture, hf
 def _check_names(
     path: Path, tensors: dict[str, TensorInfo], expected: Set[str], architecture: Architecture, tied: bool
 ) -> None:
-    """Refuse tensors that the model does not have: they would be lost, or stop the actor."""
+    """Refuses tensors that the model does not have: they would be lost, or stop the actor."""
     unexpected = [name for name in tensors if name not in expected and not is_unused(name)]
     if tied and "lm_head.weight" in unexpected:
         _check_tied(tensors["lm_head.weight"], tensors[architecture.embeddings], architecture.embeddings)
@@ -992,7 +992,7 @@ def _check_tied(head: TensorInfo, embeddings: TensorInfo, name: str) -> None:
 
 
 def _check_matched(path: Path, linears: Iterable[str]) -> None:
-    """Refuse a config.json by which vLLM would build some packed linear without NVFP4 (its
+    """Refuses a config.json by which vLLM would build some packed linear without NVFP4 (its
     compressed_tensors/utils.py, should_ignore_layer and find_matched_target): the actor goes by the
     tensors alone."""
     config = read_config(path)
@@ -1015,13 +1015,14 @@ def _check_matched(path: Path, linears: Iterable[str]) -> None:
 
 
 def _names(pattern: str, linear: str) -> bool:
-    """Whether compressed-tensors' ``name`` or ``re:expression`` stands for a linear."""
+    """Returns whether compressed-tensors' ``name`` or ``re:expression`` stands for a linear."""
     expression = pattern.removeprefix("re:")
     return re.match(expression, linear) is not None if expression != pattern else pattern == linear
 
 
 def _check_scales(tensors: dict[str, TensorInfo], linears: Iterable[str]) -> None:
-    """Refuse scales by which a weight decodes to NaN or Inf, or that a kernel reads in another way.
+    """Refuses scales by which a weight decodes to NaN or Inf, or that a kernel reads in another
+    way.
     """
     scales = {f"{linear}.weight_scale": tensors[f"{linear}.weight_scale"] for linear in linears}
     size = sum(info.nbytes for info in scales.values())
@@ -1085,7 +1086,7 @@ def _gb(size: int) -> str:
 
 
 def decoder_layers(hf_config: Any) -> int:
-    """The number of a model's decoder layers.
+    """Returns the number of a model's decoder layers.
 
     Args:
         hf_config: transformers' configuration of the model.

@@ -1,12 +1,16 @@
-"""Turn other programs' 4-bit checkpoints into ``nvfp4-pack-quantized`` ones, without rounding a weight again.
+"""Turn other programs' 4-bit checkpoints into ``nvfp4-pack-quantized`` ones, without rounding a
+weight again.
 
-NVIDIA ModelOpt's NVFP4 (``hf_quant_config.json``, or ``quant_algo: NVFP4`` in config.json) has the same codes and block
-scales under other names, and stores the tensor's scale as a factor where compressed-tensors stores its reciprocal:
+NVIDIA ModelOpt's NVFP4 (``hf_quant_config.json``, or ``quant_algo: NVFP4`` in config.json) has the
+same codes and block scales under other names, and stores the tensor's scale as a factor where
+compressed-tensors stores its reciprocal:
 
-    X.weight -> X.weight_packed    X.weight_scale -> X.weight_scale    1 / X.weight_scale_2 -> X.weight_global_scale
+    X.weight -> X.weight_packed X.weight_scale -> X.weight_scale 1 / X.weight_scale_2 ->
+    X.weight_global_scale
 
-compressed-tensors' MXFP4 (``mxfp4-pack-quantized``) has one power of two (E8M0) for 32 values. It becomes two equal E4M3
-scales where the exponents of a linear span no more than E4M3 holds (arXiv 2310.10537; OCP Microscaling Formats v1.0).
+compressed-tensors' MXFP4 (``mxfp4-pack-quantized``) has one power of two (E8M0) for 32 values. It
+becomes two equal E4M3 scales where the exponents of a linear span no more than E4M3 holds (arXiv
+2310.10537; OCP Microscaling Formats v1.0).
 """
 
 from __future__ import annotations
@@ -33,7 +37,8 @@ Foreign = Literal["modelopt", "mxfp4"]
 """A format that :func:`convert_checkpoint` reads."""
 
 CONVERT_VERSION = 1
-"""Raise it when the same source would give other bytes than before: it is part of the key of the cache."""
+"""Raise it when the same source would give other bytes than before: it is part of the key of the
+cache."""
 
 MODELOPT_FILE = "hf_quant_config.json"
 MXFP4_FORMAT = "mxfp4-pack-quantized"
@@ -47,7 +52,7 @@ _DROPPED = re.compile(
 
 
 def foreign_format(path: Path) -> Foreign | None:
-    """Whether a folder is a 4-bit checkpoint that can be converted; None for any other one.
+    """Returns whether a folder is a 4-bit checkpoint that can be converted; None for any other one.
 
     Raises:
         CheckpointError: no readable config.json; or ModelOpt's, in an algorithm other than NVFP4.
@@ -67,7 +72,8 @@ def foreign_format(path: Path) -> Foreign | None:
 
 
 def modelopt_settings(path: Path) -> dict[str, Any] | None:
-    """What ModelOpt wrote about its quantization: ``quant_algo``, ``group_size``, ``exclude_modules``, ``kv_cache_quant_algo``."""
+    """Returns what ModelOpt wrote about its quantization: ``quant_algo``, ``group_size``,
+    ``exclude_modules``, ``kv_cache_quant_algo``."""
     file, config = path / MODELOPT_FILE, files.read_config(path)
     if file.is_file():
         return files._read_json(file, "Fetch it again.").get("quantization") or {}
@@ -94,7 +100,8 @@ class _Linear:
 
 
 def check_foreign(path: Path) -> None:
-    """Check that a checkpoint of another format can be converted, from its headers and tensor scales.
+    """Checks that a checkpoint of another format can be converted, from its headers and tensor
+    scales.
 
     Raises:
         UnsupportedArchitecture, CheckpointError: names the first tensor that is wrong.
@@ -180,12 +187,13 @@ class _Source:
                 )
 
     def groups(self) -> Iterator[tuple[_Linear, ...]]:
-        """The linears that share a global scale where we quantize, and each other one by itself."""
+        """Yields the linears that share a global scale where we quantize, and each other one by
+        itself."""
         for group in self.architecture.all_groups(self.hf_config):
             yield tuple(self.linears[name] for name in group)
 
     def tensors_of(self, unit: str | tuple[_Linear, ...]) -> Iterator[tuple[str, torch.Tensor]]:
-        """The output tensors of a unit: a tensor that is copied, or linears that vLLM fuses."""
+        """Yields the output tensors of a unit: a tensor that is copied, or linears that vLLM fuses."""
         if isinstance(unit, str):
             tensor = read_tensor(self.tensors[unit])
             yield unit, tensor.bfloat16() if tensor.dtype == torch.float32 else tensor
@@ -193,7 +201,7 @@ class _Source:
             yield from self.convert(unit)
 
     def convert(self, group: tuple[_Linear, ...]) -> Iterator[tuple[str, torch.Tensor]]:
-        """The output tensors of linears that vLLM fuses, in the order of :meth:`layout`."""
+        """Yields the output tensors of linears that vLLM fuses, in the order of :meth:`layout`."""
         if not group[0].packed:
             for linear in group:
                 tensor = read_tensor(self.tensors[f"{linear.name}.weight"])
@@ -212,7 +220,7 @@ class _Source:
             yield f"{linear.name}.weight_scale", block_scale
 
     def layout(self, group: tuple[_Linear, ...]) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Output name -> (dtype, shape)."""
+        """Returns output name -> (dtype, shape)."""
         layout = {}
         for linear in group:
             if linear.packed:
@@ -223,7 +231,7 @@ class _Source:
         return layout
 
     def _shared_exponents(self, linear: _Linear) -> torch.Tensor:
-        """``[N, K / 32]`` int32; a block of zeros has the largest exponent of its linear.
+        """Returns ``[N, K / 32]`` int32; a block of zeros has the largest exponent of its linear.
 
         Raises:
             CheckpointError: NaN among the scales.
@@ -240,7 +248,8 @@ class _Source:
         return exponent.masked_fill(empty, int(exponent[~empty].max()))
 
     def _exponents(self, group: tuple[_Linear, ...]) -> dict[str, tuple[torch.Tensor, int]]:
-        """Of each linear its exponents and the one that becomes E4M3's largest power of two, shared where the span allows."""
+        """Of each linear its exponents and the one that becomes E4M3's largest power of two, shared
+        where the span allows."""
         found = {linear.name: self._shared_exponents(linear) for linear in group}
         top = max(int(e.max()) for e in found.values())
         if top - min(int(e.min()) for e in found.values()) <= LARGEST_SPAN:
@@ -266,10 +275,11 @@ class _Source:
 def convert_checkpoint(
     src: str | Path, dst: str | Path, *, progress: bool = True, max_shard_bytes: int = 5_000_000_000
 ) -> dict[str, FileRecord]:
-    """Write a checkpoint of another 4-bit format as ``nvfp4-pack-quantized``.
+    """Writes a checkpoint of another 4-bit format as ``nvfp4-pack-quantized``.
 
-    Codes and block scales stay as they are. Linears that the source leaves in 16 bits stay so, and are listed under
-    ``ignore``. Scales of activations and of a KV cache are left out. Host memory stays at about one group of linears.
+    Codes and block scales stay as they are. Linears that the source leaves in 16 bits stay so, and
+    are listed under ``ignore``. Scales of activations and of a KV cache are left out. Host memory
+    stays at about one group of linears.
 
     Args:
         src: folder in ModelOpt's NVFP4 or compressed-tensors' MXFP4.
@@ -281,8 +291,8 @@ def convert_checkpoint(
         File name -> size and SHA-256, of every file in ``dst``.
 
     Raises:
-        UnsupportedArchitecture, CheckpointError: the source is damaged, incomplete or cannot be converted without loss, with the
-            tensor's name; ``dst`` is not empty; the disk is full.
+        UnsupportedArchitecture, CheckpointError: the source is damaged, incomplete or cannot be
+            converted without loss, with the tensor's name; ``dst`` is not empty; the disk is full.
     """
     src, dst = Path(src), Path(dst)
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):

@@ -1,6 +1,8 @@
-"""Run a checkpoint's decoder one layer at a time, so that memory holds one layer and the activations between two layers.
+"""Run a checkpoint's decoder one layer at a time, so that memory holds one layer and the
+activations between two layers.
 
-The layers are transformers' own modules. Rotary embeddings, masks and whatever else a layer is called with come from the
+The layers are transformers' own modules. Rotary embeddings, masks and whatever else a layer is
+called with come from the
 model class: its forward pass runs once for each batch with recorders in the layers' places.
 """
 
@@ -23,11 +25,13 @@ _SCORED_TOKENS = 512  # at a time through the output layer
 
 @dataclass
 class Activations:
-    """What flows between two decoder layers, for a batch of sequences that are padded at their ends.
+    """What flows between two decoder layers, for a batch of sequences that are padded at their
+    ends.
 
     Attributes:
         hidden: ``[batch, length, hidden_size]``.
-        inside: ``[batch, length]`` bool, False at padding. Attention is causal, so that nothing real sees it.
+        inside: ``[batch, length]`` bool, False at padding. Attention is causal, so that nothing
+            real sees it.
         tokens: ``[batch, length]`` int64.
         scored: ``[batch, length]`` bool, positions whose next token counts in the loss.
         calls: for each layer, the keyword arguments that the model class gives it.
@@ -40,12 +44,12 @@ class Activations:
     calls: list[dict[str, Any]]
 
     def advance(self, layer: nn.Module, index: int) -> None:
-        """Put the activations through a decoder layer."""
+        """Puts the activations through a decoder layer."""
         output = layer(self.hidden, **self.calls[index])
         self.hidden = output[0] if isinstance(output, tuple) else output
 
     def copy(self) -> Activations:
-        """The same at this point; the two may go through different layers."""
+        """Returns the same at this point; the two may go through different layers."""
         return Activations(self.hidden, self.inside, self.tokens, self.scored, self.calls)
 
 
@@ -63,12 +67,15 @@ class _Recorder(nn.Module):
 
 
 class SeparateExperts(nn.Module):
-    """The experts of a layer as linears with the checkpoint's names, where transformers has 3-D parameters.
+    """The experts of a layer as linears with the checkpoint's names, where transformers has 3-D
+    parameters.
 
-    Expert ``E`` is ``self.get_submodule(f"{E}")`` with ``gate_proj``, ``up_proj`` and ``down_proj``.
+    Expert ``E`` is ``self.get_submodule(f"{E}")`` with ``gate_proj``, ``up_proj`` and
+    ``down_proj``.
 
     Attributes:
-        chosen: ``[tokens of the expert]`` int64 while an expert runs: which of the layer's tokens it gets.
+        chosen: ``[tokens of the expert]`` int64 while an expert runs: which of the layer's tokens
+            it gets.
 
     Args:
         experts: transformers' module, on the meta device.
@@ -114,9 +121,10 @@ class LayerwiseDecoder:
 
     Args:
         config: transformers' configuration of the model.
-        tensors: name -> place of the checkpoint's tensors, with one matrix for each linear of an expert.
-        device: where to compute. On a CPU in float32, for bfloat16 there can be fifty times slower; elsewhere in the
-            checkpoint's dtype.
+        tensors: name -> place of the checkpoint's tensors, with one matrix for each linear of an
+            expert.
+        device: where to compute. On a CPU in float32, for bfloat16 there can be fifty times slower;
+            elsewhere in the checkpoint's dtype.
     """
 
     def __init__(self, config: Any, tensors: dict[str, TensorInfo], device: torch.device):
@@ -151,7 +159,7 @@ class LayerwiseDecoder:
 
     @torch.no_grad()
     def embed(self, sequences: Sequence[tuple[Sequence[int], int]]) -> list[Activations]:
-        """The input of the first layer, in batches of sequences of similar length.
+        """Returns the input of the first layer, in batches of sequences of similar length.
 
         Args:
             sequences: token ids, and how many of the first of them are not scored (the prompt).
@@ -175,14 +183,15 @@ class LayerwiseDecoder:
         return batches
 
     def _embed(self, table: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """What the model's embedding makes of tokens, which with Gemma's is more than a row of the
-        table."""
+        """Returns what the model's embedding makes of tokens, which with Gemma's is more than a row
+        of the table."""
         used, place = tokens.unique(return_inverse=True)
         rows = table[used].to(self.device, self.dtype)
         return torch.func.functional_call(self._model.embed_tokens, {"weight": rows}, (place.to(self.device),))
 
     def load_layer(self, index: int) -> nn.Module:
-        """The decoder layer with its weights on the device; :meth:`drop_layer` takes them away again."""
+        """Returns the decoder layer with its weights on the device; :meth:`drop_layer` takes them
+        away again."""
         layer, prefix = self._layers[index], f"{self._prefix}{index}."
         state = {}
         for name in layer.state_dict():
@@ -195,11 +204,12 @@ class LayerwiseDecoder:
 
     @torch.no_grad()
     def compare(self, ours: list[Activations], reference: list[Activations]) -> dict[str, float]:
-        """Loss of the scored tokens and how far the predictions are from the reference's, both after the last layer.
+        """Returns the loss of the scored tokens and how far the predictions are from the
+        reference's, both after the last layer.
 
         Returns:
-            ``tokens``; in nats a token ``loss`` and ``entropy`` of ``ours``, ``reference_loss``, and ``kl``, the mean of
-            KL(reference || ours).
+            ``tokens``; in nats a token ``loss`` and ``entropy`` of ``ours``, ``reference_loss``,
+            and ``kl``, the mean of KL(reference || ours).
         """
         weight = read_tensor(self._tensors[f"{self._row.decoder}norm.weight"]).to(self.device, self.dtype)
         self._norm.load_state_dict({"weight": weight}, assign=True)
@@ -229,7 +239,8 @@ class LayerwiseDecoder:
 def _by_length(
     sequences: Sequence[tuple[Sequence[int], int]], batch_tokens: int
 ) -> Iterator[list[tuple[Sequence[int], int]]]:
-    """Batches of at most ``batch_tokens`` tokens with padding (or of one sequence), longest first."""
+    """Yields batches of at most ``batch_tokens`` tokens with padding (or of one sequence), longest
+    first."""
     batch: list[tuple[Sequence[int], int]] = []
     for sequence in sorted(sequences, key=lambda s: len(s[0]), reverse=True):
         if batch and (len(batch) + 1) * len(batch[0][0]) > batch_tokens:

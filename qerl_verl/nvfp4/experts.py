@@ -25,7 +25,7 @@ STACKS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
 
 def gated(act_fn: Callable[[torch.Tensor], torch.Tensor], gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """``act_fn(gate) * up``."""
+    """Returns ``act_fn(gate) * up``."""
     return act_fn(gate) * up
 
 
@@ -37,8 +37,8 @@ class NVFP4Experts(nn.Module):
     one, and in the backend's layout.
 
     Attributes:
-        weight_joined: ``[27 / 16 * E * I * H]`` bytes in ``storage_dtype``: packed values and scales
-            of gate and up, then those of down. See :meth:`weight_bytes`.
+        weight_joined: ``[27 / 16 * E * I * H]`` bytes in ``storage_dtype``: packed values and
+            scales of gate and up, then those of down. See :meth:`weight_bytes`.
         weight_global_scale: ``[E, 3]`` float32 buffer, the divisors of gate, up and down.
         backends: of gate and up, and of down.
 
@@ -48,7 +48,8 @@ class NVFP4Experts(nn.Module):
         storage_dtype: see :class:`~qerl_verl.nvfp4.linear.NVFP4Linear`.
 
     Raises:
-        ValueError: H or I is not a multiple of 16, or the bytes do not fill whole ``storage_dtype`` items.
+        ValueError: H or I is not a multiple of 16, or the bytes do not fill whole ``storage_dtype``
+            items.
     """
 
     def __init__(
@@ -75,13 +76,16 @@ class NVFP4Experts(nn.Module):
         self.backends: dict[str, Backend] = dict.fromkeys(STACKS, get_backend("pytorch"))
 
     def shape_of(self, stack: str) -> tuple[int, int]:
-        """Rows and columns of a stack with the experts one below the other: ``(E * N, K)``."""
+        """Returns the rows and columns of a stack with the experts one below the other:
+        ``(E * N, K)``.
+        """
         if stack == "gate_up_proj":
             return self.num_experts * 2 * self.intermediate_dim, self.hidden_dim
         return self.num_experts * self.hidden_dim, self.intermediate_dim
 
     def weight_bytes(self, stack: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Views of packed values ``[E * N, K / 2]`` and scales ``[E * N, K / 16]`` of a stack, uint8."""
+        """Returns views of packed values ``[E * N, K / 2]`` and scales ``[E * N, K / 16]`` of a
+        stack, uint8."""
         joined, begin = self.weight_joined.detach().view(torch.uint8), 0
         if stack == "down_proj":
             rows, columns = self.shape_of("gate_up_proj")
@@ -92,7 +96,7 @@ class NVFP4Experts(nn.Module):
         return joined[begin:middle].view(rows, columns // 2), joined[middle:end].view(rows, columns // BLOCK_SIZE)
 
     def parts(self) -> dict[str, torch.Tensor]:
-        """Name of a checkpoint's tensor, relative to this module -> view of its place."""
+        """Returns the name of a checkpoint's tensor, relative to this module -> view of its place."""
         parts = {}
         for stack, projections in STACKS.items():
             packed, scale = (t.chunk(self.num_experts) for t in self.weight_bytes(stack))
@@ -114,7 +118,7 @@ class NVFP4Experts(nn.Module):
         name: str = "experts",
         elsewhere: Mapping[str, str] | None = None,
     ) -> dict[str, Choice]:
-        """Choose the kernels that decode the weights, and put the bytes into their layout, as
+        """Chooses the kernels that decode the weights, and puts the bytes into their layout, as
         :meth:`NVFP4Linear.use_backend <qerl_verl.nvfp4.linear.NVFP4Linear.use_backend>` does.
 
         Returns:
@@ -145,7 +149,7 @@ class NVFP4Experts(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        """The chosen experts' outputs, weighted and added up.
+        """Returns the chosen experts' outputs, weighted and added up.
 
         Args:
             hidden_states: ``[T, H]`` floating point.
@@ -170,7 +174,8 @@ class NVFP4Experts(nn.Module):
         return Combine.apply(rows, order, inverse, k)
 
     def dequantize(self, stack: str, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-        """transformers' parameter: ``gate_up_proj`` ``[E, 2 I, H]`` or ``down_proj`` ``[E, H, I]``."""
+        """Returns transformers' parameter: ``gate_up_proj`` ``[E, 2 I, H]`` or ``down_proj``
+        ``[E, H, I]``."""
         packed, scale = self.backends[stack].unpack(*self.weight_bytes(stack))
         rows, columns = self.shape_of(stack)
         weights = []
@@ -186,6 +191,7 @@ class NVFP4Experts(nn.Module):
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Whether a module is the experts of a layer: ours, or transformers' with its 3-D parameters."""
+    """Returns whether a module is the experts of a layer: ours, or transformers' with its 3-D
+    parameters."""
     stacks = [module._parameters.get(stack) for stack in STACKS]
     return isinstance(module, NVFP4Experts) or all(p is not None and p.ndim == 3 for p in stacks)

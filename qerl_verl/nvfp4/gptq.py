@@ -1,13 +1,15 @@
-"""GPTQ (arXiv 2210.17323) for NVFP4: round a weight so that its layer's outputs change least, not its values.
+"""GPTQ (arXiv 2210.17323) for NVFP4: round a weight so that its layer's outputs change least, not
+its values.
 
-For inputs ``x`` with ``H = sum x x^T`` the error of a linear is ``tr((W - Q) H (W - Q)^T)``. GPTQ rounds one input channel
-at a time and lets the channels that are still to come make up for the error, by ``U`` with ``U^T U = H^-1``, upper triangular:
+For inputs ``x`` with ``H = sum x x^T`` the error of a linear is ``tr((W - Q) H (W - Q)^T)``. GPTQ
+rounds one input channel at a time and lets the channels that are still to come make up for the
+error, by ``U`` with ``U^T U = H^-1``, upper triangular:
 
     e = (w_i - q_i) / U_ii;    w_j -= e U_ij    for j > i
 
-The rows of W are independent of each other, so linears with the same input are solved together. NVFP4's block scales are
-chosen before from the original weight ("static groups"), so that channels can be taken in the order of their
-importance, ``diag(H)``, and the format needs no permutation.
+The rows of W are independent of each other, so linears with the same input are solved together.
+NVFP4's block scales are chosen before from the original weight ("static groups"), so that channels
+can be taken in the order of their importance, ``diag(H)``, and the format needs no permutation.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from qerl_verl.kernels.nvfp4_dequantize import BLOCK_SIZE
 from qerl_verl.kernels.nvfp4_quantize import e2m1_magnitude_codes, e2m1_magnitudes
 
 GPTQ_VERSION = 1
-"""Raise it when the same weight and Hessian would give other bytes than before: it is part of the key of the cache."""
+"""Raise it when the same weight and Hessian would give other bytes than before: it is part of the
+key of the cache."""
 
 DAMPING = 0.01
 """Added to the Hessian's diagonal, as a part of the mean of that diagonal; 0.01 in the paper."""
@@ -55,11 +58,11 @@ class Hessian:
 
 
 def inverse_factor(hessian: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
-    """``U`` ``[K, K]``, upper triangular, with ``U^T U = (H + damping * mean(diag H))^-1``.
+    """Returns ``U`` ``[K, K]``, upper triangular, with ``U^T U = (H + damping * mean(diag H))^-1``.
 
-    Channels that were never active (``H_ii = 0``) get the identity: they are rounded and touch no other. With J the
-    matrix that reverses the order, ``J H J = L L^T`` gives ``U = J L^-1 J``, for which one Cholesky factorization and one
-    triangular inverse are enough.
+    Channels that were never active (``H_ii = 0``) get the identity: they are rounded and touch no
+    other. With J the matrix that reverses the order, ``J H J = L L^T`` gives ``U = J L^-1 J``, for
+    which one Cholesky factorization and one triangular inverse are enough.
 
     Args:
         hessian: ``[K, K]`` float32, symmetric, positive semidefinite; overwritten.
@@ -92,7 +95,7 @@ def inverse_factor(hessian: torch.Tensor, damping: float = DAMPING) -> torch.Ten
 def gptq_codes(
     weight: torch.Tensor, hessian: torch.Tensor, step: torch.Tensor, damping: float = DAMPING
 ) -> torch.Tensor:
-    """The E2M1 codes of a weight under given steps.
+    """Returns the E2M1 codes of a weight under given steps.
 
     Args:
         weight: ``[N, K]``, in any floating-point dtype.
@@ -129,7 +132,8 @@ def gptq_codes(
 
 
 def _solve_strip(weight: torch.Tensor, step: torch.Tensor, factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes ``[16, N]`` uint8 and errors ``[16, N]`` float32 of 16 channels, one after the other.
+    """Returns codes ``[16, N]`` uint8 and errors ``[16, N]`` float32 of 16 channels, one after the
+    other.
 
     Args:
         weight: ``[16, N]`` float32, overwritten.
@@ -150,7 +154,8 @@ def _solve_strip(weight: torch.Tensor, step: torch.Tensor, factor: torch.Tensor)
 
 @functools.lru_cache(maxsize=8)  # a decoder layer has four kinds of inputs
 def _graphed_strip(n: int, device: torch.device) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-    """:func:`_solve_strip` as a CUDA graph: its some 250 small kernels cost more to launch than to run."""
+    """:func:`_solve_strip` as a CUDA graph: its some 250 small kernels cost more to launch than to
+    run."""
     shapes = ((_STRIP, n), (_STRIP, n), (_STRIP, _STRIP))
     inputs = [torch.ones(shape, dtype=torch.float32, device=device) for shape in shapes]
     stream = torch.cuda.Stream(device)

@@ -1,7 +1,7 @@
 """Quantize in a process of its own, so that the caller holds no memory of the GPU afterwards.
 
-The driver of a run is such a caller: a CUDA context, once made, takes some hundred MB of the GPU that actor and rollout are
-about to share, until its process ends.
+The driver of a run is such a caller: a CUDA context, once made, takes some hundred MB of the GPU
+that actor and rollout are about to share, until its process ends.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from qerl_verl.nvfp4.safetensors_stream import FileRecord
 def quantize_in_a_process(
     src: Path, dst: Path, *, method: str, calibration: Calibration | None, device: str | None, progress: bool
 ) -> dict[str, FileRecord]:
-    """:func:`~qerl_verl.nvfp4.checkpoint.quantize_checkpoint` in a process that has ended when this returns.
+    """:func:`~qerl_verl.nvfp4.checkpoint.quantize_checkpoint` in a process that has ended when this
+    returns.
 
     Its progress bar appears on this process's stderr.
 
@@ -48,8 +49,9 @@ def quantize_in_a_process(
 
 
 def _end_with(parent: int, leave: Callable[[int], None] = os._exit, every: float = 2.0) -> None:
-    """Leave when the parent has died, by whatever signal: nobody waits for the checkpoint any more. What is unfinished is
-    settled by the next attempt (:mod:`qerl_verl.nvfp4.atomic_folder`)."""
+    """Leaves when the parent has died, by whatever signal: nobody waits for the checkpoint any
+    more. What is unfinished is settled by the next attempt
+    (:mod:`qerl_verl.nvfp4.atomic_folder`)."""
     while os.getppid() == parent:
         time.sleep(every)
     leave(1)

@@ -1,8 +1,9 @@
-"""GPTQ over a checkpoint, decoder layer by decoder layer, and the comparison of two checkpoints in the same way.
+"""GPTQ over a checkpoint, decoder layer by decoder layer, and the comparison of two checkpoints in
+the same way.
 
-A layer's Hessians come from activations that have passed the layers before it in their quantized form. Each finished layer
-is a file in a folder of its own, so that an attempt that was killed goes on where it ended; what it needs of the activations
-it gets by running the finished layers again.
+A layer's Hessians come from activations that have passed the layers before it in their quantized
+form. Each finished layer is a file in a folder of its own, so that an attempt that was killed goes
+on where it ended; what it needs of the activations it gets by running the finished layers again.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ _PARTS = ("weight_packed", "weight_scale", "weight_global_scale")
 
 
 class FinishedLayers:
-    """The decoder layers that an attempt at a checkpoint has quantized: a folder with one safetensors file for each.
+    """The decoder layers that an attempt at a checkpoint has quantized: a folder with one
+    safetensors file for each.
 
     Args:
         dst: the checkpoint. The folder lies beside it and appears with the first layer.
@@ -76,7 +78,7 @@ class FinishedLayers:
         return self._file(index).exists()
 
     def write(self, index: int, linears: dict[str, PackedLinear]) -> None:
-        """Add a layer. Its file appears by a rename, complete."""
+        """Adds a layer. Its file appears by a rename, complete."""
         self.folder.mkdir(parents=True, exist_ok=True)
         temporary = self.folder / f"{uuid.uuid4().hex}.tmp"
         errors = {name: linear.error for name, linear in linears.items()}
@@ -91,7 +93,7 @@ class FinishedLayers:
         self.errors |= errors
 
     def read(self, index: int) -> dict[str, PackedLinear]:
-        """A layer that is there.
+        """Returns a layer that is there.
 
         Raises:
             CheckpointError: another process has removed it.
@@ -109,14 +111,15 @@ class FinishedLayers:
             raise CheckpointError(f"{self._file(index)}: another process has removed this finished layer.") from error
 
     def linear(self, name: str) -> PackedLinear:
-        """By its full name, ``<prefix><layer>.<linear>``; the last layer that was asked for stays in memory."""
+        """By its full name, ``<prefix><layer>.<linear>``; the last layer that was asked for stays
+        in memory."""
         index = int(next(part for part in name.split(".") if part.isdigit()))
         if self._last[0] != index:
             self._last = (index, self.read(index))
         return self._last[1][name]
 
     def remove(self) -> None:
-        """Remove them, when the checkpoint is in place, and their folder if nothing else is in it."""
+        """Removes them, when the checkpoint is in place, and their folder if nothing else is in it."""
         for file in self.folder.glob("*"):
             if re.fullmatch(r"layer-\d{5}\.safetensors|[0-9a-f]{32}\.tmp", file.name):
                 file.unlink(missing_ok=True)
@@ -133,9 +136,10 @@ def gptq_layers(
     device: torch.device,
     progress: bool = True,
 ) -> FinishedLayers:
-    """Quantize the linears of every decoder layer by GPTQ.
+    """Quantizes the linears of every decoder layer by GPTQ.
 
-    Memory on the device: the weights of one layer, its Hessians and the activations between two layers.
+    Memory on the device: the weights of one layer, its Hessians and the activations between two
+    layers.
 
     Args:
         config: transformers' configuration of the model.
@@ -185,7 +189,7 @@ def gptq_layers(
 
 
 def _gptq_group(weights: dict[str, torch.Tensor], hessian: torch.Tensor) -> dict[str, PackedLinear]:
-    """Linears with the same input and one global scale, solved together.
+    """Returns linears with the same input and one global scale, solved together.
 
     Args:
         weights: name -> ``[N, K]``.
@@ -212,10 +216,11 @@ def _gptq_group(weights: dict[str, torch.Tensor], hessian: torch.Tensor) -> dict
 
 
 def _hessians(layer: nn.Module, index: int, stream: Sequence[Activations], names: Sequence[str]) -> dict[str, Hessian]:
-    """Of the inputs of the named linears, over all that is not padding; the activations stay as they are.
+    """Of the inputs of the named linears, over all that is not padding; the activations stay as
+    they are.
 
-    An expert's are over the tokens that the router gives it. One that gets none has a Hessian of zeros, by which GPTQ
-    rounds to nearest.
+    An expert's are over the tokens that the router gives it. One that gets none has a Hessian of
+    zeros, by which GPTQ rounds to nearest.
     """
     hessians = {}
     inside = None
@@ -245,7 +250,8 @@ def compare_checkpoints(
     device: torch.device,
     progress: bool = True,
 ) -> dict[str, float]:
-    """Loss on a text before and after quantization, and the KL divergence between the two.
+    """Returns the loss on a text before and after quantization, and the KL divergence between the
+    two.
 
     Args:
         config: transformers' configuration of the model.
@@ -275,7 +281,7 @@ def compare_checkpoints(
 
 
 def load_packed_weights(layer: nn.Module, prefix: str, linears: Sequence[str], tensors: dict[str, TensorInfo]) -> None:
-    """Give the linears of a decoder layer the decoded weights of an NVFP4 checkpoint.
+    """Gives the linears of a decoder layer the decoded weights of an NVFP4 checkpoint.
 
     Args:
         layer: on a device, in the dtype in which it computes.

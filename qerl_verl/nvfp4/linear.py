@@ -15,26 +15,30 @@ from qerl_verl.kernels.nvfp4_linear import nvfp4_linear
 class NVFP4Linear(nn.Module):
     """y = x W^T + b with W = e2m1 * block_scale / global_scale, frozen.
 
-    Packed values and scales are one parameter: FSDP2 works on parameters one by one, on the host, and each costs it time. Their bytes
-    are those of the compressed-tensors format ``nvfp4-pack-quantized``, until :meth:`use_backend` or
+    Packed values and scales are one parameter: FSDP2 works on parameters one by one, on the host,
+    and each costs it time. Their bytes are those of the compressed-tensors format
+    ``nvfp4-pack-quantized``, until :meth:`use_backend` or
     :func:`qerl_verl.nvfp4.loading.prepack_linears` puts them into the layout of a faster kernel.
 
     Attributes:
-        weight_joined: ``[out_features * in_features * 9 / 16]`` bytes in ``storage_dtype``: two E2M1 codes each
-            (``weight_packed`` of the format), and behind them the E4M3 scales (``weight_scale``). See :meth:`weight_bytes`.
-        weight_global_scale: ``[1]`` float32 buffer, the divisor; a buffer, since FSDP2 casts no buffers.
+        weight_joined: ``[out_features * in_features * 9 / 16]`` bytes in ``storage_dtype``: two
+            E2M1 codes each (``weight_packed`` of the format), and behind them the E4M3 scales
+            (``weight_scale``). See :meth:`weight_bytes`.
+        weight_global_scale: ``[1]`` float32 buffer, the divisor; a buffer, since FSDP2 casts no
+            buffers.
         bias: ``[out_features]`` or None, frozen.
         backend: whose kernels compute the layer, and in whose layout the bytes are.
 
-    After :meth:`place` there is no ``weight_joined``: the bytes belong to memory that other layers or processes use too, and
-    nothing that moves, shards or saves parameters touches them.
+    After :meth:`place` there is no ``weight_joined``: the bytes belong to memory that other layers
+    or processes use too, and nothing that moves, shards or saves parameters touches them.
 
     Args:
-        storage_dtype: what the bytes are declared as; only ever copied, never computed with. uint8 by itself; under FSDP2 see
-            :data:`qerl_verl.engine.fsdp.CARRIER`.
+        storage_dtype: what the bytes are declared as; only ever copied, never computed with. uint8
+            by itself; under FSDP2 see :data:`qerl_verl.engine.fsdp.CARRIER`.
 
     Raises:
-        ValueError: ``in_features`` is not a multiple of 16, or the bytes do not fill whole ``storage_dtype`` items.
+        ValueError: ``in_features`` is not a multiple of 16, or the bytes do not fill whole
+            ``storage_dtype`` items.
     """
 
     def __init__(
@@ -73,7 +77,8 @@ class NVFP4Linear(nn.Module):
         return self._alpha
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Args: x: ``[..., in_features]`` floating point. Returns: ``[..., out_features]`` in autocast's dtype, or x's."""
+        """Args: x: ``[..., in_features]`` floating point. Returns: ``[..., out_features]`` in
+        autocast's dtype, or x's."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         return nvfp4_linear(x, *self.weight_bytes(), self.alpha, self.bias, self.backend)
@@ -87,7 +92,8 @@ class NVFP4Linear(nn.Module):
         name: str = "a layer",
         elsewhere: Mapping[str, str] | None = None,
     ) -> Choice:
-        """Choose the kernels for ``device``; where the layer has data, put its bytes into their layout, on that device.
+        """Chooses the kernels for ``device``; where the layer has data, puts its bytes into their
+        layout, on that device.
 
         Args:
             device: where the layer will compute; its tensors stay where they are.
@@ -113,7 +119,7 @@ class NVFP4Linear(nn.Module):
         return choice
 
     def place(self, packed: torch.Tensor, scale: torch.Tensor) -> None:
-        """Keep the weight in memory of the caller's from now on; what the layer held is dropped.
+        """Keeps the weight in memory of the caller's from now on; what the layer held is dropped.
 
         Args:
             packed: ``[out_features, in_features / 2]`` uint8, where the packed values go.
@@ -124,11 +130,13 @@ class NVFP4Linear(nn.Module):
             raise ValueError(f"a weight of {shapes} cannot be placed in {(packed.shape, scale.shape)}")
         del self.weight_joined
         self._placed = packed, scale
-        self.qweight = packed  # PEFT asks for the device of a weight of this name, of a parameter or not (tuners/lora/model.py)
+        self.qweight = (
+            packed  # PEFT asks for the device of a weight of this name, of a parameter or not (tuners/lora/model.py)
+        )
 
     def weight_bytes(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Views of the packed values ``[out_features, in_features / 2]`` and of the scales ``[out_features, in_features / 16]``,
-        both uint8, in the backend's layout."""
+        """Returns views of the packed values ``[out_features, in_features / 2]`` and of the scales
+        ``[out_features, in_features / 16]``, both uint8, in the backend's layout."""
         if self._placed is not None:
             return self._placed
         joined, n, k = self.weight_joined.detach().view(torch.uint8), self.out_features, self.in_features
@@ -136,7 +144,7 @@ class NVFP4Linear(nn.Module):
         return joined[:end].view(n, k // 2), joined[end:].view(n, k // BLOCK_SIZE)
 
     def dequantize(self, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-        """The weight, ``[out_features, in_features]`` in ``dtype``."""
+        """Returns the weight, ``[out_features, in_features]`` in ``dtype``."""
         return dequantize_nvfp4(*self.backend.unpack(*self.weight_bytes()), self.weight_global_scale, dtype)
 
     def extra_repr(self) -> str:

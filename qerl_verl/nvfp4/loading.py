@@ -22,7 +22,7 @@ _MAPPED_TOGETHER = 32
 
 
 def checkpoint_files(path: str | Path) -> list[Path]:
-    """The safetensors files of a checkpoint folder, in the order of its index."""
+    """Returns the safetensors files of a checkpoint folder, in the order of its index."""
     path = Path(path)
     index = path / "model.safetensors.index.json"
     if index.exists():
@@ -41,21 +41,23 @@ def _module_name(path: str | Path) -> Callable[[str], str]:
 
 
 def iterate_tensors(path: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name in transformers' model and tensor of everything in a checkpoint, few tensors in memory at a time: one that is
-    kept keeps its neighbours."""
+    """Yields the name in transformers' model and tensor of everything in a checkpoint, few tensors
+    in
+    memory at a time: one that is kept keeps its neighbours."""
     module_name = _module_name(path)
     for file in checkpoint_files(path):
         with safe_open(file, framework="pt") as handle:
             names = list(handle.keys())
         for begin in range(0, len(names), _MAPPED_TOGETHER):
-            # what was read of a mapped file stays in memory until the last tensor of the mapping is gone
+            # what was read of a mapped file stays in memory until the last tensor of the mapping is
+            # gone
             with safe_open(file, framework="pt") as handle:
                 for name in names[begin : begin + _MAPPED_TOGETHER]:
                     yield module_name(name), handle.get_tensor(name)
 
 
 def packed_linear_names(path: str | Path) -> set[str]:
-    """Full module names of the linears that a checkpoint holds in NVFP4."""
+    """Returns full module names of the linears that a checkpoint holds in NVFP4."""
     names: set[str] = set()
     module_name = _module_name(path)
     for file in checkpoint_files(path):
@@ -71,8 +73,8 @@ def swap_linears(
     dtype: torch.dtype,
     storage_dtype: torch.dtype = torch.uint8,
 ) -> None:
-    """Replace the named ``nn.Linear`` modules by empty :class:`NVFP4Linear` modules on the same device, and experts
-    whose linears are named by :class:`NVFP4Experts`.
+    """Replaces the named ``nn.Linear`` modules by empty :class:`NVFP4Linear` modules on the same
+    device, and experts whose linears are named by :class:`NVFP4Experts`.
 
     Args:
         model: built from the checkpoint's configuration, usually on the meta device.
@@ -114,7 +116,8 @@ _EXPERT_LINEAR = re.compile(r"(.+)\.\d+\.(?:gate|up|down)_proj")
 
 
 def _empty_experts(name: str, experts: nn.Module, linears: set[str], storage_dtype: torch.dtype) -> NVFP4Experts:
-    """In the place of transformers' experts (``gate_up_proj`` ``[E, 2 I, H]``, ``down_proj`` ``[E, H, I]``)."""
+    """In the place of transformers' experts (``gate_up_proj`` ``[E, 2 I, H]``, ``down_proj``
+    ``[E, H, I]``)."""
     try:
         count, hidden, inner = experts.down_proj.shape
         device = experts.down_proj.device
@@ -133,16 +136,18 @@ def _empty_experts(name: str, experts: nn.Module, linears: set[str], storage_dty
 
 
 def load_tensors(model: nn.Module, path: str | Path, dtype: torch.dtype, new_modules: tuple[str, ...] = ()) -> None:
-    """Put a checkpoint's tensors into a model built by :func:`swap_linears`, one at a time.
+    """Puts a checkpoint's tensors into a model built by :func:`swap_linears`, one at a time.
 
     Args:
         model: parameters may be on the meta device; they are replaced, not copied into.
         path: the checkpoint folder.
         dtype: of everything that is not packed.
-        new_modules: prefixes of modules that the checkpoint does not have (a value head) and that keep what they are.
+        new_modules: prefixes of modules that the checkpoint does not have (a value head) and that
+            keep what they are.
 
     Raises:
-        ValueError: a shape that does not fit, or tensors that the model lacks or the checkpoint does.
+        ValueError: a shape that does not fit, or tensors that the model lacks or the checkpoint
+            does.
     """
     holders = _parts(model)
     parts = {name: part for part in holders for name in part.places()}
@@ -188,11 +193,12 @@ def prepack_linears(
     dtype: torch.dtype = torch.bfloat16,
     elsewhere: Mapping[str, str] | None = None,
 ) -> str:
-    """Choose the kernels of every :class:`NVFP4Linear` and :class:`NVFP4Experts` and put the weights
-    into their layout, layer by layer on ``device``.
+    """Chooses the kernels of every :class:`NVFP4Linear` and :class:`NVFP4Experts` and puts the
+    weights into their layout, layer by layer on ``device``.
 
     Args:
-        model: its tensors stay where they are; layers on the meta device get the kernels and no data.
+        model: its tensors stay where they are; layers on the meta device get the kernels and no
+            data.
         device: where the model will compute.
         wanted: ``qerl.kernel``.
         dtype: of the activations.
@@ -261,11 +267,11 @@ class _Parts:
         return {self._prefix + name: view for name, view in parts.items()}
 
     def places(self) -> dict[str, torch.Tensor]:
-        """Full name of a checkpoint's tensor -> view of its place."""
+        """Returns the full name of a checkpoint's tensor -> view of its place."""
         return self._places
 
     def fill(self, name: str, tensor: torch.Tensor) -> None:
-        """Copy a tensor to its place; the first one brings the module's memory into being."""
+        """Copys a tensor to its place; the first one brings the module's memory into being."""
         if self._places[name].is_meta:
             for leaf in self._leaves:
                 empty = torch.empty_like(getattr(self._module, leaf), device=tensor.device)
@@ -277,7 +283,7 @@ class _Parts:
 
 
 def _parts(model: nn.Module) -> list[_Parts]:
-    """The modules of a model that hold several tensors of a checkpoint in one parameter."""
+    """Returns the modules of a model that hold several tensors of a checkpoint in one parameter."""
     return [
         _Parts(name, module)
         for name, module in model.named_modules()

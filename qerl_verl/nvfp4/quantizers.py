@@ -1,4 +1,5 @@
-"""The methods that turn a weight into NVFP4, and the ones among them that need nothing but the weight."""
+"""The methods that turn a weight into NVFP4, and the ones among them that need nothing but the
+weight."""
 
 from __future__ import annotations
 
@@ -20,9 +21,10 @@ from qerl_verl.kernels.nvfp4_quantize import (
 )
 
 Method = Literal["rtn", "four-over-six", "gptq", "mxfp4"]
-"""``rtn`` rounds to the nearest value. ``four-over-six`` does the same with the better of two scales a block (arXiv
-2512.02010). ``gptq`` rounds so that the outputs of the layer change least on a calibration text (arXiv 2210.17323).
-``mxfp4`` is another format, one power of two for 32 values, in the container of NVFP4 (OCP Microscaling Formats v1.0)."""
+"""``rtn`` rounds to the nearest value. ``four-over-six`` does the same with the better of two
+scales a block (arXiv 2512.02010). ``gptq`` rounds so that the outputs of the layer change least on
+a calibration text (arXiv 2210.17323). ``mxfp4`` is another format, one power of two for 32 values,
+in the container of NVFP4 (OCP Microscaling Formats v1.0)."""
 
 METHODS: tuple[str, ...] = get_args(Method)
 NEEDS_CALIBRATION = ("gptq",)
@@ -64,7 +66,7 @@ class PackedLinear:
 
 
 def shared_global_scale(amax: Iterable[torch.Tensor], method: str) -> torch.Tensor:
-    """One global scale for linears that are fused, from the largest magnitude of each.
+    """Returns one global scale for linears that are fused, from the largest magnitude of each.
 
     GPTQ starts from the block scales of four-over-six.
     """
@@ -77,10 +79,11 @@ def shared_global_scale(amax: Iterable[torch.Tensor], method: str) -> torch.Tens
 def round_weight(
     weight: torch.Tensor, global_scale: torch.Tensor, method: str, pool: Executor | None = None
 ) -> PackedLinear:
-    """Quantize a weight by ``rtn``, ``four-over-six`` or ``mxfp4``.
+    """Quantizes a weight by ``rtn``, ``four-over-six`` or ``mxfp4``.
 
     Args:
-        weight: ``[N, K]`` float32, bfloat16 or float16, finite, K a multiple of 16, of 32 for ``mxfp4``.
+        weight: ``[N, K]`` float32, bfloat16 or float16, finite, K a multiple of 16, of 32 for
+            ``mxfp4``.
         global_scale: see :func:`shared_global_scale`.
         pool: threads that share the work, for a weight on the CPU.
 
@@ -88,7 +91,8 @@ def round_weight(
         Tensors on the CPU.
 
     Raises:
-        ValueError: ``mxfp4``, and the shared exponents of the weight are not all in the container's span.
+        ValueError: ``mxfp4``, and the shared exponents of the weight are not all in the container's
+            span.
     """
     function = _FUNCTIONS[method]
     rows = max(1, _SLAB_ELEMENTS // weight.shape[1]) if pool is not None else len(weight)
@@ -113,7 +117,7 @@ _FUNCTIONS = {"rtn": quantize_nvfp4, "four-over-six": quantize_nvfp4_four_over_s
 def squared_error(
     weight: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, global_scale: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum of the squared error and sum of the squares of a weight, each one float64."""
+    """Returns the sum of the squared error and sum of the squares of a weight, each one float64."""
     rows = max(1, _CHUNK_ELEMENTS[weight.is_cuda] // weight.shape[1])
     error, square = [], []
     for w, p, s in zip(weight.split(rows), packed.split(rows), scale.split(rows), strict=True):
@@ -126,7 +130,7 @@ def squared_error(
 
 
 def tensors_of(linears: Mapping[str, PackedLinear]) -> dict[str, torch.Tensor]:
-    """Name -> tensor, named as in a checkpoint."""
+    """Returns name -> tensor, named as in a checkpoint."""
     return {
         f"{name}.weight_{part}": tensor
         for name, linear in linears.items()

@@ -1,4 +1,5 @@
-"""What quantization did to a model: errors by kind of layer, the worst layers, and the loss on a text."""
+"""What quantization did to a model: errors by kind of layer, the worst layers, and the loss on a
+text."""
 
 from __future__ import annotations
 
@@ -23,19 +24,21 @@ def build_report(
     calibration: Calibration | None = None,
     text: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
-    """The content of :data:`REPORT_FILE`.
+    """Returns the content of :data:`REPORT_FILE`.
 
     Args:
         method: see :data:`~qerl_verl.nvfp4.quantizers.Method`.
         errors: full name of a linear -> its error.
         prefix: of the layers' names, ``model.layers.``
         calibration: the text.
-        text: see :meth:`~qerl_verl.nvfp4.decoder.LayerwiseDecoder.compare`; measured on ``calibration.held_out``.
+        text: see :meth:`~qerl_verl.nvfp4.decoder.LayerwiseDecoder.compare`; measured on
+            ``calibration.held_out``.
 
     Returns:
-        ``method``; ``calibration``, ``text`` or None; ``kinds`` and ``linears``, name -> ``weight_error`` (squared error over
-        squared magnitude), ``weight_snr_db`` and, after GPTQ, ``output_error`` on the calibration text; ``worst``, the names
-        of the linears with the largest error of outputs (of weights where outputs were not looked at).
+        ``method``; ``calibration``, ``text`` or None; ``kinds`` and ``linears``, name ->
+        ``weight_error`` (squared error over squared magnitude), ``weight_snr_db`` and, after GPTQ,
+        ``output_error`` on the calibration text; ``worst``, the names of the linears with the
+        largest error of outputs (of weights where outputs were not looked at).
     """
     kinds: dict[str, list[SquaredError]] = {}
     for name, error in errors.items():
@@ -55,12 +58,12 @@ def build_report(
 
 
 def read_report(path: Path) -> dict[str, Any]:
-    """The report in a checkpoint's folder."""
+    """Returns the report in a checkpoint's folder."""
     return json.loads((path / REPORT_FILE).read_text(encoding="utf-8"))
 
 
 def format_report(report: Mapping[str, Any]) -> str:
-    """A table for the terminal."""
+    """Returns a table for the terminal."""
     outputs = any("output_error" in values for values in report["kinds"].values())
     lines = [f"{'relative squared error':24} {'weights':>10} {'SNR':>9}" + (f" {'outputs':>10}" if outputs else "")]
     worst = {f"worst: {name}": report["linears"][name] for name in report["worst"][:3]}

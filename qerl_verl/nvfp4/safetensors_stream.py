@@ -1,7 +1,9 @@
-"""Read and write safetensors one tensor at a time, so that memory does not grow with the size of a shard.
+"""Read and write safetensors one tensor at a time, so that memory does not grow with the size of a
+shard.
 
-The format (https://github.com/huggingface/safetensors): 8 bytes little-endian header length, a JSON header
-``{name: {"dtype", "shape", "data_offsets": [begin, end]}}``, then the bytes of all tensors without gaps.
+The format (https://github.com/huggingface/safetensors): 8 bytes little-endian header length, a JSON
+header ``{name: {"dtype", "shape", "data_offsets": [begin, end]}}``, then the bytes of all tensors
+without gaps.
 """
 
 from __future__ import annotations
@@ -64,7 +66,7 @@ def nbytes(dtype: str, shape: tuple[int, ...]) -> int:
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Name -> place of every tensor in a file, in the order of their bytes.
+    """Returns name -> place of every tensor in a file, in the order of their bytes.
 
     Raises:
         CheckpointError: the file is not safetensors, or is shorter or longer than its header says.
@@ -105,7 +107,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
 
 def read_pieces(info: TensorInfo, piece_elements: int = _PIECE_ELEMENTS) -> Iterator[torch.Tensor]:
-    """The elements of a tensor, flat, in pieces that never share memory."""
+    """Yields the elements of a tensor, flat, in pieces that never share memory."""
     remaining = math.prod(info.shape)
     with info.file.open("rb", buffering=0) as file:
         file.seek(info.offset)
@@ -122,14 +124,15 @@ def read_pieces(info: TensorInfo, piece_elements: int = _PIECE_ELEMENTS) -> Iter
 
 
 def read_tensor(info: TensorInfo) -> torch.Tensor:
-    """The whole tensor, in its own dtype and shape."""
+    """Returns the whole tensor, in its own dtype and shape."""
     for tensor in read_pieces(info, piece_elements=max(1, math.prod(info.shape))):
         return tensor.view(info.shape)
     return torch.empty(info.shape, dtype=TORCH_DTYPES[info.dtype])
 
 
 class HashedFile:
-    """A new file that hashes what is written to it. On leaving the ``with`` block it is on the disk."""
+    """A new file that hashes what is written to it. On leaving the ``with`` block it is on the
+    disk."""
 
     def __init__(self, path: Path):
         self._path, self._hash, self._size = path, hashlib.sha256(), 0

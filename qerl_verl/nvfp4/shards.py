@@ -31,11 +31,12 @@ def write_shards(
     progress: bool = True,
     max_shard_bytes: int = 5_000_000_000,
 ) -> dict[str, FileRecord]:
-    """Write units into ``model.safetensors``, or into several files and their index.
+    """Writes units into ``model.safetensors``, or into several files and their index.
 
     Args:
         folder: exists and holds none of these files.
-        units: what is made and written at a time: its layout, and what ``tensors_of`` makes it from.
+        units: what is made and written at a time: its layout, and what ``tensors_of`` makes it
+            from.
         tensors_of: the tensors of a unit, in the order of its layout.
         title: of the progress bar.
         progress: show it on stderr.

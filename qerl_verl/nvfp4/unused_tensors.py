@@ -16,5 +16,6 @@ _OTHERS = re.compile(
 
 
 def is_unused(name: str) -> bool:
-    """Whether a tensor is left out: when quantizing, and when actor, critic or rollout load it."""
+    """Returns whether a tensor is left out: when quantizing, and when actor, critic or rollout load
+    it."""
     return bool(KV_CACHE_SCALE.search(name) or _OTHERS.search(name))

@@ -17,19 +17,21 @@ from qerl_verl.nvfp4.safetensors_stream import TensorInfo, read_pieces, read_ten
 
 
 def verify_checkpoint(path: str | Path, *, progress: bool = True) -> dict[str, int]:
-    """Check an NVFP4 folder as thoroughly as can be done without the model that it was made from.
+    """Checks an NVFP4 folder as thoroughly as can be done without the model that it was made from.
 
-    First what :func:`~qerl_verl.nvfp4.checkpoint.validate_nvfp4_checkpoint` checks: names, shapes, dtypes, scales. Then
-    each packed linear is decoded to bfloat16, which has to give finite values, and no block may have a zero
-    scale under codes that are not zero; everything that is not packed has to be finite; and the files have to have the sizes and
-    SHA-256 hashes of the manifest, if `qerl quantize` wrote one.
+    First what :func:`~qerl_verl.nvfp4.checkpoint.validate_nvfp4_checkpoint` checks: names, shapes,
+    dtypes, scales. Then each packed linear is decoded to bfloat16, which has to give finite values,
+    and no block may have a zero scale under codes that are not zero; everything that is not packed
+    has to be finite; and the files have to have the sizes and SHA-256 hashes of the manifest, if
+    `qerl quantize` wrote one.
 
     Args:
         path: the folder.
         progress: show a progress bar on stderr.
 
     Returns:
-        What was looked at: ``linears``, ``weights`` in them, ``other tensors``, and ``files`` of the manifest.
+        What was looked at: ``linears``, ``weights`` in them, ``other tensors``, and ``files`` of
+            the manifest.
 
     Raises:
         UnsupportedArchitecture, CheckpointError: names the first file or tensor that is wrong.
@@ -83,7 +85,8 @@ def _check_decoded(
 
 
 def _check_manifest(path: Path, progress: bool) -> int:
-    """The number of files that the manifest lists, all of which are as it says; 0 without a manifest."""
+    """Returns the number of files that the manifest lists, all of which are as it says; 0 without a
+    manifest."""
     if not (path / MANIFEST_FILE).exists():
         return 0
     try:
