@@ -1,8 +1,10 @@
-"""Who made a file or folder, and whether that process still lives: asked before anything is removed.
+"""Who made a file or folder, and whether that process still lives: asked before anything is
+removed.
 
-A process number names a process only where it was given: on one host, since one boot, in one PID namespace (containers on one
-host share its boot, and two hosts can share a folder). So an owner is all of these together with the process's start time, and
-the answer about one that this process cannot see is "unknown". What is not known to be dead stays.
+A process number names a process only where it was given: on one host, since one boot, in one PID
+namespace (containers on one host share its boot, and two hosts can share a folder). So an owner is
+all of these together with the process's start time, and the answer about one that this process
+cannot see is "unknown". What is not known to be dead stays.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ class Owner:
     boot: str
     """Random identifier of the kernel's boot (random(4), ``boot_id``)."""
     namespaces: str
-    """PID namespace (what process numbers mean) and time namespace (what start times mean), see namespaces(7)."""
+    """PID namespace (what process numbers mean) and time namespace (what start times mean), see
+    namespaces(7)."""
     process: int
     start: str
     """Start of the process in clock ticks since the boot (proc(5), field 22 of ``stat``)."""
@@ -37,7 +40,8 @@ class Owner:
 
     @classmethod
     def read(cls, file: Path) -> Owner | None:
-        """What :meth:`write` wrote; None if the file is missing, unreadable or something else."""
+        """Returns what :meth:`write` wrote; None if the file is missing, unreadable or something
+        else."""
         try:
             owner = cls(**json.loads(file.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
@@ -50,7 +54,8 @@ class Owner:
         file.write_text(json.dumps(asdict(self)), encoding="utf-8")
 
     def state(self) -> State:
-        """Whether the process lives; ``unknown`` if it belongs to another host, boot or namespace, or cannot be looked at."""
+        """Returns whether the process lives; ``unknown`` if it belongs to another host, boot or
+        namespace, or cannot be looked at."""
         here = Owner.current()
         place = (self.host, self.boot, self.namespaces)
         if not all((*place, self.start)) or place != (here.host, here.boot, here.namespaces):
@@ -75,7 +80,7 @@ def host_name() -> str:
 
 
 def state_of(file: Path) -> State:
-    """The state of the owner that ``file`` names; ``unknown`` where it names none."""
+    """Returns the state of the owner that ``file`` names; ``unknown`` where it names none."""
     owner = Owner.read(file)
     return "unknown" if owner is None else owner.state()
 
@@ -98,7 +103,7 @@ def _namespaces() -> str:
 
 
 def _stat(process: int) -> list[str]:
-    """``stat`` from its third field on (proc(5)); empty if the process is gone or hidden."""
+    """Returns ``stat`` from its third field on (proc(5)); empty if the process is gone or hidden."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     except OSError:
