@@ -1,12 +1,14 @@
-"""Entry points of verl (group ``verl.plugins``) and vLLM (group ``vllm.general_plugins``): registers, nothing else.
+"""Entry points of verl (group ``verl.plugins``) and vLLM (group ``vllm.general_plugins``):
+registers, nothing else.
 
-In the process that composes the configuration, the import makes Hydra find the group ``qerl``. In the
-processes of a job that runs with the switch (the driver put ``QERL_SWITCH`` into Ray's runtime environment),
-it registers the CPU platform, the training engines and the trainers, each when verl imports the registry that it goes
-into. In any other process nothing happens.
+In the process that composes the configuration, the import makes Hydra find the group ``qerl``. In
+the processes of a job that runs with the switch (the driver put ``QERL_SWITCH`` into Ray's runtime
+environment), it registers the CPU platform, the training engines and the trainers, each when verl
+imports the registry that it goes into. In any other process nothing happens.
 
-verl logs a plugin's exceptions at DEBUG and goes on (``verl/__init__.py``), which would turn a broken
-installation into a run without QeRL, so a failure here ends the process whenever QeRL was asked for.
+verl logs a plugin's exceptions at DEBUG and goes on (``verl/__init__.py``), which would turn a
+broken installation into a run without QeRL, so a failure here ends the process whenever QeRL was
+asked for.
 """
 
 import sys
@@ -21,7 +23,7 @@ def _is_ray_worker() -> bool:
 
 
 def register_search_path() -> None:
-    """Make Hydra find ``qerl_verl/config``, also where the package is installed in editable mode."""
+    """Makes Hydra find ``qerl_verl/config``, also where the package is installed in editable mode."""
     from hydra.core.plugins import Plugins
     from hydra.plugins.search_path_plugin import SearchPathPlugin
 
@@ -33,7 +35,8 @@ def register_search_path() -> None:
 
 
 def register_platform() -> None:
-    """Add the platform ``cpu`` to verl. It is only ever chosen by ``VERL_PLATFORM=cpu``, never detected."""
+    """Adds the platform ``cpu`` to verl. It is only ever chosen by ``VERL_PLATFORM=cpu``, never
+    detected."""
     from verl.plugin.platform.platform_manager import PlatformRegistry
 
     from qerl_verl.platform.cpu import PlatformCPU
@@ -43,7 +46,8 @@ def register_platform() -> None:
 
 
 def register_verl() -> None:
-    """Register platform, engines, trainers, rollout replica and transport, all but the first when verl first imports their registries."""
+    """Registers platform, engines, trainers, rollout replica and transport, all but the first when
+    verl first imports their registries."""
     import wrapt
 
     register_platform()
@@ -55,8 +59,8 @@ def register_verl() -> None:
 
 
 def register_vllm() -> None:
-    """vLLM's general plugin, in QeRL's jobs only: norms that take noise, and where the base is such,
-    ``compressed-tensors`` NVFP4 weights served the way QeRL does."""
+    """vLLM's general plugin, in QeRL's jobs only: norms that take noise, and where the base is
+    such, ``compressed-tensors`` NVFP4 weights served the way QeRL does."""
     if switched_on():
         from qerl_verl.evaluation.processes import stay_with_evaluation
         from qerl_verl.rollout.norm import register_norm
