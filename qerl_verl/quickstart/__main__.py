@@ -1,4 +1,5 @@
-"""``python -m qerl_verl.quickstart``: a whole QeRL run on a machine without a GPU, from nothing to a table and a plot."""
+"""``python -m qerl_verl.quickstart``: a whole QeRL run on a machine without a GPU, from nothing to
+a table and a plot."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ MILESTONES = (
 
 
 MARKER = ".qerl_quickstart"
-"""File of a quickstart's folder: who makes it (:mod:`qerl_verl.ownership`), and nothing when that has come to its end."""
+"""File of a quickstart's folder: who makes it (:mod:`qerl_verl.ownership`), and nothing when that
+has come to its end."""
 
 MADE = ("data", "model", "cache", "hydra", "checkpoints", "train.log", "metrics.jsonl", "summary.json", "curves.png")
 """What a quickstart puts into its folder, and the next one there replaces."""
@@ -46,7 +48,8 @@ class NotOurs(Exception):
 
 @contextmanager
 def claimed(out: Path) -> Iterator[None]:
-    """Within the block ``out`` is this process's: absent before, empty, or an ended quickstart's, whose files go.
+    """Within the block ``out`` is this process's: absent before, empty, or an ended quickstart's,
+    whose files go.
 
     Raises:
         NotOurs: naming the reason.
@@ -102,7 +105,8 @@ def make_inputs(out: Path, seed: int, clock: _Clock) -> None:
 
 
 def run_verl(out: Path, overrides: list[str], clock: _Clock) -> int:
-    """``python -m verl.trainer.main_ppo`` with the recipe, its log in ``train.log``. Returns its exit code."""
+    """Returns ``python -m verl.trainer.main_ppo`` with the recipe, its log in ``train.log``.
+    Returns its exit code."""
     command = [sys.executable, "-m", "verl.trainer.main_ppo"]
     command += ["--config-path", str(files("qerl_verl.recipes")), "--config-name", "quickstart_cpu"]
     command += [f"quickstart.out={out}", *overrides]
@@ -122,7 +126,7 @@ def run_verl(out: Path, overrides: list[str], clock: _Clock) -> int:
 
 
 def _follow(process: subprocess.Popen, out: Path, clock: _Clock) -> None:
-    """Show milestones and steps as they come, until the process ends."""
+    """Shows milestones and steps as they come, until the process ends."""
     waiting, shown = list(MILESTONES), 0
     heartbeat = time.monotonic()
     while True:
@@ -153,7 +157,7 @@ def _follow(process: subprocess.Popen, out: Path, clock: _Clock) -> None:
 
 
 def _kill(process: subprocess.Popen) -> None:
-    """End the driver and with it Ray and every worker."""
+    """Ends the driver and with it Ray and every worker."""
     for sign in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
         if process.poll() is not None:
             break
@@ -181,7 +185,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def quickstart(out: Path, seed: int, overrides: list[str]) -> int:
-    """The run from its inputs to the table, in a folder that is this process's. Returns the exit code."""
+    """Returns the run from its inputs to the table, in a folder that is this process's. Returns the
+    exit code."""
     clock = _Clock()
     make_inputs(out, seed, clock)
     try:
@@ -207,7 +212,7 @@ def quickstart(out: Path, seed: int, overrides: list[str]) -> int:
 
 
 def _samples_per_step(out: Path) -> int:
-    """Prompts times samples, from the configuration that ran."""
+    """Returns prompts times samples, from the configuration that ran."""
     from omegaconf import OmegaConf
 
     config = OmegaConf.load(out / "hydra" / ".hydra" / "config.yaml")

@@ -1,7 +1,7 @@
 """The task of the quickstart: sums and differences of two small numbers, ``12+9=`` -> ``21``.
 
-The problems, the rows that verl reads and the reward. It imports no torch: verl's reward workers load
-:func:`compute_score` from here (``reward.custom_reward_function.path``).
+The problems, the rows that verl reads and the reward. It imports no torch: verl's reward workers
+load :func:`compute_score` from here (``reward.custom_reward_function.path``).
 """
 
 from __future__ import annotations
@@ -37,26 +37,27 @@ class Problem:
         return str(self.result)
 
     def slips(self) -> list[str]:
-        """Answers of someone who is careless: one or ten too many or too few."""
+        """Returns answers of someone who is careless: one or ten too many or too few."""
         return [str(self.result + error) for error in (-10, -1, 1, 10) if self.result + error >= 0]
 
 
 def all_problems() -> list[Problem]:
-    """Every problem there is, in a fixed order."""
+    """Returns every problem there is, in a fixed order."""
     operands = range(LARGEST_OPERAND + 1)
     sums = [Problem(a, "+", b) for a in operands for b in operands]
     return sums + [Problem(a, "-", b) for a in operands for b in operands if a >= b]
 
 
 def split(seed: int, held_out: int = 128) -> tuple[list[Problem], list[Problem]]:
-    """Training and validation problems; the latter are never trained on, neither by supervision nor by reward."""
+    """Returns training and validation problems; the latter are never trained on, neither by
+    supervision nor by reward."""
     problems = all_problems()
     random.Random(seed).shuffle(problems)
     return problems[held_out:], problems[:held_out]
 
 
 def rows(problems: list[Problem]) -> list[dict[str, Any]]:
-    """Rows of verl's parquet."""
+    """Returns the rows of verl's parquet."""
     return [prompt_row(DATA_SOURCE, p.question, p.answer, index=index) for index, p in enumerate(problems)]
 
 

@@ -29,8 +29,8 @@ class Run:
 
     @classmethod
     def read(cls, path: Path) -> Run:
-        """Read the file of verl's ``file`` logger, see :func:`qerl_verl.compare.runs.read_steps`; no steps where
-        there is none or it is empty."""
+        """Reads the file of verl's ``file`` logger, see :func:`qerl_verl.compare.runs.read_steps`;
+        no steps where there is none or it is empty."""
         try:
             return cls(read_steps(path)[0])
         except (CompareError, FileNotFoundError):
@@ -46,7 +46,7 @@ class Run:
         return sum(values) / len(values) if values else float("nan")
 
     def validation(self) -> list[tuple[int, float]]:
-        """Step and accuracy of each validation."""
+        """Returns step and accuracy of each validation."""
         return [
             (s, v)
             for s, m in self.steps.items()
@@ -55,7 +55,7 @@ class Run:
         ]
 
     def by_stage(self, metric: str) -> dict[int, float]:
-        """Mean of a metric over the steps of each noise stage."""
+        """Returns the mean of a metric over the steps of each noise stage."""
         stages: dict[int, list[int]] = {}
         for s in self.training:
             stages.setdefault(int(self.steps[s].get(STAGE, 0)), []).append(s)
@@ -63,12 +63,12 @@ class Run:
 
 
 def kernels(log: str) -> list[str]:
-    """What ran where, from the lines ``[qerl] kernel: ...`` that actor and rollout print."""
+    """Returns what ran where, from the lines ``[qerl] kernel: ...`` that actor and rollout print."""
     return list(dict.fromkeys(re.findall(r"\[qerl\] kernel: (.*)", log)))
 
 
 def summarize(run: Run, samples_per_step: int, seconds: dict[str, float], log: str) -> dict[str, Any]:
-    """The numbers of the table.
+    """Returns the numbers of the table.
 
     Args:
         run: the metrics.
@@ -102,7 +102,7 @@ def summarize(run: Run, samples_per_step: int, seconds: dict[str, float], log: s
 
 
 def table(summary: dict[str, Any]) -> str:
-    """The summary for a terminal."""
+    """Returns the summary for a terminal."""
     n, k = summary["samples_per_end"], summary["steps_per_end"]
     rows = [
         (f"reward, first -> last {k} steps ({n} samples each)", _arrow(summary["reward"])),

@@ -1,9 +1,10 @@
 """A Qwen2 model small enough to train on two cores, made on the spot.
 
-``make_tiny_model`` builds the tokenizer and the network, gives it a short supervised start on the quickstart's
-arithmetic and saves a Hugging Face checkpoint. The start has two parts: right answers, from which the model learns to
-calculate, and then a few steps on answers of which most are a little wrong, from which it learns to be careless. So it
-samples right and wrong answers to the same problem, and reinforcement learning has something to choose from.
+``make_tiny_model`` builds the tokenizer and the network, gives it a short supervised start on the
+quickstart's arithmetic and saves a Hugging Face checkpoint. The start has two parts: right answers,
+from which the model learns to calculate, and then a few steps on answers of which most are a little
+wrong, from which it learns to be careless. So it samples right and wrong answers to the same
+problem, and reinforcement learning has something to choose from.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Shape:
-    """The network. Input sizes are multiples of 128, which every NVFP4 kernel can take, not only of the block of 16."""
+    """The network. Input sizes are multiples of 128, which every NVFP4 kernel can take, not only of
+    the block of 16."""
 
     hidden: int = 128
     intermediate: int = 128
@@ -59,10 +61,12 @@ class SupervisedStart:
 
 
 def build_tokenizer() -> Qwen2Tokenizer:
-    """A byte-level BPE tokenizer with ChatML: 256 bytes, merges that make the role names one token each, three marks.
+    """Returns a byte-level BPE tokenizer with ChatML: 256 bytes, merges that make the role names
+    one token each, three marks.
 
-    It is byte-level because ``AutoTokenizer`` rebuilds the tokenizer of a ``qwen2`` model from its vocabulary and merges
-    with Qwen's own pre-tokenizer, and because verl asks that a newline be one token.
+    It is byte-level because ``AutoTokenizer`` rebuilds the tokenizer of a ``qwen2`` model from its
+    vocabulary and merges with Qwen's own pre-tokenizer, and because verl asks that a newline be one
+    token.
     """
     tokens = [END_OF_TEXT, TURN_START, TURN_END, *sorted(ByteLevel.alphabet())]
     merges: list[tuple[str, str]] = []
@@ -86,7 +90,8 @@ def build_tokenizer() -> Qwen2Tokenizer:
 def encode(
     problems: Sequence[Problem], answers: Sequence[str], tokenizer: Qwen2Tokenizer
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``input_ids`` and ``labels``, both ``[problem, position]``; only the answer and the end of the turn are labels."""
+    """Returns ``input_ids`` and ``labels``, both ``[problem, position]``; only the answer and the
+    end of the turn are labels."""
     chats = [user_turn(p.question) for p in problems]
     prompts = [tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) for chat in chats]
     prompt_ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
@@ -103,7 +108,8 @@ def encode(
 
 @torch.no_grad()
 def sampled_accuracy(model: Qwen2ForCausalLM, problems: Sequence[Problem], tokenizer: Qwen2Tokenizer) -> float:
-    """Mean probability of the right answer: the accuracy to expect from sampling at temperature 1."""
+    """Returns the mean probability of the right answer: the accuracy to expect from sampling at
+    temperature 1."""
     input_ids, labels = encode(problems, [p.answer for p in problems], tokenizer)
     log_probs = model(input_ids=input_ids).logits[:, :-1].float().log_softmax(-1)
     targets = labels[:, 1:]
@@ -113,7 +119,8 @@ def sampled_accuracy(model: Qwen2ForCausalLM, problems: Sequence[Problem], token
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """One thread for PyTorch: so small a network gains little from more, which on busy cores wait for each other."""
+    """Yields one thread for PyTorch: so small a network gains little from more, which on busy cores
+    wait for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -167,7 +174,8 @@ def make_tiny_model(
 
 def _config(shape: Shape, tokenizer: Qwen2Tokenizer) -> Qwen2Config:
     return Qwen2Config(
-        # as many rows as tokens: verl forbids the engine to sample any others, which the trainer does not know of
+        # as many rows as tokens: verl forbids the engine to sample any others, which the trainer
+        # does not know of
         vocab_size=len(tokenizer),
         hidden_size=shape.hidden,
         intermediate_size=shape.intermediate,
