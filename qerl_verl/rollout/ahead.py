@@ -35,7 +35,7 @@ class ServersAhead:
         self._servers: dict[str, tuple[dict, Any]] = {}
 
     def start(self, config: DictConfig) -> None:
-        """Start importing and return at once.
+        """Starts importing and returns at once.
 
         Args:
             config: the trainer's.
@@ -53,8 +53,9 @@ class ServersAhead:
                 say(f"start: rollout servers that start beside the actor: {len(self._servers)}")
 
     def take(self, name: str, node: str, environment: dict[str, str]) -> Any:
-        """The server of that name, once: None where there is none for that node and environment.
-        One that was started for others is ended, since Ray gives a name to one actor only."""
+        """Returns the server of that name, once: None where there is none for that node and
+        environment. One that was started for others is ended, since Ray gives a name to one actor
+        only."""
         if self._thread is not None:
             self._thread.join()
         (started, server) = self._servers.pop(name, (None, None))
@@ -70,7 +71,7 @@ AHEAD = ServersAhead()
 
 
 def _start_all(config: DictConfig, started: dict[str, tuple[dict, Any]]) -> None:
-    """Add each server to ``started`` as it is started: its name is taken from then on."""
+    """Adds each server to ``started`` as it is started: its name is taken from then on."""
     from verl.plugin.platform import get_platform
 
     from qerl_verl.rollout.server import QeRLHttpServer, QeRLReplica
@@ -136,6 +137,6 @@ class _Choice:
 
 
 def _pass_on(server: Any, begun: Future) -> None:
-    """Tell the server, which waits for its arguments, that they will not come."""
+    """Tells the server, which waits for its arguments, that they will not come."""
     if error := begun.exception():
         server.qerl_refuse.remote(error)

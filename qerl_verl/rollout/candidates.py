@@ -1,5 +1,5 @@
-"""What can compute an NVFP4 layer of the rollout engine. Importable without vLLM, since the actor asks
-too whether both would use the same layout."""
+"""What can compute an NVFP4 layer of the rollout engine. Importable without vLLM, since the actor
+asks too whether both would use the same layout."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ class VLLMKernel(Candidate):
 
 
 CANDIDATES: tuple[Candidate, ...] = (get_backend("hopper"), VLLMKernel(), get_backend("triton"), get_backend("pytorch"))
-"""The best first. Marlin stands before the Triton kernels, which have not been measured against it."""
+"""The best first. Marlin stands before the Triton kernels, which have not been measured against it.
+"""
 
 
 class VLLMExperts(VLLMKernel):
@@ -75,7 +76,7 @@ class ExpertsKernel(Candidate):
         raise NotImplementedError
 
     def warm_up(self, gate_up: ExpertStack, down: ExpertStack, top_k: int, dtype: torch.dtype) -> None:
-        """Compile what these weights need, before a CUDA graph is captured."""
+        """Compiles what these weights need, before a CUDA graph is captured."""
 
 
 class TritonExperts(ExpertsKernel):
@@ -123,7 +124,7 @@ class PyTorchExperts(ExpertsKernel):
 
 
 def expert_candidates(captured: bool) -> tuple[Candidate, ...]:
-    """What can compute the experts of a mixture, the best first.
+    """Returns what can compute the experts of a mixture, the best first.
 
     Args:
         captured: whether the engine captures CUDA graphs.

@@ -13,7 +13,7 @@ from qerl_verl.nvfp4.architectures import Architecture
 
 
 def vllm_name(mapper: Any, architecture: Architecture, name: str) -> str:
-    """A module's name, or the beginning of names, in vLLM's model.
+    """Returns a module's name, or the beginning of names, in vLLM's model.
 
     Args:
         mapper: ``hf_to_vllm_mapper`` of vLLM's model class, None where it has none.

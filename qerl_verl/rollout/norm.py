@@ -44,7 +44,7 @@ from qerl_verl.rollout.lora import ADDITIONAL_CONFIG
 
 
 def wants_noise(additional_config) -> bool:
-    """Whether an engine's norms are to receive noise, from vLLM's ``additional_config``
+    """Returns whether an engine's norms are to receive noise, from vLLM's ``additional_config``
     (``qerl.aqn.enable``)."""
     return bool((additional_config or {}).get(ADDITIONAL_CONFIG, {}).get("noise"))
 
@@ -138,7 +138,7 @@ class NoisyNorm:
         return NoiseTarget(clean=self.weight, live=self.qerl_weight, switch=self._switch, offset=self.qerl_offset)
 
     def qerl_reset(self) -> None:
-        """Take ``weight`` over after it was read from disk again, without noise."""
+        """Takes ``weight`` over after it was read from disk again, without noise."""
         if self.qerl_weight is not None:
             self.qerl_weight.copy_(self.weight.float() + self.qerl_offset)
             self.qerl_noised = False
@@ -179,7 +179,7 @@ else:
 
 
 def register_norm() -> None:
-    """Make vLLM build the classes of :data:`REPLACED` where its models ask for vLLM's, in this
+    """Makes vLLM build the classes of :data:`REPLACED` where its models ask for vLLM's, in this
     process. Idempotent.
 
     Raises:

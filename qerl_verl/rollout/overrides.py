@@ -1,4 +1,5 @@
-"""vLLM's ``hf_overrides`` of a rollout engine: settings under which it builds the model that the actor has."""
+"""vLLM's ``hf_overrides`` of a rollout engine: settings under which it builds the model that the
+actor has."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ _DECODERS = {"Qwen3VLForConditionalGeneration": "Qwen3ForCausalLM"}
 
 
 def hf_overrides(hf_config: Any, on_cpu: bool) -> dict[str, dict[str, Any]]:
-    """What an engine of a model needs.
+    """Returns what an engine of a model needs.
 
     Args:
         hf_config: transformers' configuration of the model.
@@ -23,7 +24,7 @@ def hf_overrides(hf_config: Any, on_cpu: bool) -> dict[str, dict[str, Any]]:
 
 
 def decoder_overrides(architectures: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Name the class of the decoder of Qwen3-VL.
+    """Returns the name the class of the decoder of Qwen3-VL.
 
     vLLM builds that decoder from ``text_config`` alone (model_executor/models/qwen3_vl.py,
     Qwen3VLForConditionalGeneration), and its CPU platform then asks for the class in it

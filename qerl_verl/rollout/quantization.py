@@ -1,10 +1,10 @@
 """vLLM's ``compressed-tensors`` quantization, with NVFP4 weights served QeRL's way.
 
-Registered over vLLM's own through its public ``register_quantization_config``, in QeRL's jobs only. Weights are used with
-16-bit activations whatever the checkpoint says about activations, on a kernel of ours or on vLLM's
-(:mod:`qerl_verl.rollout.scheme`), with the adapter inside the layer or on vLLM's own LoRA path.
-What to use comes in vLLM's ``additional_config`` under ``qerl``: ``kernel`` (``auto`` or a name of
-:data:`CANDIDATES`) and ``lora`` (rank and alpha, or null).
+Registered over vLLM's own through its public ``register_quantization_config``, in QeRL's jobs only.
+Weights are used with 16-bit activations whatever the checkpoint says about activations, on a kernel
+of ours or on vLLM's (:mod:`qerl_verl.rollout.scheme`), with the adapter inside the layer or on
+vLLM's own LoRA path. What to use comes in vLLM's ``additional_config`` under ``qerl``: ``kernel``
+(``auto`` or a name of :data:`CANDIDATES`) and ``lora`` (rank and alpha, or null).
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ from qerl_verl.rollout.scheme import AdapterOnLinear, KernelReport, NVFP4Scheme
 from qerl_verl.rollout.shared_base import shared_embedding
 
 QUANT_FORMAT = "qerl-nvfp4-pack-quantized"
-"""Our name for the format inside vLLM. verl takes ``nvfp4-pack-quantized`` for its QAT, patches vLLM for that and
-then keeps the first adapter for ever (verl/workers/rollout/vllm_rollout/utils.py, vLLMColocateWorkerExtension)."""
+"""Our name for the format inside vLLM. verl takes ``nvfp4-pack-quantized`` for its QAT, patches
+vLLM for that and then keeps the first adapter for ever (verl/workers/rollout/vllm_rollout/utils.py,
+vLLMColocateWorkerExtension)."""
 
 ROUTER = ".mlp.gate"
 """How the name of a mixture's router ends. It stays in 16 bits and has no adapter."""
@@ -62,7 +63,8 @@ class QeRLCompressedTensorsConfig(CompressedTensorsConfig):
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str):
         """vLLM's, but for experts in NVFP4, with room for the adapter in linears of the decoder
-        that the checkpoint leaves in 16 bits, and for an embedding or output layer in the actor's memory."""
+        that the checkpoint leaves in 16 bits, and for an embedding or output layer in the actor's
+        memory."""
         if isinstance(layer, RoutedExperts) and (parts := self._nvfp4_experts(layer, prefix)):
             input_scales = parts.get("input_activations") is not None
             return experts_method(layer, prefix, *self._settings(), input_scales, self.qerl_report)
@@ -90,8 +92,8 @@ class QeRLCompressedTensorsConfig(CompressedTensorsConfig):
         )
 
     def _nvfp4_experts(self, layer: RoutedExperts, name: str) -> dict | None:
-        """How the checkpoint holds the experts of a layer; None where not all of it is NVFP4, which
-        vLLM serves or refuses."""
+        """Returns how the checkpoint holds the experts of a layer; None where not all of it is
+        NVFP4, which vLLM serves or refuses."""
         self._add_fused_moe_to_target_scheme_map()
         parts = [self.get_scheme_dict(layer, f"{name}.0.{linear}") for linear in ("gate_proj", "up_proj", "down_proj")]
         same = parts[0] is not None and all(part == parts[0] for part in parts)
@@ -117,5 +119,6 @@ class QeRLCompressedTensorsConfig(CompressedTensorsConfig):
 
 
 def register_quantization() -> None:
-    """Make vLLM use :class:`QeRLCompressedTensorsConfig` for ``compressed-tensors`` checkpoints in this process."""
+    """Makes vLLM use :class:`QeRLCompressedTensorsConfig` for ``compressed-tensors`` checkpoints in
+    this process."""
     register_quantization_config("compressed-tensors")(QeRLCompressedTensorsConfig)

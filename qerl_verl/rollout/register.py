@@ -1,11 +1,13 @@
-"""Put the rollout replica and the transport of adapters into verl's registries. Called when verl imports those."""
+"""Put the rollout replica and the transport of adapters into verl's registries. Called when verl
+imports those."""
 
 
 def register_replica(replica_module=None) -> None:
-    """Take over verl's name ``vllm``: verl branches on it in many places. Idempotent.
+    """Takes over verl's name ``vllm``: verl branches on it in many places. Idempotent.
 
     Args:
-        replica_module: the module ``verl.workers.rollout.replica`` (wrapt's post-import hook passes it).
+        replica_module: the module ``verl.workers.rollout.replica`` (wrapt's post-import hook passes
+            it).
     """
     from verl.workers.rollout.replica import RolloutReplicaRegistry
 
@@ -19,10 +21,11 @@ def _load():
 
 
 def register_sender(rollout_module=None) -> None:
-    """Put our sender of weights into verl's table of rollout classes. Idempotent.
+    """Puts our sender of weights into verl's table of rollout classes. Idempotent.
 
     Args:
-        rollout_module: the module ``verl.workers.rollout.base`` (wrapt's post-import hook passes it).
+        rollout_module: the module ``verl.workers.rollout.base`` (wrapt's post-import hook passes
+            it).
     """
     from verl.workers.rollout import base
 
@@ -30,9 +33,10 @@ def register_sender(rollout_module=None) -> None:
 
 
 def register_transport(checkpoint_engine_package=None) -> None:
-    """Import the module whose decorator registers the checkpoint engine ``qerl``. Idempotent.
+    """Imports the module whose decorator registers the checkpoint engine ``qerl``. Idempotent.
 
     Args:
-        checkpoint_engine_package: the module ``verl.checkpoint_engine`` (wrapt's post-import hook passes it).
+        checkpoint_engine_package: the module ``verl.checkpoint_engine`` (wrapt's post-import hook
+            passes it).
     """
     import qerl_verl.rollout.transport  # noqa: F401

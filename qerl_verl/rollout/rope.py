@@ -7,7 +7,7 @@ from typing import Any
 
 
 def rope_overrides(hf_config: Any) -> dict[str, dict[str, Any]]:
-    """Settings for vLLM's ``hf_overrides`` under which its YaRN scales queries and keys as
+    """Returns settings for vLLM's ``hf_overrides`` under which its YaRN scales queries and keys as
     transformers' does.
 
     transformers divides by ``mscale_all_dim``'s factor, or takes ``attention_factor``

@@ -1,5 +1,5 @@
-"""vLLM's side of one copy of the base: a model loader whose NVFP4 layers, embeddings and output layer
-are the memory of the actor.
+"""vLLM's side of one copy of the base: a model loader whose NVFP4 layers, embeddings and output
+layer are the memory of the actor.
 
 Registered as the load format ``qerl_shared`` through vLLM's ``register_model_loader``. The model is
 built by vLLM as always; a layer that finds its weights in the actor's memory takes them in place of
@@ -62,7 +62,8 @@ def _building(base: SharedBase) -> Iterator[_Loading]:
 def shared_weights(
     layer: str, widths: Sequence[int], backend: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-    """The weight of an NVFP4 layer in the actor's memory; None where the engine has a base of its own.
+    """Returns the weight of an NVFP4 layer in the actor's memory; None where the engine has a base
+    of its own.
 
     Args:
         layer: its full name in vLLM.
@@ -92,9 +93,11 @@ def shared_weights(
 
 
 def shared_embedding(layer: VocabParallelEmbedding) -> UnquantizedEmbeddingMethod | None:
-    """The method of an embedding or output layer whose weight lies in the actor's memory; None where it does not.
+    """Returns the method of an embedding or output layer whose weight lies in the actor's memory;
+    None where it does not.
 
-    Not every model of vLLM's tells the layer its name, and the supported architectures have one of each.
+    Not every model of vLLM's tells the layer its name, and the supported architectures have one of
+    each.
     """
     name = "lm_head.weight" if isinstance(layer, ParallelLMHead) else "model.embed_tokens.weight"
     plain = None if _loading is None else _loading.base.layout.tensors.get(name)
@@ -147,8 +150,8 @@ class SharedEmbedding(UnquantizedEmbeddingMethod):
 class SharedBaseLoader(BaseModelLoader):
     """vLLM's ``load_format=qerl_shared``.
 
-    Where the actor shares nothing, or its memory cannot be mapped, the engine reads a base of its own
-    from the checkpoint and says so; with ``qerl.base=shared`` it ends.
+    Where the actor shares nothing, or its memory cannot be mapped, the engine reads a base of its
+    own from the checkpoint and says so; with ``qerl.base=shared`` it ends.
     """
 
     def __init__(self, load_config):
@@ -162,14 +165,15 @@ class SharedBaseLoader(BaseModelLoader):
         self._plain.download_model(model_config)
 
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
-        """Copy what a layer has of its own from the actor's memory; without it, read the checkpoint."""
+        """Copys what a layer has of its own from the actor's memory; without it, read the
+        checkpoint."""
         if _loading is None:
             self._plain.load_weights(model, model_config)
         else:
             model.load_weights(self._own_tensors(_loading))
 
     def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
-        """The model on the actor's base.
+        """Returns the model on the actor's base.
 
         Raises:
             SharingError: with ``qerl.base=shared``, why the base cannot be shared.
@@ -196,7 +200,7 @@ class SharedBaseLoader(BaseModelLoader):
 
     @staticmethod
     def _own_tensors(loading: _Loading) -> Iterator[tuple[str, torch.Tensor]]:
-        """Names and tensors that no layer uses in place."""
+        """Yields the names and tensors that no layer uses in place."""
         base = loading.base
         for name, plain in base.layout.tensors.items():
             if name not in loading.taken:
@@ -213,7 +217,8 @@ class SharedBaseLoader(BaseModelLoader):
 
 
 def owner_rank() -> int:
-    """The actor's rank on this engine's device: replicas of one process each are numbered like the ranks."""
+    """Returns the actor's rank on this engine's device: replicas of one process each are numbered
+    like the ranks."""
     return int(os.environ.get("VERL_REPLICA_RANK", "0"))
 
 
@@ -229,5 +234,5 @@ def _find_group(groups: Sequence[Group], layer: str) -> Group:
 
 
 def register_shared_base() -> None:
-    """Add the load format ``qerl_shared`` in this process."""
+    """Adds the load format ``qerl_shared`` in this process."""
     register_model_loader(LOAD_FORMAT)(SharedBaseLoader)

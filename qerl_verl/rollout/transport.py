@@ -1,15 +1,19 @@
-"""A checkpoint engine of verl's for adapters: from the actor to rollout engines in other processes, over TCP.
+"""A checkpoint engine of verl's for adapters: from the actor to rollout engines in other processes,
+over TCP.
 
-verl's own (nccl, nixl and others) are made for whole models and want GPUs. An adapter is small, and a socket carries it between
-any two hosts, without a process group and without a device. For each sync the actor's first rank listens on its node's address
-and hands the adapter to every rollout worker that knows the secret of this sync. Address and secret travel through Ray, in the
-topology that verl builds.
+verl's own (nccl, nixl and others) are made for whole models and want GPUs. An adapter is small, and
+a socket carries it between any two hosts, without a process group and without a device. For each
+sync the actor's first rank listens on its node's address and hands the adapter to every rollout
+worker that knows the secret of this sync. Address and secret travel through Ray, in the topology
+that verl builds.
 
-On a connection, S and R being 32 random bytes of the sender and the receiver, and ``tag`` an HMAC-SHA256 under the secret:
+On a connection, S and R being 32 random bytes of the sender and the receiver, and ``tag`` an
+HMAC-SHA256 under the secret:
 
 1. sender: S
 2. receiver: R, tag("receiver", S, R)
-3. sender, once it has the adapter: length, SHA-256 of the adapter, tag("sender", S, R, length, SHA-256); then the adapter
+3. sender, once it has the adapter: length, SHA-256 of the adapter, tag("sender", S, R, length,
+SHA-256); then the adapter
 
 Each side closes the connection when a tag or the digest is wrong. The adapter is not encrypted.
 """
@@ -45,7 +49,8 @@ class TransportError(RuntimeError):
 
 
 def _tag(secret: bytes, who: bytes, *parts: bytes) -> bytes:
-    """Every part but the name of the side has one length, so no two messages have the same bytes."""
+    """Returns every part but the name of the side has one length, so no two messages have the same
+    bytes."""
     return hmac.digest(secret, b"".join((who, *parts)), "sha256")
 
 
@@ -120,13 +125,13 @@ class AdapterServer(socketserver.ThreadingTCPServer):
         threading.Thread(target=self.serve_forever, args=(0.1,), name="adapter transport", daemon=True).start()
 
     def offer(self, adapter: memoryview) -> None:
-        """Let every receiver, connected by now or later, have ``adapter``."""
+        """Lets every receiver, connected by now or later, have ``adapter``."""
         self.digest = hashlib.sha256(adapter).digest()
         self.adapter = adapter
         self.ready.set()
 
     def close(self) -> None:
-        """Stop listening, let waiting receivers go, and forget the adapter."""
+        """Stops listening, lets waiting receivers go, and forget the adapter."""
         self.shutdown()
         self.server_close()
         self.adapter = None
@@ -157,7 +162,7 @@ class AdapterClient:
             raise TransportError(f"the actor's adapter cannot be fetched from {self._where}: {error}") from error
 
     def fetch(self) -> bytearray:
-        """The adapter's bytes, checked.
+        """Returns the adapter's bytes, checked.
 
         Raises:
             TransportError: nothing came in time, the sender is gone, or it is not this job's actor.
@@ -200,7 +205,7 @@ class AdapterTransport(CheckpointEngine):
         self.client: AdapterClient | None = None
 
     def prepare(self) -> tuple[str, int, bytes] | None:
-        """The sender's address, port and the secret of this sync; None from everyone else."""
+        """Returns the sender's address, port and the secret of this sync; None from everyone else."""
         self.finalize()  # of a sync that did not come to its end
         if not self.is_master:
             return None
@@ -210,7 +215,8 @@ class AdapterTransport(CheckpointEngine):
 
     @classmethod
     def build_topology(cls, actor_wg_world_size: int, rollout_world_size: int, metadata: list):
-        """Every rollout worker learns address and secret; the actor's other ranks have no part in it."""
+        """Returns every rollout worker learns address and secret; the actor's other ranks have no
+        part in it."""
         return {"address": [None] * actor_wg_world_size}, {"address": [metadata[0]] * rollout_world_size}
 
     def init_process_group(self, address: tuple[str, int, bytes] | None) -> None:

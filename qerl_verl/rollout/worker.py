@@ -44,13 +44,16 @@ class QeRLWorkerExtension(vLLMColocateWorkerExtension):
         return injector
 
     def update_weights_from_ipc(self, peft_config: dict = None, base_sync_done=False, use_shm: bool = False):
-        """An adapter goes into the layers where they have room for one, else into vLLM's LoRA path.
+        """Returns an adapter goes into the layers where they have room for one, else into vLLM's
+        LoRA path.
 
-        The transport is verl's (verl/workers/rollout/vllm_rollout/utils.py, update_weights_from_ipc). From a checkpoint engine
-        the adapter comes without arguments; its configuration is one of the tensors then, see :mod:`qerl_verl.lora.wire`.
+        The transport is verl's (verl/workers/rollout/vllm_rollout/utils.py,
+        update_weights_from_ipc). From a checkpoint engine the adapter comes without arguments; its
+        configuration is one of the tensors then, see :mod:`qerl_verl.lora.wire`.
 
         Raises:
-            ValueError: no adapter, one that does not fit, or with a value that is not finite; the engine keeps the one it has.
+            ValueError: no adapter, one that does not fit, or with a value that is not finite; the
+                engine keeps the one it has.
         """
         note_segments()
         in_layers = lora_settings(self.model_runner.vllm_config.additional_config) is not None
@@ -77,7 +80,8 @@ class QeRLWorkerExtension(vLLMColocateWorkerExtension):
             self._update_weights(list(tensors.items()), peft_config=peft_config, base_sync_done=True)
 
     def qerl_load_adapter(self, tensors: dict[str, torch.Tensor], scaling: float) -> int:
-        """Overwrite the adapter in the layers, see :meth:`qerl_verl.rollout.lora.AdapterStore.load`."""
+        """Overwrites the adapter in the layers, see
+        :meth:`qerl_verl.rollout.lora.AdapterStore.load`."""
         if name := first_nonfinite(tensors.items()):
             raise ValueError(f"the adapter's {name} holds a value that is not finite; the rollout keeps the one before")
         store = getattr(self, "_qerl_adapter_store", None)
@@ -99,10 +103,12 @@ class QeRLWorkerExtension(vLLMColocateWorkerExtension):
         return self.qerl_load_adapter(load_file(f"{folder}/adapter_model.safetensors"), scaling)
 
     def qerl_reload_base(self) -> None:
-        """Read the base from disk into the memory that a sleep at level 2 left empty. Norms come back without noise.
+        """Reads the base from disk into the memory that a sleep at level 2 left empty. Norms come
+        back without noise.
 
-        The attention's scales are parameters, which vLLM's sleep does not save, but no part of the checkpoint
-        (vllm/.../compressed_tensors.py, CompressedTensorsKVCacheMethod): they come from vLLM's copies on the host.
+        The attention's scales are parameters, which vLLM's sleep does not save, but no part of the
+        checkpoint (vllm/.../compressed_tensors.py, CompressedTensorsKVCacheMethod): they come from
+        vLLM's copies on the host.
         """
         self.model_runner.reload_weights()
         for module in self.model_runner.get_model().modules():
@@ -114,7 +120,7 @@ class QeRLWorkerExtension(vLLMColocateWorkerExtension):
                 module.qerl_reset()
 
     def qerl_adapter_digest(self) -> str:
-        """SHA-256 over the adapter in this worker's layers."""
+        """Returns the SHA-256 over the adapter in this worker's layers."""
         digest = hashlib.sha256()
         for name, tensor in sorted(self.model_runner.get_model().named_buffers()):
             if "qerl_lora_" in name:
@@ -131,9 +137,11 @@ class QeRLWorkerExtension(vLLMColocateWorkerExtension):
         rounding: str = "none",
         router: bool = False,
     ) -> dict[str, float]:
-        """Put the noise of a training step on the norms of this worker's part of the model; ``sigma`` 0 takes it off.
+        """Puts the noise of a training step on the norms of this worker's part of the model;
+        ``sigma`` 0 takes it off.
 
-        Every rank draws the same, see :func:`qerl_verl.aqn.noise.draw_noise`. The engine must be awake.
+        Every rank draws the same, see :func:`qerl_verl.aqn.noise.draw_noise`. The engine must be
+        awake.
 
         Returns:
             What acts now, see :meth:`qerl_verl.aqn.noise.NoiseInjector.measure`.
@@ -143,11 +151,13 @@ class QeRLWorkerExtension(vLLMColocateWorkerExtension):
         return injector.measure()
 
     def qerl_norm_weights(self) -> dict[str, list[float]]:
-        """What the norms that receive noise multiply by, by full module name in transformers' model, float32."""
+        """Returns what the norms that receive noise multiply by, by full module name in
+        transformers' model, float32."""
         return {name: t.live.cpu().tolist() for name, t in self._qerl_noise_injector().targets.items()}
 
     def qerl_base_digest(self) -> str:
-        """SHA-256 over the names and bytes of every tensor of the base, which noise does not touch."""
+        """Returns the SHA-256 over the names and bytes of every tensor of the base, which noise
+        does not touch."""
         digest = hashlib.sha256()
         for name, tensor in sorted(self.model_runner.get_model().named_parameters()):
             if "lora_" in name:
