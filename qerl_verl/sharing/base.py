@@ -52,7 +52,7 @@ def plan_layout(
     kernel: str,
     other: OtherSide,
 ) -> Layout:
-    """Give every tensor of a model its place.
+    """Gives every tensor of a model its place.
 
     Args:
         model: a transformers model with :class:`NVFP4Linear` layers, on any device.
@@ -91,7 +91,7 @@ def load_base(
     compute_dtype: torch.dtype,
     kernel: str,
 ) -> tuple[Layout, str]:
-    """Read a checkpoint into a block of memory.
+    """Reads a checkpoint into a block of memory.
 
     Args:
         model: the one that ``layout`` was planned for; of no further use.
@@ -130,14 +130,15 @@ def load_base(
 
 
 def attach(model: nn.Module, layout: Layout, data: torch.Tensor) -> None:
-    """Let a model use a base in memory.
+    """Lets a model use a base in memory.
 
     What is shared becomes plain attributes of the model's modules. They are no parameters, so
     nothing moves, shards or saves them. The rest is copied.
 
     Args:
-        model: with empty weights, of the checkpoint that ``data`` holds; modules that the checkpoint
-            does not have stay as they are, and tensors that the model does not have are passed over.
+        model: with empty weights, of the checkpoint that ``data`` holds; modules that the
+            checkpoint does not have stay as they are, and tensors that the model does not have are
+            passed over.
         layout: from :func:`load_base`.
         data: the block, uint8.
     """
@@ -156,7 +157,8 @@ def attach(model: nn.Module, layout: Layout, data: torch.Tensor) -> None:
 
 
 def _fused(layers: Mapping[str, NVFP4Linear], architecture: Architecture) -> Iterator[tuple[str, ...]]:
-    """Names of the linears that a rollout engine fuses; a linear that is not fused is alone.
+    """Yields the names of the linears that a rollout engine fuses; a linear that is not fused is
+    alone.
 
     Raises:
         SharingError: NVFP4 holds some projections of a fused linear, but not all.
@@ -185,7 +187,7 @@ def _common_backend(
     kernel: str,
     other: OtherSide,
 ) -> Backend:
-    """The backend that both processes choose for a fused weight and its projections.
+    """Returns the backend that both processes choose for a fused weight and its projections.
 
     Raises:
         SharingError: there is none.
@@ -223,7 +225,8 @@ def _common_backend(
 
 
 def _replace(model: nn.Module, parameter: nn.Parameter, tensor: torch.Tensor) -> None:
-    """Put another parameter, or a plain tensor, in the place of one, in each module that has it (tied weights)."""
+    """Puts another parameter, or a plain tensor, in the place of one, in each module that has it
+    (tied weights)."""
     for module in model.modules():
         for leaf, found in list(module._parameters.items()):
             if found is parameter:

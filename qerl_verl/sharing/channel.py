@@ -38,7 +38,7 @@ _LENGTH = struct.Struct("<Q")
 
 
 def address(key: str, rank: int) -> str:
-    """The socket of the job with ``key``, for the base of one rank. Does not tell the key."""
+    """Returns the socket of the job with ``key``, for the base of one rank. Does not tell the key."""
     return f"\0qerl-base-{hashlib.sha256(f'{key} {rank}'.encode()).hexdigest()[:32]}"
 
 
@@ -73,7 +73,7 @@ class BaseOwner:
         threading.Thread(target=self._serve, name="shared base", daemon=True).start()
 
     def close(self) -> None:
-        """Stop listening and let go of who is connected."""
+        """Stops listening and lets go of who is connected."""
         self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
         for connection in self._connections:
@@ -117,11 +117,11 @@ class SharedBase:
 
     @classmethod
     def connect(cls, key: str, rank: int, device: torch.device, timeout_s: float = CONNECT_SECONDS) -> SharedBase:
-        """Map the base of the owner with ``key`` and ``rank``.
+        """Maps the base of the owner with ``key`` and ``rank``.
 
         Raises:
-            SharingError: nobody listens, the owner shares nothing or does not know the key, or the memory
-            cannot be mapped.
+            SharingError: nobody listens, the owner shares nothing or does not know the key, or the
+            memory cannot be mapped.
         """
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         end = time.monotonic() + timeout_s
@@ -152,11 +152,11 @@ class SharedBase:
         return cls(layout, data, connection)
 
     def watch(self, ended: Callable[[], None] | None = None, grace_s: float = GRACE_SECONDS) -> None:
-        """Call ``ended`` once the owner is gone, from a thread.
+        """Calls ``ended`` once the owner is gone, from a thread.
 
         Args:
-            ended: by default, a line on standard error and the end of this process with exit code 1:
-                what it has mapped may be freed.
+            ended: by default, a line on standard error and the end of this process with exit code
+                1: what it has mapped may be freed.
             grace_s: time for the job to end this process first.
         """
 
@@ -173,7 +173,7 @@ class SharedBase:
         threading.Thread(target=wait, name="owner of the shared base", daemon=True).start()
 
     def close(self) -> None:
-        """End the connection; the memory stays mapped."""
+        """Ends the connection; the memory stays mapped."""
         self._connection.close()
 
 

@@ -45,7 +45,8 @@ class Group:
     global_scales: tuple[float, ...] = ()
 
     def views(self, data: torch.Tensor, part: str | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Packed codes and scales in the block ``data``, uint8; of one part, or of all of them."""
+        """Returns packed codes and scales in the block ``data``, uint8; of one part, or of all of
+        them."""
         begin, count = 0, sum(self.rows)
         if part is not None:
             index = self.parts.index(part)
@@ -75,7 +76,7 @@ class Plain:
     shared: bool
 
     def view(self, data: torch.Tensor, rows: int | None = None) -> torch.Tensor:
-        """The tensor in the block ``data``; of ``rows`` rows, at most :attr:`room`."""
+        """Returns the tensor in the block ``data``; of ``rows`` rows, at most :attr:`room`."""
         shape = (self.shape[0] if rows is None else rows, *self.shape[1:])
         dtype = getattr(torch, self.dtype)
         size = dtype.itemsize * torch.Size(shape).numel()
@@ -97,7 +98,7 @@ class Layout:
     tensors: dict[str, Plain]
 
     def shared_bytes(self) -> int:
-        """Bytes that exist once for two processes."""
+        """Returns the bytes that exist once for two processes."""
         packed = sum(sum(g.rows) * g.columns * 9 // 16 for g in self.groups)
         plain = (p.room * torch.Size(p.shape[1:]).numel() * getattr(torch, p.dtype).itemsize for p in self._in_place())
         return packed + sum(plain)
@@ -110,7 +111,7 @@ class Layout:
 
     @classmethod
     def from_json(cls, text: str) -> Layout:
-        """The inverse of :meth:`to_json`.
+        """Returns the inverse of :meth:`to_json`.
 
         Raises:
             ValueError: the text is of another version of this package.
@@ -141,7 +142,8 @@ class LayoutBuilder:
         self._groups.append(Group(tuple(parts), tuple(rows), columns, backend, packed, scale))
 
     def add_tensor(self, name: str, tensor: torch.Tensor, shared: bool, row_multiple: int = 1) -> None:
-        """Any other tensor, of which shape and dtype matter; its rows are padded to ``row_multiple``."""
+        """Any other tensor, of which shape and dtype matter; its rows are padded to
+        ``row_multiple``."""
         shape = tuple(tensor.shape)
         room = -(-shape[0] // row_multiple) * row_multiple
         offset = self._take(tensor.dtype.itemsize * room * torch.Size(shape[1:]).numel())

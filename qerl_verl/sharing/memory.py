@@ -64,7 +64,7 @@ class SharedMemory:
 
     @classmethod
     def allocate(cls, size: int, device: torch.device) -> SharedMemory:
-        """A new block of ``size`` bytes.
+        """Returns a new block of ``size`` bytes.
 
         Raises:
             SharingError: the device's memory cannot be shared.
@@ -102,7 +102,7 @@ class SharedMemory:
 
 
 def open_memory(handle: Handle, descriptor: int | None, device: torch.device) -> torch.Tensor:
-    """Map a block of another process.
+    """Maps a block of another process.
 
     Args:
         handle: of the block.
@@ -136,7 +136,7 @@ def open_memory(handle: Handle, descriptor: int | None, device: torch.device) ->
 
 
 def gpu_identifier(device: torch.device) -> str:
-    """The GPU's UUID, the same in every process whatever ``CUDA_VISIBLE_DEVICES`` says."""
+    """Returns the GPU's UUID, the same in every process whatever ``CUDA_VISIBLE_DEVICES`` says."""
     return str(torch.cuda.get_device_properties(device).uuid)
 
 
@@ -172,7 +172,7 @@ def _driver() -> ctypes.CDLL:
 
 
 def _check(function: str, *arguments) -> None:
-    """Call a function of CUDA's driver.
+    """Calls a function of CUDA's driver.
 
     Raises:
         SharingError: with the driver's own text.
