@@ -27,8 +27,8 @@ QeRL's rollout stands on parts of vLLM that are no public interface, so another 
 
 
 def version_problems(installed=version) -> list[str]:
-    """What is missing, outside its range or not a pair of :data:`ENGINES`, one sentence each; empty
-    when all is well.
+    """Returns what is missing, outside its range or not a pair of :data:`ENGINES`, one sentence
+    each; empty when all is well.
 
     Args:
         installed: distribution name to version; raises PackageNotFoundError for a missing one.
@@ -56,8 +56,8 @@ def version_problems(installed=version) -> list[str]:
 
 
 def untested_versions(installed=version) -> str:
-    """One line about versions inside their ranges that the tests have not run with; empty where
-    there are none."""
+    """Returns one line about versions inside their ranges that the tests have not run with; empty
+    where there are none."""
     found = {name: _installed(name, installed) for name in SUPPORTED}
     untested = [
         f"{name} {found[name]} (tested: {', '.join(tested)})"
