@@ -1,4 +1,5 @@
-"""Fixtures that more than one test folder uses, and how the tests are divided among pytest-xdist's workers."""
+"""Fixtures that more than one test folder uses, and how the tests are divided among pytest-xdist's
+workers."""
 
 from __future__ import annotations
 
@@ -20,12 +21,13 @@ ONE_THREAD = "QERL_TEST_ONE_THREAD"
 """Set by tests that start pytest beside other workers."""
 
 if {"PYTEST_XDIST_WORKER", ONE_THREAD} & os.environ.keys():
-    # Not with OMP_NUM_THREADS=1, which a vLLM engine would inherit: vLLM 0.28 corrupts its heap on one thread when a batch mixes
-    # prefill and decoding.
+    # Not with OMP_NUM_THREADS=1, which a vLLM engine would inherit: vLLM 0.28 corrupts its heap on
+    # one thread when a batch mixes prefill and decoding.
     torch.set_num_threads(1)
 
 ALONE = ("integration", "engine")
-"""Marks of tests that start Ray or a vLLM engine. They need up to 10 GB, so one worker runs all of them, one after the other."""
+"""Marks of tests that start Ray or a vLLM engine. They need up to 10 GB, so one worker runs all of
+them, one after the other."""
 
 ALONE_PLACES = (
     "tests/integration/",
@@ -39,10 +41,11 @@ ALONE_PLACES = (
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Give each file to one worker, for the sake of its fixtures, and what runs alone to one worker as a whole.
+    """Gives each file to one worker, for the sake of its fixtures, and what runs alone to one
+    worker as a whole.
 
-    pytest-xdist 3.8 marks groups in a private field that pytest 9.2 does not read any more, so ``--dist loadgroup`` divides
-    nothing there. The files are told apart by their names.
+    pytest-xdist 3.8 marks groups in a private field that pytest 9.2 does not read any more, so
+    ``--dist loadgroup`` divides nothing there. The files are told apart by their names.
     """
     from xdist.scheduler import LoadScopeScheduling
 
@@ -73,7 +76,8 @@ def pytest_collection_modifyitems(items):
 
 
 def make_model(folder: Path, **overrides) -> Path:
-    """A random tiny Qwen2 checkpoint in bfloat16 with the quickstart's tokenizer. Returns its folder."""
+    """Returns a random tiny Qwen2 checkpoint in bfloat16 with the quickstart's tokenizer. Returns
+    its folder."""
     from qerl_verl.quickstart.tiny_model import build_tokenizer
 
     tokenizer = build_tokenizer()
@@ -108,13 +112,13 @@ def model_factory():
 
 @pytest.fixture(scope="session")
 def bf16_checkpoint(tmp_path_factory) -> Path:
-    """A tiny 16-bit checkpoint."""
+    """Returns a tiny 16-bit checkpoint."""
     return make_model(tmp_path_factory.mktemp("bf16"))
 
 
 @pytest.fixture(scope="session")
 def nvfp4_checkpoint(tmp_path_factory, bf16_checkpoint) -> Path:
-    """The same model, quantized."""
+    """Returns the same model, quantized."""
     from qerl_verl.nvfp4.checkpoint import quantize_checkpoint
 
     folder = tmp_path_factory.mktemp("nvfp4") / "model"
@@ -124,7 +128,7 @@ def nvfp4_checkpoint(tmp_path_factory, bf16_checkpoint) -> Path:
 
 @pytest.fixture(scope="session")
 def dequantized_checkpoint(tmp_path_factory, nvfp4_checkpoint, bf16_checkpoint) -> Path:
-    """The quantized model written back as a plain float32 checkpoint, for stock readers."""
+    """Returns the quantized model written back as a plain float32 checkpoint, for stock readers."""
     from qerl_verl.kernels.nvfp4_dequantize import dequantize_nvfp4
     from qerl_verl.nvfp4.loading import iterate_tensors
 
@@ -147,7 +151,8 @@ def dequantized_checkpoint(tmp_path_factory, nvfp4_checkpoint, bf16_checkpoint) 
 
 @pytest.fixture(scope="session")
 def write_prompts():
-    """``write_prompts(file, rows)``: a parquet file of arithmetic prompts with the columns that verl reads."""
+    """Returns ``write_prompts(file, rows)``: a parquet file of arithmetic prompts with the columns
+    that verl reads."""
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -167,7 +172,8 @@ def write_prompts():
 
 @pytest.fixture
 def gsm8k_files(tmp_path, monkeypatch, write_prompts) -> Path:
-    """A working directory in which the data of QeRL's recipes lies, as few rows as GSM8K's recipes take."""
+    """Returns a working directory in which the data of QeRL's recipes lies, as few rows as GSM8K's
+    recipes take."""
     write_prompts(tmp_path / "data/gsm8k/train.parquet", 1024)
     write_prompts(tmp_path / "data/gsm8k/test.parquet", 8)
     monkeypatch.chdir(tmp_path)
