@@ -4,8 +4,8 @@
 
 Reads a request a line from standard input, a list of programs that start together::
 
-    [{"script": path | "module": name | "code": text, "arguments": [...], "environment": {...}, "cwd": path,
-      "out": path, "err": path}, ...]
+    [{"script": path | "module": name | "code": text, "arguments": [...], "environment": {...},
+      "cwd": path, "out": path, "err": path}, ...]
 
 Answers with a line on standard output, the list of their exit codes. Exit handlers of a program do
 not run.
@@ -71,7 +71,7 @@ def _start(program: dict) -> int:
 
 
 def serve(prepare) -> None:
-    """Call ``prepare``, then answer requests until standard input ends."""
+    """Calls ``prepare``, then answers requests until standard input ends."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what imports print is no answer
     prepare()
@@ -105,7 +105,7 @@ class ForkServer:
         self._server.stdout.close()
 
     def run(self, programs: list[dict]) -> list[int]:
-        """Run them side by side; returns their exit codes."""
+        """Runs them side by side; returns their exit codes."""
         print(json.dumps(programs), file=self._server.stdin, flush=True)
         answer = self._server.stdout.readline()
         assert answer, f"{self._command[1]} ended:\n{self._log.read_text()[-4000:]}"
