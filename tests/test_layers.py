@@ -22,7 +22,8 @@ FORBIDDEN = {
 
 
 def imported(source: str) -> set[str]:
-    """Modules that a file imports anywhere in it; for ``from a import b`` both ``a`` and ``a.b``."""
+    """Returns modules that a file imports anywhere in it; for ``from a import b`` both ``a`` and
+    ``a.b``."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
