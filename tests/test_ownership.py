@@ -1,4 +1,5 @@
-"""Which process made something, and when it counts as dead: only if this process could see it alive."""
+"""Which process made something, and when it counts as dead: only if this process could see it
+alive."""
 
 import os
 import signal
@@ -15,7 +16,7 @@ from qerl_verl.ownership import Owner, state_of
 
 @pytest.fixture(scope="module")
 def gone():
-    """The number of a process that has ended."""
+    """Returns the number of a process that has ended."""
     process = subprocess.Popen(["true"])
     process.wait()
     return process.pid
