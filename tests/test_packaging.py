@@ -23,13 +23,13 @@ BUILD = "import sys; from setuptools import build_meta; print(getattr(build_meta
 
 
 def files(top: str) -> list[Path]:
-    """What a checkout has in a folder, but for what Python and compilers leave there."""
+    """Returns what a checkout has in a folder, but for what Python and compilers leave there."""
     found = (p.relative_to(ROOT) for p in (ROOT / top).rglob("*") if p.is_file())
     return [p for p in found if "__pycache__" not in p.parts and p.suffix not in (".pyc", ".so")]
 
 
 def build(what: str, source: Path, out: Path) -> Path:
-    """``build_sdist`` or ``build_wheel`` of a folder, as pip calls it, without the network."""
+    """Returns ``build_sdist`` or ``build_wheel`` of a folder, as pip calls it, without the network."""
     command = [sys.executable, "-c", BUILD, what, str(out)]
     result = subprocess.run(command, cwd=source, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
@@ -38,7 +38,8 @@ def build(what: str, source: Path, out: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """The unpacked sdist, and the unpacked wheel that is built from it and not from the checkout."""
+    """Returns the unpacked sdist, and the unpacked wheel that is built from it and not from the
+    checkout."""
     folder = tmp_path_factory.mktemp("packaging")
     source = folder / "checkout"
     for top in (*TOPS, "docs", "requirements"):
