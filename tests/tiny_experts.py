@@ -44,7 +44,7 @@ class TinyExperts:
                 self.exact[expert, name] = dequantize_nvfp4(packed, scale, scales[name].double(), torch.float64)
 
     def stacked(self, *linears: str) -> tuple[torch.Tensor, ...]:
-        """``weight_packed``, ``weight_scale`` ``[E, N, ...]`` and ``weight_global_scale``
+        """Returns ``weight_packed``, ``weight_scale`` ``[E, N, ...]`` and ``weight_global_scale``
         ``[E, linears]`` of all experts, the rows of several linears one below the other."""
 
         def join(part, along):
@@ -61,7 +61,7 @@ class TinyExperts:
         return ExpertStack(*gate_up[:2], alphas[0]), ExpertStack(*down[:2], alphas[1])
 
     def compute(self, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-        """Token by token in float64; a negative expert adds nothing."""
+        """Returns token by token in float64; a negative expert adds nothing."""
         out = torch.zeros(x.shape, dtype=torch.float64)
         for t, row in enumerate(x.double()):
             for weight, expert in zip(weights[t].double(), chosen[t].tolist(), strict=True):
@@ -73,8 +73,8 @@ class TinyExperts:
 
 
 def make_tokens(dtype: torch.dtype, tokens: int, hidden: int, experts: int):
-    """Activations ``[tokens, hidden]`` and router logits ``[tokens, experts]``; no token chooses
-    the last expert."""
+    """Returns activations ``[tokens, hidden]`` and router logits ``[tokens, experts]``; no token
+    chooses the last expert."""
     generator = torch.Generator().manual_seed(1)
     x, logits = (torch.randn(tokens, n, generator=generator) for n in (hidden, experts))
     logits[:, -1] = -9.0
