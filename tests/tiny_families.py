@@ -88,8 +88,8 @@ FAMILIES = {
         ),
     ),
 }
-"""Architecture -> transformers' model_type, and its (the decoder's) configuration beside :data:`SIZES`. A
-mixture has a layer with experts and one without."""
+"""Architecture -> transformers' model_type, and its (the decoder's) configuration beside
+:data:`SIZES`. A mixture has a layer with experts and one without."""
 
 TOWERS = {
     "Qwen2_5_VLForConditionalGeneration": dict(window_size=56, fullatt_block_indexes=[1]),
@@ -103,7 +103,7 @@ IMAGE_TOKENS = dict(image_token_id=92, video_token_id=93, vision_start_token_id=
 
 
 def make_config(architecture: str, **changes):
-    """transformers' configuration of a tiny model."""
+    """Returns transformers' configuration of a tiny model."""
     model_type, settings = FAMILIES[architecture]
     settings = SIZES | settings | changes
     if architecture not in TOWERS:
@@ -120,7 +120,7 @@ def make_config(architecture: str, **changes):
 
 
 def make_model(architecture: str, **changes):
-    """A tiny model with transformers' own random weights, and its configuration."""
+    """Returns a tiny model with transformers' own random weights, and its configuration."""
     config = make_config(architecture, **changes)
     torch.manual_seed(0)
     model = automatic_class(get_architecture(config)).from_config(config)
@@ -131,7 +131,7 @@ def make_model(architecture: str, **changes):
 def make_family(
     architecture: str, folder: Path, dtype: torch.dtype = torch.bfloat16, std: float = 0.15, **changes
 ) -> Path:
-    """Write a checkpoint with random weights, norms and biases, no two tensors alike. Returns its
+    """Writes a checkpoint with random weights, norms and biases, no two tensors alike. Returns its
     folder.
 
     Args:
@@ -152,7 +152,7 @@ RANK, ALPHA = 4, 8
 
 
 def make_adapter(folder: Path, linears: dict[str, tuple[int, int]]) -> Path:
-    """Write a random adapter, as the trainer saves it, for linears of the given shapes (output,
+    """Writes a random adapter, as the trainer saves it, for linears of the given shapes (output,
     input features)."""
     from peft import LoraConfig
 
@@ -177,7 +177,8 @@ def log_probabilities(model, prompt: list[int], **inputs) -> torch.Tensor:
 
 
 def _stack_experts(state: dict[str, torch.Tensor], config) -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint under transformers' names, with the experts of a layer in one."""
+    """Returns the tensors of a checkpoint under transformers' names, with the experts of a layer in
+    one."""
     rows: dict[str, list[torch.Tensor]] = {}
     for name in [name for name in state if ".experts." in name]:
         module, _, rest = name.partition(".experts.")
