@@ -28,7 +28,7 @@ TEMPLATE = CHAT_TEMPLATE.replace(
 
 
 def vision_tokenizer():
-    """The quickstart's tokenizer with the marks of images and videos."""
+    """Returns the quickstart's tokenizer with the marks of images and videos."""
     tokenizer = build_tokenizer()
     tokenizer.add_special_tokens(
         {"extra_special_tokens": [START, END, IMAGE, VIDEO]}, replace_extra_special_tokens=False
@@ -38,7 +38,7 @@ def vision_tokenizer():
 
 
 def vision_settings() -> dict[str, int]:
-    """What of a tiny model's configuration has to fit :func:`vision_tokenizer`."""
+    """Returns what of a tiny model's configuration has to fit :func:`vision_tokenizer`."""
     tokenizer = vision_tokenizer()
     number = tokenizer.convert_tokens_to_ids
     return {
@@ -54,7 +54,7 @@ def vision_settings() -> dict[str, int]:
 
 
 def write_processor(folder: Path, architecture: str) -> None:
-    """Write the files of tokenizer and processor. transformers' video processors need torchvision."""
+    """Writes the files of tokenizer and processor. transformers' video processors need torchvision."""
     from transformers import Qwen2VLImageProcessor
 
     if architecture == "Qwen3VLForConditionalGeneration":
@@ -75,7 +75,7 @@ def write_processor(folder: Path, architecture: str) -> None:
 
 
 def draw_image(seed: int, columns: int = 4, rows: int = 4):
-    """A PIL image of ``columns`` x ``rows`` patches in random colours."""
+    """Returns a PIL image of ``columns`` x ``rows`` patches in random colours."""
     from PIL import Image
 
     generator = torch.Generator().manual_seed(seed)
@@ -98,11 +98,12 @@ class ImageSequence:
     grid: torch.Tensor
 
     def types(self, config) -> torch.Tensor:
-        """``[1, tokens]``: 1 for image tokens."""
+        """Returns ``[1, tokens]``: 1 for image tokens."""
         return (self.ids == config.image_token_id).int()[None]
 
     def positions(self, model) -> torch.Tensor:
-        """``[4, tokens]`` as verl gives them: of the sequence, and in time, height and width.
+        """Returns ``[4, tokens]`` as verl gives them: of the sequence, and in time, height and
+        width.
 
         Args:
             model: transformers', with the vision tower and without the output layer.
@@ -112,7 +113,8 @@ class ImageSequence:
 
 
 def image_sequences(config, count: int = 8, vocabulary: int = 200) -> list[ImageSequence]:
-    """Sequences of unequal length around images of unequal size, with random pixels and tokens below ``vocabulary``."""
+    """Returns sequences of unequal length around images of unequal size, with random pixels and
+    tokens below ``vocabulary``."""
     generator, found = torch.Generator().manual_seed(5), []
     for index in range(count):
         rows, columns = 4, 4 + 2 * (index % 2)
@@ -126,7 +128,7 @@ def image_sequences(config, count: int = 8, vocabulary: int = 200) -> list[Image
 
 
 def image_prompts() -> list[tuple[list[int], object]]:
-    """Token ids with one image token each, as vLLM takes them, and the image."""
+    """Returns token ids with one image token each, as vLLM takes them, and the image."""
     number = vision_tokenizer().convert_tokens_to_ids
     marks = [number(START), number(IMAGE), number(END)]
     return [
@@ -137,7 +139,8 @@ def image_prompts() -> list[tuple[list[int], object]]:
 
 
 def processed(folder: Path, ids: list[int], image) -> dict[str, torch.Tensor]:
-    """What transformers' model gets beside the ids that vLLM has made of a prompt: pixels, grid and kinds of tokens."""
+    """Returns what transformers' model gets beside the ids that vLLM has made of a prompt: pixels,
+    grid and kinds of tokens."""
     from transformers import AutoConfig, AutoProcessor
 
     found = AutoProcessor.from_pretrained(folder).image_processor(image, return_tensors="pt")
