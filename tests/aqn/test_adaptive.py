@@ -17,7 +17,7 @@ def divergence(sigma, slope=100.0, floor=1e-4):
 
 
 def run(steps, delay=0, loop=None, first=1, measure=divergence):
-    """What a trainer does; with ``delay``, the samples of a step were drawn so many steps
+    """Returns what a trainer does; with ``delay``, the samples of a step were drawn so many steps
     before."""
     loop = loop or AdaptiveSigma(SETTINGS)
     for step in range(first, first + steps):

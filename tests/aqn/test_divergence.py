@@ -8,7 +8,7 @@ from qerl_verl.aqn.divergence import measure_samples, truncation_bounds
 
 
 def draw(tokens=200_000, seed=0):
-    """Tokens of one categorical distribution and their log-probabilities under it and under
+    """Returns tokens of one categorical distribution and their log-probabilities under it and under
     another; both distributions."""
     generator = torch.Generator().manual_seed(seed)
     sampling, clean = torch.randn(2, 16, generator=generator).log_softmax(-1)
