@@ -1,4 +1,5 @@
-"""The qerl command: results on stdout, one line on stderr and exit code 2 for what the user can put right."""
+"""The qerl command: results on stdout, one line on stderr and exit code 2 for what the user can put
+right."""
 
 import json
 import shutil
@@ -18,7 +19,7 @@ def src(bf16_checkpoint, tmp_path):
 
 
 def failed(capsys, *arguments):
-    """The one line of an error."""
+    """Returns the one line of an error."""
     assert main([str(a) for a in arguments]) == 2
     out, err = capsys.readouterr()
     assert out == ""

@@ -15,7 +15,7 @@ SETTINGS = {"data.train_batch_size": 8, "qerl.arm": "nvfp4"}
 
 @pytest.fixture
 def runs(tmp_path, make_run):  # noqa: F811
-    """Two arms of two seeds, and one of a single run with another batch size."""
+    """Returns two arms of two seeds, and one of a single run with another batch size."""
     for arm, reward in (("bf16", 0.3), ("nvfp4", 0.4)):
         for seed in (1, 2):
             metrics = {
@@ -69,9 +69,7 @@ class Page(HTMLParser):
         self.cells.append(data.strip())
 
 
-def test_figure_page_and_json_name_a_difference_that_is_allowed(
-    runs, tmp_path, capsys, monkeypatch
-):
+def test_figure_page_and_json_name_a_difference_that_is_allowed(runs, tmp_path, capsys, monkeypatch):
     from matplotlib.figure import Figure
 
     titles = []
@@ -85,17 +83,10 @@ def test_figure_page_and_json_name_a_difference_that_is_allowed(
         "--title",
         "A <title>",
     ]
-    assert (
-        main([*arguments, *(a for kind, path in files.items() for a in (f"--{kind}", str(path)))])
-        == 0
-    )
+    assert main([*arguments, *(a for kind, path in files.items() for a in (f"--{kind}", str(path)))]) == 0
     said = "data.train_batch_size is 8 (bf16_s1, bf16_s2, nvfp4_s1 and 1 more) and 9 (other)"
     assert f"NOT THE SAME: {said}" in capsys.readouterr().out
-    assert (
-        said in titles[0]
-        and "centred moving average of 5 steps" in titles[0]
-        and "no band: o<b>" in titles[0]
-    )
+    assert said in titles[0] and "centred moving average of 5 steps" in titles[0] and "no band: o<b>" in titles[0]
     found = json.loads(files["json"].read_text())
     assert found["conflicts"] == [said] and found["options"]["smooth"] == 5
     assert files["png"].read_bytes().startswith(b"\x89PNG")
@@ -120,17 +111,13 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("arguments", "message"), REFUSED.values(), ids=REFUSED.keys())
-def test_what_cannot_be_compared_ends_with_the_reason(
-    runs, tmp_path, monkeypatch, capsys, arguments, message
-):
+def test_what_cannot_be_compared_ends_with_the_reason(runs, tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
     assert main(["compare", *arguments]) == 2
     assert capsys.readouterr().err.startswith(f"qerl: {message}")
 
 
-@pytest.mark.parametrize(
-    "option", ["--smooth=4", "--smooth=0", "--window=0", "--confidence=1.5", "--min-steps=-1"]
-)
+@pytest.mark.parametrize("option", ["--smooth=4", "--smooth=0", "--window=0", "--confidence=1.5", "--min-steps=-1"])
 def test_options_out_of_range_are_refused(runs, capsys, option):
     with pytest.raises(SystemExit) as end:
         main(["compare", str(runs), option])
@@ -138,7 +125,5 @@ def test_options_out_of_range_are_refused(runs, capsys, option):
 
 
 def test_runs_may_stand_after_the_options(runs, tmp_path, capsys):
-    assert (
-        main(["compare", str(runs / "bf16_s1"), "--smooth", "1", f"four={runs / 'nvfp4_s'}*"]) == 0
-    )
+    assert main(["compare", str(runs / "bf16_s1"), "--smooth", "1", f"four={runs / 'nvfp4_s'}*"]) == 0
     assert "four" in capsys.readouterr().out

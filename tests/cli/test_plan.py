@@ -22,7 +22,7 @@ SHAPE = {
 
 @pytest.fixture
 def model(tmp_path):
-    """A 72B model's configuration, without weights."""
+    """Returns a 72B model's configuration, without weights."""
     (tmp_path / "config.json").write_text(json.dumps(SHAPE))
     return f"actor_rollout_ref.model.path={tmp_path}"
 
