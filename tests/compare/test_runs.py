@@ -14,11 +14,8 @@ RAY = "\x1b[36m(TaskRunnerV1 pid=7)\x1b[0m "
 
 
 def line(step: int, **data: float | None) -> str:
-    """A line of verl's file logger; ``score`` stands for the reward's name."""
-    return (
-        json.dumps({"step": step, "data": {{"score": SCORE}.get(k, k): v for k, v in data.items()}})
-        + "\n"
-    )
+    """Returns a line of verl's file logger; ``score`` stands for the reward's name."""
+    return json.dumps({"step": step, "data": {{"score": SCORE}.get(k, k): v for k, v in data.items()}}) + "\n"
 
 
 def train(*steps: int, offset: float = 0.0) -> str:
@@ -56,12 +53,8 @@ def test_the_rewards_of_a_file_and_what_is_said_about_it(tmp_path, text, rewards
     path = tmp_path / "metrics.jsonl"
     path.write_text(text)
     steps, notes = read_steps(path)
-    assert {s: v[SCORE] for s, v in steps.items() if SCORE in v} == pytest.approx(
-        rewards, nan_ok=True
-    )
-    assert len(notes) == len(said) and all(
-        text in note for text, note in zip(said, notes, strict=True)
-    )
+    assert {s: v[SCORE] for s, v in steps.items() if SCORE in v} == pytest.approx(rewards, nan_ok=True)
+    assert len(notes) == len(said) and all(text in note for text, note in zip(said, notes, strict=True))
 
 
 def test_a_validation_of_a_resumed_run_adds_to_the_step_that_it_resumed_from(tmp_path):
@@ -74,10 +67,7 @@ def test_a_validation_of_a_resumed_run_adds_to_the_step_that_it_resumed_from(tmp
 def test_the_rollout_correction_of_verls_bypass_mode_has_its_usual_name(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text(line(1, score=1, **{"actor/rollout_corr/k3_kl": 0.5, "actor/entropy": 0.1}))
-    assert (
-        read_steps(path)[0][1]["rollout_corr/k3_kl"] == 0.5
-        and "entropy" not in read_steps(path)[0][1]
-    )
+    assert read_steps(path)[0][1]["rollout_corr/k3_kl"] == 0.5 and "entropy" not in read_steps(path)[0][1]
 
 
 def test_both_loggers_of_verl_are_read_alike(tmp_path, capsys, monkeypatch):
@@ -99,11 +89,7 @@ def test_both_loggers_of_verl_are_read_alike(tmp_path, capsys, monkeypatch):
     expected = {4: {key: float(value) for key, value in data.items() if key != "text"}}
     for file in (path, tmp_path / "log"):
         found, notes = read_steps(file)
-        assert (
-            found.keys() == {4}
-            and found[4] == pytest.approx(expected[4], nan_ok=True)
-            and not notes
-        )
+        assert found.keys() == {4} and found[4] == pytest.approx(expected[4], nan_ok=True) and not notes
 
 
 def test_what_a_resumed_run_logged_before_is_read_first(tmp_path):
@@ -114,13 +100,9 @@ def test_what_a_resumed_run_logged_before_is_read_first(tmp_path):
     assert next_part(path) == tmp_path / "metrics.1.jsonl"
     for number in range(1, 11):
         (tmp_path / f"metrics.{number}.jsonl").write_text(train(3, 4, offset=number / 20))
-    assert find_metrics_files(tmp_path) == [
-        tmp_path / "metrics.10.jsonl"
-    ]  # the last start logged nothing
+    assert find_metrics_files(tmp_path) == [tmp_path / "metrics.10.jsonl"]  # the last start logged nothing
     path.write_text(train(4, 5, offset=0.7))
-    assert next_part(path) == tmp_path / "metrics.11.jsonl" and find_metrics_files(tmp_path) == [
-        path
-    ]
+    assert next_part(path) == tmp_path / "metrics.11.jsonl" and find_metrics_files(tmp_path) == [path]
     steps, notes = read_steps(path)
     assert {s: v[SCORE] for s, v in steps.items()} == {1: 1, 2: 2, 3: 3.5, 4: 4.7, 5: 5.7}
     assert any("read from 12 files" in note for note in notes)
@@ -149,9 +131,7 @@ FOLDERS = {
 def test_the_files_of_a_folder(tmp_path, files, argument, found):
     for name in files:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(
-            f"step:1 - {SCORE}:1\n" if name.endswith(("log", "txt")) else train(1)
-        )
+        (tmp_path / name).write_text(f"step:1 - {SCORE}:1\n" if name.endswith(("log", "txt")) else train(1))
     (tmp_path / "other.jsonl").write_text('{"question": 1}\n')
     assert find_metrics_files(tmp_path / argument) == [tmp_path / name for name in found]
 
