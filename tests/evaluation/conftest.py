@@ -14,10 +14,11 @@ from qerl_verl.nvfp4.checkpoint import adaptable_shapes
 
 @pytest.fixture(scope="session")
 def write_adapter(bf16_checkpoint):
-    """``write_adapter(folder, rank=8, alpha=16, seed=1, rename=None, settings=None)``: an adapter on the tiny model.
+    """Returns ``write_adapter(folder, rank=8, alpha=16, seed=1, rename=None, settings=None)``: an
+    adapter on the tiny model.
 
-    ``rename`` is applied to each tensor's name and may return None to leave it out; ``settings`` are written over
-    adapter_config.json.
+    ``rename`` is applied to each tensor's name and may return None to leave it out; ``settings``
+    are written over adapter_config.json.
     """
     shapes = adaptable_shapes(bf16_checkpoint)
 
@@ -43,7 +44,7 @@ def write_adapter(bf16_checkpoint):
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory):
-    """A data set of six sums."""
+    """Returns a data set of six sums."""
     file = tmp_path_factory.mktemp("data") / "digits.jsonl"
     rows = [prompt_row("digits", f"{i}+{i}=", str(2 * i), index=i) for i in range(6)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))

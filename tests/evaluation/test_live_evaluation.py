@@ -1,4 +1,5 @@
-"""An evaluation in a real vLLM engine: the adapter is applied, and an interrupted one goes on to the same responses."""
+"""An evaluation in a real vLLM engine: the adapter is applied, and an interrupted one goes on to
+the same responses."""
 
 import json
 import os
@@ -25,7 +26,7 @@ GREEDY = Sampling(temperature=0.0, top_p=1.0, max_tokens=6)
 
 @pytest.fixture(scope="module")
 def settings(nvfp4_checkpoint, digits, write_adapter, tmp_path_factory):
-    """Two adapters of different rank and scaling."""
+    """Returns two adapters of different rank and scaling."""
     folder = tmp_path_factory.mktemp("live")
     adapters = [
         str(write_adapter(folder / "a1", rank=8, alpha=16, seed=1)),
@@ -67,7 +68,7 @@ class Kept:
 
 
 def started(settings):
-    """The engine of an evaluation, in an environment that is restored."""
+    """Yields the engine of an evaluation, in an environment that is restored."""
     before = dict(os.environ)
     os.environ |= {"VLLM_LOGGING_LEVEL": "ERROR"}
     engine = run.start(prepare(settings))
@@ -85,14 +86,15 @@ def engine(settings):
 
 
 def greedy(plan, engine, policy):
-    """Greedy tokens of each problem."""
+    """Returns greedy tokens of each problem."""
     engine.use(plan.policies[policy])
     requests = [Request(index, plan.prompts[plan.data[0].name, index], seed=0) for index in range(6)]
     return {request.key: tokens for request, tokens, _ in engine.generate(requests, GREEDY)}
 
 
 def regret(model, prompts, tokens):
-    """How much more probable, in nats, the best token would have been than the one that was chosen, at each place."""
+    """Returns how much more probable, in nats, the best token would have been than the one that was
+    chosen, at each place."""
     out = []
     for index, chosen in tokens.items():
         with torch.no_grad():
@@ -103,7 +105,8 @@ def regret(model, prompts, tokens):
 
 
 def check_adapters_are_applied(settings, engine, checkpoint):
-    """Greedy tokens of each policy are the best ones of PEFT's model with that adapter, and not of the other models."""
+    """Greedy tokens of each policy are the best ones of PEFT's model with that adapter, and not of
+    the other models."""
     from peft import PeftModel
 
     plan = prepare(settings)
@@ -136,7 +139,7 @@ def test_the_engines_processes_are_in_groups_of_their_own(engine):
 
 
 def read(settings):
-    """Key -> (text, tokens), of the responses in the file."""
+    """Returns key -> (text, tokens), of the responses in the file."""
     records = [json.loads(line) for line in settings.responses.read_text().splitlines()]
     records = [record for record in records if "settings" not in record]
     found = {(r["policy"], r["index"], r["sample"]): (r["text"], r["tokens"], r["seed"]) for r in records}
@@ -146,7 +149,7 @@ def read(settings):
 
 @pytest.fixture(scope="module")
 def whole(settings, engine):
-    """An evaluation without interruption: its results and its responses."""
+    """Returns an evaluation without interruption: its results and its responses."""
     results = evaluate(prepare(settings), lambda plan: Kept(engine), progress=False)
     return results, read(settings)
 
@@ -165,7 +168,8 @@ def test_an_adapter_changes_the_samples(settings, whole):
 
 @pytest.mark.parametrize("stop_after", [1, 25])
 def test_an_interrupted_evaluation_goes_on_to_the_same_responses(settings, engine, whole, tmp_path, stop_after):
-    """Other requests share the batches then, so a tie within the rounding of bfloat16 may part a few."""
+    """Other requests share the batches then, so a tie within the rounding of bfloat16 may part a
+    few."""
     settings = replace(settings, responses=tmp_path / "r.jsonl")
     with pytest.raises(KeyboardInterrupt):
         evaluate(prepare(settings), lambda plan: Kept(engine, stop_after), progress=False)

@@ -36,7 +36,7 @@ def test_models_that_are_refused(nvfp4_checkpoint, tmp_path):
 
 
 def checkpoint(folder, write, base, **arguments):
-    """A ``global_step_N`` as the trainer writes it."""
+    """Returns a ``global_step_N`` as the trainer writes it."""
     write(folder / "actor" / "lora_adapter", **arguments)
     (folder / "qerl_checkpoint.json").write_text(json.dumps({"base": {"actor": base}, "files": {}}))
     return folder

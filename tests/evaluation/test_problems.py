@@ -20,7 +20,7 @@ def without(*keys, **values):
 
 @pytest.fixture
 def write(tmp_path):
-    """``write(name, rows)``: a parquet, JSON or JSONL file. Returns its path."""
+    """Returns ``write(name, rows)``: a parquet, JSON or JSONL file. Returns its path."""
 
     def write(name, rows):
         file = tmp_path / name

@@ -9,7 +9,7 @@ from qerl_verl.evaluation.responses import Response
 
 
 def rows(*scores, **values):
-    """Responses by problem, of their scores."""
+    """Returns responses by problem, of their scores."""
     fields = dict(policy="p", data="d", seed=0, tokens=10, finish="stop", text="", details={})
     return [
         [Response(**{**fields, "index": i, "sample": j, "score": s, **values}) for j, s in enumerate(row)]

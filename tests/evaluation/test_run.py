@@ -1,4 +1,5 @@
-"""An evaluation without vLLM: what is refused before the engine, what is sampled, and how it goes on."""
+"""An evaluation without vLLM: what is refused before the engine, what is sampled, and how it goes
+on."""
 
 import hashlib
 import json
@@ -60,7 +61,7 @@ def settings(nvfp4_checkpoint, digits, write_adapter, tmp_path):
 
 
 def run(settings, stop_after=None):
-    """The engine, and the results or None where it was interrupted."""
+    """Returns the engine, and the results or None where it was interrupted."""
     engines = []
 
     def start(plan):
