@@ -21,7 +21,7 @@ TARGETS = ["q_proj", "o_proj", "down_proj"]
 
 
 def make_adapter(folder, model, std=0.02, **config):
-    """A PEFT adapter of rank 4 with random A and B on some of the linears of ``model``."""
+    """Returns a PEFT adapter of rank 4 with random A and B on some of the linears of ``model``."""
     torch.manual_seed(1)
     settings = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS, **config}
     adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), LoraConfig(**settings))
@@ -34,7 +34,7 @@ def make_adapter(folder, model, std=0.02, **config):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, bf16_checkpoint, nvfp4_checkpoint):
-    """A ``global_step_5`` as a run leaves it: the adapter, and a record of the base."""
+    """Returns a ``global_step_5`` as a run leaves it: the adapter, and a record of the base."""
     step = tmp_path_factory.mktemp("run") / "global_step_5"
     make_adapter(step / "actor" / "lora_adapter", bf16_checkpoint)
     record = {"files": {}, "base": {"actor": fingerprint(nvfp4_checkpoint, step.parent)}}
@@ -68,7 +68,8 @@ def test_the_merged_model_computes_what_base_and_adapter_do(run, expected, nvfp4
     assert done == {"linears": 14, "adapted": 6}
     assert read_quantization(tmp_path / "m") == "none"
     found = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32))
-    # Each of the weights is rounded to bfloat16 once; about ten of them stand behind each other in the model.
+    # Each of the weights is rounded to bfloat16 once; about ten of them stand behind each other in
+    # the model.
     assert (found - expected).norm() / expected.norm() < 10 * torch.finfo(torch.bfloat16).eps
 
 
@@ -116,7 +117,8 @@ def test_fp8_is_what_compressed_tensors_reads(run, expected, nvfp4_checkpoint, t
 
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory):
-    """Folders of a mixture of experts: in 16 bits with the experts stacked, quantized, and an adapter."""
+    """Folders of a mixture of experts: in 16 bits with the experts stacked, quantized, and an
+    adapter."""
     folder = tmp_path_factory.mktemp("mixture")
     source, packed, adapter = (folder / name for name in ("source", "packed", "adapter"))
     model = AutoModelForCausalLM.from_pretrained(make_family("Qwen3MoeForCausalLM", folder / "apart"))
@@ -255,7 +257,8 @@ def test_several_files_have_an_index(run, nvfp4_checkpoint, tmp_path):
 
 @pytest.mark.parametrize("name", TOWERS)
 def test_behind_a_vision_tower_the_decoder_alone_changes(tmp_path, name):
-    """Log-probabilities are those of base and adapter but for some ten roundings of the form; the tower's bytes stay."""
+    """Log-probabilities are those of base and adapter but for some ten roundings of the form; the
+    tower's bytes stay."""
     quantize_checkpoint(make_family(name, tmp_path / "source"), tmp_path / "base", progress=False)
     families_adapter(tmp_path / "adapter", adaptable_shapes(tmp_path / "base"))
     reference, prompt = Reference(tmp_path / "base"), list(range(3, 35))
