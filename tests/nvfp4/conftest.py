@@ -16,7 +16,8 @@ def _built(tmp_path_factory):
 
 @pytest.fixture
 def make_checkpoint(_built, tmp_path):
-    """``make_checkpoint(architecture, name="src", dtype=..., shards=False, **config)``: a fresh copy of the folder."""
+    """Returns ``make_checkpoint(architecture, name="src", dtype=..., shards=False, **config)``: a
+    fresh copy of the folder."""
     root, cache = _built
 
     def make(architecture="Qwen2ForCausalLM", name="src", *, dtype=torch.bfloat16, shards=False, **kwargs):

@@ -1,4 +1,5 @@
-"""A destination that is whole or absent, killed at any moment, and whose leftovers are removed by what may judge them."""
+"""A destination that is whole or absent, killed at any moment, and whose leftovers are removed by
+what may judge them."""
 
 import json
 import os
@@ -38,7 +39,8 @@ def attempt(dst, text, replaces):
 
 
 def killed(dst, moment):
-    """An attempt at replacing ``dst`` in a process of its own, killed before the call ``moment`` is made."""
+    """Returns an attempt at replacing ``dst`` in a process of its own, killed before the call
+    ``moment`` is made."""
     child = os.fork()
     if child:
         assert os.waitpid(child, 0)[1] == signal.SIGKILL

@@ -24,8 +24,8 @@ from qerl_verl.nvfp4.checkpoint import quantize_checkpoint, validate_nvfp4_check
 from qerl_verl.nvfp4.errors import CheckpointError
 from qerl_verl.ownership import host_name
 
-# What another process does: it says "ready", resolves `model` into `cache`, and says the folder. While it quantizes, it
-# says "quantizing" and waits until the file `gate` appears.
+# What another process does: it says "ready", resolves `model` into `cache`, and says the folder.
+# While it quantizes, it says "quantizing" and waits until the file `gate` appears.
 PROCESS = """
 import sys, time
 from qerl_verl.nvfp4 import cache as c, checkpoint
@@ -44,7 +44,8 @@ say.send(c.resolve_checkpoint(model, cache, progress=False).path)
 
 
 class Process:
-    """A real process, forked from a server that has imported everything (so that it starts at once)."""
+    """A real process, forked from a server that has imported everything (so that it starts at
+    once)."""
 
     _context = multiprocessing.get_context("forkserver")
     _context.set_forkserver_preload(["qerl_verl.nvfp4.cache", "transformers.models.auto.configuration_auto"])
@@ -63,7 +64,7 @@ class Process:
         return self._hear.recv()
 
     def stderr(self, lines):
-        """The first lines of its stderr, once there are that many."""
+        """Returns the first lines of its stderr, once there are that many."""
         deadline = time.monotonic() + 60
         while (text := self._stderr.read_text() if self._stderr.exists() else "").count("\n") < lines:
             assert time.monotonic() < deadline, text
@@ -119,7 +120,8 @@ def test_changed_content_is_another_entry(make_checkpoint, tmp_path, file):
     first = resolve_checkpoint(src, tmp_path / "cache", progress=False)
     data = (src / file).read_bytes()
     stat = (src / file).stat()
-    # one character more, or for the weights one byte of the last tensor: same size, another modification time
+    # one character more, or for the weights one byte of the last tensor: same size, another
+    # modification time
     data = data[:-1] + bytes([data[-1] ^ 1]) if file == "model.safetensors" else data + b" "
     (src / file).write_bytes(data)
     os.utime(src / file, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1000))
@@ -186,7 +188,8 @@ def test_concurrent_processes(make_checkpoint, tmp_path):
 
 
 def test_killed_while_quantizing(make_checkpoint, tmp_path):
-    """kill -9 leaves nothing that would be used; who waited takes over, cleans up and gets a whole result."""
+    """kill -9 leaves nothing that would be used; who waited takes over, cleans up and gets a whole
+    result."""
     src, cache, gate = make_checkpoint(), tmp_path / "cache", tmp_path / "gate"
     victim = Process(src, cache, gate)
     assert victim.hear() == "quantizing"
@@ -209,7 +212,8 @@ def test_killed_while_quantizing(make_checkpoint, tmp_path):
 
 
 def test_another_node_was_faster(make_checkpoint, tmp_path, monkeypatch):
-    """Without working locks two nodes quantize at once: the later rename fails, and the entry of the first is used."""
+    """Without working locks two nodes quantize at once: the later rename fails, and the entry of
+    the first is used."""
     src, cache = make_checkpoint(), tmp_path / "cache"
     write = checkpoint_module._write_weights
 
@@ -374,7 +378,7 @@ def test_a_path_is_not_looked_up_on_the_hub(model, tmp_path, monkeypatch):
 
 
 def hub_folder(root, model):
-    """The hub's cache layout: blobs named by their hash, and a snapshot of links."""
+    """Returns the hub's cache layout: blobs named by their hash, and a snapshot of links."""
     base = root / "models--made--up"
     snapshot = base / "snapshots" / ("0" * 40)
     snapshot.mkdir(parents=True)

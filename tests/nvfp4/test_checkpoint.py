@@ -1,7 +1,7 @@
 """quantize_checkpoint, read_quantization, validate_nvfp4_checkpoint.
 
-What is written is compared with compressed-tensors: its configuration, its decompressor, and (through transformers)
-its loading of the whole model.
+What is written is compared with compressed-tensors: its configuration, its decompressor, and
+(through transformers) its loading of the whole model.
 """
 
 import errno
@@ -68,7 +68,7 @@ def edit_config(folder, **changes):
 
 
 def edit_weights(folder, change):
-    """Rewrite model.safetensors after ``change(tensors)``."""
+    """Rewrites model.safetensors after ``change(tensors)``."""
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -137,7 +137,8 @@ def test_decompressed_by_compressed_tensors(make_checkpoint, tmp_path, method):
     weight = NVFP4PackedCompressor.decompress(state, preset_name_to_scheme("NVFP4A16", ["Linear"]))["weight"]
     assert weight.dtype == torch.bfloat16
     ours = dequantize_nvfp4(packed, scale, global_scale)
-    # they round scale / global_scale to float32 before the product, we the product alone: at most the last bit differs
+    # they round scale / global_scale to float32 before the product, we the product alone: at most
+    # the last bit differs
     assert (weight.view(torch.int16) - ours.view(torch.int16)).abs().max() <= 1
     assert (weight == ours).float().mean() > 0.99
 
@@ -146,7 +147,8 @@ def test_decompressed_by_compressed_tensors(make_checkpoint, tmp_path, method):
     "architecture, tied", [("Qwen2ForCausalLM", True), ("LlamaForCausalLM", False), *((name, True) for name in TOWERS)]
 )
 def test_model_loaded_by_transformers(make_checkpoint, tmp_path, architecture, tied):
-    """Logits of the loaded NVFP4 model are those of the 16-bit model with quantized and dequantized weights."""
+    """Logits of the loaded NVFP4 model are those of the 16-bit model with quantized and dequantized
+    weights."""
     src, dst = quantized(make_checkpoint, tmp_path, architecture, tie_word_embeddings=tied)
     tokens = torch.arange(20).view(2, 10)
     automatic = automatic_class(get_architecture({"architectures": [architecture]}))
@@ -206,7 +208,8 @@ def test_other_files_are_copied_and_weights_are_not(make_checkpoint, tmp_path):
 
 
 def test_shards_in_and_out(make_checkpoint, tmp_path):
-    """The same tensors come out, however source and output are cut, even where a fused group spans files."""
+    """The same tensors come out, however source and output are cut, even where a fused group spans
+    files."""
     single, shards = make_checkpoint(name="single"), make_checkpoint(name="shards", shards=True)
     weight_map = json.loads((shards / "model.safetensors.index.json").read_text())["weight_map"]
     assert len({weight_map[f"model.layers.0.self_attn.{n}_proj.weight"] for n in "qkv"}) > 1
@@ -230,7 +233,8 @@ def test_shards_in_and_out(make_checkpoint, tmp_path):
 
 
 def test_float32_source(make_checkpoint, tmp_path):
-    """Linears are quantized from float32, everything else is rounded to bfloat16, and the config says so."""
+    """Linears are quantized from float32, everything else is rounded to bfloat16, and the config
+    says so."""
     src, dst = quantized(make_checkpoint, tmp_path, dtype=torch.float32)
     edit_config(src, dtype="float32")
     source, output = load(src), load(dst)
@@ -287,8 +291,8 @@ def test_torch_threads_are_given_back(make_checkpoint, tmp_path):
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="peak memory is read from Linux's /proc")
 def test_memory_is_that_of_a_layer(tmp_path):
-    """Peak memory of a process that quantizes, above that of one that has imported everything, for a model of 2 layers
-    and an embedding larger than one of them."""
+    """Peak memory of a process that quantizes, above that of one that has imported everything, for
+    a model of 2 layers and an embedding larger than one of them."""
     src = tmp_path / "src"
     src.mkdir()
     hidden, inner, layers, vocabulary = 2048, 4096, 2, 24576
@@ -388,8 +392,8 @@ def test_an_experts_bytes_are_compressed_tensors(make_checkpoint, tmp_path):
 
 
 def test_a_checkpoint_of_llm_compressor_with_experts(make_checkpoint, tmp_path):
-    """Expressions in ``ignore``, scales that gate and up do not share, activation scales of W4A4, and a layer whose experts
-    are all left out."""
+    """Expressions in ``ignore``, scales that gate and up do not share, activation scales of W4A4,
+    and a layer whose experts are all left out."""
     _, dst = quantized(make_checkpoint, tmp_path, MOE, mlp_only_layers=[])
     config = read_config(dst)["quantization_config"]
     plain = [f"model.layers.1.mlp.experts.{i}.{n}" for i in range(4) for n in ("gate_proj", "up_proj", "down_proj")]
@@ -700,7 +704,8 @@ def test_modelopt_is_refused(tmp_path):
 
 
 def test_validate_accepts_activation_scales_and_scalars(make_checkpoint, tmp_path):
-    """As other tools write it: input_global_scale beside the weights, global scales without a dimension."""
+    """As other tools write it: input_global_scale beside the weights, global scales without a
+    dimension."""
     _, dst = quantized(make_checkpoint, tmp_path)
 
     def change(tensors):
@@ -818,8 +823,9 @@ def test_validate_refuses_16_bit(make_checkpoint):
 
 
 def test_a_packed_checkpoint_with_published_names_and_one_flat_config(make_checkpoint, tmp_path):
-    """As Qwen2.5-VL's published checkpoints are, and what llm-compressor makes of them: older names, in ``ignore`` each linear
-    of the tower by name, and the decoder's settings at the top of config.json."""
+    """As Qwen2.5-VL's published checkpoints are, and what llm-compressor makes of them: older
+    names, in ``ignore`` each linear of the tower by name, and the decoder's settings at the top of
+    config.json."""
     _, dst = quantized(make_checkpoint, tmp_path, "Qwen2_5_VLForConditionalGeneration")
     modules, row = load(dst), get_architecture({"architectures": ["Qwen2_5_VLForConditionalGeneration"]})
     older = {now: old for old, now in row.older_names.items()}

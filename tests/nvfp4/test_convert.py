@@ -1,4 +1,5 @@
-"""Checkpoints of ModelOpt and of compressed-tensors' MXFP4 become NVFP4 ones that decode to the same weights."""
+"""Checkpoints of ModelOpt and of compressed-tensors' MXFP4 become NVFP4 ones that decode to the
+same weights."""
 
 import json
 
@@ -37,7 +38,7 @@ MODELOPT = {"quant_algo": "NVFP4", "group_size": 16, "kv_cache_quant_algo": None
 
 
 def rewrite(source, folder, change_config, change_tensors, files=()):
-    """A copy of a checkpoint with another config.json and other tensors."""
+    """Returns a copy of a checkpoint with another config.json and other tensors."""
     folder.mkdir()
     config = json.loads((source / "config.json").read_text())
     change_config(config)
@@ -54,7 +55,8 @@ def rewrite(source, folder, change_config, change_tensors, files=()):
 
 
 def modelopt(source, folder, plain=(), settings=None, in_config=False, change=lambda tensors: None, linears=LINEARS):
-    """An NVFP4 checkpoint of ours under ModelOpt's names; ``plain`` linears are decoded to bfloat16."""
+    """Returns an NVFP4 checkpoint of ours under ModelOpt's names; ``plain`` linears are decoded to
+    bfloat16."""
     base = Base(source)
 
     def tensors(found):
@@ -81,7 +83,7 @@ def modelopt(source, folder, plain=(), settings=None, in_config=False, change=la
 
 
 def mxfp4(source, folder, change=lambda tensors: None):
-    """A bfloat16 checkpoint in compressed-tensors' MXFP4, by its own compressor."""
+    """Returns a bfloat16 checkpoint in compressed-tensors' MXFP4, by its own compressor."""
     arguments = QuantizationArgs(
         num_bits=4, type="float", strategy="group", group_size=32, symmetric=True, scale_dtype=torch.uint8
     )
@@ -132,7 +134,8 @@ def test_modelopt_decodes_to_the_same_weights(nvfp4_checkpoint, tmp_path, in_con
 
 
 def test_modelopt_with_experts(tmp_path):
-    """One matrix an expert, as ModelOpt exports them; routers in 16 bits, and refused where they are packed."""
+    """One matrix an expert, as ModelOpt exports them; routers in 16 bits, and refused where they
+    are packed."""
     make_family("Qwen3MoeForCausalLM", tmp_path / "s", mlp_only_layers=[])
     quantize_checkpoint(tmp_path / "s", tmp_path / "q", progress=False)
     linears = list(linear_shapes(tmp_path / "q"))
@@ -166,7 +169,8 @@ def test_modelopt_with_experts(tmp_path):
 
 @pytest.mark.parametrize("name", ["Phi3ForCausalLM", "Gemma3ForCausalLM"])
 def test_modelopt_of_other_families(tmp_path, name):
-    """Linears that the checkpoint fuses; embeddings that are tied by the model's default, with a copy of them."""
+    """Linears that the checkpoint fuses; embeddings that are tied by the model's default, with a
+    copy of them."""
     make_family(name, tmp_path / "s", **({"tie_word_embeddings": True} if name == "Gemma3ForCausalLM" else {}))
     quantize_checkpoint(tmp_path / "s", tmp_path / "q", progress=False)
     linears = linear_shapes(tmp_path / "q")
@@ -316,7 +320,8 @@ def test_ignore_of_a_ready_made_checkpoint(nvfp4_checkpoint, tmp_path, ignore, p
 
 
 def test_fused_linears_may_have_scales_of_their_own(nvfp4_checkpoint, tmp_path):
-    """The actor has a scale for each linear, the rollout multiplies the rows by their ratio (rollout/scheme.py)."""
+    """The actor has a scale for each linear, the rollout multiplies the rows by their ratio
+    (rollout/scheme.py)."""
 
     def double(found):
         found["model.layers.1.mlp.up_proj.weight_global_scale"] *= 2

@@ -1,4 +1,5 @@
-"""The module in the place of transformers' experts, against transformers' own with decoded weights in float64."""
+"""The module in the place of transformers' experts, against transformers' own with decoded weights
+in float64."""
 
 import copy
 
@@ -45,7 +46,7 @@ def load(folder, dtype=torch.float32, storage_dtype=torch.uint8):
 
 
 def transformers_experts(experts, config):
-    """transformers' module, eager, with the decoded weights in float64."""
+    """Returns transformers' module, eager, with the decoded weights in float64."""
     config._experts_implementation = "eager"
     with torch.device("cpu"):
         plain = Qwen3MoeExperts(config).double()
@@ -123,7 +124,8 @@ def test_checkpointing_changes_no_bit_and_skips_the_last_gemm(checkpoint, monkey
 
 
 def test_bytes_survive_the_carrier_of_fsdp(checkpoint):
-    """As float32, which FSDP2 gathers, the bytes are the same; one parameter holds a layer's experts."""
+    """As float32, which FSDP2 gathers, the bytes are the same; one parameter holds a layer's
+    experts."""
     one, other = (
         load(checkpoint, storage_dtype=dtype).get_submodule(EXPERTS) for dtype in (torch.uint8, torch.float32)
     )
@@ -143,7 +145,8 @@ def test_the_kernel_line_counts_experts(checkpoint):
 
 
 def test_experts_in_16_bits(checkpoint, tmp_path):
-    """A layer that ``ignore`` names keeps transformers' module, filled from one matrix for each expert."""
+    """A layer that ``ignore`` names keeps transformers' module, filled from one matrix for each
+    expert."""
     tensors = load_file(checkpoint / "model.safetensors")
     for name in [n.removesuffix(".weight_packed") for n in tensors if ".experts." in n and n.endswith("_packed")]:
         parts = [tensors.pop(f"{name}.weight_{part}") for part in ("packed", "scale", "global_scale")]
@@ -159,7 +162,8 @@ def test_experts_in_16_bits(checkpoint, tmp_path):
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["pytorch", "triton", "hopper"])
 def test_on_a_gpu(backend):
-    """In bfloat16 on each backend's layout: outputs, gradients, and that nothing decoded stays in memory."""
+    """In bfloat16 on each backend's layout: outputs, gradients, and that nothing decoded stays in
+    memory."""
     device = torch.device("cuda", 0)
     if reason := get_backend(backend).unavailable(device):
         pytest.skip(reason)

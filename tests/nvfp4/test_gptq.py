@@ -10,7 +10,8 @@ VALUES = torch.tensor([*E2M1_VALUES, *(-v for v in E2M1_VALUES)])
 
 
 def problem(n=24, k=272, tokens=700, seed=0):
-    """Weight [n, k], correlated inputs [tokens, k] of very different size, and steps [n, k / 16]."""
+    """Returns weight [n, k], correlated inputs [tokens, k] of very different size, and steps [n, k
+    / 16]."""
     generator = torch.Generator().manual_seed(seed)
     mixing = torch.randn(k, k, generator=generator) * torch.rand(k, generator=generator)
     inputs = torch.randn(tokens, k, generator=generator) @ mixing
@@ -30,7 +31,8 @@ def decode(codes, step):
 
 
 def column_by_column(weight, hessian, step):
-    """Algorithm 1 of arXiv 2210.17323 with all of H^-1, eliminating one channel at a time, most active first."""
+    """Algorithm 1 of arXiv 2210.17323 with all of H^-1, eliminating one channel at a time, most
+    active first."""
     weight, hessian = weight.double(), hessian.double()
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
     hessian = hessian + torch.eye(len(hessian)) * DAMPING * hessian.diagonal().mean()
@@ -57,8 +59,9 @@ def test_as_the_paper_has_it():
     hessian = hessian_of(inputs)
     ours = decode(gptq_codes(weight, hessian, step), step)
     reference = column_by_column(weight, hessian, step)
-    # float32 and another order of additions: now and then a value that lies between two goes to the other one, and its row
-    # follows. Most values are the same, and what counts, the error of the outputs, is.
+    # float32 and another order of additions: now and then a value that lies between two goes to the
+    # other one, and its row follows. Most values are the same, and what counts, the error of the
+    # outputs, is.
     assert (ours.double() - reference).abs().lt(1e-6).float().mean() > 0.7
     assert output_error(weight, ours, inputs) == pytest.approx(output_error(weight, reference, inputs), rel=0.03)
 
@@ -127,7 +130,8 @@ def test_rows_do_not_depend_on_each_other():
 
 @pytest.mark.gpu
 def test_on_a_gpu():
-    """The CUDA graph computes what the loop computes, and the device gives about the same errors as the CPU."""
+    """The CUDA graph computes what the loop computes, and the device gives about the same errors as
+    the CPU."""
     weight, inputs, step = problem()
     hessian = hessian_of(inputs)
     cpu = decode(gptq_codes(weight, hessian, step), step)

@@ -1,4 +1,5 @@
-"""GPTQ over a whole checkpoint: better than rounding on text it has not seen, repeatable, resumable, plain NVFP4."""
+"""GPTQ over a whole checkpoint: better than rounding on text it has not seen, repeatable,
+resumable, plain NVFP4."""
 
 import json
 import shutil
@@ -30,7 +31,8 @@ def _written(tmp_path_factory):
 
 @pytest.fixture
 def shared_model_and_text(make_checkpoint, _written):
-    """A checkpoint and text that its own model has written, of different lengths: 64 sequences, 16 of them kept apart.
+    """Returns a checkpoint and text that its own model has written, of different lengths: 64
+    sequences, 16 of them kept apart.
 
     The same folder for every test, which reads it.
     """
@@ -48,7 +50,7 @@ def shared_model_and_text(make_checkpoint, _written):
 
 @pytest.fixture
 def model_and_text(shared_model_and_text, tmp_path):
-    """The same with a copy of the folder."""
+    """Returns the same with a copy of the folder."""
 
     def make(*arguments, **config):
         folder, text = shared_model_and_text(*arguments, **config)
@@ -72,7 +74,8 @@ def _write_text(folder):
 
 @pytest.fixture
 def undisturbed(_written, shared_model_and_text):
-    """The folder that gptq makes of :func:`shared_model_and_text` when nothing disturbs it, and those two."""
+    """Returns the folder that gptq makes of :func:`shared_model_and_text` when nothing disturbs it,
+    and those two."""
     root, _ = _written
     folder, text = shared_model_and_text()
     if not (root / "gptq").exists():
@@ -109,7 +112,8 @@ def contents(folder):
     ],
 )  # fmt: skip
 def test_layer_by_layer_is_the_model(make_checkpoint, architecture, config):
-    """Hidden states after the last layer, of padded batches, are those of transformers' model on each sequence alone."""
+    """Hidden states after the last layer, of padded batches, are those of transformers' model on
+    each sequence alone."""
     folder = make_checkpoint(architecture, **config)
     decoder = LayerwiseDecoder(_hf_config(folder), read_headers(folder), CPU)
     sequences = [(list(range(3, 3 + length)), begin) for length, begin in ((9, 4), (30, 0), (17, 1), (30, 29))]
@@ -154,7 +158,8 @@ def test_small_batches_give_the_same(make_checkpoint, monkeypatch):
 
 @pytest.mark.parametrize("architecture", ["LlamaForCausalLM", pytest.param("Qwen3ForCausalLM", marks=pytest.mark.slow)])
 def test_gptq_beats_rounding(model_and_text, tmp_path, architecture):
-    """By the model's loss and its predictions on text that was not calibrated with; the weights themselves get worse."""
+    """By the model's loss and its predictions on text that was not calibrated with; the weights
+    themselves get worse."""
     folder, text = model_and_text(architecture)
     for method in ("rtn", "four-over-six", "gptq"):
         quantize_checkpoint(folder, tmp_path / method, method=method, calibration=text, progress=False)
@@ -199,7 +204,8 @@ def test_gptq_of_an_expert_without_tokens_rounds_to_nearest():
 
 
 def test_gptq_is_plain_nvfp4(model_and_text, tmp_path):
-    """Loaded by transformers through compressed-tensors, and decoded by it to the weights that we decode."""
+    """Loaded by transformers through compressed-tensors, and decoded by it to the weights that we
+    decode."""
     folder, text = model_and_text("Qwen2ForCausalLM", tie_word_embeddings=True)
     quantize_checkpoint(folder, tmp_path / "dst", method="gptq", calibration=text, progress=False)
     output = load(tmp_path / "dst")

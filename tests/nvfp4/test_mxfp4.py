@@ -1,4 +1,5 @@
-"""MXFP4 checkpoints: the container is NVFP4's, the values are the other format's, and what does not fit is refused by name."""
+"""MXFP4 checkpoints: the container is NVFP4's, the values are the other format's, and what does not
+fit is refused by name."""
 
 import json
 
@@ -54,7 +55,7 @@ def test_fused_linears_share_a_power_of_two(mxfp4_checkpoint):
 
 
 def changed(source, folder, name, change):
-    """A copy of a checkpoint with one tensor changed in place."""
+    """Returns a copy of a checkpoint with one tensor changed in place."""
     folder.mkdir()
     for file in source.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
