@@ -1,6 +1,8 @@
-"""The switch from outside: real processes of `python -m verl.trainer.main_ppo`, stopped before Ray or printing only.
+"""The switch from outside: real processes of `python -m verl.trainer.main_ppo`, stopped before Ray
+or printing only.
 
-Most are forked from one that has imported what verl and vLLM import, and neither of them (``tests/fork_server.py``).
+Most are forked from one that has imported what verl and vLLM import, and neither of them
+(``tests/fork_server.py``).
 """
 
 import os
@@ -45,7 +47,7 @@ IMPORTED = ("torch", "transformers", "peft", "ray", "hydra", "tensordict", "data
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    """A process without verl, vLLM and QeRL, from which others are forked."""
+    """Provides a process without verl, vLLM and QeRL, from which others are forked."""
     log = tmp_path_factory.mktemp("server") / "log"
     with fork_server.ForkServer([fork_server.__file__, *IMPORTED], log) as running:
         yield running
@@ -53,7 +55,8 @@ def server(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def fork(server):
-    """As :func:`run`: ``fork(folder, *arguments)`` runs verl's main_ppo, ``fork(folder, *arguments, code=TEXT)`` other code."""
+    """As :func:`run`: ``fork(folder, *arguments)`` runs verl's main_ppo,
+    ``fork(folder, *arguments, code=TEXT)`` other code."""
 
     def start(cwd, *arguments, code=None, **environment):
         out, err = (Path(cwd) / name for name in ("out", "err"))
@@ -77,7 +80,7 @@ def test_without_the_switch_the_configuration_is_byte_identical(fork, tmp_path):
 
 @pytest.fixture(scope="module")
 def stock(fork, tmp_path_factory):
-    """What is registered where no plugin is loaded."""
+    """Returns what is registered where no plugin is loaded."""
     return fork(tmp_path_factory.mktemp("stock"), code=STATE, VERL_USE_EXTERNAL_PLUGINS="none", VLLM_PLUGINS="")
 
 
@@ -174,7 +177,8 @@ def test_a_plugin_that_fails_to_load_ends_the_run_and_says_why(tmp_path):
 
 
 def test_running_from_the_repository_root_leaves_hugging_faces_kernels_alone(tmp_path):
-    """transformers asks for a package called kernels; the folder of that name must not answer, nor hide a real one."""
+    """transformers asks for a package called kernels; the folder of that name must not answer, nor
+    hide a real one."""
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     ask = "from transformers.utils import is_kernels_available as a; import kernels; print(a(), kernels.__file__)"
     import_ours = "from qerl_verl.kernels.nvfp4_linear import nvfp4_linear"
