@@ -1,4 +1,5 @@
-"""The folder of ``python -m qerl_verl.quickstart --out``: whose it must be, and what of it is replaced."""
+"""The folder of ``python -m qerl_verl.quickstart --out``: whose it must be, and what of it is
+replaced."""
 
 import os
 import subprocess
@@ -19,7 +20,8 @@ def dead():
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """Runs the quickstart in ``tmp_path / "out"``; the run makes one file and sees whether it holds the folder."""
+    """Runs the quickstart in ``tmp_path / "out"``; the run makes one file and sees whether it holds
+    the folder."""
 
     def made(out, seed, overrides):
         assert Owner.read(out / quickstart.MARKER) == Owner.current()
@@ -33,7 +35,8 @@ def run(tmp_path, monkeypatch):
 
 
 def fill(out, owner):
-    """A folder with a log, a model and a file of the user's, and a marker that says ``owner`` (None: no marker)."""
+    """Returns a folder with a log, a model and a file of the user's, and a marker that says
+    ``owner`` (None: no marker)."""
     (out / "model").mkdir(parents=True)
     for name in ("train.log", "model/config.json", "notes.txt"):
         (out / name).write_text("old")

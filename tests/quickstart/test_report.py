@@ -31,7 +31,8 @@ def step_metrics(step: int) -> dict:
 
 @pytest.fixture
 def metrics(tmp_path):
-    """Twelve steps in the format of verl's file logger, validation before and after, the last line cut off."""
+    """Returns twelve steps in the format of verl's file logger, validation before and after, the
+    last line cut off."""
     path = tmp_path / "metrics.jsonl"
     entries = [(0, {VALIDATION: 0.25, VALIDATION.replace("mean", "best"): 0.9})]
     entries += [(step, step_metrics(step)) for step in range(1, 13)]

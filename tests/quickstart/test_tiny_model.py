@@ -1,4 +1,5 @@
-"""The quickstart's model: what the tokenizer must do for verl, and what the supervised start must leave to learn."""
+"""The quickstart's model: what the tokenizer must do for verl, and what the supervised start must
+leave to learn."""
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ QUICK = SupervisedStart(steps=6, careless_steps=3, batch=8)
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """The model that the quickstart makes. Takes most of this file's time."""
+    """Returns the model that the quickstart makes. Takes most of this file's time."""
     folder = tmp_path_factory.mktemp("tiny_model")
     make_tiny_model(folder, split(seed=0)[0])
     return folder
@@ -30,7 +31,7 @@ def model(checkpoint):
 
 
 def sampling_entropy(model, problems, tokenizer) -> float:
-    """Mean entropy, in nats, of the tokens of an answer."""
+    """Returns the mean entropy, in nats, of the tokens of an answer."""
     input_ids, labels = encode(problems, [p.answer for p in problems], tokenizer)
     with torch.no_grad():
         log_probs = model(input_ids=input_ids).logits[:, :-1].log_softmax(-1)
