@@ -1,4 +1,5 @@
-"""The shell scripts and the KubeRay manifest in recipes/, with recording stand-ins for srun, scontrol, ray and kubectl."""
+"""The shell scripts and the KubeRay manifest in recipes/, with recording stand-ins for srun,
+scontrol, ray and kubectl."""
 
 import json
 import os
@@ -18,8 +19,8 @@ from qerl_verl.cli.main import main
 RECIPES = Path(__file__).parents[2] / "recipes"
 SCRIPTS = sorted(p.name for p in RECIPES.glob("*.sh"))
 
-# Each call becomes a line of JSON in $CALLS. srun plays the cluster: `ray start` stays until it is told to stop, `qerl
-# cluster` succeeds, and training does what $TRAIN says.
+# Each call becomes a line of JSON in $CALLS. srun plays the cluster: `ray start` stays until it is
+# told to stop, `qerl cluster` succeeds, and training does what $TRAIN says.
 STAND_IN = f"""#!{sys.executable}
 import json, os, sys, time
 AUTH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"
@@ -93,7 +94,9 @@ def launch(tmp_path):
 
 
 def trained_with(arguments):
-    """Recipe and overrides of a recorded call that ends in `-m verl.trainer.main_ppo ...`."""
+    """Returns the recipe and overrides of a recorded call that ends in
+    `-m verl.trainer.main_ppo ...`.
+    """
     rest = arguments[arguments.index("verl.trainer.main_ppo") + 1 :]
     assert rest[:3] == ["--config-path", "pkg://qerl_verl.recipes", "--config-name"]
     return rest[3], rest[4:]
@@ -117,9 +120,10 @@ def test_shellcheck():
 
 @pytest.fixture
 def dry_run(launch, tmp_path, monkeypatch, capsys):
-    """``dry_run(script, *arguments, **environment)``: exit code and output.
+    """Returns ``dry_run(script, *arguments, **environment)``: exit code and output.
 
-    The `qerl explain` of ``run.sh`` is a process of its own, that of the others runs in this one: it takes seven seconds to start.
+    The `qerl explain` of ``run.sh`` is a process of its own, that of the others runs in this one:
+    it takes seven seconds to start.
     """
     python = tmp_path / "bin" / "python-stand-in"
     python.write_text(STAND_IN)

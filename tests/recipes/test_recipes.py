@@ -43,12 +43,12 @@ def composed(name, *overrides):
 
 
 def load(name, *overrides):
-    """A copy of the composed recipe."""
+    """Returns a copy of the composed recipe."""
     return copy.deepcopy(composed(name, *overrides))
 
 
 def prepare(name, on_cpu):
-    """Configuration and problems after the rules of the switch."""
+    """Returns the configuration and problems after the rules of the switch."""
     config = load(name)
     QeRLSettings.from_mapping(OmegaConf.to_container(config.qerl, resolve=True))
     rules.apply_rules(config, set(), on_cpu=on_cpu, notify=lambda line: None)
@@ -73,9 +73,7 @@ def test_the_recipes():
     assert {p.stem for p in (RECIPES / "paper").glob("*.yaml")} == {*(n.partition("/")[2] for n in ROWS), *parts}
 
 
-@pytest.mark.parametrize(
-    ("name", "on_cpu"), [(n, c) for n in SWITCHED for c in (False, True) if "/" not in n or not c]
-)
+@pytest.mark.parametrize(("name", "on_cpu"), [(n, c) for n in SWITCHED for c in (False, True) if "/" not in n or not c])
 def test_nothing_to_refuse(name, on_cpu):
     rate = load(name).actor_rollout_ref.actor.optim.lr
     config, problems = prepare(name, on_cpu)
@@ -141,7 +139,8 @@ def test_a_second_start_goes_on_from_the_last_checkpoint(name):
 
 @pytest.mark.parametrize("name", ROWS)
 def test_the_rows_of_the_papers_tables(name):
-    """arXiv 2510.11696, tables 1, 2 and 4; recipes/paper/README.md says which of its contradictory values are taken."""
+    """arXiv 2510.11696, tables 1, 2 and 4; recipes/paper/README.md says which of its contradictory
+    values are taken."""
     config, arm = load(name), ROWS[name]
     table, size, row = name.removeprefix("paper/").split("_", 2)
     model, actor, rollout = (
