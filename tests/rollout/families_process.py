@@ -47,13 +47,14 @@ def log_probabilities(engine, prompts):
 
 
 def adapter_shapes(worker):
-    """Layer -> the rows at which its projections end."""
+    """Returns layer -> the rows at which its projections end."""
     modules = worker.model_runner.get_model().named_modules()
     return {name: module.qerl_lora_ends for name, module in modules if hasattr(module, "qerl_lora_a")}
 
 
 def with_images(engine, adapter):
-    """Log-probabilities of :func:`image_prompts` without an adapter and with one, and the tokens that vLLM made of each."""
+    """Returns log-probabilities of :func:`image_prompts` without an adapter and with one, and the
+    tokens that vLLM made of each."""
     from tiny_vision import image_prompts
 
     prompts = [{"prompt_token_ids": ids, "multi_modal_data": {"image": image}} for ids, image in image_prompts()]
@@ -77,7 +78,7 @@ def takes_images(checkpoint):
 
 
 def start_engine(checkpoint, dtype, **options):
-    """An engine inside this process; ``options`` are more of vLLM's."""
+    """Returns an engine inside this process; ``options`` are more of vLLM's."""
     images = takes_images(checkpoint)
     return LLM(
         checkpoint,

@@ -1,8 +1,10 @@
-"""Runs in a process of its own: an engine with a base of its own and one on a shared base, for each checkpoint.
+"""Runs in a process of its own: an engine with a base of its own and one on a shared base, for each
+checkpoint.
 
 Usage: shared_families_process.py OUT JSON_PROMPTS DTYPE CHECKPOINT [CHECKPOINT ...]
 
-As ``families_process.py``, whose engines live in this process, too, and so does the owner of the shared base.
+As ``families_process.py``, whose engines live in this process, too, and so does the owner of the
+shared base.
 """
 
 import json
@@ -32,7 +34,8 @@ OWNERS = []
 
 
 def own_base(checkpoint, dtype):
-    """The base in this process, which owns it to the end. Returns which tensors are shared in place."""
+    """Returns the base in this process, which owns it to the end. Returns which tensors are shared
+    in place."""
     config = AutoConfig.from_pretrained(checkpoint)
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -60,7 +63,8 @@ if __name__ == "__main__":
     prompts, found = json.loads(prompts), {}
     for checkpoint in folders:
         try:
-            # first: where vLLM runs a model through transformers' code, it changes the class for this process
+            # first: where vLLM runs a model through transformers' code, it changes the class for
+            # this process
             names = own_base(checkpoint, getattr(torch, dtype))
             separate = look_at(checkpoint, prompts, dtype, "safetensors")
             shared = look_at(checkpoint, prompts, dtype, LOAD_FORMAT)

@@ -1,4 +1,5 @@
-"""What the test of an engine on two ranks (`test_live_engine.py`) and the benchmark of two GPUs share: a sync to every rank, and what each must hold."""
+"""What the test of an engine on two ranks (`test_live_engine.py`) and the benchmark of two GPUs
+share: a sync to every rank, and what each must hold."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ FILE = "adapter_model.safetensors"
 
 
 def sync(engine, adapter, ranks: int) -> None:
-    """What verl does at a weight sync: each actor rank streams the full adapter through shared memory to the worker beside it.
+    """What verl does at a weight sync: each actor rank streams the full adapter through shared
+    memory to the worker beside it.
 
     Args:
         engine: of vLLM, started with ``VERL_RAY_JOB_ID`` set to this process's id.
@@ -49,10 +51,12 @@ def sync(engine, adapter, ranks: int) -> None:
 
 
 def expected_shards(adapter, layer: int, rank: int, ranks: int) -> dict[str, torch.Tensor]:
-    """What a rank's layer must hold of an adapter of the buffers' own rank, in the checkpoint's order, float32.
+    """Returns what a rank's layer must hold of an adapter of the buffers' own rank, in the
+    checkpoint's order, float32.
 
-    Column-parallel layers have all of A and the rows of B that belong to the rank's heads or channels, row-parallel ones the
-    columns of A and all of B. Fused projections lie one below the other.
+    Column-parallel layers have all of A and the rows of B that belong to the rank's heads or
+    channels, row-parallel ones the columns of A and all of B. Fused projections lie one below the
+    other.
     """
     tensors = load_file(f"{adapter}/{FILE}")
 

@@ -33,7 +33,7 @@ LORA = {"rank": 8, "alpha": 16}
 
 
 def parallel(rank=0, ranks=1, by_expert=False):
-    """vLLM's description of how experts are divided, for a layer of its own."""
+    """Returns vLLM's description of how experts are divided, for a layer of its own."""
     tp, ep = ((0, 1), (rank, ranks)) if by_expert else ((rank, ranks), (0, 1))
     return FusedMoEParallelConfig(
         tp_size=tp[1], tp_rank=tp[0], ep_size=ep[1], ep_rank=ep[0], use_ep=by_expert, pcp_size=1, pcp_rank=0,
@@ -44,7 +44,7 @@ def parallel(rank=0, ranks=1, by_expert=False):
 def build(
     divided=None, activations=None, settings=(), inner=INNER, moe=(), ignore=(), dtype=torch.float32, **attributes
 ):
-    """An empty layer, as vLLM's model builds it.
+    """Returns an empty layer, as vLLM's model builds it.
 
     Args:
         divided: see :func:`parallel`.
@@ -79,7 +79,7 @@ def build(
 
 
 def tensors_of(experts, activations=None):
-    """What a checkpoint holds, in another order than vLLM's parameters."""
+    """Returns what a checkpoint holds, in another order than vLLM's parameters."""
     tensors = list(experts.tensors.items())
     if activations:
         names = [f"{e}.{linear}.input_global_scale" for e in range(EXPERTS) for linear in LINEARS]
@@ -94,7 +94,7 @@ def load(layer, experts, activations=None):
 
 
 def run(layer, x, logits):
-    """The layer's output for some tokens, as vLLM's runner asks for it."""
+    """Returns the layer's output for some tokens, as vLLM's runner asks for it."""
     if layer.quant_method.is_monolithic:
         return layer.forward_monolithic(x, logits)
     return layer.forward_modular(x, *route_softmax(logits, TOP_K, True))
@@ -156,7 +156,8 @@ class MarlinOnTheCPU:
 
 
 def use_marlin(monkeypatch, version):
-    """vLLM's method with its calls of kernels replaced. In 0.24 the factors are plain attributes."""
+    """Returns vLLM's method with its calls of kernels replaced. In 0.24 the factors are plain
+    attributes."""
 
     def convert(w13, w13_scale, w13_scale_2, w2, w2_scale, w2_scale_2, **kwargs):
         w13_scale, w2_scale = (scale.data.view(torch.uint8).flip(-1) for scale in (w13_scale, w2_scale))

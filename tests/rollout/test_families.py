@@ -35,7 +35,7 @@ ROUTER = {"router": True}
 
 
 def look_at(names, folder):
-    """What :mod:`families_process` sees of these families, and their folders."""
+    """Returns what :mod:`families_process` sees of these families, and their folders."""
     places, arguments = {}, [json.dumps(PROMPTS), json.dumps(NOISE | ROUTER)]
     for name in names:
         source, quantized, adapter = (folder / name / part for part in ("source", "quantized", "adapter"))

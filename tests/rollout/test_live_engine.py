@@ -1,4 +1,5 @@
-"""A real vLLM engine on the NVFP4 base: adapters come and go, noise goes on and off, the base stays."""
+"""A real vLLM engine on the NVFP4 base: adapters come and go, noise goes on and off, the base
+stays."""
 
 import contextlib
 import itertools
@@ -41,7 +42,7 @@ PUNICA = {"enable_lora": True, "max_loras": 1, "max_lora_rank": RANK}
 
 @contextlib.contextmanager
 def running(checkpoint, dtype="bfloat16", **settings):
-    """A vLLM engine as verl starts it."""
+    """Yields a vLLM engine as verl starts it."""
     environment = {
         "QERL_SWITCH": "nvfp4",
         "VERL_PLATFORM": "cpu",
@@ -79,7 +80,7 @@ def engine(nvfp4_checkpoint):
 
 
 def generate(engine, lora_request=None):
-    """Greedy tokens and their log-probabilities."""
+    """Returns greedy tokens and their log-probabilities."""
     from vllm import SamplingParams
 
     engine.reset_prefix_cache()
@@ -94,7 +95,7 @@ def generate(engine, lora_request=None):
 
 
 def load(engine, adapter=None):
-    """Put the adapter of a folder, or none, into the layers."""
+    """Puts the adapter of a folder, or none, into the layers."""
     if adapter:
         (count,) = engine.collective_rpc("qerl_load_adapter_folder", args=(adapter,))
         assert count == 28
@@ -118,7 +119,7 @@ def set_noise(engine, **arguments):
 
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory, nvfp4_checkpoint):
-    """Two adapters as the trainer saves them."""
+    """Returns two adapters as the trainer saves them."""
     from peft import LoraConfig
 
     folder = tmp_path_factory.mktemp("adapters")
@@ -142,14 +143,16 @@ def adapters(tmp_path_factory, nvfp4_checkpoint):
 
 
 def log_probabilities(model, prompt, tokens):
-    """Of the tokens that an engine chose, and of the best at each place, according to a transformers model."""
+    """Of the tokens that an engine chose, and of the best at each place, according to a
+    transformers model."""
     with torch.no_grad():
         logits = model(torch.tensor([[*prompt, *tokens]])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
     return logits.gather(-1, torch.tensor(tokens)[:, None])[:, 0], logits.max(-1).values
 
 
 class Reference:
-    """transformers, and PEFT, on the dequantized weights, in float32, and how far bfloat16 takes them from there.
+    """transformers, and PEFT, on the dequantized weights, in float32, and how far bfloat16 takes
+    them from there.
 
     Args:
         checkpoint: the dequantized model.
@@ -171,7 +174,8 @@ class Reference:
         return PeftModel.from_pretrained(model, adapter).to(dtype) if adapter else model
 
     def check(self, outputs):
-        """An engine's tokens have the reference's log-probabilities, and are its best, as far as bfloat16 tells."""
+        """An engine's tokens have the reference's log-probabilities, and are its best, as far as
+        bfloat16 tells."""
         errors = []
         for prompt, (tokens, found) in zip(PROMPTS, outputs, strict=True):
             expected, best = log_probabilities(self.model, prompt, tokens)
@@ -181,12 +185,13 @@ class Reference:
 
 
 def rms(errors) -> float:
-    """Root mean square."""
+    """Returns the root mean square."""
     return float((errors**2).mean() ** 0.5)
 
 
 def test_runs_the_nvfp4_base(engine, dequantized_checkpoint):
-    """Tokens and log-probabilities agree with transformers on the dequantized weights, within bfloat16."""
+    """Tokens and log-probabilities agree with transformers on the dequantized weights, within
+    bfloat16."""
     load(engine)
     Reference(dequantized_checkpoint).check(generate(engine))
 
@@ -211,7 +216,7 @@ def test_adapters_a_b_a_give_a_again_and_the_base_never_changes(engine, adapters
 
 @pytest.fixture
 def actors_base(nvfp4_checkpoint, monkeypatch):
-    """The base in this process, which stands for the actor's."""
+    """Provides the base in this process, which stands for the actor's."""
     from accelerate import init_empty_weights
     from transformers import AutoConfig
 
@@ -241,7 +246,8 @@ def actors_base(nvfp4_checkpoint, monkeypatch):
 
 
 def make_finder():
-    """A function for the worker: names of the parameters that lie in the memory of another process."""
+    """Returns a function for the worker: names of the parameters that lie in the memory of another
+    process."""
 
     def find(worker):
         model = worker.model_runner.get_model()
@@ -253,7 +259,8 @@ def make_finder():
 
 
 def test_an_engine_on_the_actors_base_is_the_same_engine(engine, adapters, actors_base, nvfp4_checkpoint):
-    """qerl.base=shared: base, adapters A, B, A and noise, bit for bit, on memory that this process owns."""
+    """qerl.base=shared: base, adapters A, B, A and noise, bit for bit, on memory that this process
+    owns."""
 
     def behaviour(engine):
         load(engine)
@@ -276,7 +283,8 @@ def test_an_engine_on_the_actors_base_is_the_same_engine(engine, adapters, actor
 
 @pytest.fixture
 def with_kv_cache_scheme(tmp_path, nvfp4_checkpoint):
-    """The checkpoint as llm-compressor writes it with an FP8 KV cache, here one scale for each head."""
+    """Returns the checkpoint as llm-compressor writes it with an FP8 KV cache, here one scale for
+    each head."""
     folder = shutil.copytree(nvfp4_checkpoint, tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     scheme = {"num_bits": 8, "type": "float", "strategy": "attn_head", "symmetric": True, "dynamic": False}
@@ -291,8 +299,8 @@ def with_kv_cache_scheme(tmp_path, nvfp4_checkpoint):
 def test_vllms_own_lora_path_says_the_same(
     engine, adapters, with_kv_cache_scheme, cpu_platform, dequantized_checkpoint
 ):
-    """qerl.rollout.lora=punica, the reference: without an adapter bit for bit, with one within bfloat16. A scheme for
-    the KV cache makes no difference."""
+    """qerl.rollout.lora=punica, the reference: without an adapter bit for bit, with one within
+    bfloat16. A scheme for the KV cache makes no difference."""
     from verl.workers.rollout.vllm_rollout.utils import VLLM_LORA_INT_ID, VLLM_LORA_NAME, VLLM_LORA_PATH
     from vllm.lora.request import LoRARequest
 
@@ -331,10 +339,11 @@ def test_noise_is_on_the_right_norms_drawn_from_seed_step_and_layer(engine, nvfp
 
 
 def make_probe():
-    """A function for the worker, which cannot import this module: by target, the change that noise makes to the effective weight.
+    """Returns a function for the worker, which cannot import this module: by target, the change
+    that noise makes to the effective weight.
 
-    The effective weight is the least-squares slope of the norm's outputs on its normalized inputs, here from two halves of the
-    rows.
+    The effective weight is the least-squares slope of the norm's outputs on its normalized inputs,
+    here from two halves of the rows.
     """
 
     def probe(worker, rows, seed):
@@ -409,7 +418,8 @@ def test_noise_survives_a_change_of_adapter(engine, adapters):
 
 @pytest.fixture
 def cpu_platform(monkeypatch):
-    """verl keeps the platform that the first caller in a process asked for; here that may have been another test."""
+    """verl keeps the platform that the first caller in a process asked for; here that may have been
+    another test."""
     from verl.plugin.platform import platform_manager
 
     from qerl_verl.platform.cpu import PlatformCPU
@@ -418,7 +428,8 @@ def cpu_platform(monkeypatch):
 
 
 def sync(engine, adapter, from_checkpoint_engine=False):
-    """What verl does at every weight sync: stream the adapter through shared memory into update_weights_from_ipc.
+    """What verl does at every weight sync: stream the adapter through shared memory into
+    update_weights_from_ipc.
 
     From a checkpoint engine the configuration comes as one of the tensors and not as an argument.
     """
@@ -504,7 +515,8 @@ def test_an_adapter_that_does_not_fit_is_refused_and_the_old_one_stays(engine, a
 
 
 def test_the_base_can_be_read_from_disk_again(engine, adapters):
-    """What follows a sleep at level 2. The norms come back clean; adapter and noise can be set as before."""
+    """What follows a sleep at level 2. The norms come back clean; adapter and noise can be set as
+    before."""
 
     def lose(worker):
         for parameter in worker.model_runner.get_model().parameters():
@@ -556,7 +568,8 @@ def run(engine, paths, ranks):
 
 @pytest.fixture(scope="module")
 def found(engine, nvfp4_checkpoint, adapters):
-    """What one rank and two ranks show, by number of ranks. An engine on two ranks is started for it."""
+    """Returns what one rank and two ranks show, by number of ranks. An engine on two ranks is
+    started for it."""
     from verl.plugin.platform import platform_manager
 
     from qerl_verl.platform.cpu import PlatformCPU
@@ -573,7 +586,8 @@ def found(engine, nvfp4_checkpoint, adapters):
 
 @pytest.mark.parametrize("what", ["base", "adapter", "noised"])
 def test_two_ranks_compute_what_one_does(found, what, adapters, dequantized_checkpoint):
-    """Partial sums are added in another order: what bfloat16 changes, where adapter and noise change more."""
+    """Partial sums are added in another order: what bfloat16 changes, where adapter and noise
+    change more."""
     one, two = (np.array(found[ranks][what]) for ranks in (1, 2))
     assert len(one) == sum(len(p) - 1 for p in PROMPTS)
     rounding = Reference(dequantized_checkpoint, None if what == "base" else adapters[1]).rounding
@@ -613,7 +627,8 @@ def test_the_noise_is_the_same_on_every_rank(found):
 
 @pytest.mark.slow
 def test_a_mixture_of_experts_on_two_ranks(tmp_path, monkeypatch, cpu_platform):
-    """Each has a part of the channels of every expert. Without an adapter and with one on the attention."""
+    """Each has a part of the channels of every expert. Without an adapter and with one on the
+    attention."""
     settings = dict(moe_intermediate_size=64, intermediate_size=128)
     quantize_checkpoint(
         tiny_families.make_family("Qwen3MoeForCausalLM", tmp_path / "source", **settings), tmp_path / "quantized",

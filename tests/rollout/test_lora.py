@@ -30,7 +30,7 @@ class Layer(nn.Module):
         attach_adapter(self, SETTINGS, backend, dtype, torch.device("cpu"))
 
     def forward(self, x):
-        """The adapter's term alone, per projection."""
+        """Returns the adapter's term alone, per projection."""
         b = self.qerl_lora_backend.unpack_lora_b(self.qerl_lora_b)
         y = x.new_zeros(*x.shape[:-1], sum(self.logical_widths))
         add_lora_reference(y, x, self.qerl_lora_a, b, self.qerl_lora_ends, self.qerl_lora_scaling)
@@ -38,7 +38,7 @@ class Layer(nn.Module):
 
 
 def build(tp=1, backend="pytorch", dtype=torch.float64):
-    """One decoder layer of vLLM's Qwen2 as each of ``tp`` ranks has it."""
+    """Returns one decoder layer of vLLM's Qwen2 as each of ``tp`` ranks has it."""
     kv = HEAD * max(1, KV_HEADS // tp)
     sizes = {
         "self_attn": {"qkv_proj": (HIDDEN, [HEADS * HEAD // tp, kv, kv]), "o_proj": (HEADS * HEAD // tp, [HIDDEN])},
@@ -79,7 +79,8 @@ def buffers(model):
 @pytest.mark.parametrize("backend", ["pytorch", "hopper"])
 @pytest.mark.parametrize("tp", [1, 2, 4])
 def test_the_ranks_together_compute_the_whole_adapter(tp, backend):
-    """Column-parallel layers side by side, row-parallel layers summed; hopper pads rank 8 to 16 and permutes B."""
+    """Column-parallel layers side by side, row-parallel layers summed; hopper pads rank 8 to 16 and
+    permutes B."""
     tensors, ranks = adapter(), [build(tp, backend) for _ in range(tp)]
     for rank, model in enumerate(ranks):
         assert AdapterStore(model, rank, tp).load(tensors.items(), 2.0) == len(tensors)

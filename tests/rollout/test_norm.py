@@ -31,7 +31,7 @@ def registered():
 
 
 def build(weight, noise=True, stock=RMSNorm, **arguments):
-    """A norm as vLLM's models ask for it, after its weight was loaded."""
+    """Returns a norm as vLLM's models ask for it, after its weight was loaded."""
     config = VllmConfig(additional_config={"qerl": {"noise": noise}})
     before = torch.get_default_dtype()
     torch.set_default_dtype(weight.dtype)  # as vLLM's loader does
@@ -67,8 +67,8 @@ def effective_weight(norm, rows=4096, seed=0):
 
 
 def acting_noise(norm, noise, **arguments):
-    """Standard deviation and mean of the change of the effective weight, and the mean's standard
-    error.
+    """Returns the standard deviation and mean of the change of the effective weight, and the mean's
+    standard error.
 
     Rounding the outputs adds an error of its own to each half, which their covariance leaves out.
     """

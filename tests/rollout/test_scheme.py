@@ -1,4 +1,5 @@
-"""The NVFP4 linears of vLLM, one layer at a time: loaded as vLLM does, against the dequantized weight."""
+"""The NVFP4 linears of vLLM, one layer at a time: loaded as vLLM does, against the dequantized
+weight."""
 
 import copy
 import pickle
@@ -37,7 +38,8 @@ def one_rank(monkeypatch):
 
 
 def load(scheme, global_scales=(9000.0, 9000.0, 9000.0), dtype=torch.float32, bias=None):
-    """A fused q, k, v layer after vLLM's loading of a W4A4 checkpoint; the weight in float32."""
+    """Returns a fused q, k, v layer after vLLM's loading of a W4A4 checkpoint; the weight in
+    float32."""
     torch.manual_seed(0)
     layer, parts = nn.Module(), []
     layer.prefix, layer.params_dtype = "model.layers.0.self_attn.qkv_proj", dtype
@@ -64,7 +66,7 @@ def load(scheme, global_scales=(9000.0, 9000.0, 9000.0), dtype=torch.float32, bi
 
 
 def adapt(layer):
-    """Load an adapter into the layer; its delta of the weight."""
+    """Loads an adapter into the layer; its delta of the weight."""
     model = nn.ModuleDict({"self_attn": nn.ModuleDict({"qkv_proj": layer})})
     tensors, delta = {}, []
     for name, width in zip("qkv", WIDTHS, strict=True):
@@ -106,7 +108,8 @@ def test_a_linear_in_16_bits_takes_the_adapter_too(bias):
 
 
 class MarlinOnTheCPU:
-    """In place of vLLM's kernel, with its interface and what it does to a layer: weight and bias in an order of its own."""
+    """In place of vLLM's kernel, with its interface and what it does to a layer: weight and bias in
+    an order of its own."""
 
     def input_quant_key(self):
         return None
@@ -123,7 +126,8 @@ class MarlinOnTheCPU:
 
 
 def vllms_scheme():
-    """vLLM's own scheme for 16-bit activations, without its choice of a kernel, which needs a GPU."""
+    """Returns vLLM's own scheme for 16-bit activations, without its choice of a kernel, which needs
+    a GPU."""
     scheme = object.__new__(CompressedTensorsW4A4Fp4)
     scheme.use_a16, scheme.kernel, scheme.group_size = True, MarlinOnTheCPU(), 16
     return scheme
@@ -133,7 +137,8 @@ def vllms_scheme():
 @pytest.mark.parametrize("lora", [None, LORA])
 @pytest.mark.parametrize("global_scales", [(9000.0, 9000.0, 9000.0), ONE_BY_ONE])
 def test_vllms_own_kernel_takes_a_w4a4_checkpoint(global_scales, lora, with_bias):
-    """Its ``input_global_scale`` has a place while it is loaded, and nothing of it is left; bias and scales come out right."""
+    """Its ``input_global_scale`` has a place while it is loaded, and nothing of it is left; bias
+    and scales come out right."""
     scheme = VLLMScheme(vllms_scheme(), lora)
     bias = torch.randn(sum(WIDTHS)) if with_bias else None
     layer, weight = load(scheme, global_scales, bias=bias)
@@ -157,7 +162,8 @@ def deciding(kernel="auto", lora=LORA, report=None):
 HOPPER, MARLIN = "Hopper W4A16 (WGMMA, CUDA C++) on cpu", "vLLM's MarlinOnTheCPU on cpu"
 NO_ADAPTER = "their adapter in PyTorch (the kernel takes no adapter)"
 DECIDED = [
-    # kernel, dtype, scales, whether the rollout has an adapter of ours: what the line says of one layer
+    # kernel, dtype, scales, whether the rollout has an adapter of ours: what the line says of one
+    # layer
     ("auto", torch.bfloat16, 3 * (9000.0,), LORA, f"{HOPPER}: 1 layer (qkv_proj 1)"),
     ("hopper", torch.bfloat16, 3 * (9000.0,), None, f"{HOPPER} (qerl.rollout.kernel): 1 layer (qkv_proj 1)"),
     (
@@ -235,7 +241,8 @@ def test_a_kernel_that_is_insisted_on_and_does_not_serve_a_layer_is_refused(
 
 
 def traced(scheme, layer, dtype):
-    """The operations of the layer as vLLM's compiler sees them: one graph, without running it."""
+    """Returns the operations of the layer as vLLM's compiler sees them: one graph, without running
+    it."""
     graphs = []
 
     def backend(graph, inputs):

@@ -44,7 +44,7 @@ class Engine:
 
 
 def server(vllm=None, level=None, mode=RolloutMode.HYBRID, node_rank=0, config=None):
-    """A server as verl has it after its constructor's first lines."""
+    """Returns a server as verl has it after its constructor's first lines."""
     made = QeRLHttpServer.__new__(QeRLHttpServer)
     if level:
         vllm = {"additional_config": {"qerl": {"lora": {"rank": 8, "alpha": 16}, "sleep_level": level}}}
@@ -158,7 +158,8 @@ def test_the_replica_starts_our_server(nvfp4_checkpoint):
 
 
 def test_the_server_hands_on_what_acts_in_its_workers():
-    """verl's collective_rpc returns nothing (vllm_async_server.py); where this fails, the method can go."""
+    """verl's collective_rpc returns nothing (vllm_async_server.py); where this fails, the method
+    can go."""
     made, told = server(level=1), []
 
     async def collective_rpc(method, kwargs):

@@ -1,4 +1,5 @@
-"""vLLM's loader of a base that the actor owns, around stand-ins for the actor; a whole engine is in ``test_live_engine.py``."""
+"""vLLM's loader of a base that the actor owns, around stand-ins for the actor; a whole engine is in
+``test_live_engine.py``."""
 
 from types import SimpleNamespace
 
@@ -22,7 +23,8 @@ QKV = [f"model.layers.0.self_attn.{part}_proj" for part in "qkv"]
 
 @pytest.fixture
 def loading(monkeypatch):
-    """A model under construction on a base with one fused layer, one that is not, and an embedding."""
+    """Provides a model under construction on a base with one fused layer, one that is not, and an
+    embedding."""
     builder = LayoutBuilder()
     builder.add_group(QKV, [64, 32, 32], 64, "pytorch")
     builder.add_group(["model.layers.0.self_attn.o_proj"], [64], 64, "pytorch")

@@ -1,4 +1,5 @@
-"""The checkpoint engine between an actor of two ranks and three rollout workers, in threads of one process."""
+"""The checkpoint engine between an actor of two ranks and three rollout workers, in threads of one
+process."""
 
 import asyncio
 import hashlib
@@ -47,7 +48,7 @@ def receive(engine):
 
 
 def sync(senders, receivers, tensors):
-    """What each receiver got, and how many tensors each sender was asked for."""
+    """Yields what each receiver got, and how many tensors each sender was asked for."""
     asked = [0] * len(senders)
 
     def generator(rank):
@@ -195,7 +196,7 @@ def test_one_that_says_nothing_is_let_go_and_holds_nobody_up(monkeypatch):
 
 
 def pretend(secret, adapter, digest=None):
-    """A server at another address than the actor's: what it sends where the adapter is due."""
+    """Returns a server at another address than the actor's: what it sends where the adapter is due."""
 
     class Handler(socketserver.BaseRequestHandler):
         def handle(self):
