@@ -127,7 +127,7 @@ def _is_plain(file: Path) -> bool:
 
 
 def _unique_names(named: list[tuple[str, Path]]) -> list[str]:
-    """Returns the names that occur more than once get the name of the folder above in front."""
+    """Puts the name of the folder above in front of names that occur more than once."""
     counts = Counter(name for name, _ in named)
     out = []
     for name, file in named:
@@ -135,7 +135,7 @@ def _unique_names(named: list[tuple[str, Path]]) -> list[str]:
         above = folder.parent if folder.name == name else folder
         out.append(f"{above.name}/{name}" if counts[name] > 1 else name)
     still = Counter(out)
-    """Puts the name of the folder above in front of names that occur more than once."""
+    return [str(file) if still[name] > 1 else name for name, (_, file) in zip(out, named, strict=True)]
 
 
 def _describe(arms: dict[str, list[Run]], automatic: set[str]) -> list[str]:
