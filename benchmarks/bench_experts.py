@@ -1,4 +1,5 @@
-"""The experts of one layer alone: vLLM's bf16 kernel, vLLM's Marlin and our Triton on NVFP4 weights.
+"""The experts of one layer alone: vLLM's bf16 kernel, vLLM's Marlin and our Triton on NVFP4
+weights.
 
     python benchmarks/bench_experts.py --json benchmarks/results/experts_h100.json   # one GPU
     python benchmarks/bench_experts.py --tune                                        # tiles of our kernel
@@ -40,7 +41,7 @@ CANDIDATES = [
 
 
 def make_stacks(shape: dict, device: str) -> tuple[ExpertStack, ExpertStack]:
-    """Random experts, gate and up before down."""
+    """Returns random experts, gate and up before down."""
     count, stacks = shape["experts"], []
     for n, k in ((2 * shape["inner"], shape["hidden"]), (shape["hidden"], shape["inner"])):
         packed = torch.randint(0, 256, (count, n, k // 2), dtype=torch.uint8, device=device)
@@ -51,7 +52,7 @@ def make_stacks(shape: dict, device: str) -> tuple[ExpertStack, ExpertStack]:
 
 
 def bf16(gate_up: ExpertStack, down: ExpertStack):
-    """vLLM's Triton kernel on the decoded weights."""
+    """Returns vLLM's Triton kernel on the decoded weights."""
     from vllm.model_executor.layers.fused_moe.fused_moe import fused_experts
 
     decoded = [
@@ -62,7 +63,7 @@ def bf16(gate_up: ExpertStack, down: ExpertStack):
 
 
 def marlin(gate_up: ExpertStack, down: ExpertStack):
-    """vLLM's Marlin, as its layers prepare it."""
+    """Returns vLLM's Marlin, as its layers prepare it."""
     from vllm.model_executor.layers.fused_moe.experts.marlin_moe import fused_marlin_moe
     from vllm.model_executor.layers.quantization.utils.marlin_utils_fp4 import prepare_nvfp4_moe_layer_for_marlin
     from vllm.scalar_type import scalar_types
@@ -92,7 +93,7 @@ def triton(gate_up: ExpertStack, down: ExpertStack):
 
 
 def pytorch(gate_up: ExpertStack, down: ExpertStack):
-    """The reference, for the dry run."""
+    """Returns the reference, for the dry run."""
     return lambda x, weights, chosen: nvfp4_experts_reference(x, weights, chosen, gate_up, down)
 
 
@@ -100,7 +101,7 @@ KERNELS = {"bf16": bf16, "marlin": marlin, "triton": triton, "pytorch": pytorch}
 
 
 def make_inputs(tokens: int, shape: dict, device: str) -> list[tuple[torch.Tensor, ...]]:
-    """Activations, weights and choices, with other choices in each."""
+    """Returns activations, weights and choices, with other choices in each."""
     x = torch.randn(tokens, shape["hidden"], device=device, dtype=DTYPE)
     out = []
     for _ in range(COPIES):
@@ -110,7 +111,7 @@ def make_inputs(tokens: int, shape: dict, device: str) -> list[tuple[torch.Tenso
 
 
 def time_kernel(call, inputs) -> float:
-    """Microseconds of a call."""
+    """Returns microseconds of a call."""
     if inputs[0][0].is_cuda:
         return time_calls(lambda i: call(*inputs[i]), COPIES, 100.0)
     begin = time.perf_counter()
@@ -119,7 +120,7 @@ def time_kernel(call, inputs) -> float:
 
 
 def tune(stacks, shape: dict, tokens: list[int], device: str) -> list[dict]:
-    """The fastest tiles of our kernel for each number of tokens."""
+    """Returns the fastest tiles of our kernel for each number of tokens."""
     from qerl_verl.kernels.portable.nvfp4_experts import nvfp4_experts
 
     out = []

@@ -1,7 +1,9 @@
-"""The experts of one layer in training, NVFP4 against bf16: time and peak memory, forward and backward.
+"""The experts of one layer in training, NVFP4 against bf16: time and peak memory, forward and
+backward.
 
     python benchmarks/bench_experts_training.py --json benchmarks/results/experts_training_h100.json
-    python benchmarks/bench_experts_training.py --shape tiny-moe --tokens 64      # on the CPU, in float32
+    python benchmarks/bench_experts_training.py --shape tiny-moe --tokens 64 # on the CPU, in
+    float32
 
 The shape is that of one layer of Qwen3-30B-A3B: 128 experts, 8 for a token, random weights and a
 random router. ``nvfp4`` is :class:`qerl_verl.nvfp4.experts.NVFP4Experts` with the kernels of
@@ -28,7 +30,7 @@ VARIANTS = ("bf16", "nvfp4", "nvfp4_compiled")
 
 
 def build(variant: str, settings, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """Experts on the device; all variants have the same weights."""
+    """Returns experts on the device; all variants have the same weights."""
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
     from qerl_verl.nvfp4.experts import PROJECTIONS, STACKS, NVFP4Experts, gated
@@ -58,7 +60,8 @@ def build(variant: str, settings, device: torch.device, dtype: torch.dtype) -> n
 
 
 def measure(module: nn.Module, inputs: tuple, repeats: int) -> dict[str, float]:
-    """Milliseconds of forward and backward pass, the median of ``repeats``, and GiB at the peak."""
+    """Returns milliseconds of forward and backward pass, the median of ``repeats``, and GiB at the
+    peak."""
     hidden, index, weights = inputs
     on_gpu = hidden.is_cuda
     forward, backward, peak = [], [], 0

@@ -1,22 +1,28 @@
-"""FP8 GEMMs against bfloat16 ones on the same NVFP4 weights, and what the rounding does to a policy.
+"""FP8 GEMMs against bfloat16 ones on the same NVFP4 weights, and what the rounding does to a
+policy.
 
-No setting chooses FP8: docs/performance.md tells why. :class:`FP8Backend` is how a layer would compute in it.
+No setting chooses FP8: docs/performance.md tells why. :class:`FP8Backend` is how a layer would
+compute in it.
 
     python benchmarks/bench_fp8.py --json benchmarks/results/fp8_h100.json
 
 Parts:
 
-* ``gemm``: one projection of Qwen2.5-7B, forward and backward, in microseconds. ``cublas``: a bfloat16 weight. ``nvfp4``: the
-  kernels that qerl.kernel=auto takes, measured launches. ``fp8_resident``: quantizing x, and the FP8 GEMM on a weight kept in
-  E4M3, as the rollout does; ``fp8_decoded``: with the decoding in front, as the actor does; ``..._fast``: sums in the tensor
-  cores' own accumulators. ``..._lora``: with an adapter of rank 32. Backward is dL/dx alone; ``backward_fp8_gemm`` is what it
-  would take in FP8 without the decoding: dL/dy times the channels' powers of two, rounded by token. Errors are relative, against
-  float64: of the kernel (``of_kernel``) against what FP8 compute is defined as, and of that definition
-  against the unrounded layer (``of_rounding``).
-* ``logprobs``: a random model with an adapter, its tokens sampled from its own distribution: k3 estimate of the KL
-  divergence between the log-probabilities of two ways to compute it.
+* ``gemm``: one projection of Qwen2.5-7B, forward and backward, in microseconds. ``cublas``: a
+  bfloat16 weight. ``nvfp4``: the kernels that qerl.kernel=auto takes, measured launches.
+  ``fp8_resident``: quantizing x, and the FP8 GEMM on a weight kept in E4M3, as the rollout does;
+  ``fp8_decoded``: with the decoding in front, as the actor does; ``..._fast``: sums in the tensor
+  cores' own accumulators. ``..._lora``: with an adapter of rank 32. Backward is dL/dx alone;
+  ``backward_fp8_gemm`` is what it
+  would take in FP8 without the decoding: dL/dy times the channels' powers of two, rounded by token.
+  Errors are relative, against
+  float64: of the kernel (``of_kernel``) against what FP8 compute is defined as, and of that
+  definition against the unrounded layer (``of_rounding``).
+* ``logprobs``: a random model with an adapter, its tokens sampled from its own distribution: k3
+  estimate of the KL divergence between the log-probabilities of two ways to compute it.
 
-Times are medians over replays of CUDA graphs whose calls rotate through copies of the weight, see bench_gemm.py.
+Times are medians over replays of CUDA graphs whose calls rotate through copies of the weight, see
+bench_gemm.py.
 """
 
 from __future__ import annotations
@@ -43,15 +49,17 @@ PROJECTIONS = ("7B qkv", "7B o", "7B gate_up", "7B down")
 
 
 class FP8Backend(Backend):
-    """An NVFP4 layer on FP8 tensor cores (compute capability 8.9 and later), as ``kernels/nvfp4_fp8_linear.py`` defines it.
+    """An NVFP4 layer on FP8 tensor cores (compute capability 8.9 and later), as
+    ``kernels/nvfp4_fp8_linear.py`` defines it.
 
-    A weight is a pair as of every backend, decoded for each GEMM, or what :meth:`reside` makes of one, which takes 1 byte a weight.
+    A weight is a pair as of every backend, decoded for each GEMM, or what :meth:`reside` makes of
+    one, which takes 1 byte a weight.
     """
 
     name = "fp8"
 
     def reside(self, packed: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The weight in E4M3 ``[N, K]``, and the powers of two of its rows ``[N]``."""
+        """Returns the weight in E4M3 ``[N, K]``, and the powers of two of its rows ``[N]``."""
         return portable.nvfp4_to_fp8(packed, scale)
 
     def block_values(self, packed, scale, dtype):
@@ -122,7 +130,8 @@ def measure_gemm(name: str, tokens, out: dict) -> None:
 
 
 def measure_tokens(m: int, nvfp4, plain, laid_out, resident, dense, adapter) -> dict:
-    """Times and errors of one weight, of which there are copies in each form, for ``m`` tokens."""
+    """Returns times and errors of one weight, of which there are copies in each form, for ``m``
+    tokens."""
     (n, k), fp8 = dense[0].shape, FP8Backend()
     a, b, b_laid_out, ends = adapter
     x = torch.randn(m, k, device=DEVICE, dtype=torch.bfloat16)
@@ -175,7 +184,8 @@ def measure_tokens(m: int, nvfp4, plain, laid_out, resident, dense, adapter) -> 
 
 
 def backward_in_fp8(grad, codes_t, channel):
-    """dL/dx with E4M3 on both sides: ``codes_t`` is ``[K, N]``, the weight's codes transposed, ``channel`` their scales ``[N]``."""
+    """dL/dx with E4M3 on both sides: ``codes_t`` is ``[K, N]``, the weight's codes transposed,
+    ``channel`` their scales ``[N]``."""
     rounded, scale = portable.fp8_quantize(grad * channel.bfloat16(), ALPHA)
     ones = torch.ones(1, codes_t.shape[0], device=DEVICE)
     return torch._scaled_mm(
@@ -184,7 +194,8 @@ def backward_in_fp8(grad, codes_t, channel):
 
 
 def errors(x, grad, bias, packed, scale, fp8, rows: int = 2048, tokens: int = 512) -> dict:
-    """Relative errors against float64: of outputs on the first channels, of dL/dx for all of them."""
+    """Returns the relative errors against float64: of outputs on the first channels, of dL/dx for
+    all of them."""
     x, grad = x[:tokens], grad[:tokens, : len(packed)]
     few = packed[:rows], scale[:rows]
     weight = block_values_nvfp4(*few, torch.float64)
@@ -211,14 +222,16 @@ def errors(x, grad, bias, packed, scale, fp8, rows: int = 2048, tokens: int = 51
 
 
 def k3(p: torch.Tensor, q: torch.Tensor) -> float:
-    """Estimate of KL(p || q) from log-probabilities of tokens that p sampled, as verl's rollout_corr/k3_kl."""
+    """Estimates of KL(p || q) from log-probabilities of tokens that p sampled, as verl's
+    rollout_corr/k3_kl."""
     difference = (q - p).double()
     return (difference.exp() - difference - 1).mean().item()
 
 
 @torch.no_grad()
 def measure_logprobs(shape: str, layers: int | None, out: dict, sequences: int = 16, length: int = 256) -> None:
-    """k3 between ways to compute one model; noise of sampling is that of ``sequences * length`` tokens."""
+    """Returns k3 between ways to compute one model; noise of sampling is that of
+    ``sequences * length`` tokens."""
     from bench_training import build
 
     from qerl_verl.nvfp4.linear import NVFP4Linear

@@ -1,13 +1,16 @@
 """What FP8 rounding does to the agreement of rollout and actor, on a real model, on a CPU or a GPU.
 
-    python benchmarks/bench_fp8_mismatch.py --model MODEL --text test.jsonl --json benchmarks/results/fp8_mismatch_smollm2_135m_cpu.json
+    python benchmarks/bench_fp8_mismatch.py --model MODEL --text test.jsonl --json
+    benchmarks/results/fp8_mismatch_smollm2_135m_cpu.json
 
-The linears of a 16-bit model are quantized to NVFP4, rounded to nearest. The model then reads texts in two ways that compute the
-same policy, as rollout and actor do: GEMMs in bfloat16 or in float32, whose sums have another order, both rounded to bfloat16;
-attention by SDPA or by transformers' own. Tokens are drawn from the first way's distributions, and k3 is verl's estimate of the KL
-divergence between the two ways in nats a token (``rollout_corr/k3_kl``). ``bits`` is the number of significant bits that
-activations keep: 8 is bfloat16, 4 is E4M3; ``weights`` says whether the weight is rounded to E4M3. ``policies`` is the divergence of
-each rounding from no rounding.
+The linears of a 16-bit model are quantized to NVFP4, rounded to nearest. The model then reads texts
+in two ways that compute the
+same policy, as rollout and actor do: GEMMs in bfloat16 or in float32, whose sums have another
+order, both rounded to bfloat16; attention by SDPA or by transformers' own. Tokens are drawn from
+the first way's distributions, and k3 is verl's estimate of the KL divergence between the two ways
+in nats a token (``rollout_corr/k3_kl``). ``bits`` is the number of significant bits that
+activations keep: 8 is bfloat16, 4 is E4M3; ``weights`` says whether the weight is rounded to E4M3.
+``policies`` is the divergence of each rounding from no rounding.
 """
 
 from __future__ import annotations
@@ -65,7 +68,7 @@ class Linear(nn.Module):
 
 
 def read_texts(path: Path, tokenizer, count: int, length: int) -> list[torch.Tensor]:
-    """The first texts with their chat template, cut off at ``length`` tokens."""
+    """Returns the first texts with their chat template, cuts off at ``length`` tokens."""
     rows = [json.loads(line) for line in path.open()][:count]
     chats = [
         [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}] for row in rows
@@ -75,7 +78,7 @@ def read_texts(path: Path, tokenizer, count: int, length: int) -> list[torch.Ten
 
 
 def k3(p: torch.Tensor, q: torch.Tensor) -> tuple[float, float]:
-    """KL(p || q) from log-probabilities of tokens that p drew, and its standard error."""
+    """Returns KL(p || q) from log-probabilities of tokens that p drew, and its standard error."""
     difference = (q - p).double()
     values = difference.exp() - difference - 1
     return values.mean().item(), (values.std() / values.numel() ** 0.5).item()

@@ -1,20 +1,24 @@
 """Time the Hopper NVFP4 GEMM against cuBLAS bf16 on the projections of Qwen2.5-7B and 32B.
 
-    python benchmarks/bench_gemm.py --json benchmarks/results/gemm_h200.json   # the shipped choice of kernels
-    python benchmarks/bench_gemm.py --tune --shapes others --json others.json  # shapes that the table does not know
-    python benchmarks/bench_gemm.py --sweep --json sweep.json                  # every configuration (to tune tuning.py)
+    python benchmarks/bench_gemm.py --json benchmarks/results/gemm_h200.json # the shipped choice of
+    kernels python benchmarks/bench_gemm.py --tune --shapes others --json others.json # shapes that
+    the table does not know python benchmarks/bench_gemm.py --sweep --json sweep.json # every
+    configuration (to tune tuning.py)
 
-    python benchmarks/bench_gemm.py --lora --json benchmarks/results/lora_gemm_h200.json    # with an adapter of rank 32
+    python benchmarks/bench_gemm.py --lora --json benchmarks/results/lora_gemm_h200.json # with an
+    adapter of rank 32
 
-    python benchmarks/bench_gemm.py --lora --sweep --between --json sweep.json    # to tune MEASURED_WITH_ADAPTER
+    python benchmarks/bench_gemm.py --lora --sweep --between --json sweep.json # to tune
+    MEASURED_WITH_ADAPTER
 
-With --between another small kernel runs before each product, as in a model, and its time is taken off.
-With --lora the NVFP4 product includes the term of one adapter (an A and a B for each fused projection), and the baseline is
-cuBLAS bf16 for the base, for x A^T and, added in place, for the products with B. With vLLM installed, its Marlin kernel
-(no adapter) is timed as well.
+With --between another small kernel runs before each product, as in a model, and its time is taken
+off. With --lora the NVFP4 product includes the term of one adapter (an A and a B for each fused
+projection), and the baseline is cuBLAS bf16 for the base, for x A^T and, added in place, for the
+products with B. With vLLM installed, its Marlin kernel (no adapter) is timed as well.
 
-Times are of CUDA graphs of many calls that rotate through copies of the weight, so that no copy is left in the L2 cache;
-the median over graph replays. A ratio is cuBLAS time / NVFP4 time: above 1 the NVFP4 kernel is the faster one.
+Times are of CUDA graphs of many calls that rotate through copies of the weight, so that no copy is
+left in the L2 cache; the median over graph replays. A ratio is cuBLAS time / NVFP4 time: above 1
+the NVFP4 kernel is the faster one.
 """
 
 from __future__ import annotations
@@ -62,7 +66,7 @@ ALPHA = 1 / 640.0
 
 
 def time_calls(call, copies: int, target_us: float, replays: int = 7) -> float:
-    """Median time in microseconds of ``call(i)``, ``i`` rotating through ``copies``."""
+    """Returns the median time in microseconds of ``call(i)``, ``i`` rotating through ``copies``."""
     calls = max(copies, min(200, math.ceil(1500 / target_us)))
     calls = math.ceil(calls / copies) * copies
     for i in range(copies if copies < 4 else 4):
@@ -91,7 +95,8 @@ def make_weight(n: int, k: int):
 
 
 def reference_error(y, x, packed, scale, bias=None, rows: int = 4096, adapter=None) -> float:
-    """Relative error against float64 on up to ``rows`` output channels (taken from both ends)."""
+    """Returns the relative error against float64 on up to ``rows`` output channels (taken from both
+    ends)."""
     n = packed.shape[0]
     index = (
         torch.arange(n, device="cuda")
@@ -136,7 +141,7 @@ class Adapter:
 
 
 def marlin_call(packed, scale, n: int, k: int):
-    """``call(x)`` with vLLM's Marlin on the same weight, or None without vLLM."""
+    """Returns ``call(x)`` with vLLM's Marlin on the same weight, or None without vLLM."""
     try:
         from vllm.model_executor.layers.quantization.utils.marlin_utils_fp4 import (
             apply_fp4_marlin_linear,
@@ -174,7 +179,7 @@ def environment() -> dict:
 
 
 def copy_bandwidth() -> float:
-    """Device-to-device copy in TB/s, bytes read plus bytes written."""
+    """Returns device-to-device copy in TB/s, bytes read plus bytes written."""
     a, b = (torch.empty(4 << 30, dtype=torch.uint8, device="cuda") for _ in range(2))
     times = []
     for _ in range(8):

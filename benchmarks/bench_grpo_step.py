@@ -1,12 +1,15 @@
-"""One GRPO step of `python -m verl.trainer.main_ppo`: NVFP4 + LoRA with the switch, against stock verl with bf16 + LoRA.
+"""One GRPO step of `python -m verl.trainer.main_ppo`: NVFP4 + LoRA with the switch, against stock
+verl with bf16 + LoRA.
 
     python benchmarks/bench_grpo_step.py --shape 7B --json benchmarks/results/grpo_step_7b_h200.json
 
-Both runs train the same random model (the bf16 checkpoint is the NVFP4 one, unpacked) on the same prompts: 16 prompts of 256
-tokens, 8 samples each, 512 generated tokens, no early end; LoRA rank 32 on all linears, SDPA attention; one GPU. verl takes
-log-probabilities from flash-attn's Triton cross entropy where that can be imported, and row by row otherwise, which takes longer than the
-model does, in either run; the result says which. The first step warms up and is left out; the numbers are the means of the others,
-from verl's own metrics. ``--variants`` one by one, with the same ``--work``, puts the runs on several GPUs of a host.
+Both runs train the same random model (the bf16 checkpoint is the NVFP4 one, unpacked) on the same
+prompts: 16 prompts of 256 tokens, 8 samples each, 512 generated tokens, no early end; LoRA rank 32
+on all linears, SDPA attention; one GPU. verl takes log-probabilities from flash-attn's Triton cross
+entropy where that can be imported, and row by row otherwise, which takes longer than the model
+does, in either run; the result says which. The first step warms up and is left out; the numbers are
+the means of the others, from verl's own metrics. ``--variants`` one by one, with the same
+``--work``, puts the runs on several GPUs of a host.
 """
 
 from __future__ import annotations
@@ -109,7 +112,7 @@ def command(name: str, work: Path, steps: int, extra: list[str]) -> list[str]:
 
 
 def metrics_of(log: str) -> dict[int, dict[str, float]]:
-    """What verl's console logger printed, by step, of the metrics in KEPT."""
+    """Returns what verl's console logger printed, by step, of the metrics in KEPT."""
     steps: dict[int, dict[str, float]] = {}
     for line in log.splitlines():
         found = re.search(r"step:(\d+) - (.*)", line)
@@ -126,7 +129,8 @@ def metrics_of(log: str) -> dict[int, dict[str, float]]:
 
 
 def run(line: list[str], environment: dict[str, str], log: Path | None) -> tuple[int, str]:
-    """Exit code and output of a command; ``log`` gets the lines as they come, each with the seconds since the start."""
+    """Returns the exit code and output of a command; ``log`` gets the lines as they come, each with
+    the seconds since the start."""
     begin, printed = time.perf_counter(), []
     with (
         subprocess.Popen(
@@ -141,7 +145,7 @@ def run(line: list[str], environment: dict[str, str], log: Path | None) -> tuple
 
 
 def has_cross_entropy() -> bool:
-    """Whether verl finds flash-attn's kernel (verl/utils/torch_functional.py)."""
+    """Returns whether verl finds flash-attn's kernel (verl/utils/torch_functional.py)."""
     try:
         return importlib.util.find_spec("flash_attn.ops.triton.cross_entropy") is not None
     except ModuleNotFoundError:

@@ -7,8 +7,8 @@ The shape is Qwen3-30B-A3B's, with random weights and fewer layers (``--layers``
 beside its KV cache. The NVFP4 engine has an adapter of rank 32 in its attention layers, as in
 training; the bf16 engine has none, since vLLM's LoRA path would need room on the experts. With
 random routers the tokens of a batch spread over nearly all experts. For what is timed, see
-bench_rollout.py, which this script runs. 24 layers take about 9 GB of disk under ``--work``, 30 GB of
-GPU memory in bf16, and some ten minutes.
+bench_rollout.py, which this script runs. 24 layers take about 9 GB of disk under ``--work``, 30 GB
+of GPU memory in bf16, and some ten minutes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TARGETS = {1: (1.3, 2.0), 8: (1.3, 2.0), 64: (1.2, 1.5), 256: (1.0, 1.2)}
 
 
 def judge(ratios: dict, sequences: int) -> str:
-    """One line about the decoding speed at one number of sequences."""
+    """Returns one line about the decoding speed at one number of sequences."""
     ratio, (must, aim) = ratios[f"decode {sequences}"], TARGETS[sequences]
     verdict = "the aim is met" if ratio >= aim else "enough" if ratio >= must else "too slow"
     return f"{sequences} sequences: {ratio:.2f}x, at least {must}x, aim {aim}x: {verdict}"

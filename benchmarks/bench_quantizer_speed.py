@@ -1,10 +1,12 @@
 """Time and memory of quantizing a model of random weights, by each method.
 
-    python benchmarks/bench_quantizer_speed.py --shape 7B --json benchmarks/results/quantizer_speed_7b_h100.json
+    python benchmarks/bench_quantizer_speed.py --shape 7B --json
+    benchmarks/results/quantizer_speed_7b_h100.json
 
-The model is made on a local disk, so that its files are in the page cache of the host when they are read. Rates are those of the
-16-bit checkpoint, from the first byte read to the finished folder, all hashes and the write to the disk included. GPTQ calibrates
-with random tokens; its time does not depend on which. Each method is a process of its own. ``--layers`` cuts the model; then
+The model is made on a local disk, so that its files are in the page cache of the host when they are
+read. Rates are those of the 16-bit checkpoint, from the first byte read to the finished folder, all
+hashes and the write to the disk included. GPTQ calibrates with random tokens; its time does not
+depend on which. Each method is a process of its own. ``--layers`` cuts the model; then
 ``seconds_of_all_layers`` is the time without the first and last tensors, scaled to all of them.
 """
 
@@ -28,7 +30,8 @@ SEQUENCES, HELD_OUT = 128, 8
 
 
 def write_model(folder: Path, shape: str, layers: int) -> dict[str, int]:
-    """A 16-bit checkpoint with normal weights, a layer a file. Returns bytes of a layer and of everything."""
+    """Returns a 16-bit checkpoint with normal weights, a layer a file. Returns bytes of a layer and
+    of everything."""
     import torch
     from safetensors.torch import save_file
     from shapes import DEVICE, SHAPES, config, linears

@@ -1,13 +1,18 @@
-"""Rollout speed in vLLM: NVFP4 with the adapter in the layers, against stock bf16 with vLLM's LoRA, in one run.
+"""Rollout speed in vLLM: NVFP4 with the adapter in the layers, against stock bf16 with vLLM's LoRA,
+in one run.
 
     python benchmarks/bench_rollout.py --shape 7B --json benchmarks/results/rollout_7b_h200.json
-    python benchmarks/bench_rollout.py --shape tiny --sequences 2 --generated 4    # to try it on the CPU
+    python benchmarks/bench_rollout.py --shape tiny --sequences 2 --generated 4 # to try it on the
+    CPU
 
-Random weights, LoRA rank 32 on every linear layer, prompts of 256 random tokens, 256 generated, CUDA graphs as verl sets them.
-Where the adapter is in the layers, the cost of the noise is measured too: one more pair of calls with it on and off, and the time
-it takes to put it on. Each variant is a process of its own, and every time the better of two calls after a warm-up. ``tokens_per_s``
-counts generated tokens over the whole call, prefill included; ``decode_tokens_per_s`` the tokens after each sequence's first, over the time of
-the call less that of one that generates one token. Prefill is 32 prompts of 256 tokens with one token generated.
+Random weights, LoRA rank 32 on every linear layer, prompts of 256 random tokens, 256 generated,
+CUDA graphs as verl sets them.
+Where the adapter is in the layers, the cost of the noise is measured too: one more pair of calls
+with it on and off, and the time it takes to put it on. Each variant is a process of its own, and
+every time the better of two calls after a warm-up. ``tokens_per_s`` counts generated tokens over
+the whole call, prefill included; ``decode_tokens_per_s`` the tokens after each sequence's first,
+over the time of the call less that of one that generates one token. Prefill is 32 prompts of 256
+tokens with one token generated.
 """
 
 from __future__ import annotations
@@ -146,7 +151,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_variants(args: argparse.Namespace) -> dict:
-    """Each variant in a process of its own, with a line for it; what they measured, and with what."""
+    """Returns each variant in a process of its own, with a line for it; what they measured, and
+    with what."""
     import torch
 
     out = {
@@ -186,7 +192,7 @@ def run_variants(args: argparse.Namespace) -> dict:
 
 
 def add_ratios(out: dict, baseline: str) -> None:
-    """Compare the variants of :func:`run_variants` with one of them, where that was measured."""
+    """Compares the variants of :func:`run_variants` with one of them, where that was measured."""
     runs = {r["variant"]: r for r in out["runs"] if "decode" in r}
     if base := runs.get(baseline):
         ratios_of = out[f"ratio_to_{baseline}"] = {

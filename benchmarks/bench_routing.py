@@ -4,13 +4,16 @@
     python benchmarks/bench_routing.py --model FOLDER --json FILE                        # a real checkpoint
     python benchmarks/bench_routing.py --dry-run                                         # tiny, on the CPU
 
-Engine and actor choose experts from slightly different numbers. A vLLM engine samples sequences, one
-at a time; then transformers' model, with the actor's layers, computes the same tokens. Of each model:
+Engine and actor choose experts from slightly different numbers. A vLLM engine samples sequences,
+one at a time; then transformers' model, with the actor's layers, computes the same tokens. Of each
+model:
 
-- ``choices_differ``: share of the choices, one for each token and layer, whose sets of experts differ;
+- ``choices_differ``: share of the choices, one for each token and layer, whose sets of experts
+differ;
 - ``tokens_differ``: share of the tokens that have another set of experts in one layer at least;
 - ``experts_differ``: share of the experts chosen in the rollout that the actor does not choose;
-- ``k3``: mean of exp(r) - 1 - r over the sampled tokens, r the difference of their log-probabilities.
+- ``k3``: mean of exp(r) - 1 - r over the sampled tokens, r the difference of their
+log-probabilities.
 
 A mixture in NVFP4 is measured beside the same weights in bfloat16 and beside a dense model in both,
 by default with random weights and few layers. More than three times the dense model's k3 would be
@@ -34,7 +37,7 @@ SHAPES_OF_DRY_RUN = {"mixture": "tiny-moe", "dense": "tiny"}
 
 
 def sample(folder: Path, quantized: bool, args: argparse.Namespace) -> dict:
-    """What an engine samples, its log-probabilities, and the router's outputs.
+    """Returns what an engine samples, its log-probabilities, and the router's outputs.
 
     Returns:
         Lists over the sequences: ``tokens``, ``log_probabilities`` of the sampled ones and
@@ -80,7 +83,7 @@ def sample(folder: Path, quantized: bool, args: argparse.Namespace) -> dict:
 
 
 def build_actor(folder: Path, quantized: bool, dtype, device):
-    """transformers' model with the actor's layers."""
+    """Returns transformers' model with the actor's layers."""
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -100,7 +103,7 @@ def build_actor(folder: Path, quantized: bool, dtype, device):
 
 
 def compare(folder: Path, quantized: bool, found: dict, args: argparse.Namespace) -> dict:
-    """The measures of the module's docstring."""
+    """Returns the measures of the module's docstring."""
     import torch
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -153,7 +156,7 @@ def run_part(args: argparse.Namespace) -> None:
 
 
 def prepare(args: argparse.Namespace) -> list[tuple[str, str, Path]]:
-    """Kind, base and folder of each model to measure; random ones are written."""
+    """Returns kind, base and folder of each model to measure; random ones are written."""
     if args.model:
         from qerl_verl.nvfp4.checkpoint import read_quantization
 
@@ -174,7 +177,7 @@ def prepare(args: argparse.Namespace) -> list[tuple[str, str, Path]]:
 
 
 def measure(base: str, folder: Path, args: argparse.Namespace) -> dict:
-    """One model: engine, then actor."""
+    """Returns one model: engine, then actor."""
     environment = {
         **os.environ,
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),

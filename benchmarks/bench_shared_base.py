@@ -1,7 +1,8 @@
-"""One copy of the base (qerl.base=shared) against a copy each: memory, start, results, sleep, and the end of the owner.
+"""One copy of the base (qerl.base=shared) against a copy each: memory, start, results, sleep, and
+the end of the owner.
 
-    python benchmarks/bench_shared_base.py --shape 7B-2 --json shared_base.json     # on a GPU: under three minutes
-    python benchmarks/bench_shared_base.py --shape 100M                             # on the CPU
+    python benchmarks/bench_shared_base.py --shape 7B-2 --json shared_base.json # on a GPU: under
+    three minutes python benchmarks/bench_shared_base.py --shape 100M                             # on the CPU
 
 Two real processes as in a job, without Ray: the actor's FSDP2 engine, and vLLM with its worker. In
 each mode the engine answers the same prompts greedily with an adapter, on a GPU with CUDA graphs,
@@ -40,7 +41,8 @@ def say(**content) -> None:
 
 
 def wait_for(command: str) -> None:
-    """What takes long to import is imported in all processes at once; the rest happens one by one."""
+    """What takes long to import is imported in all processes at once; the rest happens one by one.
+    """
     say(ready=True)
     assert listen() == command
 
@@ -266,7 +268,8 @@ def gemm_owner(args) -> None:
 
 
 def gemm_user(args) -> None:
-    """A CUDA graph of the GEMM in the second process, while vLLM's allocator sleeps and wakes around it."""
+    """Returns a CUDA graph of the GEMM in the second process, while vLLM's allocator sleeps and
+    wakes around it."""
     import torch
     from vllm.device_allocator.cumem import CuMemAllocator
 
@@ -327,7 +330,8 @@ def gemm_user(args) -> None:
 
 
 SEGMENTS = {"plain": "", "expandable": "expandable_segments:True"}
-"""PyTorch's allocator in the owner. vLLM's own refuses expandable segments in its process, and verl turns them off there."""
+"""PyTorch's allocator in the owner. vLLM's own refuses expandable segments in its process, and verl
+turns them off there."""
 
 
 def start_gemm(name: str, work: Path) -> tuple[Process, Process]:
@@ -403,7 +407,7 @@ def run_mode(mode: str, owner: Process, engine: Process, on_gpu: bool) -> dict:
 
 
 def end_of_owner(owner: Process, workers: list[int]) -> dict:
-    """Kill the actor and wait for vLLM's workers."""
+    """Kills the actor and waits for vLLM's workers."""
     import psutil
 
     processes = [psutil.Process(w) for w in workers]
@@ -414,7 +418,7 @@ def end_of_owner(owner: Process, workers: list[int]) -> dict:
 
 
 def alike(one: dict, other: dict) -> bool:
-    """The same tokens, and log-probabilities within a batch's rounding."""
+    """Returns the same tokens, and log-probabilities within a batch's rounding."""
     pairs = [
         (a, b) for x, y in zip(one["outputs"], other["outputs"], strict=True) for a, b in zip(x[1], y[1], strict=True)
     ]
@@ -423,7 +427,7 @@ def alike(one: dict, other: dict) -> bool:
 
 
 def verdicts(found: dict) -> dict[str, bool]:
-    """What has to hold."""
+    """Returns what has to hold."""
     separate, shared = (found.get(mode) for mode in MODES)
     out = {}
     for name, gemm in found.get("gemm", {}).items():

@@ -2,7 +2,8 @@
 
     python benchmarks/bench_triton_gemm.py --json benchmarks/results/triton_gemm_h100.json
 
-Microseconds, medians over replays of CUDA graphs whose calls rotate through copies of the weight, see bench_gemm.py.
+Microseconds, medians over replays of CUDA graphs whose calls rotate through copies of the weight,
+see bench_gemm.py.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ TOKENS = (1, 16, 32, 64, 128, 256, 512, 1024)
 
 
 def measure_plans(m: int, plans: dict, weights, dense) -> dict:
-    """Times of the Triton GEMM by plan, and of cuBLAS, for ``m`` tokens."""
+    """Returns the times of the Triton GEMM by plan, and of cuBLAS, for ``m`` tokens."""
     n, k = dense[0].shape
     x, about = torch.randn(m, k, device=DEVICE, dtype=torch.bfloat16), floor_us(m, n, k)
 

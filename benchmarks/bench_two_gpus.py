@@ -1,24 +1,31 @@
-"""Two GPUs: a LoRA training step under FSDP2, rollout with tensor parallelism, and main_ppo, with bf16 beside NVFP4.
+"""Two GPUs: a LoRA training step under FSDP2, rollout with tensor parallelism, and main_ppo, with
+bf16 beside NVFP4.
 
     python benchmarks/bench_two_gpus.py --json benchmarks/results/two_gpus_7b_h200.json
     python benchmarks/bench_two_gpus.py --parts training rollout
-    python benchmarks/bench_two_gpus.py --shape tiny --small tiny --ppo-shape tiny --length 32 --sequences 2    # to try it on the CPU
+    python benchmarks/bench_two_gpus.py --shape tiny --small tiny --ppo-shape tiny --length 32
+    --sequences 2 # to try it on the CPU
 
 Parts, in this order:
 
-- ``training``: forward, backward and update of the model that an FSDP2 engine builds, 4 sequences of 1024 random tokens a GPU and
-  again 1, gradient checkpointing, rank 32 on all linears. NVFP4 in QeRL's engine; the baseline is verl's own engine on the same
-  weights in bf16, held in bf16 and with PEFT's LoRA. The loss is bench_training.py's. What the all-gathers moved is counted in one
+- ``training``: forward, backward and update of the model that an FSDP2 engine builds, 4 sequences
+  of 1024 random tokens a GPU and again 1, gradient checkpointing, rank 32 on all linears. NVFP4 in
+  QeRL's engine; the baseline is verl's own engine on the same weights in bf16, held in bf16 and
+  with PEFT's LoRA. The loss is bench_training.py's. What the all-gathers moved is counted in one
   more step.
-- ``equality``: three updates of verl's PPO step on a small model from the same adapter: one GPU, two under FSDP2, two under Ulysses
-  sequence parallelism, and stock verl in bf16 on one and on two. Without flash-attn, Ulysses computes attention through PyTorch's
-  SDPA, sequence by sequence, and so do the others here. Each rank also compares the packed bytes that it has gathered with the
+- ``equality``: three updates of verl's PPO step on a small model from the same adapter: one GPU,
+  two under FSDP2, two under Ulysses sequence parallelism, and stock verl in bf16 on one and on two.
+  Without flash-attn, Ulysses computes attention through PyTorch's SDPA, sequence by sequence, and
+  so do the others here. Each rank also compares the packed bytes that it has gathered with the
   checkpoint.
 - ``rollout``: bench_rollout.py with the model divided over the two GPUs.
-- ``shards``: log-probabilities of given tokens with the model divided and on one GPU, the adapter sent as verl sends it.
-- ``main_ppo``: end to end with the switch on both GPUs, the rollout divided over them (``divided``), one on each (``replicas``), or
-  the actor on one and the rollout on the other (``separate``, verl's ``separate_async``; if asked for, ``separate_nccl``, with verl's
-  NCCL transport, which needs CuPy); after each weight sync every rollout worker says which adapter and which norms it has.
+- ``shards``: log-probabilities of given tokens with the model divided and on one GPU, the adapter
+sent as verl sends it.
+- ``main_ppo``: end to end with the switch on both GPUs, the rollout divided over them
+  (``divided``), one on each (``replicas``), or the actor on one and the rollout on the other
+  (``separate``, verl's ``separate_async``; if asked for, ``separate_nccl``, with verl's NCCL
+  transport, which needs CuPy); after each weight sync every rollout worker says which adapter and
+  which norms it has.
 
 NVLink multicast stays off in all of it.
 """
@@ -62,7 +69,8 @@ ON_THE_CPU = {
 
 
 def prepare(args: argparse.Namespace) -> None:
-    """Writes the models that the chosen parts read, each once. In a process of its own: it uses the GPU."""
+    """Writes the models that the chosen parts read, each once. In a process of its own: it uses the
+    GPU."""
     from shapes import SHAPES, write_adapter, write_bf16, write_nvfp4
 
     from qerl_verl.quickstart.tiny_model import build_tokenizer
@@ -103,7 +111,7 @@ def start_rank(args: argparse.Namespace) -> str:
 
 
 def make_engine(folder: Path, stock: bool, attention: str, packed: bool, ulysses: int = 1, lr: float = 1e-3):
-    """An actor's FSDP2 engine on a folder's model: verl's own, or QeRL's."""
+    """Returns an actor's FSDP2 engine on a folder's model: verl's own, or QeRL's."""
     from shapes import RANK
     from verl.trainer.config import CheckpointConfig
     from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
@@ -134,7 +142,8 @@ def make_engine(folder: Path, stock: bool, attention: str, packed: bool, ulysses
 
 
 def mean_loss(model, input_ids, **_):
-    """Stands in for the causal model's forward pass: mean log-probability of the next token, over chunks of 2048 tokens."""
+    """Stands in for the causal model's forward pass: mean log-probability of the next token, over
+    chunks of 2048 tokens."""
     import torch
     from torch.utils.checkpoint import checkpoint
 
@@ -150,7 +159,7 @@ def mean_loss(model, input_ids, **_):
 
 
 def everywhere(value) -> list:
-    """The values of all ranks."""
+    """Returns the values of all ranks."""
     import torch
 
     values = [None] * torch.distributed.get_world_size()
@@ -262,7 +271,8 @@ def measure_equality(name: str, device: str, args: argparse.Namespace) -> dict:
 
 
 def run_rank(args: argparse.Namespace) -> None:
-    """All jobs of one rank, one after the other; each result goes to a file as soon as it is there."""
+    """All jobs of one rank, one after the other; each result goes to a file as soon as it is there.
+    """
     import gc
 
     import torch
@@ -342,7 +352,8 @@ def measured(out: dict, name: str):
 
 
 def environment_of(switched: bool = True, **more: str) -> dict[str, str]:
-    """Of a process to start; on the CPU, where its ranks need the switch's platform, ``switched`` brings it."""
+    """Of a process to start; on the CPU, where its ranks need the switch's platform, ``switched``
+    brings it."""
     import torch
 
     defaults = {
@@ -369,7 +380,8 @@ def run_here(worker: str, args: argparse.Namespace, environment: dict[str, str],
 
 
 def finish(processes: list[subprocess.Popen], seconds: float) -> None:
-    """Raises: RuntimeError with the end of a log, if one of them failed or did not end in time; none is left then."""
+    """Raises: RuntimeError with the end of a log, if one of them failed or did not end in time;
+    none is left then."""
     end = time.monotonic() + seconds
     try:
         while any(p.poll() is None for p in processes) and time.monotonic() < end:
@@ -389,7 +401,8 @@ def finish(processes: list[subprocess.Popen], seconds: float) -> None:
 
 
 def run_ranks(world: int, jobs: list[str], args: argparse.Namespace) -> dict:
-    """``jobs`` on ``world`` ranks; the results by name. What is done is kept if a later job fails."""
+    """Returns ``jobs`` on ``world`` ranks; the results by name. What is done is kept if a later job
+    fails."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])

@@ -36,13 +36,13 @@ class Results:
 
 
 def gpu_of(data: dict) -> str:
-    """The GPU model that a result file names, without their number."""
+    """Returns the GPU model that a result file names, without their number."""
     name = data.get("gpu") or data.get("environment", {}).get("gpu") or "none"
     return re.sub(r"^\d+ x ", "", name)
 
 
 def load_all(folder: Path, stem: str) -> list[dict]:
-    """The files of that stem, with or without a GPU's name behind it, one a GPU."""
+    """Returns the files of that stem, with or without a GPU's name behind it, one a GPU."""
     found: dict[str, dict] = {}
     for path in sorted(folder.glob(f"{stem}*.json")):
         data = json.loads(path.read_text()) | {"file": path.name}
@@ -52,18 +52,19 @@ def load_all(folder: Path, stem: str) -> list[dict]:
 
 
 def load(results: Results, stem: str) -> dict | None:
-    """The file of that stem and that GPU."""
+    """Returns the file of that stem and that GPU."""
     return next((data for data in load_all(results.folder, stem) if gpu_of(data) == results.gpu), None)
 
 
 def find_gpus(folder: Path) -> list[str]:
-    """The GPU models of the summary's files, that of most files first."""
+    """Returns the GPU models of the summary's files, that of most files first."""
     counts = Counter(gpu_of(data) for stem in ROWS for data in load_all(folder, stem))
     return [gpu for gpu, _ in counts.most_common()]
 
 
 def summary_section(folder: Path) -> str:
-    """What, baseline, target, measured and GPU of all files, ratios of speed where no unit is named."""
+    """What, baseline, target, measured and GPU of all files, ratios of speed where no unit is
+    named."""
     rows = []
     for stem, make in ROWS.items():
         for data in load_all(folder, stem):
@@ -133,7 +134,8 @@ def gemm_section(results: Results) -> str:
 
 
 def other_shapes_section(results: Results) -> str:
-    """Shapes that the built-in table does not know, with launches measured where the benchmark ran."""
+    """Returns shapes that the built-in table does not know, with launches measured where the
+    benchmark ran."""
     names = {
         "gemm_other_shapes": "base alone, against cuBLAS",
         "lora_gemm_other_shapes": "with an adapter of rank 32, against cuBLAS for base and adapter",
@@ -342,7 +344,7 @@ def two_gpus_section(results: Results) -> str:
 
 
 def plot(results: Results) -> bool:
-    """Ratios to bf16 + LoRA of kernels and rollout, by tokens and sequences."""
+    """Returns ratios to bf16 + LoRA of kernels and rollout, by tokens and sequences."""
     try:
         import matplotlib
     except ImportError:
@@ -387,14 +389,14 @@ SECTIONS = {
 
 
 def gpu_section(results: Results) -> str:
-    """The tables of one GPU model."""
+    """Returns the tables of one GPU model."""
     sections = {title: section(results) for title, section in SECTIONS.items()}
     tables = [f"#### {title}\n\n{text}" for title, text in sections.items() if text]
     return "\n\n".join([f"### {results.gpu}", *tables])
 
 
 def render(folder: Path, picture: bool = True) -> str:
-    """What stands between the marks of the page.
+    """Returns what stands between the marks of the page.
 
     Args:
         folder: of the result files; at least one.

@@ -4,10 +4,10 @@
     python benchmarks/run_all.py --results somewhere     # within an hour
     python benchmarks/run_all.py --parts gemm rollout_7b --force
 
-A part writes ``RESULTS/<part>_<gpu>.json`` and notes in it, under ``made``, the code, the GPU and the
-versions that it was measured with. A call skips what is there for the same three, so that one that
-was interrupted goes on where it ended. A part that takes longer than its limit is ended, and the
-others follow.
+A part writes ``RESULTS/<part>_<gpu>.json`` and notes in it, under ``made``, the code, the GPU and
+the versions that it was measured with. A call skips what is there for the same three, so that one
+that was interrupted goes on where it ended. A part that takes longer than its limit is ended, and
+the others follow.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ EXTRA = (Part("two_gpus_7b", "bench_two_gpus.py", (), 20, gpus=2),)
 
 
 def gpu_names() -> list[str]:
-    """Names of the GPUs of this machine, none without a driver."""
+    """Returns the names of the GPUs of this machine, none without a driver."""
     try:
         done = subprocess.run(
             ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"],
@@ -101,7 +101,7 @@ def gpu_names() -> list[str]:
 
 
 def short_name(gpu: str) -> str:
-    """``NVIDIA H100 80GB HBM3`` -> ``h100``; of others the whole name, fit for a file."""
+    """Returns ``NVIDIA H100 80GB HBM3`` -> ``h100``; of others the whole name, fit for a file."""
     match = re.search(r"\b([A-Z]{1,2}\d{1,4}[A-Z]?)\b", gpu)
     return (match.group(1) if match else re.sub(r"\W+", "_", gpu)).lower()
 
@@ -123,7 +123,7 @@ def hash_code(root: Path = ROOT) -> str:
 
 
 def describe_machine(gpu: str) -> dict:
-    """What a result holds for: code, GPU and versions; the commit is for the reader."""
+    """Returns what a result holds for: code, GPU and versions; the commit is for the reader."""
     versions = {}
     for package in PACKAGES:
         try:
@@ -144,7 +144,7 @@ def result_file(part: Part, results: Path, gpu: str) -> Path:
 
 
 def read_made(path: Path) -> dict | None:
-    """What the result in ``path`` was measured with, None where it does not say."""
+    """Returns what the result in ``path`` was measured with, None where it does not say."""
     try:
         made = json.loads(path.read_text()).get("made")
     except (OSError, ValueError, AttributeError):
@@ -153,13 +153,14 @@ def read_made(path: Path) -> dict | None:
 
 
 def is_current(path: Path, machine: dict) -> bool:
-    """Whether the result in ``path`` holds for this code, GPU and these versions."""
+    """Returns whether the result in ``path`` holds for this code, GPU and these versions."""
     made = read_made(path) or {}
     return all(made.get(key) == machine[key] for key in ("code", "gpu", "versions"))
 
 
 def describe_plan(parts: Sequence[Part], results: Path, machine: dict, force: bool) -> str:
-    """One line a part: what runs, its limit and how long it took when it was last measured."""
+    """Returns one line a part: what runs, its limit and how long it took when it was last measured.
+    """
     lines, total = [], 0.0
     for part in parts:
         path = result_file(part, results, machine["gpu"])
@@ -180,7 +181,7 @@ def describe_plan(parts: Sequence[Part], results: Path, machine: dict, force: bo
 
 
 def run_part(part: Part, path: Path, machine: dict, python: str = sys.executable) -> str | None:
-    """Run one part and put its result into place.
+    """Runs one part and puts its result into place.
 
     Returns:
         Why there is none, else None.
@@ -220,7 +221,7 @@ def run_part(part: Part, path: Path, machine: dict, python: str = sys.executable
 
 
 def _end(process: subprocess.Popen) -> None:
-    """End the part with all that it started, engines included."""
+    """Ends the part with all that it started, engines included."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, number)
@@ -234,7 +235,7 @@ def _end(process: subprocess.Popen) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run what is missing; the exit code is 1 where a part gave no result."""
+    """Runs what is missing; the exit code is 1 where a part gave no result."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,6 +1,8 @@
-"""Random models of the shapes that the benchmarks use, written to disk: an NVFP4 checkpoint, a bf16 configuration, an adapter.
+"""Random models of the shapes that the benchmarks use, written to disk: an NVFP4 checkpoint, a bf16
+configuration, an adapter.
 
-Kernels run at the speed of real weights on random ones; on zeros they would be faster. Nothing is downloaded.
+Kernels run at the speed of real weights on random ones; on zeros they would be faster. Nothing is
+downloaded.
 """
 
 from __future__ import annotations
@@ -13,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 
 class Shapes(dict):
-    """Name -> settings of ``config.json``. ``BASE-N`` is BASE with N layers, where it has no entry of
-    its own."""
+    """Name -> settings of ``config.json``. ``BASE-N`` is BASE with N layers, where it has no entry
+    of its own."""
 
     def __missing__(self, name: str) -> dict:
         base, _, layers = name.rpartition("-")
@@ -53,7 +55,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def config(shape: str) -> dict:
-    """``config.json`` in bfloat16: Qwen2's, or Qwen3-MoE's for a shape with experts."""
+    """Returns ``config.json`` in bfloat16: Qwen2's, or Qwen3-MoE's for a shape with experts."""
     architecture, model_type = (
         ("Qwen3MoeForCausalLM", "qwen3_moe") if has_experts(shape) else ("Qwen2ForCausalLM", "qwen2")
     )
@@ -65,13 +67,13 @@ def config(shape: str) -> dict:
 
 
 def has_experts(shape: str) -> bool:
-    """Whether the MLPs are mixtures of experts."""
+    """Returns whether the MLPs are mixtures of experts."""
     return "num_experts" in SHAPES[shape]
 
 
 def linears(shape: str) -> dict[str, tuple[int, int]]:
-    """Name within a layer and ``(rows, columns)`` of each linear that takes an adapter; experts take
-    none."""
+    """Returns the name within a layer and ``(rows, columns)`` of each linear that takes an adapter;
+    experts take none."""
     c = SHAPES[shape]
     hidden, inner = c["hidden_size"], c["intermediate_size"]
     head = c.get("head_dim", hidden // c["num_attention_heads"])
@@ -88,7 +90,7 @@ def linears(shape: str) -> dict[str, tuple[int, int]]:
 
 
 def expert_linears(shape: str) -> dict[str, tuple[int, int]]:
-    """The same of the experts' linears, of which the checkpoint holds one each."""
+    """Returns the same of the experts' linears, of which the checkpoint holds one each."""
     c = SHAPES[shape]
     hidden, inner = c["hidden_size"], c.get("moe_intermediate_size")
     sizes = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
@@ -112,7 +114,7 @@ def write_config(folder: Path, shape: str, quantized: bool) -> Path:
 
 
 def write_nvfp4(folder: Path, shape: str, device: str = DEVICE) -> Path:
-    """An NVFP4 checkpoint with random codes and scales and weights of a plausible size."""
+    """Returns an NVFP4 checkpoint with random codes and scales and weights of a plausible size."""
     write_config(folder, shape, quantized=True)
     c = SHAPES[shape]
     hidden = c["hidden_size"]
@@ -154,7 +156,8 @@ def write_nvfp4(folder: Path, shape: str, device: str = DEVICE) -> Path:
 
 
 def write_bf16(folder: Path, nvfp4: Path, shape: str) -> Path:
-    """The same model as an NVFP4 checkpoint of :func:`write_nvfp4`, unpacked to bfloat16."""
+    """Returns the same model as an NVFP4 checkpoint of :func:`write_nvfp4`, unpacked to bfloat16.
+    """
     from qerl_verl.kernels.nvfp4_dequantize import dequantize_nvfp4
 
     write_config(folder, shape, quantized=False)
@@ -175,7 +178,7 @@ def write_bf16(folder: Path, nvfp4: Path, shape: str) -> Path:
 
 
 def write_adapter(folder: Path, shape: str, base: str, device: str = DEVICE) -> Path:
-    """A PEFT adapter of rank 32 on every linear layer, A and B both random."""
+    """Returns a PEFT adapter of rank 32 on every linear layer, A and B both random."""
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(1)
     tensors = {}

@@ -1,10 +1,13 @@
-"""What docs/study.md is made from: the metrics of the study's runs, cut to what it reads, and their comparison.
+"""What docs/study.md is made from: the metrics of the study's runs, cut to what it reads, and their
+comparison.
 
-    python benchmarks/study_report.py runs/study/runs --gpu "4 x H200" --versions "torch 2.11, ..." --command "..." --note "..."
-    python benchmarks/study_report.py                     # again, from the files that are kept
+    python benchmarks/study_report.py runs/study/runs --gpu "4 x H200" --versions "torch 2.11, ..."
+    --command "..." --note "..." python benchmarks/study_report.py # again, from the files that are
+    kept
 
-Reads ``RUNS/NAME/metrics.jsonl`` (or ``RUNS/NAME.jsonl``), writes ``benchmarks/results/study/metrics/NAME.jsonl`` and
-``comparison.json`` beside them, which is ``qerl compare`` of all of them against the arm bf16, and prints its tables.
+Reads ``RUNS/NAME/metrics.jsonl`` (or ``RUNS/NAME.jsonl``), writes
+``benchmarks/results/study/metrics/NAME.jsonl`` and ``comparison.json`` beside them, which is
+``qerl compare`` of all of them against the arm bf16, and prints its tables.
 """
 
 from __future__ import annotations
@@ -27,7 +30,8 @@ KEPT = re.compile(
 
 
 def trim(lines: list[str]) -> list[str]:
-    """The lines of verl's file logger with the metrics that :data:`KEPT` names, rounded to six digits."""
+    """Returns the lines of verl's file logger with the metrics that :data:`KEPT` names, rounded to
+    six digits."""
     out = []
     for line in lines:
         entry = json.loads(line)

@@ -1,4 +1,5 @@
-"""The first table of docs/performance.md: what was measured, against what, the target and the GPU."""
+"""The first table of docs/performance.md: what was measured, against what, the target and the GPU.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +51,7 @@ class Row:
     unit: str = "x"
 
     def is_missed(self, index: int) -> bool:
-        """Whether the value, as it is printed, misses its target."""
+        """Returns whether the value, as it is printed, misses its target."""
         target, value = self.targets[index], round(self.measured[index], 2)
         if target is None:
             return False
@@ -79,7 +80,7 @@ def _products(
     targets: Mapping[tuple[int, int], float],
     more: float = 0.0,
 ) -> list[Row]:
-    """The least mean over shapes of each range of tokens."""
+    """Returns the least mean over shapes of each range of tokens."""
     ratios = {int(m): found["ratio"] for m, found in data["geomean_by_tokens"].items()}
     least = {(a, b): [r for m, r in ratios.items() if a <= m <= b] for a, b in targets}
     least = {span: min(found) for span, found in least.items() if found}
