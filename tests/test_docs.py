@@ -1,6 +1,8 @@
 """The pages: links and anchors resolve, the site builds, and what a page says of the code is what the code has."""
 
 import importlib.util
+import itertools
+import json
 import os
 import re
 import shutil
@@ -59,6 +61,35 @@ def test_a_broken_link_is_found(tmp_path):
         "# A `title`: one/two\n[a](page.md#a-title-onetwo) [b](#none) [c](no.md) [d](https://x.y)\n```\n[e](f)\n```\n"
     )
     assert broken_links(page) == ["#none", "no.md"]
+
+
+def rows(page: str, first: str) -> list[list[str]]:
+    """The cells of each row of the first table of a page whose first column has the heading ``first``."""
+    lines = iter((DOCS / page).read_text(encoding="utf-8").splitlines())
+    assert any(line.startswith(f"| {first} |") for line in lines), f"{page} has no table with {first}"
+    next(lines)
+    table = itertools.takewhile(lambda line: line.startswith("|"), lines)
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in table]
+
+
+def test_the_page_has_each_metric_that_the_trainer_logs():
+    logged = re.findall(r'"(qerl/[a-z_/]+)"', (ROOT / "qerl_verl/trainer/ppo.py").read_text(encoding="utf-8"))
+    assert {name.strip("`") for name, *_ in rows("metrics.md", "metric")} == set(logged)
+
+
+def test_the_example_of_the_metrics_is_what_the_runs_of_the_study_logged():
+    """Means over the steps of each stage and over the runs with noise."""
+    page = (DOCS / "metrics.md").read_text(encoding="utf-8")
+    (heading,) = re.findall(r"^\| stage \| (.+) \|$", page, re.MULTILINE)
+    names = [name.strip("`") for name in heading.split(" | ")]
+    values: dict[int, list[list[float]]] = {}
+    for file in sorted((ROOT / "benchmarks/results/study/metrics").glob("nvfp4_aqn_s*.jsonl")):
+        for line in file.read_text().splitlines():
+            data = json.loads(line)["data"]
+            if "qerl/aqn_stage" in data:
+                values.setdefault(int(data["qerl/aqn_stage"]), []).append([data[name] for name in names])
+    means = [[str(stage), *(f"{sum(v) / len(v):.3g}" for v in zip(*values[stage]))] for stage in sorted(values)]
+    assert rows("metrics.md", "stage") == means
 
 
 def navigation() -> list[str]:
