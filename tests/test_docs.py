@@ -1,5 +1,6 @@
 """The pages: links and anchors resolve, the site builds, and what a page says of the code is what the code has."""
 
+import ast
 import importlib.util
 import itertools
 import json
@@ -90,6 +91,24 @@ def test_the_example_of_the_metrics_is_what_the_runs_of_the_study_logged():
                 values.setdefault(int(data["qerl/aqn_stage"]), []).append([data[name] for name in names])
     means = [[str(stage), *(f"{sum(v) / len(v):.3g}" for v in zip(*values[stage]))] for stage in sorted(values)]
     assert rows("metrics.md", "stage") == means
+
+
+def literal(path: str, name: str):
+    """The value of a constant at the top of a module, without importing it."""
+    for node in ast.parse((ROOT / path).read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and [getattr(t, "id", None) for t in node.targets] == [name]:
+            return ast.literal_eval(node.value)
+    raise AssertionError(f"{path} has no {name}")
+
+
+def test_the_tables_of_kills_are_those_of_the_tests():
+    killed = [row[0] for row in rows("reliability.md", "killed")]
+    victims = literal("tests/integration/tiny_job.py", "VICTIMS")
+    assert [text for text in killed if "`" in text and ": `" in text] == [
+        f"{name}: `{'python -m ' * (name == 'driver')}{title}`" for name, title in victims.items()
+    ]
+    cases = literal("tests/integration/test_crash.py", "CASES")
+    assert rows("reliability.md", "process") == [list(case) for case in cases]
 
 
 def navigation() -> list[str]:
