@@ -1,7 +1,7 @@
 """Packaging of qerl_verl.
 
-``kernels/`` stands at the top level of the repository and installs as ``qerl_verl.kernels``; its ``__init__.py``
-says how it stays out of the way of Hugging Face's package of the same name.
+``qerl_verl/kernels`` and ``qerl_verl/recipes`` are symbolic links to the folders of those names at the top level of the
+repository. setuptools follows them, so that an sdist and a wheel hold ordinary folders.
 """
 
 import re
@@ -12,18 +12,6 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "qerl_verl/__init__.py").read_text(encoding="utf-8"), re.M)[1]
 """``qerl_verl.__version__``, the one place."""
-ELSEWHERE = {
-    "qerl_verl.kernels": "kernels",
-    "qerl_verl.kernels.hopper": "kernels/hopper",
-    "qerl_verl.kernels.portable": "kernels/portable",
-    "qerl_verl.recipes": "recipes",
-    "qerl_verl.recipes.paper": "recipes/paper",
-    "qerl_verl.recipes.study": "recipes/study",
-    "qerl_verl.recipes.study.scale": "recipes/study/scale",
-    "hydra_plugins": "qerl_verl/config/hydra_plugins",
-}
-"""Packages whose folders do not lie where their names say."""
-
 setup(
     name="qerl-verl",
     version=VERSION,
@@ -48,8 +36,9 @@ setup(
         "Typing :: Typed",
     ],
     python_requires=">=3.10",
-    packages=[*find_packages(include=["qerl_verl", "qerl_verl.*"]), *ELSEWHERE],
-    package_dir=ELSEWHERE,
+    packages=[*find_packages(include=["qerl_verl", "qerl_verl.*"]), "hydra_plugins"],
+    # A namespace package of Hydra's, which discovers plugins under this name at the top level
+    package_dir={"hydra_plugins": "qerl_verl/config/hydra_plugins"},
     package_data={
         "qerl_verl": ["py.typed", "config/**/*.yaml"],
         "qerl_verl.kernels.hopper": ["*.cu", "*.cuh"],

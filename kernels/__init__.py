@@ -1,9 +1,12 @@
-"""Kernels of QeRL, one op a file, each beside its plain PyTorch reference. Import them as ``qerl_verl.kernels``.
+"""Kernels of QeRL: one operation a file, each beside its plain PyTorch reference.
 
-The folder stands at the top of the repository, where Python finds it under the name ``kernels`` when it runs from
-there. That name belongs to Hugging Face's package, which transformers looks for, so under that name this
-module makes way for the installed package, and is an empty module of version 0 ("too old to be used", for
-``transformers.utils.is_kernels_available``) where there is none.
+Import them as ``qerl_verl.kernels``; ``qerl_verl/kernels`` is a link to this folder.
+
+A Python that runs from the top level of the repository also finds this folder as ``kernels``, which
+is the name of Hugging Face's package and which transformers imports. Under that name this module
+loads the installed package in its place. Where none is installed, it is an empty module of version
+0, which ``transformers.utils.is_kernels_available`` takes for too old; a module without a version
+would make that function fail.
 """
 
 if __name__ == "kernels":
@@ -21,4 +24,4 @@ if __name__ == "kernels":
         _spec.loader.exec_module(_module)
     else:
         __version__ = "0"
-        __path__ = []  # nothing of ours can be imported by this name
+        __path__ = []  # so that no module of this folder is imported twice, under two names

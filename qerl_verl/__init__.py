@@ -7,12 +7,6 @@ __version__ = "0.1.0"
 
 import logging as _logging
 import os as _os
-from pathlib import Path as _Path
 
 # A level of its own: verl's vllm_async_server imports what sets the root logger to ERROR, which would drop every warning
 _logging.getLogger(__name__).setLevel(_os.getenv("VERL_LOGGING_LEVEL", "WARNING"))
-
-_checkout = _Path(__file__).resolve().parent.parent
-if (_checkout / "setup.py").exists() and (_checkout / "kernels").is_dir():
-    # Python started in a checkout finds this folder before the installed package; `kernels` and `recipes` lie beside it
-    __path__.append(str(_checkout))

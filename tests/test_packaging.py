@@ -1,7 +1,6 @@
-"""What is installed is what the checkout has."""
+"""What is installed is what the checkout has, and ``import qerl_verl.kernels`` works in every form of the tree."""
 
 import os
-import runpy
 import shutil
 import subprocess
 import sys
@@ -10,13 +9,12 @@ from email import message_from_string
 from pathlib import Path
 
 import pytest
-import setuptools
 
 import qerl_verl
 
 ROOT = Path(__file__).parents[1]
 TOPS = {"qerl_verl": "qerl_verl", "kernels": "qerl_verl/kernels", "recipes": "qerl_verl/recipes"}
-"""Folders of the checkout whose files are installed, and where to."""
+"""Folders of the checkout whose files are installed, and where to. The last two are links in the first."""
 
 HYDRA_PLUGIN = "qerl_verl/config/hydra_plugins"
 BUILD = "import sys; from setuptools import build_meta; print(getattr(build_meta, sys.argv[1])(sys.argv[2]))"
@@ -37,26 +35,79 @@ def build(what: str, source: Path, out: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    """Returns the unpacked sdist, and the unpacked wheel that is built from it and not from the
-    checkout."""
+def forms(tmp_path_factory):
+    """Maps the name of each form in which the tree is used to a folder that holds it.
+
+    The wheel is built from the unpacked sdist and not from the checkout.
+    """
     folder = tmp_path_factory.mktemp("packaging")
-    source = folder / "checkout"
+    checkout = folder / "checkout"
     for top in (*TOPS, "docs", "requirements"):
-        shutil.copytree(ROOT / top, source / top, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+        ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
+        shutil.copytree(ROOT / top, checkout / top, symlinks=True, ignore=ignored)
     for file in ROOT.iterdir():
         if file.is_file() and file.name != ".git":
-            shutil.copy(file, source)
-    sdist = build("build_sdist", source, folder)
-    shutil.unpack_archive(sdist, folder / "sdist", filter="data")
-    (unpacked,) = (folder / "sdist").iterdir()
-    with zipfile.ZipFile(build("build_wheel", unpacked, folder)) as archive:
-        archive.extractall(folder / "wheel")
-    return unpacked, folder / "wheel"
+            shutil.copy(file, checkout)
+    shutil.unpack_archive(build("build_sdist", checkout, folder), folder / "sdist", filter="data")
+    (sdist,) = (folder / "sdist").iterdir()
+    for what, source in (("wheel", sdist), ("editable", checkout)):
+        with zipfile.ZipFile(build(f"build_{what}", source, folder)) as archive:
+            archive.extractall(folder / what)
+    return {"checkout": checkout, "sdist": sdist, "wheel": folder / "wheel", "editable": folder / "editable"}
 
 
-def test_sdist_and_wheel_hold_what_they_must(wheel):
-    sdist, site = wheel
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory):
+    """What ``git archive`` packs."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a checkout")
+    folder = tmp_path_factory.mktemp("archive")
+    packed = folder / "archive.tar"
+    subprocess.run(["git", "archive", "-o", packed, "HEAD"], cwd=ROOT, check=True)
+    shutil.unpack_archive(packed, folder / "archive", filter="data")
+    return folder / "archive"
+
+
+LAYOUT = """
+import importlib.util, site, sys
+from importlib.resources import files
+site.addsitedir(sys.argv[1])
+import qerl_verl, qerl_verl.kernels, qerl_verl.recipes
+print(qerl_verl.__file__)
+print(qerl_verl.kernels.__file__)
+for package, file in (("kernels", "hopper/nvfp4_gemm.cu"), ("kernels", "portable/nvfp4_gemm.py"), ("recipes", "study/__init__.py")):
+    assert files(f"qerl_verl.{package}").joinpath(file).is_file(), file
+assert files("qerl_verl.recipes").joinpath("quickstart_cpu.yaml").is_file()
+for name in ("tests", "setup", "qerl_verl", "benchmarks"):
+    assert importlib.util.find_spec(f"qerl_verl.{name}") is None, name
+"""
+
+
+@pytest.mark.parametrize("form", ["checkout", "archive", "sdist", "wheel", "editable"])
+def test_the_kernels_are_imported_from_every_form_of_the_tree(request, form, tmp_path):
+    """Without the site packages, in which this very package may be installed."""
+    folder = request.getfixturevalue("archive" if form == "archive" else "forms")
+    folder = folder if form == "archive" else folder[form]
+    command = [sys.executable, "-I", "-S", "-c", LAYOUT, str(folder)]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    package, kernels = (Path(line) for line in result.stdout.splitlines())
+    expected = folder.with_name("checkout") if form == "editable" else folder
+    assert package == expected / "qerl_verl/__init__.py" and kernels == expected / "qerl_verl/kernels/__init__.py"
+
+
+def test_an_sdist_holds_no_links_and_every_file_once(forms):
+    assert [p for p in forms["sdist"].rglob("*") if p.is_symlink()] == []
+    assert not (forms["sdist"] / "kernels").exists() and not (forms["sdist"] / "recipes").exists()
+
+
+def test_the_links_are_relative_and_point_to_the_top_level():
+    for top in ("kernels", "recipes"):
+        assert os.readlink(ROOT / "qerl_verl" / top) == f"../{top}"
+
+
+def test_sdist_and_wheel_hold_what_they_must(forms):
+    sdist, site = forms["sdist"], forms["wheel"]
     for name in ("LICENSE", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs/design.md", "requirements/cpu.txt"):
         assert (sdist / name).is_file(), name
     for top, place in TOPS.items():
@@ -72,8 +123,8 @@ def test_sdist_and_wheel_hold_what_they_must(wheel):
     assert unwanted == []
 
 
-def test_the_metadata(wheel):
-    (information,) = wheel[1].glob("*.dist-info")
+def test_the_metadata(forms):
+    (information,) = forms["wheel"].glob("*.dist-info")
     metadata = message_from_string((information / "METADATA").read_text(encoding="utf-8"))
     assert metadata["Name"] == "qerl-verl" and metadata["Version"] == qerl_verl.__version__
     assert metadata["License-Expression"] == "Apache-2.0" or metadata["License"] == "Apache-2.0"
@@ -98,32 +149,15 @@ print(config.qerl.aqn.enable)
 
 
 @pytest.mark.slow
-def test_the_wheel_gives_a_working_switch(wheel, tmp_path):
+def test_the_wheel_gives_a_working_switch(forms, tmp_path):
     """In a Python that has the dependencies, where the wheel comes before the checkout."""
-    _, site = wheel
+    site = forms["wheel"]
     environment = os.environ | {"PYTHONPATH": str(site)}
     command = [sys.executable, "-c", SWITCH]
     result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     *places, enabled = result.stdout.splitlines()[-5:]
     assert all(Path(place).is_relative_to(site) for place in places) and enabled == "True", places
-
-
-def test_every_package_of_the_folders_beside_qerl_verl_is_installed(monkeypatch):
-    """``setup.py`` lists those by hand, with the files of theirs that are no modules."""
-    found = {}
-    monkeypatch.setattr(setuptools, "setup", found.update)
-    monkeypatch.chdir(ROOT)
-    runpy.run_path("setup.py")
-    for top in ("kernels", "recipes"):
-        for init in (ROOT / top).rglob("__init__.py"):
-            folder = init.parent.relative_to(ROOT)
-            package = "qerl_verl." + ".".join(folder.parts)
-            assert package in found["packages"] and found["package_dir"][package] == str(folder), package
-            patterns = found["package_data"].get(package, [])
-            for file in init.parent.iterdir():
-                if file.is_file() and file.suffix not in (".py", ".pyc"):
-                    assert any(file.match(pattern) for pattern in patterns), f"{file} is not installed"
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a checkout")
