@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from qerl_verl.config.keys import get_value
 from qerl_verl.config.rules import ROLLOUT, trained_models
+from qerl_verl.config.settings import SETTINGS
 
 NOISE = "qerl.aqn"
 
@@ -32,11 +33,11 @@ def describe_policy(config: DictConfig, adapters: Mapping[str, dict] | None = No
             out[f"{model}.use_rslora"] = bool((adapter or {}).get("use_rslora"))
             if layers := _adapted_layers(config, model, adapter):
                 out[f"{model}.target_modules"] = layers
-    out["qerl.arm"] = get_value(config, "qerl.arm")
     out[f"{ROLLOUT}.dtype"] = get_value(config, f"{ROLLOUT}.dtype")
-    noise = get_value(config, NOISE)
-    if noise is not None:
-        out |= {f"{NOISE}.{name}": value for name, value in OmegaConf.to_container(noise, resolve=True).items()}
+    for key in (key for key, row in SETTINGS.items() if row.setting.defines_policy):
+        group, _, name = key.rpartition(".")
+        if name in (get_value(config, group) or {}):
+            out[key] = get_value(config, key)
     return out
 
 

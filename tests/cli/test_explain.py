@@ -89,7 +89,7 @@ def test_a_recipe_of_the_users(capsys, tmp_path):
     "arguments, problem",
     [
         (["gsm8k_grpo", "trainer.use_v1=False"], "trainer.use_v1=False: QeRL runs on"),
-        (["gsm8k_grpo", "qerl.aqn.sigma_start=0"], "qerl.aqn.sigma_start=0.0: must be a positive number"),
+        (["gsm8k_grpo", "qerl.aqn.sigma_start=0"], "qerl.aqn.sigma_start=0: must be above 0"),
         (["gsm8k_grpo_nodes"], "shared: no value yet; add shared=..."),
         (["ppo_trainer"], "the switch is off: add +qerl=nvfp4"),
         (["sft_trainer_engine", "+qerl=nvfp4"], "another program's configuration"),

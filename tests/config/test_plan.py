@@ -21,7 +21,7 @@ HOST = Host(cpus=64, gpus=0, cpu_vllm=True)
     [
         ({"trainer": {}}, "the switch is off: add +qerl=nvfp4"),
         ({"qerl": {}, "trainer": {}}, "a switch for `python -m verl.trainer.main_ppo`; this is another program's"),
-        ({"qerl": {"aqn": {"num_stages": 1}}, "actor_rollout_ref": {}}, "qerl.aqn.num_stages=1: at least 2"),
+        ({"qerl": {"aqn": {"num_stages": 1}}, "actor_rollout_ref": {}}, "qerl.aqn.num_stages=1: must be at least 2"),
     ],
 )
 def test_what_comes_before_the_rules_is_the_only_problem(config, expected):

@@ -135,7 +135,7 @@ def refused(fork, tmp_path, *overrides):
     [
         (["actor_rollout_ref.model.lora.merge=True"], "actor_rollout_ref.model.lora.merge=True"),
         slow(["+qerl.aqn.sigmas=3"], "qerl.aqn.sigmas: no such setting"),
-        slow(["qerl.aqn.num_stages=1"], "qerl.aqn.num_stages=1: at least 2"),
+        slow(["qerl.aqn.num_stages=1"], "qerl.aqn.num_stages=1: must be at least 2"),
         slow(["actor_rollout_ref.model.path=/nowhere"], "/nowhere"),
     ],
 )

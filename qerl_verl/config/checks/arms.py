@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -14,21 +13,7 @@ from packaging.version import Version
 from qerl_verl.config.arms import Arm, get_arm
 from qerl_verl.config.keys import Get, get_value
 from qerl_verl.config.rules import ACTOR, CRITIC, MODEL, trained_models
-from qerl_verl.config.settings import QeRLSettings, QuantizationSettings
-
-OF_QUANTIZATION = tuple(f"quantization.{field.name}" for field in dataclasses.fields(QuantizationSettings))
-"""Settings under ``qerl`` that concern how a model becomes NVFP4."""
-
-OF_THE_CONTAINER = (
-    "kernel",
-    "recompute",
-    "base",
-    "rollout.kernel",
-    "rollout.lora",
-    "rollout.sleep_level",
-    *OF_QUANTIZATION,
-)
-"""Settings under ``qerl`` that concern the layers of an NVFP4 container alone."""
+from qerl_verl.config.settings import SETTINGS, keys_of_scope
 
 BITSANDBYTES = "0.48.1"
 """The lowest version that vLLM's bitsandbytes layers take (vllm-bnb-plugin 0.0.3, quantization/utils.py)."""
@@ -51,9 +36,9 @@ def find_problems(
     arm, get = get_arm(config), partial(get_value, config)
     out = missing_packages(arm, installed, environment)
     if not arm.container:
-        out += [p for key in OF_THE_CONTAINER if (p := _foreign_setting(arm, key, get))]
+        out += [p for key in keys_of_scope("packed", "quantization") if (p := _foreign_setting(arm, key, get))]
     elif arm.name == "mxfp4":
-        out += [p for key in OF_QUANTIZATION if (p := _foreign_setting(arm, key, get))]
+        out += [p for key in keys_of_scope("quantization") if (p := _foreign_setting(arm, key, get))]
     if not arm.critic and CRITIC in trained_models(config):
         estimator = get("algorithm.adv_estimator")
         out.append(
@@ -66,16 +51,14 @@ def find_problems(
 
 
 def _foreign_setting(arm: Arm, key: str, get: Get) -> str | None:
-    default = QeRLSettings()
-    for part in key.split("."):
-        default = getattr(default, part)
-    value = get(f"qerl.{key}")
-    if value in (None, default):
+    """Why a setting that was changed from its default has no effect in an arm, or None."""
+    row, value = SETTINGS[key], get(key)
+    if value in (None, row.default):
         return None
-    if key in OF_QUANTIZATION:
-        return f"qerl.{key}={value}: how a model becomes NVFP4, and the arm {arm.name} has another base; remove it"
+    if row.setting.scope == "quantization":
+        return f"{key}={value}: how a model becomes NVFP4, and the arm {arm.name} has another base; remove it"
     return (
-        f"qerl.{key}={value}: a setting of the packed layers of +qerl=nvfp4 and mxfp4, and the arm {arm.name} has none; "
+        f"{key}={value}: a setting of the packed layers of +qerl=nvfp4 and mxfp4, and the arm {arm.name} has none; "
         "remove it"
     )
 
