@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,65 @@ def test_the_tables_of_kills_are_those_of_the_tests():
     ]
     cases = literal("tests/integration/test_crash.py", "CASES")
     assert rows("reliability.md", "process") == [list(case) for case in cases]
+
+
+def template(node: ast.AST) -> str | None:
+    """The text of a string expression, with … for what is put in; None for another expression."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value
+    if isinstance(node, ast.JoinedStr):
+        return "".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        left, right = template(node.left), template(node.right)
+        return None if left is None or right is None else left + right
+    return None
+
+
+def templates(tree: ast.AST) -> Iterator[str]:
+    """The strings of a module, docstrings left out, each in one piece."""
+    if isinstance(tree, ast.Expr) and isinstance(tree.value, ast.Constant):  # a docstring, or the text under a constant
+        return
+    if (text := template(tree)) is not None:
+        yield text
+        return
+    for child in ast.iter_child_nodes(tree):
+        yield from templates(child)
+
+
+def explained() -> list[re.Pattern]:
+    """What each row of the page on messages quotes, as a pattern."""
+    page = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+    quoted = re.findall(r"^\| `([^`]+)`[^|]*\|[^|]+\|[^|]+\|$", page, re.MULTILINE)
+    return [re.compile(".*".join(map(re.escape, text.split("…"))), re.DOTALL) for text in quoted]
+
+
+def messages(folder: str) -> set[str]:
+    files = (ROOT / folder).rglob("*.py")
+    return {text for file in files for text in templates(ast.parse(file.read_text(encoding="utf-8")))}
+
+
+def test_every_message_that_the_page_explains_is_in_the_sources():
+    found, patterns = messages("qerl_verl"), explained()
+    assert len(patterns) > 100
+    assert [p.pattern for p in patterns if not any(p.search(text) for text in found)] == []
+
+
+NO_REFUSALS = (
+    "; `python -m qerl_verl.data.gsm8k",  # behind `there is no such file`
+    "Put the tokenizer's files there",  # behind the two messages about tokenizers
+    "Ray: joins the cluster at",  # a line about the run
+    "null stays, as you wrote it",  # the same
+)
+"""Beginnings or parts of long strings in the checks that are no messages by themselves."""
+
+
+def test_the_page_explains_every_refusal_before_a_run():
+    """A refusal is a sentence: it is long, and a colon or semicolon stands between what, why and the fix."""
+    refusals = {text for text in messages("qerl_verl/config/checks") if len(text) > 60 and re.search(r"[:;,] ", text)}
+    refusals -= {text for text in refusals if any(part in text for part in NO_REFUSALS)}
+    patterns = explained()
+    assert len(refusals) > 50
+    assert [text for text in sorted(refusals) if not any(p.search(text) for p in patterns)] == []
 
 
 def navigation() -> list[str]:
