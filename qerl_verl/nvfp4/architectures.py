@@ -1,8 +1,8 @@
-"""Which models are supported, and what the rest of the package has to know of each.
+"""Lists the supported models, with what the rest of the package has to know about each.
 
-One table, for quantization (which linears are packed, which share a global scale), for checkpoint
-validation (which tensors there are, in which shape) and for the adaptive noise (which norms it goes
-to). docs/models.md explains the columns and how a row is added.
+One table serves quantization (which linears are packed, and which share a global scale), checkpoint
+validation (which tensors there are, in which shape) and adaptive noise (which norms it goes to).
+docs/models.md explains the columns and how to add a row.
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ _THROUGH_TRANSFORMERS = (
 _NORMED_HEADS = ("self_attn.q_norm", "self_attn.k_norm")
 
 DOCUMENTATION = "docs/models.md"
-"""Where a user reads which models there are and how one is added."""
+"""Page that lists the models and explains how to add one."""
 
 
 class UnsupportedArchitecture(CheckpointError):
-    """The model is none of those in the table, or a variant that transformers and vLLM do not both
+    """The model is not in the table, or is a variant that transformers and vLLM do not both
     serve."""
 
 
 @dataclass(frozen=True)
 class Fixed:
-    """A setting of config.json of which one value alone is served.
+    """A setting of config.json with a single supported value.
 
     Attributes:
-        key: in config.json.
-        value: the one that is served; None also stands for False.
-        reason: why no other one is, for the message.
+        key: the key in config.json.
+        value: the supported value; None also stands for False.
+        reason: why no other value is supported, for the message.
     """
 
     key: str
@@ -66,11 +66,11 @@ class Experts:
     ``[E, H, I]``.
 
     Attributes:
-        is_layer: whether a layer, by the configuration and its index, has experts; the other
-            layers have one MLP.
+        is_layer: takes the configuration and a layer's index, and returns whether the layer has
+            experts; the other layers have one MLP.
         module, router: names in a layer. The router is a linear that stays in 16 bits.
-        count, chosen, inner: keys of the configuration, for how many experts there are, how many of
-            them a token goes to, and the output features of their gate and up.
+        count, chosen, inner: keys of the configuration: the number of experts, the number of
+            experts of a token, and the output features of gate and up.
     """
 
     is_layer: Callable[[Any, int], bool]
@@ -81,12 +81,12 @@ class Experts:
     inner: str = "moe_intermediate_size"
 
     def linears(self, config: Any) -> Iterator[tuple[str, str, str]]:
-        """Yields gate, up and down of each expert, by their names in a layer."""
+        """Yields the names of gate, up and down of each expert, relative to a layer."""
         for expert in range(getattr(config, self.count)):
             yield tuple(f"{self.module}.{expert}.{name}" for name in _EXPERT_LINEARS)
 
     def stacked_shapes(self, config: Any) -> dict[str, tuple[int, int, int]]:
-        """Returns the name in a layer -> shape of transformers' parameters."""
+        """Returns name in a layer -> shape of transformers' parameters."""
         count, inner = getattr(config, self.count), getattr(config, self.inner)
         hidden = config.hidden_size
         return {
@@ -99,7 +99,8 @@ _EXPERT_LINEARS = ("gate_proj", "up_proj", "down_proj")
 
 
 def _qwen_sparse_layer(config: Any, index: int) -> bool:
-    """As transformers' Qwen3MoeDecoderLayer and vLLM's decide."""
+    """Returns whether a layer has experts, as transformers' Qwen3MoeDecoderLayer and vLLM
+    decide."""
     chosen = index not in (config.mlp_only_layers or ()) and (index + 1) % config.decoder_sparse_step == 0
     return chosen and config.num_experts > 0
 
@@ -118,19 +119,20 @@ class Architecture:
     """
 
     name: str
-    """As in ``architectures`` of config.json."""
+    """The name in ``architectures`` of config.json."""
 
     decoder: str = "model."
-    """Of the names of the decoder's embeddings, layers and last norm, in transformers' model."""
+    """Prefix of the names of the decoder's embeddings, layers and last norm in transformers'
+    model."""
 
     vision: str = ""
-    """Of the names of the vision tower, which stays in 16 bits; empty where there is none."""
+    """Prefix of the names of the vision tower, which stays in 16 bits; empty without a tower."""
 
     older_names: Mapping[str, str] = field(default_factory=dict)
-    """Beginning of a name in published checkpoints -> in transformers' model."""
+    """Prefix of names in published checkpoints -> prefix in transformers' model."""
 
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Linear of the checkpoint -> the projections whose rows it holds, one behind the other."""
+    """Linear of the checkpoint -> the projections whose rows it concatenates."""
 
     norms_in_front: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: _IN_FRONT)
     """Norm -> the projections whose input is exactly this norm's output."""
@@ -139,60 +141,63 @@ class Architecture:
     """Norm -> the projection whose output is exactly this norm's input."""
 
     norm_offset: float = 0.0
-    """What a norm adds to its stored weight before it multiplies by it."""
+    """Number that a norm adds to its stored weight before it multiplies."""
 
     head_norms: tuple[str, ...] = ()
     """Norms of size ``head_dim``."""
 
     output_norms: Mapping[str, str] = field(default_factory=dict)
-    """Norm -> the projection of whose output it is as wide."""
+    """Norm -> the projection whose output is as wide as the norm."""
 
     biased: tuple[str, ...] = ()
     """Projections that always have a bias."""
 
     bias_switches: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Boolean of the config -> the projections that have a bias if it is set."""
+    """Boolean of the configuration -> the projections that have a bias if it is true."""
 
     experts: Experts | None = None
-    """Of the layers that have a mixture in the MLP's place."""
+    """The mixture of experts in the place of the MLP, for the layers that have one."""
 
     fixed: tuple[Fixed, ...] = ()
-    """Settings of which one value alone is served."""
+    """Settings with a single supported value."""
 
     no_vllm_lora: str = ""
-    """Why vLLM's own LoRA path does not take adapters of the family; empty where it does."""
+    """Why vLLM's own LoRA path does not take the family's adapters; empty where it does."""
 
     no_punica: str = ""
-    """Why NVFP4 layers are not served on that path (``qerl.rollout.lora=punica``), though 16-bit
-    layers are."""
+    """Why vLLM's own LoRA path (``qerl.rollout.lora=punica``) does not serve NVFP4 layers, though
+    it serves 16-bit layers; empty where it does."""
 
     keeps_positions: bool = False
-    """Whether transformers' attention layer takes ``position_ids`` and hands none on to the
-    attention function. FlashAttention of flash-attn tells the sequences of a packed row apart by
-    them."""
+    """Whether transformers' attention layer takes ``position_ids`` without passing them to the
+    attention function. flash-attn's FlashAttention separates the sequences of a packed row by them.
+    """
 
     shares_base: bool = False
-    """Whether one copy of the base serves actor and rollout (``qerl.base``): vLLM has a model of
-    its own for the family, whose layers are the checkpoint's, fused as in :meth:`scale_groups`."""
+    """Whether one copy of the base can serve actor and rollout (``qerl.base``). vLLM must have a
+    model of its own for the family, whose layers are those of the checkpoint, fused as in
+    :meth:`scale_groups`."""
 
     @property
     def layer_prefix(self) -> str:
-        """Of the names of the decoder layers, in front of their number."""
+        """Prefix of the names of the decoder layers, before their number."""
         return f"{self.decoder}layers."
 
     @property
     def embeddings(self) -> str:
-        """Name of the embeddings' weight."""
+        """Name of the weight of the embeddings."""
         return f"{self.decoder}embed_tokens.weight"
 
     @property
     def plain_modules(self) -> tuple[str, ...]:
-        """Linears that are in 16 bits, as compressed-tensors' ``ignore`` names them. The expression
-        fits the names in transformers' model, in vLLM's and in older checkpoints."""
+        """Linears in 16 bits, as compressed-tensors' ``ignore`` names them.
+
+        The expression matches the names in transformers' model, in vLLM's and in older checkpoints.
+        """
         return ("lm_head", rf"re:(?:.*\.)?{self._tower}\..*") if self.vision else ("lm_head",)
 
     def is_of_tower(self, name: str) -> bool:
-        """Returns whether a module is the vision tower's, by its name in any of these programs."""
+        """Returns whether a module belongs to the vision tower, by its name in any program."""
         return bool(self.vision) and self._tower in name.split(".")
 
     @property
@@ -200,7 +205,7 @@ class Architecture:
         return self.vision.rstrip(".").rpartition(".")[2]
 
     def module_name(self, name: str) -> str:
-        """Returns the name in transformers' model of a tensor or linear of a checkpoint."""
+        """Returns the name in transformers' model of a checkpoint's tensor or linear."""
         for older, now in self.older_names.items():
             if name.startswith(older):
                 return now + name.removeprefix(older)
@@ -208,26 +213,29 @@ class Architecture:
 
     @property
     def linears(self) -> tuple[str, ...]:
-        """The linears of a layer without experts, whose weights are packed."""
+        """The packed linears of a layer without experts."""
         return self._linears_of((*_ATTENTION, *_MLP))
 
     @property
     def shared_scale_groups(self) -> tuple[tuple[str, ...], ...]:
-        """Linears that vLLM fuses and the checkpoint does not, and which therefore share one global
+        """Linears that vLLM fuses and the checkpoint does not; those of a group share a global
         scale."""
         groups = (self._linears_of(group) for group in (_QKV, _GATE_UP))
         return tuple(group for group in groups if len(group) > 1)
 
     @property
     def noise_targets(self) -> dict[str, tuple[str, ...]]:
-        """Norm that receives noise -> the linears beside it: those that it feeds or, where no norm
-        feeds any, the one that feeds it."""
+        """Norm that receives noise -> the linears that its output feeds.
+
+        In families whose norms feed no linear, it maps the norm to the linear that feeds it.
+        """
         norms = self.norms_in_front or self.norms_behind
         return {norm: self._linears_of(projections) for norm, projections in norms.items()}
 
     @property
     def noise_targets_with_experts(self) -> dict[str, tuple[str, ...]]:
-        """The same of a layer with experts: router and experts stand where the MLP's linears are."""
+        """:attr:`noise_targets` of a layer with experts, with router and experts in the MLP's
+        place."""
         mlp, experts = self._linears_of(_MLP), self.experts
         return {
             norm: (experts.router, experts.module) if set(linears) & set(mlp) else linears
@@ -239,18 +247,18 @@ class Architecture:
         return tuple(dict.fromkeys(holder.get(projection, projection) for projection in projections))
 
     def projections_of(self, linear: str) -> tuple[str, ...]:
-        """Returns the projections whose rows a linear holds, in their order."""
+        """Returns the projections whose rows a linear holds, in order."""
         return tuple(self.fused.get(linear, (linear,)))
 
     def has_experts(self, config: Any, index: int) -> bool:
-        """Returns whether a layer has experts in the MLP's place."""
+        """Returns whether a layer has experts in the place of the MLP."""
         return self.experts is not None and self.experts.is_layer(config, index)
 
     def projection_shapes(self, config: Any) -> dict[str, tuple[int, int]]:
         """Returns projection of a layer without experts -> (output, input features).
 
         Args:
-            config: transformers' configuration object (which supplies the defaults of absent keys).
+            config: transformers' configuration object, which supplies the defaults of absent keys.
         """
         config = config.get_text_config()
         hidden, inner = config.hidden_size, config.intermediate_size
@@ -267,7 +275,7 @@ class Architecture:
         }
 
     def linear_shapes(self, config: Any, index: int) -> dict[str, tuple[int, int]]:
-        """Returns the packed linears of layer ``index`` -> (output, input features)."""
+        """Returns packed linear of layer ``index`` -> (output, input features)."""
         config = config.get_text_config()
         projections = self.projection_shapes(config)
         shapes = {}
@@ -286,11 +294,11 @@ class Architecture:
         """Returns name -> shape of every tensor of the 16-bit checkpoint.
 
         Args:
-            config: transformers' configuration object (which supplies the defaults of absent keys).
+            config: transformers' configuration object, which supplies the defaults of absent keys.
 
         Returns:
-            What the model's ``state_dict()`` holds, less ``lm_head.weight`` where embeddings are
-            tied. Experts are apart, see :class:`Experts`.
+            The entries of the model's ``state_dict()``, without ``lm_head.weight`` where embeddings
+            are tied. Experts are separate linears, see :class:`Experts`.
 
         Raises:
             UnsupportedArchitecture: ``config`` describes a variant of the model that is not served.
@@ -299,7 +307,7 @@ class Architecture:
         self._check(config)
         hidden = config.hidden_size
         shapes = self._vision_shapes(whole) | {self.embeddings: (config.vocab_size, hidden)}
-        layers = {}  # of a layer without experts, and of one with experts
+        layers = {}  # has experts -> shapes of such a layer
         for i in range(config.num_hidden_layers):
             kind = self.has_experts(config, i)
             if kind not in layers:
@@ -311,7 +319,7 @@ class Architecture:
         return shapes
 
     def _vision_shapes(self, config: Any) -> dict[str, tuple[int, ...]]:
-        """Of the vision tower as transformers builds it."""
+        """Returns name -> shape of the vision tower's tensors, as transformers builds it."""
         if not self.vision:
             return {}
         from accelerate import init_empty_weights
@@ -341,18 +349,21 @@ class Architecture:
         return layer | {f"{linear}.bias": linears[linear][:1] for linear in self._linears_of(tuple(biased))}
 
     def adaptable(self, linears: Iterable[str]) -> list[str]:
-        """Those of a model's packed linears that can have a LoRA adapter: all, or beside experts
-        those of the attention alone.
+        """Returns the packed linears that can have a LoRA adapter.
 
-        PEFT 0.21 takes gate_proj, up_proj and down_proj in ``target_modules`` for the experts' 3-D
-        parameters in such a model, also where a layer has an MLP of these names
+        These are all linears, or only those of the attention in a model with experts: there PEFT
+        0.21 takes gate_proj, up_proj and down_proj in ``target_modules`` for the experts' 3-D
+        parameters, even where a layer has an MLP with these names
         (peft/utils/transformers_weight_conversion.py, _convert_peft_config_moe).
+
+        Args:
+            linears: full names of the packed linears.
         """
         attention = tuple(f".{linear}" for linear in self._linears_of(_ATTENTION))
         return [name for name in linears if self.experts is None or name.endswith(attention)]
 
     def routers(self, config: Any) -> tuple[str, ...]:
-        """Returns the full names of the routers, linears that stay in 16 bits."""
+        """Returns the full names of the routers, linears in 16 bits."""
         layers = range(config.get_text_config().num_hidden_layers)
         return tuple(f"{self.layer_prefix}{i}.{self.experts.router}" for i in layers if self.has_experts(config, i))
 
@@ -366,14 +377,19 @@ class Architecture:
                 )
 
     def scale_groups(self) -> tuple[tuple[str, ...], ...]:
-        """Returns the packed linears of a layer without experts, in the groups that share a global
-        scale; a linear that shares with none is alone."""
+        """Returns the packed linears of a layer without experts, grouped by common global scale.
+
+        A linear that shares its scale with no other is a group of its own.
+        """
         shared = {linear for group in self.shared_scale_groups for linear in group}
         return (*self.shared_scale_groups, *((linear,) for linear in self.linears if linear not in shared))
 
     def layer_groups(self, config: Any, index: int) -> tuple[tuple[str, ...], ...]:
-        """Returns the same of layer ``index``. Gate and up of an expert share a global scale, which
-        vLLM keeps by expert (compressed_tensors_moe_w4a4_nvfp4.py, w13_weight_global_scale)."""
+        """Returns :meth:`scale_groups` of layer ``index``, which may have experts.
+
+        Gate and up of an expert share a global scale, because vLLM keeps one for each expert
+        (compressed_tensors_moe_w4a4_nvfp4.py, w13_weight_global_scale).
+        """
         groups = self.scale_groups()
         if not self.has_experts(config, index):
             return groups
@@ -382,7 +398,7 @@ class Architecture:
         return (*(group for group in groups if group[0] in attention), *of_experts)
 
     def all_groups(self, config: Any) -> Iterator[tuple[str, ...]]:
-        """Yields the same of all layers, by full names."""
+        """Yields :meth:`layer_groups` of all layers, with full names."""
         for i in range(config.get_text_config().num_hidden_layers):
             for group in self.layer_groups(config, i):
                 yield tuple(f"{self.layer_prefix}{i}.{linear}" for linear in group)
@@ -495,16 +511,16 @@ NOT_YET = dict.fromkeys(
     ),
     _DELTA_NETS,
 )
-"""Models that people ask for and that have no row, with the reason."""
+"""Requested models without a row -> the reason."""
 
 
 def supported_architectures() -> tuple[str, ...]:
-    """Returns the names in the table."""
+    """Returns the names of the models in the table."""
     return tuple(_ARCHITECTURES)
 
 
 def get_architecture(hf_config: Any) -> Architecture:
-    """Returns the table entry of a model.
+    """Returns the row of a model in the table.
 
     Args:
         hf_config: the content of config.json as a dict, or transformers' configuration object.
@@ -527,11 +543,12 @@ def get_architecture(hf_config: Any) -> Architecture:
 
 
 def text_settings(content: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Returns what config.json says of the decoder, which models with a vision tower have in a part
-    of its own.
+    """Returns the decoder's settings in config.json.
+
+    Models with a vision tower keep them in a section of their own, ``text_config``.
 
     Args:
-        content: of config.json.
+        content: the content of config.json.
     """
     return {**content, **(content.get("text_config") or {})}
 
@@ -544,8 +561,7 @@ def automatic_class(architecture: Architecture) -> type:
 
 
 def logits_divisor(config: Any) -> float:
-    """By what a model divides the output of its output layer (Granite's ``logits_scaling``); 1 for
-    the others.
+    """Returns the number by which a model divides its logits (Granite's ``logits_scaling``), or 1.
 
     Args:
         config: transformers' configuration object.

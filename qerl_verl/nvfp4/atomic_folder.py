@@ -1,9 +1,9 @@
-"""A folder that is complete or absent, whatever happens to the process that writes it.
+"""Provides a folder that is complete or absent, whatever happens to the process that writes it.
 
-Beside the destination lies, while it is written, a folder ``<name>.tmp-<random>`` that holds
-``owner`` (see :mod:`qerl_verl.ownership`), ``content``, which becomes the destination by one
-rename, and for the moment between two renames ``replaced``, the folder that stood there before. A
-process that dies leaves it to the next attempt.
+During the write, a workspace ``<name>.tmp-<random>`` lies beside the destination. It holds
+``owner`` (see :mod:`qerl_verl.ownership`) and ``content``, which becomes the destination by one
+rename. Between two renames it also holds ``replaced``, the previous folder. If the process dies,
+the next attempt settles its workspace.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ _OWNER, _CONTENT, _REPLACED, _OBSOLETE = "owner", "content", "replaced", "obsole
 
 @contextlib.contextmanager
 def atomic_folder(dst: Path, *, replace: bool = False) -> Iterator[Path]:
-    """Gives a new folder to write to. At the end of the block it becomes ``dst``; on an error it
-    goes.
+    """Yields a new folder to write to, which becomes ``dst`` at the end of the block.
+
+    On an error the new folder is removed.
 
     Args:
-        dst: absent, or an empty folder; with ``replace`` also a folder that the new one takes the
-            place of. That one is moved aside first and removed when the new one is in place.
+        dst: absent, or an empty folder; with ``replace`` also a folder to be replaced. That folder
+            is moved aside first, and removed when the new one is in place.
         replace: see ``dst``.
 
     Raises:
-        CheckpointError: ``dst`` is not empty any more when the rename is due, or cannot be
-            replaced.
+        CheckpointError: ``dst`` is not empty when the rename is due, or cannot be replaced.
     """
     settle_leftovers(dst)
     dst.parent.mkdir(parents=True, exist_ok=True)
@@ -59,10 +59,10 @@ def atomic_folder(dst: Path, *, replace: bool = False) -> Iterator[Path]:
 
 
 def settle_leftovers(dst: Path) -> None:
-    """Finishes what killed processes left of earlier attempts at ``dst``.
+    """Settles what killed processes left of earlier attempts at ``dst``.
 
-    A folder that one of them had moved aside comes back where nothing stands in its place; the rest
-    of theirs is removed. What belongs to a process that cannot be judged from here (another host,
+    A folder that such a process had moved aside is moved back if its place is empty. The rest of
+    the workspace is removed. A workspace whose process cannot be judged from here (another host,
     another container) is left alone and named on stderr.
     """
     for workspace in dst.parent.glob(f"{glob.escape(dst.name)}.tmp-*"):
@@ -77,21 +77,22 @@ def settle_leftovers(dst: Path) -> None:
 
 
 def _settle(workspace: Path, dst: Path) -> None:
-    """Ends an attempt at ``dst`` that stopped anywhere.
+    """Ends an attempt at ``dst`` that stopped at any point.
 
-    What it had moved aside comes back if the new folder did not take its place, and goes if it did.
-    If something else stands at ``dst`` by now, it stays where it is and stderr says so.
+    The folder that was moved aside is moved back if the new folder did not take its place, and is
+    removed otherwise. If another folder stands at ``dst``, the old one stays in the workspace and
+    stderr says so.
     """
     content, replaced, obsolete = (workspace / name for name in (_CONTENT, _REPLACED, _OBSOLETE))
     try:
         if content.is_dir():
             replaced.rename(dst)
-        else:  # under another name first: half of it, left by a kill now, must not come back
+        else:  # renamed before removal: after a kill, a half-removed folder must not be moved back
             replaced.rename(obsolete)
     except FileNotFoundError:  # nothing was moved aside
         pass
     except OSError as error:
         print(f"qerl: {replaced} is what stood at {dst} before; it stays there ({error.strerror})", file=sys.stderr)
         return
-    for folder in (content, obsolete, workspace):  # the owner's name last
+    for folder in (content, obsolete, workspace):  # removes the owner's name last
         shutil.rmtree(folder, ignore_errors=True)

@@ -1,9 +1,9 @@
-"""From a model path or hub name to a local NVFP4 folder, quantizing at most once.
+"""Resolves a model path or hub name to a local NVFP4 folder, quantizing at most once.
 
-A cache entry is a folder ``<model_type>-<key>``, the key being a hash of the content of every
-source file and of the format version. It appears by one rename of a finished folder, so it is
-complete or absent; a file lock beside it keeps others from doing the same work meanwhile.
-Correctness rests on the rename, the lock only saves work: where a shared file system does not
+A cache entry is a folder ``<model_type>-<key>``. The key is a hash of the content of every source
+file and of the format version. The entry appears by one rename of a finished folder, so it is
+complete or absent. A file lock beside it keeps other processes from doing the same work.
+Correctness rests on the rename; the lock only saves work. Where a shared file system does not
 honour locks between nodes, each node quantizes and the first to finish wins.
 """
 
@@ -51,11 +51,11 @@ from qerl_verl.nvfp4.quantizers import NEEDS_CALIBRATION
 from qerl_verl.ownership import host_name
 
 _DIGESTS_FILE = "digests.json"
-_CONVERT = "convert-"  # in the place of a method, for a source that is quantized already
+_CONVERT = "convert-"  # stands in the place of a method for a source that is already quantized
 _HUB_PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken")
 _HUB_IGNORE = ("consolidated*", "original/*", "onnx/*")
-_ANNOUNCED_BYTES = 1_000_000_000  # hashing a larger file is announced
-_REMARK_SECONDS = 15.0  # how often a waiting process says so
+_ANNOUNCED_BYTES = 1_000_000_000  # the hashing of a larger file is announced on stderr
+_REMARK_SECONDS = 15.0  # interval of the messages of a waiting process
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,11 @@ class ResolvedCheckpoint:
 
     path: Path
     source: str
-    """What was asked for."""
+    """The path or hub name that was requested."""
     kind: Literal["as_is", "quantized", "converted"]
-    """``as_is``: the source was NVFP4 already. ``quantized`` and ``converted``: ``path`` is an
-    entry of the cache."""
+    """``as_is``: the source is NVFP4. ``quantized``, ``converted``: ``path`` is a cache entry."""
     notes: tuple[str, ...] = ()
-    """What the source asks for and does not get, see
+    """Settings of the source that a run does not use, see
     :func:`~qerl_verl.nvfp4.checkpoint.unused_settings`."""
 
 
@@ -80,14 +79,14 @@ def default_cache_dir() -> Path:
 
 @dataclass(frozen=True)
 class Quantization:
-    """How a model is quantized that is not NVFP4 yet.
+    """How a model in 16 or 32 bits is quantized.
 
     Attributes:
         method: see :data:`~qerl_verl.nvfp4.quantizers.Method`.
-        calibration: makes the text that the method needs from the model's folder (its tokenizer);
-            called only where the model has to be quantized or looked up.
-        device: where; by default the current GPU, or the CPU where there is none.
-        isolated: in a process of its own, see :mod:`qerl_verl.nvfp4.isolated`.
+        calibration: makes the method's text from the model's folder (its tokenizer). It is called
+            only where the model must be looked up or quantized.
+        device: where to compute; by default the current GPU, or the CPU where there is none.
+        isolated: quantize in a process of its own, see :mod:`qerl_verl.nvfp4.isolated`.
     """
 
     method: str = "four-over-six"
@@ -103,25 +102,24 @@ def resolve_checkpoint(
     *,
     progress: bool = True,
 ) -> ResolvedCheckpoint:
-    """Returns a local NVFP4 checkpoint of a model: the model itself if it is one, else quantized
-    into the cache.
+    """Returns a model's local NVFP4 checkpoint, quantizing it into the cache where necessary.
 
-    Any number of processes, on any number of nodes that share ``cache_dir``, may call this at the
-    same time. One of them quantizes, the others wait and say on stderr for whom. A process that is
-    killed leaves nothing that would be used; its temporary folder is removed by the next attempt.
+    Any number of processes, on any number of nodes that share ``cache_dir``, may call this function
+    at the same time. One of them quantizes; the others wait and name it on stderr. A process that
+    is killed leaves nothing that is used, and the next attempt removes its temporary folder.
 
     Args:
-        model_path: local folder, or name of a model on the Hugging Face hub (``HF_HUB_OFFLINE`` is
-            respected).
+        model_path: a local folder, or the name of a model on the Hugging Face hub
+            (``HF_HUB_OFFLINE`` is respected).
         cache_dir: None means :func:`default_cache_dir`.
-        quantization: how. Another method or another calibration text makes another entry of the
-            cache.
+        quantization: how to quantize. Each method and each calibration text has its own cache
+            entry.
         progress: show a progress bar on stderr.
 
     Raises:
         UnsupportedArchitecture, CheckpointError: as
             :func:`~qerl_verl.nvfp4.checkpoint.quantize_checkpoint`; or the model is neither a
-            folder nor to be had from the hub; or a cache entry has been damaged.
+            folder nor available from the hub; or a cache entry is damaged.
     """
     source = str(model_path)
     folder = fetch_model(source)
@@ -151,8 +149,7 @@ def resolve_checkpoint(
 
 
 def resolve_source(model_path: str | Path) -> Path:
-    """Returns the local folder of a 16- or 32-bit checkpoint that is to be used as it is, fetched
-    from the hub where it is not there.
+    """Returns the local folder of a 16- or 32-bit checkpoint, fetching it from the hub if needed.
 
     Args:
         model_path: as for :func:`resolve_checkpoint`.
@@ -167,12 +164,13 @@ def resolve_source(model_path: str | Path) -> Path:
 
 
 def fingerprint(folder: str | Path, cache_dir: str | Path | None = None) -> str:
-    """Returns path-independent hash of the weights of an NVFP4 folder: from their bytes, hashed
-    again when a file changes.
+    """Returns a path-independent hash of the weights of an NVFP4 folder, 16 hexadecimal digits.
+
+    A file is hashed again only when it changes.
 
     Args:
         folder: see :attr:`ResolvedCheckpoint.path`.
-        cache_dir: as for :func:`resolve_checkpoint`; remembers the hashes.
+        cache_dir: as for :func:`resolve_checkpoint`; stores the hashes.
     """
     folder = Path(folder)
     cache = Path(cache_dir) if cache_dir is not None else default_cache_dir()
@@ -197,7 +195,7 @@ def _fill(
         else:
             records = (quantize_in_a_process if quantization.isolated else quantize_checkpoint)(folder, entry, **how)
     except CheckpointError:
-        if not (entry / MANIFEST_FILE).exists():  # else another node was faster
+        if not (entry / MANIFEST_FILE).exists():  # otherwise another node finished first
             raise
     else:
         digests = _Digests(cache / _DIGESTS_FILE)
@@ -207,8 +205,13 @@ def _fill(
 
 
 def _verify(entry: Path, cache: Path) -> None:
-    """Returns all files against the manifest: their sizes, and of the weights the content, which is
-    hashed again when a file changes."""
+    """Compares the sizes of all files and the content of the weights with the manifest.
+
+    A file of weights is hashed again only when it changes.
+
+    Raises:
+        CheckpointError: the entry is damaged.
+    """
 
     def damaged(what: str) -> CheckpointError:
         return CheckpointError(
@@ -232,12 +235,11 @@ def _verify(entry: Path, cache: Path) -> None:
     digests.save()
 
 
-# --- the key ---------------------------------------------------------------------------------------------------------
+# --- the key ---
 
 
 def _content_key(folder: Path, cache: Path, method: str, calibration: Calibration | None) -> str:
-    """Returns the hash of what the output depends on: all files that are read or copied, and how
-    they are quantized."""
+    """Returns a hash of all source files and of how they are quantized."""
     digests = _Digests(cache / _DIGESTS_FILE)
     files = {name: digests.of(folder / name) for name in source_files(folder)}
     digests.save()
@@ -253,7 +255,7 @@ def _content_key(folder: Path, cache: Path, method: str, calibration: Calibratio
 class _Digests:
     """SHA-256 of files, remembered for as long as size, inode and times stay the same.
 
-    The time of the last change of the inode is among them (inode(7), ctime): no program can set it
+    The times include that of the inode's last change (inode(7), ctime), which no program can set
     back.
     """
 
@@ -265,7 +267,7 @@ class _Digests:
     def of(self, path: Path) -> str:
         path = path.resolve()
         if path.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", path.name):
-            return path.name  # the hub's own cache names large files by their SHA-256
+            return path.name  # the hub's cache names large files by their SHA-256
         stamp = self._stamp(path)
         known = self._new.get(str(path)) or self._known.get(str(path))
         if isinstance(known, list) and known[:-1] == stamp:
@@ -280,7 +282,7 @@ class _Digests:
         return digest.hexdigest()
 
     def remember(self, path: Path, digest: str) -> None:
-        """Of a file that was hashed while it was written."""
+        """Stores the hash of a file that was computed while the file was written."""
         path = path.resolve()
         self._new[str(path)] = [*self._stamp(path), digest]
 
@@ -290,8 +292,10 @@ class _Digests:
         return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
 
     def save(self) -> None:
-        """Adds what is new. Where it fails or two processes save at once, some files are hashed
-        again next time."""
+        """Stores the hashes that are new.
+
+        If that fails or two processes save at once, some files are hashed again next time.
+        """
         if not self._new:
             return
         temporary = self._store.with_name(f"{self._store.name}.{uuid.uuid4().hex[:8]}")
@@ -310,18 +314,21 @@ class _Digests:
         return known if isinstance(known, dict) else {}
 
 
-# --- one at a time ---------------------------------------------------------------------------------------------------
+# --- one at a time ---
 
 
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
-"""What flock(2) says on a file system that has no locks: NFS without lockd, FUSE, Lustre without
-its option ``flock``."""
+"""Errors of flock(2) on file systems without locks: NFS without lockd, FUSE, Lustre without its
+option ``flock``."""
 
 
 @contextlib.contextmanager
 def _exclusive(entry: Path) -> Iterator[None]:
-    """Holds the lock of an entry; while another process holds it, says who and for how long. Goes
-    on where there are no locks."""
+    """Holds the lock of an entry.
+
+    While another process holds it, stderr says which process and for how long. On a file system
+    without locks the block runs unlocked, with a warning.
+    """
     lock = FileLock(entry.with_name(f"{entry.name}.lock"))
     owner = entry.with_name(f"{entry.name}.owner.json")
     if reason := _why_no_lock(lock.lock_file):
@@ -333,27 +340,26 @@ def _exclusive(entry: Path) -> Iterator[None]:
     else:
         _acquire(lock, entry.name, owner)
     try:
-        with contextlib.suppress(OSError):  # it only informs
+        with contextlib.suppress(OSError):  # the file only informs other processes
             who = {"host": host_name(), "pid": os.getpid(), "since": time.time()}
             owner.write_text(json.dumps(who), encoding="utf-8")
         yield
     finally:
         with contextlib.suppress(OSError):
             owner.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # the process's end lets go of it
+        with contextlib.suppress(OSError):  # the end of the process releases the lock
             lock.release()
 
 
 def _why_no_lock(path: str) -> str | None:
-    """Returns what the system says where a file cannot be locked at all; None where it can, also if
-    another process holds it now.
+    """Returns the system's reason why a file can never be locked, or None where it can be.
 
-    Asked here, because filelock 3 waits for ever on such a file system, and 4 fails or leaves a
-    lock that outlives a kill.
+    A file that another process has locked counts as lockable. On a file system without locks,
+    filelock 3 waits for ever, and filelock 4 fails or leaves a lock that outlives a kill.
     """
     try:
         descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
-    except PermissionError as error:  # another user's
+    except PermissionError as error:  # the file belongs to another user
         return error.strerror
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -384,15 +390,16 @@ def _describe(owner: Path) -> str:
         return "another process"
 
 
-# --- the source ------------------------------------------------------------------------------------------------------
+# --- the source ---
 
 
 def fetch_model(model: str) -> Path:
-    """Returns the local folder of a model, fetched from the Hugging Face hub where ``model`` is no
-    folder. Nothing in it is checked.
+    """Returns the local folder of a model, fetched from the Hugging Face hub if it is not a folder.
+
+    The content of the folder is not checked.
 
     Raises:
-        CheckpointError: as :func:`resolve_checkpoint`, where the model is not to be had.
+        CheckpointError: the model is neither a folder nor available from the hub.
     """
     path = Path(model).expanduser()
     if path.exists():
@@ -402,7 +409,7 @@ def fetch_model(model: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        # the small file first: a model that cannot be used is not fetched
+        # config.json comes first: a model that cannot be used is not downloaded
         folder = Path(snapshot_download(model, allow_patterns=[CONFIG_FILE]))
         read_quantization(folder)
         get_architecture(read_config(folder))
@@ -410,7 +417,8 @@ def fetch_model(model: str) -> Path:
         return Path(snapshot_download(model, allow_patterns=list(_HUB_PATTERNS), ignore_patterns=list(_HUB_IGNORE)))
     except CheckpointError:
         raise
-    except Exception as error:  # not found, gated, offline, no network, disk full: huggingface_hub says it well
+    # not found, gated, offline, no network, disk full: the message of huggingface_hub is clear
+    except Exception as error:
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else ""
         raise CheckpointError(
             f"{model}: no such folder, and it cannot be had from the Hugging Face hub{offline}: {error}"
@@ -418,13 +426,18 @@ def fetch_model(model: str) -> Path:
 
 
 def _refuse_pickles(model: str) -> None:
-    """Raises where the hub has a model's weights as PyTorch pickles alone, which
-    :data:`_HUB_PATTERNS` leave out."""
+    """Refuses a model whose weights the hub has only as PyTorch pickles.
+
+    :data:`_HUB_PATTERNS` leave pickles out.
+
+    Raises:
+        CheckpointError: names the model.
+    """
     import huggingface_hub
 
     try:
         names = huggingface_hub.list_repo_files(model)
-    except Exception:  # offline, say: what has been downloaded before decides then
+    except Exception:  # offline, for example: then the files that were downloaded before decide
         return
     if not any(name.endswith(".safetensors") for name in names) and any(name.endswith(PICKLES) for name in names):
         raise CheckpointError(f"{model} on the Hugging Face hub {PICKLES_ALONE}")

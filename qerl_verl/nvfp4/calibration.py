@@ -1,5 +1,4 @@
-"""Text for quantizers that look at activations: prompts, with answers where there are any, as token
-ids."""
+"""Reads text for quantizers that use activations: prompts, and answers if present, as token ids."""
 
 from __future__ import annotations
 
@@ -13,13 +12,13 @@ from typing import Any
 from qerl_verl.nvfp4.errors import CheckpointError
 
 SAMPLES = 128
-"""Sequences to calibrate with."""
+"""Number of sequences to calibrate with."""
 
 SAMPLE_TOKENS = 512
-"""Tokens of a sequence; what lies beyond is cut off."""
+"""Largest number of tokens of a sequence; longer ones are truncated."""
 
 HELD_OUT = 8
-"""Sequences that are kept apart from the others, to measure the loss on."""
+"""Number of sequences that are set aside to measure the loss on."""
 
 _ANSWERS = ("answer", "solution", "response", "completion", "output")
 _PROMPTS = ("question", "instruction", "problem", "query", "input")
@@ -27,12 +26,13 @@ _PROMPTS = ("question", "instruction", "problem", "query", "input")
 
 @dataclass(frozen=True)
 class Calibration:
-    """Sequences of token ids. Each comes with the number of its first tokens that are the prompt
-    (0: all is text).
+    """Sequences of token ids, each with the number of leading tokens that are its prompt.
+
+    That number is 0 where the whole sequence is text.
 
     Attributes:
-        sequences: to calibrate with.
-        held_out: to measure with.
+        sequences: sequences to calibrate with.
+        held_out: sequences to measure the loss on.
         source: the files, for messages.
     """
 
@@ -42,7 +42,7 @@ class Calibration:
 
     @property
     def key(self) -> str:
-        """Hash of the content: the same tokens have the same key, wherever they came from."""
+        """Hash of the content; the same tokens have the same key, whatever their source."""
         content = json.dumps([self.sequences, self.held_out])
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
@@ -51,7 +51,7 @@ class Calibration:
         return sum(len(ids) for ids, _ in self.sequences)
 
     def describe(self) -> dict[str, Any]:
-        """For the report and the manifest."""
+        """Returns counts and the content's hash, for the report and the manifest."""
         return {
             "sequences": len(self.sequences),
             "tokens": self.tokens,
@@ -69,20 +69,21 @@ def read_calibration(
     prompt_key: str = "prompt",
     chat_template: str | None = None,
 ) -> Calibration:
-    """Returns the sequences from data files, spread evenly over their rows and tokenized as the
-    model's chat template has them.
+    """Reads sequences from data files and tokenizes them with the model's chat template.
+
+    The sequences are spread evenly over the rows of the files.
 
     Args:
-        files: ``.parquet`` (verl's own, for one), ``.jsonl``, or text. A row is a chat
-            (``messages``), a prompt (``prompt_key``, or ``question`` and the like) with an answer
-            where one is found (``answer``, ``solution``, ..., in the row or in its ``extra_info``),
-            or ``text``. A text file is cut into sequences.
+        files: ``.parquet`` (such as verl's data), ``.jsonl``, or text. A row is a chat
+            (``messages``), a prompt (``prompt_key``, or ``question`` and the like), or ``text``.
+            The answer to a prompt is found as ``answer``, ``solution``, ... in the row or in its
+            ``extra_info``. A text file is cut into sequences.
         model: folder with the tokenizer.
-        samples: sequences to calibrate with; :data:`HELD_OUT` more are kept apart. Fewer where the
-            files hold fewer.
+        samples: number of sequences to calibrate with. :data:`HELD_OUT` more are set aside. The
+            result has fewer where the files hold fewer.
         sample_tokens: see :data:`SAMPLE_TOKENS`.
         prompt_key: verl's ``data.prompt_key``.
-        chat_template: instead of the tokenizer's own.
+        chat_template: replaces the tokenizer's template.
 
     Raises:
         CheckpointError: a file is missing or unreadable, holds nothing usable, or the model has no
@@ -111,7 +112,7 @@ def read_calibration(
         )
     held_out = max(1, min(HELD_OUT, len(sequences) // 5))
     every = len(sequences) // held_out
-    apart = set(range(every - 1, every * held_out, every))  # spread, as the others are
+    apart = set(range(every - 1, every * held_out, every))  # spread evenly, like the others
     kept = tuple(s for i, s in enumerate(sequences) if i not in apart)
     return Calibration(kept[:samples], tuple(sequences[i] for i in sorted(apart)), source)
 
@@ -120,13 +121,13 @@ def load_tokenizer(model: str | Path) -> Any:
     """Returns the tokenizer in a model's folder.
 
     Raises:
-        CheckpointError: there is none, or transformers cannot load it.
+        CheckpointError: the folder has no tokenizer, or transformers cannot load it.
     """
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(model)
-    except Exception as error:  # whatever transformers makes of a missing or damaged tokenizer
+    except Exception as error:  # transformers raises many types for a missing or damaged tokenizer
         raise CheckpointError(f"calibration: {model} has no tokenizer that transformers can load: {error}") from error
 
 
@@ -148,7 +149,7 @@ def _sequences(
 
 
 def _spread(rows: Sequence[Any], wanted: int) -> list[Any]:
-    """Returns ``wanted`` of the rows at equal distances, or all of them if there are no more."""
+    """Returns ``wanted`` of the rows at equal distances, or all rows if there are fewer."""
     return [rows[i] for i in _spread_indices(len(rows), wanted)]
 
 
@@ -188,11 +189,13 @@ def _jsonl_rows(file: Path, wanted: int) -> Iterator[Mapping[str, Any]]:
 def encode_row(
     row: Mapping[str, Any], tokenizer: Any, tokens: int, prompt_key: str
 ) -> tuple[tuple[int, ...], int] | None:
-    """Returns token ids of a row, at most ``tokens`` of them, and how many of the first are its
-    prompt.
+    """Returns the first token ids of a row, and how many of them are its prompt.
 
     Args:
         row: see :func:`read_calibration`.
+        tokenizer: the model's tokenizer.
+        tokens: largest number of token ids.
+        prompt_key: see :func:`read_calibration`.
 
     Returns:
         None where the row holds no text. The prompt counts as 0 tokens where no answer follows it.

@@ -245,7 +245,8 @@ def quantize_checkpoint(
 
 
 def _set_dtype(config: dict[str, Any], dtype: str) -> None:
-    """Sets the dtype of the unpacked tensors in the content of config.json and its parts, in place."""
+    """Sets the dtype of the unpacked tensors in the content of config.json and its parts, in
+    place."""
     config |= {key: dtype for key in ("dtype", "torch_dtype") if key in config} or {"torch_dtype": dtype}
     for part in (config.get("text_config"), config.get("vision_config")):
         if part:
@@ -253,7 +254,8 @@ def _set_dtype(config: dict[str, Any], dtype: str) -> None:
 
 
 def _attempt_key(src: Path, tensors: dict[str, TensorInfo], calibration: Calibration) -> str:
-    """Returns a hash of what the finished layers depend on; sizes and times identify source files."""
+    """Returns a hash of what the finished layers depend on; sizes and times identify source
+    files."""
     files = sorted({info.file for info in tensors.values()} | {src / CONFIG_FILE})
     stamps = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     content = json.dumps([FORMAT_VERSION, GPTQ_VERSION, stamps, calibration.key])
@@ -655,7 +657,8 @@ def _weight_files(path: Path) -> dict[str, list[str]]:
     files = {}
     for name, file in weight_map.items():
         files.setdefault(file, []).append(name)
-    if single.exists() and SINGLE_FILE not in files:  # transformers would load one of the two, vLLM the other
+    # transformers would load one of the two models, vLLM the other
+    if single.exists() and SINGLE_FILE not in files:
         raise CheckpointError(
             f"{path} holds two models, {SINGLE_FILE} and what {INDEX_FILE} lists: give each a folder of its own."
         )
@@ -820,8 +823,10 @@ class _Rounder:
         self._reader.shutdown(cancel_futures=True)
 
     def begin(self, tensors: dict[str, TensorInfo], coming: list[tuple[str, ...]]) -> None:
-        """Reads the weights of the units to come in a thread. Not for a CPU, whose cores and memory
-        the units at hand need."""
+        """Starts to read the weights of the next units in a thread, except for a CPU.
+
+        There the units at hand need the cores and the memory.
+        """
         for sources in coming if self._device.type != "cpu" else ():
             if sources not in self._weights:
                 self._weights[sources] = self._reader.submit(self._read, tensors, sources)
@@ -832,8 +837,12 @@ class _Rounder:
     def pack(
         self, tensors: dict[str, TensorInfo], sources: tuple[str, ...], pool: ThreadPoolExecutor
     ) -> Iterator[tuple[str, PackedLinear]]:
-        """Yields linears that share a global scale, one after the other, from the names of their
-        weights.
+        """Yields full name and tensors of linears that share a global scale, one by one.
+
+        Args:
+            tensors: the tensors of the source.
+            sources: the names of their weights.
+            pool: threads for the work on a CPU.
         """
         ahead = self._weights.pop(sources, None)
         weights = ahead.result() if ahead else self._read(tensors, sources)
@@ -851,8 +860,11 @@ class _Rounder:
 
 
 def _check_exponents(weights: dict[str, torch.Tensor], tensors: dict[str, TensorInfo]) -> None:
-    """Refuses fused linears whose MXFP4 exponents span more than the container of NVFP4 holds,
-    naming the tensor."""
+    """Refuses fused linears whose MXFP4 exponents span more than NVFP4's container holds.
+
+    Raises:
+        CheckpointError: names the tensor.
+    """
     lowest, highest = {}, []
     for name, weight in weights.items():
         if weight.shape[1] % MX_BLOCK_SIZE:
@@ -890,7 +902,7 @@ class _Finished:
         pass
 
     def begin(self, tensors: dict[str, TensorInfo], coming: list[tuple[str, ...]]) -> None:
-        """Nothing is to be read ahead: a layer is read at once."""
+        """Does nothing: :meth:`FinishedLayers.linear` reads a layer at once."""
 
     def pack(
         self, tensors: dict[str, TensorInfo], sources: tuple[str, ...], pool: ThreadPoolExecutor
@@ -921,8 +933,11 @@ def _finite_amax(tensor: torch.Tensor, name: str, info: TensorInfo) -> torch.Ten
 
 
 def _check_source(path: Path, architecture: Architecture, hf_config: Any) -> dict[str, TensorInfo]:
-    """Returns the headers of a 16- or 32-bit checkpoint, which holds the tensors of its model and
-    no others."""
+    """Returns the headers of a 16- or 32-bit checkpoint.
+
+    Raises:
+        CheckpointError: the checkpoint does not hold exactly the tensors of its model.
+    """
     tensors = split_experts(read_headers(path), architecture, hf_config)
     shapes = architecture.tensor_shapes(hf_config)
     _check_tensors(path, tensors, shapes, WEIGHT_DTYPES)
@@ -931,15 +946,14 @@ def _check_source(path: Path, architecture: Architecture, hf_config: Any) -> dic
 
 
 def split_experts(tensors: dict[str, TensorInfo], architecture: Architecture, hf_config: Any) -> dict[str, TensorInfo]:
-    """Returns the tensors of a 16- or 32-bit checkpoint with one matrix for each linear of an
-    expert.
+    """Returns the tensors of a 16- or 32-bit checkpoint with one matrix per linear of an expert.
 
-    Where a checkpoint stacks the experts of a layer (``gate_up_proj`` ``[E, 2 I, H]``,
-    ``down_proj`` ``[E, H, I]``), the matrices of one expert lie in one piece each, so they are
-    places in the same files.
+    A checkpoint may stack the experts of a layer (``gate_up_proj`` ``[E, 2 I, H]``, ``down_proj``
+    ``[E, H, I]``). The matrices of one expert are contiguous there, so they are regions of the same
+    files.
 
     Raises:
-        CheckpointError: a stack of another shape.
+        CheckpointError: a stack has another shape.
     """
     if architecture.experts is None:
         return tensors
@@ -967,7 +981,7 @@ def split_experts(tensors: dict[str, TensorInfo], architecture: Architecture, hf
 def _check_names(
     path: Path, tensors: dict[str, TensorInfo], expected: Set[str], architecture: Architecture, tied: bool
 ) -> None:
-    """Refuses tensors that the model does not have: they would be lost, or stop the actor."""
+    """Refuses tensors that the model does not have, which would be lost or stop the actor."""
     unexpected = [name for name in tensors if name not in expected and not is_unused(name)]
     if tied and "lm_head.weight" in unexpected:
         _check_tied(tensors["lm_head.weight"], tensors[architecture.embeddings], architecture.embeddings)
@@ -981,8 +995,11 @@ def _check_names(
 
 
 def _check_tied(head: TensorInfo, embeddings: TensorInfo, name: str) -> None:
-    """vLLM and the actor use the embeddings as output layer where config.json ties the two;
-    transformers does not when they differ (modeling_utils.py, tie_weights)."""
+    """Refuses an output layer that differs from the embeddings where config.json ties the two.
+
+    vLLM and the actor then use the embeddings as output layer; transformers does not when they
+    differ (modeling_utils.py, tie_weights).
+    """
     same = head.shape == embeddings.shape and head.dtype == embeddings.dtype
     if not same or not all(map(torch.equal, read_pieces(head), read_pieces(embeddings))):
         raise CheckpointError(
@@ -992,9 +1009,11 @@ def _check_tied(head: TensorInfo, embeddings: TensorInfo, name: str) -> None:
 
 
 def _check_matched(path: Path, linears: Iterable[str]) -> None:
-    """Refuses a config.json by which vLLM would build some packed linear without NVFP4 (its
-    compressed_tensors/utils.py, should_ignore_layer and find_matched_target): the actor goes by the
-    tensors alone."""
+    """Refuses a config.json with which vLLM would build a packed linear without NVFP4.
+
+    The actor goes by the tensors alone. vLLM decides in its compressed_tensors/utils.py
+    (should_ignore_layer, find_matched_target).
+    """
     config = read_config(path)
     quantization, ignore = config.get("quantization_config") or config.get("compression_config"), read_ignore(path)
     targets = [
@@ -1015,15 +1034,13 @@ def _check_matched(path: Path, linears: Iterable[str]) -> None:
 
 
 def _names(pattern: str, linear: str) -> bool:
-    """Returns whether compressed-tensors' ``name`` or ``re:expression`` stands for a linear."""
+    """Returns whether compressed-tensors' ``name`` or ``re:expression`` matches a linear."""
     expression = pattern.removeprefix("re:")
     return re.match(expression, linear) is not None if expression != pattern else pattern == linear
 
 
 def _check_scales(tensors: dict[str, TensorInfo], linears: Iterable[str]) -> None:
-    """Refuses scales by which a weight decodes to NaN or Inf, or that a kernel reads in another
-    way.
-    """
+    """Refuses scales that decode to NaN or Inf, or that some kernel reads differently."""
     scales = {f"{linear}.weight_scale": tensors[f"{linear}.weight_scale"] for linear in linears}
     size = sum(info.nbytes for info in scales.values())
     show = size > _ANNOUNCED_SCALES
@@ -1031,7 +1048,7 @@ def _check_scales(tensors: dict[str, TensorInfo], linears: Iterable[str]) -> Non
         for name, info in scales.items():
             global_name = name.replace(".weight_scale", ".weight_global_scale")
             value = read_tensor(tensors[global_name]).item()
-            if not _SMALLEST <= value <= _LARGEST:  # false for NaN
+            if not _SMALLEST <= value <= _LARGEST:  # also false for NaN
                 raise CheckpointError(
                     f"{tensors[global_name].file}: tensor {global_name} is {value:g}; it divides the weight, so it has to be "
                     "a positive, finite number. Fetch or export the checkpoint again."
@@ -1095,11 +1112,11 @@ def decoder_layers(hf_config: Any) -> int:
 
 
 def _hf_config(path: Path) -> Any:
-    from transformers import AutoConfig  # slow to import, and not needed to tell how a checkpoint is quantized
+    from transformers import AutoConfig  # slow to import, rarely needed
 
     try:
         return AutoConfig.from_pretrained(path)
-    except Exception as error:  # whatever transformers makes of a bad config.json
+    except Exception as error:  # transformers raises many types for a bad config.json
         raise CheckpointError(f"{path / CONFIG_FILE}: transformers cannot read it: {error}") from error
 
 
@@ -1111,15 +1128,15 @@ def _copy(src: Path, dst: Path) -> FileRecord:
     return file.record
 
 
-def _read_json(path: Path, cure: str) -> dict[str, Any]:
+def _read_json(path: Path, fix: str) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: there is no such file. {cure}") from None
+        raise CheckpointError(f"{path}: there is no such file. {fix}") from None
     except ValueError as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error}). {cure}") from None
+        raise CheckpointError(f"{path}: not valid JSON ({error}). {fix}") from None
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: not a JSON object. {cure}")
+        raise CheckpointError(f"{path}: not a JSON object. {fix}")
     return value
 
 

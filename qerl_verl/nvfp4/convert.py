@@ -1,15 +1,15 @@
-"""Turn other programs' 4-bit checkpoints into ``nvfp4-pack-quantized`` ones, without rounding a
-weight again.
+"""Converts other programs' 4-bit checkpoints to ``nvfp4-pack-quantized`` without rounding again.
 
 NVIDIA ModelOpt's NVFP4 (``hf_quant_config.json``, or ``quant_algo: NVFP4`` in config.json) has the
-same codes and block scales under other names, and stores the tensor's scale as a factor where
+same codes and block scales under other names. It stores the tensor's scale as a factor where
 compressed-tensors stores its reciprocal:
 
-    X.weight -> X.weight_packed X.weight_scale -> X.weight_scale 1 / X.weight_scale_2 ->
-    X.weight_global_scale
+    X.weight             -> X.weight_packed
+    X.weight_scale       -> X.weight_scale
+    1 / X.weight_scale_2 -> X.weight_global_scale
 
 compressed-tensors' MXFP4 (``mxfp4-pack-quantized``) has one power of two (E8M0) for 32 values. It
-becomes two equal E4M3 scales where the exponents of a linear span no more than E4M3 holds (arXiv
+becomes two equal E4M3 scales, where the exponents of a linear span no more than E4M3 holds (arXiv
 2310.10537; OCP Microscaling Formats v1.0).
 """
 
@@ -37,25 +37,24 @@ Foreign = Literal["modelopt", "mxfp4"]
 """A format that :func:`convert_checkpoint` reads."""
 
 CONVERT_VERSION = 1
-"""Raise it when the same source would give other bytes than before: it is part of the key of the
-cache."""
+"""Part of the cache key. Raise it when a change makes the same source give other bytes."""
 
 MODELOPT_FILE = "hf_quant_config.json"
 MXFP4_FORMAT = "mxfp4-pack-quantized"
 _MX_BIAS = 127
-"""Of E8M0, in which MXFP4 stores shared exponents."""
+"""Exponent bias of E8M0, in which MXFP4 stores shared exponents."""
 
 _DROPPED = re.compile(
     r"\.(input_scale|input_global_scale|k_scale|v_scale|q_scale|k_proj\.output_scale|v_proj\.output_scale)$"
 )
-"""Scales of activations and of a KV cache: activations, keys and values stay in 16 bits."""
+"""Scales of activations and of a KV cache; activations, keys and values stay in 16 bits."""
 
 
 def foreign_format(path: Path) -> Foreign | None:
-    """Returns whether a folder is a 4-bit checkpoint that can be converted; None for any other one.
+    """Returns the convertible 4-bit format of a folder, or None for any other checkpoint.
 
     Raises:
-        CheckpointError: no readable config.json; or ModelOpt's, in an algorithm other than NVFP4.
+        CheckpointError: config.json is not readable; or ModelOpt used another algorithm than NVFP4.
     """
     quantization = files.read_config(path).get("quantization_config") or {}
     if quantization.get("quant_method") == "compressed-tensors":
@@ -72,8 +71,10 @@ def foreign_format(path: Path) -> Foreign | None:
 
 
 def modelopt_settings(path: Path) -> dict[str, Any] | None:
-    """Returns what ModelOpt wrote about its quantization: ``quant_algo``, ``group_size``,
-    ``exclude_modules``, ``kv_cache_quant_algo``."""
+    """Returns ModelOpt's record of its quantization, or None without one.
+
+    Its keys are ``quant_algo``, ``group_size``, ``exclude_modules`` and ``kv_cache_quant_algo``.
+    """
     file, config = path / MODELOPT_FILE, files.read_config(path)
     if file.is_file():
         return files._read_json(file, "Fetch it again.").get("quantization") or {}
@@ -100,8 +101,7 @@ class _Linear:
 
 
 def check_foreign(path: Path) -> None:
-    """Checks that a checkpoint of another format can be converted, from its headers and tensor
-    scales.
+    """Checks from headers and tensor scales that a checkpoint of another format can be converted.
 
     Raises:
         UnsupportedArchitecture, CheckpointError: names the first tensor that is wrong.
@@ -134,7 +134,7 @@ class _Source:
 
     @property
     def quantized_head(self) -> str | None:
-        """A part of a quantized output layer, if it has one."""
+        """Name of a tensor of a quantized output layer, if the source has one."""
         parts = self._parts("lm_head")
         return next((name for name in parts if name in self.tensors and self.tensors[name].dtype == "U8"), None)
 
@@ -187,13 +187,14 @@ class _Source:
                 )
 
     def groups(self) -> Iterator[tuple[_Linear, ...]]:
-        """Yields the linears that share a global scale where we quantize, and each other one by
-        itself."""
+        """Yields the linears that share a global scale when quantized here, each other one
+        alone."""
         for group in self.architecture.all_groups(self.hf_config):
             yield tuple(self.linears[name] for name in group)
 
     def tensors_of(self, unit: str | tuple[_Linear, ...]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yields the output tensors of a unit: a tensor that is copied, or linears that vLLM fuses."""
+        """Yields the output tensors of a unit: a tensor that is copied, or linears that vLLM
+        fuses."""
         if isinstance(unit, str):
             tensor = read_tensor(self.tensors[unit])
             yield unit, tensor.bfloat16() if tensor.dtype == torch.float32 else tensor
@@ -231,10 +232,10 @@ class _Source:
         return layout
 
     def _shared_exponents(self, linear: _Linear) -> torch.Tensor:
-        """Returns ``[N, K / 32]`` int32; a block of zeros has the largest exponent of its linear.
+        """Returns ``[N, K / 32]`` int32; a block of zeros gets the largest exponent of its linear.
 
         Raises:
-            CheckpointError: NaN among the scales.
+            CheckpointError: a scale is NaN.
         """
         codes, scale = (read_tensor(self.tensors[name]) for name in self._parts(linear.name))
         if (scale == 255).any():
@@ -248,8 +249,10 @@ class _Source:
         return exponent.masked_fill(empty, int(exponent[~empty].max()))
 
     def _exponents(self, group: tuple[_Linear, ...]) -> dict[str, tuple[torch.Tensor, int]]:
-        """Of each linear its exponents and the one that becomes E4M3's largest power of two, shared
-        where the span allows."""
+        """Returns linear -> its exponents, and the one that becomes E4M3's largest power of two.
+
+        The linears of the group share the latter where the span of their exponents allows it.
+        """
         found = {linear.name: self._shared_exponents(linear) for linear in group}
         top = max(int(e.max()) for e in found.values())
         if top - min(int(e.min()) for e in found.values()) <= LARGEST_SPAN:
@@ -277,22 +280,23 @@ def convert_checkpoint(
 ) -> dict[str, FileRecord]:
     """Writes a checkpoint of another 4-bit format as ``nvfp4-pack-quantized``.
 
-    Codes and block scales stay as they are. Linears that the source leaves in 16 bits stay so, and
-    are listed under ``ignore``. Scales of activations and of a KV cache are left out. Host memory
-    stays at about one group of linears.
+    Codes and block scales stay as they are. Linears in 16 bits stay so and are listed under
+    ``ignore``. Scales of activations and of a KV cache are dropped. Host memory stays at about one
+    group of linears.
 
     Args:
         src: folder in ModelOpt's NVFP4 or compressed-tensors' MXFP4.
         dst: folder to write, absent or empty. It appears when it is complete.
         progress: show a progress bar on stderr.
-        max_shard_bytes: size of a safetensors file above which the next one is begun.
+        max_shard_bytes: size in bytes above which another safetensors file is begun.
 
     Returns:
         File name -> size and SHA-256, of every file in ``dst``.
 
     Raises:
-        UnsupportedArchitecture, CheckpointError: the source is damaged, incomplete or cannot be
-            converted without loss, with the tensor's name; ``dst`` is not empty; the disk is full.
+        UnsupportedArchitecture, CheckpointError: the source is damaged, incomplete or not
+            convertible without loss, with the tensor's name; ``dst`` is not empty; the disk is
+            full.
     """
     src, dst = Path(src), Path(dst)
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):

@@ -1,9 +1,8 @@
-"""Run a checkpoint's decoder one layer at a time, so that memory holds one layer and the
-activations between two layers.
+"""Runs a checkpoint's decoder one layer at a time.
 
-The layers are transformers' own modules. Rotary embeddings, masks and whatever else a layer is
-called with come from the
-model class: its forward pass runs once for each batch with recorders in the layers' places.
+Memory holds one layer and the activations between two layers. The layers are transformers' own
+modules. Rotary embeddings, masks and the other arguments of a layer come from the model class: its
+forward pass runs once for each batch, with recorders in the places of the layers.
 """
 
 from __future__ import annotations
@@ -20,21 +19,20 @@ from qerl_verl.nvfp4.architectures import Architecture, automatic_class, get_arc
 from qerl_verl.nvfp4.safetensors_stream import TensorInfo, read_tensor
 
 _BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
-_SCORED_TOKENS = 512  # at a time through the output layer
+_SCORED_TOKENS = 512  # tokens that go through the output layer at a time
 
 
 @dataclass
 class Activations:
-    """What flows between two decoder layers, for a batch of sequences that are padded at their
-    ends.
+    """Activations between two decoder layers, for a batch of sequences with padding at their ends.
 
     Attributes:
         hidden: ``[batch, length, hidden_size]``.
-        inside: ``[batch, length]`` bool, False at padding. Attention is causal, so that nothing
-            real sees it.
+        inside: ``[batch, length]`` bool, False at padding. Attention is causal, so no token sees
+            the padding.
         tokens: ``[batch, length]`` int64.
         scored: ``[batch, length]`` bool, positions whose next token counts in the loss.
-        calls: for each layer, the keyword arguments that the model class gives it.
+        calls: for each layer, the keyword arguments that the model class passes to it.
     """
 
     hidden: torch.Tensor
@@ -44,17 +42,17 @@ class Activations:
     calls: list[dict[str, Any]]
 
     def advance(self, layer: nn.Module, index: int) -> None:
-        """Puts the activations through a decoder layer."""
+        """Passes the activations through a decoder layer, in place."""
         output = layer(self.hidden, **self.calls[index])
         self.hidden = output[0] if isinstance(output, tuple) else output
 
     def copy(self) -> Activations:
-        """Returns the same at this point; the two may go through different layers."""
+        """Returns a copy that can go through other layers."""
         return Activations(self.hidden, self.inside, self.tokens, self.scored, self.calls)
 
 
 class _Recorder(nn.Module):
-    """Stands in a layer's place, notes how it is called and hands its input on."""
+    """Stands in the place of a layer, records how it is called and returns its input."""
 
     def __init__(self, calls: list[dict[str, Any]], inputs: list[torch.Tensor]):
         super().__init__()
@@ -67,20 +65,19 @@ class _Recorder(nn.Module):
 
 
 class SeparateExperts(nn.Module):
-    """The experts of a layer as linears with the checkpoint's names, where transformers has 3-D
-    parameters.
+    """The experts of a layer as separate linears with the checkpoint's names.
 
-    Expert ``E`` is ``self.get_submodule(f"{E}")`` with ``gate_proj``, ``up_proj`` and
-    ``down_proj``.
+    transformers holds them as 3-D parameters. Expert ``E`` is ``self.get_submodule(f"{E}")`` with
+    ``gate_proj``, ``up_proj`` and ``down_proj``.
 
     Attributes:
-        chosen: ``[tokens of the expert]`` int64 while an expert runs: which of the layer's tokens
-            it gets.
+        chosen: ``[tokens of the expert]`` int64 while an expert runs: the indices of its tokens
+            among the layer's tokens.
 
     Args:
         experts: transformers' module, on the meta device.
         config: transformers' configuration of the model.
-        row: the model's.
+        row: the model's row of the table of architectures.
     """
 
     def __init__(self, experts: nn.Module, config: Any, row: Architecture):
@@ -95,7 +92,7 @@ class SeparateExperts(nn.Module):
             self.add_module(str(expert), nn.ModuleDict(linears))
 
     def forward(self, hidden: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """As transformers' experts (Qwen3MoeExperts).
+        """Computes what transformers' experts compute (Qwen3MoeExperts).
 
         Args:
             hidden: ``[tokens, hidden_size]``.
@@ -117,14 +114,14 @@ class SeparateExperts(nn.Module):
 
 
 class LayerwiseDecoder:
-    """A causal language model whose weights stay in its checkpoint until they are asked for.
+    """A causal language model that loads the weights of a layer from the checkpoint on demand.
 
     Args:
         config: transformers' configuration of the model.
-        tensors: name -> place of the checkpoint's tensors, with one matrix for each linear of an
+        tensors: name -> location of the checkpoint's tensors, with one matrix for each linear of an
             expert.
-        device: where to compute. On a CPU in float32, for bfloat16 there can be fifty times slower;
-            elsewhere in the checkpoint's dtype.
+        device: where to compute. A CPU computes in float32, because bfloat16 can be fifty times
+            slower there; other devices compute in the checkpoint's dtype.
     """
 
     def __init__(self, config: Any, tensors: dict[str, TensorInfo], device: torch.device):
@@ -152,7 +149,8 @@ class LayerwiseDecoder:
         self._head = self._row.embeddings if config.tie_word_embeddings else "lm_head.weight"
         for buffer_owner in (m for name, m in self._model.named_children() if name not in ("layers", "embed_tokens")):
             buffer_owner.to(device)
-        self._model.embed_tokens.padding_idx = None  # concerns gradients, and would have to be one of the rows in use
+        # concerns gradients only, and would have to be one of the rows in use
+        self._model.embed_tokens.padding_idx = None
 
     def __len__(self) -> int:
         return len(self._layers)
@@ -162,7 +160,7 @@ class LayerwiseDecoder:
         """Returns the input of the first layer, in batches of sequences of similar length.
 
         Args:
-            sequences: token ids, and how many of the first of them are not scored (the prompt).
+            sequences: token ids, and how many leading tokens are not scored (the prompt).
         """
         table = read_tensor(self._tensors[self._row.embeddings])
         batches = []
@@ -183,15 +181,19 @@ class LayerwiseDecoder:
         return batches
 
     def _embed(self, table: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """Returns what the model's embedding makes of tokens, which with Gemma's is more than a row
-        of the table."""
+        """Returns the embeddings of tokens by the model's own module.
+
+        Gemma's module does more than look up a row of the table.
+        """
         used, place = tokens.unique(return_inverse=True)
         rows = table[used].to(self.device, self.dtype)
         return torch.func.functional_call(self._model.embed_tokens, {"weight": rows}, (place.to(self.device),))
 
     def load_layer(self, index: int) -> nn.Module:
-        """Returns the decoder layer with its weights on the device; :meth:`drop_layer` takes them
-        away again."""
+        """Loads the weights of a decoder layer onto the device and returns it.
+
+        :meth:`drop_layer` frees them.
+        """
         layer, prefix = self._layers[index], f"{self._prefix}{index}."
         state = {}
         for name in layer.state_dict():
@@ -204,12 +206,11 @@ class LayerwiseDecoder:
 
     @torch.no_grad()
     def compare(self, ours: list[Activations], reference: list[Activations]) -> dict[str, float]:
-        """Returns the loss of the scored tokens and how far the predictions are from the
-        reference's, both after the last layer.
+        """Compares predictions with a reference on the scored tokens, both after the last layer.
 
         Returns:
-            ``tokens``; in nats a token ``loss`` and ``entropy`` of ``ours``, ``reference_loss``,
-            and ``kl``, the mean of KL(reference || ours).
+            ``tokens``, their number; ``loss`` and ``entropy`` of ``ours``, ``reference_loss``, and
+            ``kl``, the mean of KL(reference || ours), all in nats per token.
         """
         weight = read_tensor(self._tensors[f"{self._row.decoder}norm.weight"]).to(self.device, self.dtype)
         self._norm.load_state_dict({"weight": weight}, assign=True)
@@ -239,8 +240,10 @@ class LayerwiseDecoder:
 def _by_length(
     sequences: Sequence[tuple[Sequence[int], int]], batch_tokens: int
 ) -> Iterator[list[tuple[Sequence[int], int]]]:
-    """Yields batches of at most ``batch_tokens`` tokens with padding (or of one sequence), longest
-    first."""
+    """Yields batches of at most ``batch_tokens`` tokens with padding, longest sequences first.
+
+    A longer sequence is a batch of its own.
+    """
     batch: list[tuple[Sequence[int], int]] = []
     for sequence in sorted(sequences, key=lambda s: len(s[0]), reverse=True):
         if batch and (len(batch) + 1) * len(batch[0][0]) > batch_tokens:

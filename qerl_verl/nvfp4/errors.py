@@ -2,4 +2,7 @@
 
 
 class CheckpointError(ValueError):
-    """A checkpoint cannot be read, quantized or used. The message names the file, tensor or setting, and the cure."""
+    """A checkpoint cannot be read, quantized or used.
+
+    The message names the file, tensor or setting, and the fix.
+    """

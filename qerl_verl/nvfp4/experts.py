@@ -1,4 +1,4 @@
-"""The experts of a layer, with their weights in NVFP4, in place of transformers' 3-D parameters."""
+"""Holds the experts of a layer in NVFP4, in place of transformers' 3-D parameters."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from qerl_verl.kernels.nvfp4_grouped_linear import (
 )
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-"""Of an expert, by the names that a checkpoint has for them."""
+"""The linears of an expert, named as in a checkpoint."""
 
 STACKS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
-"""transformers' parameter -> the projections whose rows lie behind each other in each expert."""
+"""transformers' parameter -> the projections whose rows it concatenates in each expert."""
 
 
 def gated(act_fn: Callable[[torch.Tensor], torch.Tensor], gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -30,21 +30,22 @@ def gated(act_fn: Callable[[torch.Tensor], torch.Tensor], gate: torch.Tensor, up
 
 
 class NVFP4Experts(nn.Module):
-    """The frozen experts of a layer: sum_e p_e W_down,e (act(W_gate,e x) * W_up,e x).
+    """Computes sum_e p_e W_down,e (act(W_gate,e x) * W_up,e x) with the frozen experts of a layer.
 
-    Called as transformers calls the experts that it dispatches (integrations/moe.py). Packed values
-    and scales of all experts are one parameter, as :class:`~qerl_verl.nvfp4.linear.NVFP4Linear` has
-    one, and in the backend's layout.
+    transformers calls this module in the place of its own experts (integrations/moe.py). Packed
+    values and scales of all experts are one parameter, as in
+    :class:`~qerl_verl.nvfp4.linear.NVFP4Linear`, in the backend's layout.
 
     Attributes:
         weight_joined: ``[27 / 16 * E * I * H]`` bytes in ``storage_dtype``: packed values and
             scales of gate and up, then those of down. See :meth:`weight_bytes`.
         weight_global_scale: ``[E, 3]`` float32 buffer, the divisors of gate, up and down.
-        backends: of gate and up, and of down.
+        backends: stack -> the kernels that decode it, see :data:`STACKS`.
 
     Args:
         count, hidden, inner: E, H and I.
         act_fn: the activation function.
+        device: device of the empty tensors.
         storage_dtype: see :class:`~qerl_verl.nvfp4.linear.NVFP4Linear`.
 
     Raises:
@@ -76,9 +77,7 @@ class NVFP4Experts(nn.Module):
         self.backends: dict[str, Backend] = dict.fromkeys(STACKS, get_backend("pytorch"))
 
     def shape_of(self, stack: str) -> tuple[int, int]:
-        """Returns the rows and columns of a stack with the experts one below the other:
-        ``(E * N, K)``.
-        """
+        """Returns the shape of a stack as one matrix, expert below expert: ``(E * N, K)``."""
         if stack == "gate_up_proj":
             return self.num_experts * 2 * self.intermediate_dim, self.hidden_dim
         return self.num_experts * self.hidden_dim, self.intermediate_dim
@@ -96,7 +95,7 @@ class NVFP4Experts(nn.Module):
         return joined[begin:middle].view(rows, columns // 2), joined[middle:end].view(rows, columns // BLOCK_SIZE)
 
     def parts(self) -> dict[str, torch.Tensor]:
-        """Returns the name of a checkpoint's tensor, relative to this module -> view of its place."""
+        """Returns tensor name of a checkpoint, relative to this module -> view of its memory."""
         parts = {}
         for stack, projections in STACKS.items():
             packed, scale = (t.chunk(self.num_experts) for t in self.weight_bytes(stack))
@@ -118,14 +117,15 @@ class NVFP4Experts(nn.Module):
         name: str = "experts",
         elsewhere: Mapping[str, str] | None = None,
     ) -> dict[str, Choice]:
-        """Chooses the kernels that decode the weights, and puts the bytes into their layout, as
-        :meth:`NVFP4Linear.use_backend <qerl_verl.nvfp4.linear.NVFP4Linear.use_backend>` does.
+        """Chooses the kernels that decode the weights, and converts the bytes into their layout.
+
+        See :meth:`NVFP4Linear.use_backend <qerl_verl.nvfp4.linear.NVFP4Linear.use_backend>`.
 
         Returns:
             Stack -> what was chosen.
 
         Raises:
-            ValueError: a wanted kernel that cannot run here or does not serve the experts.
+            ValueError: a requested kernel cannot run here or does not serve the experts.
         """
         choices = {}
         for stack in STACKS:
@@ -149,7 +149,7 @@ class NVFP4Experts(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        """Returns the chosen experts' outputs, weighted and added up.
+        """Returns the weighted sum of the outputs of each token's experts.
 
         Args:
             hidden_states: ``[T, H]`` floating point.
@@ -174,8 +174,10 @@ class NVFP4Experts(nn.Module):
         return Combine.apply(rows, order, inverse, k)
 
     def dequantize(self, stack: str, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-        """Returns transformers' parameter: ``gate_up_proj`` ``[E, 2 I, H]`` or ``down_proj``
-        ``[E, H, I]``."""
+        """Returns transformers' parameter in ``dtype``.
+
+        It is ``gate_up_proj`` ``[E, 2 I, H]`` or ``down_proj`` ``[E, H, I]``.
+        """
         packed, scale = self.backends[stack].unpack(*self.weight_bytes(stack))
         rows, columns = self.shape_of(stack)
         weights = []
@@ -191,7 +193,6 @@ class NVFP4Experts(nn.Module):
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Returns whether a module is the experts of a layer: ours, or transformers' with its 3-D
-    parameters."""
+    """Returns whether a module holds a layer's experts: NVFP4, or transformers' 3-D parameters."""
     stacks = [module._parameters.get(stack) for stack in STACKS]
     return isinstance(module, NVFP4Experts) or all(p is not None and p.ndim == 3 for p in stacks)

@@ -1,15 +1,15 @@
-"""GPTQ (arXiv 2210.17323) for NVFP4: round a weight so that its layer's outputs change least, not
-its values.
+"""GPTQ (arXiv 2210.17323) for NVFP4, which minimizes the error of a layer's outputs.
 
-For inputs ``x`` with ``H = sum x x^T`` the error of a linear is ``tr((W - Q) H (W - Q)^T)``. GPTQ
-rounds one input channel at a time and lets the channels that are still to come make up for the
-error, by ``U`` with ``U^T U = H^-1``, upper triangular:
+For inputs ``x`` with ``H = sum x x^T`` the output error of a linear is ``tr((W - Q) H (W - Q)^T)``.
+GPTQ rounds one input channel at a time and changes the remaining channels so that they compensate
+the error. With ``U``, upper triangular, ``U^T U = H^-1``:
 
     e = (w_i - q_i) / U_ii;    w_j -= e U_ij    for j > i
 
 The rows of W are independent of each other, so linears with the same input are solved together.
-NVFP4's block scales are chosen before from the original weight ("static groups"), so that channels
-can be taken in the order of their importance, ``diag(H)``, and the format needs no permutation.
+NVFP4's block scales are chosen beforehand from the original weight ("static groups"). Channels can
+therefore be taken in the order of their importance, ``diag(H)``, and the format needs no
+permutation.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from qerl_verl.kernels.nvfp4_dequantize import BLOCK_SIZE
 from qerl_verl.kernels.nvfp4_quantize import e2m1_magnitude_codes, e2m1_magnitudes
 
 GPTQ_VERSION = 1
-"""Raise it when the same weight and Hessian would give other bytes than before: it is part of the
-key of the cache."""
+"""Part of the cache key. Raise it when the same weight and Hessian give other bytes."""
 
 DAMPING = 0.01
-"""Added to the Hessian's diagonal, as a part of the mean of that diagonal; 0.01 in the paper."""
+"""Value added to the Hessian's diagonal, as a fraction of the diagonal's mean; 0.01 in the paper.
+"""
 
-_PANEL = 128  # channels whose errors reach the rest of the weight in one matrix product
-_STRIP = BLOCK_SIZE  # channels whose errors reach each other one by one; divides K and the panel
+_PANEL = 128  # channels whose errors are applied to the rest of the weight in one GEMM
+_STRIP = BLOCK_SIZE  # channels that are solved one by one; divides K and the panel
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Hessian:
 
     Attributes:
         sum: ``[K, K]``.
-        count: the number of inputs in it.
+        count: number of inputs in the sum.
     """
 
     sum: torch.Tensor
@@ -51,7 +51,11 @@ class Hessian:
         return cls(torch.zeros(channels, channels, dtype=torch.float32, device=device))
 
     def add(self, inputs: torch.Tensor) -> None:
-        """Args: inputs: ``[tokens, K]`` of any floating-point dtype."""
+        """Adds inputs to the sum.
+
+        Args:
+            inputs: ``[tokens, K]`` of any floating-point dtype.
+        """
         inputs = inputs.float()
         self.sum.addmm_(inputs.t(), inputs)
         self.count += len(inputs)
@@ -60,12 +64,12 @@ class Hessian:
 def inverse_factor(hessian: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
     """Returns ``U`` ``[K, K]``, upper triangular, with ``U^T U = (H + damping * mean(diag H))^-1``.
 
-    Channels that were never active (``H_ii = 0``) get the identity: they are rounded and touch no
-    other. With J the matrix that reverses the order, ``J H J = L L^T`` gives ``U = J L^-1 J``, for
-    which one Cholesky factorization and one triangular inverse are enough.
+    Channels that were never active (``H_ii = 0``) get the identity: they are rounded and affect no
+    other channel. With J the matrix that reverses the order, ``J H J = L L^T`` gives
+    ``U = J L^-1 J``, which takes one Cholesky factorization and one triangular inverse.
 
     Args:
-        hessian: ``[K, K]`` float32, symmetric, positive semidefinite; overwritten.
+        hessian: ``[K, K]`` float32, symmetric, positive semidefinite. It is overwritten.
         damping: raised tenfold until the factorization succeeds.
 
     Raises:
@@ -95,12 +99,12 @@ def inverse_factor(hessian: torch.Tensor, damping: float = DAMPING) -> torch.Ten
 def gptq_codes(
     weight: torch.Tensor, hessian: torch.Tensor, step: torch.Tensor, damping: float = DAMPING
 ) -> torch.Tensor:
-    """Returns the E2M1 codes of a weight under given steps.
+    """Returns the E2M1 codes of a weight for given steps.
 
     Args:
         weight: ``[N, K]``, in any floating-point dtype.
         hessian: ``[K, K]`` float32, of the inputs.
-        step: ``[N, K / 16]`` float32 > 0, what the codes count: ``block_scale / global_scale``.
+        step: ``[N, K / 16]`` float32 > 0, the unit of the codes: ``block_scale / global_scale``.
         damping: see :data:`DAMPING`.
 
     Returns:
@@ -113,7 +117,7 @@ def gptq_codes(
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
     factor = inverse_factor(hessian[order][:, order], damping)
     group = order // BLOCK_SIZE
-    columns = weight.t()[order].float()  # [K, N]: a channel is contiguous
+    columns = weight.t()[order].float()  # [K, N]: each channel is contiguous
     step = step.t().contiguous()
     codes = torch.empty(k, n, dtype=torch.uint8, device=weight.device)
     solve_strip = _graphed_strip(n, weight.device) if weight.is_cuda else _solve_strip
@@ -132,13 +136,12 @@ def gptq_codes(
 
 
 def _solve_strip(weight: torch.Tensor, step: torch.Tensor, factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns codes ``[16, N]`` uint8 and errors ``[16, N]`` float32 of 16 channels, one after the
-    other.
+    """Returns codes ``[16, N]`` uint8 and errors ``[16, N]`` float32 of 16 channels in sequence.
 
     Args:
-        weight: ``[16, N]`` float32, overwritten.
+        weight: ``[16, N]`` float32. It is overwritten.
         step: ``[16, N]`` float32.
-        factor: ``[16, 16]``, their block of U.
+        factor: ``[16, 16]``, the channels' block of U.
     """
     codes = torch.empty_like(weight, dtype=torch.uint8)
     errors = torch.empty_like(weight)
@@ -154,8 +157,10 @@ def _solve_strip(weight: torch.Tensor, step: torch.Tensor, factor: torch.Tensor)
 
 @functools.lru_cache(maxsize=8)  # a decoder layer has four kinds of inputs
 def _graphed_strip(n: int, device: torch.device) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-    """:func:`_solve_strip` as a CUDA graph: its some 250 small kernels cost more to launch than to
-    run."""
+    """Returns :func:`_solve_strip` as a CUDA graph.
+
+    Its roughly 250 small kernels take longer to launch than to run.
+    """
     shapes = ((_STRIP, n), (_STRIP, n), (_STRIP, _STRIP))
     inputs = [torch.ones(shape, dtype=torch.float32, device=device) for shape in shapes]
     stream = torch.cuda.Stream(device)

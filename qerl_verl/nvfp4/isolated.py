@@ -1,7 +1,7 @@
-"""Quantize in a process of its own, so that the caller holds no memory of the GPU afterwards.
+"""Quantizes in a process of its own, so that the caller holds no GPU memory afterwards.
 
-The driver of a run is such a caller: a CUDA context, once made, takes some hundred MB of the GPU
-that actor and rollout are about to share, until its process ends.
+The driver of a run is such a caller. A CUDA context takes some hundred MB of GPU memory until its
+process ends, and actor and rollout are about to share that GPU.
 """
 
 from __future__ import annotations
@@ -24,19 +24,25 @@ from qerl_verl.nvfp4.safetensors_stream import FileRecord
 def quantize_in_a_process(
     src: Path, dst: Path, *, method: str, calibration: Calibration | None, device: str | None, progress: bool
 ) -> dict[str, FileRecord]:
-    """:func:`~qerl_verl.nvfp4.checkpoint.quantize_checkpoint` in a process that has ended when this
-    returns.
+    """Runs :func:`~qerl_verl.nvfp4.checkpoint.quantize_checkpoint` in a process of its own.
 
-    Its progress bar appears on this process's stderr.
+    That process has ended when this function returns. Its progress bar appears on this process's
+    stderr.
+
+    Args:
+        src, dst, method, calibration, device, progress: as for ``quantize_checkpoint``.
+
+    Returns:
+        File name -> size and SHA-256 of every file in ``dst``.
 
     Raises:
-        CheckpointError: the same, or the process was ended by a signal.
+        CheckpointError: as ``quantize_checkpoint``; or a signal ended the process.
     """
     job = dict(src=str(src), dst=str(dst), method=method, device=device, progress=progress)
     job["calibration"] = calibration and [calibration.sequences, calibration.held_out, calibration.source]
     command = [sys.executable, "-m", "qerl_verl.nvfp4.isolated"]
     done = subprocess.run(command, input=json.dumps(job), stdout=subprocess.PIPE, text=True)
-    answer = done.stdout.splitlines()[-1:]  # others print, too
+    answer = done.stdout.splitlines()[-1:]  # libraries print to stdout before it
     try:
         result = json.loads(answer[0])
     except (IndexError, ValueError):
@@ -49,9 +55,11 @@ def quantize_in_a_process(
 
 
 def _end_with(parent: int, leave: Callable[[int], None] = os._exit, every: float = 2.0) -> None:
-    """Leaves when the parent has died, by whatever signal: nobody waits for the checkpoint any
-    more. What is unfinished is settled by the next attempt
-    (:mod:`qerl_verl.nvfp4.atomic_folder`)."""
+    """Calls ``leave`` when the parent has died, by whatever signal.
+
+    Nobody waits for the checkpoint then. The next attempt removes what is unfinished
+    (:mod:`qerl_verl.nvfp4.atomic_folder`).
+    """
     while os.getppid() == parent:
         time.sleep(every)
     leave(1)

@@ -1,9 +1,8 @@
-"""GPTQ over a checkpoint, decoder layer by decoder layer, and the comparison of two checkpoints in
-the same way.
+"""Applies GPTQ to a checkpoint layer by layer, and compares two checkpoints in the same way.
 
-A layer's Hessians come from activations that have passed the layers before it in their quantized
-form. Each finished layer is a file in a folder of its own, so that an attempt that was killed goes
-on where it ended; what it needs of the activations it gets by running the finished layers again.
+A layer's Hessians come from activations that have passed through the quantized layers before it.
+Each finished layer is a file in a folder of its own, so that the next attempt after a kill
+continues there. It recomputes the activations by running the finished layers.
 """
 
 from __future__ import annotations
@@ -47,28 +46,27 @@ _PARTS = ("weight_packed", "weight_scale", "weight_global_scale")
 
 
 class FinishedLayers:
-    """The decoder layers that an attempt at a checkpoint has quantized: a folder with one
-    safetensors file for each.
+    """The decoder layers that an attempt has quantized, one safetensors file each in a folder.
 
     Args:
         dst: the checkpoint. The folder lies beside it and appears with the first layer.
-        key: what the layers depend on; another attempt with the same key goes on with them.
+        key: hash of what the layers depend on; another attempt with the same key reuses them.
     """
 
     def __init__(self, dst: Path, key: str):
         self.folder = dst.with_name(f"{dst.name}.layers-{key}")
         self._last: tuple[int, dict[str, PackedLinear]] = (-1, {})
         self.errors: dict[str, SquaredError] = {}
-        """Of the linears that were written or read through this object."""
+        """Full name -> error of the linears that were written or read through this object."""
 
     @property
     def nbytes(self) -> int:
-        """Size of what is there."""
+        """Size in bytes of the finished layers."""
         return sum(file.stat().st_size for file in self.folder.glob("layer-*.safetensors"))
 
     @property
     def kept(self) -> str:
-        """For messages."""
+        """Clause for a message: where the finished layers are, and that they are reused."""
         return f"; the layers that were finished are kept in {self.folder}, and the same command goes on with them"
 
     def _file(self, index: int) -> Path:
@@ -78,7 +76,11 @@ class FinishedLayers:
         return self._file(index).exists()
 
     def write(self, index: int, linears: dict[str, PackedLinear]) -> None:
-        """Adds a layer. Its file appears by a rename, complete."""
+        """Adds a layer. Its file appears complete, by a rename.
+
+        Raises:
+            OSError: the disk is full (ENOSPC), or the write failed for another reason.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         temporary = self.folder / f"{uuid.uuid4().hex}.tmp"
         errors = {name: linear.error for name, linear in linears.items()}
@@ -86,14 +88,14 @@ class FinishedLayers:
         try:
             save_file(tensors_of(linears), temporary, metadata=metadata)
             temporary.replace(self._file(index))
-        except SafetensorError as error:  # what safetensors makes of a full disk
+        except SafetensorError as error:  # safetensors raises it for a full disk
             raise OSError(errno.ENOSPC if "os error 28" in str(error) else errno.EIO, str(error)) from error
         finally:
             temporary.unlink(missing_ok=True)
         self.errors |= errors
 
     def read(self, index: int) -> dict[str, PackedLinear]:
-        """Returns a layer that is there.
+        """Reads a finished layer.
 
         Raises:
             CheckpointError: another process has removed it.
@@ -111,15 +113,20 @@ class FinishedLayers:
             raise CheckpointError(f"{self._file(index)}: another process has removed this finished layer.") from error
 
     def linear(self, name: str) -> PackedLinear:
-        """By its full name, ``<prefix><layer>.<linear>``; the last layer that was asked for stays
-        in memory."""
+        """Returns a linear by its full name, ``<prefix><layer>.<linear>``.
+
+        The layer that was read last stays in memory.
+        """
         index = int(next(part for part in name.split(".") if part.isdigit()))
         if self._last[0] != index:
             self._last = (index, self.read(index))
         return self._last[1][name]
 
     def remove(self) -> None:
-        """Removes them, when the checkpoint is in place, and their folder if nothing else is in it."""
+        """Removes the layers, and their folder if it is empty then.
+
+        Called when the checkpoint is in place.
+        """
         for file in self.folder.glob("*"):
             if re.fullmatch(r"layer-\d{5}\.safetensors|[0-9a-f]{32}\.tmp", file.name):
                 file.unlink(missing_ok=True)
@@ -138,14 +145,13 @@ def gptq_layers(
 ) -> FinishedLayers:
     """Quantizes the linears of every decoder layer by GPTQ.
 
-    Memory on the device: the weights of one layer, its Hessians and the activations between two
-    layers.
+    The device holds the weights of one layer, its Hessians and the activations between two layers.
 
     Args:
         config: transformers' configuration of the model.
-        tensors: the checkpoint's, in 16 or 32 bits.
-        calibration: the text.
-        finished: where the layers go; those that are there already are not made again.
+        tensors: the tensors of the checkpoint in 16 or 32 bits.
+        calibration: the calibration text.
+        finished: receives the layers; those that it already holds are not computed again.
         device: where to compute.
         progress: show a progress bar on stderr.
 
@@ -189,7 +195,7 @@ def gptq_layers(
 
 
 def _gptq_group(weights: dict[str, torch.Tensor], hessian: torch.Tensor) -> dict[str, PackedLinear]:
-    """Returns linears with the same input and one global scale, solved together.
+    """Quantizes linears with the same input and one global scale, solving them together.
 
     Args:
         weights: name -> ``[N, K]``.
@@ -211,16 +217,15 @@ def _gptq_group(weights: dict[str, torch.Tensor], hessian: torch.Tensor) -> dict
         error = SquaredError(weight_error.item(), square.item(), output_error, output)
         linears[name] = PackedLinear(
             *(t.clone().cpu() for t in (p, s, global_scale)), error
-        )  # safetensors wants no shared memory
+        )  # cloned, because safetensors refuses tensors that share memory
     return linears
 
 
 def _hessians(layer: nn.Module, index: int, stream: Sequence[Activations], names: Sequence[str]) -> dict[str, Hessian]:
-    """Of the inputs of the named linears, over all that is not padding; the activations stay as
-    they are.
+    """Returns the Hessians of the inputs of the named linears, without padding.
 
-    An expert's are over the tokens that the router gives it. One that gets none has a Hessian of
-    zeros, by which GPTQ rounds to nearest.
+    The activations are not changed. The Hessian of an expert covers the tokens that the router
+    sends to it. An expert without tokens has a Hessian of zeros, with which GPTQ rounds to nearest.
     """
     hessians = {}
     inside = None
@@ -250,8 +255,8 @@ def compare_checkpoints(
     device: torch.device,
     progress: bool = True,
 ) -> dict[str, float]:
-    """Returns the loss on a text before and after quantization, and the KL divergence between the
-    two.
+    """Measures the loss on a text before and after quantization, and the KL divergence between
+    both.
 
     Args:
         config: transformers' configuration of the model.
@@ -281,13 +286,13 @@ def compare_checkpoints(
 
 
 def load_packed_weights(layer: nn.Module, prefix: str, linears: Sequence[str], tensors: dict[str, TensorInfo]) -> None:
-    """Gives the linears of a decoder layer the decoded weights of an NVFP4 checkpoint.
+    """Loads the decoded weights of an NVFP4 checkpoint into the linears of a decoder layer.
 
     Args:
         layer: on a device, in the dtype in which it computes.
-        prefix: of its names in the checkpoint, ``model.layers.<index>.``
+        prefix: what its names in the checkpoint begin with, ``model.layers.<index>.``
         linears: names within the layer.
-        tensors: the checkpoint's.
+        tensors: the tensors of the checkpoint.
     """
     for name in linears:
         module = layer.get_submodule(name)

@@ -13,28 +13,32 @@ from qerl_verl.kernels.nvfp4_linear import nvfp4_linear
 
 
 class NVFP4Linear(nn.Module):
-    """y = x W^T + b with W = e2m1 * block_scale / global_scale, frozen.
+    """Computes y = x W^T + b with a frozen W = e2m1 * block_scale / global_scale.
 
-    Packed values and scales are one parameter: FSDP2 works on parameters one by one, on the host,
-    and each costs it time. Their bytes are those of the compressed-tensors format
-    ``nvfp4-pack-quantized``, until :meth:`use_backend` or
+    Packed values and scales are one parameter, because FSDP2 handles parameters one by one on the
+    host and each costs time. The bytes are those of the compressed-tensors format
+    ``nvfp4-pack-quantized`` until :meth:`use_backend` or
     :func:`qerl_verl.nvfp4.loading.prepack_linears` puts them into the layout of a faster kernel.
 
     Attributes:
-        weight_joined: ``[out_features * in_features * 9 / 16]`` bytes in ``storage_dtype``: two
-            E2M1 codes each (``weight_packed`` of the format), and behind them the E4M3 scales
-            (``weight_scale``). See :meth:`weight_bytes`.
-        weight_global_scale: ``[1]`` float32 buffer, the divisor; a buffer, since FSDP2 casts no
-            buffers.
+        weight_joined: ``[out_features * in_features * 9 / 16]`` bytes in ``storage_dtype``. The
+            packed E2M1 codes, two a byte (``weight_packed`` of the format), come first, then the
+            E4M3 scales (``weight_scale``). See :meth:`weight_bytes`.
+        weight_global_scale: ``[1]`` float32, the divisor. It is a buffer, because FSDP2 does not
+            cast buffers.
         bias: ``[out_features]`` or None, frozen.
-        backend: whose kernels compute the layer, and in whose layout the bytes are.
+        backend: the kernels that compute the layer; the bytes are in its layout.
 
-    After :meth:`place` there is no ``weight_joined``: the bytes belong to memory that other layers
-    or processes use too, and nothing that moves, shards or saves parameters touches them.
+    After :meth:`place` there is no ``weight_joined``. The bytes then belong to memory that other
+    layers or processes share, and no code that moves, shards or saves parameters touches them.
 
     Args:
-        storage_dtype: what the bytes are declared as; only ever copied, never computed with. uint8
-            by itself; under FSDP2 see :data:`qerl_verl.engine.fsdp.CARRIER`.
+        in_features, out_features: K and N of the weight.
+        bias: whether the layer has a bias.
+        dtype: dtype of the bias.
+        device: device of the empty tensors.
+        storage_dtype: dtype under which the bytes are stored. They are only ever copied, never
+            computed with. uint8 by default; for FSDP2 see :data:`qerl_verl.engine.fsdp.CARRIER`.
 
     Raises:
         ValueError: ``in_features`` is not a multiple of 16, or the bytes do not fill whole
@@ -77,8 +81,11 @@ class NVFP4Linear(nn.Module):
         return self._alpha
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Args: x: ``[..., in_features]`` floating point. Returns: ``[..., out_features]`` in
-        autocast's dtype, or x's."""
+        """Returns ``[..., out_features]`` in autocast's dtype, or in the dtype of ``x``.
+
+        Args:
+            x: ``[..., in_features]`` floating point.
+        """
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         return nvfp4_linear(x, *self.weight_bytes(), self.alpha, self.bias, self.backend)
@@ -92,18 +99,19 @@ class NVFP4Linear(nn.Module):
         name: str = "a layer",
         elsewhere: Mapping[str, str] | None = None,
     ) -> Choice:
-        """Chooses the kernels for ``device``; where the layer has data, puts its bytes into their
-        layout, on that device.
+        """Chooses the kernels for ``device``, and converts the bytes into their layout on it.
+
+        A layer on the meta device only gets the kernels.
 
         Args:
-            device: where the layer will compute; its tensors stay where they are.
+            device: where the layer will compute. Its tensors stay where they are.
             wanted: see :func:`qerl_verl.kernels.backends.choose_backend`.
-            dtype: of the activations.
-            name: of the layer, for messages.
+            dtype: dtype of the activations.
+            name: the layer's name, for messages.
             elsewhere: see :func:`qerl_verl.kernels.backends.choose_backend`.
 
         Raises:
-            ValueError: a wanted kernel that cannot run here or does not serve the layer.
+            ValueError: a requested kernel cannot run here or does not serve the layer.
         """
         shape = self.out_features, self.in_features
         choice = choose_backend(device, shape, dtype, wanted, layer=name, elsewhere=elsewhere)
@@ -119,24 +127,30 @@ class NVFP4Linear(nn.Module):
         return choice
 
     def place(self, packed: torch.Tensor, scale: torch.Tensor) -> None:
-        """Keeps the weight in memory of the caller's from now on; what the layer held is dropped.
+        """Keeps the weight in memory of the caller and drops the layer's own memory.
+
+        The caller fills the memory, in the backend's layout.
 
         Args:
-            packed: ``[out_features, in_features / 2]`` uint8, where the packed values go.
-            scale: ``[out_features, in_features / 16]`` uint8, where the scales go.
+            packed: ``[out_features, in_features / 2]`` uint8, memory for the packed values.
+            scale: ``[out_features, in_features / 16]`` uint8, memory for the scales.
+
+        Raises:
+            ValueError: a shape differs from the layer's.
         """
         shapes = tuple(t.shape for t in self.weight_bytes())
         if (packed.shape, scale.shape) != shapes:
             raise ValueError(f"a weight of {shapes} cannot be placed in {(packed.shape, scale.shape)}")
         del self.weight_joined
         self._placed = packed, scale
-        self.qweight = (
-            packed  # PEFT asks for the device of a weight of this name, of a parameter or not (tuners/lora/model.py)
-        )
+        # PEFT reads the layer's device from a weight of this name (tuners/lora/model.py)
+        self.qweight = packed
 
     def weight_bytes(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns views of the packed values ``[out_features, in_features / 2]`` and of the scales
-        ``[out_features, in_features / 16]``, both uint8, in the backend's layout."""
+        """Returns views of packed values and scales, both uint8, in the backend's layout.
+
+        Shapes: ``[out_features, in_features / 2]`` and ``[out_features, in_features / 16]``.
+        """
         if self._placed is not None:
             return self._placed
         joined, n, k = self.weight_joined.detach().view(torch.uint8), self.out_features, self.in_features

@@ -1,4 +1,4 @@
-"""Build a transformers model around an NVFP4 checkpoint without ever holding its 16-bit weights."""
+"""Builds a transformers model from an NVFP4 checkpoint without holding its 16-bit weights."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def checkpoint_files(path: str | Path) -> list[Path]:
 
 
 def _module_name(path: str | Path) -> Callable[[str], str]:
-    """From a name in a checkpoint's files to the one in transformers' model."""
+    """Returns a function from a name in a checkpoint's files to the name in transformers' model."""
     config = Path(path) / "config.json"
     try:
         return get_architecture(json.loads(config.read_text(encoding="utf-8"))).module_name
@@ -41,23 +41,25 @@ def _module_name(path: str | Path) -> Callable[[str], str]:
 
 
 def iterate_tensors(path: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields the name in transformers' model and tensor of everything in a checkpoint, few tensors
-    in
-    memory at a time: one that is kept keeps its neighbours."""
+    """Yields name in transformers' model and tensor for everything in a checkpoint.
+
+    Few tensors are in memory at a time. A tensor that the caller keeps also keeps its neighbours in
+    memory.
+    """
     module_name = _module_name(path)
     for file in checkpoint_files(path):
         with safe_open(file, framework="pt") as handle:
             names = list(handle.keys())
         for begin in range(0, len(names), _MAPPED_TOGETHER):
-            # what was read of a mapped file stays in memory until the last tensor of the mapping is
-            # gone
+            # what was read of a mapped file stays in memory until the mapping's last tensor is
+            # freed
             with safe_open(file, framework="pt") as handle:
                 for name in names[begin : begin + _MAPPED_TOGETHER]:
                     yield module_name(name), handle.get_tensor(name)
 
 
 def packed_linear_names(path: str | Path) -> set[str]:
-    """Returns full module names of the linears that a checkpoint holds in NVFP4."""
+    """Returns the full module names of the linears that a checkpoint holds in NVFP4."""
     names: set[str] = set()
     module_name = _module_name(path)
     for file in checkpoint_files(path):
@@ -73,17 +75,20 @@ def swap_linears(
     dtype: torch.dtype,
     storage_dtype: torch.dtype = torch.uint8,
 ) -> None:
-    """Replaces the named ``nn.Linear`` modules by empty :class:`NVFP4Linear` modules on the same
-    device, and experts whose linears are named by :class:`NVFP4Experts`.
+    """Replaces linears and experts of a model by empty NVFP4 modules on the same device.
+
+    Each named ``nn.Linear`` becomes an :class:`NVFP4Linear`. Experts whose linears are named become
+    :class:`NVFP4Experts`.
 
     Args:
         model: built from the checkpoint's configuration, usually on the meta device.
         names: see :func:`packed_linear_names`.
-        dtype: of the biases.
+        dtype: dtype of the biases.
         storage_dtype: see :class:`NVFP4Linear`.
 
     Raises:
-        ValueError: a name that is no linear layer of the model; or some of the experts of a layer.
+        ValueError: a name is not a linear layer of the model; or only some of a layer's experts are
+            named.
     """
     modules = dict(model.named_modules())
     of_experts: dict[str, set[str]] = {}
@@ -116,8 +121,13 @@ _EXPERT_LINEAR = re.compile(r"(.+)\.\d+\.(?:gate|up|down)_proj")
 
 
 def _empty_experts(name: str, experts: nn.Module, linears: set[str], storage_dtype: torch.dtype) -> NVFP4Experts:
-    """In the place of transformers' experts (``gate_up_proj`` ``[E, 2 I, H]``, ``down_proj``
-    ``[E, H, I]``)."""
+    """Returns the empty module that replaces transformers' experts.
+
+    Those are ``gate_up_proj`` ``[E, 2 I, H]`` and ``down_proj`` ``[E, H, I]``.
+
+    Raises:
+        ValueError: ``experts`` has no such parameters, or ``linears`` are not all of its linears.
+    """
     try:
         count, hidden, inner = experts.down_proj.shape
         device = experts.down_proj.device
@@ -136,18 +146,17 @@ def _empty_experts(name: str, experts: nn.Module, linears: set[str], storage_dty
 
 
 def load_tensors(model: nn.Module, path: str | Path, dtype: torch.dtype, new_modules: tuple[str, ...] = ()) -> None:
-    """Puts a checkpoint's tensors into a model built by :func:`swap_linears`, one at a time.
+    """Loads a checkpoint's tensors into a model of :func:`swap_linears`, one at a time.
 
     Args:
-        model: parameters may be on the meta device; they are replaced, not copied into.
+        model: its parameters may be on the meta device; they are replaced, not copied into.
         path: the checkpoint folder.
-        dtype: of everything that is not packed.
-        new_modules: prefixes of modules that the checkpoint does not have (a value head) and that
-            keep what they are.
+        dtype: dtype of everything that is not packed.
+        new_modules: prefixes of modules that the checkpoint does not have (a value head). They keep
+            their values.
 
     Raises:
-        ValueError: a shape that does not fit, or tensors that the model lacks or the checkpoint
-            does.
+        ValueError: a shape does not fit, or tensors are missing in the model or the checkpoint.
     """
     holders = _parts(model)
     parts = {name: part for part in holders for name in part.places()}
@@ -193,24 +202,24 @@ def prepack_linears(
     dtype: torch.dtype = torch.bfloat16,
     elsewhere: Mapping[str, str] | None = None,
 ) -> str:
-    """Chooses the kernels of every :class:`NVFP4Linear` and :class:`NVFP4Experts` and puts the
-    weights into their layout, layer by layer on ``device``.
+    """Chooses the kernels of all NVFP4 layers and converts the weights into their layout.
+
+    The layers are converted one by one on ``device``.
 
     Args:
-        model: its tensors stay where they are; layers on the meta device get the kernels and no
-            data.
+        model: its tensors stay where they are; layers on the meta device only get the kernels.
         device: where the model will compute.
         wanted: ``qerl.kernel``.
-        dtype: of the activations.
-        elsewhere: why a backend, by its name, cannot run on another rank; the ranks share the
-            bytes, so all need one layout.
+        dtype: dtype of the activations.
+        elsewhere: name of a backend -> why it cannot run on another rank. The ranks share the
+            bytes, so all of them need one layout.
 
     Returns:
-        What was chosen for how many layers of each kind, and why nothing better, for the line
-        ``[qerl] kernel:``.
+        The kernel of each kind of layer with the number of layers, and why no better one serves,
+        for the line ``[qerl] kernel:``.
 
     Raises:
-        ValueError: a wanted kernel that cannot run here or does not serve a layer, which it names.
+        ValueError: a requested kernel cannot run here or does not serve a layer, which is named.
     """
     count, backends = KernelCount(), {}
     for name, layer in model.named_modules():
@@ -229,13 +238,13 @@ def prepack_linears(
 
 
 class _Parts:
-    """A module whose parameters hold several tensors of the checkpoint each.
+    """A module each of whose parameters holds several tensors of the checkpoint.
 
     Attributes:
         holds: full names of those parameters and buffers.
 
     Args:
-        name: of the module.
+        name: full name of the module.
         module: an NVFP4 layer, or transformers' experts in 16 bits.
     """
 
@@ -267,11 +276,11 @@ class _Parts:
         return {self._prefix + name: view for name, view in parts.items()}
 
     def places(self) -> dict[str, torch.Tensor]:
-        """Returns the full name of a checkpoint's tensor -> view of its place."""
+        """Returns full name of a checkpoint's tensor -> view of its memory."""
         return self._places
 
     def fill(self, name: str, tensor: torch.Tensor) -> None:
-        """Copys a tensor to its place; the first one brings the module's memory into being."""
+        """Copies a tensor to its place. The first call allocates the module's memory."""
         if self._places[name].is_meta:
             for leaf in self._leaves:
                 empty = torch.empty_like(getattr(self._module, leaf), device=tensor.device)
@@ -283,7 +292,7 @@ class _Parts:
 
 
 def _parts(model: nn.Module) -> list[_Parts]:
-    """Returns the modules of a model that hold several tensors of a checkpoint in one parameter."""
+    """Returns the modules of a model that hold several checkpoint tensors in one parameter."""
     return [
         _Parts(name, module)
         for name, module in model.named_modules()

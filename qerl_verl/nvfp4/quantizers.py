@@ -1,5 +1,4 @@
-"""The methods that turn a weight into NVFP4, and the ones among them that need nothing but the
-weight."""
+"""Defines the quantization methods, and implements those that need only the weight."""
 
 from __future__ import annotations
 
@@ -21,25 +20,29 @@ from qerl_verl.kernels.nvfp4_quantize import (
 )
 
 Method = Literal["rtn", "four-over-six", "gptq", "mxfp4"]
-"""``rtn`` rounds to the nearest value. ``four-over-six`` does the same with the better of two
-scales a block (arXiv 2512.02010). ``gptq`` rounds so that the outputs of the layer change least on
-a calibration text (arXiv 2210.17323). ``mxfp4`` is another format, one power of two for 32 values,
-in the container of NVFP4 (OCP Microscaling Formats v1.0)."""
+"""How weights are rounded.
+
+``rtn`` rounds to the nearest value. ``four-over-six`` also chooses the better of two scales for
+each block (arXiv 2512.02010). ``gptq`` minimizes the change of the layer's outputs on a calibration
+text (arXiv 2210.17323). ``mxfp4`` is another format, with one power of two for 32 values, in the
+container of NVFP4 (OCP Microscaling Formats v1.0).
+"""
 
 METHODS: tuple[str, ...] = get_args(Method)
 NEEDS_CALIBRATION = ("gptq",)
 
-_SLAB_ELEMENTS = 1 << 20  # of a weight, what one thread quantizes at a time
-_CHUNK_ELEMENTS = (1 << 17, 1 << 24)  # decoded at a time, on a CPU and on a GPU
+_SLAB_ELEMENTS = 1 << 20  # elements of a weight that one thread quantizes at a time
+_CHUNK_ELEMENTS = (1 << 17, 1 << 24)  # elements that are decoded at a time, on a CPU and on a GPU
 
 
 @dataclass(frozen=True)
 class SquaredError:
-    """Sums over the elements of a linear: of the squared error and of the squares themselves.
+    """Squared error and squared magnitude of a linear, summed over all elements.
 
     Attributes:
-        weight_error, weight: of the weight.
-        output_error, output: of the layer's outputs over the calibration text; None without one.
+        weight_error, weight: sums for the weight.
+        output_error, output: sums for the layer's outputs on the calibration text; None without
+            one.
     """
 
     weight_error: float
@@ -56,7 +59,7 @@ class PackedLinear:
         packed: ``[N, K / 2]`` uint8.
         scale: ``[N, K / 16]`` float8_e4m3fn.
         global_scale: ``[1]`` float32.
-        error: against the weight that was quantized.
+        error: the error against the source weight.
     """
 
     packed: torch.Tensor
@@ -66,9 +69,13 @@ class PackedLinear:
 
 
 def shared_global_scale(amax: Iterable[torch.Tensor], method: str) -> torch.Tensor:
-    """Returns one global scale for linears that are fused, from the largest magnitude of each.
+    """Returns one global scale, ``[1]`` float32, for linears that are fused.
 
     GPTQ starts from the block scales of four-over-six.
+
+    Args:
+        amax: the largest magnitude of each linear, 0-d float32.
+        method: see :data:`Method`.
     """
     if method == "mxfp4":
         return mxfp4_global_scale(torch.stack(list(amax)).max())
@@ -82,7 +89,7 @@ def round_weight(
     """Quantizes a weight by ``rtn``, ``four-over-six`` or ``mxfp4``.
 
     Args:
-        weight: ``[N, K]`` float32, bfloat16 or float16, finite, K a multiple of 16, of 32 for
+        weight: ``[N, K]`` float32, bfloat16 or float16, finite; K is a multiple of 16, or of 32 for
             ``mxfp4``.
         global_scale: see :func:`shared_global_scale`.
         pool: threads that share the work, for a weight on the CPU.
@@ -91,8 +98,7 @@ def round_weight(
         Tensors on the CPU.
 
     Raises:
-        ValueError: ``mxfp4``, and the shared exponents of the weight are not all in the container's
-            span.
+        ValueError: with ``mxfp4``, the shared exponents of the weight exceed the container's span.
     """
     function = _FUNCTIONS[method]
     rows = max(1, _SLAB_ELEMENTS // weight.shape[1]) if pool is not None else len(weight)
@@ -117,7 +123,12 @@ _FUNCTIONS = {"rtn": quantize_nvfp4, "four-over-six": quantize_nvfp4_four_over_s
 def squared_error(
     weight: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, global_scale: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the sum of the squared error and sum of the squares of a weight, each one float64."""
+    """Returns the sums of the squared error and of the squared weight, each 0-d float64.
+
+    Args:
+        weight: ``[N, K]`` in any floating-point dtype.
+        packed, scale, global_scale: the quantized weight, see :class:`PackedLinear`.
+    """
     rows = max(1, _CHUNK_ELEMENTS[weight.is_cuda] // weight.shape[1])
     error, square = [], []
     for w, p, s in zip(weight.split(rows), packed.split(rows), scale.split(rows), strict=True):
@@ -130,7 +141,11 @@ def squared_error(
 
 
 def tensors_of(linears: Mapping[str, PackedLinear]) -> dict[str, torch.Tensor]:
-    """Returns name -> tensor, named as in a checkpoint."""
+    """Returns name -> tensor, with the names of a checkpoint.
+
+    Args:
+        linears: full name of a linear -> its tensors.
+    """
     return {
         f"{name}.weight_{part}": tensor
         for name, linear in linears.items()

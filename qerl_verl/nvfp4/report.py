@@ -1,4 +1,4 @@
-"""What quantization did to a model: errors by kind of layer, the worst layers, and the loss on a
+"""Reports the errors of a quantization by kind of layer, the worst layers, and the loss on a
 text."""
 
 from __future__ import annotations
@@ -29,20 +29,21 @@ def build_report(
     Args:
         method: see :data:`~qerl_verl.nvfp4.quantizers.Method`.
         errors: full name of a linear -> its error.
-        prefix: of the layers' names, ``model.layers.``
-        calibration: the text.
-        text: see :meth:`~qerl_verl.nvfp4.decoder.LayerwiseDecoder.compare`; measured on
+        prefix: what the names of decoder layers begin with, ``model.layers.``
+        calibration: the calibration text.
+        text: result of :meth:`~qerl_verl.nvfp4.decoder.LayerwiseDecoder.compare` on
             ``calibration.held_out``.
 
     Returns:
-        ``method``; ``calibration``, ``text`` or None; ``kinds`` and ``linears``, name ->
-        ``weight_error`` (squared error over squared magnitude), ``weight_snr_db`` and, after GPTQ,
-        ``output_error`` on the calibration text; ``worst``, the names of the linears with the
-        largest error of outputs (of weights where outputs were not looked at).
+        ``method``; ``calibration`` and ``text``, which may be None; ``kinds`` and ``linears``, name
+        -> ``weight_error`` (squared error over squared magnitude), ``weight_snr_db`` and, after
+        GPTQ, ``output_error`` on the calibration text; ``worst``, the names of the linears with the
+        largest output error, or the largest weight error where no outputs were measured.
     """
     kinds: dict[str, list[SquaredError]] = {}
     for name, error in errors.items():
-        kind = re.sub(r"\.\d+\.", ".*.", name.removeprefix(prefix).partition(".")[2])  # the experts together
+        # all experts of a layer form one kind
+        kind = re.sub(r"\.\d+\.", ".*.", name.removeprefix(prefix).partition(".")[2])
         kinds.setdefault(kind, []).append(error)
     linears = {name: _relative([error]) for name, error in errors.items()}
     by = "output_error" if any("output_error" in values for values in linears.values()) else "weight_error"
@@ -58,12 +59,16 @@ def build_report(
 
 
 def read_report(path: Path) -> dict[str, Any]:
-    """Returns the report in a checkpoint's folder."""
+    """Returns the report in a checkpoint's folder.
+
+    Raises:
+        OSError, ValueError: the report is missing or is not JSON.
+    """
     return json.loads((path / REPORT_FILE).read_text(encoding="utf-8"))
 
 
 def format_report(report: Mapping[str, Any]) -> str:
-    """Returns a table for the terminal."""
+    """Returns the report of :func:`build_report` as a table for the terminal."""
     outputs = any("output_error" in values for values in report["kinds"].values())
     lines = [f"{'relative squared error':24} {'weights':>10} {'SNR':>9}" + (f" {'outputs':>10}" if outputs else "")]
     worst = {f"worst: {name}": report["linears"][name] for name in report["worst"][:3]}

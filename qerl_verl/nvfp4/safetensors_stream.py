@@ -1,9 +1,9 @@
-"""Read and write safetensors one tensor at a time, so that memory does not grow with the size of a
-shard.
+"""Reads and writes safetensors one tensor at a time, so that memory does not grow with a shard's
+size.
 
-The format (https://github.com/huggingface/safetensors): 8 bytes little-endian header length, a JSON
-header ``{name: {"dtype", "shape", "data_offsets": [begin, end]}}``, then the bytes of all tensors
-without gaps.
+The format (https://github.com/huggingface/safetensors) is the header length in 8 little-endian
+bytes, a JSON header ``{name: {"dtype", "shape", "data_offsets": [begin, end]}}``, and the bytes of
+all tensors without gaps.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies, and what it is."""
+    """Location, dtype and shape of a tensor in a file."""
 
     file: Path
     offset: int
@@ -66,7 +66,7 @@ def nbytes(dtype: str, shape: tuple[int, ...]) -> int:
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Returns name -> place of every tensor in a file, in the order of their bytes.
+    """Returns name -> location of every tensor in a file, in the order of their bytes.
 
     Raises:
         CheckpointError: the file is not safetensors, or is shorter or longer than its header says.
@@ -107,7 +107,15 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
 
 def read_pieces(info: TensorInfo, piece_elements: int = _PIECE_ELEMENTS) -> Iterator[torch.Tensor]:
-    """Yields the elements of a tensor, flat, in pieces that never share memory."""
+    """Yields the elements of a tensor, flat, in pieces that do not share memory.
+
+    Args:
+        info: the tensor's location.
+        piece_elements: largest number of elements of a piece.
+
+    Raises:
+        CheckpointError: the file ends too early.
+    """
     remaining = math.prod(info.shape)
     with info.file.open("rb", buffering=0) as file:
         file.seek(info.offset)
@@ -124,15 +132,18 @@ def read_pieces(info: TensorInfo, piece_elements: int = _PIECE_ELEMENTS) -> Iter
 
 
 def read_tensor(info: TensorInfo) -> torch.Tensor:
-    """Returns the whole tensor, in its own dtype and shape."""
+    """Returns the whole tensor, in its own dtype and shape.
+
+    Raises:
+        CheckpointError: the file ends too early.
+    """
     for tensor in read_pieces(info, piece_elements=max(1, math.prod(info.shape))):
         return tensor.view(info.shape)
     return torch.empty(info.shape, dtype=TORCH_DTYPES[info.dtype])
 
 
 class HashedFile:
-    """A new file that hashes what is written to it. On leaving the ``with`` block it is on the
-    disk."""
+    """A new file that hashes what is written to it, synced to disk at the end of ``with``."""
 
     def __init__(self, path: Path):
         self._path, self._hash, self._size = path, hashlib.sha256(), 0
@@ -143,7 +154,7 @@ class HashedFile:
         return self
 
     def write(self, data: bytes | memoryview) -> None:
-        hashed = self._hasher.submit(self._hash.update, data)  # while the system copies it
+        hashed = self._hasher.submit(self._hash.update, data)  # while the system copies the data
         self._file.write(data)
         hashed.result()
         self._size += len(data)
@@ -152,7 +163,7 @@ class HashedFile:
         with self._file, self._hasher:
             if exc_type is None:
                 self._file.flush()
-                os.fsync(self._file.fileno())  # a network or full disk may refuse only now
+                os.fsync(self._file.fileno())  # a full disk may report its error only here
 
     @property
     def record(self) -> FileRecord:
@@ -163,8 +174,8 @@ class ShardWriter(HashedFile):
     """A safetensors file whose tensors arrive one after the other.
 
     Args:
-        path: must not exist.
-        layout: name -> (dtype, shape), in the order in which :meth:`write_tensor` will be called.
+        path: a file that does not exist.
+        layout: name -> (dtype, shape), in the order of the calls of :meth:`write_tensor`.
     """
 
     def __init__(self, path: Path, layout: Mapping[str, tuple[str, tuple[int, ...]]]):
@@ -184,7 +195,11 @@ class ShardWriter(HashedFile):
         return self
 
     def write_tensor(self, name: str, pieces: Iterable[torch.Tensor]) -> None:
-        """The elements of the next tensor of the layout, in one or more contiguous pieces."""
+        """Writes the elements of the layout's next tensor, in one or more contiguous pieces.
+
+        Raises:
+            ValueError: name, dtype or size differs from the layout.
+        """
         dtype, shape = self._layout[name]
         if name != next(self._pending, None):
             raise ValueError(f"{name} is not the next tensor of the layout")

@@ -1,4 +1,4 @@
-"""Write the tensors of a checkpoint into safetensors files of bounded size, one unit at a time."""
+"""Writes the tensors of a checkpoint into safetensors files of bounded size, unit by unit."""
 
 from __future__ import annotations
 
@@ -34,13 +34,12 @@ def write_shards(
     """Writes units into ``model.safetensors``, or into several files and their index.
 
     Args:
-        folder: exists and holds none of these files.
-        units: what is made and written at a time: its layout, and what ``tensors_of`` makes it
-            from.
-        tensors_of: the tensors of a unit, in the order of its layout.
-        title: of the progress bar.
-        progress: show it on stderr.
-        max_shard_bytes: size of a file above which the next one is begun.
+        folder: an existing folder that holds none of these files.
+        units: the layout of each unit, and the object from which ``tensors_of`` makes its tensors.
+        tensors_of: yields name and tensor of a unit, in the order of its layout.
+        title: text of the progress bar.
+        progress: show the bar on stderr.
+        max_shard_bytes: size in bytes above which another file is begun.
 
     Returns:
         File name -> size and SHA-256.

@@ -1,4 +1,4 @@
-"""Tensors that checkpoints hold and that nothing here computes with."""
+"""Names tensors of checkpoints that take part in no computation here."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ KV_CACHE_SCALE = re.compile(
 """Scales of a quantized KV cache, as llm-compressor and vLLM name them."""
 
 _OTHERS = re.compile(
-    r"\.rotary_emb\.inv_freq$"  # a buffer that models compute from config.json; transformers saved it up to 4.31
-    r"|\.(?:input_global_scale|weight_shape)$"  # llm-compressor's, for 4-bit activations and for unpacking
+    # A buffer that models compute from config.json; transformers saved it up to 4.31.
+    r"\.rotary_emb\.inv_freq$"
+    # llm-compressor's: one for 4-bit activations, one for unpacking.
+    r"|\.(?:input_global_scale|weight_shape)$"
 )
 
 
 def is_unused(name: str) -> bool:
-    """Returns whether a tensor is left out: when quantizing, and when actor, critic or rollout load
-    it."""
+    """Returns whether quantization, actor, critic and rollout skip a tensor."""
     return bool(KV_CACHE_SCALE.search(name) or _OTHERS.search(name))

@@ -1,4 +1,4 @@
-"""``qerl quantize --check``: every byte of an NVFP4 folder looked at once."""
+"""Reads every byte of an NVFP4 folder once, for ``qerl quantize --check``."""
 
 from __future__ import annotations
 
@@ -17,21 +17,22 @@ from qerl_verl.nvfp4.safetensors_stream import TensorInfo, read_pieces, read_ten
 
 
 def verify_checkpoint(path: str | Path, *, progress: bool = True) -> dict[str, int]:
-    """Checks an NVFP4 folder as thoroughly as can be done without the model that it was made from.
+    """Checks an NVFP4 folder as thoroughly as is possible without its source model.
 
-    First what :func:`~qerl_verl.nvfp4.checkpoint.validate_nvfp4_checkpoint` checks: names, shapes,
-    dtypes, scales. Then each packed linear is decoded to bfloat16, which has to give finite values,
-    and no block may have a zero scale under codes that are not zero; everything that is not packed
-    has to be finite; and the files have to have the sizes and SHA-256 hashes of the manifest, if
-    `qerl quantize` wrote one.
+    - :func:`~qerl_verl.nvfp4.checkpoint.validate_nvfp4_checkpoint` checks names, shapes, dtypes and
+      scales.
+    - Each packed linear must decode to finite bfloat16 values, and no block may have a zero scale
+      with codes that are not zero.
+    - Every tensor that is not packed must be finite.
+    - Sizes and SHA-256 hashes must agree with the manifest, if `qerl quantize` wrote one.
 
     Args:
         path: the folder.
         progress: show a progress bar on stderr.
 
     Returns:
-        What was looked at: ``linears``, ``weights`` in them, ``other tensors``, and ``files`` of
-            the manifest.
+        The numbers of checked ``linears``, of ``weights`` in them, of ``other tensors``, and of
+        ``files`` in the manifest.
 
     Raises:
         UnsupportedArchitecture, CheckpointError: names the first file or tensor that is wrong.
@@ -76,7 +77,7 @@ def _check_decoded(
         values = dequantize_nvfp4(p, s, global_scale, torch.bfloat16)
         if not torch.isfinite(values).all():
             raise CheckpointError(f"{info.file}: {linear} decodes to NaN or Inf. Fetch or export the checkpoint again.")
-        codes = (p & 0x77 != 0).view(len(p), -1, 8).any(-1)  # the sign alone is a zero
+        codes = (p & 0x77 != 0).view(len(p), -1, 8).any(-1)  # ignores the sign of a zero
         if lost := int((codes & z).sum()):
             raise CheckpointError(
                 f"{info.file}: {linear} has {lost} blocks of 16 whose scale is zero and whose codes are not: their "
@@ -85,8 +86,7 @@ def _check_decoded(
 
 
 def _check_manifest(path: Path, progress: bool) -> int:
-    """Returns the number of files that the manifest lists, all of which are as it says; 0 without a
-    manifest."""
+    """Checks the files that the manifest lists and returns their number; 0 without a manifest."""
     if not (path / MANIFEST_FILE).exists():
         return 0
     try:

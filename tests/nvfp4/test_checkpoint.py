@@ -572,7 +572,7 @@ def test_no_model_folder(tmp_path):
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", tmp_path, "config.json", "no such file")
     (tmp_path / "empty" / "adapter_config.json").write_text("{}")
-    refused(tmp_path / "empty", tmp_path, "holds a PEFT adapter and no model", "lora_adapter_path")
+    refused(tmp_path / "empty", tmp_path, "holds a PEFT adapter but no model", "lora_adapter_path")
     (tmp_path / "empty" / "config.json").write_text("{")
     refused(tmp_path / "empty", tmp_path, "config.json", "not valid JSON")
 
@@ -585,7 +585,7 @@ def test_a_family_that_is_not_in_the_table(make_checkpoint, tmp_path):
 
 def test_quantized_already(make_checkpoint, tmp_path):
     _, dst = quantized(make_checkpoint, tmp_path)
-    with pytest.raises(CheckpointError, match="NVFP4 checkpoint already"):
+    with pytest.raises(CheckpointError, match="already an NVFP4 checkpoint"):
         quantize_checkpoint(dst, tmp_path / "again", progress=False)
     assert_nothing_left(tmp_path / "again")
 
