@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -169,6 +170,26 @@ def test_the_page_explains_every_refusal_before_a_run():
     patterns = explained()
     assert len(refusals) > 50
     assert [text for text in sorted(refusals) if not any(p.search(text) for p in patterns)] == []
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(
+        rf"^```{language}\n(.*?)^```$", (DOCS / page).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    )
+
+
+def test_the_migrated_recipe_runs_and_the_switch_sets_what_the_page_says(capsys):
+    from qerl_verl.cli.main import main
+
+    commands = [block.replace("\\\n", " ").replace("$HOME", "/home/me") for block in blocks("migrating.md", "bash")]
+    before, after = map(shlex.split, commands)
+    assert before[:3] == ["python", "-m", "verl.trainer.main_ppo"] and after[3] == "+qerl=nvfp4"
+    for overrides in (after[3:], ["+qerl=nvfp4", *before[3:]]):
+        code = main(["explain", "ppo_trainer", *overrides, "--platform", "cuda", "--elsewhere"])
+        lines = capsys.readouterr().out.splitlines()
+        assert code == 0 and lines[-1] == "problems: none"
+        (said,) = blocks("migrating.md", "text")
+        assert [line for line in said.splitlines() if not any(found.strip().startswith(line) for found in lines)] == []
 
 
 def navigation() -> list[str]:
