@@ -2,8 +2,7 @@
 backward.
 
     python benchmarks/bench_experts_training.py --json benchmarks/results/experts_training_h100.json
-    python benchmarks/bench_experts_training.py --shape tiny-moe --tokens 64 # on the CPU, in
-    float32
+    python benchmarks/bench_experts_training.py --shape tiny-moe --tokens 64      # on the CPU, in float32
 
 The shape is that of one layer of Qwen3-30B-A3B: 128 experts, 8 for a token, random weights and a
 random router. ``nvfp4`` is :class:`qerl_verl.nvfp4.experts.NVFP4Experts` with the kernels of

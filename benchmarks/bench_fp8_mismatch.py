@@ -1,7 +1,6 @@
 """What FP8 rounding does to the agreement of rollout and actor, on a real model, on a CPU or a GPU.
 
-    python benchmarks/bench_fp8_mismatch.py --model MODEL --text test.jsonl --json
-    benchmarks/results/fp8_mismatch_smollm2_135m_cpu.json
+    python benchmarks/bench_fp8_mismatch.py --model MODEL --text test.jsonl --json benchmarks/results/fp8_mismatch_smollm2_135m_cpu.json
 
 The linears of a 16-bit model are quantized to NVFP4, rounded to nearest. The model then reads texts
 in two ways that compute the

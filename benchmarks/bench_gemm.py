@@ -1,15 +1,12 @@
 """Time the Hopper NVFP4 GEMM against cuBLAS bf16 on the projections of Qwen2.5-7B and 32B.
 
-    python benchmarks/bench_gemm.py --json benchmarks/results/gemm_h200.json # the shipped choice of
-    kernels python benchmarks/bench_gemm.py --tune --shapes others --json others.json # shapes that
-    the table does not know python benchmarks/bench_gemm.py --sweep --json sweep.json # every
-    configuration (to tune tuning.py)
+    python benchmarks/bench_gemm.py --json benchmarks/results/gemm_h200.json   # the shipped choice of kernels
+    python benchmarks/bench_gemm.py --tune --shapes others --json others.json  # shapes that the table does not know
+    python benchmarks/bench_gemm.py --sweep --json sweep.json                  # every configuration (to tune tuning.py)
 
-    python benchmarks/bench_gemm.py --lora --json benchmarks/results/lora_gemm_h200.json # with an
-    adapter of rank 32
+    python benchmarks/bench_gemm.py --lora --json benchmarks/results/lora_gemm_h200.json    # with an adapter of rank 32
 
-    python benchmarks/bench_gemm.py --lora --sweep --between --json sweep.json # to tune
-    MEASURED_WITH_ADAPTER
+    python benchmarks/bench_gemm.py --lora --sweep --between --json sweep.json    # to tune MEASURED_WITH_ADAPTER
 
 With --between another small kernel runs before each product, as in a model, and its time is taken
 off. With --lora the NVFP4 product includes the term of one adapter (an A and a B for each fused

@@ -1,7 +1,6 @@
 """Time and memory of quantizing a model of random weights, by each method.
 
-    python benchmarks/bench_quantizer_speed.py --shape 7B --json
-    benchmarks/results/quantizer_speed_7b_h100.json
+    python benchmarks/bench_quantizer_speed.py --shape 7B --json benchmarks/results/quantizer_speed_7b_h100.json
 
 The model is made on a local disk, so that its files are in the page cache of the host when they are
 read. Rates are those of the 16-bit checkpoint, from the first byte read to the finished folder, all

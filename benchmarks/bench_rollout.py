@@ -2,8 +2,7 @@
 in one run.
 
     python benchmarks/bench_rollout.py --shape 7B --json benchmarks/results/rollout_7b_h200.json
-    python benchmarks/bench_rollout.py --shape tiny --sequences 2 --generated 4 # to try it on the
-    CPU
+    python benchmarks/bench_rollout.py --shape tiny --sequences 2 --generated 4    # to try it on the CPU
 
 Random weights, LoRA rank 32 on every linear layer, prompts of 256 random tokens, 256 generated,
 CUDA graphs as verl sets them.

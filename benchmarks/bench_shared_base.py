@@ -1,8 +1,8 @@
 """One copy of the base (qerl.base=shared) against a copy each: memory, start, results, sleep, and
 the end of the owner.
 
-    python benchmarks/bench_shared_base.py --shape 7B-2 --json shared_base.json # on a GPU: under
-    three minutes python benchmarks/bench_shared_base.py --shape 100M                             # on the CPU
+    python benchmarks/bench_shared_base.py --shape 7B-2 --json shared_base.json     # on a GPU: under three minutes
+    python benchmarks/bench_shared_base.py --shape 100M                             # on the CPU
 
 Two real processes as in a job, without Ray: the actor's FSDP2 engine, and vLLM with its worker. In
 each mode the engine answers the same prompts greedily with an adapter, on a GPU with CUDA graphs,

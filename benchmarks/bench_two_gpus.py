@@ -3,8 +3,7 @@ bf16 beside NVFP4.
 
     python benchmarks/bench_two_gpus.py --json benchmarks/results/two_gpus_7b_h200.json
     python benchmarks/bench_two_gpus.py --parts training rollout
-    python benchmarks/bench_two_gpus.py --shape tiny --small tiny --ppo-shape tiny --length 32
-    --sequences 2 # to try it on the CPU
+    python benchmarks/bench_two_gpus.py --shape tiny --small tiny --ppo-shape tiny --length 32 --sequences 2    # to try it on the CPU
 
 Parts, in this order:
 

@@ -1,8 +1,7 @@
 """Time what takes flash-attn's place in a training step: attention of packed sequences, and
 log-probabilities.
 
-    python benchmarks/bench_without_flash_attn.py --json
-    benchmarks/results/without_flash_attn_h100.json
+    python benchmarks/bench_without_flash_attn.py --json benchmarks/results/without_flash_attn_h100.json
 
 Attention: SDPA with a dense mask, as transformers calls it for packed sequences, against
 ``qerl_verl.kernels.packed_attention``. Log-probabilities: the output layer, float32 logits and

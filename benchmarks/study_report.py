@@ -1,9 +1,8 @@
 """What docs/study.md is made from: the metrics of the study's runs, cut to what it reads, and their
 comparison.
 
-    python benchmarks/study_report.py runs/study/runs --gpu "4 x H200" --versions "torch 2.11, ..."
-    --command "..." --note "..." python benchmarks/study_report.py # again, from the files that are
-    kept
+    python benchmarks/study_report.py runs/study/runs --gpu "4 x H200" --versions "torch 2.11, ..." --command "..." --note "..."
+    python benchmarks/study_report.py                     # again, from the files that are kept
 
 Reads ``RUNS/NAME/metrics.jsonl`` (or ``RUNS/NAME.jsonl``), writes
 ``benchmarks/results/study/metrics/NAME.jsonl`` and ``comparison.json`` beside them, which is

@@ -1,1 +1,1 @@
-"""Adaptive Quantization Noise: the schedule, the draw and the norms that receive it."""
+"""Implements Adaptive Quantization Noise: the schedule, the draw and the norms that receive it."""

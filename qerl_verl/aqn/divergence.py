@@ -1,12 +1,11 @@
-"""How far the policy that sampled is from the clean one, from the log-probabilities of the sampled
-tokens."""
+"""Measures how far the sampling policy is from the clean one, from log-probabilities of samples."""
 
 from __future__ import annotations
 
 import torch
 
 LOG_RATIO_BOUND = 20.0
-"""Log ratios are clamped to this before they are exponentiated, as in verl
+"""Bound to which log ratios are clamped before they are exponentiated, as in verl
 (trainer/ppo/rollout_corr_helper.py)."""
 
 
@@ -17,23 +16,24 @@ def measure_samples(
     level: str = "token",
     bounds: tuple[float, float] = (0.0, 2.0),
 ) -> dict[str, float]:
-    """Returns estimates over the tokens of a batch. With r = clean - sampled and importance weights
-    w = exp(r):
+    """Returns estimates over the tokens of a batch.
 
-    - ``entropy``: mean of -sampled, of the policy that sampled, nats a token;
+    With r = clean - sampled and importance weights w = exp(r):
+
+    - ``entropy``: mean of -sampled, the entropy of the sampling policy in nats per token;
     - ``kl``: mean of w - 1 - r (the k3 estimator, http://joschu.net/blog/kl-approx.html) of
-      KL(sampling || clean), nats a token;
-    - ``effective_sample_size``: (sum w)^2 / (n sum w^2), 1 for equal policies, of the weights
-      before truncation;
-    - ``truncated``: share of the weights outside ``bounds``.
+      KL(sampling || clean), in nats per token;
+    - ``effective_sample_size``: (sum w)^2 / (n sum w^2) of the weights before truncation, 1 for
+      equal policies;
+    - ``truncated``: fraction of the weights outside ``bounds``.
 
     Args:
         sampled: ``[batch, tokens]``, log-probabilities under the policy that drew the tokens.
-        clean: the same under the policy that is trained; None where it was not computed: then only
-            the entropy is known.
-        mask: ``[batch, tokens]``, non-zero on the tokens that count. At least one.
-        level: ``token``, or ``sequence``: one weight a row, exp of the row's sum of r.
-        bounds: outside of which verl truncates or drops a weight.
+        clean: ``[batch, tokens]``, log-probabilities under the policy that is trained. None where
+            they were not computed; the result then has only the entropy.
+        mask: ``[batch, tokens]``, non-zero on the tokens that count, at least one.
+        level: ``token``, or ``sequence``: one weight per row, exp of the row's sum of r.
+        bounds: limits outside of which verl truncates or drops a weight.
     """
     mask = mask.bool()
     sampled = sampled.double()
@@ -55,7 +55,10 @@ def measure_samples(
 
 
 def truncation_bounds(threshold: float | str) -> tuple[float, float]:
-    """From ``algorithm.rollout_correction.rollout_is_threshold``: an upper bound, or
-    ``lower_upper``."""
+    """Returns the bounds in ``algorithm.rollout_correction.rollout_is_threshold``.
+
+    Args:
+        threshold: an upper bound, or ``lower_upper``.
+    """
     lower, _, upper = str(threshold).rpartition("_")
     return float(lower or 0.0), float(upper)

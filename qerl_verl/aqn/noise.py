@@ -1,4 +1,4 @@
-"""The noise itself: which modules it goes to, what is drawn, and how it is put on and taken off."""
+"""Draws the noise, finds the modules that receive it, and applies and removes it."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from qerl_verl.nvfp4.architectures import Architecture
 
 
 def draw_noise(seed: int, step: int, layer: str, size: int, sigma: float) -> torch.Tensor:
-    """Z ~ N(0, sigma^2 I), one value per hidden channel (QeRL, Eq. 10).
+    """Draws Z ~ N(0, sigma^2 I), one value per hidden channel (QeRL, Eq. 10).
 
-    A function of its arguments alone: every tensor-parallel rank, replica and restart draws the
-    same. NumPy's Philox generator gives the same stream on every machine.
+    The result depends on the arguments alone, so every tensor-parallel rank, replica and restart
+    draws the same values. NumPy's Philox generator gives the same stream on every machine.
 
     Args:
         seed: ``qerl.aqn.seed``.
         step: the training step that samples under this noise.
         layer: full name of the norm, e.g. ``model.layers.0.input_layernorm``.
-        size: hidden channels.
+        size: number of hidden channels.
         sigma: standard deviation.
 
     Returns:
@@ -41,27 +41,27 @@ def find_noise_targets(
 ) -> dict[str, nn.Module]:
     """Returns the norms that receive noise, found by the linears beside them.
 
-    ``architecture.noise_targets`` says which norm of a decoder layer feeds, or is fed by, which
-    linears; the router and the experts stand in the place of gate and up where a layer has them. A
-    norm counts where it stands beside those linears in the model at hand, under their
-    own or their fused name; the class of the norm does not matter (an inference engine has its
-    own).
+    ``architecture.noise_targets`` says which linears a norm of a decoder layer feeds, or is fed by.
+    The router and the experts stand in the place of gate and up where a layer has them. A norm is a
+    target where it stands beside those linears in the given model, under their own or their fused
+    name. The class of the norm does not matter, because an inference engine has its own.
 
     Args:
-        model: the model or this rank's part of it (a pipeline rank holds some of the layers).
+        model: the model, or this rank's part of it (a pipeline rank holds some of the layers).
         architecture: wiring of the model's decoder layer.
-        fused: names under which the model fuses linears, e.g.
+        fused: linear -> the name under which the model fuses it, e.g.
             ``{"self_attn.q_proj": "self_attn.qkv_proj"}``.
-        prefix: with which the model begins the names of its decoder layers, by default the
-            architecture's.
+        prefix: what the names of the model's decoder layers begin with; by default the
+            architecture's prefix.
 
     Returns:
-        Full name to norm, in the model's order. Each has a ``weight`` [hidden]. Names begin as in
-        transformers' model, so the same noise is drawn wherever the model's are others.
+        Full name -> norm, in the model's order. Each norm has a ``weight`` ``[hidden]``. Names
+        begin as in transformers' model, so that the same noise is drawn where the model has other
+        names.
 
     Raises:
-        ValueError: a norm without one of the linears that should stand beside it, or no target at
-            all.
+        ValueError: a norm lacks one of the linears that should stand beside it, or there is no
+            target.
     """
     modules = dict(model.named_modules())
     prefix = prefix or architecture.layer_prefix
@@ -72,7 +72,7 @@ def find_noise_targets(
             if not (name.startswith(prefix) and name.endswith(f".{norm}")):
                 continue
             if not isinstance(getattr(module, "weight", None), torch.Tensor):
-                continue  # another pipeline rank's layer
+                continue  # a layer of another pipeline rank
             layer = name[: -len(norm)]
             if experts and layer + experts.module in modules:
                 linears = architecture.noise_targets_with_experts[norm]
@@ -86,12 +86,12 @@ def find_noise_targets(
 
 
 def find_router_norms(model: nn.Module, architecture: Architecture, targets: Iterable[str]) -> frozenset[str]:
-    """Those of the norms that receive noise whose output also goes to a router of experts.
+    """Returns the norms that receive noise and whose output also goes to a router of experts.
 
     Args:
         model: see :func:`find_noise_targets`.
         architecture: see :func:`find_noise_targets`.
-        targets: full names, as from :func:`find_noise_targets`.
+        targets: full names of the norms that receive noise.
     """
     experts = architecture.experts
     if experts is None:
@@ -107,7 +107,7 @@ def find_router_norms(model: nn.Module, architecture: Architecture, targets: Ite
 
 
 def _no_switch(noised: bool) -> None:
-    """For a norm that always multiplies by its live weight."""
+    """Does nothing, for a norm that always multiplies by its live weight."""
 
 
 @dataclass(frozen=True)
@@ -115,12 +115,15 @@ class NoiseTarget:
     """A norm that receives noise.
 
     Attributes:
-        clean: ``[hidden]``, the checkpoint's weight. Only read.
-        live: ``[hidden]`` float32, what the norm multiplies by. A 16-bit weight would round small
-            noise off.
-        switch: called with whether ``live`` is noised, for a norm that computes the two in
-            different ways.
-        offset: what the norm adds to ``clean`` before it multiplies (1 for Gemma's).
+        clean: ``[hidden]``, the checkpoint's weight. It is only read.
+        live: ``[hidden]`` float32, the weight that the norm multiplies by. A 16-bit weight would
+            round small noise away.
+        switch: called with whether ``live`` is noised, for a norm that computes the two cases
+            differently.
+        offset: number that the norm adds to ``clean`` before it multiplies (1 for Gemma's).
+
+    Raises:
+        ValueError: ``live`` is not float32.
     """
 
     clean: torch.Tensor
@@ -133,21 +136,21 @@ class NoiseTarget:
             raise ValueError(f"noise needs a float32 weight to act on, got {self.live.dtype}")
 
     def effective(self) -> torch.Tensor:
-        """Returns ``[hidden]`` float32 on the CPU: what the norm multiplies by without noise."""
+        """Returns ``[hidden]`` float32 on the CPU, the weight that multiplies without noise."""
         return self.clean.detach().float().cpu() + self.offset
 
 
 class NoiseInjector:
-    """Puts noise on norms and takes it off, always from the clean weights.
+    """Applies noise to norms and removes it, always starting from the clean weights.
 
     Args:
         targets: full module name -> norm.
-        router_norms: names of those that feed a router, see :func:`find_router_norms`.
+        router_norms: names of the norms that feed a router, see :func:`find_router_norms`.
     """
 
     def __init__(self, targets: Mapping[str, NoiseTarget], router_norms: Collection[str] = ()):
         self.targets, self._router_norms = dict(targets), frozenset(router_norms)
-        self._noised = dict(targets)  # those that the last noise was for
+        self._noised = dict(targets)  # targets of the last noise
 
     @torch.no_grad()
     def set_noise(
@@ -159,23 +162,23 @@ class NoiseInjector:
         rounding: str = "none",
         router: bool = False,
     ) -> None:
-        """Makes every live weight the effective one plus the noise of ``step``; with ``sigma`` 0
-        exactly the effective one.
+        """Sets every live weight to the effective one plus the noise of ``step``.
 
-        In place, so captured CUDA graphs see it.
+        With ``sigma`` 0 the result is exactly the effective weight. Live weights are changed in
+        place, so captured CUDA graphs see the change.
 
         Args:
             seed: see :func:`draw_noise`.
             step: see :func:`draw_noise`.
             sigma: standard deviation, in ``unit``.
-            unit: ``absolute``, or ``relative``: to the root mean square of each norm's effective
+            unit: ``absolute``, or ``relative`` to the root mean square of each norm's effective
                 weight.
             rounding: ``none``, or ``weight``: the sum is rounded to the dtype of the clean weight.
-            router: whether norms that feed a router receive noise, too.
+            router: whether norms that feed a router also receive noise.
 
         Raises:
-            FloatingPointError: a noised weight is not finite; the message names it. No target has
-                changed then.
+            FloatingPointError: a noised weight, which the message names, is not finite. No target
+                has changed in that case.
         """
         values = {}
         noised = {n: target for n, target in self.targets.items() if router or n not in self._router_norms}
@@ -196,14 +199,14 @@ class NoiseInjector:
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
-        """Returns what acts: standard deviation of the noise, read back from the live weights.
+        """Measures the noise that is in effect, from the live weights.
 
         Returns:
-            ``absolute``: root mean square of live minus clean over all channels of all targets that
-            the last noise was for;
+            ``absolute``: root mean square of live minus clean, over all channels of all targets of
+            the last noise;
             ``relative``: the same in units of the root mean square of each target's clean weight;
-            ``weight_min``, ``weight_median``, ``weight_max``: of those root mean squares over the
-            targets.
+            ``weight_min``, ``weight_median``, ``weight_max``: over the root mean squares of the
+            targets' clean weights.
         """
         absolute, relative, sizes = [], [], []
         for target in self._noised.values():
@@ -223,8 +226,11 @@ class NoiseInjector:
 
 
 def combine(measured: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Returns one measurement of several workers' (:meth:`NoiseInjector.measure`). Tensor-parallel
-    ranks and replicas measure the same; pipeline ranks, each the norms of its own layers."""
+    """Combines the measurements of several workers (:meth:`NoiseInjector.measure`).
+
+    Tensor-parallel ranks and replicas measure the same; each pipeline rank measures the norms of
+    its own layers.
+    """
     combined = {key: math.sqrt(statistics.fmean(m[key] ** 2 for m in measured)) for key in ("absolute", "relative")}
     for key, pick in (("weight_min", min), ("weight_median", statistics.median), ("weight_max", max)):
         combined[key] = pick([m[key] for m in measured])
@@ -232,10 +238,10 @@ def combine(measured: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def describe_size(sigmas: Mapping[str, float], unit: str, measured: Mapping[str, float]) -> str:
-    """Returns how large noise is on a model, in one line.
+    """Returns one line that compares the noise with the weights of a model.
 
     Args:
-        sigmas: what is said of a sigma -> the sigma, in ``unit``, e.g.
+        sigmas: description of a sigma -> the sigma, in ``unit``, e.g.
             ``{"in the first noisy stage": 0.01}``.
         unit: ``absolute`` or ``relative``.
         measured: see :meth:`NoiseInjector.measure`.
@@ -255,5 +261,5 @@ def describe_size(sigmas: Mapping[str, float], unit: str, measured: Mapping[str,
 
 
 def root_mean_square(values: torch.Tensor) -> float:
-    """In float64."""
+    """Returns the root mean square, computed in float64."""
     return values.double().square().mean().sqrt().item()

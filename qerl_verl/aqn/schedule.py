@@ -1,4 +1,4 @@
-"""Which noise level a training step has (QeRL, arXiv 2510.11696, Eq. 8 and Algorithm 1)."""
+"""Computes the noise level of a training step (QeRL, arXiv 2510.11696, Eq. 8 and Algorithm 1)."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from qerl_verl.config.settings import AQNSettings
 
 @dataclass(frozen=True)
 class AQNSchedule:
-    """sigma by training step.
+    """Gives sigma by training step.
 
-    ``total_steps`` are cut into K stages of equal length. Stage 0 is without noise. Stage k = 1 ..
+    ``total_steps`` are divided into K stages of equal length. Stage 0 has no noise. Stage k = 1 ..
     K-1 has, with t = (k - 1) / (K - 2):
 
     - exponential: sigma_start * (sigma_end / sigma_start) ** t
@@ -20,9 +20,12 @@ class AQNSchedule:
     - cosine: sigma_end + (sigma_start - sigma_end) * (1 + cos(pi t)) / 2
     - logarithmic: sigma_start + (sigma_end - sigma_start) * log(1 + (e - 1) t)
 
-    Eq. 8 as printed divides by K - 1 and so never reaches sigma_end; with t as above the last stage
-    has exactly sigma_end. With K = 2 the one noisy stage is the last, so it has sigma_end. A run of
-    fewer steps than stages has one stage a step.
+    Eq. 8 as printed divides by K - 1 and therefore never reaches sigma_end; with t as above the
+    last stage has exactly sigma_end. With K = 2 the only noisy stage is the last, so it has
+    sigma_end. A run with fewer steps than stages has one stage per step.
+
+    Raises:
+        ValueError: ``total_steps`` is less than 1.
     """
 
     settings: AQNSettings
@@ -34,19 +37,28 @@ class AQNSchedule:
 
     @property
     def num_stages(self) -> int:
-        """K, or the number of steps where that is smaller."""
+        """K, or the number of steps if that is smaller."""
         return min(self.settings.num_stages, self.total_steps)
 
     def stage(self, step: int) -> int:
-        """Returns the stage of a step. Args: step: 1 .. total_steps, as verl counts
-        (``global_steps``); later ones stay in the last stage."""
+        """Returns the stage of a step.
+
+        Args:
+            step: 1 .. total_steps, as verl counts (``global_steps``). Later steps stay in the last
+                stage.
+
+        Raises:
+            ValueError: ``step`` is less than 1.
+        """
         if step < 1:
             raise ValueError(f"training steps count from 1, got {step}")
         return min((step - 1) * self.num_stages // self.total_steps, self.num_stages - 1)
 
     def sigma_of_stage(self, stage: int) -> float:
-        """Returns the standard deviation of the noise in a stage, 0.0 for stage 0 and where the
-        noise is off."""
+        """Returns the standard deviation of the noise in a stage.
+
+        It is 0.0 in stage 0 and where the noise is off.
+        """
         s = self.settings
         if stage == 0 or not s.enable:
             return 0.0
@@ -68,6 +80,6 @@ class AQNSchedule:
         return self.sigma_of_stage(self.stage(step))
 
     def bounds(self) -> dict[str, float]:
-        """Returns the first noisy stage's sigma and the last one's, by what is said of them."""
+        """Returns the first and the last sigma, keyed by their description for a message."""
         first, last = min(1, self.num_stages - 1), self.num_stages - 1
         return {"in the first noisy stage": self.sigma_of_stage(first), "in the last": self.sigma_of_stage(last)}

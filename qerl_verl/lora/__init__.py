@@ -1,1 +1,1 @@
-"""PEFT's LoRA on NVFP4 layers."""
+"""Applies PEFT's LoRA to NVFP4 layers."""

@@ -1,8 +1,8 @@
-"""Read adapters in PEFT's format and check them against a model.
+"""Reads adapters in PEFT's format and checks them against a model.
 
-PEFT loads what fits and warns about the rest (peft/peft_model.py, load_adapter), so that training
-could go on from an adapter that is partly, or not at all, the one of the folder. Here every tensor
-of the file has a place in the model and every place has a tensor, or the adapter is refused.
+PEFT loads what fits and warns about the rest (peft/peft_model.py, load_adapter), so training could
+continue from an adapter of which only a part, or nothing, was loaded. Here every tensor of the file
+must have a place in the model and every place a tensor; otherwise the adapter is refused.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from qerl_verl.lora.targets import matched_layers
 
 CONFIG_FILE = "adapter_config.json"
 PREFIX = "base_model.model."
-"""With which PEFT begins the names of an adapter's tensors."""
+"""Prefix of the tensor names in PEFT's adapter files."""
 
 _TENSOR = re.compile(r"^(?P<module>.+)\.lora_(?P<part>[AB])(?:\.[^.]+)?\.weight$")
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module"}
-"""Parts of names that torch.compile, FSDP, activation checkpointing and DDP put in."""
+"""Parts of names that torch.compile, FSDP, activation checkpointing and DDP insert."""
 
 _CHOICES = {
     *(
@@ -40,16 +40,16 @@ _CHOICES = {
     *("r", "lora_alpha", "use_rslora", "lora_dropout", "init_lora_weights", "eva_config"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
 }
-"""Fields of a LoraConfig that may differ from PEFT's default, or are looked at by themselves."""
+"""Fields of a LoraConfig that may differ from PEFT's default, or that have checks of their own."""
 
 _HARMLESS_INITIALIZATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
 """Values of ``init_lora_weights`` that leave the base as it is. The others (pissa, olora, corda,
-loftq, lora_ga) move a part of the base's weight into the adapter, which then belongs to that
-base."""
+loftq, lora_ga) move a part of the base's weight into the adapter, which then belongs to that base.
+"""
 
 
 class AdapterError(ValueError):
-    """An adapter that cannot be used. ``problems`` lists why, one sentence each."""
+    """An adapter cannot be used. ``problems`` lists the reasons, one sentence each."""
 
     def __init__(self, problems: list[str]):
         self.problems = problems
@@ -60,11 +60,11 @@ def read_adapter_config(folder: str | Path, heads: Collection[str] = ()) -> dict
     """Returns the content of ``adapter_config.json``.
 
     Args:
-        folder: of the adapter.
-        heads: modules that a critic trains beside LoRA, which may be among ``modules_to_save``.
+        folder: the adapter's folder.
+        heads: modules that a critic trains beside LoRA, which may be in ``modules_to_save``.
 
     Raises:
-        AdapterError: there is none, it is not readable, or it is not plain LoRA, see
+        AdapterError: the file is missing or not readable, or the adapter is not plain LoRA, see
             :func:`find_unsupported`.
     """
     path = Path(folder) / CONFIG_FILE
@@ -82,11 +82,14 @@ def read_adapter_config(folder: str | Path, heads: Collection[str] = ()) -> dict
 
 
 def find_unsupported(config: Mapping[str, Any], heads: Collection[str] = ()) -> list[str]:
-    """Returns what an adapter asks for beyond plain LoRA and rsLoRA with one rank, one sentence
-    each.
+    """Returns the features of an adapter beyond LoRA and rsLoRA with one rank, a sentence each.
 
-    Whatever is no field of this PEFT's LoraConfig, or has another value than its default, is named,
-    so that a feature of a newer PEFT is not lost.
+    Every key that is not a field of this PEFT's LoraConfig, or whose value differs from the
+    default, is named, so that a feature of a newer PEFT is not lost.
+
+    Args:
+        config: the content of ``adapter_config.json``.
+        heads: see :func:`read_adapter_config`.
     """
     from peft import LoraConfig
 
@@ -122,10 +125,10 @@ def find_unsupported(config: Mapping[str, Any], heads: Collection[str] = ()) -> 
 
 
 def read_tensors(folder: str | Path) -> dict[str, torch.Tensor]:
-    """Returns the tensors of an adapter on the CPU, by the names in its file.
+    """Returns the tensors of an adapter on the CPU, keyed by their names in the file.
 
     Raises:
-        AdapterError: no file, one that is damaged, or one with a value that is not finite.
+        AdapterError: the file is missing or damaged, or a value is not finite.
     """
     from peft import load_peft_weights
 
@@ -134,7 +137,7 @@ def read_tensors(folder: str | Path) -> dict[str, torch.Tensor]:
         raise AdapterError([f"neither {' nor '.join(files)} is there"])
     try:
         tensors = load_peft_weights(str(folder), device="cpu")
-    except Exception as error:  # safetensors', pickle's or torch's
+    except Exception as error:  # raised by safetensors, pickle or torch
         raise AdapterError([f"its tensors cannot be read ({error}); save or fetch the adapter again"]) from None
     bad = [name for name, tensor in tensors.items() if not tensor.float().isfinite().all()]
     if bad:
@@ -148,13 +151,13 @@ def map_names(
     layers: Mapping[str, tuple[int, int]],
     head: Mapping[str, tuple[int, ...]] | None = None,
 ) -> dict[str, str]:
-    """Finds the place of every tensor of an adapter's file in a model.
+    """Finds the place in a model for every tensor of an adapter's file.
 
-    Names may lack PEFT's prefix, may carry an adapter's name (``lora_A.default.weight``), and may
-    have been saved from a model that was compiled or wrapped.
+    Names may lack PEFT's prefix, may contain an adapter's name (``lora_A.default.weight``), and may
+    have been saved from a compiled or wrapped model.
 
     Args:
-        shapes: of the file's tensors.
+        shapes: name -> shape of the tensors in the file.
         config: see :func:`read_adapter_config`.
         layers: full name -> (output features, input features) of every linear layer of the model's
             decoder.
@@ -164,8 +167,8 @@ def map_names(
         Name in the file -> PEFT's name.
 
     Raises:
-        AdapterError: tensors without a place or of another shape, or places without a tensor, with
-            the counts.
+        AdapterError: tensors have no place or another shape, or places have no tensor, with the
+            counts.
     """
     rank, head = config["r"], head or {}
     settings = {name: config.get(name) for name in ("layers_to_transform", "layers_pattern")}
@@ -208,12 +211,12 @@ def map_names(
 
 
 def check_loaded(loaded: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
-    """Compares the adapter in a model with what was read.
+    """Compares the adapter in a model with the tensors that were read.
 
     Args:
-        loaded: as ``peft.get_peft_model_state_dict`` gives it. What lies on the meta device is
-            passed over.
-        expected: by PEFT's names.
+        loaded: the result of ``peft.get_peft_model_state_dict``. Tensors on the meta device are
+            skipped.
+        expected: PEFT's name -> tensor.
 
     Raises:
         AdapterError: names or values differ, with the counts.
@@ -232,7 +235,7 @@ def check_loaded(loaded: Mapping[str, torch.Tensor], expected: Mapping[str, torc
 
 
 def _peft_name(name: str, layers: Collection[str], head: Collection[str]) -> str | None:
-    """Returns PEFT's name of a tensor, None where the model has no layer for it."""
+    """Returns PEFT's name of a tensor, or None where the model has no layer for it."""
     plain = ".".join(part for part in name.split(".") if part not in _WRAPPERS).removeprefix(PREFIX)
     match = _TENSOR.match(plain)
     if match is None:

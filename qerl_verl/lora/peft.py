@@ -1,5 +1,5 @@
-"""LoRA on :class:`NVFP4Linear`, through PEFT's custom-module mapping (peft/tuners/lora/config.py,
-_register_custom_module)."""
+"""Adds LoRA to :class:`NVFP4Linear` through PEFT's custom-module mapping
+(peft/tuners/lora/config.py, _register_custom_module)."""
 
 from __future__ import annotations
 
@@ -19,11 +19,15 @@ from qerl_verl.nvfp4.linear import NVFP4Linear
 
 
 class NVFP4LoraLinear(Linear):
-    """y = base(x) + B A x * alpha / r with a frozen NVFP4 base.
+    """Computes y = base(x) + B A x * alpha / r with a frozen NVFP4 base.
 
-    Adapters and state are PEFT's own (peft/tuners/lora/layer.py, Linear). So is the forward pass in
-    every case but the plain one, a single adapter without dropout, which is one autograd function;
-    what would need the weight in 16 bits raises, with the reason.
+    Adapters and state are PEFT's own (peft/tuners/lora/layer.py, Linear). With a single adapter
+    without dropout the forward pass is one autograd function; all other cases use PEFT's forward
+    pass. Operations that need the weight in 16 bits raise an error with the reason.
+
+    Raises:
+        ValueError: an initialization that reads the base weight, or a LoRA variant that is not
+            supported.
     """
 
     def __init__(self, base_layer: NVFP4Linear, adapter_name: str, config: LoraConfig, **kwargs):
@@ -38,8 +42,12 @@ class NVFP4LoraLinear(Linear):
         super().__init__(base_layer, adapter_name, config=config, **kwargs)
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        """Args: x: ``[..., in_features]`` floating point. Returns: ``[..., out_features]`` in
-        autocast's dtype, or x's."""
+        """Returns ``[..., out_features]`` in autocast's dtype, or in the dtype of ``x``.
+
+        Args:
+            x: ``[..., in_features]`` floating point.
+            args, kwargs: passed on to PEFT's forward pass.
+        """
         adapter = self._plain_adapter()
         if adapter is None or args or kwargs:
             return super().forward(x, *args, **kwargs)
@@ -51,8 +59,7 @@ class NVFP4LoraLinear(Linear):
         return nvfp4_lora_linear(x, *base.weight_bytes(), base.alpha, base.bias, a, b, scaling, base.backend)
 
     def _plain_adapter(self) -> str | None:
-        """Returns the one active adapter, if the layer computes base + scaling B A x and nothing
-        else."""
+        """Returns the active adapter if the layer computes exactly base + scaling B A x."""
         if self.disable_adapters or self.merged or len(self.active_adapters) != 1:
             return None
         name = self.active_adapters[0]
@@ -74,7 +81,7 @@ class NVFP4LoraLinear(Linear):
 
 
 def tower_of(model: nn.Module) -> str:
-    """Returns how names in a model's vision tower begin; empty where it has none."""
+    """Returns the prefix of names in a model's vision tower, or an empty text without a tower."""
     try:
         return get_architecture(model.config).vision
     except (AttributeError, UnsupportedArchitecture):
@@ -82,10 +89,10 @@ def tower_of(model: nn.Module) -> str:
 
 
 def adaptable_layers(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Returns full name -> (output, input features) of all linears but the output layer and those
-    of a vision tower.
+    """Returns full name -> (output, input features) of the linears that can have an adapter.
 
-    Beside experts those of MLPs are left out, since PEFT takes their names for the experts'
+    The output layer and the vision tower are left out. In a model with experts, linears of MLPs are
+    also left out, because PEFT takes their names for those of the experts
     (:meth:`qerl_verl.nvfp4.architectures.Architecture.adaptable`).
     """
     beside_experts, tower = any(is_experts(module) for module in model.modules()), tower_of(model)
@@ -101,31 +108,32 @@ def adaptable_layers(model: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def linear_names(model: nn.Module) -> list[str]:
-    """Returns what ``target_modules="all-linear"`` means: last names of all linears but the output
-    layer, sorted.
+    """Returns the meaning of ``target_modules="all-linear"``: last names of linears, sorted.
 
-    PEFT resolves that word by the class of a layer and would pass over :class:`NVFP4Linear`.
+    PEFT resolves that word by the class of a layer and would skip :class:`NVFP4Linear`.
     """
     return sorted(last_names(adaptable_layers(model)))
 
 
 def register_nvfp4(config: LoraConfig) -> LoraConfig:
-    """Tells a LoRA configuration how to wrap NVFP4 layers. Returns the same object."""
+    """Registers the wrapper of NVFP4 layers in a LoRA configuration, and returns the same
+    object."""
     config._register_custom_module({NVFP4Linear: NVFP4LoraLinear})
     return config
 
 
 def draw_adapter(model: PeftModel, seed: int) -> None:
-    """Draws the initial values of a new adapter from ``seed``: in float32, on the CPU, layer by
-    layer in the model's order.
+    """Draws the initial values of a new adapter from ``seed``.
 
-    PEFT draws them when it wraps a layer, and rounds them to the dtype of the base. Drawn here they
-    are the same for every base, whatever its dtype, its quantization and its device. The global
-    random state stays as it was.
+    PEFT draws them when it wraps a layer, and rounds them to the dtype of the base. This function
+    draws in float32, on the CPU, layer by layer in the model's order. The values are therefore the
+    same for every base, whatever its dtype, quantization and device. The global random state is not
+    changed.
 
     Args:
-        model: its active adapter's parameters become float32. Those on the meta device stay there.
-        seed: of ``torch.manual_seed``.
+        model: the parameters of its active adapter become float32. Those on the meta device stay
+            there.
+        seed: the seed for ``torch.manual_seed``.
     """
     adapter = model.active_adapter
     how = model.peft_config[adapter].init_lora_weights
@@ -147,8 +155,8 @@ def save_adapter(folder: str | Path, tensors: dict[str, torch.Tensor], config: L
     """Writes an adapter in PEFT's format (``adapter_config.json``, ``adapter_model.safetensors``).
 
     Args:
-        folder: made if missing; files in it are replaced one by one, each atomically.
-        tensors: names as ``peft.get_peft_model_state_dict`` gives them, full tensors.
+        folder: created if it is missing; its files are replaced one by one, each atomically.
+        tensors: full tensors, with the names of ``peft.get_peft_model_state_dict``.
         config: the adapter's configuration.
         base_model: recorded as ``base_model_name_or_path``.
     """

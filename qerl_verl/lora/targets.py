@@ -1,4 +1,4 @@
-"""Which layers of a model an adapter has, by PEFT's ``target_modules`` and ``exclude_modules``."""
+"""Finds the layers that an adapter has, from PEFT's ``target_modules`` and ``exclude_modules``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ ALL_LINEAR = "all-linear"
 
 
 def last_names(layers: Collection[str]) -> list[str]:
-    """Returns what ``all-linear`` stands for: the last parts of layers' names, in the order of the
+    """Returns the meaning of ``all-linear``: the last parts of names, in the order of the
     layers."""
     return list(dict.fromkeys(name.rpartition(".")[2] for name in layers))
 
@@ -21,9 +21,9 @@ def matched_layers(layers: Collection[str], targets: Any, exclude: Any = None, *
 
     Args:
         layers: full names.
-        targets: ``all-linear``, a regular expression for full names, or a list of (last parts of)
-            names.
-        exclude: a regular expression or a list, as ``targets``.
+        targets: ``all-linear``, a regular expression for full names, or a list of names or of their
+            last parts.
+        exclude: a regular expression or a list, like ``targets``.
         config: further fields of a LoraConfig that choose layers.
     """
     from peft import LoraConfig
@@ -35,14 +35,14 @@ def matched_layers(layers: Collection[str], targets: Any, exclude: Any = None, *
 
 
 def without_tower(exclude: Any, tower: str) -> Any:
-    """Returns ``exclude_modules`` that also leaves out a vision tower, whose layers may have the
-    decoder's last names.
+    """Returns ``exclude_modules`` extended by the vision tower.
 
-    vLLM gives no adapter to a vision tower, so one that trained there would be lost in the rollout.
+    The layers of the tower may have the same last names as the decoder's. vLLM gives no adapter to
+    a vision tower, so an adapter that was trained there would be lost in the rollout.
 
     Args:
-        exclude: the user's.
-        tower: how names in the vision tower begin; empty where there is none.
+        exclude: the user's ``exclude_modules``.
+        tower: prefix of names in the vision tower; empty without a tower.
     """
     exclude = _plain(exclude)
     if not tower:
@@ -60,16 +60,16 @@ def without_tower(exclude: Any, tower: str) -> Any:
 def find_problems(
     layers: Collection[str], targets: Any, exclude: Any = None, key: str = "", tower: Collection[str] = ()
 ) -> list[str]:
-    """Returns what keeps target modules from being what the user wrote, one sentence each.
+    """Returns the reasons why target modules are not what the user wrote, one sentence each.
 
     Args:
-        layers: full names of the linear layers of the model's decoder, which alone can have an
+        layers: full names of the linear layers of the model's decoder. Only these can have an
             adapter.
         targets: see :func:`matched_layers`.
         exclude: see :func:`matched_layers`.
-        key: the model's setting, with which the problems begin.
-        tower: full names of linear layers of a vision tower, which has no adapter; to exclude them
-            is no mistake.
+        key: prefix of the model's settings, with which each problem begins.
+        tower: full names of linear layers of a vision tower, which has no adapter. Excluding them
+            is not a mistake.
     """
     targets, exclude = _plain(targets), _plain(exclude)
     names = f"The model has {', '.join(last_names(layers))}"
@@ -97,18 +97,17 @@ def find_problems(
                 out.append(f"{key}exclude_modules: {excluded} matches no layer. {names}; remove it")
         if not out and not matched_layers(layers, targets, exclude):
             out.append(f"{key}exclude_modules={exclude}: no layer is left that would have an adapter; remove it")
-    except Exception as error:  # re.error; PEFT's own refusals
+    except Exception as error:  # re.error, or an error of PEFT
         out.append(f"{key}target_modules={targets}, exclude_modules={exclude}: {error}")
     return out
 
 
 def _other_modules(layers: Collection[str]) -> set[str]:
-    """Returns the names of modules of a decoder that are no linear layers, so that a pattern which
-    is too wide is seen."""
+    """Returns names of a decoder's modules that are not linear layers, to detect a wide pattern."""
     parents = {name.rsplit(".", depth)[0] for name in layers for depth in range(1, name.count(".") + 1)}
     return parents | {"lm_head", "model.embed_tokens", "model.norm", "score"}
 
 
 def _plain(value: Any) -> Any:
-    """Without OmegaConf's classes, sets and tuples."""
+    """Converts OmegaConf's classes, sets and tuples to plain lists."""
     return value if isinstance(value, str) or not isinstance(value, Collection) else list(value)

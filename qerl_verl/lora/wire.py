@@ -1,8 +1,8 @@
-"""An adapter's configuration as one more tensor among the adapter's own.
+"""Packs an adapter's configuration as one more tensor among the adapter's tensors.
 
-verl's checkpoint engines carry names and tensors and nothing else, and verl drops the configuration
-before them (verl/workers/engine_workers.py, update_weights). With this tensor what arrives says by
-itself that it is an adapter.
+verl's checkpoint engines transfer names and tensors only, and verl drops the configuration before
+them (verl/workers/engine_workers.py, update_weights). With this tensor, the receiver recognises an
+adapter.
 """
 
 from __future__ import annotations
@@ -13,24 +13,25 @@ from typing import Any
 import torch
 
 CONFIG_TENSOR = "qerl_adapter_config"
-"""The tensor's name."""
+"""Name of the tensor."""
 
 
 def pack_config(config: dict[str, Any]) -> torch.Tensor:
-    """Returns a PEFT configuration as JSON: ``[bytes]`` uint8, ASCII, on the CPU; sets become
-    lists. The same on every rank."""
+    """Returns a PEFT configuration as ASCII JSON in a tensor, ``[bytes]`` uint8 on the CPU.
+
+    Sets become sorted lists, so the tensor is the same on every rank.
+    """
     text = json.dumps(config, default=sorted)
     return torch.tensor(list(text.encode("ascii")), dtype=torch.uint8)
 
 
 def take_config(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """Takes the configuration out of what a checkpoint engine delivered. What stays in ``tensors``
-    is the adapter.
+    """Removes the configuration from received tensors and returns it; the rest is the adapter.
 
-    Some engines cast all that they send to bfloat16, which holds every ASCII code.
+    Some checkpoint engines cast all tensors to bfloat16, which holds every ASCII code.
 
     Raises:
-        ValueError: it has none, so it is no adapter.
+        ValueError: there is no configuration, so the tensors are not an adapter.
     """
     packed = tensors.pop(CONFIG_TENSOR, None)
     if packed is None:
