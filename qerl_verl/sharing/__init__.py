@@ -1,2 +1,5 @@
-"""One copy of the frozen base for two processes of one device: the memory, what lies where in it,
-and how the second process gets it. Knows neither verl nor vLLM."""
+"""Shares one copy of the frozen base between two processes of one device.
+
+The package has the memory, its layout, and the channel to the second process. It imports neither
+verl nor vLLM.
+"""

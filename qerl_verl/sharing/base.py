@@ -1,8 +1,8 @@
-"""The owner's side of a shared base: a transformers model whose frozen weights lie in one block.
+"""Implements the owner's side of a shared base: a transformers model with its weights in one block.
 
-What two processes use in place are the NVFP4 weights and, where both compute in their dtype, the
-embeddings and the output layer. Norms and biases are small, and a rollout puts noise on its norms,
-so the block holds them to be copied.
+Two processes use the NVFP4 weights in place, and also the embeddings and the output layer where
+both compute in their dtype. Norms and biases are small, and a rollout puts noise on its norms, so
+these are in the block only to be copied.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from qerl_verl.sharing.layout import Layout, LayoutBuilder
 from qerl_verl.sharing.memory import SharedMemory
 
 VOCABULARY_MULTIPLE = 64
-"""vLLM pads embeddings and output layer to a multiple of it
+"""Number that vLLM pads embeddings and output layer to a multiple of
 (vllm/model_executor/layers/vocab_parallel_embedding.py, DEFAULT_VOCAB_PADDING_SIZE)."""
 
 
 @dataclass(frozen=True)
 class OtherSide:
-    """What the process that maps the base will compute with.
+    """Describes how the process that maps the base will compute.
 
     Attributes:
-        kernel: its setting, ``auto`` or a candidate's name.
-        candidates: it chooses among these, the best first.
-        lora_rank: of the adapter in its layers, or None.
-        dtype: of its activations.
+        kernel: its kernel setting, ``auto`` or a candidate's name.
+        candidates: the kernels that it chooses among, best first.
+        lora_rank: rank of the adapter in its layers, or None.
+        dtype: dtype of its activations.
     """
 
     kernel: str
@@ -52,16 +52,18 @@ def plan_layout(
     kernel: str,
     other: OtherSide,
 ) -> Layout:
-    """Gives every tensor of a model its place.
+    """Assigns every tensor of a model its place in the block.
 
     Args:
         model: a transformers model with :class:`NVFP4Linear` layers, on any device.
+        architecture: the model's row of the table of architectures.
         device: where both processes compute.
-        dtype: of this process's activations.
-        kernel: this process's setting.
+        dtype: dtype of this process's activations.
+        kernel: this process's kernel setting.
+        other: the process that maps the base.
 
     Raises:
-        SharingError: the two processes would not use the same bytes; with the reason.
+        SharingError: the two processes would not use the same bytes; gives the reason.
     """
     if not architecture.shares_base:
         raise SharingError(f"one copy of the base has not been tried with {architecture.name}")
@@ -94,18 +96,19 @@ def load_base(
     """Reads a checkpoint into a block of memory.
 
     Args:
-        model: the one that ``layout`` was planned for; of no further use.
+        model: the model for which ``layout`` was planned. It cannot be used afterwards.
         path: the checkpoint folder.
-        memory: of the layout's size, on the device that computes.
-        dtype: of what is not packed.
-        compute_dtype: of the activations.
-        kernel: this process's setting.
+        layout: from :func:`plan_layout`.
+        memory: a block of the layout's size, on the device that computes.
+        dtype: dtype of everything that is not packed.
+        compute_dtype: dtype of the activations.
+        kernel: this process's kernel setting.
 
     Returns:
-        The layout with the global scales, and what was chosen as kernels.
+        The layout with the global scales, and a description of the chosen kernels.
 
     Raises:
-        ValueError: the checkpoint is not this model's.
+        ValueError: the checkpoint does not belong to this model.
     """
     device = memory.data.device
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, NVFP4Linear)}
@@ -125,20 +128,20 @@ def load_base(
         scales = tuple(layers[part].weight_global_scale.item() for part in group.parts)
         groups.append(replace(group, global_scales=scales))
     if device.type == "cuda":
-        torch.cuda.synchronize(device)  # the other process reads on streams of its own
+        torch.cuda.synchronize(device)  # the other process reads on its own streams
     return replace(layout, groups=tuple(groups)), kernels
 
 
 def attach(model: nn.Module, layout: Layout, data: torch.Tensor) -> None:
-    """Lets a model use a base in memory.
+    """Makes a model use a base in memory.
 
-    What is shared becomes plain attributes of the model's modules. They are no parameters, so
-    nothing moves, shards or saves them. The rest is copied.
+    Shared tensors become plain attributes of the model's modules. They are not parameters, so no
+    code moves, shards or saves them. The other tensors are copied.
 
     Args:
-        model: with empty weights, of the checkpoint that ``data`` holds; modules that the
-            checkpoint does not have stay as they are, and tensors that the model does not have are
-            passed over.
+        model: has empty weights, and belongs to the checkpoint that ``data`` holds. Modules that
+            the checkpoint does not have stay as they are; tensors that the model does not have are
+            skipped.
         layout: from :func:`load_base`.
         data: the block, uint8.
     """
@@ -157,11 +160,10 @@ def attach(model: nn.Module, layout: Layout, data: torch.Tensor) -> None:
 
 
 def _fused(layers: Mapping[str, NVFP4Linear], architecture: Architecture) -> Iterator[tuple[str, ...]]:
-    """Yields the names of the linears that a rollout engine fuses; a linear that is not fused is
-    alone.
+    """Yields the names of the linears that a rollout engine fuses, or of one linear by itself.
 
     Raises:
-        SharingError: NVFP4 holds some projections of a fused linear, but not all.
+        SharingError: only some projections of a fused linear are in NVFP4.
     """
     done: set[str] = set()
     for name in layers:
@@ -190,7 +192,7 @@ def _common_backend(
     """Returns the backend that both processes choose for a fused weight and its projections.
 
     Raises:
-        SharingError: there is none.
+        SharingError: the processes choose different ones, or the layouts differ.
     """
     name, ends = " + ".join(parts), tuple(sum(rows[: i + 1]) for i in range(len(rows)))
     try:
@@ -225,8 +227,10 @@ def _common_backend(
 
 
 def _replace(model: nn.Module, parameter: nn.Parameter, tensor: torch.Tensor) -> None:
-    """Puts another parameter, or a plain tensor, in the place of one, in each module that has it
-    (tied weights)."""
+    """Replaces a parameter by another one or by a plain tensor, in each module that has it.
+
+    Several modules have it where weights are tied.
+    """
     for module in model.modules():
         for leaf, found in list(module._parameters.items()):
             if found is parameter:

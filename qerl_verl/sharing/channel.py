@@ -1,9 +1,9 @@
-"""How a process hands its shared base to another one of the same host.
+"""Hands a shared base from its owner to another process of the same host.
 
-The owner listens on a Unix socket in Linux's abstract namespace (unix(7)), which no file stands for
-and which ends with the process. Whoever connects has to belong to the same user and to send the
-job's key; it gets the layout and the handle of the memory, and keeps the connection open. The
-kernel closes that when the owner ends, however it ends, and so the other process learns of it.
+The owner listens on a Unix socket in Linux's abstract namespace (unix(7)), which has no file and
+ends with the process. A client must belong to the same user and send the job's key. It receives the
+layout and the handle of the memory, and keeps the connection open. The kernel closes the connection
+when the owner ends for any reason, which tells the client.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from qerl_verl.sharing.layout import Layout
 from qerl_verl.sharing.memory import Handle, SharedMemory, open_memory
 
 CONNECT_SECONDS = 10.0
-"""How long the other process tries to reach the owner, which is there before it starts."""
+"""How long a client tries to reach the owner, which is there before the client starts."""
 
 ANSWER_SECONDS = 60.0
 
 GRACE_SECONDS = 15.0
-"""Between the owner's end and that of a process that still has the memory mapped: an orderly end
-of the job comes first, and ends the process without a message."""
+"""Time between the end of the owner and that of a process that still maps the memory. An orderly
+end of the job comes first, and ends the process without a message."""
 
 _LENGTH = struct.Struct("<Q")
 
 
 def address(key: str, rank: int) -> str:
-    """Returns the socket of the job with ``key``, for the base of one rank. Does not tell the key."""
+    """Returns the socket address of one rank's base. The key cannot be derived from it."""
     return f"\0qerl-base-{hashlib.sha256(f'{key} {rank}'.encode()).hexdigest()[:32]}"
 
 
@@ -46,9 +46,9 @@ class BaseOwner:
     """Hands a base to every process that knows the key, until this process ends.
 
     Args:
-        base: the memory with everything in it, and its layout; or why there is none to be had.
-        key: the job's.
-        rank: of the process among those that own a base in this job.
+        base: the memory with its content, and its layout; or the reason why there is no base.
+        key: the job's key.
+        rank: rank of the process among those that own a base in this job.
 
     Raises:
         SharingError: another process listens under this key and rank.
@@ -73,7 +73,7 @@ class BaseOwner:
         threading.Thread(target=self._serve, name="shared base", daemon=True).start()
 
     def close(self) -> None:
-        """Stops listening and lets go of who is connected."""
+        """Stops listening and closes all connections."""
         self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
         for connection in self._connections:
@@ -83,7 +83,7 @@ class BaseOwner:
         while True:
             try:
                 connection, _ = self._socket.accept()
-            except OSError:  # closed
+            except OSError:  # the socket was closed
                 return
             threading.Thread(target=self._hand_over, args=(connection,), daemon=True).start()
 
@@ -99,7 +99,7 @@ class BaseOwner:
             head = _LENGTH.pack(len(self._answer))
             socket.send_fds(connection, [head], [] if descriptor is None else [descriptor])
             connection.sendall(self._answer)
-            self._connections.append(connection)  # stays open: its end tells that this process has ended
+            self._connections.append(connection)  # its end shows that this process ended
         except OSError:
             connection.close()
 
@@ -108,7 +108,7 @@ class SharedBase:
     """A base that another process owns, mapped into this one.
 
     Attributes:
-        layout: what lies where.
+        layout: places of the tensors.
         data: ``[size]`` uint8, on this process's device.
     """
 
@@ -120,8 +120,8 @@ class SharedBase:
         """Maps the base of the owner with ``key`` and ``rank``.
 
         Raises:
-            SharingError: nobody listens, the owner shares nothing or does not know the key, or the
-            memory cannot be mapped.
+            SharingError: nobody listens, the owner has no base or another key, or the memory cannot
+                be mapped.
         """
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         end = time.monotonic() + timeout_s
@@ -152,12 +152,12 @@ class SharedBase:
         return cls(layout, data, connection)
 
     def watch(self, ended: Callable[[], None] | None = None, grace_s: float = GRACE_SECONDS) -> None:
-        """Calls ``ended`` once the owner is gone, from a thread.
+        """Starts a thread that calls ``ended`` once the owner is gone.
 
         Args:
-            ended: by default, a line on standard error and the end of this process with exit code
-                1: what it has mapped may be freed.
-            grace_s: time for the job to end this process first.
+            ended: by default, prints a line to stderr and ends this process with exit code 1,
+                because the mapped memory may be freed.
+            grace_s: seconds for the job to end this process first.
         """
 
         def wait() -> None:
@@ -181,7 +181,7 @@ def _end_process() -> None:
     line = (
         f"[qerl] the process that owns the base is gone, so this one ({os.getpid()}) ends: it computes with that base"
     )
-    os.write(2, f"{line}\n".encode())  # not print: this is a thread, and the process may be anywhere
+    os.write(2, f"{line}\n".encode())  # print may block: the process can be in any state
     os._exit(1)
 
 

@@ -1,5 +1,5 @@
-"""What keeps two processes from sharing the base."""
+"""Defines the error of a base that cannot be shared."""
 
 
 class SharingError(RuntimeError):
-    """The base cannot be shared; the message is the reason, one line."""
+    """The base cannot be shared. The message is the reason, one line."""

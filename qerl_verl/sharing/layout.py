@@ -1,7 +1,7 @@
-"""What lies where in a shared base.
+"""Describes the places of the tensors in a shared base.
 
-The linears that a rollout engine fuses (q, k and v; gate and up) lie one behind the other, so that
-the fused weight is one contiguous matrix and each projection is a view of its rows.
+The rows of linears that a rollout engine fuses (q, k and v; gate and up) are adjacent. The fused
+weight is then one contiguous matrix, and each projection is a view of its rows.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ import torch
 from qerl_verl.kernels.nvfp4_dequantize import BLOCK_SIZE
 
 ALIGNMENT = 512
-"""Of every region, in bytes: what CUDA's own allocations have."""
+"""Alignment of every region in bytes, that of CUDA's own allocations."""
 
 FORMAT = 1
-"""Of the text that describes a layout. Both processes run the same package; another number means
-that they do not."""
+"""Version of the text form of a layout. Both processes run the same package unless it differs."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """NVFP4 linears with the same input, whose rows lie one behind the other.
+    """NVFP4 linears with the same input, whose rows are adjacent.
 
     Attributes:
         parts: full module names in the checkpoint.
         rows: output channels of each part.
         columns: input channels.
-        backend: in whose layout the bytes are (:mod:`qerl_verl.kernels.backends`).
+        backend: name of the backend in whose layout the bytes are
+            (:mod:`qerl_verl.kernels.backends`).
         packed: offset of ``[sum(rows), columns / 2]`` E2M1 codes, two a byte.
         scale: offset of ``[sum(rows), columns / 16]`` block scales.
-        global_scales: of each part, the divisors (``weight_global_scale``).
+        global_scales: divisor (``weight_global_scale``) of each part.
     """
 
     parts: tuple[str, ...]
@@ -45,8 +45,12 @@ class Group:
     global_scales: tuple[float, ...] = ()
 
     def views(self, data: torch.Tensor, part: str | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns packed codes and scales in the block ``data``, uint8; of one part, or of all of
-        them."""
+        """Returns views of packed codes and scales, uint8, of one part or of all parts.
+
+        Args:
+            data: the block.
+            part: name of the part; None for the fused weight.
+        """
         begin, count = 0, sum(self.rows)
         if part is not None:
             index = self.parts.index(part)
@@ -63,10 +67,10 @@ class Plain:
 
     Attributes:
         offset: in bytes.
-        shape: of the tensor.
-        dtype: its name in torch.
-        room: rows that there is room for; those beyond ``shape`` are zero.
-        shared: whether the second process uses the tensor in place. The others are copied.
+        shape: shape of the tensor.
+        dtype: name of the dtype in torch.
+        room: number of allocated rows; those beyond ``shape`` are zero.
+        shared: whether the second process uses the tensor in place. Other tensors are copied.
     """
 
     offset: int
@@ -76,7 +80,8 @@ class Plain:
     shared: bool
 
     def view(self, data: torch.Tensor, rows: int | None = None) -> torch.Tensor:
-        """Returns the tensor in the block ``data``; of ``rows`` rows, at most :attr:`room`."""
+        """Returns a view of the tensor in the block ``data``, with ``rows`` rows (up to
+        :attr:`room`)."""
         shape = (self.shape[0] if rows is None else rows, *self.shape[1:])
         dtype = getattr(torch, self.dtype)
         size = dtype.itemsize * torch.Size(shape).numel()
@@ -85,7 +90,7 @@ class Plain:
 
 @dataclass(frozen=True)
 class Layout:
-    """A whole base.
+    """The places of all tensors of a base.
 
     Attributes:
         size: bytes of the block.
@@ -98,7 +103,7 @@ class Layout:
     tensors: dict[str, Plain]
 
     def shared_bytes(self) -> int:
-        """Returns the bytes that exist once for two processes."""
+        """Returns the number of bytes that exist once for two processes."""
         packed = sum(sum(g.rows) * g.columns * 9 // 16 for g in self.groups)
         plain = (p.room * torch.Size(p.shape[1:]).numel() * getattr(torch, p.dtype).itemsize for p in self._in_place())
         return packed + sum(plain)
@@ -111,10 +116,10 @@ class Layout:
 
     @classmethod
     def from_json(cls, text: str) -> Layout:
-        """Returns the inverse of :meth:`to_json`.
+        """Reads the result of :meth:`to_json`.
 
         Raises:
-            ValueError: the text is of another version of this package.
+            ValueError: the text is from another version of this package.
         """
         content = json.loads(text)
         if content.get("format") != FORMAT:
@@ -128,7 +133,7 @@ class Layout:
 
 
 class LayoutBuilder:
-    """Gives each tensor its place, in the order of the calls."""
+    """Assigns places to tensors, in the order of the calls."""
 
     def __init__(self) -> None:
         self._size = 0
@@ -136,14 +141,16 @@ class LayoutBuilder:
         self._tensors: dict[str, Plain] = {}
 
     def add_group(self, parts: Sequence[str], rows: Sequence[int], columns: int, backend: str) -> None:
-        """NVFP4 linears that are fused; see :class:`Group`."""
+        """Adds NVFP4 linears that are fused; see :class:`Group`."""
         packed = self._take(sum(rows) * columns // 2)
         scale = self._take(sum(rows) * columns // BLOCK_SIZE)
         self._groups.append(Group(tuple(parts), tuple(rows), columns, backend, packed, scale))
 
     def add_tensor(self, name: str, tensor: torch.Tensor, shared: bool, row_multiple: int = 1) -> None:
-        """Any other tensor, of which shape and dtype matter; its rows are padded to
-        ``row_multiple``."""
+        """Adds any other tensor, with its rows padded to a multiple of ``row_multiple``.
+
+        Only the tensor's shape and dtype are read.
+        """
         shape = tuple(tensor.shape)
         room = -(-shape[0] // row_multiple) * row_multiple
         offset = self._take(tensor.dtype.itemsize * room * torch.Size(shape[1:]).numel())

@@ -1,13 +1,14 @@
-"""One block of memory that a second process can map: main memory or the memory of a GPU.
+"""Allocates a block of memory that a second process can map: main memory or GPU memory.
 
-- Main memory is an anonymous file (memfd_create(2)). It has no name, so nothing of it can stay
-  behind, it does not count against the size of ``/dev/shm``, and it is freed with the last process
-  that maps it. The other process gets its file descriptor.
-- Memory of a GPU comes from ``cuMemAlloc`` and is opened through CUDA IPC. It stays outside
-  PyTorch's caching allocator, whose expandable segments another process can open only with the
-  permission to trace this one (``pidfd_getfd``) and whose reference counters are files in
-  ``/dev/shm``, and outside the pools that vLLM puts to sleep. CUDA's driver API is called through
-  ctypes: PyTorch offers no binding, and the driver's library has one name on every host.
+- Main memory is an anonymous file (memfd_create(2)). It has no name, so nothing remains after its
+  processes; it does not count against the size of ``/dev/shm``; and it is freed with the last
+  process that maps it. The other process receives its file descriptor.
+- GPU memory comes from ``cuMemAlloc`` and is opened through CUDA IPC. It is not part of PyTorch's
+  caching allocator: another process can open that allocator's expandable segments only with
+  permission to trace this one (``pidfd_getfd``), and its reference counters are files in
+  ``/dev/shm``. It is also outside the pools that vLLM puts to sleep. CUDA's driver API is called
+  through ctypes, because PyTorch has no binding, and the driver's library has the same name on
+  every host.
 """
 
 from __future__ import annotations
@@ -34,14 +35,14 @@ class _IpcHandle(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Handle:
-    """What another process needs to map a block.
+    """Data with which another process maps a block.
 
     Attributes:
         kind: ``host`` or ``cuda``.
-        size: bytes.
+        size: in bytes.
         device: identifier of the GPU (its UUID); empty for main memory.
-        ipc: CUDA's handle in hexadecimal digits; empty for main memory, whose file descriptor
-            travels beside the handle.
+        ipc: CUDA's handle in hexadecimal digits; empty for main memory, whose file descriptor is
+            sent beside the handle.
     """
 
     kind: str
@@ -51,12 +52,12 @@ class Handle:
 
 
 class SharedMemory:
-    """A block of this process that others may map. Lives as long as the process.
+    """A block that other processes may map. It lives as long as this process.
 
     Attributes:
         data: ``[size]`` uint8, on the device; zero in main memory, undefined on a GPU.
-        handle: for the other process.
-        descriptor: of the anonymous file; None for the memory of a GPU.
+        handle: handle for the other process.
+        descriptor: descriptor of the anonymous file; None for GPU memory.
     """
 
     def __init__(self, data: torch.Tensor, handle: Handle, descriptor: int | None = None):
@@ -64,11 +65,11 @@ class SharedMemory:
 
     @classmethod
     def allocate(cls, size: int, device: torch.device) -> SharedMemory:
-        """Returns a new block of ``size`` bytes.
+        """Allocates a new block of ``size`` bytes.
 
         Raises:
             SharingError: the device's memory cannot be shared.
-            torch.OutOfMemoryError: the GPU has not enough.
+            torch.OutOfMemoryError: the GPU has too little free memory.
         """
         return cls._on_gpu(size, device) if device.type == "cuda" else cls._on_host(size)
 
@@ -78,7 +79,7 @@ class SharedMemory:
             descriptor = os.memfd_create("qerl-base", os.MFD_CLOEXEC)
             os.ftruncate(descriptor, size)
             return cls(_map_file(descriptor, size), Handle(HOST, size), descriptor)
-        except (AttributeError, OSError) as error:  # no Linux, or no room
+        except (AttributeError, OSError) as error:  # not Linux, or no free memory
             raise SharingError(f"{size} bytes of main memory cannot be shared: {error}") from error
 
     @classmethod
@@ -105,8 +106,8 @@ def open_memory(handle: Handle, descriptor: int | None, device: torch.device) ->
     """Maps a block of another process.
 
     Args:
-        handle: of the block.
-        descriptor: of the anonymous file for main memory; closed here.
+        handle: the block's handle.
+        descriptor: descriptor of the anonymous file for main memory. It is closed here.
         device: where this process computes.
 
     Returns:
@@ -136,7 +137,7 @@ def open_memory(handle: Handle, descriptor: int | None, device: torch.device) ->
 
 
 def gpu_identifier(device: torch.device) -> str:
-    """Returns the GPU's UUID, the same in every process whatever ``CUDA_VISIBLE_DEVICES`` says."""
+    """Returns the GPU's UUID, which does not depend on ``CUDA_VISIBLE_DEVICES``."""
     return str(torch.cuda.get_device_properties(device).uuid)
 
 
@@ -145,7 +146,7 @@ def _map_file(descriptor: int, size: int) -> torch.Tensor:
 
 
 class _Address:
-    """Device memory for ``torch.as_tensor`` (``__cuda_array_interface__``, version 2)."""
+    """Exposes device memory to ``torch.as_tensor`` (``__cuda_array_interface__``, version 2)."""
 
     def __init__(self, address: int, size: int):
         self.__cuda_array_interface__ = {
@@ -158,8 +159,11 @@ class _Address:
 
 
 def _wrap(address: int, size: int) -> torch.Tensor:
-    """Neither freed nor closed before the process ends: CUDA graphs and other tensors hold the
-    address."""
+    """Returns device memory as a ``[size]`` uint8 tensor.
+
+    The memory is not freed or closed before the process ends, because CUDA graphs and other tensors
+    hold its address.
+    """
     return torch.as_tensor(_Address(address, size), device=torch.device("cuda", torch.cuda.current_device()))
 
 
@@ -175,7 +179,7 @@ def _check(function: str, *arguments) -> None:
     """Calls a function of CUDA's driver.
 
     Raises:
-        SharingError: with the driver's own text.
+        SharingError: the call failed; has the driver's own text.
     """
     result = getattr(_driver(), function)(*arguments)
     if result:
