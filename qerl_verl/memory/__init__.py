@@ -1,1 +1,1 @@
-"""What a run takes of GPU and host memory, worked out from its configuration (``qerl plan``)."""
+"""Estimates the GPU and host memory of a run from its configuration (``qerl plan``)."""

@@ -1,18 +1,18 @@
-"""GPU memory of a GRPO or PPO actor with its rollout on one GPU, by part. Importable without torch.
+"""Estimates the GPU memory of an actor with its rollout, by part. Importable without torch.
 
 Weights, adapters, optimizer, kept outputs and KV cache follow from shapes. The rest is estimated:
 
-- Activations of the layer that runs in the backward pass, a token: four tensors of the MLP's inner
-  size, four of the hidden size and two of q, k and v, in 16 bits. In a mixture of experts the inner
-  sizes of a token's experts add up, and three tensors hold a row of the hidden size for each of
-  them; the larger of a layer's two stacks of experts is decoded at a time.
-- Log-probabilities: two tensors of logits in 16 bits and one chunk in float32, or with verl's
-  ``use_fused_kernels`` one chunk of :data:`qerl_verl.kernels.linear_logprobs.CHUNK_BYTES` in
+- Activations of the layer that runs in the backward pass, for each token: four tensors of the MLP's
+  inner size, four of the hidden size and two of q, k and v, in 16 bits. In a mixture of experts the
+  inner sizes of a token's experts add up, and three tensors hold a row of the hidden size for each
+  expert. The larger of a layer's two stacks of experts is decoded at a time.
+- Log-probabilities: two tensors of logits in 16 bits and one chunk in float32. With verl's
+  ``use_fused_kernels``: one chunk of :data:`qerl_verl.kernels.linear_logprobs.CHUNK_BYTES` in
   float32 with two temporaries.
-- What a sleeping engine and each process hold beside their tensors: :data:`ASLEEP` and
+- Memory that a sleeping engine and each process hold beside their tensors: :data:`ASLEEP` and
   :data:`CONTEXT`, as measured on an H100.
 
-``tests/memory/test_estimate.py`` compares with measured runs.
+``tests/memory/test_estimate.py`` compares the estimates with measured runs.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ ACTIVATION, MASTER = 2, 4
 """Bytes of a 16-bit activation, and of an adapter's float32 master weight."""
 
 CONTEXT = int(0.5 * GIB)
-"""Of a process that uses CUDA: context, kernels, communication."""
+"""Bytes of a process that uses CUDA, beside its tensors: context, kernels, communication."""
 
 ASLEEP = int(2.3 * GIB)
-"""What vLLM holds while it sleeps at level 1: its context and captured CUDA graphs (7B and 32B on
-an H100)."""
+"""Bytes that vLLM holds while it sleeps at level 1: its context and captured CUDA graphs (7B and
+32B on an H100)."""
 
 GRAPHS = int(1.5 * GIB)
-"""Of the engine's share while it generates: CUDA graphs and its largest activations."""
+"""Part of the engine's memory while it generates: CUDA graphs and its largest activations."""
 
 LOGITS_CHUNK = 512 << 20
 ENTROPY_CHUNK = 2048
-"""Tokens a chunk of verl's entropy_from_logits_with_chunking."""
+"""Tokens per chunk in verl's entropy_from_logits_with_chunking."""
 
 MARGIN = 0.1
-"""As :data:`qerl_verl.engine.recompute.MARGIN`."""
+"""Equals :data:`qerl_verl.engine.recompute.MARGIN`."""
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,13 @@ class Model:
 
     Attributes:
         layers: decoder layers.
-        hidden, inner, vocabulary: sizes; ``inner`` of what a token goes through in one layer, which
-            with experts is the sum of theirs.
+        hidden, inner, vocabulary: sizes. With experts, ``inner`` is the sum over the experts of a
+            token in one layer.
         query, key: output channels of q_proj, and of k_proj and v_proj each.
         packed: bytes of the NVFP4 linears with their scales.
         plain: bytes of everything else, in 16 bits.
-        adapter: parameters of the LoRA adapter.
-        chosen: experts that a token goes to; 0 in a dense model.
+        adapter: number of parameters of the LoRA adapter.
+        chosen: number of experts of a token; 0 in a dense model.
         decoded: bytes of the experts' weights that a layer decodes at a time.
     """
 
@@ -75,30 +75,31 @@ class Model:
 
     @property
     def kept_a_token(self) -> int:
-        """Bytes of a layer's outputs that ``qerl.recompute`` keeps: of all linears but down_proj."""
+        """Bytes per token that ``qerl.recompute`` keeps in a layer: outputs of all but
+        down_proj."""
         return ACTIVATION * (self.query + 2 * self.key + self.hidden + 2 * self.inner)
 
     @property
     def cache_a_token(self) -> int:
-        """Bytes of the KV cache, in 16 bits, of all layers."""
+        """Bytes per token of the KV cache of all layers, in 16 bits."""
         return ACTIVATION * 2 * self.key * self.layers
 
 
 @dataclass(frozen=True)
 class Run:
-    """What of a configuration decides about memory.
+    """The settings of a run that decide about memory.
 
     Attributes:
-        ranks: of the actor.
-        parallel: GPUs that share one rollout model.
+        ranks: number of ranks of the actor.
+        parallel: number of GPUs that share one rollout model.
         shared: whether actor and rollout use one copy of the base.
         recompute: ``qerl.recompute``.
-        tokens: of a micro-batch on one GPU.
-        sequence: prompt and response at their longest.
-        sequences: that one engine has to serve at once.
+        tokens: number of tokens of a micro-batch on one GPU.
+        sequence: largest number of tokens of prompt and response together.
+        sequences: number of sequences that one engine has to serve at once.
         fused_logits: verl's ``use_fused_kernels``.
         utilization: ``rollout.gpu_memory_utilization``.
-        param_offload, optimizer_offload: of the actor.
+        param_offload, optimizer_offload: the actor's settings of these names.
         sleeps: whether the engine leaves the GPU while the actor trains.
         sleep_level: ``qerl.rollout.sleep_level``.
     """
@@ -120,15 +121,16 @@ class Run:
 
 @dataclass
 class Estimate:
-    """Of one GPU, in bytes.
+    """The memory of one GPU, in bytes.
 
     Attributes:
-        generating: by part, while the rollout generates.
-        training: by part, at the peak of an update.
-        host: by part, main memory for each GPU, without what processes take for themselves.
-        kept_layers: layers that keep their outputs for the backward pass.
-        cache_tokens: tokens that the KV cache has room for.
-        problems: what does not fit.
+        total: memory of the GPU.
+        generating: part -> bytes while the rollout generates.
+        training: part -> bytes at the peak of an update.
+        host: part -> bytes of main memory for each GPU, beside what the processes themselves take.
+        kept_layers: number of layers that keep their outputs for the backward pass.
+        cache_tokens: number of tokens that fit into the KV cache.
+        problems: one sentence for each part that does not fit.
     """
 
     total: int
@@ -145,7 +147,7 @@ class Estimate:
 
 
 def estimate(model: Model, run: Run, total: int) -> Estimate:
-    """Returns what a run takes of a GPU with ``total`` bytes."""
+    """Estimates the memory of a run on a GPU with ``total`` bytes."""
     out = Estimate(total)
     adapter = MASTER * model.adapter // run.ranks
     base = model.base if run.shared else model.base // run.ranks
@@ -198,7 +200,7 @@ def _activations(model: Model, run: Run) -> dict[str, int]:
 
 
 def _kept_layers(model: Model, run: Run, total: int, training: dict[str, int]) -> int:
-    """As :class:`qerl_verl.engine.recompute.Recompute` decides."""
+    """Returns the number of layers that :class:`qerl_verl.engine.recompute.Recompute` keeps."""
     need = sum(training[part] for part in _activations(model, run))
     taken = sum(training.values()) - need - training["gradients"]
     room = (1 - MARGIN) * (total - taken - (1 + MARGIN) * need)
@@ -230,15 +232,14 @@ CHANGES = (
         lambda run: not run.optimizer_offload,
     ),
 )
-"""Settings that save memory: what to write, what it does, and where it can help."""
+"""Settings that save memory: the text of the override, its effect, and where it can help."""
 
 
 def propose(model: Model, run: Run, total: int) -> list[str] | None:
-    """Returns settings with which a run fits that does not, the fewest that do; None if there are
-    none.
+    """Returns the fewest settings with which a run fits that does not; None if there are none.
 
-    They are tried in this order: fewer tokens a micro-batch and another share for the rollout, then
-    each of :data:`CHANGES` in addition.
+    First fewer tokens in a micro-batch and another share for the rollout are tried, then each of
+    :data:`CHANGES` in addition.
     """
     chosen, changed = run, []
     for change in (None, *CHANGES):
@@ -258,8 +259,11 @@ def propose(model: Model, run: Run, total: int) -> list[str] | None:
 
 
 def _fit(model: Model, run: Run, total: int) -> Run | None:
-    """Returns the run with the most tokens a micro-batch that fits, at least one sequence, and the
-    largest share for the rollout up to its own."""
+    """Returns the variant of a run with the most tokens in a micro-batch that fits, or None.
+
+    It keeps at least one sequence in a micro-batch, and the largest share for the rollout that
+    fits, up to the run's own.
+    """
     tokens = run.tokens
     while tokens >= run.sequence:
         for step in range(int(round(run.utilization * 100)), 4, -1):

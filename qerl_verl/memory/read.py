@@ -1,4 +1,4 @@
-"""What :mod:`qerl_verl.memory.estimate` needs to know, out of a model's and a run's configuration."""
+"""Reads the inputs of :mod:`qerl_verl.memory.estimate` from a model's and a run's configuration."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ from qerl_verl.nvfp4.architectures import get_architecture
 
 
 def read_config(config: DictConfig) -> dict[str, Any]:
-    """Returns the content of the actor's ``config.json``; of a name on the hub, that file alone is
-    downloaded.
+    """Returns the content of the actor's ``config.json``.
+
+    For a name on the hub, only that file is downloaded.
 
     Raises:
-        OSError: there is none.
+        OSError: there is no such file.
     """
     folder = local_folder(config, MODEL)
     if folder is not None:
@@ -37,13 +38,12 @@ def model_of(content: Mapping[str, Any], rank: int, targets: Any, exclude: Any =
     """Returns the shapes of a model with an adapter.
 
     Args:
-        content: of ``config.json``.
-        rank: of the adapter.
-        targets, exclude: as ``target_modules`` and ``exclude_modules`` of verl's model
-            configuration.
+        content: the content of ``config.json``.
+        rank: rank of the adapter.
+        targets, exclude: ``target_modules`` and ``exclude_modules`` of verl's model configuration.
 
     Raises:
-        UnsupportedArchitecture: the model is none of those that QeRL knows.
+        UnsupportedArchitecture: the model is not supported.
     """
     from transformers import AutoConfig
 
@@ -78,8 +78,12 @@ def model_of(content: Mapping[str, Any], rank: int, targets: Any, exclude: Any =
 
 
 def run_of(config: DictConfig, shared: bool) -> Run:
-    """Returns what of a composed configuration, after the rules of the switch, decides about
-    memory."""
+    """Returns the settings that decide about memory.
+
+    Args:
+        config: a composed configuration, after the rules of the switch.
+        shared: whether actor and rollout use one copy of the base.
+    """
     get = partial(get_value, config)
     sequence = get("data.max_prompt_length") + get("data.max_response_length")
     if get(f"{ACTOR}.use_dynamic_bsz"):
