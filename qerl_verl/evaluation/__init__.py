@@ -1,1 +1,2 @@
-"""``qerl eval``: pass@k of a model and of adapters on it, sampled in the engine that a run's rollout has."""
+"""Implements ``qerl eval``: pass@k of a model and of its adapters, sampled in a rollout's
+engine."""

@@ -1,4 +1,4 @@
-"""A vLLM engine with the layers of a run's rollout, which takes one adapter after another."""
+"""Runs a vLLM engine with the layers of a run's rollout, and loads one adapter after another."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from qerl_verl.rollout.overrides import hf_overrides
 from qerl_verl.switch import ENGINE_VENDOR, EVALUATION_ENV, SWITCH_ENV
 
 PATIENCE = 10.0
-"""Seconds until the engine must have come to rest after its last response."""
+"""Seconds within which the engine must be idle after its last response."""
 
 
 @dataclass(frozen=True)
@@ -27,15 +27,15 @@ class EngineSettings:
     """How vLLM runs. None leaves a value to vLLM.
 
     Attributes:
-        dtype: of activations and 16-bit weights; ``auto`` is bfloat16, or float32 on a CPU without
-            bfloat16 arithmetic.
-        kernel: of the NVFP4 layers, as ``qerl.rollout.kernel``.
-        lora: ``inline`` or ``punica``, as ``qerl.rollout.lora``; a 16-bit base always has vLLM's
+        dtype: dtype of activations and 16-bit weights. ``auto`` is bfloat16, or float32 on a CPU
+            without bfloat16 arithmetic.
+        kernel: kernel of the NVFP4 layers, as ``qerl.rollout.kernel``.
+        lora: ``inline`` or ``punica``, as ``qerl.rollout.lora``. A 16-bit base always has vLLM's
             own path, punica.
-        tensor_parallel_size: GPUs that share the model.
-        gpu_memory_utilization: share of a GPU's memory.
-        max_num_seqs: responses that are generated at the same time.
-        enforce_eager: no CUDA graphs and no compilation.
+        tensor_parallel_size: number of GPUs that share the model.
+        gpu_memory_utilization: fraction of a GPU's memory.
+        max_num_seqs: number of responses that are generated at the same time.
+        enforce_eager: disables CUDA graphs and compilation.
     """
 
     dtype: str = "auto"
@@ -49,12 +49,12 @@ class EngineSettings:
 
 @dataclass(frozen=True)
 class Request:
-    """One response that is wanted.
+    """A response to sample.
 
     Attributes:
-        key: comes back with it.
+        key: returned with the response.
         prompt: token ids.
-        seed: of its sampling.
+        seed: seed of its sampling.
     """
 
     key: Any
@@ -72,8 +72,14 @@ class Sampling:
 
 
 def use_environment(form: str, on_cpu: bool) -> None:
-    """Sets the environment variables of a job with the switch, for vLLM's plugins in this process
-    and in those it starts."""
+    """Sets the environment variables of a job with the switch.
+
+    vLLM's plugins read them in this process and in the processes that it starts.
+
+    Args:
+        form: ``nvfp4`` or ``bf16``, see :class:`~qerl_verl.evaluation.policies.Model`.
+        on_cpu: whether vLLM runs on the CPU.
+    """
     variables = {
         SWITCH_ENV: form,
         EVALUATION_ENV: str(os.getpid()),
@@ -87,21 +93,22 @@ def use_environment(form: str, on_cpu: bool) -> None:
 
 
 def compute_dtype(dtype: str, on_cpu: bool) -> str:
-    """Returns what ``auto`` stands for, as the switch chooses it for actor and rollout."""
+    """Resolves ``auto`` as the switch does for actor and rollout."""
     if dtype != "auto":
         return dtype
     return "float32" if on_cpu and missing_bfloat16() else "bfloat16"
 
 
 class Engine:
-    """Start vLLM on a model.
+    """Starts vLLM on a model.
 
     Args:
-        model: what it serves.
-        adapters: all that will be used; the largest rank decides the room for them.
-        longest: tokens of prompt and response together, at most.
-        settings: how it runs.
-        on_cpu: whether it runs on the CPU.
+        model: the model to serve.
+        adapters: all adapters that will be used. Their largest rank decides the size of the
+            buffers.
+        longest: largest number of tokens of prompt and response together.
+        settings: how vLLM runs.
+        on_cpu: whether vLLM runs on the CPU.
     """
 
     def __init__(self, model: Model, adapters: list[Adapter], longest: int, settings: EngineSettings, on_cpu: bool):
@@ -110,14 +117,14 @@ class Engine:
 
         self._model = model
         self._inline = model.form == "nvfp4" and settings.lora == "inline"
-        self._request = None  # vLLM's, of the adapter in use
+        self._request = None  # vLLM's LoRARequest of the current adapter
         arguments = self._arguments(adapters, settings, on_cpu)
         self._llm = LLM(str(model.folder), max_model_len=longest, **arguments)
         self._engine = self._llm.llm_engine
-        self._folder: tempfile.TemporaryDirectory | None = None  # of the adapter in use
+        self._folder: tempfile.TemporaryDirectory | None = None  # holds the current adapter
         self._used, self._counter = 0, 0
         vocabulary = len(self._engine.get_tokenizer())
-        # as verl: padding rows of the embeddings are never sampled
+        # as in verl: padding rows of the embeddings are never sampled
         self._engine.collective_rpc("monkey_patch_model", kwargs={"vocab_size": vocabulary})
 
     def _arguments(self, adapters: list[Adapter], settings: EngineSettings, on_cpu: bool) -> dict[str, Any]:
@@ -126,8 +133,8 @@ class Engine:
         rank = max((adapter.rank for adapter in adapters), default=0)
         lora = None
         if self._inline and rank:
-            # The scaling is part of the layer; an adapter with another one is multiplied when it is
-            # loaded.
+            # The scaling is part of the layer. An adapter with another scaling is multiplied when
+            # it is loaded.
             lora = {"rank": rank, "alpha": adapters[0].scaling * rank}
         additional = {"lora": lora, "sleep_level": 1, "noise": False}
         compilation: dict[str, Any] = {"cudagraph_mode": "FULL_AND_PIECEWISE"}  # as verl
@@ -155,7 +162,7 @@ class Engine:
         return arguments
 
     def use(self, adapter: Adapter | None) -> None:
-        """Samples from the model with this adapter, or without one, from now on."""
+        """Samples from the model with this adapter, or without one, from the next request on."""
         self._request = None
         if adapter is None:
             if self._inline and self._used:
@@ -165,8 +172,10 @@ class Engine:
         self._forget_prefixes()
 
     def _forget_prefixes(self) -> None:
-        """Drops what was cached under the weights before; with asynchronous scheduling the last
-        step may still hold it."""
+        """Drops the prefixes that were cached under the previous weights.
+
+        With asynchronous scheduling, the last step may still hold them for a moment.
+        """
         until = time.monotonic() + PATIENCE
         while not self._engine.reset_prefix_cache():
             if time.monotonic() > until:
@@ -188,7 +197,7 @@ class Engine:
             before.cleanup()
 
     def generate(self, requests: Iterable[Request], sampling: Sampling) -> Iterator[tuple[Request, list[int], str]]:
-        """Samples responses, each given as soon as it is complete.
+        """Samples responses and yields each as soon as it is complete.
 
         Yields:
             The request, the token ids of the response (with its end token), and vLLM's reason for
@@ -222,7 +231,7 @@ class Engine:
                     if output.finished:
                         done = output.outputs[0]
                         yield active.pop(output.request_id), list(done.token_ids), str(done.finish_reason)
-        except GeneratorExit:  # the caller wants no more, and the engine goes on
+        except GeneratorExit:  # the caller stops early, while the engine stays in use
             self._engine.abort_request(list(active))
             raise
 

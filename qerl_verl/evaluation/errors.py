@@ -1,13 +1,13 @@
-"""The one exception of evaluations."""
+"""Defines the error of evaluations."""
 
 from __future__ import annotations
 
 
 class EvaluationError(ValueError):
-    """An evaluation that cannot be made as it was asked for.
+    """An evaluation cannot be made as requested.
 
     Attributes:
-        problems: what is wrong and how to mend it, one sentence each.
+        problems: the problems with their fixes, one sentence each.
     """
 
     def __init__(self, problems: str | list[str]):

@@ -1,4 +1,4 @@
-"""pass@k and its confidence interval."""
+"""Estimates pass@k and its confidence interval."""
 
 from __future__ import annotations
 
@@ -27,21 +27,20 @@ class Estimate:
 
 
 def pass_at_k(samples: int, solved: np.ndarray, k: int) -> np.ndarray:
-    """Returns the unbiased estimate of the probability that one of k responses to a problem is
-    right.
+    """Returns the unbiased estimate of the probability that one of k responses is right.
 
-    It is 1 - C(n - c, k) / C(n, k) (arXiv 2107.03374, equation 1), computed with whole numbers.
+    It is 1 - C(n - c, k) / C(n, k) (arXiv 2107.03374, equation 1), computed with integers.
 
     Args:
-        samples: n, responses to each problem.
-        solved: [problems] int, c, how many of them are right.
+        samples: n, the number of responses to each problem.
+        solved: ``[problems]`` int, c, the number of right responses.
         k: 1 to n.
 
     Returns:
-        [problems] float64.
+        ``[problems]`` float64.
 
     Raises:
-        ValueError: k, or a count of right responses, lies outside 0 to n.
+        ValueError: k, or a number of right responses, is outside 0 to n.
     """
     solved = np.asarray(solved)
     if not 1 <= k <= samples:
@@ -54,18 +53,17 @@ def pass_at_k(samples: int, solved: np.ndarray, k: int) -> np.ndarray:
 
 
 def estimate(values: np.ndarray, confidence: float = 0.95, resamples: int = RESAMPLES, seed: int = 0) -> Estimate:
-    """Returns the mean of one value a problem, with a percentile bootstrap interval over the
-    problems.
+    """Returns the mean over problems with a percentile bootstrap interval.
 
     The interval says how the mean would vary with other problems of the same kind. It has no width
-    where all values are equal. For the difference of two policies on the same problems, give the
+    where all values are equal. For the difference of two policies on the same problems, pass the
     differences.
 
     Args:
-        values: [problems] float.
-        confidence: of the interval, between 0 and 1.
-        resamples: draws of as many problems, with replacement.
-        seed: of the draws.
+        values: ``[problems]`` float.
+        confidence: level of the interval, between 0 and 1.
+        resamples: number of resamples, each of as many problems, with replacement.
+        seed: seed of the resampling.
     """
     values = np.asarray(values, dtype=np.float64)
     if len(values) == 1:

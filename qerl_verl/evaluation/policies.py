@@ -1,4 +1,4 @@
-"""The model and the adapters of an evaluation, checked against each other before an engine starts."""
+"""Finds the model and the adapters of an evaluation, and checks them before an engine starts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from qerl_verl.nvfp4.checkpoint import adaptable_shapes, check_checkpoint
 from qerl_verl.nvfp4.errors import CheckpointError
 
 BASE = "base"
-"""Name of the policy that has no adapter."""
+"""Name of the policy without an adapter."""
 
 MAX_RANK = 512
 """The largest rank of vLLM's LoRA path (vllm/config/lora.py, MaxLoRARanks)."""
@@ -29,12 +29,12 @@ class Model:
     """The base of an evaluation.
 
     Attributes:
-        given: as the user named it.
-        folder: what vLLM loads.
-        form: ``nvfp4`` for every packed checkpoint, else ``bf16``, as which arm of the switch the
-            engine runs.
-        fingerprint: of the weights.
-        notes: what the checkpoint asks for and does not get.
+        given: the model as the user named it.
+        folder: the folder that vLLM loads.
+        form: ``nvfp4`` for every packed checkpoint, otherwise ``bf16``: the arm of the switch that
+            the engine runs as.
+        fingerprint: hash of the weights.
+        notes: settings of the checkpoint that are not used.
     """
 
     given: str
@@ -49,12 +49,12 @@ class Adapter:
     """An adapter that fits the model.
 
     Attributes:
-        name: as the user gave it.
-        folder: with ``adapter_config.json``.
+        name: the adapter as the user named it.
+        folder: the folder with ``adapter_config.json``.
         config: the content of that file.
-        digest: of configuration and tensors.
-        base_model: what it names as its base, or None.
-        base_fingerprint: of the base that it was trained on, where its checkpoint records it.
+        digest: hash of configuration and tensors.
+        base_model: the base that the adapter names, or None.
+        base_fingerprint: hash of the base that it was trained on, where its checkpoint records it.
     """
 
     name: str
@@ -77,12 +77,12 @@ def find_model(given: str, cache_dir: Path | None = None, quantization: Quantiza
     """Returns the model as an engine loads it.
 
     Args:
-        given: folder, or name on the Hugging Face hub.
-        cache_dir: of quantized checkpoints.
-        quantization: how a 16- or 32-bit model is quantized first; None takes it as it is.
+        given: a folder, or a name on the Hugging Face hub.
+        cache_dir: cache of quantized checkpoints.
+        quantization: how a 16- or 32-bit model is quantized first; None uses it as it is.
 
     Raises:
-        CheckpointError: the model cannot be had, read or quantized.
+        CheckpointError: the model cannot be fetched, read or quantized.
     """
     folder = fetch_model(given)
     kind = check_checkpoint(folder)
@@ -96,8 +96,10 @@ def find_model(given: str, cache_dir: Path | None = None, quantization: Quantiza
 
 
 def expand(given: Iterable[str]) -> list[str]:
-    """Returns adapters as they were given; the folder of a run stands for all of its checkpoints,
-    in the order of their steps."""
+    """Expands the folder of a run to all of its checkpoints, in the order of their steps.
+
+    Other adapters stay as they were given.
+    """
     out = []
     for name in given:
         folder = Path(name).expanduser()
@@ -116,10 +118,10 @@ def check_adapters(given: Sequence[str], folder: Path) -> list[Adapter]:
 
     Args:
         given: folders of PEFT adapters or checkpoints of runs, see :func:`expand`.
-        folder: of the model, quantized or not.
+        folder: the model's folder, quantized or not.
 
     Raises:
-        EvaluationError: adapters that do not fit, a sentence for each problem.
+        EvaluationError: adapters do not fit; has a sentence for each problem.
     """
     layers, out, problems = adaptable_shapes(folder), [], []
     for name in expand(given):
@@ -137,11 +139,10 @@ def check_adapters(given: Sequence[str], folder: Path) -> list[Adapter]:
 
 
 def check_bases(adapters: Sequence[Adapter], model: Model) -> None:
-    """Checks that adapters were trained on the weights of a model, as far as their checkpoints
-    tell.
+    """Checks that adapters were trained on a model's weights, where their checkpoints record it.
 
     Raises:
-        EvaluationError: some were trained on others.
+        EvaluationError: some adapters were trained on other weights.
     """
     problems = [
         f"--adapter {adapter.name}: it was trained on other weights than those of {model.folder}: its checkpoint records "
@@ -181,10 +182,11 @@ def _digest(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> str:
 
 
 def write_plain(adapter: Adapter, model: Model, folder: Path) -> None:
-    """Writes an adapter with PEFT's own names and safetensors, whatever names and file it came in.
+    """Writes an adapter with PEFT's own names and safetensors, whatever its file looks like.
 
     Raises:
-        AdapterError: the adapter has been replaced, and no longer fits.
+        EvaluationError: the adapter was replaced after the checks.
+        AdapterError: the adapter cannot be read.
     """
     from peft import LoraConfig
 

@@ -1,4 +1,4 @@
-"""What came out of an evaluation: a table for the terminal, a JSON object for programs."""
+"""Reports the results of an evaluation: a table for the terminal, a JSON object for programs."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from qerl_verl.evaluation.responses import Response
 
 @dataclass(frozen=True)
 class Result:
-    """One policy on one data source of one data set.
+    """The result of one policy on one data source of one data set.
 
     Attributes:
         policy: name of the adapter, or of the model without one.
         data: name of the data set.
         source: verl's ``data_source``.
-        reward: the function that scored it.
-        problems: how many.
-        samples: responses to each.
+        reward: name of the function that scored it.
+        problems: number of problems.
+        samples: number of responses to each.
         pass_at: k -> pass@k.
-        difference: k -> pass@k less that of the first policy, problem by problem; empty for the
+        difference: k -> pass@k minus that of the first policy, problem by problem; empty for the
             first.
         score: mean of the scores, which verl's validation calls ``mean@N``.
-        tokens: mean length of a response.
-        cut_off: share of responses that reached the largest number of tokens.
+        tokens: mean number of tokens of a response.
+        cut_off: fraction of responses that reached the largest number of tokens.
     """
 
     policy: str
@@ -60,10 +60,11 @@ def summarize(
     """Estimates pass@k of one policy on the problems of one source.
 
     Args:
-        responses: of each problem, as many of each.
+        policy, data, source, reward: see :class:`Result`.
+        responses: the responses to each problem, the same number for each.
         ks: each k of pass@k.
         correct_from: the smallest score of a right response.
-        confidence: of the intervals.
+        confidence: level of the intervals.
         first: k -> pass@k of each problem for the policy to compare with.
 
     Returns:
@@ -91,8 +92,7 @@ def summarize(
 
 
 def as_json(result: Result) -> dict[str, Any]:
-    """Returns a result as JSON has it: ``pass@1`` and so on, each with value, low and high, as
-    fractions of 1."""
+    """Returns a result for JSON: ``pass@1`` and so on with value, low and high, fractions of 1."""
     out = asdict(result)
     for name, prefix in (("pass_at", "pass@"), ("difference", "difference of pass@")):
         out |= {f"{prefix}{k}": value for k, value in out.pop(name).items()}
@@ -100,7 +100,7 @@ def as_json(result: Result) -> dict[str, Any]:
 
 
 def format_table(results: Sequence[Result]) -> str:
-    """Returns the table for the terminal, in percent."""
+    """Returns a table for the terminal, in percent."""
     shown = _short([result.policy for result in results])
     header = ["policy", "data", "problems", "samples"]
     ks = sorted({k for result in results for k in result.pass_at})
@@ -126,7 +126,7 @@ def format_table(results: Sequence[Result]) -> str:
 
 
 def _short(names: Iterable[str]) -> dict[str, str]:
-    """Returns name -> name without the folders that all names with folders begin with."""
+    """Returns name -> name without the folders that all names with folders share."""
     names = list(dict.fromkeys(names))
     folders = [name.split("/")[:-1] for name in names if "/" in name]
     common = len(os.path.commonprefix(folders)) if len(folders) > 1 else 0

@@ -1,4 +1,4 @@
-"""The JSONL file of responses: written as they come, read again by a call that goes on."""
+"""Stores responses in a JSONL file as they arrive; a later call reads them and continues."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class Response:
     Attributes:
         policy: name of the adapter, or of the model without one.
         data: name of the data set.
-        index: row of the problem in it.
+        index: index of the problem's row in the data set.
         sample: 0 to N - 1.
-        seed: of its sampling.
+        seed: seed of its sampling.
         score: see :class:`~qerl_verl.evaluation.rewards.Score`.
-        tokens: of the response, with its end token.
-        finish: vLLM's reason: ``stop``, or ``length`` where it was cut off.
-        text: without special tokens.
+        tokens: number of tokens of the response, with its end token.
+        finish: vLLM's reason: ``stop``, or ``length`` where the response was cut off.
+        text: the response without special tokens.
         details: what the reward function returned beside the score.
     """
 
@@ -51,23 +51,23 @@ class Response:
 
 
 class ResponseFile:
-    """Open a file of responses to add to it; made where there is none.
+    """Opens a file of responses for appending, and creates it if it is missing.
 
-    A last line without an end, as a killed process leaves it, is cut off. The process has the file
-    to itself while it is open, where the file system has locks.
+    A last line without an end, which a killed process leaves, is removed. The file is locked while
+    it is open, where the file system has locks.
 
     Args:
-        path: of the file.
-        settings: name -> value, as JSON has them, of all that decides what a response is. The file
-            keeps them. A later call may have settings that the file lacks, for example another
-            adapter; one with another value is refused.
+        path: the file.
+        settings: name -> JSON value of everything that decides what a response is. The file keeps
+            the settings. A later call may add settings that the file lacks, for example another
+            adapter; a changed value is refused.
 
     Attributes:
-        done: key -> response, of those in the file.
+        done: key -> response, for those in the file.
 
     Raises:
-        EvaluationError: a setting has changed, a line is no response, or another process writes the
-            file.
+        EvaluationError: a setting has changed, a line is not a response, or another process writes
+            the file.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any]):
@@ -105,8 +105,7 @@ class ResponseFile:
                 ) from error
 
     def _read(self) -> dict[str, Any]:
-        """Fills :attr:`done`, returns the settings, and cut off what a killed process did not
-        finish."""
+        """Fills :attr:`done`, removes an unfinished last line, and returns the settings."""
         self._file.seek(0)
         content = self._file.read()
         whole = content.rpartition(b"\n")[0]
@@ -128,7 +127,7 @@ class ResponseFile:
         return known
 
     def add(self, response: Response) -> None:
-        """Writes a response, so that it is there if the process is killed right after."""
+        """Writes a response so that it survives a kill of the process."""
         self._append(asdict(response))
         self.done[response.key] = response
 
@@ -137,7 +136,7 @@ class ResponseFile:
         self._file.flush()
 
     def close(self) -> None:
-        """Writes all to disk and lets others open the file."""
+        """Writes everything to disk and releases the file."""
         if not self._file.closed:
             os.fsync(self._file.fileno())
             self._file.close()

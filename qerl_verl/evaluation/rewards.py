@@ -1,4 +1,4 @@
-"""The reward of a response, as verl computes it in a run."""
+"""Computes the reward of a response as verl does in a run."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from qerl_verl.evaluation.errors import EvaluationError
 from qerl_verl.evaluation.problems import Problem
 
 BOXED = frozenset({*math_benchmarks.BENCHMARKS, bigmath.DATA_SOURCE})
-"""Data sources of :mod:`qerl_verl.data` whose answers stand in a box, and that verl has no reward
-for, or another one."""
+"""Data sources of :mod:`qerl_verl.data` with boxed answers, for which verl has no reward or another
+one."""
 
 VERL, OURS = "verl's default_compute_score", "qerl_verl.data.math_score"
 
 
 @dataclass(frozen=True)
 class Score:
-    """What a response is worth.
+    """The score of a response.
 
     Attributes:
-        value: what verl's ``val-core`` averages: ``acc`` of the reward function's result where it
-            has one, else the reward.
+        value: the number that verl's ``val-core`` averages: ``acc`` of the reward function's result
+            where it has one, otherwise the reward.
         details: what the reward function returned beside it.
     """
 
@@ -40,12 +40,13 @@ class Reward:
     """Scores responses.
 
     Args:
-        function: ``FILE[:NAME]`` as ``reward.custom_reward_function.path`` and ``.name`` of verl;
-            None chooses by the data source, for those of :mod:`qerl_verl.data` with boxed answers
-            :func:`qerl_verl.data.math_score.compute_score`, else verl's ``default_compute_score``.
+        function: ``FILE[:NAME]``, as ``reward.custom_reward_function.path`` and ``.name`` of verl.
+            None chooses by the data source: :func:`qerl_verl.data.math_score.compute_score` for
+            those of :mod:`qerl_verl.data` with boxed answers, otherwise verl's
+            ``default_compute_score``.
 
     Attributes:
-        digest: of the function's file; its name where it comes from a package.
+        digest: name of the function with a hash of its file, or of its path if that is no file.
 
     Raises:
         EvaluationError: the function cannot be loaded.
@@ -56,7 +57,7 @@ class Reward:
         self._custom, self.digest = (None, None) if function is None else _load(function)
 
     def name(self, source: str) -> str:
-        """Returns which function scores a data source."""
+        """Returns the name of the function that scores a data source."""
         return self.function or (OURS if source in BOXED else VERL)
 
     def __call__(self, problem: Problem, response: str) -> Score:
@@ -66,7 +67,7 @@ class Reward:
         (verl/experimental/reward_loop/reward_manager/naive.py).
 
         Raises:
-            EvaluationError: the function fails, or returns no finite number.
+            EvaluationError: the function fails, or does not return a finite number.
         """
         function = self._custom or self._by_source(problem.source)
         extra = {**problem.extra_info, "num_turns": 2, "rollout_reward_scores": {}}
@@ -105,7 +106,7 @@ class Reward:
 
 
 def _number(value: Any) -> float | None:
-    """Returns a finite number, also one of NumPy's or torch's; None for what is none."""
+    """Returns a finite number (also from NumPy or torch) as float, and None for anything else."""
     try:
         number = math.nan if isinstance(value, str) else float(value)
     except (TypeError, ValueError):
@@ -129,7 +130,7 @@ def _load(given: str) -> tuple[Callable[..., Any], str]:
     node = {"path": path, "name": name, "reward_kwargs": {}}
     try:
         function = get_custom_reward_fn(OmegaConf.create({"reward": {"custom_reward_function": node}}))
-    except Exception as error:  # no such file, no such name, or whatever the file raises
+    except Exception as error:  # a missing file or name, or an error that the file raises
         cause = error.__cause__ or error
         raise EvaluationError(
             f"--reward-function {given}: {name} cannot be loaded from {path} ({type(cause).__name__}: {cause}). Give a "

@@ -1,4 +1,4 @@
-"""An evaluation from its settings to its results."""
+"""Runs an evaluation from its settings to its results."""
 
 from __future__ import annotations
 
@@ -33,32 +33,33 @@ ResponseKey = tuple[str, str, int, int]
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """What to evaluate, and how. The defaults of sampling are the paper's (arXiv 2510.11696,
-    appendix E).
+    """What to evaluate, and how.
+
+    The defaults of sampling are those of the paper (arXiv 2510.11696, appendix E).
 
     Attributes:
-        model: folder, or name on the Hugging Face hub.
-        data: see :func:`~qerl_verl.evaluation.problems.read_data`, one or more.
+        model: a folder, or a name on the Hugging Face hub.
+        data: one or more data sets, see :func:`~qerl_verl.evaluation.problems.read_data`.
         responses: the file of responses.
         adapters: folders, see :func:`~qerl_verl.evaluation.policies.expand`.
-        with_base: evaluate the model without an adapter, too; it is what is evaluated where there
-            are no adapters.
-        other_base: take adapters that were trained on other weights.
-        samples: responses to each problem.
+        with_base: also evaluate the model without an adapter. Without adapters this is the only
+            policy.
+        other_base: allow adapters that were trained on other weights.
+        samples: number of responses to each problem.
         ks: each k of pass@k.
-        temperature: of sampling; 0 is greedy.
-        top_p: of sampling.
-        max_tokens: of a response.
-        seed: each problem and sample has a seed of its own, which follows from this one.
-        limit: the first so many problems of each data set.
+        temperature: temperature of sampling; 0 is greedy.
+        top_p: top-p of sampling.
+        max_tokens: largest number of tokens of a response.
+        seed: seed from which each problem and sample derives its own.
+        limit: number of problems to take from the beginning of each data set.
         reward_function: see :class:`~qerl_verl.evaluation.rewards.Reward`.
         correct_from: the smallest score of a right response.
-        confidence: of the intervals.
+        confidence: level of the intervals.
         prompt_key: verl's ``data.prompt_key``.
         chat_template: text that replaces the tokenizer's (verl's ``model.custom_chat_template``).
         chat_template_arguments: verl's ``data.apply_chat_template_kwargs``.
-        quantization: how a 16- or 32-bit model is quantized first; None takes it as it is.
-        cache_dir: of quantized checkpoints.
+        quantization: how a 16- or 32-bit model is quantized first; None uses it as it is.
+        cache_dir: cache of quantized checkpoints.
         engine: how vLLM runs.
     """
 
@@ -88,17 +89,17 @@ class EvaluationSettings:
 
 @dataclass(frozen=True)
 class Plan:
-    """What has been checked, and is to be sampled.
+    """A checked evaluation, ready to be sampled.
 
     Attributes:
-        settings: what the user asked for.
+        settings: the user's settings.
         model: the base.
-        policies: name -> adapter, None for the model without one.
+        policies: name -> adapter, or None for the model without one.
         data: the data sets.
         prompts: (data set, index) -> token ids.
-        chat_template: which made them.
-        reward: of responses.
-        on_cpu: where vLLM runs.
+        chat_template: the template of the prompts.
+        reward: the reward of responses.
+        on_cpu: whether vLLM runs on the CPU.
     """
 
     settings: EvaluationSettings
@@ -112,11 +113,11 @@ class Plan:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest prompt and its response."""
+        """Number of tokens of the longest prompt and its response."""
         return max(map(len, self.prompts.values())) + self.settings.max_tokens
 
     def identity(self) -> dict[str, Any]:
-        """Returns the name of an argument -> what it says, of all that decides what a response is."""
+        """Returns argument -> value, for everything that decides what a response is."""
         settings = self.settings
         out = {
             "MODEL (fingerprint of its weights)": self.model.fingerprint,
@@ -134,8 +135,10 @@ class Plan:
         return out | {f"--adapter {name} (digest)": a.digest for name, a in self.policies.items() if a is not None}
 
     def wanted(self, policy: str) -> Iterator[tuple[ResponseKey, Problem]]:
-        """Yields every response of a policy; those to one problem follow each other, so that vLLM
-        reuses its prompt."""
+        """Yields every response of a policy.
+
+        Responses to one problem are adjacent, so that vLLM reuses the prompt.
+        """
         for data in self.data:
             for problem in data.problems:
                 for sample in range(self.settings.samples):
@@ -143,14 +146,13 @@ class Plan:
 
 
 def prepare(settings: EvaluationSettings) -> Plan:
-    """Reads and checks everything that an evaluation needs; no engine is started and no response
-    written.
+    """Reads and checks everything that an evaluation needs, without an engine or a response.
 
-    A model is quantized, where that is asked for, when all else has been checked.
+    Where quantization is requested, the model is quantized after all other checks.
 
     Raises:
-        EvaluationError, CheckpointError: something cannot be used, with the fix; what can be found
-            at once comes at once.
+        EvaluationError, CheckpointError: something cannot be used, with the fix. Problems that can
+            be found together are reported together.
     """
     problems = _number_problems(settings)
 
@@ -174,7 +176,7 @@ def prepare(settings: EvaluationSettings) -> Plan:
     if problems:
         raise EvaluationError(problems)
     for source in {p.source: p for d in data for p in d.problems}.values():
-        reward(source, "")  # fails now where it would fail after the first response
+        reward(source, "")  # a failure shows here and not after the first response
     prompts, template = _tokenize(settings, folder, data)
     _check_length(settings, folder, prompts)
     model = find_model(settings.model, settings.cache_dir, settings.quantization)
@@ -216,7 +218,7 @@ def _number_problems(settings: EvaluationSettings) -> list[str]:
 
 
 def _on_cpu() -> bool:
-    """Returns whether vLLM runs on the CPU here.
+    """Returns whether vLLM runs on the CPU of this machine.
 
     Raises:
         EvaluationError: vLLM would not load QeRL's layers, or does not run on this machine.
@@ -236,8 +238,11 @@ def _on_cpu() -> bool:
 def _tokenize(
     settings: EvaluationSettings, folder: Path, data: list[DataSet]
 ) -> tuple[dict[tuple[str, int], list[int]], str]:
-    """Returns prompts as verl's rollout makes them (verl/experimental/agent_loop/agent_loop.py,
-    ct_build_initial_tokens), and the chat template that made them."""
+    """Returns the token ids of the prompts, and the chat template that made them.
+
+    They equal those of verl's rollout (verl/experimental/agent_loop/agent_loop.py,
+    ct_build_initial_tokens).
+    """
     from transformers import AutoConfig
     from verl.utils.tokenizer import hf_tokenizer
     from verl.utils.tokenizer.continuous_token_wiring import create_continuous_token_builder
@@ -264,7 +269,7 @@ def _tokenize(
     for name, problem in tqdm(problems, desc="Making prompts", unit="prompt", delay=5, leave=False):
         try:
             prompts[name, problem.index] = list(builder.build_initial_tokens(problem.messages))
-        except Exception as error:  # jinja's, or a template's own raise_exception
+        except Exception as error:  # from jinja, or from the template's own raise_exception
             raise EvaluationError(
                 f"--data {name}, row {problem.index}: the chat template fails on its prompt: "
                 f"{' '.join(str(error).split())[:200]}; mend the prompt, or give another with --chat-template FILE"
@@ -286,18 +291,20 @@ def _check_length(settings: EvaluationSettings, folder: Path, prompts: dict[tupl
 
 
 def seed_of(seed: int, index: int, sample: int) -> int:
-    """Returns the seed of one response, the same in every call and for every policy, so that
-    policies see the same draws."""
+    """Returns the seed of one response.
+
+    It is the same in every call and for every policy, so that policies see the same draws.
+    """
     digest = hashlib.sha256(f"{seed}/{index}/{sample}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
 def evaluate(plan: Plan, start_engine: Callable[[Plan], Engine] | None = None, progress: bool = True) -> list[Result]:
-    """Samples what the file of responses lacks, and summarizes the scores.
+    """Samples the responses that the file lacks, and summarizes the scores.
 
     Args:
         plan: from :func:`prepare`.
-        start_engine: makes the engine; it is called once, and only where a response is lacking.
+        start_engine: makes the engine. It is called once, and only where a response is missing.
         progress: show progress bars on stderr.
 
     Raises:
@@ -318,7 +325,7 @@ def evaluate(plan: Plan, start_engine: Callable[[Plan], Engine] | None = None, p
 
 
 def start(plan: Plan) -> Engine:
-    """Returns the engine of a plan."""
+    """Starts the engine of a plan."""
     adapters = [adapter for adapter in plan.policies.values() if adapter is not None]
     print(f"qerl: starting vLLM on {plan.model.folder} ({plan.model.form})", file=sys.stderr, flush=True)
     began = time.monotonic()
@@ -395,8 +402,7 @@ def _results(plan: Plan, file: ResponseFile) -> list[Result]:
 
 
 def report(plan: Plan, results: Sequence[Result]) -> dict[str, Any]:
-    """Returns what ``--json`` writes: what was asked for, with what, and the results, as fractions
-    of 1."""
+    """Returns the content of ``--json``: request, environment and results, as fractions of 1."""
     packages = ("verl", "vllm", "torch", "transformers", "peft")
     settings, model = plan.settings, plan.model
     adapters = [adapter for adapter in plan.policies.values() if adapter is not None]
@@ -428,7 +434,7 @@ def report(plan: Plan, results: Sequence[Result]) -> dict[str, Any]:
 
 
 def write_report(path: Path, content: dict[str, Any]) -> None:
-    """Writes a JSON file at once, so that a reader never sees half of it."""
+    """Writes a JSON file by a rename, so that no reader sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     staging.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
