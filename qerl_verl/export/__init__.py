@@ -1,1 +1,1 @@
-"""From a checkpoint of a run to what other programs load: the adapter alone, or a merged model."""
+"""Exports a checkpoint of a run for other programs: the adapter alone, or a merged model."""

@@ -1,4 +1,4 @@
-"""Find the adapter of a checkpoint and the base that it was trained on."""
+"""Finds the adapter of a checkpoint and the base that it was trained on."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qerl_verl.nvfp4.checkpoint import CONFIG_FILE
 from qerl_verl.nvfp4.errors import CheckpointError
 
 RECORD_FILE = "qerl_checkpoint.json"
-"""As the trainer writes it into ``global_step_N``, see :mod:`qerl_verl.trainer.checkpoints`."""
+"""File that the trainer writes into ``global_step_N``, see :mod:`qerl_verl.trainer.checkpoints`."""
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,8 @@ class Source:
 
     Attributes:
         adapter: folder with ``adapter_config.json``.
-        base_model: what the adapter names as its base, or None.
-        base_fingerprint: of the base that it was trained on, where the checkpoint records it.
+        base_model: the base that the adapter names, or None.
+        base_fingerprint: hash of the base that it was trained on, where the checkpoint records it.
     """
 
     adapter: Path
@@ -38,8 +38,7 @@ def find_adapter(checkpoint: Path) -> Source:
         checkpoint: ``global_step_N``, its ``actor`` folder, or the folder of a PEFT adapter.
 
     Raises:
-        CheckpointError: there is no adapter in it, or its configuration or the checkpoint's record
-            is damaged.
+        CheckpointError: the checkpoint holds no adapter, or its configuration or record is damaged.
     """
     places = (checkpoint, checkpoint / "lora_adapter", checkpoint / "actor" / "lora_adapter")
     adapter = next((place for place in places if (place / ADAPTER_CONFIG).is_file()), None)
@@ -51,7 +50,9 @@ def find_adapter(checkpoint: Path) -> Source:
     base_model = _read_object(adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
     record = next((p / RECORD_FILE for p in (adapter, *adapter.parents[:2]) if (p / RECORD_FILE).is_file()), None)
     recorded = None if record is None else _read_object(record).get("base", {}).get("actor")
-    if recorded:  # with the arm's name in front where a model is used as it is (config/callback.py, _replace_models)
+    # a model that is used as it is has the arm's name before the hash (config/callback.py,
+    # _replace_models)
+    if recorded:
         recorded = recorded.rpartition("-")[2]
     return Source(adapter, base_model, recorded)
 
@@ -71,11 +72,11 @@ def find_base(source: Source, wanted: Path | None = None, cache_dir: Path | None
 
     Args:
         source: from :func:`find_adapter`.
-        wanted: a folder that the user names; it is refused if the checkpoint records another base.
-        cache_dir: of quantized checkpoints, in which the recorded base is looked for.
+        wanted: a folder that the user names. It is refused if the checkpoint records another base.
+        cache_dir: cache of quantized checkpoints, which is searched for the recorded base.
 
     Raises:
-        CheckpointError: the base is not there, or is not the recorded one.
+        CheckpointError: the base is not found, or is not the recorded one.
     """
     recorded, cache = source.base_fingerprint, cache_dir or default_cache_dir()
     if wanted is not None:

@@ -1,4 +1,4 @@
-"""Write a model with the LoRA deltas added to its weights, one tensor at a time."""
+"""Writes a model with the LoRA deltas added to its weights, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ FP8_CONFIG = {
     "quant_method": "compressed-tensors",
     "quantization_status": "compressed",
 }
-"""compressed-tensors' preset FP8_DYNAMIC: a scale for each output channel, activations scaled by
-token while serving."""
+"""compressed-tensors' preset FP8_DYNAMIC, with one scale for each output channel of the weights and
+one for each token of the activations, computed while serving."""
 
 
 @dataclass(frozen=True)
 class Deltas:
-    """The LoRA deltas of an adapter, by the full name of the linear.
+    """The LoRA deltas of an adapter, keyed by the full name of the linear.
 
     Attributes:
         factors: ``(A [rank, K], B [N, rank])`` of each adapted linear, float32 on the CPU.
@@ -68,8 +68,14 @@ class Deltas:
     scaling: float
 
     def add_to(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        """Returns ``weight + scaling B A`` for ``weight`` ``[N, K]`` in float32, in place; as it is
-        without an adapter."""
+        """Adds scaling B A to ``weight`` in place and returns it.
+
+        A linear without an adapter is not changed.
+
+        Args:
+            name: full name of the linear.
+            weight: ``[N, K]`` float32.
+        """
         if name in self.factors:
             a, b = (factor.to(weight.device) for factor in self.factors[name])
             weight.addmm_(b, a, alpha=self.scaling)
@@ -77,7 +83,7 @@ class Deltas:
 
 
 def read_deltas(adapter: Path, base: Path) -> Deltas:
-    """Returns the LoRA deltas of an adapter for the linears of a base.
+    """Reads the LoRA deltas of an adapter for the linears of a base.
 
     Raises:
         CheckpointError: the adapter is not plain LoRA or does not fit the base, with the reason.
@@ -98,7 +104,7 @@ def read_deltas(adapter: Path, base: Path) -> Deltas:
 
 
 class Base:
-    """The weights of a base, packed or in 16 bits, as float32."""
+    """The weights of a base, packed or in 16 bits, read as float32."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -111,13 +117,12 @@ class Base:
         self.dtype = "F16" if self.tensors[architecture.embeddings].dtype == "F16" else "BF16"
 
     def others(self) -> dict[str, TensorInfo]:
-        """Returns what is not a linear of the decoder layers: embeddings, norms, biases, output
-        layer."""
+        """Returns the tensors outside the decoder's linears: embeddings, norms, biases, lm_head."""
         of_linears = {f"{linear}.{part}" for linear in self.linears for part in _PARTS}
         return {name: info for name, info in self.tensors.items() if name not in of_linears}
 
     def weight(self, linear: str, device: torch.device) -> torch.Tensor:
-        """Returns ``[N, K]`` float32."""
+        """Returns the decoded weight of a linear, ``[N, K]`` float32."""
         if not self.packed:
             return read_tensor(self.tensors[f"{linear}.weight"]).to(device).float()
         packed, scale, divisor = (read_tensor(self.tensors[f"{linear}.{part}"]).to(device) for part in _PACKED)
@@ -138,24 +143,24 @@ def export_merged(
     progress: bool = True,
     max_shard_bytes: int = 5_000_000_000,
 ) -> dict[str, Any]:
-    """Writes a model whose linears are the base's, decoded, plus the LoRA deltas.
+    """Writes a model whose linears are those of the base, decoded, plus the LoRA deltas.
 
-    The sum is formed in float32 and rounded once. Host memory stays at the largest tensor.
+    The sum is computed in float32 and rounded once. Host memory stays at the largest tensor.
 
     Args:
         base: folder of an NVFP4 checkpoint, or of one in 16 or 32 bits.
         adapter: folder in PEFT's format.
-        dst: folder to write, absent or empty; complete or absent.
-        form: ``merged``, the base's 16-bit dtype, for transformers and vLLM; ``fp8``,
-            compressed-tensors FP8_DYNAMIC for serving; ``nvfp4``, the merged weights rounded to
-            NVFP4 again, which loses most of the deltas.
-        device: where the sums are formed; by default the current GPU, or the CPU.
+        dst: folder to write, absent or empty. It appears when it is complete.
+        form: ``merged`` has the base's 16-bit dtype, for transformers and vLLM; ``fp8`` is
+            compressed-tensors FP8_DYNAMIC for serving; ``nvfp4`` rounds the merged weights to NVFP4
+            again, which loses most of the deltas.
+        device: where the sums are computed; by default the current GPU, or the CPU.
         progress: show a progress bar on stderr.
-        max_shard_bytes: size of a safetensors file above which the next one is begun.
+        max_shard_bytes: size in bytes above which another safetensors file is begun.
 
     Returns:
-        ``linears``, how many were written; ``adapted``, how many have a delta; with ``nvfp4`` also
-        ``delta_kept``, see :func:`delta_kept`.
+        ``linears``, the number of linears; ``adapted``, the number of those with a delta; with
+        ``nvfp4`` also ``delta_kept``, see :func:`delta_kept`.
 
     Raises:
         CheckpointError: base and adapter do not fit together, ``dst`` is not empty, or the disk is
@@ -181,11 +186,10 @@ def export_merged(
 
 
 def delta_kept(base: Base, deltas: Deltas, merged: Base, device: torch.device) -> float:
-    """Returns the share of the LoRA deltas that is left in merged weights.
+    """Returns the fraction of the LoRA deltas that merged weights keep.
 
-    With the delta ``D`` of a linear, its base ``W`` and what was written ``Q``:
-    ``sum <Q - W, D> / sum <D, D>`` over all linears. It is 1 where nothing is lost and 0 where
-    nothing is left.
+    It is ``sum <Q - W, D> / sum <D, D>`` over all linears, with the delta ``D`` of a linear, its
+    base ``W`` and the written weight ``Q``: 1 where nothing is lost, 0 where nothing is left.
     """
     kept = total = 0.0
     for name in deltas.factors:
@@ -225,8 +229,8 @@ def _write(
 
 
 def _units(base: Base, form: str) -> Iterator[tuple[str, dict[str, tuple[str, tuple[int, ...]]]]]:
-    """Yields what is written at a time: name of the tensor or the linear, and output name ->
-    (dtype, shape)."""
+    """Yields the units of writing: name of a tensor or linear, and output name -> (dtype,
+    shape)."""
     for name, info in base.others().items():
         yield name, {name: (base.dtype if info.dtype == "F32" else info.dtype, info.shape)}
     for linear, (rows, columns) in base.linears.items():
@@ -262,12 +266,12 @@ def export_adapter(adapter: Path, base: Path | None, dst: Path) -> dict[str, Any
     """Copies an adapter in PEFT's format to a folder of its own.
 
     Args:
-        adapter: its folder.
-        base: the model that it is checked against; None checks the adapter alone.
+        adapter: the adapter's folder.
+        base: the model to check the adapter against; None checks the adapter alone.
         dst: folder to write, absent or empty.
 
     Returns:
-        ``adapted``, how many linears have a LoRA delta; None without a base.
+        ``adapted``, the number of linears with a LoRA delta; None without a base.
 
     Raises:
         CheckpointError: the adapter is damaged or does not fit the base, or ``dst`` is not empty.
