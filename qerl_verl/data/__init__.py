@@ -1,1 +1,1 @@
-"""Data sets in the form that verl reads."""
+"""Prepares data sets in the form that verl reads."""

@@ -1,8 +1,8 @@
-"""``python -m qerl_verl.data.bigmath --out DIR``: BigMath by levels of difficulty, for verl.
+"""Writes BigMath by levels of difficulty for verl: ``python -m qerl_verl.data.bigmath --out DIR``.
 
-The levels are those of ``open-r1/Big-Math-RL-Verified-Processed``, whose configurations ``level_3_4_5`` and ``level_4_5`` are
-the paper's training sets (arXiv 2510.11696, appendix E) for 7B and 14B and for 32B. Answers are scored by
-:mod:`qerl_verl.data.math_score`.
+The levels are those of ``open-r1/Big-Math-RL-Verified-Processed``. Its configurations
+``level_3_4_5`` and ``level_4_5`` are the paper's training sets (arXiv 2510.11696, appendix E) for
+7B and 14B, and for 32B. :mod:`qerl_verl.data.math_score` scores the answers.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ PROBLEM, ANSWER = ("prompt", "problem", "question"), ("solution", "answer")
 
 
 class Rows:
-    """Rows of verl's parquet, and how many examples were left out.
+    """Yields the rows of verl's parquet, and counts the examples that are left out.
 
     Args:
-        examples: pairs of a place to name in errors and what stands there.
+        examples: pairs of a place to name in errors and the example at that place.
         level: the name of the training set.
 
     Attributes:
-        left_out: examples whose answer cannot be put into a box, see :func:`~qerl_verl.data.math_score.can_be_boxed`.
+        left_out: number of examples whose answer cannot be boxed, see
+            :func:`~qerl_verl.data.math_score.can_be_boxed`.
     """
 
     def __init__(self, examples: Iterable[tuple[str, Any]], level: str):
@@ -39,7 +40,11 @@ class Rows:
         self.left_out = 0
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Raises: ValueError, for an example without a problem or an answer."""
+        """Yields the rows.
+
+        Raises:
+            ValueError: an example lacks a problem or an answer.
+        """
         for index, (place, example) in enumerate(self._examples):
             problem, answer = text_of(example, PROBLEM, place), text_of(example, ANSWER, place)
             if not can_be_boxed(answer):

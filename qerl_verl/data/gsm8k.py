@@ -1,9 +1,9 @@
-"""``python -m qerl_verl.data.gsm8k --out DIR``: GSM8K as ``train.parquet`` and ``test.parquet`` for
-verl.
+"""Writes GSM8K as ``train.parquet`` and ``test.parquet`` for verl:
+``python -m qerl_verl.data.gsm8k --out DIR``.
 
 The data source is named ``openai/gsm8k``, by which verl chooses its own reward
 (verl/utils/reward_score/gsm8k.py): 1 if the last ``#### <number>`` in the last 300 characters of a
-response is the answer, else 0.
+response is the answer, otherwise 0.
 """
 
 from __future__ import annotations
@@ -28,8 +28,10 @@ _FINAL_ANSWER = re.compile(r"####\s*(-?\d[\d,]*(?:\.\d+)?)\s*\Z")
 
 
 def final_answer(solution: str) -> str | None:
-    """Returns the number after ``####`` that ends a GSM8K solution, without thousands separators;
-    None if there is none."""
+    """Returns the number after ``####`` at the end of a GSM8K solution, or None without one.
+
+    Thousands separators are removed.
+    """
     found = _FINAL_ANSWER.search(solution)
     return found.group(1).replace(",", "") if found else None
 
@@ -38,7 +40,7 @@ def rows(examples: Iterable[tuple[str, Any]], split: str) -> Iterator[dict[str, 
     """Yields the rows of verl's parquet.
 
     Args:
-        examples: pairs of a place to name in errors (``file:line``) and what stands there.
+        examples: pairs of a place to name in errors (``file:line``) and the example at that place.
         split: ``train`` or ``test``.
 
     Raises:

@@ -1,8 +1,8 @@
-"""``python -m qerl_verl.data.math_benchmarks --out DIR``: MATH-500, AIME 2024 and 2025 and AMC
-2023, for verl's validation.
+"""Writes MATH-500, AIME 2024 and 2025 and AMC 2023 for verl's validation:
+``python -m qerl_verl.data.math_benchmarks --out DIR``.
 
-Answers are scored by :mod:`qerl_verl.data.math_score`; each set is a data source of its own, so
-verl reports them one by one.
+:mod:`qerl_verl.data.math_score` scores the answers. Each set is a data source of its own, so verl
+reports the sets one by one.
 """
 
 from __future__ import annotations
@@ -31,8 +31,10 @@ _WHOLE_NUMBER = re.compile(r"0*(\d+)(?:\.0+)?")
 
 
 def plain(answer: str) -> str:
-    """Returns a whole number as a model writes it: ``033`` and ``27.0``, as AIME and AMC have them,
-    become ``33`` and ``27``."""
+    """Returns a whole number as a model writes it.
+
+    AIME and AMC have ``033`` and ``27.0``, which become ``33`` and ``27``.
+    """
     found = _WHOLE_NUMBER.fullmatch(answer)
     return found.group(1) if found else answer
 
@@ -41,11 +43,11 @@ def rows(examples: Iterable[tuple[str, Any]], name: str) -> Iterator[dict[str, A
     """Yields the rows of verl's parquet.
 
     Args:
-        examples: pairs of a place to name in errors and what stands there.
-        name: of the benchmark.
+        examples: pairs of a place to name in errors and the example at that place.
+        name: name of the benchmark.
 
     Raises:
-        ValueError: an example without a problem or an answer.
+        ValueError: an example lacks a problem or an answer.
     """
     for index, (place, example) in enumerate(examples):
         problem, answer = text_of(example, PROBLEM, place), plain(text_of(example, ANSWER, place))

@@ -1,7 +1,6 @@
-"""The reward of mathematics with an answer in ``\\boxed{}``, for
-``reward.custom_reward_function.path``.
+"""Scores mathematics with an answer in ``\\boxed{}``, for ``reward.custom_reward_function.path``.
 
-verl chooses its reward functions by the name of the data source and knows none of BigMath or AMC.
+verl chooses its reward functions by the name of the data source, and has none for BigMath and AMC.
 """
 
 from __future__ import annotations
@@ -9,17 +8,16 @@ from __future__ import annotations
 from typing import Any
 
 INSTRUCTION = "Work through the problem step by step. Put the final answer in \\boxed{}."
-"""What stands below each problem."""
+"""Text below each problem."""
 
 
 def compute_score(
     data_source: str, solution_str: str, ground_truth: str, extra_info: dict[str, Any] | None = None, **kwargs: Any
 ) -> float:
-    """1 if the last ``\\boxed{}`` of a response is the answer after verl's normalization of LaTeX,
-    else 0.
+    """Returns 1 if the last ``\\boxed{}`` of a response is the answer, otherwise 0.
 
-    The comparison is verl's own (verl/utils/reward_score/math_reward.py), of texts: an equal value
-    in another form counts only where that normalization brings the two forms together.
+    verl normalizes and compares the LaTeX texts (verl/utils/reward_score/math_reward.py). An equal
+    value in another form counts only where that normalization makes the two texts equal.
     """
     from verl.utils.reward_score import math_reward
 
@@ -27,8 +25,10 @@ def compute_score(
 
 
 def can_be_boxed(answer: str) -> bool:
-    """Returns whether the braces of an answer are balanced. Of others no ``\\boxed{}`` can be read
-    back, so no response would score."""
+    """Returns whether the braces of an answer are balanced.
+
+    Otherwise no ``\\boxed{}`` can be read back, so no response would score.
+    """
     depth = 0
     for character in answer:
         depth += {"{": 1, "}": -1}.get(character, 0)

@@ -1,4 +1,4 @@
-"""The parquet files of prompts that verl's RLHFDataset reads (verl/utils/dataset/rl_dataset.py)."""
+"""Writes the parquet files that verl's RLHFDataset reads (verl/utils/dataset/rl_dataset.py)."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ def user_turn(text: str) -> list[dict[str, str]]:
 
 
 def prompt_row(data_source: str, question: str, ground_truth: str, **extra_info: Any) -> dict[str, Any]:
-    """Returns one prompt with the answer that a rule compares with.
+    """Returns one prompt, with the answer that a rule compares with.
 
     Args:
-        data_source: what verl chooses a reward function by, and names validation metrics after.
+        data_source: name by which verl chooses a reward function and labels validation metrics.
         question: the user's turn.
-        ground_truth: given to the reward function as it is.
-        extra_info: also given to the reward function. verl reads ``index`` from it.
+        ground_truth: passed to the reward function as it is.
+        extra_info: also passed to the reward function. verl reads ``index`` from it.
     """
     return {
         "data_source": data_source,
@@ -32,10 +32,12 @@ def prompt_row(data_source: str, question: str, ground_truth: str, **extra_info:
 
 
 def write_parquet(rows: Iterable[dict[str, Any]], path: Path) -> int:
-    """Writes the rows, returns their number. A kill leaves the file that was there before, or none.
+    """Writes the rows and returns their number.
+
+    A kill leaves the previous file, or none.
 
     Raises:
-        FileExistsError: the file is there and holds other data than rows of the same data sources.
+        FileExistsError: the file exists and holds other data than rows of the same data sources.
     """
     import pandas
 
@@ -60,6 +62,6 @@ def _holds(path: Path, sources: set[str]) -> bool:
 
     try:
         columns = pandas.read_parquet(path, columns=["data_source", "prompt", "reward_model"])
-    except Exception:  # whatever the reader makes of a file that is something else
+    except Exception:  # the reader raises many types for a file that is not such a parquet
         return False
     return set(columns["data_source"]) == sources

@@ -1,4 +1,4 @@
-"""Where examples come from: a file of JSON lines, or a data set on the Hugging Face hub."""
+"""Reads examples from a file of JSON lines, or from a data set on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def read_hub(name: str, configuration: str | None, split: str) -> Iterator[tuple
     """Yields place (``name/split[row]``) and content of each row of a data set on the hub.
 
     Args:
-        name: of the data set.
-        configuration: of the data set, None for its only one.
-        split: of that configuration.
+        name: name of the data set.
+        configuration: configuration of the data set, None for its only one.
+        split: split of that configuration.
     """
     from datasets import load_dataset
 
@@ -44,10 +44,10 @@ def read_hub(name: str, configuration: str | None, split: str) -> Iterator[tuple
 
 
 def text_of(example: Any, keys: tuple[str, ...], place: str) -> str:
-    """Returns the first of ``keys`` that an example has, as text without blanks around it.
+    """Returns the value of the first of ``keys`` that an example has, as stripped text.
 
     Raises:
-        ValueError: the example is no object, has none of the keys, or the text is empty; names
+        ValueError: the example is not an object, has none of the keys, or the text is empty; names
             ``place``.
     """
     if not isinstance(example, dict):
@@ -62,8 +62,10 @@ def text_of(example: Any, keys: tuple[str, ...], place: str) -> str:
 
 
 def convert(rows: Iterable[dict[str, Any]], file: Path) -> int | None:
-    """Writes a parquet of prompts and prints how many it holds; None, with the reason on stderr,
-    where a row or a file is bad."""
+    """Writes a parquet of prompts, prints and returns their number.
+
+    Where a row or a file is bad, it prints the reason to stderr and returns None.
+    """
     try:
         count = write_parquet(rows, file)
     except (ValueError, OSError) as error:

@@ -1,21 +1,21 @@
-"""How many training steps a data set gives. Importable without torch or verl."""
+"""Computes the number of training steps of a data set. Importable without torch or verl."""
 
 from __future__ import annotations
 
 
 def reachable_steps(rows: int, batch_size: int, epochs: int) -> int:
-    """Returns steps until the epochs end: verl leaves out the rows that do not fill a batch.
+    """Returns the number of steps until the epochs end. verl drops rows that do not fill a batch.
 
     Args:
-        rows: prompts of the training data, after filtering.
-        batch_size: prompts of a step (``data.train_batch_size``).
+        rows: number of prompts of the training data, after filtering.
+        batch_size: number of prompts of a step (``data.train_batch_size``).
         epochs: ``trainer.total_epochs``.
     """
     return rows // batch_size * epochs
 
 
 def epochs_for(steps: int, rows: int, batch_size: int) -> int:
-    """Returns the smallest number of epochs that gives ``steps``; 0 where there is not one batch."""
+    """Returns the smallest number of epochs that gives ``steps``; 0 without a full batch."""
     per_epoch = rows // batch_size
     return -(-steps // per_epoch) if per_epoch else 0
 
@@ -24,10 +24,10 @@ def ends_early(steps: int, reachable: int, epochs: int, fix: int) -> str:
     """Returns one line for a run whose epochs end before ``trainer.total_training_steps``.
 
     Args:
-        steps: what the user asked for.
-        reachable: what :func:`reachable_steps` gives.
+        steps: the requested number of steps.
+        reachable: the result of :func:`reachable_steps`.
         epochs: ``trainer.total_epochs``.
-        fix: what :func:`epochs_for` gives.
+        fix: the result of :func:`epochs_for`.
     """
     return (
         f"trainer.total_training_steps={steps}, but the training data ends after {reachable} steps "
