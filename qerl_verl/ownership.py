@@ -1,10 +1,9 @@
-"""Who made a file or folder, and whether that process still lives: asked before anything is
-removed.
+"""Records which process made a file or folder, to know before a removal whether that process lives.
 
-A process number names a process only where it was given: on one host, since one boot, in one PID
-namespace (containers on one host share its boot, and two hosts can share a folder). So an owner is
-all of these together with the process's start time, and the answer about one that this process
-cannot see is "unknown". What is not known to be dead stays.
+A process number identifies a process only on one host, since one boot, in one PID namespace
+(containers on one host share its boot, and two hosts can share a folder). An owner therefore
+consists of all of these and the process's start time. A process that cannot be seen from here is
+"unknown". Only what belongs to a dead process is removed.
 """
 
 from __future__ import annotations
@@ -21,13 +20,13 @@ State = Literal["alive", "dead", "unknown"]
 
 @dataclass(frozen=True)
 class Owner:
-    """A process, named for good. An empty field is one that the system does not tell."""
+    """Identifies a process for good. A field is empty where the system does not tell it."""
 
     host: str
     boot: str
     """Random identifier of the kernel's boot (random(4), ``boot_id``)."""
     namespaces: str
-    """PID namespace (what process numbers mean) and time namespace (what start times mean), see
+    """PID namespace (for process numbers) and time namespace (for start times), see
     namespaces(7)."""
     process: int
     start: str
@@ -35,13 +34,12 @@ class Owner:
 
     @classmethod
     def current(cls) -> Owner:
-        """This process."""
+        """Returns this process."""
         return cls(host_name(), _boot(), _namespaces(), os.getpid(), _start_time(os.getpid()))
 
     @classmethod
     def read(cls, file: Path) -> Owner | None:
-        """Returns what :meth:`write` wrote; None if the file is missing, unreadable or something
-        else."""
+        """Reads the result of :meth:`write`; returns None if the file is missing or not valid."""
         try:
             owner = cls(**json.loads(file.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
@@ -54,14 +52,17 @@ class Owner:
         file.write_text(json.dumps(asdict(self)), encoding="utf-8")
 
     def state(self) -> State:
-        """Returns whether the process lives; ``unknown`` if it belongs to another host, boot or
-        namespace, or cannot be looked at."""
+        """Returns whether the process lives.
+
+        It is ``unknown`` if the process belongs to another host, boot or namespace, or cannot be
+        examined.
+        """
         here = Owner.current()
         place = (self.host, self.boot, self.namespaces)
         if not all((*place, self.start)) or place != (here.host, here.boot, here.namespaces):
             return "unknown"
         try:
-            os.kill(self.process, 0)  # finds a process also where /proc hides it (proc(5), hidepid)
+            os.kill(self.process, 0)  # also finds a process that /proc hides (proc(5), hidepid)
         except (ProcessLookupError, OverflowError):
             return "dead"
         except PermissionError:  # it belongs to another user
@@ -80,7 +81,7 @@ def host_name() -> str:
 
 
 def state_of(file: Path) -> State:
-    """Returns the state of the owner that ``file`` names; ``unknown`` where it names none."""
+    """Returns the state of the owner that ``file`` names, ``unknown`` without one."""
     owner = Owner.read(file)
     return "unknown" if owner is None else owner.state()
 
@@ -103,7 +104,8 @@ def _namespaces() -> str:
 
 
 def _stat(process: int) -> list[str]:
-    """Returns ``stat`` from its third field on (proc(5)); empty if the process is gone or hidden."""
+    """Returns ``stat`` from its third field on (proc(5)); empty if the process is gone or
+    hidden."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     except OSError:

@@ -1,14 +1,13 @@
-"""Entry points of verl (group ``verl.plugins``) and vLLM (group ``vllm.general_plugins``):
-registers, nothing else.
+"""Registers QeRL with verl (group ``verl.plugins``) and vLLM (group ``vllm.general_plugins``).
 
-In the process that composes the configuration, the import makes Hydra find the group ``qerl``. In
-the processes of a job that runs with the switch (the driver put ``QERL_SWITCH`` into Ray's runtime
-environment), it registers the CPU platform, the training engines and the trainers, each when verl
-imports the registry that it goes into. In any other process nothing happens.
+In the process that composes the configuration, the import makes Hydra find the group ``qerl``. In a
+job that runs with the switch (the driver has set ``QERL_SWITCH`` in Ray's runtime environment), it
+registers the CPU platform, the training engines and the trainers, each when verl imports the
+registry that it belongs to. In any other process it does nothing.
 
-verl logs a plugin's exceptions at DEBUG and goes on (``verl/__init__.py``), which would turn a
-broken installation into a run without QeRL, so a failure here ends the process whenever QeRL was
-asked for.
+verl logs a plugin's exceptions at DEBUG and continues (``verl/__init__.py``), which would turn a
+broken installation into a run without QeRL. A failure here therefore ends the process wherever QeRL
+was requested.
 """
 
 import sys
@@ -23,7 +22,7 @@ def _is_ray_worker() -> bool:
 
 
 def register_search_path() -> None:
-    """Makes Hydra find ``qerl_verl/config``, also where the package is installed in editable mode."""
+    """Makes Hydra find ``qerl_verl/config``, also in an editable installation."""
     from hydra.core.plugins import Plugins
     from hydra.plugins.search_path_plugin import SearchPathPlugin
 
@@ -35,8 +34,10 @@ def register_search_path() -> None:
 
 
 def register_platform() -> None:
-    """Adds the platform ``cpu`` to verl. It is only ever chosen by ``VERL_PLATFORM=cpu``, never
-    detected."""
+    """Adds the platform ``cpu`` to verl.
+
+    It is chosen only by ``VERL_PLATFORM=cpu``, never by detection.
+    """
     from verl.plugin.platform.platform_manager import PlatformRegistry
 
     from qerl_verl.platform.cpu import PlatformCPU
@@ -46,8 +47,10 @@ def register_platform() -> None:
 
 
 def register_verl() -> None:
-    """Registers platform, engines, trainers, rollout replica and transport, all but the first when
-    verl first imports their registries."""
+    """Registers platform, engines, trainers, rollout replica and transport.
+
+    All but the platform are registered when verl first imports their registries.
+    """
     import wrapt
 
     register_platform()
@@ -59,8 +62,11 @@ def register_verl() -> None:
 
 
 def register_vllm() -> None:
-    """vLLM's general plugin, in QeRL's jobs only: norms that take noise, and where the base is
-    such, ``compressed-tensors`` NVFP4 weights served the way QeRL does."""
+    """Registers QeRL's layers with vLLM, in QeRL's jobs only.
+
+    These are norms that take noise and, on an NVFP4 base, QeRL's method for ``compressed-tensors``
+    NVFP4 weights.
+    """
     if switched_on():
         from qerl_verl.evaluation.processes import stay_with_evaluation
         from qerl_verl.rollout.norm import register_norm

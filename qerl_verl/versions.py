@@ -1,4 +1,4 @@
-"""Versions of the packages that QeRL builds on, checked before a run starts."""
+"""Checks the versions of the packages that QeRL builds on, before a run starts."""
 
 from __future__ import annotations
 
@@ -16,22 +16,23 @@ SUPPORTED = {
     "hydra-core": (">=1.3,<1.4", ("1.3.8",)),
     "TransferQueue": (">=0.1.11,<0.2", ("0.1.11",)),
 }
-"""Distribution name to (range outside of which it cannot work, versions that the tests have run
-with)."""
+"""Distribution name -> (range of versions that can work, versions that the tests have run with)."""
 
 ENGINES = {("0.24", "2.11"): "CUDA", ("0.28", "2.13"): "CPU"}
-"""Minor versions of vLLM and torch that the tests have run with together, and on what.
+"""(vLLM, torch) minor versions that the tests have run with together -> the device.
 
-QeRL's rollout stands on parts of vLLM that are no public interface, so another pair is refused.
+QeRL's rollout uses parts of vLLM that are not a public interface, so another pair is refused.
 """
 
 
 def version_problems(installed=version) -> list[str]:
-    """Returns what is missing, outside its range or not a pair of :data:`ENGINES`, one sentence
-    each; empty when all is well.
+    """Returns one sentence for each package that is missing or outside its range.
+
+    A pair of vLLM and torch that is not in :data:`ENGINES` is also a problem. The list is empty
+    when all is well.
 
     Args:
-        installed: distribution name to version; raises PackageNotFoundError for a missing one.
+        installed: distribution name -> version; raises PackageNotFoundError for a missing one.
     """
     problems = []
     found = {name: _installed(name, installed) for name in SUPPORTED}
@@ -56,8 +57,11 @@ def version_problems(installed=version) -> list[str]:
 
 
 def untested_versions(installed=version) -> str:
-    """Returns one line about versions inside their ranges that the tests have not run with; empty
-    where there are none."""
+    """Returns a line about versions within their ranges that the tests have not run with, or "".
+
+    Args:
+        installed: see :func:`version_problems`.
+    """
     found = {name: _installed(name, installed) for name in SUPPORTED}
     untested = [
         f"{name} {found[name]} (tested: {', '.join(tested)})"
