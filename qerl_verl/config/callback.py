@@ -35,6 +35,7 @@ from qerl_verl.switch import SOURCES_ENV
 if TYPE_CHECKING:
     from qerl_verl.nvfp4.cache import Quantization
     from qerl_verl.platform.lost_nodes import NodeWatch
+    from qerl_verl.platform.lost_processes import LostProcess, ProcessWatch
 
 
 def say(text: str) -> None:
@@ -54,14 +55,18 @@ class QeRLCallback(Callback):
     """Runs once per job, on the composed configuration."""
 
     _nodes: NodeWatch | None = None
+    _processes: ProcessWatch | None = None
 
     def on_run_start(self, config: DictConfig, **kwargs) -> None:
         from qerl_verl.platform.lost_nodes import watch_nodes
+        from qerl_verl.platform.lost_processes import watch_processes
         from qerl_verl.platform.signals import end_driver_on_signals
 
         if not end_driver_on_signals():
             say("this version of Ray keeps SIGTERM for itself: a run that it ends has exit code 134")
-        self._nodes = watch_nodes()
+        self._nodes, self._processes = watch_nodes(), watch_processes(say)
+        if self._processes is None:
+            say("this version of Ray calls no hooks: a run that loses a process may wait without end")
         try:
             prepare(config, written_keys(config))
         except SettingsError as error:
@@ -75,8 +80,12 @@ class QeRLCallback(Callback):
     def on_run_end(self, config: DictConfig, job_return, **kwargs) -> None:
         from hydra.core.utils import JobStatus
 
-        if job_return.status == JobStatus.FAILED and self._nodes is not None:
-            say_lost_nodes(config, self._nodes, job_return._return_value)  # the property would raise it
+        failed = job_return.status == JobStatus.FAILED
+        lost = self._processes.end(failed) if self._processes is not None else []
+        if failed:
+            error = job_return._return_value  # the property would raise it
+            gone = self._nodes.find_lost(error, say) if self._nodes is not None else []
+            say_losses(config, gone, lost)
 
     def on_multirun_start(self, config: DictConfig, **kwargs) -> None:
         stop(["--multirun: one QeRL run at a time; start the runs one by one"])
@@ -119,13 +128,22 @@ def prepare(config: DictConfig, keys: set[str]) -> None:
     start_watch(needed.gpus, needed.cpus, say)
 
 
-def say_lost_nodes(config: DictConfig, nodes: NodeWatch, error: BaseException) -> None:
-    """Name the nodes that are gone, and say how the run goes on."""
-    for node in nodes.find_lost(error, say):
+def say_losses(config: DictConfig, nodes: list[str], processes: list[LostProcess]) -> None:
+    """Name what the run has lost, and say how it goes on. Nothing where nothing was lost.
+
+    Args:
+        nodes: those that are gone, each with Ray's reason.
+        processes: those that are gone, in the order of their ends.
+    """
+    for node in nodes:
         say(f"the run has ended because a node is gone: {node}")
+    if processes and not nodes:
+        say(f"the run has ended because a process is gone: {processes[0].name}; the lines above say why")
+    if nodes or processes:
+        when = "when the cluster has its nodes again" if nodes else "when the reason is mended"
         say(
-            "start the same command again when the cluster has its nodes: with trainer.resume_mode=auto it goes on from the last "
-            f"whole checkpoint in {OmegaConf.select(config, 'trainer.default_local_dir')}"
+            f"start the same command {when}: with trainer.resume_mode=auto it goes on from the last whole "
+            f"checkpoint in {OmegaConf.select(config, 'trainer.default_local_dir')}"
         )
 
 

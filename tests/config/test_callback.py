@@ -11,6 +11,7 @@ from qerl_verl.config import callback
 from qerl_verl.config.arms import ARMS
 from qerl_verl.config.settings import SettingsError
 from qerl_verl.nvfp4.cache import fingerprint
+from qerl_verl.platform.lost_processes import LostProcess
 
 
 def models(folder, actor, critic):
@@ -78,18 +79,31 @@ def test_another_program_of_verls_is_refused():
         callback.prepare(OmegaConf.create({"qerl": {}}), set())
 
 
-@pytest.mark.parametrize(("failed", "lines"), [(True, 2), (False, 0)])
-def test_a_run_that_fails_because_a_node_is_gone_names_it_and_how_to_go_on(capsys, failed, lines):
+NODE = "node2 (10.0.0.2): Connection closed by peer"
+PROCESS = LostProcess("AgentLoopWorkerTQ (process 7 on 10.0.0.1)", "it ended without a word")
+
+
+@pytest.mark.parametrize(
+    ("failed", "nodes", "processes", "said"),
+    [
+        (True, [NODE], [PROCESS], [f"because a node is gone: {NODE}", "when the cluster has its nodes again"]),
+        (True, [], [PROCESS], [f"because a process is gone: {PROCESS.name};", "when the reason is mended"]),
+        (True, [], [], []),
+        (False, [NODE], [PROCESS], []),
+    ],
+)
+def test_a_run_that_fails_because_of_a_loss_names_it_and_how_to_go_on(capsys, failed, nodes, processes, said):
     result, made = JobReturn(), callback.QeRLCallback()
     result.status = JobStatus.FAILED if failed else JobStatus.COMPLETED
     result.return_value = RuntimeError("Connection closed by peer") if failed else None
-    made._nodes = SimpleNamespace(find_lost=lambda error, say: [f"node2 (10.0.0.2): {error}"])
+    ended = []
+    made._nodes = SimpleNamespace(find_lost=lambda error, say: nodes)
+    made._processes = SimpleNamespace(end=lambda failed: ended.append(failed) or processes)
     made.on_run_end(OmegaConf.create({"trainer": {"default_local_dir": "/shared/checkpoints"}}), result)
-    said = capsys.readouterr().out.splitlines()
-    assert len(said) == lines
-    if failed:
-        assert said[0] == "[qerl] the run has ended because a node is gone: node2 (10.0.0.2): Connection closed by peer"
-        assert said[1].startswith("[qerl] start the same command again") and said[1].endswith(" in /shared/checkpoints")
+    lines = capsys.readouterr().out.splitlines()
+    assert ended == [failed] and len(lines) == len(said)
+    assert all(part in line for part, line in zip(said, lines, strict=True))
+    assert not lines or lines[-1].endswith(" in /shared/checkpoints")
 
 
 @pytest.mark.parametrize(
