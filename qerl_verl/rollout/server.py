@@ -11,6 +11,7 @@ import asyncio
 import copy
 import os
 import secrets
+import sys
 
 import ray
 from verl.workers.rollout.replica import RolloutMode
@@ -23,6 +24,10 @@ from qerl_verl.rollout.ahead import ServerClass
 from qerl_verl.rollout.lora import ADDITIONAL_CONFIG, lora_settings
 from qerl_verl.rollout.overrides import hf_overrides
 from qerl_verl.rollout.sender import job_name
+
+ENGINE_LOOK_SECONDS = 5.0
+"""Between two looks of a server at its engine, and how long it stays after the engine's end, so that
+verl can end the run with vLLM's own error."""
 
 
 class QeRLHttpServer(vLLMHttpServer):
@@ -103,6 +108,25 @@ class QeRLHttpServer(vLLMHttpServer):
         if self._qerl().get(ADDITIONAL_CONFIG) is not None and not (args.api_key or os.environ.get("VLLM_API_KEY")):
             args.api_key = [secrets.token_hex(32)]
         await super().run_server(args)
+        self._engine_watch = asyncio.create_task(self._end_with_engine())
+
+    async def _end_with_engine(self) -> None:
+        """Ends this process after its engine, as verl's servers without HTTP do (``run_headless``).
+
+        Each request to a dead engine fails at once, and verl's asynchronous trainers replace what
+        fails by new prompts (verl/trainer/ppo/v1/replay_buffer.py, ``wait_for_sampleable``), so they
+        would go on without end. The driver sees the end of the actor (platform/lost_processes.py).
+        """
+        while not self.engine.errored:
+            await asyncio.sleep(ENGINE_LOOK_SECONDS)
+        print(
+            f"[qerl] vLLM's engine of this server (process {os.getpid()}) has ended: its EngineCore or one of its "
+            "workers was killed or failed; the lines above say why, or `dmesg` where the kernel was short of memory",
+            file=sys.stderr,
+            flush=True,
+        )
+        await asyncio.sleep(ENGINE_LOOK_SECONDS)
+        os._exit(1)
 
     def _resolve_sleep_level(self) -> int:
         """1 keeps the packed base in host memory; 2 drops it and reads it from disk again (``qerl.rollout.sleep_level``).

@@ -13,6 +13,7 @@ from verl.workers.rollout.replica import RolloutMode
 from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer
 
 from qerl_verl.config.base import BaseSharing
+from qerl_verl.rollout import server as rollout_server
 from qerl_verl.rollout.rope import rope_overrides
 from qerl_verl.rollout.server import QeRLHttpServer, QeRLReplica
 
@@ -25,6 +26,8 @@ PATHS = {
 
 class Engine:
     """Records what the server asks of vLLM."""
+
+    errored = False
 
     def __init__(self):
         self.calls = []
@@ -182,6 +185,30 @@ def test_a_dead_engine_is_named_on_the_node_that_has_it():
         asyncio.run(made.qerl_check_engine())
     made.node_rank = 1
     asyncio.run(made.qerl_check_engine())
+
+
+@pytest.mark.parametrize("dies", [True, False])
+def test_a_server_ends_after_its_engine(monkeypatch, capsys, dies):
+    """A trainer that replaces what fails would ask a dead engine for ever."""
+    made, ended, looks = server(level=1), [], []
+    arguments = argparse.Namespace(api_key=["mine"])
+
+    async def verls(self, args):
+        assert args is arguments
+
+    async def run():
+        await made.run_server(arguments)
+        for _ in range(50):
+            made.engine.errored = dies and len(looks) > 3
+            looks.append(len(ended))
+            await asyncio.sleep(0.002)
+
+    monkeypatch.setattr(vLLMHttpServer, "run_server", verls)
+    monkeypatch.setattr(rollout_server, "ENGINE_LOOK_SECONDS", 0.002)
+    monkeypatch.setattr(rollout_server.os, "_exit", ended.append)
+    asyncio.run(run())
+    assert ended == [1] * dies and looks[4] == 0
+    assert capsys.readouterr().err.count("[qerl] vLLM's engine of this server") == dies
 
 
 def test_vllm_tells_whether_its_engine_is_dead():
