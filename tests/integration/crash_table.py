@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import logging
+import re
 import shutil
 import sys
 import tempfile
@@ -85,8 +86,11 @@ def kill_at(job: Job, victim: str, phase: str, step: int) -> dict:
     code = job.wait(END_SECONDS)
     ended = time.monotonic() - killed
     message = next((line.strip() for line in reversed(job.tail(20000).splitlines()) if "Error" in line), "")
+    named = re.findall(r"\[qerl\] the run has lost a process: (\w+)", job.log.read_text(errors="replace"))
     return {
         "files": files,
+        "code": code,
+        "named": sorted(set(named)),
         "ended": f"{ended:.0f} s, code {code}" if code is not None else f"not within {END_SECONDS:.0f} s",
         "outlived": [t.split()[0] for t in job.end()],
         "message": message,
@@ -144,7 +148,7 @@ def line(row: dict) -> str:
         "bit for bit" if not row["differences"] else f"{len(row['differences'])} differences: {row['differences'][0]}"
     )
     return (
-        f"| {row['victim']} | {row['phase']} | {row['step']} | {row['ended']} | {', '.join(row['outlived']) or '-'} | "
+        f"| {row['victim']} | {row['phase']} | {row['step']} | {row['ended']} | {', '.join(row['named']) or '-'} | {', '.join(row['outlived']) or '-'} | "
         f"{row['files']} | {row['lost']} | {same} |"
     )
 
@@ -160,9 +164,9 @@ def main() -> int:
     out.mkdir(parents=True, exist_ok=True)
     before = traces()
     print(
-        "| killed | phase | step | job ended | outlived it | files in the half checkpoint | steps lost | three steps after |"
+        "| killed | phase | step | job ended | named as lost | outlived it | files in the half checkpoint | steps lost | three steps after |"
     )
-    print("|---|---|---|---|---|---|---|---|", flush=True)
+    print("|---|---|---|---|---|---|---|---|---|", flush=True)
 
     def report(row: dict) -> None:
         print(line(row), flush=True)

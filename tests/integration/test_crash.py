@@ -18,19 +18,29 @@ from tiny_job import Job, make_inputs, traces  # noqa: E402
 from qerl_verl.trainer.checkpoints import find_resumable  # noqa: E402
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(3600)]
-CASES = [
-    ("driver", "rollout"), ("engine core", "old_log_prob"), ("job", "update"), ("actor", "save"), ("server", "sync"),
-]  # fmt: skip
+CASES = {
+    ("driver", "rollout"): (-signal.SIGKILL, []),
+    ("agent loop", "rollout"): (1, ["AgentLoopWorkerTQ"]),
+    ("engine core", "old_log_prob"): (1, []),
+    ("queue", "update"): (1, ["TransferQueueController"]),
+    ("job", "update"): (-signal.SIGKILL, []),
+    ("reward worker", "rollout"): (1, ["RewardLoopWorker"]),
+    ("actor", "save"): (1, ["WorkerDict"]),
+    ("storage", "old_log_prob"): (1, ["SimpleStorageUnit"]),
+    ("server", "sync"): (1, ["QeRLHttpServer"]),
+}
+"""What is killed in which phase: the exit code of the job and what it names as lost."""
 
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
-    return {(row["victim"], row["phase"]): row for row in run(CASES, tmp_path_factory.mktemp("crash"), print)}
+    return {(row["victim"], row["phase"]): row for row in run(list(CASES), tmp_path_factory.mktemp("crash"), print)}
 
 
 @pytest.mark.parametrize(("victim", "phase"), CASES)
 def test_after_a_kill_and_a_resume_three_steps_are_those_of_the_unbroken_run(rows, victim, phase):
-    row = rows[victim, phase]
+    row, (code, named) = rows[victim, phase], CASES[victim, phase]
+    assert row["code"] == code and set(named) <= set(row["named"]), row["message"]
     assert row["differences"] == [] and row["outlived"] == [] and row["lost"] <= 1
 
 

@@ -27,13 +27,25 @@ VICTIMS = {
     "server": "ray::QeRLHttpServer",
     "engine core": "VLLM::EngineCore",
     "engine worker": "VLLM::Worker",
+    "agent loop": "ray::AgentLoopWorkerTQ",
+    "reward worker": "ray::RewardLoopWorker",
+    "queue": "ray::TransferQueueController",
+    "storage": "ray::SimpleStorageUnit",
 }
 """What of a job can be killed: text in the title of its process. ``driver`` is the process that the user starts."""
 
 
 OUTLIVE_SECONDS = 30.0
-"""What the processes of a job may take to end after the driver. Ray's agents look for the raylet every 0.4 s and end when it is
-gone for five looks (ray/_private/process_watcher.py); on a machine that has other work, that takes longer than two seconds."""
+"""What the processes of a job may take to end after the driver."""
+
+AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
+"""Titles of the two agents that each of Ray's nodes starts. They hold some 100 MB each."""
+
+AGENTS_OUTLIVE_SECONDS = 60.0 + OUTLIVE_SECONDS
+"""What :data:`AGENTS` may take. A driver that is killed takes Ray's control store and raylet with it
+at once. An agent notices within two seconds, then reports the end of its raylet to the control store
+and waits up to 60 seconds for that to answer (ray/_private/process_watcher.py,
+``report_raylet_error_logs``; ray/_private/utils.py, ``publish_error_to_driver``)."""
 
 
 def make_inputs(folder: Path, model: Path) -> list[str]:
@@ -171,14 +183,17 @@ class Job:
         return [p.pid for p in victims]
 
     def end(self) -> list[str]:
-        """Kill what is left. Returns the titles of what had outlived the driver by :data:`OUTLIVE_SECONDS`."""
+        """Kill what is left. Returns the titles of what had outlived the driver by
+        :data:`OUTLIVE_SECONDS`, or by :data:`AGENTS_OUTLIVE_SECONDS` where it is an agent of Ray's."""
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait()
-        end = time.monotonic() + OUTLIVE_SECONDS
-        while self.processes() and time.monotonic() < end:
+        ended = time.monotonic()
+        while (left := list(self.processes().values())) and time.monotonic() < ended + AGENTS_OUTLIVE_SECONDS:
+            agents_alone = all(title(p).startswith(AGENTS) for p in left)
+            if not agents_alone and time.monotonic() > ended + OUTLIVE_SECONDS:
+                break
             time.sleep(0.1)
-        left = list(self.processes().values())
         titles = [title(p) for p in left]
         for process in left:
             _signal(process, signal.SIGKILL)
