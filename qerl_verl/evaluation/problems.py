@@ -1,4 +1,5 @@
-"""Data sets of an evaluation: benchmarks by name, and files in the form that verl reads."""
+"""Reads the data sets of an evaluation: benchmarks by name, and files in the form that verl
+reads."""
 
 from __future__ import annotations
 
@@ -19,14 +20,14 @@ FORMATS = (".parquet", ".jsonl", ".json")
 
 @dataclass(frozen=True)
 class Problem:
-    """A prompt with the answer that the reward compares with.
+    """A prompt, and the answer that the reward compares with.
 
     Attributes:
-        index: of its row in the data set.
+        index: index of its row in the data set.
         source: verl's ``data_source``.
         messages: the chat.
         answer: verl's ``ground_truth``.
-        extra_info: verl's, for the reward.
+        extra_info: verl's ``extra_info``, for the reward.
     """
 
     index: int
@@ -38,12 +39,12 @@ class Problem:
 
 @dataclass(frozen=True)
 class DataSet:
-    """Problems of one ``--data``.
+    """The problems of one ``--data``.
 
     Attributes:
-        name: of the benchmark, or the file as it was given.
+        name: name of the benchmark, or the file as it was given.
         problems: in the order of the file.
-        digest: of all rows, also of those that a limit leaves out.
+        digest: hash of all rows, including those beyond a limit.
     """
 
     name: str
@@ -56,14 +57,13 @@ def read_data(given: str, limit: int | None = None, prompt_key: str = "prompt") 
 
     Args:
         given: a name of :data:`BENCHMARKS` (from the Hugging Face hub); ``NAME=FILE``, the same
-            from a JSONL file with the fields of the original data set; or a parquet, JSONL or JSON
-            file with verl's columns ``data_source``, ``prompt`` and ``reward_model``.
-        limit: take the first so many problems.
+            benchmark from a JSONL file with the fields of the original data set; or a parquet,
+            JSONL or JSON file with verl's columns ``data_source``, ``prompt`` and ``reward_model``.
+        limit: number of problems to take from the beginning; None takes all.
         prompt_key: the column of prompts (verl's ``data.prompt_key``).
 
     Raises:
-        EvaluationError: no such file, a file that cannot be read, or a row without a prompt or an
-            answer.
+        EvaluationError: a file is missing or unreadable, or a row lacks a prompt or an answer.
     """
     where = f"--data {given}"
     name, _, file = given.partition("=")
@@ -90,7 +90,7 @@ def read_data(given: str, limit: int | None = None, prompt_key: str = "prompt") 
 
 
 def _benchmark_rows(name: str, file: str, where: str) -> Iterator[tuple[str, Any]]:
-    """Yields the rows of a benchmark as its maker in :mod:`qerl_verl.data` writes them."""
+    """Yields the rows of a benchmark as its module in :mod:`qerl_verl.data` writes them."""
     hub, configuration, split = (
         (gsm8k.DATA_SOURCE, "main", "test") if name == "gsm8k" else _math_source(math_benchmarks.BENCHMARKS[name])
     )
@@ -119,7 +119,7 @@ def _from_hub(
 ) -> Iterable[tuple[str, dict[str, Any]]]:
     try:
         yield from read_hub(hub, configuration, split)
-    except Exception as error:  # offline, not found, no network: datasets and huggingface_hub have many classes
+    except Exception as error:  # offline or not found: datasets and huggingface_hub raise many types
         reason = " ".join(str(error).split())[:200]
         raise EvaluationError(
             f"{where}: {hub} cannot be had from the Hugging Face hub ({reason}). Give its JSONL file with --data {name}=FILE"
@@ -139,7 +139,7 @@ def _file_rows(path: Path, where: str) -> Iterator[tuple[str, Any]]:
             rows = json.loads(path.read_text(encoding="utf-8"))
         else:
             rows = [row for _, row in read_jsonl(path)]
-    except Exception as error:  # pyarrow has a class of its own for each way in which a file can be broken
+    except Exception as error:  # pyarrow raises a type of its own for each kind of broken file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise EvaluationError(f"{where}: it cannot be read: {reason}") from error
     for index, row in enumerate(rows):
@@ -147,10 +147,10 @@ def _file_rows(path: Path, where: str) -> Iterator[tuple[str, Any]]:
 
 
 def _problem(index: int, row: Any, prompt_key: str, place: str) -> Problem:
-    """Checks one row.
+    """Converts one row.
 
     Raises:
-        EvaluationError: it lacks what verl reads of it.
+        EvaluationError: the row lacks a column that verl reads.
     """
     if not isinstance(row, dict):
         raise EvaluationError(f"{place}: expected an object with verl's columns, got {type(row).__name__}")
