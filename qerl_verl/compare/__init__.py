@@ -1,4 +1,4 @@
-"""Comparison of training runs: from the metrics that verl logs to curves, tables and intervals.
+"""Compares training runs: from the metrics that verl logs to curves, tables and intervals.
 
-Reads files alone: nothing here imports torch, verl or vLLM.
+The package reads files only and imports neither torch, verl nor vLLM.
 """

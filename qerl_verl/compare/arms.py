@@ -1,5 +1,4 @@
-"""From the arguments of ``qerl compare`` to arms: which files are runs, and which runs are seeds of
-one arm."""
+"""Groups the arguments of ``qerl compare`` into arms: finds the runs, and the seeds of each arm."""
 
 from __future__ import annotations
 
@@ -18,16 +17,16 @@ from qerl_verl.compare.settings import find_seed, read_settings
 _SEED_SUFFIX = re.compile(r"^(.+?)[._-](?:s|seed)[._=-]?(\d+)$", re.IGNORECASE)
 _ONLY_SEED = re.compile(r"^(?:s|seed)[._=-]?(\d+)$", re.IGNORECASE)
 _PLAIN_STEMS = {"log", "metrics", "train", "console", "stdout", "output", "run", "main_ppo", "verl"}
-"""File names that say nothing about the run, so that its folder's name stands for it."""
+"""File names that say nothing about the run; the name of the folder replaces them."""
 
 
 @dataclass
 class Grouping:
-    """The runs by arm.
+    """The runs, grouped by arm.
 
     Attributes:
-        arms: arm -> its runs, arms in the order of the arguments, runs by seed.
-        notes: sentences about how they came to be grouped.
+        arms: arm -> its runs. Arms are in the order of the arguments, runs in the order of seeds.
+        notes: sentences that explain the grouping.
     """
 
     arms: dict[str, list[Run]]
@@ -35,8 +34,11 @@ class Grouping:
 
 
 def split_seed(name: str, folder: str = "") -> tuple[str, int | None]:
-    """Returns an arm and a seed: ``nvfp4_s1``, ``nvfp4-seed1`` and a run ``seed1`` in the folder
-    ``nvfp4`` are seed 1 of ``nvfp4``. A name without a seed at its end is an arm."""
+    """Splits a run's name into an arm and a seed.
+
+    ``nvfp4_s1``, ``nvfp4-seed1`` and a run ``seed1`` in the folder ``nvfp4`` are seed 1 of
+    ``nvfp4``. A name without a seed at its end is an arm, with None as the seed.
+    """
     if match := _SEED_SUFFIX.match(name):
         return match.group(1), int(match.group(2))
     if folder and (match := _ONLY_SEED.match(name)):
@@ -49,7 +51,7 @@ def group_runs(arguments: Sequence[str]) -> Grouping:
 
     Args:
         arguments: files or folders; or ``ARM=GLOB``, whose matches are runs of that arm. An arm may
-            be given more than once. What exists as a path is a path, also with ``=`` in it.
+            be given more than once. An existing path is a path even with ``=`` in it.
 
     Raises:
         CompareError: nothing matches, a file holds no metrics, or a run is in two arms.
@@ -109,7 +111,7 @@ def _expand(pattern: str, argument: str) -> list[Path]:
 
 
 def _name(place: Path, file: Path, files_in: Counter, files_of: Counter) -> str:
-    """Returns the argument's name where it names one run, else what tells its runs apart."""
+    """Returns the argument's name if it names one run, otherwise what distinguishes its runs."""
     if place.is_dir() and files_of[place] == 1:
         return place.resolve().name
     if files_in[file.parent] == 1 and (place.is_dir() or _is_plain(file)):
@@ -118,7 +120,7 @@ def _name(place: Path, file: Path, files_in: Counter, files_of: Counter) -> str:
 
 
 def _stem(file: Path) -> str:
-    """Without the suffix, where it is one: a dot is usual in names of runs, too."""
+    """Returns the file's name without a known suffix; names of runs often contain other dots."""
     return file.name[: -len(file.suffix)] if file.suffix in (".jsonl", ".log", ".txt", ".out") else file.name
 
 
@@ -127,7 +129,7 @@ def _is_plain(file: Path) -> bool:
 
 
 def _unique_names(named: list[tuple[str, Path]]) -> list[str]:
-    """Puts the name of the folder above in front of names that occur more than once."""
+    """Prefixes names that occur more than once with the name of the folder above."""
     counts = Counter(name for name, _ in named)
     out = []
     for name, file in named:

@@ -1,5 +1,4 @@
-"""The comparison of arms: curves with bootstrap intervals, final values, and differences from a
-baseline."""
+"""Compares arms: curves with bootstrap intervals, final values, and differences from a baseline."""
 
 from __future__ import annotations
 
@@ -17,7 +16,7 @@ from qerl_verl.compare.settings import Agreement, compare_settings
 from qerl_verl.compare.statistics import Bootstrap, Interval, moving_average
 
 REWARD, FIRST, LAST, WHOLE, TIME = "reward", "first", "last", "whole", "seconds"
-"""Groups of quantities, one table each."""
+"""Groups of quantities; each group is a table."""
 
 FEW_SEEDS = 5
 
@@ -30,12 +29,13 @@ class Options:
         baseline: arm that the others are compared with; None takes the first.
         reward: metric of the reward.
         more: further metrics.
-        window: steps that first and last values are averaged over, at most half of the steps.
-        smooth: steps of the centred moving average of curves and of what reaches a reward; odd.
-        reach: rewards; empty takes the baseline's last value.
-        up_to: last step that is looked at; None takes the last one that all runs have.
+        window: number of steps that first and last values average over, at most half of the steps.
+        smooth: odd number of steps of the centred moving average, for curves and for reached
+            rewards.
+        reach: rewards whose first step is reported; empty takes the baseline's last value.
+        up_to: last step of the comparison; None takes the last one that all runs have.
         min_steps: runs with fewer training steps are left out.
-        bootstrap: of the intervals.
+        bootstrap: settings of the intervals.
         allow_differences: compare runs with other data or rewards, and say so.
     """
 
@@ -53,12 +53,12 @@ class Options:
 
 @dataclass(frozen=True)
 class Difference:
-    """An arm's value less the baseline's.
+    """An arm's value minus the baseline's.
 
     Attributes:
         interval: mean difference.
-        paired: the seeds over which it was taken in pairs, empty where the arms were resampled
-            independently.
+        paired: the seeds over which the difference was taken in pairs; empty where the arms were
+            resampled independently.
     """
 
     interval: Interval
@@ -70,13 +70,13 @@ class Quantity:
     """One column of a table.
 
     Attributes:
-        id: unique, for programs.
+        id: unique name, for programs.
         group: the table.
-        label: head of the column.
-        steps: whether it counts steps, so that arms are shown by their median.
+        label: heading of the column.
+        steps: whether the value is a number of steps, so that arms are shown by their median.
         values: arm -> run -> value.
         arms: arm -> its interval.
-        differences: arm -> difference from the baseline, for all arms but that.
+        differences: arm -> difference from the baseline, for all other arms.
     """
 
     id: str
@@ -90,7 +90,7 @@ class Quantity:
 
 @dataclass(frozen=True)
 class Curve:
-    """One arm's metric by step: mean over runs and pointwise limits, each ``[len(steps)]``."""
+    """One arm's metric by step: mean over runs and pointwise limits, ``[len(steps)]`` each."""
 
     steps: list[int]
     mean: np.ndarray
@@ -101,18 +101,18 @@ class Curve:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All that is shown of the compared runs.
+    """The result of a comparison.
 
     Attributes:
         arms: arm -> its runs, the baseline first.
-        baseline: arm.
-        steps: training steps that all runs have; first and last values and the area are over these.
-        window: steps of first and last values, after :attr:`Options.window` was bounded.
+        baseline: name of the baseline.
+        steps: training steps that all runs have. First and last values and the area refer to them.
+        window: number of steps of first and last values, :attr:`Options.window` within its bounds.
         quantities: columns of the tables.
         curves: metric -> arm -> curve, smoothed except for validations and sigma.
-        agreement: what the settings of the runs say.
+        agreement: comparison of the runs' settings.
         notes: sentences for the reader, the most important first.
-        options: what was asked for.
+        options: the requested options.
     """
 
     arms: dict[str, list[Run]]
@@ -136,11 +136,11 @@ def compare(arms: Mapping[str, list[Run]], options: Options, notes: Sequence[str
     Args:
         arms: arm -> its runs, see :func:`qerl_verl.compare.arms.group_runs`.
         options: what to compute.
-        notes: sentences to hand on, see :class:`Comparison`.
+        notes: sentences to pass on, see :class:`Comparison`.
 
     Raises:
-        CompareError: the baseline is none of the arms, a run has no training step, no step is
-            common to all, or the settings differ in what defines the reward.
+        CompareError: the baseline is not one of the arms, a run has no training step, no step is
+            common to all runs, or settings differ that define the reward.
     """
     arms, left_out = _with_enough_steps(arms, options)
     baseline = options.baseline or next(iter(arms))
@@ -258,7 +258,8 @@ class _Builder:
         """Adds a quantity unless no run has it.
 
         Args:
-            of: the value of one run, NaN where it has none.
+            id, group, label, steps: see :class:`Quantity`.
+            of: returns the value of one run, NaN where it has none.
         """
         values = {arm: {run.name: of(run) for run in runs} for arm, runs in self.arms.items()}
         if all(math.isnan(v) for by_run in values.values() for v in by_run.values()):
@@ -271,7 +272,7 @@ class _Builder:
     def _difference(self, values: dict[str, dict[str, float]], arm: str, steps: bool) -> Difference:
         one, other = self._by_seed(values, arm), self._by_seed(values, self.baseline)
         if any(math.isinf(v) for v in (*values[arm].values(), *values[self.baseline].values())):
-            return Difference(Interval(math.nan))  # some runs never got there
+            return Difference(Interval(math.nan))  # some runs never reached it
         common = sorted(one.keys() & other.keys())
         if len(common) >= 2:
             pairs = np.array([one[seed] - other[seed] for seed in common])
@@ -290,18 +291,18 @@ def _mean(run: Run, metric: str, steps: list[int]) -> float:
 
 
 def _median(run: Run, metric: str, steps: list[int]) -> float:
-    """Over the steps that logged it, where those are half of all or more."""
+    """Returns the median over the steps that logged a metric, if at least half of them did."""
     values = run.series(metric, steps)
     values = values[~np.isnan(values)]
     return float(np.median(values)) if 2 * len(values) >= len(steps) else math.nan
 
 
 def area(values: np.ndarray, steps: list[int]) -> float:
-    """Returns the area under a curve by the trapezoidal rule, divided by the width: the mean
-    height.
+    """Returns the mean height of a curve: its area by the trapezoidal rule, divided by its width.
 
     Args:
         values: ``[len(steps)]``; NaN is left out.
+        steps: the steps of the values.
     """
     known = ~np.isnan(values)
     at, values = np.asarray(steps, dtype=np.float64)[known], values[known]
@@ -311,8 +312,7 @@ def area(values: np.ndarray, steps: list[int]) -> float:
 
 
 def first_step_at(values: np.ndarray, steps: list[int], level: float, smooth: int) -> float:
-    """Returns the first step whose moving average is ``level`` or more; infinite where there is
-    none."""
+    """Returns the first step whose moving average is ``level`` or more, or infinity."""
     reached = np.flatnonzero(moving_average(values, smooth) >= level)
     return float(steps[reached[0]]) if len(reached) else math.inf
 
@@ -426,7 +426,7 @@ def _curves(arms: Mapping[str, list[Run]], steps: list[int], options: Options) -
 
 
 def _curve(runs: list[Run], key: str, arm: str, smooth: int, options: Options) -> Curve | None:
-    """Over the steps that all runs of the arm have."""
+    """Returns the curve over the steps that all runs of the arm have, or None."""
     sets = [{s for s, v in run.steps.items() if key in v} for run in runs]
     steps = sorted(set.intersection(*sets))
     if options.up_to is not None:
@@ -439,7 +439,7 @@ def _curve(runs: list[Run], key: str, arm: str, smooth: int, options: Options) -
 
 
 def to_json(comparison: Comparison) -> dict[str, Any]:
-    """Returns the comparison as JSON has it; what is not a finite number is null."""
+    """Returns the comparison for JSON; values that are not finite become null."""
 
     def number(value: float) -> float | None:
         return float(value) if math.isfinite(value) else None

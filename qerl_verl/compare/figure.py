@@ -1,4 +1,4 @@
-"""One figure with a panel for each metric."""
+"""Draws one figure with a panel for each metric."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qerl_verl.compare.errors import CompareError
 _COLUMNS = 3
 _PANEL = (5.0, 3.2)
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
-"""Okabe and Ito's palette, distinguishable with colour blindness; then the same with dashes."""
+"""Okabe and Ito's palette, suitable for colour blindness. It repeats with dashed lines."""
 _DASHES = ("-", "--", ":", "-.")
 
 
@@ -68,7 +68,7 @@ def draw(comparison: Comparison, title: str = "") -> bytes:
 
 
 def write(comparison: Comparison, path: Path, title: str = "") -> None:
-    """Writes the figure; see :func:`draw`."""
+    """Writes the figure of :func:`draw` to a file."""
     path.write_bytes(draw(comparison, title))
 
 
@@ -85,7 +85,7 @@ def _caption(comparison: Comparison) -> list[str]:
 
 
 def _panels(comparison: Comparison) -> list[list[str]]:
-    """Returns the metrics of each panel; the scheduled sigma shares that of the acting one."""
+    """Returns the metrics of each panel; scheduled and effective sigma share one."""
     out = []
     for key, by_arm in comparison.curves.items():
         twin = names.TWINS.get(key)
@@ -139,7 +139,7 @@ def _draw_panel(axis, comparison: Comparison, keys: list[str]) -> None:
 
 
 def _draw_seconds(axis, comparison: Comparison, parts: list) -> None:
-    """Stacked bars of the parts of a step, without what only some steps have."""
+    """Draws stacked bars of the parts of a step, without the parts of only some steps."""
     left = np.zeros(len(comparison.arms))
     total = {q.id: q for q in comparison.group(TIME)}.get(names.STEP_SECONDS)
     for index, part in enumerate(parts):

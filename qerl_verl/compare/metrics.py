@@ -1,8 +1,7 @@
-"""The metrics that are compared: their names in verl 0.9 and in QeRL's trainers, and how they are
-shown.
+"""Lists the metrics that are compared: their names in verl 0.9 and in QeRL's trainers, and labels.
 
-verl: trainer/ppo/metric_utils.py, trainer/ppo/rollout_corr_helper.py,
-trainer/ppo/v1/trainer_base.py. QeRL: :class:`qerl_verl.trainer.ppo.AQNTrainerMixin`.
+Sources in verl: trainer/ppo/metric_utils.py, trainer/ppo/rollout_corr_helper.py,
+trainer/ppo/v1/trainer_base.py; in QeRL: :class:`qerl_verl.trainer.ppo.AQNTrainerMixin`.
 """
 
 from __future__ import annotations
@@ -14,8 +13,8 @@ from dataclasses import dataclass
 from qerl_verl.compare.runs import SCORE
 
 VALIDATION = re.compile(r"^val-core/.*/mean@\d+$")
-"""verl's own choice among its validation metrics (trainer_base.py, _val_metrics_update), without
-those of several answers (``best@N``, ``maj@N``)."""
+"""The metrics that verl chooses among its validation metrics (trainer_base.py,
+_val_metrics_update), without those of several answers (``best@N``, ``maj@N``)."""
 
 STEP_SECONDS = "timing_s/step"
 SECONDS = re.compile(r"^timing_s/(?!step$)[^/]+$")
@@ -23,7 +22,7 @@ SECONDS = re.compile(r"^timing_s/(?!step$)[^/]+$")
 SIGMA = "qerl/aqn_sigma"
 SIGMA_EFFECTIVE = "qerl/aqn_sigma_effective"
 STEPPED = (SIGMA, SIGMA_EFFECTIVE)
-"""Constant by stage, so that smoothing would show values that never acted."""
+"""Metrics that are constant by stage; smoothing would show values that never occurred."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +31,8 @@ class Metric:
 
     Attributes:
         key: its name in the log.
-        label: for a table or the title of a panel.
-        unit: for an axis; empty where it has none.
+        label: text for a table or the title of a panel.
+        unit: text for an axis; empty without a unit.
     """
 
     key: str
@@ -58,7 +57,7 @@ POLICY = (
     Metric(SIGMA, "noise, scheduled sigma"),
     Metric(SIGMA_EFFECTIVE, "noise, acting sigma"),
 )
-"""In the order of the tables."""
+"""The metrics, in the order of the tables."""
 
 PANELS = (
     "actor/entropy",
@@ -73,21 +72,24 @@ PANELS = (
     SIGMA,
     STEP_SECONDS,
 )
-"""Curves of the figure after those of the reward and of the validation; of a pair whose first is
-drawn, verl's own twin and the scheduled sigma are left out."""
+"""Curves of the figure after those of reward and validation.
+
+Where the first of a pair is drawn, verl's metric of the same quantity or the scheduled sigma is
+left out.
+"""
 
 TWINS = {
     "rollout_corr/k3_kl": "qerl/sampling_kl",
     "rollout_corr/rollout_is_eff_sample_size": "qerl/effective_sample_size",
     "rollout_corr/rollout_is_ratio_fraction_high": "qerl/truncated_weights",
 }
-"""verl's metric -> QeRL's of the same quantity, which every arm behind the switch logs."""
+"""verl's metric -> QeRL's metric of the same quantity, which every arm of the switch logs."""
 
 REWARDS = (Metric(SCORE, "reward"), Metric("critic/rewards/mean", "reward with KL penalty"))
 
 
 def find_metric(key: str) -> Metric:
-    """Returns the metric with this name; one that is not in the tables is shown under its own name."""
+    """Returns the metric of this name. A metric outside the tables is labelled with its name."""
     if key == STEP_SECONDS:
         return Metric(key, "seconds a step", "s")
     if VALIDATION.match(key):
@@ -97,10 +99,10 @@ def find_metric(key: str) -> Metric:
 
 
 def validation_keys(keys: Iterable[str]) -> list[str]:
-    """verl's core validation metrics among ``keys``."""
+    """Returns verl's core validation metrics among ``keys``."""
     return sorted(key for key in keys if VALIDATION.match(key))
 
 
 def second_keys(keys: Iterable[str]) -> list[str]:
-    """Returns the parts of a step's seconds among ``keys``."""
+    """Returns the metrics of the parts of a step's seconds among ``keys``."""
     return sorted(key for key in keys if SECONDS.match(key))

@@ -1,4 +1,4 @@
-"""The comparison as one HTML page that needs no other file and no network."""
+"""Writes the comparison as one HTML page that needs no other file and no network."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ img { max-width: 100%; height: auto; }
 
 
 def page(comparison: Comparison, picture: bytes, title: str = "") -> str:
-    """Returns the page.
+    """Returns the page as HTML.
 
     Args:
+        comparison: what to show.
         picture: a PNG, see :func:`qerl_verl.compare.figure.draw`.
         title: the heading; empty takes the names of the arms.
     """
@@ -48,7 +49,7 @@ def page(comparison: Comparison, picture: bytes, title: str = "") -> str:
 
 
 def write(comparison: Comparison, path: Path, picture: bytes, title: str = "") -> None:
-    """Writes the page; see :func:`page`."""
+    """Writes the page of :func:`page` to a file."""
     path.write_text(page(comparison, picture, title), encoding="utf-8")
 
 

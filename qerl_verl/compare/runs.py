@@ -1,8 +1,8 @@
-"""The metrics of one run, from the file of verl's ``file`` logger or from a console log.
+"""Reads the metrics of a run from the file of verl's ``file`` logger or from a console log.
 
-verl's ``file`` logger (verl/utils/tracking.py, FileLogger) writes one JSON object a step,
+verl's ``file`` logger (verl/utils/tracking.py, FileLogger) writes one JSON object per step,
 ``{"step": N, "data": {...}}``. Its ``console`` logger (verl/utils/logger/aggregate_logger.py)
-prints ``step:N - key:value - key:value``, to which Ray adds the name of the process.
+prints ``step:N - key:value - key:value``, and Ray adds the name of the process.
 """
 
 from __future__ import annotations
@@ -21,16 +21,17 @@ import numpy as np
 from qerl_verl.compare.errors import CompareError
 
 SCORE = "critic/score/mean"
-"""What marks a step that trained; a validation before training has the step of the last update."""
+"""Metric of every step that trained. A validation before training has the step of the last
+update."""
 
 METRICS_SUFFIX = ".jsonl"
 RECORD_SUFFIX = ".settings.json"
-"""Of the record beside ``<stem>.jsonl``: ``<stem>.settings.json``."""
+"""Suffix of the record beside ``<stem>.jsonl``: ``<stem>.settings.json``."""
 _PART = re.compile(r"(.+)\.(0|[1-9]\d*)\.jsonl")
 
 _LOG_SUFFIXES = (".log", ".out", ".txt")
 LOG_NAMES = ("log", *(f"*{suffix}" for suffix in _LOG_SUFFIXES))
-"""Console logs in a folder that holds no file of verl's ``file`` logger."""
+"""Patterns of console logs, in a folder without a file of verl's ``file`` logger."""
 
 _CONSOLE_STEP = re.compile(r"(?<![\w/])step:(\d+) - (.*)")
 _CONSOLE_VALUE = re.compile(r"^(\S.*?):(?:np\.\w+\()?([-+]?(?:\d[\d.]*(?:[eE][-+]?\d+)?|inf|nan))\)?\s*$")
@@ -38,15 +39,16 @@ _CONSOLE_VALUE = re.compile(r"^(\S.*?):(?:np\.\w+\()?([-+]?(?:\d[\d.]*(?:[eE][-+
 
 @dataclass
 class Run:
-    """What one run logged.
+    """The metrics that one run logged.
 
     Attributes:
-        name: shown to the user.
+        name: the name shown to the user.
         path: the file that the metrics come from.
-        steps: step -> metric -> value; NaN where verl logged no number.
+        steps: step -> metric -> value; NaN where verl did not log a number.
         notes: sentences about what was left out.
-        settings: the run's configuration by dotted keys, None where it is not known.
-        seed: the seed that tells the run from others of its arm, None where it is not known.
+        settings: the run's configuration by dotted keys; None where it is not known.
+        seed: the seed that distinguishes the run from others of its arm; None where it is not
+            known.
     """
 
     name: str
@@ -74,14 +76,14 @@ def find_metrics_files(path: Path) -> list[Path]:
     """Returns the files of the runs that a RUN argument names.
 
     Args:
-        path: a file; or a folder, which is searched itself and, where it holds none, its
-            subfolders. In each folder the files of verl's ``file`` logger come before console logs.
+        path: a file, or a folder. A folder without metrics is searched through its subfolders. In
+            each folder the files of verl's ``file`` logger have precedence over console logs.
 
     Returns:
-        One file a run, sorted by path.
+        One file per run, sorted by path.
 
     Raises:
-        CompareError: there is none.
+        CompareError: nothing was found.
     """
     if path.is_file():
         return [path]
@@ -100,13 +102,16 @@ def find_metrics_files(path: Path) -> list[Path]:
 
 
 def find_logs(folder: Path) -> list[Path]:
-    """Returns the files that are console logs by their names, sorted."""
+    """Returns the files whose names are those of console logs, sorted."""
     return sorted({p for name in LOG_NAMES for p in folder.glob(name) if p.is_file()})
 
 
 def find_parts(path: Path) -> list[Path]:
-    """Returns what the run logged before it resumed, the oldest first: ``<stem>.N.jsonl`` beside
-    ``<stem>.jsonl``, and beside a part those with lower numbers."""
+    """Returns the files that the run logged to before it resumed, oldest first.
+
+    These are ``<stem>.N.jsonl`` beside ``<stem>.jsonl``, and for a part the parts with lower
+    numbers.
+    """
     if path.suffix in _LOG_SUFFIXES:
         return []
     stem, newest = _split_part(path)
@@ -119,10 +124,10 @@ def find_parts(path: Path) -> list[Path]:
 
 
 def _split_part(path: Path) -> tuple[str, int | None]:
-    """Returns the stem without the number of a part, and that number; None for the newest file.
+    """Splits off the number of a part; it is None for the newest file.
 
-    A name may end in a number of its own, as ``sigma_0.01``. So a number is that of a part only
-    where the run's newest file or its record is there.
+    A name may end in a number of its own, as ``sigma_0.01``. A number is therefore that of a part
+    only where the run's newest file or its record exists.
     """
     if match := _PART.fullmatch(path.name):
         stem = match.group(1)
@@ -133,7 +138,7 @@ def _split_part(path: Path) -> tuple[str, int | None]:
 
 
 def next_part(path: Path) -> Path:
-    """Returns the name under which ``<stem>.jsonl`` becomes the newest of its parts."""
+    """Returns the name under which ``<stem>.jsonl`` becomes the newest part."""
     number = 0
     while (part := path.with_name(f"{path.stem}.{number}{METRICS_SUFFIX}")).exists():
         number += 1
@@ -154,8 +159,10 @@ def _has_metrics(path: Path) -> bool:
 
 
 def _entries(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yields the pairs of a kind and what belongs to it: ``entry`` with (step, values), ``damaged``
-    with whether the line has an end."""
+    """Yields pairs of a kind and its content.
+
+    The kinds are ``entry`` with (step, values), and ``damaged`` with whether the line has an end.
+    """
     with path.open("rb") as file:
         for raw in file:
             line = raw.decode("utf-8", errors="replace").rstrip()
@@ -174,8 +181,8 @@ def _entries(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 _BYPASS = "actor/"
-"""In verl's bypass mode the metrics of the rollout correction come with the update's, and get its
-prefix (trainer_base.py, rename_dict)."""
+"""Prefix of the rollout correction's metrics in verl's bypass mode, where they come with those of
+the update (trainer_base.py, rename_dict)."""
 
 
 def _aliases(values: dict[str, float]) -> dict[str, float]:
@@ -188,8 +195,10 @@ def _is_step(value: Any) -> bool:
 
 
 def _numbers(data: dict[str, Any]) -> dict[str, float]:
-    """Returns the numbers as floats; orjson writes NaN and infinities as null. Anything else is
-    left out."""
+    """Returns the numbers of a record as floats, without all other values.
+
+    orjson writes NaN and infinities as null, which becomes NaN.
+    """
     out = {}
     for key, value in data.items():
         if value is None:
@@ -208,16 +217,16 @@ def _console_values(text: str) -> dict[str, float]:
 
 
 def read_steps(path: Path) -> tuple[dict[int, dict[str, float]], list[str]]:
-    """Returns the metrics by step, and notes about what was left out.
+    """Returns step -> metric -> value, and notes about what was left out.
 
-    A run that resumed logs steps again that were logged before it was interrupted. From the first
-    step that repeats, what was logged earlier belongs to updates that were lost, and only the later
-    lines count. A line without :data:`SCORE` is a validation and adds to its step. The parts that
-    :func:`find_parts` finds come first.
+    A resumed run logs steps again that were logged before the interruption. From the first repeated
+    step on, the earlier lines belong to updates that were lost, and only the later lines count. A
+    line without :data:`SCORE` is a validation and adds to its step. The parts of :func:`find_parts`
+    come first.
 
     Raises:
         CompareError: the file holds no metrics.
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
     steps: dict[int, dict[str, float]] = {}
     repeated: set[int] = set()

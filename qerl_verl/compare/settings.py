@@ -1,7 +1,7 @@
-"""The configuration of a run, and whether runs with these configurations can be compared.
+"""Reads the configuration of a run, and decides whether runs can be compared.
 
-Sources, the first that is there: the record that QeRL's trainers write beside the metrics
-(:mod:`qerl_verl.trainer.run_record`), Hydra's ``.hydra/config.yaml`` in the run's folder, the
+The first of these sources is used: the record that QeRL's trainers write beside the metrics
+(:mod:`qerl_verl.trainer.run_record`), Hydra's ``.hydra/config.yaml`` in the run's folder, and the
 configuration that verl prints at the start of a console log.
 """
 
@@ -18,10 +18,10 @@ from typing import Any
 from qerl_verl.compare.runs import METRICS_SUFFIX, RECORD_SUFFIX, Run, find_logs
 
 CONTENT = ".sha256"
-"""Ends the key of the record that holds the SHA-256 of what ``key`` names, a file or a list."""
+"""Suffix of the record's key for the SHA-256 of the file or list that ``key`` names."""
 
 MODEL = "model"
-"""Stands for ``actor_rollout_ref.model.path`` before the switch replaced it by a folder of its
+"""Key of ``actor_rollout_ref.model.path`` before the switch replaced it by a folder of its
 cache."""
 
 _MUST_AGREE = (
@@ -46,7 +46,7 @@ _MUST_AGREE = (
     "custom_reward_function.",
     "reward_model.",
 )
-"""Settings without which a reward means something else; with a dot at the end, all below."""
+"""Settings that define the meaning of a reward; a dot at the end includes all keys below."""
 
 _GROUPS = (
     MODEL,
@@ -59,8 +59,7 @@ _GROUPS = (
     "trainer",
     "qerl",
 )
-"""First parts of the keys that are compared. What else is in a configuration is a recipe's own or
-says how a run is observed."""
+"""First parts of the keys that are compared. Other keys belong to a recipe or to logging."""
 
 _NOT_COMPARED = re.compile(
     "|".join((
@@ -79,7 +78,7 @@ _NOT_COMPARED = re.compile(
         r"^trainer\.(max_\w+_ckpt_to_keep|val_before_train)",
     ))
 )  # fmt: skip
-"""Seeds, names, folders, what observes a run and what only says how fast it is."""
+"""Seeds, names, folders, and settings that only affect logging or speed."""
 
 _SEEDS = (
     "data.seed",
@@ -90,15 +89,15 @@ _SEEDS = (
 
 
 def read_settings(path: Path, alone: bool) -> dict[str, Any] | None:
-    """Returns the configuration of the run whose metrics are in ``path``, by dotted keys.
+    """Returns the configuration of the run with the metrics in ``path``, by dotted keys.
 
     Args:
         path: a metrics file or a console log.
-        alone: no other run has its metrics in the same folder, so that a ``.hydra`` folder below
-            it, or a console log in it, is this run's.
+        alone: whether no other run has its metrics in the same folder. A ``.hydra`` folder below
+            it, or a console log in it, then belongs to this run.
 
     Returns:
-        None where no source is there or none can be read.
+        None where no source exists or none can be read.
     """
     record = path.with_suffix(RECORD_SUFFIX)
     if record.is_file():
@@ -114,7 +113,7 @@ def read_settings(path: Path, alone: bool) -> dict[str, Any] | None:
 
 
 def _hydra_settings(folder: Path) -> dict[str, Any] | None:
-    """From the newest ``.hydra/config.yaml`` in the folder or up to three levels below it."""
+    """Reads the newest ``.hydra/config.yaml`` in the folder or up to three levels below it."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
@@ -134,7 +133,7 @@ def _hydra_settings(folder: Path) -> dict[str, Any] | None:
             if "${" in str(value):
                 try:
                     value = OmegaConf.select(config, key)
-                except OmegaConfBaseException:  # refers to what only a run has
+                except OmegaConfBaseException:  # an interpolation that only a run can resolve
                     continue
                 if OmegaConf.is_config(value):
                     value = OmegaConf.to_container(value, resolve=True)
@@ -148,7 +147,7 @@ _PRINTED_LINES = 5000
 
 
 def _printed_settings(path: Path) -> dict[str, Any] | None:
-    """From the dictionary that ``verl.trainer.main_ppo`` prints before it trains."""
+    """Reads the dictionary that ``verl.trainer.main_ppo`` prints before it trains."""
     prefix, lines, depth = None, [], 0
     with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
@@ -180,8 +179,7 @@ def _flatten(node: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _normalize(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns one form for all sources: a single data file is a list of one, and :data:`MODEL` is
-    set."""
+    """Brings all sources to one form: a single data file becomes a list, :data:`MODEL` is set."""
     out = dict(settings)
     for key in ("data.train_files", "data.val_files"):
         if isinstance(out.get(key), str):
@@ -192,18 +190,18 @@ def _normalize(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def find_seed(settings: Mapping[str, Any] | None) -> int | None:
-    """Returns the first seed that the user can set in verl's configuration and that has a value."""
+    """Returns the first of verl's seeds that has a value."""
     values = ((settings or {}).get(key) for key in _SEEDS)
     return next((v for v in values if isinstance(v, int) and not isinstance(v, bool)), None)
 
 
 @dataclass
 class Agreement:
-    """What the configurations of the compared runs have in common.
+    """Common and differing settings of the compared runs.
 
     Attributes:
-        conflicts: sentences about what makes a comparison meaningless.
-        differing: key -> arm -> value, for the other settings that the arms do not share.
+        conflicts: sentences about differences that make a comparison meaningless.
+        differing: key -> arm -> value, for other settings that differ between arms.
         unknown: names of the runs whose settings are not known.
     """
 
@@ -213,8 +211,10 @@ class Agreement:
 
 
 def compare_settings(arms: Mapping[str, list[Run]]) -> Agreement:
-    """Compares the settings of all runs whose settings are known. A key that a run's configuration
-    lacks, as that of another version of verl, is not compared for this run.
+    """Compares the settings of all runs whose settings are known.
+
+    A key that a run's configuration lacks, for example that of another version of verl, is not
+    compared for this run.
 
     Args:
         arms: arm -> its runs.
@@ -250,9 +250,12 @@ def _must_agree(key: str) -> bool:
 
 
 def _by_value(runs: list[Run], key: str) -> list[list[Run]]:
-    """Returns the runs, grouped by what counts as the same value: of files their content, where the
-    records of all runs have it. A model under two paths is the same where its bytes are; under one
-    path it is also the same in two arms, which quantize it differently."""
+    """Groups runs by equal value of a setting.
+
+    Files are compared by content where the records of all runs have it. A model at two paths is the
+    same if its bytes are. A model at one path is the same in two arms, which quantize it
+    differently.
+    """
     content = f"{key}{CONTENT}"
     if runs and all(run.settings.get(content) for run in runs):
         if key != MODEL or len({run.settings[key] for run in runs}) > 1:
@@ -272,7 +275,7 @@ def _disagreement(key: str, runs: list[Run]) -> str:
 
 
 def show_value(value: Any) -> str:
-    """Returns a setting's value for a sentence or a table."""
+    """Returns a setting's value as text for a sentence or a table."""
     if isinstance(value, list):
         return ", ".join(map(str, value))
     return "null" if value is None else str(value)

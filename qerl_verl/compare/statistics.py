@@ -1,9 +1,9 @@
-"""Intervals over seeds: the percentile bootstrap (Efron and Tibshirani, An Introduction to the
-Bootstrap, 1993, chapter 13), with the runs of an arm as the sample.
+"""Computes intervals over seeds by the percentile bootstrap (Efron and Tibshirani, An Introduction
+to the Bootstrap, 1993, chapter 13), with the runs of an arm as the sample.
 
-A run is the unit that is resampled, since the steps of one run depend on each other. The interval
-of so few values as there are seeds is too narrow: with three it is their range, which leaves out 0
-by chance in one of four cases. So a difference also has the p value of a t test.
+Runs are resampled as a whole, because the steps of one run depend on each other. With as few values
+as there are seeds, the interval is too narrow: with three values it is their range, which excludes
+0 by chance in one of four cases. A difference therefore also has the p value of a t test.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 _COLUMNS = 512
-"""Steps that are resampled at a time, to bound the memory."""
+"""Number of steps that are resampled at a time, to bound the memory."""
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,11 @@ class Interval:
     """An estimate with its percentile interval.
 
     Attributes:
-        value: NaN where no run has one; infinite where most runs never reached it.
-        low, high: NaN where there is no interval.
-        runs: how many runs it rests on.
-        p: of a difference, that of Student's t test; NaN where there is no interval.
+        value: the estimate; NaN where no run has a value, infinite where most runs never reached
+            it.
+        low, high: limits; NaN where there is no interval.
+        runs: number of runs in the estimate.
+        p: p value of Student's t test, for a difference; NaN where there is no interval.
     """
 
     value: float
@@ -47,8 +48,8 @@ class Bootstrap:
 
     Attributes:
         samples: number of resamples.
-        confidence: share that an interval covers.
-        seed: of the resampling. With the same seed, runs and name the interval is the same.
+        confidence: level of an interval.
+        seed: seed of the resampling. The same seed, runs and name give the same interval.
     """
 
     samples: int = 5000
@@ -56,8 +57,10 @@ class Bootstrap:
     seed: int = 0
 
     def _counts(self, runs: int, name: str) -> np.ndarray:
-        """Returns ``[samples, runs]`` float64: how often each run is drawn. ``name`` keeps the
-        draws of two arms independent."""
+        """Returns how often each resample draws each run, ``[samples, runs]`` float64.
+
+        ``name`` makes the draws of two arms independent.
+        """
         rng = np.random.default_rng([self.seed, zlib.crc32(name.encode())])
         return rng.multinomial(runs, np.full(runs, 1 / runs), size=self.samples).astype(np.float64)
 
@@ -67,7 +70,7 @@ class Bootstrap:
         return percentile(estimates, [tail, 100 - tail], axis=0, method=method)
 
     def mean(self, values: np.ndarray, name: str) -> Interval:
-        """Of ``[runs]``, one value a run; NaN is left out. No interval for a single run."""
+        """Estimates the mean of ``[runs]``; NaN is left out. A single run has no interval."""
         values = values[~np.isnan(values)]
         if len(values) == 0:
             return Interval(math.nan)
@@ -78,8 +81,10 @@ class Bootstrap:
         return Interval(float(values.mean()), float(low), float(high), len(values))
 
     def median(self, values: np.ndarray, name: str) -> Interval:
-        """Returns the lower median of ``[runs]``, for values of which some are infinite: a run that
-        has not reached something counts as later than all others."""
+        """Estimates the lower median of ``[runs]``, of which some values may be infinite.
+
+        A run that has not reached a level counts as later than all others.
+        """
         values = np.sort(values[~np.isnan(values)])
         if len(values) == 0:
             return Interval(math.nan)
@@ -92,7 +97,7 @@ class Bootstrap:
         return Interval(float(values[middle]), float(low), float(high), len(values))
 
     def paired_difference(self, pairs: np.ndarray, name: str) -> Interval:
-        """Of ``[pairs]``, the differences of two arms seed by seed, with the paired t test."""
+        """Estimates the mean of ``[pairs]`` differences by seed, with the paired t test."""
         found = self.mean(pairs, name)
         if not found.has_interval:
             return found
@@ -100,12 +105,13 @@ class Bootstrap:
         return replace(found, p=two_sided_p(found.value, error, len(pairs) - 1))
 
     def difference(self, one: Mapping[str, float], other: Mapping[str, float], names: tuple[str, str]) -> Interval:
-        """Returns the mean of ``one`` less mean of ``other``, resampled independently, with Welch's
-        t test.
+        """Estimates the mean of ``one`` minus the mean of ``other``, with Welch's t test.
+
+        The two are resampled independently.
 
         Args:
             one, other: run -> value; NaN is left out.
-            names: of the two arms.
+            names: names of the two arms.
         """
         pairs = zip((one, other), names, strict=True)
         parts = [(np.array([v for v in values.values() if not math.isnan(v)]), name) for values, name in pairs]
@@ -124,12 +130,14 @@ class Bootstrap:
         return Interval(value, float(low), float(high), runs, p)
 
     def curve(self, values: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Returns the mean, lower and upper limit by step, each ``[steps]``; limits are pointwise
-        and NaN for a single run.
+        """Returns the mean, lower and upper limit by step, ``[steps]`` each.
+
+        The limits are pointwise, and NaN for a single run.
 
         Args:
-            values: ``[runs, steps]``; NaN is left out, so that a step's mean rests on the runs that
-                have it.
+            values: ``[runs, steps]``. NaN is left out, so a step's mean covers the runs that have
+                it.
+            name: see :meth:`mean`.
         """
         known = ~np.isnan(values)
         filled = np.where(known, values, 0.0)
@@ -151,13 +159,15 @@ class Bootstrap:
 
 
 def two_sided_p(value: float, error: float, freedom: float) -> float:
-    """Returns the p value of Student's t distribution for an estimate and its standard error.
+    """Returns the p value of Student's t distribution.
 
     With x = sqrt(freedom) tan(angle) the density is proportional to cos(angle)^(freedom - 1), which
     is integrated by Simpson's rule.
 
     Args:
-        freedom: degrees of freedom, 1 or more.
+        value: the estimate.
+        error: its standard error.
+        freedom: degrees of freedom, at least 1.
     """
     if error == 0:
         return 1.0 if value == 0 else 0.0
@@ -172,9 +182,9 @@ def two_sided_p(value: float, error: float, freedom: float) -> float:
 
 
 def moving_average(values: np.ndarray, window: int) -> np.ndarray:
-    """Returns centred moving average over the last axis; NaN is left out.
+    """Returns the centred moving average over the last axis, without NaN.
 
-    At the ends the window is shorter, and stays centred: the first and last value are themselves.
+    At the ends the window is shorter but stays centred, so the first and last value are unchanged.
 
     Args:
         values: ``[..., steps]``.

@@ -1,4 +1,4 @@
-"""The comparison as tables of text, for the terminal and for the page."""
+"""Formats the comparison as tables of text, for the terminal and for the page."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Table:
     """A table of text.
 
     Attributes:
-        title: above it.
-        head: of the columns, the first of which names the rows.
+        title: text above the table.
+        head: headings of the columns; the first column names the rows.
         rows: cells; a line break separates a value from its interval.
     """
 
@@ -37,7 +37,7 @@ class Table:
     rows: list[list[str]]
 
     def columns(self, most: int) -> list[Table]:
-        """Returns several tables of at most ``most`` columns after the first."""
+        """Splits the table into tables of at most ``most`` columns after the first."""
         rest = range(1, len(self.head), most)
         parts = [slice(start, start + most) for start in rest] or [slice(1, 1)]
         return [
@@ -46,12 +46,12 @@ class Table:
 
 
 def tables(comparison: Comparison, everything: bool = False) -> list[Table]:
-    """Returns the tables, each followed by the differences from the baseline where there is another
-    arm.
+    """Returns the tables, each followed by the differences from the baseline if there are any.
 
     Args:
-        everything: of the policy's metrics not only the means over the last steps, but also those
-            over the first and over all steps.
+        comparison: what to show.
+        everything: show the policy's metrics also over the first and over all steps, not only over
+            the last steps.
     """
     out = [_runs_table(comparison)]
     confidence = comparison.options.bootstrap.confidence
@@ -84,7 +84,7 @@ def tables(comparison: Comparison, everything: bool = False) -> list[Table]:
 
 
 def settings_table(comparison: Comparison) -> Table | None:
-    """Returns the settings that the arms do not share; None where they share all that is known."""
+    """Returns the settings that differ between arms, or None without known differences."""
     differing = comparison.agreement.differing
     if not differing:
         return None
@@ -107,7 +107,7 @@ def _runs_table(comparison: Comparison) -> Table:
 
 
 def explain_intervals(comparison: Comparison) -> list[str]:
-    """Returns the sentences that say how the intervals were made."""
+    """Returns sentences that explain how the intervals were computed."""
     bootstrap = comparison.options.bootstrap
     out = []
     if any(len(runs) > 1 for runs in comparison.arms.values()):
@@ -128,7 +128,7 @@ def explain_intervals(comparison: Comparison) -> list[str]:
 
 
 def format_number(value: float) -> str:
-    """Four significant digits."""
+    """Formats a number with four significant digits."""
     if math.isnan(value):
         return NOTHING
     if math.isinf(value):
@@ -141,8 +141,10 @@ def _limits(interval: Interval) -> str:
 
 
 def format_quantity(quantity: Quantity, arm: str) -> str:
-    """Returns an arm's value, and its interval on a second line; of steps also how many runs got
-    there."""
+    """Returns an arm's value, with its interval on a second line.
+
+    A number of steps also has the number of runs that reached it.
+    """
     interval = quantity.arms[arm]
     text = format_number(interval.value) + _limits(interval)
     values = list(quantity.values[arm].values())
@@ -152,7 +154,7 @@ def format_quantity(quantity: Quantity, arm: str) -> str:
 
 
 def format_difference(difference: Difference, confidence: float) -> str:
-    """With its sign, and a star where its t test says that it is none of chance."""
+    """Formats a difference with its sign, and with a star if its t test is significant."""
     interval = difference.interval
     text = format_number(interval.value)
     if math.isfinite(interval.value) and interval.value > 0:
