@@ -1,5 +1,5 @@
-"""``python -m qerl_verl.quickstart``: a whole QeRL run on a machine without a GPU, from nothing to
-a table and a plot."""
+"""Runs a whole QeRL training without a GPU, from nothing to a table and a plot:
+``python -m qerl_verl.quickstart``."""
 
 from __future__ import annotations
 
@@ -31,28 +31,30 @@ MILESTONES = (
     ("[qerl] AQN sigma", "rollout", "rollout: vLLM runs the NVFP4 base; first validation"),
     ("Initial validation", "first validation", "training"),
 )
-"""Text in verl's log, the phase that ends when it appears, and what to tell the user then."""
+"""Text in verl's log, the phase that ends when it appears, and the message to the user then."""
 
 
 MARKER = ".qerl_quickstart"
-"""File of a quickstart's folder: who makes it (:mod:`qerl_verl.ownership`), and nothing when that
-has come to its end."""
+"""File in a quickstart's folder. It names the process that makes the folder
+(:mod:`qerl_verl.ownership`), and is empty when that process has finished."""
 
 MADE = ("data", "model", "cache", "hydra", "checkpoints", "train.log", "metrics.jsonl", "summary.json", "curves.png")
-"""What a quickstart puts into its folder, and the next one there replaces."""
+"""Files that a quickstart creates in its folder, and that the next one there replaces."""
 
 
 class NotOurs(Exception):
-    """The folder is something else's, or a quickstart's that may still run; nothing was changed."""
+    """The folder has other content, or belongs to a quickstart that may still run. Nothing was
+    changed."""
 
 
 @contextmanager
 def claimed(out: Path) -> Iterator[None]:
-    """Within the block ``out`` is this process's: absent before, empty, or an ended quickstart's,
-    whose files go.
+    """Claims the folder ``out`` for this process within the block.
+
+    The folder must be absent, empty, or that of a finished quickstart, whose files are removed.
 
     Raises:
-        NotOurs: naming the reason.
+        NotOurs: gives the reason.
     """
     marker = out / MARKER
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -69,12 +71,12 @@ def claimed(out: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        with suppress(OSError):  # a full disk: the process's end says the same
+        with suppress(OSError):  # on a full disk, the end of the process frees the folder as well
             marker.write_text("")
 
 
 class _Clock:
-    """Seconds by phase, and a line for each."""
+    """Measures seconds by phase, and prints a line for each."""
 
     def __init__(self):
         self.start = self.mark = time.monotonic()
@@ -90,7 +92,7 @@ class _Clock:
 
 
 def make_inputs(out: Path, seed: int, clock: _Clock) -> None:
-    """Model, training and validation data under ``out``."""
+    """Writes model, training and validation data under ``out``."""
     clock.say("making a tiny Qwen2 model and giving it a short supervised start on arithmetic (under a minute)")
     from transformers.utils import logging
 
@@ -105,8 +107,11 @@ def make_inputs(out: Path, seed: int, clock: _Clock) -> None:
 
 
 def run_verl(out: Path, overrides: list[str], clock: _Clock) -> int:
-    """Returns ``python -m verl.trainer.main_ppo`` with the recipe, its log in ``train.log``.
-    Returns its exit code."""
+    """Runs ``python -m verl.trainer.main_ppo`` with the recipe, with its log in ``train.log``.
+
+    Returns:
+        The exit code.
+    """
     command = [sys.executable, "-m", "verl.trainer.main_ppo"]
     command += ["--config-path", str(files("qerl_verl.recipes")), "--config-name", "quickstart_cpu"]
     command += [f"quickstart.out={out}", *overrides]
@@ -126,7 +131,7 @@ def run_verl(out: Path, overrides: list[str], clock: _Clock) -> int:
 
 
 def _follow(process: subprocess.Popen, out: Path, clock: _Clock) -> None:
-    """Shows milestones and steps as they come, until the process ends."""
+    """Prints milestones and steps as they appear in the log, until the process ends."""
     waiting, shown = list(MILESTONES), 0
     heartbeat = time.monotonic()
     while True:
@@ -157,7 +162,7 @@ def _follow(process: subprocess.Popen, out: Path, clock: _Clock) -> None:
 
 
 def _kill(process: subprocess.Popen) -> None:
-    """Ends the driver and with it Ray and every worker."""
+    """Ends the driver, and with it Ray and every worker."""
     for sign in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
         if process.poll() is not None:
             break
@@ -185,8 +190,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def quickstart(out: Path, seed: int, overrides: list[str]) -> int:
-    """Returns the run from its inputs to the table, in a folder that is this process's. Returns the
-    exit code."""
+    """Runs everything from the inputs to the table in the claimed folder. Returns the exit code."""
     clock = _Clock()
     make_inputs(out, seed, clock)
     try:
@@ -212,7 +216,7 @@ def quickstart(out: Path, seed: int, overrides: list[str]) -> int:
 
 
 def _samples_per_step(out: Path) -> int:
-    """Returns prompts times samples, from the configuration that ran."""
+    """Returns prompts times samples of a step, from the configuration that ran."""
     from omegaconf import OmegaConf
 
     config = OmegaConf.load(out / "hydra" / ".hydra" / "config.yaml")

@@ -1,7 +1,9 @@
-"""The task of the quickstart: sums and differences of two small numbers, ``12+9=`` -> ``21``.
+"""Defines the task of the quickstart: sums and differences of two small numbers, ``12+9=`` ->
+``21``.
 
-The problems, the rows that verl reads and the reward. It imports no torch: verl's reward workers
-load :func:`compute_score` from here (``reward.custom_reward_function.path``).
+The module has the problems, the rows that verl reads and the reward. It does not import torch,
+because verl's reward workers load :func:`compute_score` from here
+(``reward.custom_reward_function.path``).
 """
 
 from __future__ import annotations
@@ -37,20 +39,22 @@ class Problem:
         return str(self.result)
 
     def slips(self) -> list[str]:
-        """Returns answers of someone who is careless: one or ten too many or too few."""
+        """Returns the answers of careless arithmetic: one or ten too many or too few."""
         return [str(self.result + error) for error in (-10, -1, 1, 10) if self.result + error >= 0]
 
 
 def all_problems() -> list[Problem]:
-    """Returns every problem there is, in a fixed order."""
+    """Returns every problem, in a fixed order."""
     operands = range(LARGEST_OPERAND + 1)
     sums = [Problem(a, "+", b) for a in operands for b in operands]
     return sums + [Problem(a, "-", b) for a in operands for b in operands if a >= b]
 
 
 def split(seed: int, held_out: int = 128) -> tuple[list[Problem], list[Problem]]:
-    """Returns training and validation problems; the latter are never trained on, neither by
-    supervision nor by reward."""
+    """Returns training and validation problems.
+
+    The latter are never trained on, neither in the supervised start nor by reward.
+    """
     problems = all_problems()
     random.Random(seed).shuffle(problems)
     return problems[held_out:], problems[:held_out]
@@ -64,5 +68,8 @@ def rows(problems: list[Problem]) -> list[dict[str, Any]]:
 def compute_score(
     data_source: str, solution_str: str, ground_truth: str, extra_info: dict[str, Any] | None = None, **kwargs
 ) -> float:
-    """1.0 for exactly the right number, else 0.0 (signature: verl/utils/reward_score/__init__.py)."""
+    """Returns 1.0 for exactly the right number, otherwise 0.0.
+
+    The signature is that of verl/utils/reward_score/__init__.py.
+    """
     return float(solution_str.strip() == ground_truth)

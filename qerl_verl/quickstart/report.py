@@ -1,4 +1,4 @@
-"""From verl's metrics of a run to a table, a JSON summary and a plot."""
+"""Turns verl's metrics of a run into a table, a JSON summary and a plot."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ SIGMA = "qerl/aqn_sigma"
 STAGE = "qerl/aqn_stage"
 PHASES = ("gen", "old_log_prob", "adv", "update_actor", "update_weights", "step")
 EDGE = 5
-"""Steps at either end that the table averages over; half of a run of fewer than ten."""
+"""Steps at either end that the table averages over; half of the steps in a run of fewer than
+ten."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,10 @@ class Run:
 
     @classmethod
     def read(cls, path: Path) -> Run:
-        """Reads the file of verl's ``file`` logger, see :func:`qerl_verl.compare.runs.read_steps`;
-        no steps where there is none or it is empty."""
+        """Reads the file of verl's ``file`` logger, see :func:`qerl_verl.compare.runs.read_steps`.
+
+        The result has no steps where the file is missing or empty.
+        """
         try:
             return cls(read_steps(path)[0])
         except (CompareError, FileNotFoundError):
@@ -63,7 +66,7 @@ class Run:
 
 
 def kernels(log: str) -> list[str]:
-    """Returns what ran where, from the lines ``[qerl] kernel: ...`` that actor and rollout print."""
+    """Returns the kernels of actor and rollout, from the log's lines ``[qerl] kernel: ...``."""
     return list(dict.fromkeys(re.findall(r"\[qerl\] kernel: (.*)", log)))
 
 
@@ -72,7 +75,7 @@ def summarize(run: Run, samples_per_step: int, seconds: dict[str, float], log: s
 
     Args:
         run: the metrics.
-        samples_per_step: responses scored in a step.
+        samples_per_step: number of scored responses in a step.
         seconds: wall-clock seconds of the phases outside the training loop.
         log: verl's log.
 
@@ -102,7 +105,7 @@ def summarize(run: Run, samples_per_step: int, seconds: dict[str, float], log: s
 
 
 def table(summary: dict[str, Any]) -> str:
-    """Returns the summary for a terminal."""
+    """Formats the summary for a terminal."""
     n, k = summary["samples_per_end"], summary["steps_per_end"]
     rows = [
         (f"reward, first -> last {k} steps ({n} samples each)", _arrow(summary["reward"])),
@@ -127,7 +130,7 @@ def _stages(values: dict[int, float], form: str) -> str:
 
 
 def plot(run: Run, path: Path) -> None:
-    """Reward, entropy and sigma by step."""
+    """Plots reward, entropy and sigma by step."""
     import matplotlib
 
     matplotlib.use("Agg")

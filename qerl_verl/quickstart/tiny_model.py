@@ -1,10 +1,10 @@
-"""A Qwen2 model small enough to train on two cores, made on the spot.
+"""Makes a Qwen2 model that is small enough to train on two cores.
 
-``make_tiny_model`` builds the tokenizer and the network, gives it a short supervised start on the
-quickstart's arithmetic and saves a Hugging Face checkpoint. The start has two parts: right answers,
-from which the model learns to calculate, and then a few steps on answers of which most are a little
-wrong, from which it learns to be careless. So it samples right and wrong answers to the same
-problem, and reinforcement learning has something to choose from.
+``make_tiny_model`` builds the tokenizer and the network, trains it briefly with supervision on the
+quickstart's arithmetic, and saves a Hugging Face checkpoint. The supervised start has two parts. On
+right answers the model learns to calculate. On a few steps of mostly slightly wrong answers it
+becomes careless. It then samples right and wrong answers to the same problem, which gives
+reinforcement learning a signal.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from qerl_verl.quickstart.arithmetic import Problem
 
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 WHOLE_WORDS = ("system", "user", "assistant")
-"""Role names: one token each, so that a prompt stays short."""
+"""Role names, one token each, so that a prompt stays short."""
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -37,8 +37,7 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Shape:
-    """The network. Input sizes are multiples of 128, which every NVFP4 kernel can take, not only of
-    the block of 16."""
+    """The network. Input sizes are multiples of 128, which every NVFP4 kernel accepts."""
 
     hidden: int = 128
     intermediate: int = 128
@@ -50,7 +49,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class SupervisedStart:
-    """AdamW in float32, with a learning rate that falls to zero in each of the two parts."""
+    """AdamW in float32. The learning rate falls to zero in each of the two parts."""
 
     steps: int = 800
     lr: float = 2e-3
@@ -61,12 +60,11 @@ class SupervisedStart:
 
 
 def build_tokenizer() -> Qwen2Tokenizer:
-    """Returns a byte-level BPE tokenizer with ChatML: 256 bytes, merges that make the role names
-    one token each, three marks.
+    """Returns a byte-level BPE tokenizer with ChatML.
 
-    It is byte-level because ``AutoTokenizer`` rebuilds the tokenizer of a ``qwen2`` model from its
-    vocabulary and merges with Qwen's own pre-tokenizer, and because verl asks that a newline be one
-    token.
+    It has 256 bytes, merges that make each role name one token, and three marks. It is byte-level
+    because ``AutoTokenizer`` rebuilds the tokenizer of a ``qwen2`` model from its vocabulary and
+    merges with Qwen's own pre-tokenizer, and because verl requires that a newline is one token.
     """
     tokens = [END_OF_TEXT, TURN_START, TURN_END, *sorted(ByteLevel.alphabet())]
     merges: list[tuple[str, str]] = []
@@ -90,8 +88,10 @@ def build_tokenizer() -> Qwen2Tokenizer:
 def encode(
     problems: Sequence[Problem], answers: Sequence[str], tokenizer: Qwen2Tokenizer
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns ``input_ids`` and ``labels``, both ``[problem, position]``; only the answer and the
-    end of the turn are labels."""
+    """Returns ``input_ids`` and ``labels``, both ``[problem, position]`` int64.
+
+    Only the answer and the end of the turn are labels.
+    """
     chats = [user_turn(p.question) for p in problems]
     prompts = [tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) for chat in chats]
     prompt_ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
@@ -108,8 +108,7 @@ def encode(
 
 @torch.no_grad()
 def sampled_accuracy(model: Qwen2ForCausalLM, problems: Sequence[Problem], tokenizer: Qwen2Tokenizer) -> float:
-    """Returns the mean probability of the right answer: the accuracy to expect from sampling at
-    temperature 1."""
+    """Returns the mean probability of the right answer, the expected accuracy at temperature 1."""
     input_ids, labels = encode(problems, [p.answer for p in problems], tokenizer)
     log_probs = model(input_ids=input_ids).logits[:, :-1].float().log_softmax(-1)
     targets = labels[:, 1:]
@@ -119,8 +118,10 @@ def sampled_accuracy(model: Qwen2ForCausalLM, problems: Sequence[Problem], token
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Yields one thread for PyTorch: so small a network gains little from more, which on busy cores
-    wait for each other."""
+    """Limits PyTorch to one thread.
+
+    So small a network gains little from more threads, which wait for each other on busy cores.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -139,12 +140,12 @@ def make_tiny_model(
     seed: int = 0,
     report: Callable[[str], None] = lambda text: None,
 ) -> float:
-    """Build, train and save the model in bfloat16.
+    """Builds, trains and saves the model in bfloat16.
 
     Args:
-        folder: gets a Hugging Face checkpoint with tokenizer and chat template.
+        folder: receives a Hugging Face checkpoint with tokenizer and chat template.
         train: problems of the supervised start.
-        shape, start, seed: as named.
+        shape, start, seed: the network, its training, and the seed of both.
         report: called with a line of progress now and then.
 
     Returns:
@@ -174,8 +175,8 @@ def make_tiny_model(
 
 def _config(shape: Shape, tokenizer: Qwen2Tokenizer) -> Qwen2Config:
     return Qwen2Config(
-        # as many rows as tokens: verl forbids the engine to sample any others, which the trainer
-        # does not know of
+        # as many rows as tokens: verl forbids the engine to sample others, which the trainer does
+        # not know
         vocab_size=len(tokenizer),
         hidden_size=shape.hidden,
         intermediate_size=shape.intermediate,
@@ -197,7 +198,7 @@ def _supervise(
     batch: int,
     report: Callable[[int], None] = lambda step: None,
 ) -> None:
-    """One pass over ``data``, in order, with a short warm-up and a linear decay."""
+    """Trains for one pass over ``data``, in order, with a short warm-up and a linear decay."""
     input_ids, labels = data
     steps = len(input_ids) // batch
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
