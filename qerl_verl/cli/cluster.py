@@ -1,5 +1,7 @@
-"""``qerl cluster --nodes N --gpus G``: wait until a Ray cluster is complete. The Slurm launcher
-runs it before training."""
+"""Implements ``qerl cluster --nodes N --gpus G``, which waits until a Ray cluster is complete.
+
+The Slurm launcher runs it before training.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _ray_nodes(address: str | None) -> list[dict]:
-    """Ray's list of nodes; joins the cluster on the first call."""
+    """Returns Ray's list of nodes. The first call joins the cluster."""
     import ray
 
     if not ray.is_initialized():
@@ -44,17 +46,17 @@ def wait_for_cluster(
     address: str | None = None,
     list_nodes: Callable[[str | None], list[dict]] = _ray_nodes,
 ) -> int:
-    """Waits for a number of nodes and GPUs, saying every 15 seconds how many there are.
+    """Waits for a number of nodes and GPUs, and prints every 15 seconds how many there are.
 
     Args:
-        nodes: nodes that have to be alive.
-        gpus: GPUs (Ray's resource of that name) that they have to have together.
-        timeout: seconds until it gives up.
-        address: as for ``ray.init``; None is ``RAY_ADDRESS`` or the cluster on this machine.
-        list_nodes: Ray's list of nodes, given the address.
+        nodes: number of nodes that must be alive.
+        gpus: number of GPUs (Ray's resource of that name) that these nodes must have together.
+        timeout: seconds after which it gives up.
+        address: see ``ray.init``; None is ``RAY_ADDRESS`` or the cluster on this machine.
+        list_nodes: takes the address and returns Ray's list of nodes.
 
     Returns:
-        0, or 2 if the time ran out; what is missing then stands on stderr.
+        0, or 2 after the timeout; stderr then names what is missing.
     """
     started = time.monotonic()
     remark = REMARK_SECONDS

@@ -1,4 +1,4 @@
-"""``qerl compare RUN...``: curves, tables and intervals of several runs."""
+"""Implements ``qerl compare RUN...``: curves, tables and intervals of several runs."""
 
 from __future__ import annotations
 
@@ -146,9 +146,10 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def show(comparison, everything: bool = False) -> None:
-    """Prints the tables; as many arms side by side as the terminal is wide.
+    """Prints the tables, with as many arms side by side as the terminal is wide.
 
     Args:
+        comparison: what to show.
         everything: see :func:`qerl_verl.compare.tables.tables`.
     """
     from rich import box

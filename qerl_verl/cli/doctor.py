@@ -1,4 +1,4 @@
-"""``qerl doctor``: does the switch work on this installation?"""
+"""Implements ``qerl doctor``, which checks whether the switch works on this installation."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def checks() -> list[tuple[str, str]]:
-    """Returns what was looked at and what is wrong with it; an empty text means nothing is."""
+    """Returns pairs of a check and its problem; the problem is empty if the check passed."""
     from qerl_verl.config.checks.plugins import verl_policy_problem, vllm_policy_problem
     from qerl_verl.versions import SUPPORTED, version_problems
 
@@ -64,7 +64,7 @@ def _device_problem() -> str:
 
 
 def kernels() -> str:
-    """Returns which kernels the NVFP4 layers would run on here, and why none better."""
+    """Returns the kernels of NVFP4 layers on this machine, and why no better one serves."""
     import torch
 
     from qerl_verl.kernels.backends import choose_backend
@@ -74,7 +74,7 @@ def kernels() -> str:
 
 
 def arms() -> list[str]:
-    """Returns one line for each arm: whether its packages are installed."""
+    """Returns one line for each arm, with whether its packages are installed."""
     from qerl_verl.config.checks.arms import missing_packages
 
     missing = {name: missing_packages(arm) for name, arm in ARMS.items()}
@@ -84,7 +84,7 @@ def arms() -> list[str]:
 
 
 def doctor() -> int:
-    """Prints each check, the kernels that would run and the arms; exit code 1 if a check failed."""
+    """Prints the checks, the kernels and the arms. Returns 1 if a check failed, otherwise 0."""
     from qerl_verl.versions import untested_versions
 
     results = checks()

@@ -1,4 +1,4 @@
-"""``qerl eval``: arguments, and what is printed."""
+"""Implements ``qerl eval``: its arguments and its output."""
 
 from __future__ import annotations
 
@@ -108,18 +108,17 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
 
 
 def responses_file(arguments: argparse.Namespace) -> Path:
-    """Where the responses go."""
+    """Returns the file of responses."""
     if arguments.responses is not None:
         return arguments.responses
     return arguments.json.with_suffix(".responses.jsonl") if arguments.json else DEFAULT_RESPONSES
 
 
 def read_settings(arguments: argparse.Namespace):
-    """Returns the settings that the arguments stand for.
+    """Returns the settings of the arguments.
 
     Raises:
-        EvaluationError: arguments that are no JSON or do not go together, or a file that cannot be
-            read.
+        EvaluationError: arguments are not JSON or do not go together, or a file cannot be read.
     """
     from qerl_verl.evaluation.engine import EngineSettings
     from qerl_verl.evaluation.run import EvaluationSettings
@@ -182,7 +181,8 @@ def _quantization(arguments: argparse.Namespace):
         raise EvaluationError("--quantize gptq needs a calibration text (--calibration FILE)")
     sizes = dict(samples=arguments.calibration_samples, sample_tokens=arguments.calibration_tokens)
     calibration = partial(read_calibration, files, **sizes) if files else None
-    return Quantization(method, calibration, isolated=not is_cpu_build())  # then no CUDA memory stays taken
+    # in a process of its own on a GPU, so that no CUDA memory stays allocated
+    return Quantization(method, calibration, isolated=not is_cpu_build())
 
 
 def _run(arguments: argparse.Namespace) -> int:

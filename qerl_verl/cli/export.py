@@ -1,4 +1,5 @@
-"""``qerl export CHECKPOINT DST``: what other programs load from a checkpoint of a run."""
+"""Implements ``qerl export CHECKPOINT DST``, which converts a run's checkpoint for other
+programs."""
 
 from __future__ import annotations
 

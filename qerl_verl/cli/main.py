@@ -2,9 +2,10 @@
 ``eval MODEL``, ``compare RUN...``, ``explain NAME``, ``plan NAME``, ``cluster`` and ``doctor``.
 
 Each subcommand has a file of its own, whose ``add_<name>(subparsers, common)`` declares the
-arguments and sets ``run``; ``_COMMANDS`` lists them. ``run(arguments)`` returns the exit code. What
-the user can put right is raised as CheckpointError, CompareError, EvaluationError, ExplainError or
-OSError and ends in one line on stderr and exit code 2; ``--debug`` shows the traceback.
+arguments and sets ``run``; ``_COMMANDS`` lists the subcommands. ``run(arguments)`` returns the exit
+code. Errors that the user can fix are raised as CheckpointError, CompareError, EvaluationError,
+ExplainError or OSError; they print one line on stderr and give exit code 2. ``--debug`` shows the
+traceback.
 """
 
 from __future__ import annotations
@@ -45,9 +46,9 @@ _COMMANDS = (
 
 
 def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parses ``argv``; words after an option belong to the words before it.
+    """Parses ``argv``, where words after an option may belong to the words before it.
 
-    argparse gives a positional argument of any length only what stands in one piece, and its
+    argparse accepts a positional argument of any length only in one piece, and its
     ``parse_intermixed_args`` does not work with subcommands.
     """
     arguments, rest = parser.parse_known_args(argv)

@@ -1,5 +1,4 @@
-"""``qerl plan NAME [key=value ...]``: the memory that a run would take, by part, before anything is
-started."""
+"""Implements ``qerl plan NAME [key=value ...]``, which estimates the memory of a run by part."""
 
 from __future__ import annotations
 
@@ -29,11 +28,14 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def show_plan(name: str, overrides: list[str], config_path: str | None, gpu_memory: float | None) -> int:
-    """Prints the memory of a run on GPUs; exit code 2 where it does not fit.
+    """Prints the memory of a run on GPUs.
 
     Args:
-        name, overrides, config_path: as for :func:`~qerl_verl.cli.explain.compose_with_keys`.
-        gpu_memory: GiB of one GPU; None asks this machine's.
+        name, overrides, config_path: see :func:`~qerl_verl.cli.explain.compose_with_keys`.
+        gpu_memory: GiB of one GPU; None reads this machine's.
+
+    Returns:
+        0, or 2 if the run does not fit.
 
     Raises:
         ExplainError: the configuration cannot be composed or run, or the model cannot be read.

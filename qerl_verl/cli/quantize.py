@@ -1,5 +1,7 @@
-"""``qerl quantize SRC DST``: an NVFP4 copy of a checkpoint; with ``--check DST``, the bytes of one
-are verified."""
+"""Implements ``qerl quantize SRC DST``, which writes an NVFP4 copy of a checkpoint.
+
+``--check DST`` verifies the bytes of one instead.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,7 @@ def add_quantize(subparsers, common: argparse.ArgumentParser) -> None:
 
 
 def add_method(parser: argparse.ArgumentParser) -> None:
-    """Arguments that choose how weights are rounded."""
+    """Adds the arguments that choose how weights are rounded."""
     parser.add_argument(
         "--method",
         choices=("rtn", "four-over-six", "gptq", "mxfp4"),
@@ -52,7 +54,7 @@ def add_method(parser: argparse.ArgumentParser) -> None:
 
 
 def read_calibration_files(arguments: argparse.Namespace, model: Path):
-    """Returns the calibration text that the arguments name, in tokens of ``model``."""
+    """Returns the calibration text of the arguments, in tokens of ``model``."""
     from qerl_verl.nvfp4.calibration import read_calibration
 
     return read_calibration(

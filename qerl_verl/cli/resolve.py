@@ -1,4 +1,4 @@
-"""``qerl resolve MODEL``: the NVFP4 folder that a run would use for a model."""
+"""Implements ``qerl resolve MODEL``, which prints the NVFP4 folder that a run uses for a model."""
 
 from __future__ import annotations
 
