@@ -1,1 +1,1 @@
-"""The vLLM side: NVFP4 layers and the noise in the engine."""
+"""Implements the vLLM side: NVFP4 layers, adapters and noise in the engine."""

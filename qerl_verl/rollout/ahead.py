@@ -1,8 +1,8 @@
 """Starts the processes of the rollout's servers while the actor is being built.
 
-verl starts them when the actor stands, and each first imports vLLM, which takes as long as building
-a small actor. The import is all that happens ahead: verl's constructor of the server runs when verl
-asks for it, with verl's arguments, so what a server sees of the actor and of the GPU is the same.
+verl starts them after the actor, and each first imports vLLM, which takes as long as building a
+small actor. Only the import happens ahead. verl's constructor of the server runs when verl calls
+it, with verl's arguments, so the server sees the same actor and the same GPU.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ logger = logging.getLogger(__name__)
 
 
 class ServersAhead:
-    """Servers of this job's rollout by name, started in a thread of the trainer's process.
+    """The servers of this job's rollout by name, started in a thread of the trainer's process.
 
-    On one node alone, where it is known before the actor's workers are placed which node a server
-    goes to. What is not started here, verl starts as always.
+    This happens only on one node, where the node of a server is known before the actor's workers
+    are placed. verl starts all other servers as usual.
     """
 
     def __init__(self):
@@ -35,10 +35,10 @@ class ServersAhead:
         self._servers: dict[str, tuple[dict, Any]] = {}
 
     def start(self, config: DictConfig) -> None:
-        """Starts importing and returns at once.
+        """Starts the imports and returns at once.
 
         Args:
-            config: the trainer's.
+            config: the trainer's configuration.
         """
         self._thread = threading.Thread(target=self._run, args=(config,), name="qerl servers", daemon=True)
         self._thread.start()
@@ -46,16 +46,18 @@ class ServersAhead:
     def _run(self, config: DictConfig) -> None:
         try:
             _start_all(config, self._servers)
-        except Exception:  # verl starts them itself, later
+        except Exception:  # verl then starts the servers itself
             logger.warning("[qerl] the rollout's servers were not started ahead", exc_info=True)
         else:
             if self._servers:
                 say(f"start: rollout servers that start beside the actor: {len(self._servers)}")
 
     def take(self, name: str, node: str, environment: dict[str, str]) -> Any:
-        """Returns the server of that name, once: None where there is none for that node and
-        environment. One that was started for others is ended, since Ray gives a name to one actor
-        only."""
+        """Returns the server of a name, once.
+
+        The result is None if there is no server for that node and environment. A server that was
+        started for others is ended, because Ray gives a name to one actor only.
+        """
         if self._thread is not None:
             self._thread.join()
         (started, server) = self._servers.pop(name, (None, None))
@@ -67,11 +69,11 @@ class ServersAhead:
 
 
 AHEAD = ServersAhead()
-"""Of this process."""
+"""The servers of this process."""
 
 
 def _start_all(config: DictConfig, started: dict[str, tuple[dict, Any]]) -> None:
-    """Adds each server to ``started`` as it is started: its name is taken from then on."""
+    """Starts the servers. Each is added to ``started`` at once, because its name is taken then."""
     from verl.plugin.platform import get_platform
 
     from qerl_verl.rollout.server import QeRLHttpServer, QeRLReplica
@@ -97,12 +99,11 @@ def _start_all(config: DictConfig, started: dict[str, tuple[dict, Any]]) -> None
 
 
 class ServerClass:
-    """Stands where verl has ``ray.remote(vLLMHttpServer)``, and takes a server that was started
-    ahead where there is one.
+    """Replaces verl's ``ray.remote(vLLMHttpServer)``, and uses a server that was started ahead.
 
     Args:
         remote: ``ray.remote`` of the server's class.
-        ahead: where to look.
+        ahead: the servers that were started ahead.
     """
 
     def __init__(self, remote: Any, ahead: ServersAhead = AHEAD):
@@ -110,7 +111,7 @@ class ServerClass:
         self._ahead = ahead
 
     def options(self, **options) -> _Choice:
-        """As Ray's."""
+        """Works like Ray's ``options``."""
         return _Choice(self._ahead, options, self._remote.options(**options).remote)
 
     def __getattr__(self, name):
@@ -118,7 +119,7 @@ class ServerClass:
 
 
 class _Choice:
-    """What Ray's ``options`` returns."""
+    """Stands for the result of Ray's ``options``."""
 
     def __init__(self, ahead: ServersAhead, options: dict, create: Callable):
         self._ahead = ahead
@@ -137,6 +138,6 @@ class _Choice:
 
 
 def _pass_on(server: Any, begun: Future) -> None:
-    """Tells the server, which waits for its arguments, that they will not come."""
+    """Tells a server that waits for its arguments that they will not arrive."""
     if error := begun.exception():
         server.qerl_refuse.remote(error)

@@ -1,5 +1,7 @@
-"""What can compute an NVFP4 layer of the rollout engine. Importable without vLLM, since the actor
-asks too whether both would use the same layout."""
+"""Lists the kernels that can compute an NVFP4 layer of the rollout engine.
+
+Importable without vLLM, because the actor also asks whether both would use the same layout.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +13,11 @@ from qerl_verl.kernels.nvfp4_experts import ExpertStack, nvfp4_experts_reference
 
 
 class VLLMKernel(Candidate):
-    """Whatever kernel vLLM chooses for 16-bit activations, which is Marlin
-    (vllm/model_executor/kernels/linear, init_nvfp4_linear_kernel). It pads shapes, so it serves all
-    of them."""
+    """The kernel that vLLM chooses for 16-bit activations, which is Marlin.
+
+    vLLM chooses in vllm/model_executor/kernels/linear (init_nvfp4_linear_kernel). Marlin pads
+    shapes, so it serves all of them.
+    """
 
     name = "marlin"
 
@@ -37,13 +41,15 @@ class VLLMKernel(Candidate):
 
 
 CANDIDATES: tuple[Candidate, ...] = (get_backend("hopper"), VLLMKernel(), get_backend("triton"), get_backend("pytorch"))
-"""The best first. Marlin stands before the Triton kernels, which have not been measured against it.
-"""
+"""The kernels, best first. Marlin precedes the Triton kernels, against which it has not been
+measured."""
 
 
 class VLLMExperts(VLLMKernel):
-    """What vLLM chooses for the experts of a mixture with 16-bit activations, which is Marlin
-    (fused_moe/oracle/nvfp4.py). It pads the intermediate size."""
+    """The kernel that vLLM chooses for experts with 16-bit activations, which is Marlin.
+
+    vLLM chooses in fused_moe/oracle/nvfp4.py. Marlin pads the intermediate size.
+    """
 
     def refuses(self, n, k, dtype):
         if k % 64:
@@ -52,7 +58,7 @@ class VLLMExperts(VLLMKernel):
 
 
 class NoExperts(Candidate):
-    """Stands for a backend of linear layers that has no kernel for experts."""
+    """Stands for a backend of linear layers without a kernel for experts."""
 
     def __init__(self, name: str):
         self.name = name
@@ -62,7 +68,7 @@ class NoExperts(Candidate):
 
 
 class ExpertsKernel(Candidate):
-    """A kernel of ours for the experts of a mixture, on the checkpoint's layout."""
+    """A kernel of this package for the experts of a mixture, on the checkpoint's layout."""
 
     def experts(
         self,
@@ -72,15 +78,15 @@ class ExpertsKernel(Candidate):
         gate_up: ExpertStack,
         down: ExpertStack,
     ) -> torch.Tensor:
-        """As :func:`qerl_verl.kernels.nvfp4_experts.nvfp4_experts_reference`."""
+        """See :func:`qerl_verl.kernels.nvfp4_experts.nvfp4_experts_reference`."""
         raise NotImplementedError
 
     def warm_up(self, gate_up: ExpertStack, down: ExpertStack, top_k: int, dtype: torch.dtype) -> None:
-        """Compiles what these weights need, before a CUDA graph is captured."""
+        """Compiles the kernels for these weights, before a CUDA graph is captured."""
 
 
 class TritonExperts(ExpertsKernel):
-    """Grouped GEMMs in Triton, for every NVIDIA GPU, which nobody has tuned."""
+    """Grouped GEMMs in Triton for every NVIDIA GPU. Their launches have not been tuned."""
 
     name = "triton"
     description = "Triton W4A16, grouped by expert"
@@ -99,7 +105,7 @@ class TritonExperts(ExpertsKernel):
 
 
 class PyTorchExperts(ExpertsKernel):
-    """Plain PyTorch, expert by expert.
+    """Computes expert by expert in plain PyTorch.
 
     Args:
         captured: whether the engine captures CUDA graphs.
@@ -124,7 +130,7 @@ class PyTorchExperts(ExpertsKernel):
 
 
 def expert_candidates(captured: bool) -> tuple[Candidate, ...]:
-    """Returns what can compute the experts of a mixture, the best first.
+    """Returns the kernels that can compute the experts of a mixture, best first.
 
     Args:
         captured: whether the engine captures CUDA graphs.

@@ -1,9 +1,9 @@
-"""vLLM's RMSNorm with a float32 weight beside the checkpoint's, so that noise acts as it was drawn.
+"""Gives vLLM's RMSNorm a float32 weight beside the checkpoint's, so that noise is not rounded away.
 
-A bfloat16 weight of 1 has neighbours 4e-3 to 8e-3 away, so that noise of the schedule's late stages
-is rounded off when it is added to the weight. The input must not be rounded first either: in
-bfloat16 it has 128 mantissas, and the products of a weight with so few numbers round with a bias of
-1e-4 of the weight. So the noised norm multiplies in float32 and rounds once::
+The neighbours of 1 in bfloat16 are 4e-3 to 8e-3 away, so noise of the schedule's late stages would
+be lost when it is added to the weight. The input must not be rounded first either: in bfloat16 it
+has 128 mantissas, and multiplying a weight by so few numbers rounds with a bias of 1e-4 of the
+weight. The noised norm therefore multiplies in float32 and rounds once::
 
     y = round(x / rms(x) * (w + z))        vLLM's own operator, given a float32 weight
 
@@ -11,21 +11,21 @@ Without noise the bits are vLLM's:
 
 - Where operators run one by one (``enforce_eager``, the CPU engine), a clean norm is vLLM's own
   code on the checkpoint's weight, which rounds twice: round(round(x / rms(x)) * w).
-- Where the model is compiled, both are the formula above, for TorchInductor keeps intermediate
+- Where the model is compiled, both are the formula above, because TorchInductor keeps intermediate
   values in float32, and the float32 copy of a 16-bit weight is exact. CUDA graphs hold addresses,
   not values, so one graph serves both.
 
-Where CUDA graphs are captured without TorchInductor, or vLLM is told to call kernels for its norms
-that TorchInductor does not write (``ir_op_priority``), a clean norm differs from vLLM's by
-roundings; its weight is the clean one all the same. vLLM's all-reduce with a norm in it
-(FlashInfer, tensor parallelism on GPUs) takes 16-bit weights, so norms that receive noise stay
-outside.
+A clean norm differs from vLLM's by roundings in two cases: where CUDA graphs are captured without
+TorchInductor, and where vLLM is told to use kernels for its norms that TorchInductor does not
+generate (``ir_op_priority``). Its weight is the clean one in these cases too. vLLM's all-reduce
+that includes a norm (FlashInfer, tensor parallelism on GPUs) takes 16-bit weights, so norms that
+receive noise are not fused into it.
 
 vLLM has several classes of norms (:data:`REPLACED`): Gemma's multiplies by 1 + weight, and models
-that vLLM runs through transformers' code have their own. Each gets a subclass, which replaces it
-through ``CustomOp.register_oot``, in QeRL's jobs only. An engine whose ``additional_config`` does
-not ask for noise runs vLLM's code, and so do norms of another width than the hidden size (q and k
-norms).
+that vLLM runs through transformers' code have classes of their own. A subclass replaces each of
+them through ``CustomOp.register_oot``, in QeRL's jobs only. vLLM's own code runs in an engine whose
+``additional_config`` does not ask for noise, and in norms of another width than the hidden size (q
+and k norms).
 """
 
 from __future__ import annotations
@@ -44,17 +44,19 @@ from qerl_verl.rollout.lora import ADDITIONAL_CONFIG
 
 
 def wants_noise(additional_config) -> bool:
-    """Returns whether an engine's norms are to receive noise, from vLLM's ``additional_config``
-    (``qerl.aqn.enable``)."""
+    """Returns whether an engine's norms receive noise.
+
+    Args:
+        additional_config: vLLM's setting of that name, which holds ``qerl.aqn.enable``.
+    """
     return bool((additional_config or {}).get(ADDITIONAL_CONFIG, {}).get("noise"))
 
 
 class _AfterLoading(QuantizeMethodBase):
-    """How vLLM tells a layer that its weights are loaded, at the start and after each
-    ``reload_weights``."""
+    """Tells a layer that its weights are loaded, at the start and after each ``reload_weights``."""
 
     def create_weights(self, layer: nn.Module, *args, **kwargs) -> None:
-        """The norm has created its weight itself."""
+        """Does nothing: the norm has created its weight itself."""
 
     def apply(self, layer: nn.Module, *args, **kwargs):
         return layer(*args, **kwargs)
@@ -65,16 +67,16 @@ class _AfterLoading(QuantizeMethodBase):
 
 
 class NoisyNorm:
-    """An effective weight in float32 for one of vLLM's norms, in front of which it stands.
+    """Adds a float32 weight to one of vLLM's norms; the first base class of the subclasses.
 
     Attributes:
-        weight: ``[hidden]``, the checkpoint's, in the model's dtype. Noise never touches it.
-        qerl_weight: ``[hidden]`` float32, what a noised norm multiplies by; None where the norm is
-            vLLM's own. Overwritten in place, so captured CUDA graphs see it.
+        weight: ``[hidden]``, the checkpoint's weight in the model's dtype, without noise.
+        qerl_weight: ``[hidden]`` float32, the weight of a noised norm. It is overwritten in place,
+            so that captured CUDA graphs see the change. None where the norm is vLLM's own.
     """
 
     qerl_offset = 0.0
-    """What the norm adds to ``weight`` before it multiplies."""
+    """Number that the norm adds to ``weight`` before it multiplies."""
 
     def __init__(self, hidden_size: int, *args, **kwargs) -> None:
         super().__init__(hidden_size, *args, **kwargs)
@@ -95,8 +97,15 @@ class NoisyNorm:
     def forward_native(
         self, x: torch.Tensor, residual: torch.Tensor | None = None
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """As vLLM's: ``[..., hidden]`` in and out, with ``residual`` also the sum that was
-        normalized."""
+        """Computes what vLLM's method computes.
+
+        Args:
+            x: ``[..., hidden]``.
+            residual: ``[..., hidden]`` or None; added to ``x`` before the norm.
+
+        Returns:
+            ``[..., hidden]``; with ``residual`` also the sum that was normalized.
+        """
         if not self._uses_live_weight():
             return super().forward_native(x, residual)
         weight, epsilon = self.qerl_weight, self.variance_epsilon
@@ -107,8 +116,11 @@ class NoisyNorm:
     def forward_cuda(
         self, x: torch.Tensor, residual: torch.Tensor | None = None
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """As :meth:`forward_native`, where the model is not compiled, in one launch and one that
-        adds: of vLLM's kernels the batch-invariant one takes a float32 weight."""
+        """Computes :meth:`forward_native` where the model is not compiled.
+
+        It takes one launch for the norm and one for the sum, because only the batch-invariant one
+        of vLLM's kernels takes a float32 weight.
+        """
         if not self._uses_live_weight():
             return super().forward_cuda(x, residual)
         if torch.compiler.is_compiling() and not envs.VLLM_BATCH_INVARIANT:
@@ -125,7 +137,7 @@ class NoisyNorm:
         return torch.compiler.is_compiling() or self.qerl_captured or self.qerl_noised
 
     def noise_target(self) -> NoiseTarget:
-        """For :class:`qerl_verl.aqn.noise.NoiseInjector`.
+        """Returns the norm as a target of :class:`qerl_verl.aqn.noise.NoiseInjector`.
 
         Raises:
             ValueError: the engine was not asked for noise, so there is no float32 weight.
@@ -138,7 +150,7 @@ class NoisyNorm:
         return NoiseTarget(clean=self.weight, live=self.qerl_weight, switch=self._switch, offset=self.qerl_offset)
 
     def qerl_reset(self) -> None:
-        """Takes ``weight`` over after it was read from disk again, without noise."""
+        """Copies ``weight``, after it was read from disk again, without noise."""
         if self.qerl_weight is not None:
             self.qerl_weight.copy_(self.weight.float() + self.qerl_offset)
             self.qerl_noised = False
@@ -148,30 +160,31 @@ class NoisyNorm:
 
 
 class NoisyRMSNorm(NoisyNorm, RMSNorm):
-    """:class:`vllm.model_executor.layers.layernorm.RMSNorm` on which noise acts."""
+    """:class:`vllm.model_executor.layers.layernorm.RMSNorm` that receives noise."""
 
 
 class NoisyGemmaRMSNorm(NoisyNorm, GemmaRMSNorm):
-    """:class:`vllm.model_executor.layers.layernorm.GemmaRMSNorm`, whose weight is stored less 1."""
+    """:class:`vllm.model_executor.layers.layernorm.GemmaRMSNorm`, which stores its weight minus
+    1."""
 
     qerl_offset = 1.0
 
 
 REPLACED: dict[type, type[NoisyNorm]] = {RMSNorm: NoisyRMSNorm, GemmaRMSNorm: NoisyGemmaRMSNorm}
-"""vLLM's classes of norms, and ours in their places."""
+"""vLLM's classes of norms -> the subclasses that replace them."""
 
-try:  # vLLM 0.28 derives norms of its own for models that run through transformers' code
+try:  # vLLM 0.28 has subclasses for models that run through transformers' code
     from vllm.model_executor.models.transformers.fusers.rms_norm import TPAwareGemmaRMSNorm, TPAwareRMSNorm
 except ImportError:
     pass
 else:
 
     class NoisyTPAwareRMSNorm(NoisyNorm, TPAwareRMSNorm):
-        """vLLM's RMSNorm for transformers' models, which takes parts of an input from all
-        tensor-parallel ranks."""
+        """vLLM's RMSNorm for transformers' models, whose input is split over tensor-parallel
+        ranks."""
 
     class NoisyTPAwareGemmaRMSNorm(NoisyNorm, TPAwareGemmaRMSNorm):
-        """The same for norms whose weight is stored less 1."""
+        """:class:`NoisyTPAwareRMSNorm` for norms that store their weight minus 1."""
 
         qerl_offset = 1.0
 
@@ -179,11 +192,10 @@ else:
 
 
 def register_norm() -> None:
-    """Makes vLLM build the classes of :data:`REPLACED` where its models ask for vLLM's, in this
-    process. Idempotent.
+    """Makes vLLM build the classes of :data:`REPLACED` in this process. Idempotent.
 
     Raises:
-        RuntimeError: another plugin has replaced one of vLLM's norms already.
+        RuntimeError: another plugin has already replaced one of vLLM's norms.
     """
     for stock, ours in REPLACED.items():
         present = op_registry_oot.get(stock.__name__)
@@ -196,4 +208,4 @@ def register_norm() -> None:
             )
         name = stock.name
         stock.register_oot(name=stock.__name__)(ours)
-        ours.name = name  # under which compilation_config.custom_ops turns it on or off
+        ours.name = name  # the name by which compilation_config.custom_ops enables or disables it

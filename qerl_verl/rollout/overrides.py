@@ -1,5 +1,4 @@
-"""vLLM's ``hf_overrides`` of a rollout engine: settings under which it builds the model that the
-actor has."""
+"""Computes vLLM's ``hf_overrides``, with which an engine builds the same model as the actor."""
 
 from __future__ import annotations
 
@@ -9,11 +8,11 @@ from typing import Any
 from qerl_verl.rollout.rope import rope_overrides
 
 _DECODERS = {"Qwen3VLForConditionalGeneration": "Qwen3ForCausalLM"}
-"""Architecture -> the class of vLLM's that its decoder is."""
+"""Architecture -> vLLM's class of its decoder."""
 
 
 def hf_overrides(hf_config: Any, on_cpu: bool) -> dict[str, dict[str, Any]]:
-    """Returns what an engine of a model needs.
+    """Returns the overrides for an engine of a model.
 
     Args:
         hf_config: transformers' configuration of the model.
@@ -24,12 +23,15 @@ def hf_overrides(hf_config: Any, on_cpu: bool) -> dict[str, dict[str, Any]]:
 
 
 def decoder_overrides(architectures: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Returns the name the class of the decoder of Qwen3-VL.
+    """Names the class of Qwen3-VL's decoder.
 
     vLLM builds that decoder from ``text_config`` alone (model_executor/models/qwen3_vl.py,
-    Qwen3VLForConditionalGeneration), and its CPU platform then asks for the class in it
-    (platforms/cpu.py, check_and_update_config). Without one, stock vLLM 0.28 stops on a CPU with
+    Qwen3VLForConditionalGeneration), and its CPU platform then reads the class from it
+    (platforms/cpu.py, check_and_update_config). Without it, stock vLLM 0.28 stops on a CPU with
     "IndexError: list index out of range".
+
+    Args:
+        architectures: ``architectures`` of the model's configuration.
     """
     found = next((_DECODERS[name] for name in architectures if name in _DECODERS), None)
     return {"text_config": {"architectures": [found]}} if found else {}

@@ -1,10 +1,10 @@
-"""vLLM's ``compressed-tensors`` quantization, with NVFP4 weights served QeRL's way.
+"""Replaces vLLM's ``compressed-tensors`` quantization where weights are NVFP4.
 
-Registered over vLLM's own through its public ``register_quantization_config``, in QeRL's jobs only.
-Weights are used with 16-bit activations whatever the checkpoint says about activations, on a kernel
-of ours or on vLLM's (:mod:`qerl_verl.rollout.scheme`), with the adapter inside the layer or on
-vLLM's own LoRA path. What to use comes in vLLM's ``additional_config`` under ``qerl``: ``kernel``
-(``auto`` or a name of :data:`CANDIDATES`) and ``lora`` (rank and alpha, or null).
+The class is registered over vLLM's through the public ``register_quantization_config``, in QeRL's
+jobs only. Weights are used with 16-bit activations, whatever the checkpoint says about activations,
+on a kernel of this package or of vLLM (:mod:`qerl_verl.rollout.scheme`). The adapter is inside the
+layer or on vLLM's own LoRA path. vLLM's ``additional_config`` says what to use, under ``qerl``:
+``kernel`` (``auto`` or a name of :data:`CANDIDATES`) and ``lora`` (rank and alpha, or null).
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from qerl_verl.rollout.scheme import AdapterOnLinear, KernelReport, NVFP4Scheme
 from qerl_verl.rollout.shared_base import shared_embedding
 
 QUANT_FORMAT = "qerl-nvfp4-pack-quantized"
-"""Our name for the format inside vLLM. verl takes ``nvfp4-pack-quantized`` for its QAT, patches
-vLLM for that and then keeps the first adapter for ever (verl/workers/rollout/vllm_rollout/utils.py,
+"""Name of the format inside vLLM. verl takes ``nvfp4-pack-quantized`` for its QAT: it patches vLLM
+for that and then keeps the first adapter for ever (verl/workers/rollout/vllm_rollout/utils.py,
 vLLMColocateWorkerExtension)."""
 
 ROUTER = ".mlp.gate"
-"""How the name of a mixture's router ends. It stays in 16 bits and has no adapter."""
+"""End of the name of a mixture's router, which stays in 16 bits and has no adapter."""
 
 
 class QeRLCompressedTensorsConfig(CompressedTensorsConfig):
-    """vLLM's configuration of ``compressed-tensors``, with the choice of the NVFP4 scheme replaced.
+    """vLLM's configuration of ``compressed-tensors`` with another choice of the NVFP4 scheme.
 
-    A ``kv_cache_scheme`` is left out: vLLM would serve an FP8 cache by it, beside an actor that has
-    none. So the cache has the dtype that vLLM's ``kv_cache_dtype`` says, and the checkpoint's
-    scales for it are not loaded.
+    A ``kv_cache_scheme`` is dropped. vLLM would serve an FP8 cache from it, which the actor does
+    not have. The cache has the dtype of vLLM's ``kv_cache_dtype``, and the checkpoint's scales for
+    it are not loaded.
     """
 
     def __init__(self, *args, **kwargs):
@@ -62,9 +62,12 @@ class QeRLCompressedTensorsConfig(CompressedTensorsConfig):
         )
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str):
-        """vLLM's, but for experts in NVFP4, with room for the adapter in linears of the decoder
-        that the checkpoint leaves in 16 bits, and for an embedding or output layer in the actor's
-        memory."""
+        """Returns vLLM's method for a layer, or another one in these cases:
+
+        - experts in NVFP4;
+        - linears of the decoder in 16 bits, which get buffers for the adapter;
+        - an embedding or output layer in the actor's memory.
+        """
         if isinstance(layer, RoutedExperts) and (parts := self._nvfp4_experts(layer, prefix)):
             input_scales = parts.get("input_activations") is not None
             return experts_method(layer, prefix, *self._settings(), input_scales, self.qerl_report)
@@ -72,7 +75,7 @@ class QeRLCompressedTensorsConfig(CompressedTensorsConfig):
         if method is None and isinstance(layer, VocabParallelEmbedding):
             return shared_embedding(layer)
         if type(method) is not UnquantizedLinearMethod or prefix.endswith(ROUTER):
-            return method  # of attention, vLLM also asks after a reload, when no configuration is set
+            return method  # vLLM also calls this for attention after a reload, without a configuration
         config = get_current_vllm_config()
         lora = lora_settings(config.additional_config)
         if lora is None or get_architecture(config.model_config.hf_config).is_of_tower(prefix):
@@ -81,8 +84,7 @@ class QeRLCompressedTensorsConfig(CompressedTensorsConfig):
 
     @staticmethod
     def _settings() -> tuple[torch.device, str, LoraSettings | None]:
-        """Of the engine that is being built: where it computes, on which kernel, and the adapter in
-        its layers."""
+        """Returns device, kernel setting and adapter of the engine that is being built."""
         additional = get_current_vllm_config().additional_config
         on_cpu = current_platform.is_cpu()
         return (
@@ -92,8 +94,10 @@ class QeRLCompressedTensorsConfig(CompressedTensorsConfig):
         )
 
     def _nvfp4_experts(self, layer: RoutedExperts, name: str) -> dict | None:
-        """Returns how the checkpoint holds the experts of a layer; None where not all of it is
-        NVFP4, which vLLM serves or refuses."""
+        """Returns how the checkpoint quantizes the experts of a layer.
+
+        The result is None where not all of them are NVFP4; vLLM serves or refuses these.
+        """
         self._add_fused_moe_to_target_scheme_map()
         parts = [self.get_scheme_dict(layer, f"{name}.0.{linear}") for linear in ("gate_proj", "up_proj", "down_proj")]
         same = parts[0] is not None and all(part == parts[0] for part in parts)
@@ -101,9 +105,11 @@ class QeRLCompressedTensorsConfig(CompressedTensorsConfig):
 
     @staticmethod
     def get_cache_scale_mapper():
-        """In place of the names under which vLLM would load scales of a KV cache: they are dropped.
-        Those of an ``attn_head`` scheme, one for each head, would not fit into a layer without the
-        scheme."""
+        """Drops the names under which vLLM would load scales of a KV cache.
+
+        The scales of an ``attn_head`` scheme, one for each head, would not fit into a layer without
+        the scheme.
+        """
         from vllm.model_executor.models.utils import WeightsMapper
 
         return WeightsMapper(orig_to_new_regex={KV_CACHE_SCALE: None})
@@ -119,6 +125,7 @@ class QeRLCompressedTensorsConfig(CompressedTensorsConfig):
 
 
 def register_quantization() -> None:
-    """Makes vLLM use :class:`QeRLCompressedTensorsConfig` for ``compressed-tensors`` checkpoints in
-    this process."""
+    """Makes vLLM use :class:`QeRLCompressedTensorsConfig` for ``compressed-tensors`` in this
+    process.
+    """
     register_quantization_config("compressed-tensors")(QeRLCompressedTensorsConfig)

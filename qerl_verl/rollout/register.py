@@ -1,13 +1,14 @@
-"""Put the rollout replica and the transport of adapters into verl's registries. Called when verl
-imports those."""
+"""Registers the rollout replica and the transport of adapters when verl imports its registries."""
 
 
 def register_replica(replica_module=None) -> None:
-    """Takes over verl's name ``vllm``: verl branches on it in many places. Idempotent.
+    """Registers the replica under verl's name ``vllm``. Idempotent.
+
+    The name is the same because verl branches on it in many places.
 
     Args:
-        replica_module: the module ``verl.workers.rollout.replica`` (wrapt's post-import hook passes
-            it).
+        replica_module: the module ``verl.workers.rollout.replica``, passed by wrapt's post-import
+            hook.
     """
     from verl.workers.rollout.replica import RolloutReplicaRegistry
 
@@ -21,11 +22,11 @@ def _load():
 
 
 def register_sender(rollout_module=None) -> None:
-    """Puts our sender of weights into verl's table of rollout classes. Idempotent.
+    """Registers QeRL's sender of weights in verl's table of rollout classes. Idempotent.
 
     Args:
-        rollout_module: the module ``verl.workers.rollout.base`` (wrapt's post-import hook passes
-            it).
+        rollout_module: the module ``verl.workers.rollout.base``, passed by wrapt's post-import
+            hook.
     """
     from verl.workers.rollout import base
 
@@ -36,7 +37,7 @@ def register_transport(checkpoint_engine_package=None) -> None:
     """Imports the module whose decorator registers the checkpoint engine ``qerl``. Idempotent.
 
     Args:
-        checkpoint_engine_package: the module ``verl.checkpoint_engine`` (wrapt's post-import hook
-            passes it).
+        checkpoint_engine_package: the module ``verl.checkpoint_engine``, passed by wrapt's
+            post-import hook.
     """
     import qerl_verl.rollout.transport  # noqa: F401

@@ -1,10 +1,10 @@
-"""verl's colocated sender of weights, with a socket of this job's own.
+"""Gives verl's colocated sender of weights a socket that belongs to this job alone.
 
 verl names the Unix socket between an actor and its engine after Ray's job id (vllm_rollout.py,
 ServerAdapter, and utils.py, _get_zmq_handle). In a cluster that a driver starts for itself that id
-is always the first one, 01000000, so two runs side by side on a host would share the path: the one
-that binds last takes the other's adapter, or both wait for ever. Here the name holds the cluster's
-session as well.
+is always the first one, 01000000. Two runs on one host would share the path: the one that binds
+last receives the other's adapter, or both wait for ever. Here the name also contains the cluster's
+session.
 """
 
 from __future__ import annotations
@@ -16,18 +16,20 @@ from verl.workers.rollout.vllm_rollout import ServerAdapter
 
 
 def job_name() -> str:
-    """Of this Ray job, different from any other job's of any cluster on this host."""
+    """Returns a name of this Ray job that differs from those of all other jobs on this host."""
     context = ray.get_runtime_context()
     session = hashlib.blake2b(context.get_session_name().encode(), digest_size=6).hexdigest()
     return f"{context.get_job_id()}-{session}"
 
 
 class QeRLServerAdapter(ServerAdapter):
-    """Registered in verl's table of rollout classes under ``vllm``. The engine's side is
-    :class:`qerl_verl.rollout.server.QeRLHttpServer`, which hands :func:`job_name` to its workers.
+    """verl's sender, registered in its table of rollout classes under ``vllm``.
+
+    The engine's side is :class:`qerl_verl.rollout.server.QeRLHttpServer`, which passes
+    :func:`job_name` to its workers.
 
     Raises:
-        RuntimeError: verl names the socket in another way than is expected here.
+        RuntimeError: verl does not name the socket as expected here.
     """
 
     def __init__(self, *args, **kwargs):

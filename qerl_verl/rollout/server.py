@@ -1,7 +1,8 @@
-"""verl's vLLM server for a rollout whose adapter lives in the layers: no LoRA requests, and sleep at either level.
+"""verl's vLLM server for a rollout whose layers hold the adapter.
 
-Registered under verl's name ``vllm`` through its RolloutReplicaRegistry, in QeRL's jobs only. A server whose engine was given no
-adapter of ours (vLLM's own LoRA path, a reward model) behaves as verl's.
+Such a server has no LoRA requests, and can sleep at either level. It is registered under verl's
+name ``vllm`` through the RolloutReplicaRegistry, in QeRL's jobs only. A server whose engine has no
+adapter of QeRL (vLLM's own LoRA path, a reward model) behaves as verl's.
 """
 
 from __future__ import annotations
@@ -26,27 +27,31 @@ from qerl_verl.rollout.overrides import hf_overrides
 from qerl_verl.rollout.sender import job_name
 
 ENGINE_LOOK_SECONDS = 5.0
-"""Between two looks of a server at its engine, and how long it stays after the engine's end, so that
-verl can end the run with vLLM's own error."""
+"""Interval at which a server checks its engine. It is also the time that the server stays after the
+engine's end, so that verl can end the run with vLLM's own error."""
 
 
 class QeRLHttpServer(vLLMHttpServer):
     """One server of a rollout replica (verl/workers/rollout/vllm_rollout/vllm_async_server.py)."""
 
     _begun: asyncio.Event | None = None
-    """Of a process that was started ahead (rollout/ahead.py): whether the constructor's work is done."""
+    """Set when the constructor has run, in a process that was started ahead (rollout/ahead.py)."""
     _problem: Exception | None = None
 
     def __init__(self, *args, **kwargs):
-        if not args and not kwargs:  # started ahead: the constructor's work follows in qerl_begin
+        if not args and not kwargs:  # started ahead: qerl_begin runs the constructor
             self._begun = asyncio.Event()
             return
         super().__init__(*args, **kwargs)
-        os.environ["VERL_RAY_JOB_ID"] = job_name()  # for the engine's workers, which verl names their socket by
+        # verl names the socket of the engine's workers by it
+        os.environ["VERL_RAY_JOB_ID"] = job_name()
 
     async def qerl_begin(self, arguments: dict) -> None:
-        """The constructor's work in a process that was started ahead. Nobody waits for this call, and Ray may deliver it after
-        later ones whose arguments are smaller, so :meth:`get_master_address` waits for it and raises what it raised."""
+        """Runs the constructor in a process that was started ahead.
+
+        Nobody waits for this call, and Ray may deliver it after later calls with smaller arguments.
+        :meth:`get_master_address` therefore waits for it and raises its error.
+        """
         begun = self._begun
         try:
             self.__init__(**arguments)
@@ -56,12 +61,16 @@ class QeRLHttpServer(vLLMHttpServer):
             begun.set()
 
     async def qerl_refuse(self, error: Exception) -> None:
-        """:meth:`qerl_begin` could not be called, for example because its arguments did not arrive."""
+        """Reports that :meth:`qerl_begin` cannot be called, for example without its arguments."""
         self._problem = error
         self._begun.set()
 
     async def get_master_address(self):
-        """verl's, which it asks for before anything else. Raises: what the constructor raised."""
+        """Returns verl's address, which verl reads before anything else.
+
+        Raises:
+            Exception: the error of the constructor.
+        """
         if self._begun is not None:
             await self._begun.wait()
         if self._problem is not None:
@@ -73,10 +82,13 @@ class QeRLHttpServer(vLLMHttpServer):
         return engine.get("additional_config") or {}
 
     def _init_model_config(self, model_config):
-        """verl starts vLLM with its LoRA path when the model has a rank; where the layers hold the adapter it has none.
+        """Removes the rank from the model's configuration where the layers hold the adapter.
+
+        verl starts vLLM with its LoRA path when the model has a rank.
 
         Raises:
-            RuntimeError: on this node, vLLM would not load QeRL's plugin and would serve layers of its own.
+            RuntimeError: on this node, vLLM would not load QeRL's plugin and would serve its own
+                layers.
         """
         problem = vllm_policy_problem(os.environ)
         if problem and self._qerl().get(ADDITIONAL_CONFIG):
@@ -88,22 +100,23 @@ class QeRLHttpServer(vLLMHttpServer):
         for name, value in (("lora_rank", 0), ("lora", {})):
             object.__setattr__(
                 model_config, name, value
-            )  # past verl's frozen fields; replace() would load everything again
+            )  # verl's fields are frozen, and replace() would load everything again
         return model_config
 
     def _apply_quantization(self):
-        """verl's ``quantization`` and ``hf_overrides``, with those of :mod:`qerl_verl.rollout.overrides`."""
+        """Adds the settings of :mod:`qerl_verl.rollout.overrides` to verl's ``hf_overrides``."""
         quantization, overrides = super()._apply_quantization()
         if self._qerl().get(ADDITIONAL_CONFIG):
             overrides |= hf_overrides(self.model_config.hf_config, current_platform.is_cpu())
         return quantization, overrides
 
     async def run_server(self, args: argparse.Namespace):
-        """verl's, with a key that nobody is told: its HTTP endpoints listen on the node's address and
-        would let whoever reaches it sample, and load adapters (``/v1/load_lora_adapter``).
+        """Starts verl's HTTP server with a random API key.
 
-        verl's own agent loops call the server through Ray. A user's that needs the endpoints sets
-        ``VLLM_API_KEY`` in ``ray_kwargs.ray_init.runtime_env.env_vars`` and sends that key.
+        Its endpoints listen on the node's address. Without a key, anyone who reaches them could
+        sample and load adapters (``/v1/load_lora_adapter``). verl's own agent loops call the server
+        through Ray. A user who needs the endpoints sets ``VLLM_API_KEY`` in
+        ``ray_kwargs.ray_init.runtime_env.env_vars`` and sends that key.
         """
         if self._qerl().get(ADDITIONAL_CONFIG) is not None and not (args.api_key or os.environ.get("VLLM_API_KEY")):
             args.api_key = [secrets.token_hex(32)]
@@ -114,8 +127,9 @@ class QeRLHttpServer(vLLMHttpServer):
         """Ends this process after its engine, as verl's servers without HTTP do (``run_headless``).
 
         Each request to a dead engine fails at once, and verl's asynchronous trainers replace what
-        fails by new prompts (verl/trainer/ppo/v1/replay_buffer.py, ``wait_for_sampleable``), so they
-        would go on without end. The driver sees the end of the actor (platform/lost_processes.py).
+        fails by new prompts (verl/trainer/ppo/v1/replay_buffer.py, ``wait_for_sampleable``), so
+        they would go on without end. The driver sees the end of the actor
+        (platform/lost_processes.py).
         """
         while not self.engine.errored:
             await asyncio.sleep(ENGINE_LOOK_SECONDS)
@@ -129,9 +143,11 @@ class QeRLHttpServer(vLLMHttpServer):
         os._exit(1)
 
     def _resolve_sleep_level(self) -> int:
-        """1 keeps the packed base in host memory; 2 drops it and reads it from disk again (``qerl.rollout.sleep_level``).
+        """Returns ``qerl.rollout.sleep_level``.
 
-        A base that is the actor's stays where it is at either level; what remains (norms, adapter) is small and waits on the host.
+        Level 1 keeps the packed base in host memory; level 2 drops it and reads it from disk again.
+        A base that the actor owns stays in place at either level; the remaining norms and adapter
+        are small and wait on the host.
         """
         if BaseSharing.of_this_job() is not None:
             return 1
@@ -139,31 +155,52 @@ class QeRLHttpServer(vLLMHttpServer):
         return int(node.get("sleep_level", 1)) if node else super()._resolve_sleep_level()
 
     async def wake_up(self, tags: list[str] | None = None):
-        """Level 2: the memory comes back empty, so the base is loaded into it; the adapter follows with the weight sync."""
+        """Wakes the engine, and at level 2 loads the base again.
+
+        The memory comes back empty at that level. The adapter follows with the weight sync.
+        """
         await super().wake_up(tags)
-        sleeps = self.node_rank == 0 and self.rollout_mode == RolloutMode.HYBRID  # the others never sleep at level 2
+        # the others never sleep at level 2
+        sleeps = self.node_rank == 0 and self.rollout_mode == RolloutMode.HYBRID
         if sleeps and self._qerl().get(ADDITIONAL_CONFIG) and self._resolve_sleep_level() == 2:
             if "weights" in (tags or self._get_wake_up_tags()):
                 await self.engine.collective_rpc("qerl_reload_base")
 
     async def release_kv_cache(self):
-        """Nothing is released: verl would put the whole engine to sleep to make room for the weights of a sync
-        (vllm_async_server.py, release_kv_cache), and an adapter needs no room. At level 2 it would also lose the base."""
+        """Releases nothing.
+
+        verl would put the whole engine to sleep to make room for the weights of a sync
+        (vllm_async_server.py, release_kv_cache). An adapter needs no room, and at level 2 the sleep
+        would also lose the base.
+        """
         if not self._qerl().get(ADDITIONAL_CONFIG):
             await super().release_kv_cache()
 
     async def resume_kv_cache(self):
-        """Nothing was released; verl has dropped what was cached under the weights before (vllm_rollout.py, update_weights)."""
+        """Resumes nothing, because nothing was released.
+
+        verl has dropped the prefixes that were cached under the previous weights (vllm_rollout.py,
+        update_weights).
+        """
         if not self._qerl().get(ADDITIONAL_CONFIG):
             await super().resume_kv_cache()
 
     async def qerl_set_noise(self, **arguments) -> list[dict[str, float]]:
-        """:meth:`qerl_verl.rollout.worker.QeRLWorkerExtension.qerl_set_noise` in each worker; what acts in each. verl's
-        ``collective_rpc`` returns nothing."""
+        """Calls :meth:`qerl_verl.rollout.worker.QeRLWorkerExtension.qerl_set_noise` in each worker.
+
+        verl's ``collective_rpc`` returns nothing, so it cannot be used here.
+
+        Returns:
+            The measured noise of each worker.
+        """
         return await self.engine.collective_rpc("qerl_set_noise", kwargs=arguments)
 
     async def qerl_check_engine(self) -> None:
-        """Raises: vLLM's EngineDeadError, if the engine's process or one of its workers has ended."""
+        """Checks that the engine's process and its workers are alive.
+
+        Raises:
+            EngineDeadError: one of them has ended (vLLM's error).
+        """
         if self.node_rank == 0 and self.engine.errored:
             raise self.engine.dead_error
 

@@ -1,12 +1,11 @@
-"""vLLM's side of one copy of the base: a model loader whose NVFP4 layers, embeddings and output
-layer are the memory of the actor.
+"""Loads a vLLM model whose NVFP4 layers, embeddings and output layer use the actor's memory.
 
-Registered as the load format ``qerl_shared`` through vLLM's ``register_model_loader``. The model is
-built by vLLM as always; a layer that finds its weights in the actor's memory takes them in place of
-memory of its own, so that no second copy exists at any time. Everything else (norms, biases) is
-copied from there through the model's own ``load_weights``, and nothing is read from disk. What is
-mapped lies outside of vLLM's memory pools: it stays where it is while the engine sleeps, and
-``gpu_memory_utilization`` does not count it.
+The loader is registered as the load format ``qerl_shared`` through vLLM's
+``register_model_loader``. vLLM builds the model as usual. A layer that finds its weights in the
+actor's memory uses them instead of allocating its own, so a second copy never exists. All other
+tensors (norms, biases) are copied from there through the model's own ``load_weights``, and nothing
+is read from disk. The mapped memory is outside vLLM's memory pools: it stays in place while the
+engine sleeps, and ``gpu_memory_utilization`` does not count it.
 """
 
 from __future__ import annotations
@@ -39,14 +38,14 @@ from qerl_verl.sharing.layout import Group, Plain
 
 @dataclass
 class _Loading:
-    """The base that the model under construction uses, and what of it has found its layer."""
+    """The base of the model under construction, and the parts of it that have found their layer."""
 
     base: SharedBase
     taken: set[str] = field(default_factory=set)
 
 
 _loading: _Loading | None = None
-"""While :class:`SharedBaseLoader` builds a model in this process."""
+"""Set while :class:`SharedBaseLoader` builds a model in this process."""
 
 
 @contextmanager
@@ -62,20 +61,19 @@ def _building(base: SharedBase) -> Iterator[_Loading]:
 def shared_weights(
     layer: str, widths: Sequence[int], backend: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-    """Returns the weight of an NVFP4 layer in the actor's memory; None where the engine has a base
-    of its own.
+    """Returns the weight of an NVFP4 layer in the actor's memory.
 
     Args:
-        layer: its full name in vLLM.
-        widths: output channels of each projection in it.
-        backend: what computes it.
+        layer: the layer's full name in vLLM.
+        widths: output channels of each of its projections.
+        backend: name of the backend that computes it.
 
     Returns:
         ``[N, K / 2]`` packed values and ``[N, K / 16]`` scales, uint8, and the global scale of each
-        projection, float32.
+        projection, float32. None where the engine has its own base.
 
     Raises:
-        SharingError: the actor has no such layer, or has laid it out for other kernels.
+        SharingError: the actor has no such layer, or has it in another kernel's layout.
     """
     if _loading is None:
         return None
@@ -93,11 +91,10 @@ def shared_weights(
 
 
 def shared_embedding(layer: VocabParallelEmbedding) -> UnquantizedEmbeddingMethod | None:
-    """Returns the method of an embedding or output layer whose weight lies in the actor's memory;
-    None where it does not.
+    """Returns the method of an embedding or output layer with its weight in the actor's memory.
 
-    Not every model of vLLM's tells the layer its name, and the supported architectures have one of
-    each.
+    The result is None where the weight is not there. The layer is found by its class, because some
+    of vLLM's models do not pass the layer its name; the supported architectures have one of each.
     """
     name = "lm_head.weight" if isinstance(layer, ParallelLMHead) else "model.embed_tokens.weight"
     plain = None if _loading is None else _loading.base.layout.tensors.get(name)
@@ -110,9 +107,9 @@ class SharedEmbedding(UnquantizedEmbeddingMethod):
     """vLLM's method for 16-bit embeddings and output layers, on a weight that the actor owns.
 
     Args:
-        name: of the weight.
-        plain: where it lies.
-        loading: the base that it lies in.
+        name: name of the weight.
+        plain: place of the weight.
+        loading: the base that holds it.
     """
 
     def __init__(self, name: str, plain: Plain, loading: _Loading):
@@ -128,7 +125,7 @@ class SharedEmbedding(UnquantizedEmbeddingMethod):
         params_dtype: torch.dtype,
         **extra_weight_attrs,
     ) -> None:
-        """The actor's memory where shape and dtype fit, else a weight of its own, which is copied."""
+        """Uses the actor's memory where shape and dtype fit, otherwise a weight that is copied."""
         rows, plain = sum(output_partition_sizes), self.plain
         fits = plain.shape[0] <= rows <= plain.room and plain.shape[1] == input_size_per_partition
         if not fits or getattr(torch, plain.dtype) != params_dtype:
@@ -140,7 +137,7 @@ class SharedEmbedding(UnquantizedEmbeddingMethod):
         layer.register_parameter("weight", Parameter(weight, requires_grad=False))
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        """On a CPU, vLLM would make a second copy in an order of oneDNN's."""
+        """Does nothing more on a CPU, where vLLM would make a second copy in oneDNN's order."""
         if current_platform.is_cpu() and self.name in self.loading.taken:
             layer.cpu_linear = nn.functional.linear
         else:
@@ -150,8 +147,8 @@ class SharedEmbedding(UnquantizedEmbeddingMethod):
 class SharedBaseLoader(BaseModelLoader):
     """vLLM's ``load_format=qerl_shared``.
 
-    Where the actor shares nothing, or its memory cannot be mapped, the engine reads a base of its
-    own from the checkpoint and says so; with ``qerl.base=shared`` it ends.
+    Where the actor shares nothing or its memory cannot be mapped, the engine reads a base of its
+    own from the checkpoint and says so. With ``qerl.base=shared`` it ends instead.
     """
 
     def __init__(self, load_config):
@@ -161,12 +158,12 @@ class SharedBaseLoader(BaseModelLoader):
         self._plain = DefaultModelLoader(plain)
 
     def download_model(self, model_config: ModelConfig) -> None:
-        """The checkpoint is on this host already."""
+        """Does nothing: the checkpoint is already on this host."""
         self._plain.download_model(model_config)
 
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
-        """Copys what a layer has of its own from the actor's memory; without it, read the
-        checkpoint."""
+        """Copies a layer's own tensors from the actor's memory, or reads the checkpoint without
+        it."""
         if _loading is None:
             self._plain.load_weights(model, model_config)
         else:
@@ -179,7 +176,8 @@ class SharedBaseLoader(BaseModelLoader):
             SharingError: with ``qerl.base=shared``, why the base cannot be shared.
         """
         settings = BaseSharing.of_this_job()
-        if settings is None or model_config is not vllm_config.model_config:  # a draft model, say
+        # another model_config is that of a draft model, for example
+        if settings is None or model_config is not vllm_config.model_config:
             return self._plain.load_model(vllm_config, model_config, prefix)
         try:
             base = SharedBase.connect(settings.key, owner_rank(), torch.device(vllm_config.device_config.device))
@@ -217,8 +215,10 @@ class SharedBaseLoader(BaseModelLoader):
 
 
 def owner_rank() -> int:
-    """Returns the actor's rank on this engine's device: replicas of one process each are numbered
-    like the ranks."""
+    """Returns the actor's rank on this engine's device.
+
+    Replicas of one process each are numbered like the ranks.
+    """
     return int(os.environ.get("VERL_REPLICA_RANK", "0"))
 
 

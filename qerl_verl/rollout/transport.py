@@ -1,19 +1,18 @@
-"""A checkpoint engine of verl's for adapters: from the actor to rollout engines in other processes,
-over TCP.
+"""A checkpoint engine of verl that sends adapters over TCP to rollout engines in other processes.
 
-verl's own (nccl, nixl and others) are made for whole models and want GPUs. An adapter is small, and
-a socket carries it between any two hosts, without a process group and without a device. For each
-sync the actor's first rank listens on its node's address and hands the adapter to every rollout
-worker that knows the secret of this sync. Address and secret travel through Ray, in the topology
-that verl builds.
+verl's own engines (nccl, nixl and others) are made for whole models and need GPUs. An adapter is
+small, and a socket carries it between any two hosts without a process group or a device. For each
+sync the actor's first rank listens on its node's address and sends the adapter to every rollout
+worker that knows the secret of this sync. Address and secret go through Ray, in the topology that
+verl builds.
 
-On a connection, S and R being 32 random bytes of the sender and the receiver, and ``tag`` an
-HMAC-SHA256 under the secret:
+The protocol, with S and R as 32 random bytes of the sender and the receiver, and ``tag`` as
+HMAC-SHA256 with the secret:
 
 1. sender: S
 2. receiver: R, tag("receiver", S, R)
 3. sender, once it has the adapter: length, SHA-256 of the adapter, tag("sender", S, R, length,
-SHA-256); then the adapter
+   SHA-256); then the adapter
 
 Each side closes the connection when a tag or the digest is wrong. The adapter is not encrypted.
 """
@@ -39,23 +38,29 @@ from qerl_verl.config.rules import TRANSPORT
 
 NONCE_BYTES = TAG_BYTES = hashlib.sha256().digest_size
 HANDSHAKE_SECONDS = 30.0
-"""How long either side waits for the other one's part of steps 1 and 2."""
+"""How long either side waits for the other side's part of steps 1 and 2."""
 
 _LENGTH = struct.Struct("!Q")
 
 
 class TransportError(RuntimeError):
-    """An adapter did not get from the actor to a rollout worker."""
+    """An adapter was not transferred from the actor to a rollout worker."""
 
 
 def _tag(secret: bytes, who: bytes, *parts: bytes) -> bytes:
-    """Returns every part but the name of the side has one length, so no two messages have the same
-    bytes."""
+    """Returns the tag of a message.
+
+    All parts except the side's name have fixed lengths, so no two messages have the same bytes.
+    """
     return hmac.digest(secret, b"".join((who, *parts)), "sha256")
 
 
 def _read(connection: socket.socket, size: int) -> bytearray:
-    """Raises: ConnectionError, if the other side closes before."""
+    """Reads exactly ``size`` bytes.
+
+    Raises:
+        ConnectionError: the other side closed the connection before.
+    """
     data = bytearray(size)
     view = memoryview(data)
     while view:
@@ -67,14 +72,14 @@ def _read(connection: socket.socket, size: int) -> bytearray:
 
 
 class _Handler(socketserver.BaseRequestHandler):
-    """One connection at the sender, in a thread of its own."""
+    """Serves one connection at the sender, in a thread of its own."""
 
     server: AdapterServer
 
     def handle(self) -> None:
         try:
             self._serve(self.request)
-        except OSError:  # closed, silent or gone; a receiver that belongs here says so itself
+        except OSError:  # closed, silent or gone; a receiver of this job reports the error itself
             pass
 
     def _serve(self, connection: socket.socket) -> None:
@@ -86,7 +91,7 @@ class _Handler(socketserver.BaseRequestHandler):
         if not hmac.compare_digest(tag, _tag(self.server.secret, b"receiver", ours, theirs)):
             return
         self.server.ready.wait()
-        if (adapter := self.server.adapter) is None:  # the sync has ended without one
+        if (adapter := self.server.adapter) is None:  # the sync ended without an adapter
             return
         connection.settimeout(self.server.timeout_s)
         header = _LENGTH.pack(len(adapter)) + self.server.digest
@@ -95,11 +100,11 @@ class _Handler(socketserver.BaseRequestHandler):
 
 
 class AdapterServer(socketserver.ThreadingTCPServer):
-    """Hands one adapter to whoever proves to know ``secret``.
+    """Sends one adapter to every client that proves to know ``secret``.
 
     Args:
-        host: the address to listen on, and no other; the port is one that is free.
-        timeout_s: how long a receiver may take to accept more bytes.
+        host: the only address to listen on; the port is any free one.
+        timeout_s: seconds that a receiver may take to accept more bytes.
 
     Raises:
         TransportError: this node does not have the address.
@@ -125,13 +130,13 @@ class AdapterServer(socketserver.ThreadingTCPServer):
         threading.Thread(target=self.serve_forever, args=(0.1,), name="adapter transport", daemon=True).start()
 
     def offer(self, adapter: memoryview) -> None:
-        """Lets every receiver, connected by now or later, have ``adapter``."""
+        """Makes ``adapter`` available to all receivers, connected already or later."""
         self.digest = hashlib.sha256(adapter).digest()
         self.adapter = adapter
         self.ready.set()
 
     def close(self) -> None:
-        """Stops listening, lets waiting receivers go, and forget the adapter."""
+        """Stops listening, releases waiting receivers, and drops the adapter."""
         self.shutdown()
         self.server_close()
         self.adapter = None
@@ -142,10 +147,11 @@ class AdapterClient:
     """A rollout worker's side of a connection.
 
     Args:
-        address: of an :class:`AdapterServer`: host, port, secret.
+        address: host, port and secret of an :class:`AdapterServer`.
+        timeout_s: seconds to wait for the adapter.
 
     Raises:
-        TransportError: nothing answers there.
+        TransportError: nothing answers at the address.
     """
 
     def __init__(self, address: tuple[str, int, bytes], timeout_s: float):
@@ -162,10 +168,11 @@ class AdapterClient:
             raise TransportError(f"the actor's adapter cannot be fetched from {self._where}: {error}") from error
 
     def fetch(self) -> bytearray:
-        """Returns the adapter's bytes, checked.
+        """Returns the bytes of the adapter after checking them.
 
         Raises:
-            TransportError: nothing came in time, the sender is gone, or it is not this job's actor.
+            TransportError: nothing arrived in time, the sender is gone, or it is not this job's
+                actor.
         """
         try:
             self._connection.settimeout(self._timeout_s)
@@ -192,9 +199,9 @@ class AdapterTransport(CheckpointEngine):
     """``actor_rollout_ref.rollout.checkpoint_engine.backend=qerl``.
 
     Args:
-        bucket_size: verl passes it; not used.
+        bucket_size: passed by verl; not used.
         is_master: whether this is the actor's first rank, which sends.
-        timeout_s: how long a rollout worker waits for the adapter, in seconds
+        timeout_s: seconds that a rollout worker waits for the adapter
             (``checkpoint_engine.engine_kwargs.qerl.timeout_s``).
     """
 
@@ -205,8 +212,8 @@ class AdapterTransport(CheckpointEngine):
         self.client: AdapterClient | None = None
 
     def prepare(self) -> tuple[str, int, bytes] | None:
-        """Returns the sender's address, port and the secret of this sync; None from everyone else."""
-        self.finalize()  # of a sync that did not come to its end
+        """Returns the sender's address, port and the secret of this sync; None on other ranks."""
+        self.finalize()  # ends a sync that was interrupted
         if not self.is_master:
             return None
         host = ray.util.get_node_ip_address().strip("[]")
@@ -215,8 +222,8 @@ class AdapterTransport(CheckpointEngine):
 
     @classmethod
     def build_topology(cls, actor_wg_world_size: int, rollout_world_size: int, metadata: list):
-        """Returns every rollout worker learns address and secret; the actor's other ranks have no
-        part in it."""
+        """Passes address and secret to every rollout worker. The actor's other ranks take no
+        part."""
         return {"address": [None] * actor_wg_world_size}, {"address": [metadata[0]] * rollout_world_size}
 
     def init_process_group(self, address: tuple[str, int, bytes] | None) -> None:
@@ -224,14 +231,15 @@ class AdapterTransport(CheckpointEngine):
             self.client = AdapterClient(address, self.timeout_s)
 
     def finalize(self) -> None:
-        """Ends the sync: what listened is closed, and the adapter's bytes go."""
+        """Ends the sync: closes the connections and drops the adapter's bytes."""
         for end in (self.server, self.client):
             if end is not None:
                 end.close()
         self.server = self.client = None
 
     async def send_weights(self, weights: Iterable[tuple[str, torch.Tensor]], global_steps: int | None = None) -> None:
-        tensors = {name: tensor.cpu() for name, tensor in weights}  # on every rank: a generator may be collective
+        # on every rank, because the generator may be collective
+        tensors = {name: tensor.cpu() for name, tensor in weights}
         if not self.is_master:
             return
         buffer = io.BytesIO()
@@ -239,10 +247,11 @@ class AdapterTransport(CheckpointEngine):
         await asyncio.to_thread(self.server.offer, buffer.getbuffer())
 
     async def receive_weights(self, global_steps: int | None = None) -> AsyncIterator[tuple[str, torch.Tensor]]:
-        """Yields: names and tensors, on the host.
+        """Yields names and tensors, on the host.
 
         Raises:
-            TransportError: nothing came in time, the sender is gone, or it is not this job's actor.
+            TransportError: nothing arrived in time, the sender is gone, or it is not this job's
+                actor.
         """
         data = await asyncio.to_thread(self.client.fetch)
         for name, tensor in torch.load(io.BytesIO(data), weights_only=True).items():

@@ -1,4 +1,4 @@
-"""Extension of vLLM's worker: verl's own, plus the adapter in the layers and the noise."""
+"""Extends vLLM's worker by verl's methods, the adapter in the layers and the noise."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ NOISE_FUSED = {plain: fused for plain, (fused, _) in FUSED.items()}
 
 
 class QeRLWorkerExtension(vLLMColocateWorkerExtension):
-    """What the trainer calls in every worker of a rollout engine through ``collective_rpc``."""
+    """The methods that the trainer calls in every rollout worker through ``collective_rpc``."""
 
     def _qerl_architecture(self) -> Architecture:
         return get_architecture(self.model_runner.vllm_config.model_config.hf_config)
 
     def _qerl_vllm_name(self, name: str) -> str:
-        """In this worker's model, of a name in transformers'."""
+        """Returns the name in this worker's model of a name in transformers' model."""
         mapper = getattr(self.model_runner.get_model(), "hf_to_vllm_mapper", None)
         return vllm_name(mapper, self._qerl_architecture(), name)
 
     def _qerl_noise_injector(self) -> NoiseInjector:
-        # vLLM mixes the extension into its worker class, so there is no constructor of our own
+        # vLLM mixes the extension into its worker class, so the extension has no constructor
         injector = getattr(self, "_qerl_injector", None)
         if injector is None:
             model, architecture = self.model_runner.get_model(), self._qerl_architecture()
@@ -44,16 +44,15 @@ class QeRLWorkerExtension(vLLMColocateWorkerExtension):
         return injector
 
     def update_weights_from_ipc(self, peft_config: dict = None, base_sync_done=False, use_shm: bool = False):
-        """Returns an adapter goes into the layers where they have room for one, else into vLLM's
-        LoRA path.
+        """Receives an adapter and loads it into the layers, or into vLLM's LoRA path.
 
         The transport is verl's (verl/workers/rollout/vllm_rollout/utils.py,
-        update_weights_from_ipc). From a checkpoint engine the adapter comes without arguments; its
-        configuration is one of the tensors then, see :mod:`qerl_verl.lora.wire`.
+        update_weights_from_ipc). A checkpoint engine passes no arguments; the configuration is then
+        one of the tensors, see :mod:`qerl_verl.lora.wire`.
 
         Raises:
-            ValueError: no adapter, one that does not fit, or with a value that is not finite; the
-                engine keeps the one it has.
+            ValueError: there is no adapter, it does not fit, or a value is not finite. The engine
+                keeps its previous adapter.
         """
         note_segments()
         in_layers = lora_settings(self.model_runner.vllm_config.additional_config) is not None
@@ -67,9 +66,9 @@ class QeRLWorkerExtension(vLLMColocateWorkerExtension):
         tensors: dict[str, torch.Tensor] = {}
 
         def on_bucket_received(weights: list[tuple[str, torch.Tensor]], is_last: bool) -> None:
-            if not tensors:  # without IPC the bucket is a segment of shared memory by now
+            if not tensors:  # without IPC, the bucket is a segment of shared memory
                 note_segments()
-            tensors.update((name, tensor.clone()) for name, tensor in weights)  # the bucket is used again
+            tensors.update((name, tensor.clone()) for name, tensor in weights)  # verl reuses it
 
         receiver.receive_weights(on_bucket_received=on_bucket_received)
         peft_config = peft_config or take_config(tensors)
@@ -81,7 +80,11 @@ class QeRLWorkerExtension(vLLMColocateWorkerExtension):
 
     def qerl_load_adapter(self, tensors: dict[str, torch.Tensor], scaling: float) -> int:
         """Overwrites the adapter in the layers, see
-        :meth:`qerl_verl.rollout.lora.AdapterStore.load`."""
+        :meth:`qerl_verl.rollout.lora.AdapterStore.load`.
+
+        Raises:
+            ValueError: a value is not finite, or the adapter does not fit.
+        """
         if name := first_nonfinite(tensors.items()):
             raise ValueError(f"the adapter's {name} holds a value that is not finite; the rollout keeps the one before")
         store = getattr(self, "_qerl_adapter_store", None)
@@ -95,7 +98,7 @@ class QeRLWorkerExtension(vLLMColocateWorkerExtension):
         return store.load(tensors.items(), scaling)
 
     def qerl_load_adapter_folder(self, folder: str) -> int:
-        """:meth:`qerl_load_adapter` from a folder in PEFT's format that this worker can read."""
+        """Loads an adapter from a folder in PEFT's format, see :meth:`qerl_load_adapter`."""
         from peft import LoraConfig
         from safetensors.torch import load_file
 
@@ -103,12 +106,11 @@ class QeRLWorkerExtension(vLLMColocateWorkerExtension):
         return self.qerl_load_adapter(load_file(f"{folder}/adapter_model.safetensors"), scaling)
 
     def qerl_reload_base(self) -> None:
-        """Reads the base from disk into the memory that a sleep at level 2 left empty. Norms come
-        back without noise.
+        """Reads the base from disk into the memory that a sleep at level 2 left empty.
 
-        The attention's scales are parameters, which vLLM's sleep does not save, but no part of the
-        checkpoint (vllm/.../compressed_tensors.py, CompressedTensorsKVCacheMethod): they come from
-        vLLM's copies on the host.
+        Norms come back without noise. The attention's scales are parameters that vLLM's sleep does
+        not save and that the checkpoint does not have (vllm/.../compressed_tensors.py,
+        CompressedTensorsKVCacheMethod), so they are restored from vLLM's copies on the host.
         """
         self.model_runner.reload_weights()
         for module in self.model_runner.get_model().modules():
@@ -120,7 +122,7 @@ class QeRLWorkerExtension(vLLMColocateWorkerExtension):
                 module.qerl_reset()
 
     def qerl_adapter_digest(self) -> str:
-        """Returns the SHA-256 over the adapter in this worker's layers."""
+        """Returns the SHA-256 of the adapter in this worker's layers."""
         digest = hashlib.sha256()
         for name, tensor in sorted(self.model_runner.get_model().named_buffers()):
             if "qerl_lora_" in name:
@@ -137,27 +139,24 @@ class QeRLWorkerExtension(vLLMColocateWorkerExtension):
         rounding: str = "none",
         router: bool = False,
     ) -> dict[str, float]:
-        """Puts the noise of a training step on the norms of this worker's part of the model;
-        ``sigma`` 0 takes it off.
+        """Applies the noise of a training step to the norms of this worker's part of the model.
 
-        Every rank draws the same, see :func:`qerl_verl.aqn.noise.draw_noise`. The engine must be
-        awake.
+        ``sigma`` 0 removes the noise. Every rank draws the same values, see
+        :func:`qerl_verl.aqn.noise.draw_noise`. The engine must be awake.
 
         Returns:
-            What acts now, see :meth:`qerl_verl.aqn.noise.NoiseInjector.measure`.
+            The noise in effect, see :meth:`qerl_verl.aqn.noise.NoiseInjector.measure`.
         """
         injector = self._qerl_noise_injector()
         injector.set_noise(seed, step, sigma, unit, rounding, router)
         return injector.measure()
 
     def qerl_norm_weights(self) -> dict[str, list[float]]:
-        """Returns what the norms that receive noise multiply by, by full module name in
-        transformers' model, float32."""
+        """Returns full module name -> float32 weight of the norms that receive noise."""
         return {name: t.live.cpu().tolist() for name, t in self._qerl_noise_injector().targets.items()}
 
     def qerl_base_digest(self) -> str:
-        """Returns the SHA-256 over the names and bytes of every tensor of the base, which noise
-        does not touch."""
+        """Returns the SHA-256 of the names and bytes of the base's tensors, which exclude noise."""
         digest = hashlib.sha256()
         for name, tensor in sorted(self.model_runner.get_model().named_parameters()):
             if "lora_" in name:
