@@ -1,13 +1,24 @@
 """Operators with tensors on a device that is not the current one."""
 
 import contextlib
+from dataclasses import fields
+from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny_experts import TinyExperts, make_tokens
 
 from qerl_verl.kernels import hopper, portable
 from qerl_verl.kernels.device_guard import on_tensors_device
 from qerl_verl.kernels.nvfp4_dequantize import block_values_nvfp4
+from qerl_verl.kernels.nvfp4_experts import ExpertStack, nvfp4_experts_reference, route_softmax
+from qerl_verl.kernels.nvfp4_fp8_linear import (
+    nvfp4_fp8_linear_reference,
+    nvfp4_to_fp8_reference,
+    quantize_rows_reference,
+    through_fp8,
+)
+from qerl_verl.kernels.nvfp4_lora_linear import add_lora_reference
 from qerl_verl.kernels.nvfp4_quantize import nvfp4_global_scale, quantize_nvfp4
 
 NAMESPACES = {"qerl_hopper": hopper.OPERATORS, "qerl_portable": portable.OPERATORS}
@@ -65,26 +76,128 @@ def test_every_operator_is_guarded(namespace):
     assert all(f.__code__ is guard and f.__wrapped__.__code__ is not guard for f in NAMESPACES[namespace].values())
 
 
+N, K, RANK, TOKENS, ALPHA = 128, 128, 16, 5, 1 / 640
+ROUNDING = 2**-7
+"""Of the largest output: sums in float32 (FP8: of some bits less), rounded to bfloat16."""
+
+
+def problem() -> SimpleNamespace:
+    """Inputs of all operators, on the host."""
+    torch.manual_seed(0)
+    t = SimpleNamespace(weight=torch.randn(N, K), x=torch.randn(TOKENS, K).bfloat16(), bias=torch.randn(N).bfloat16())
+    t.global_scale = nvfp4_global_scale(t.weight.abs().max())
+    t.packed, t.scale = quantize_nvfp4(t.weight, t.global_scale)
+    t.fp8, t.channel = nvfp4_to_fp8_reference(t.packed, t.scale)
+    t.a, t.b = torch.randn(RANK, K).bfloat16(), torch.randn(N, RANK).bfloat16()
+    tokens, logits = make_tokens(torch.bfloat16, TOKENS, 64, 4)
+    t.routed = (tokens, *route_softmax(logits, 2, True))
+    t.experts = tuple(ExpertStack(s.packed, s.scale, s.alpha.float()) for s in TinyExperts(4, 64, 64).weights())
+    return t
+
+
+def on_device(value, device: str):
+    """A problem with all of its tensors there."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, SimpleNamespace):
+        return SimpleNamespace(**{name: on_device(v, device) for name, v in vars(value).items()})
+    if isinstance(value, ExpertStack):
+        return ExpertStack(*(getattr(value, field.name).to(device) for field in fields(value)))
+    return tuple(on_device(v, device) for v in value)
+
+
+def linear(t) -> torch.Tensor:
+    weight = block_values_nvfp4(t.packed, t.scale, torch.float32).double()
+    return ALPHA * t.x.double() @ weight.t() + t.bias.double()
+
+
+def prepacked(t) -> tuple[torch.Tensor, torch.Tensor]:
+    return hopper.prepack(t.packed, t.scale.view(torch.uint8))
+
+
+VALUES = {
+    "qerl_portable::nvfp4_dequantize": (
+        lambda t: portable.dequantize(t.packed, t.scale),
+        lambda t: block_values_nvfp4(t.packed, t.scale, torch.bfloat16),
+        0,
+    ),
+    "qerl_portable::nvfp4_quantize": (
+        lambda t: portable.quantize(t.weight, t.global_scale),
+        lambda t: (t.packed, t.scale),
+        0,
+    ),
+    "qerl_portable::nvfp4_gemm": (
+        lambda t: portable.gemm(t.x, t.packed, t.scale, ALPHA, t.bias),
+        linear,
+        ROUNDING,
+    ),
+    "qerl_portable::fp8_quantize": (
+        lambda t: portable.fp8_quantize(t.x),
+        lambda t: quantize_rows_reference(t.x),
+        0,
+    ),
+    "qerl_portable::nvfp4_to_fp8": (
+        lambda t: portable.nvfp4_to_fp8(t.packed, t.scale),
+        lambda t: (t.fp8, t.channel),
+        0,
+    ),
+    "qerl_portable::nvfp4_through_fp8": (
+        lambda t: portable.nvfp4_through_fp8(t.packed, t.scale),
+        lambda t: through_fp8(t.fp8, t.channel, torch.bfloat16),
+        0,
+    ),
+    "qerl_portable::fp8_gemm": (
+        lambda t: portable.fp8_gemm(t.x, t.fp8, t.channel, ALPHA, t.bias),
+        lambda t: nvfp4_fp8_linear_reference(t.x.double(), t.fp8, t.channel, ALPHA, t.bias),
+        ROUNDING,
+    ),
+    "experts": (
+        lambda t: portable.experts(*t.routed, *t.experts),
+        lambda t: nvfp4_experts_reference(t.routed[0].double(), *t.routed[1:], *t.experts),
+        4 * ROUNDING,  # rounded after each GEMM, after the activation and at the end
+    ),
+    "qerl_hopper::nvfp4_dequantize": (
+        lambda t: hopper.dequantize(*prepacked(t)),
+        lambda t: block_values_nvfp4(t.packed, t.scale, torch.bfloat16),
+        0,
+    ),
+    "qerl_hopper::nvfp4_gemm": (
+        lambda t: hopper.gemm(t.x, *prepacked(t), ALPHA, t.bias),
+        linear,
+        ROUNDING,
+    ),
+    "qerl_hopper::nvfp4_lora_gemm": (
+        lambda t: hopper.lora_gemm(t.x, *prepacked(t), ALPHA, t.bias, t.a, hopper.prepack_lora_b(t.b), [N], 0.5),
+        lambda t: add_lora_reference(linear(t), t.x.double(), t.a.double(), t.b.double(), [N], 0.5),
+        2 * ROUNDING,  # x A^T is rounded as well
+    ),
+}
+"""What each operator, and the one function of ours beside them that launches kernels, gives and has
+to give, and how far apart the two may be."""
+
+
+def test_every_operator_has_its_values():
+    assert set(VALUES) - {"experts"} == {f"{space}::{name}" for space, names in NAMESPACES.items() for name in names}
+
+
+def check_values(name: str, device: str) -> None:
+    operator, reference, tolerance = VALUES[name]
+    t = problem()
+    got, want = operator(on_device(t, device)), reference(t)
+    for a, b in zip((got,) if torch.is_tensor(got) else got, (want,) if torch.is_tensor(want) else want, strict=True):
+        assert str(a.device) == device
+        far = (a.cpu().double() - b.double()).abs().max()
+        assert far <= tolerance * b.double().abs().max(), f"{name}: {far}"
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_on_the_second_gpu_while_the_first_is_current():
-    torch.manual_seed(0)
-    weight = torch.randn(128, 128)
-    global_scale = nvfp4_global_scale(weight.abs().max())
-    packed, scale = (t.cuda(1) for t in quantize_nvfp4(weight, global_scale))
-    x = torch.randn(5, 128, dtype=torch.bfloat16, device="cuda:1")
-    expected = block_values_nvfp4(packed, scale, torch.bfloat16)
-    y = x.double() @ expected.double().t()
+@pytest.mark.parametrize("name", VALUES)
+def test_on_the_second_gpu_while_the_first_is_current(name):
+    backend = hopper.availability(1) if "hopper" in name else portable.fp8_availability(1) if "fp8" in name else None
+    if backend:
+        pytest.skip(backend)
     torch.cuda.set_device(0)
-    assert torch.equal(portable.dequantize(packed, scale), expected)
-    assert torch.equal(portable.quantize(weight.cuda(1), global_scale.cuda(1))[0], packed)
-    torch.testing.assert_close(portable.gemm(x, packed, scale, 1.0).double(), y, rtol=1e-2, atol=1e-1)
-    if hopper.availability(1) is None:
-        packed_p, scale_p = hopper.prepack(packed, scale.view(torch.uint8))
-        a, b = torch.randn(16, 128, device="cuda:1").bfloat16(), torch.zeros(128, 16, device="cuda:1").bfloat16()
-        assert torch.equal(hopper.dequantize(packed_p, scale_p), expected)
-        got = hopper.gemm(x, packed_p, scale_p, 1.0)
-        torch.testing.assert_close(got.double(), y, rtol=1e-2, atol=1e-1)
-        with_zeros = hopper.lora_gemm(x, packed_p, scale_p, 1.0, None, a, hopper.prepack_lora_b(b), [128], 1.0)
-        assert torch.equal(with_zeros, got)
+    check_values(name, "cuda:1")
+    torch.cuda.synchronize(1)
     assert torch.cuda.current_device() == 0
