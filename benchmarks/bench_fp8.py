@@ -1,7 +1,7 @@
 """FP8 GEMMs against bfloat16 ones on the same NVFP4 weights, and what the rounding does to a
 policy.
 
-No setting chooses FP8: docs/performance.md tells why. :class:`FP8Backend` is how a layer would
+No setting chooses FP8: docs/performance-trials.md tells why. :class:`FP8Backend` is how a layer would
 compute in it.
 
     python benchmarks/bench_fp8.py --json benchmarks/results/fp8_h100.json

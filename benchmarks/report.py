@@ -1,9 +1,10 @@
-"""Make docs/performance.md's tables and plot from the JSON files of the benchmarks.
+"""Make the summary, the figures and the tables of docs/performance.md from the JSON files of the benchmarks.
 
     python benchmarks/report.py benchmarks/results
 
-Everything between ``<!-- results -->`` and ``<!-- end of results -->`` of the page is written anew:
-a summary with the targets, then the tables of each GPU. What has no file is left out.
+Everything between ``<!-- summary -->`` and ``<!-- end of summary -->`` of the page is written anew, and
+so is everything between ``<!-- tables -->`` and ``<!-- end of tables -->``. A row, panel or table without
+a result file is left out.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import re
 import statistics
 import sys
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,8 +25,8 @@ from run_all import short_name  # noqa: E402
 from summary import ROWS  # noqa: E402
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "performance.md"
-PLOT = PAGE.with_name("performance.png")
-BEGIN, END = "<!-- results -->", "<!-- end of results -->"
+SUMMARY, TABLES = "summary", "tables"
+"""The names of the two parts of the page that are generated, as its marks have them."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ def summary_section(folder: Path) -> str:
             gpu = data.get("gpu") or gpu_of(data)
             rows += [[*row.cells(), gpu] for row in make(data)]
     text = (
-        "Above 1x, NVFP4 is the faster one. A value in bold misses its target. Of a range of tokens the least is shown."
+        "Above 1x, NVFP4 is faster. A bold value misses its target. For a range of tokens, the smallest ratio is shown."
     )
     return f"{table(['what', 'baseline', 'target', 'measured', 'GPU'], rows)}\n\n{text}"
 
@@ -109,7 +111,7 @@ def gemm_section(results: Results) -> str:
         )
         rows.append(
             [
-                f"base alone, all products of a {model} layer together",
+                f"base alone, all GEMMs of a {model} layer together",
                 *("" if r is None else f"{r:.2f}" for r in ratios),
             ]
         )
@@ -119,11 +121,13 @@ def gemm_section(results: Results) -> str:
             of_marlin.setdefault(r["m"], []).append(r["marlin_us"] / r["us"])
     if of_marlin:
         means = (statistics.geometric_mean(of_marlin[m]) if m in of_marlin else None for m in tokens)
-        rows.append(["base alone, against vLLM's Marlin, same run", *("" if m is None else f"{m:.2f}" for m in means)])
+        rows.append(
+            ["base alone, against vLLM's Marlin in the same run", *("" if m is None else f"{m:.2f}" for m in means)]
+        )
         least = min(min(ratios) for ratios in of_marlin.values())
         rows.append(
             [
-                f"the worst shape of those (of all: {least:.2f})",
+                f"the same, worst shape (over all tokens: {least:.2f})",
                 *(f"{min(of_marlin[m]):.2f}" if m in of_marlin else "" for m in tokens),
             ]
         )
@@ -343,37 +347,129 @@ def two_gpus_section(results: Results) -> str:
     return "\n\n".join([*out, f"File: `{data['file']}`."])
 
 
-def plot(results: Results) -> bool:
-    """Returns ratios to bf16 + LoRA of kernels and rollout, by tokens and sequences."""
+PHASES = {
+    "gen": "rollout",
+    "old_log_prob": "log-probabilities",
+    "update_actor": "update",
+    "update_weights": "weight sync",
+}
+"""Phases of a step in the figure, by verl's name."""
+
+LABELS = {"bf16_lora": "bf16 LoRA", "nvfp4_lora": "NVFP4 LoRA", "bf16_peft": "bf16 LoRA", "nvfp4": "NVFP4 LoRA"}
+
+
+def plot(results: Results) -> list[Path]:
+    """Draw the two figures of the page from the files of one GPU.
+
+    Returns:
+        The files; none where matplotlib is not installed. A panel without a result file is left out.
+    """
     try:
         import matplotlib
     except ImportError:
-        return False
+        return []
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6))
-    for stem, label in (("gemm", "base"), ("lora_gemm", "base + adapter")):
-        if data := load(results, stem):
-            points = sorted((int(m), r["ratio"]) for m, r in data["geomean_by_tokens"].items())
-            left.plot(*zip(*points, strict=True), marker="o", label=label)
-    left.set_title("matrix products, cuBLAS bf16 = 1")
-    left.set_xlabel("tokens")
-    for stem, label in (("rollout_7b", "7B"), ("rollout_32b", "32B, 32 layers")):
-        if data := load(results, stem):
-            ratios = data["ratio_to_bf16_lora"]["nvfp4_lora"]
-            points = sorted((int(s), r) for s, r in ratios.items() if s.isdigit())
-            right.plot(*zip(*points, strict=True), marker="o", label=label)
-    right.set_title("rollout, vLLM bf16 + LoRA = 1")
-    right.set_xlabel("sequences")
-    for axis in (left, right):
-        axis.set_xscale("log", base=2)
-        axis.axhline(1.0, color="grey", linewidth=0.8)
-        axis.set_ylim(bottom=0)
-        axis.legend()
-    figure.tight_layout()
-    figure.savefig(PLOT, dpi=120)
-    return True
+    drawn = []
+    for file, panels in FIGURES.items():
+        found = [(panel, data) for panel, stems in panels.items() if (data := _load_first(results, stems))]
+        if not found:
+            continue
+        figure, axes = pyplot.subplots(1, len(found), figsize=(4.6 * len(found), 3.6), squeeze=False)
+        for axis, (panel, data) in zip(axes[0], found, strict=True):
+            panel(axis, data)
+            axis.set_ylim(bottom=0)
+        figure.suptitle(results.gpu, fontsize=9)
+        figure.tight_layout()
+        path = PAGE.with_name(file)
+        figure.savefig(path, dpi=120)
+        pyplot.close(figure)
+        drawn.append(path)
+    return drawn
+
+
+def _load_first(results: Results, stems: tuple[str, ...]) -> dict[str, dict]:
+    """The result files of a panel by stem, those that are there."""
+    return {stem: data for stem in stems if (data := load(results, stem))}
+
+
+def _plot_step(axis, found: dict[str, dict]) -> None:
+    """Seconds of a GRPO step by phase, one bar a variant."""
+    (data,) = found.values()
+    runs = {name: run["mean"] for name, run in data["runs"].items() if name in LABELS}
+    bottoms = [0.0] * len(runs)
+    names = [LABELS[name] for name in runs]
+    for phase, label in PHASES.items():
+        heights = [mean[f"timing_s/{phase}"] for mean in runs.values()]
+        axis.bar(names, heights, bottom=bottoms, label=label, width=0.6)
+        bottoms = [b + h for b, h in zip(bottoms, heights, strict=True)]
+    steps = [mean["timing_s/step"] for mean in runs.values()]
+    axis.bar(
+        names,
+        [s - b for s, b in zip(steps, bottoms, strict=True)],
+        bottom=bottoms,
+        label="other",
+        width=0.6,
+        color="lightgrey",
+    )
+    for x, seconds in enumerate(steps):
+        axis.text(x, seconds, f"{seconds:.1f} s", ha="center", va="bottom")
+    axis.set_title("GRPO step, 7B, seconds")
+    axis.legend(fontsize=7, loc="upper right", ncol=2)
+    axis.margins(y=0.3)
+
+
+def _plot_decoding(axis, found: dict[str, dict]) -> None:
+    """Decoding speed over bf16 with LoRA, by sequences."""
+    for stem, data in found.items():
+        ratios = data["ratio_to_bf16_lora"]["nvfp4_lora"]
+        points = sorted((int(key.split()[1]), ratio) for key, ratio in ratios.items() if key.startswith("decode "))
+        axis.plot(*zip(*points, strict=True), marker="o", label={"rollout_7b": "7B"}.get(stem, "32B, 32 layers"))
+    axis.set_title("decoding, vLLM bf16 + LoRA = 1")
+    _against_tokens(axis, "sequences")
+
+
+def _plot_memory(axis, found: dict[str, dict]) -> None:
+    """Peak memory of a LoRA training step, with the part of the weights."""
+    (data,) = found.values()
+    runs = {name: run for name, run in data["runs"].items() if name in LABELS}
+    names = [LABELS[name] for name in runs]
+    weights, peaks = [run["weights_gb"] for run in runs.values()], [run["peak_gb"] for run in runs.values()]
+    axis.bar(names, weights, label="weights", width=0.6)
+    axis.bar(names, [p - w for p, w in zip(peaks, weights, strict=True)], bottom=weights, label="rest", width=0.6)
+    for x, peak in enumerate(peaks):
+        axis.text(x, peak, f"{peak:.1f} GiB", ha="center", va="bottom")
+    axis.set_title(f"LoRA training step, 7B, {data['tokens']} tokens, peak GiB", fontsize=10)
+    axis.legend(fontsize=7)
+    axis.margins(y=0.12)
+
+
+def _plot_gemm(axis, found: dict[str, dict]) -> None:
+    """Speed of the GEMMs over cuBLAS, by tokens."""
+    for stem, data in found.items():
+        points = sorted((int(m), r["ratio"]) for m, r in data["geomean_by_tokens"].items())
+        axis.plot(*zip(*points, strict=True), marker="o", label="base" if stem == "gemm" else "base and adapter")
+    axis.set_title("GEMM, cuBLAS bf16 = 1")
+    _against_tokens(axis, "tokens")
+
+
+def _against_tokens(axis, label: str) -> None:
+    axis.set_xlabel(label)
+    axis.set_xscale("log", base=2)
+    axis.axhline(1.0, color="grey", linewidth=0.8)
+    axis.legend(fontsize=8)
+
+
+FIGURES = {
+    "performance.png": {
+        _plot_step: ("grpo_step_7b",),
+        _plot_decoding: ("rollout_7b", "rollout_32b"),
+        _plot_memory: ("training_7b",),
+    },
+    "performance-gemm.png": {_plot_gemm: ("gemm", "lora_gemm")},
+}
+"""File beside the page -> its panels, each with the stems of the result files that it draws."""
 
 
 SECTIONS = {
@@ -395,17 +491,35 @@ def gpu_section(results: Results) -> str:
     return "\n\n".join([f"### {results.gpu}", *tables])
 
 
-def render(folder: Path, picture: bool = True) -> str:
-    """Returns what stands between the marks of the page.
+def summary(folder: Path, figures: Collection[str] = tuple(FIGURES)) -> str:
+    """Returns the page's summary: the table with the targets, then the figures.
 
     Args:
         folder: of the result files; at least one.
-        picture: whether the plot is there.
+        figures: names of the figures that are there.
     """
-    gpus = find_gpus(folder)
-    shown = [f"![ratios on {gpus[0]}](performance.png)"] if picture else []
-    tables = [gpu_section(Results(folder, gpu)) for gpu in gpus]
-    return "\n\n".join(["## Summary", summary_section(folder), *shown, "## Tables", *tables])
+    gpu = find_gpus(folder)[0]
+    shown = [f"![{Path(name).stem.replace('-', ' ')} on {gpu}]({name})" for name in figures]
+    return "\n\n".join([summary_section(folder), *shown])
+
+
+def tables(folder: Path) -> str:
+    """Returns the tables of each GPU."""
+    return "\n\n".join(gpu_section(Results(folder, gpu)) for gpu in find_gpus(folder))
+
+
+def replaced(page: str, name: str, text: str) -> str:
+    """A page with another text between ``<!-- name -->`` and ``<!-- end of name -->``.
+
+    Raises:
+        ValueError: the page does not have the two marks, in this order.
+    """
+    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    before, found, rest = page.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise ValueError(f"the page has no {begin} with {end} behind it")
+    return f"{before}{begin}\n\n{text}\n\n{end}{after}"
 
 
 def main() -> None:
@@ -415,11 +529,10 @@ def main() -> None:
     gpus = find_gpus(folder)
     if not gpus:
         parser.error(f"{folder} holds no result of a benchmark")
-    drawn = plot(Results(folder, gpus[0]))
-    before, _, rest = PAGE.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    PAGE.write_text(f"{before}{BEGIN}\n\n{render(folder, drawn)}\n\n{END}{after}")
-    print(f"wrote {PAGE}" + (f" and {PLOT}" if drawn else ", no plot: matplotlib is not installed"))
+    drawn = [path.name for path in plot(Results(folder, gpus[0]))]
+    text = replaced(PAGE.read_text(), SUMMARY, summary(folder, drawn))
+    PAGE.write_text(replaced(text, TABLES, tables(folder)))
+    print(f"wrote {PAGE}" + (f" and {', '.join(drawn)}" if drawn else ", no figure: matplotlib is not installed"))
 
 
 if __name__ == "__main__":

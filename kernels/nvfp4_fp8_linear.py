@@ -20,7 +20,7 @@ its scales span at most 2^14 in a row.
 
 The derivative of e4m3 counts as 1, so dy/dx = alpha W'.
 
-No layer computes so: the rounding of activations widens the divergence between rollout and actor too much (docs/performance.md,
+No layer computes so: the rounding of activations widens the divergence between rollout and actor too much (docs/performance-trials.md,
 "FP8 compute"). Benchmarks do.
 """
 

@@ -16,14 +16,32 @@ RESULTS = Path(report.__file__).parent / "results"
 
 def test_the_page_is_what_the_report_makes_of_the_results():
     """Otherwise: python benchmarks/report.py benchmarks/results."""
-    assert f"{report.BEGIN}\n\n{report.render(RESULTS)}\n\n{report.END}" in report.PAGE.read_text()
+    page = report.PAGE.read_text()
+    assert report.replaced(page, report.SUMMARY, report.summary(RESULTS)) == page
+    assert report.replaced(page, report.TABLES, report.tables(RESULTS)) == page
+
+
+def test_a_page_without_a_mark_is_refused():
+    assert (
+        report.replaced("a <!-- x --> b <!-- end of x --> c", "x", "new")
+        == "a <!-- x -->\n\nnew\n\n<!-- end of x --> c"
+    )
+    with pytest.raises(ValueError, match="has no <!-- x -->"):
+        report.replaced("a <!-- x --> b", "x", "new")
+
+
+def test_the_figures_are_drawn_from_the_files_that_are_there(tmp_path, monkeypatch):
+    """One figure of two has results here, and one panel of it has none."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(report, "PAGE", tmp_path / "page.md")
+    for stem in ("grpo_step_7b", "rollout_7b"):
+        (tmp_path / f"{stem}_h200.json").write_text((RESULTS / f"{stem}_h200.json").read_text())
+    drawn = report.plot(report.Results(tmp_path, "NVIDIA H200"))
+    assert [path.name for path in drawn] == ["performance.png"] and drawn[0].stat().st_size > 10_000
 
 
 def test_every_row_of_the_summary_has_a_file_today():
-    assert all(
-        report.load_all(RESULTS, stem) and ROWS[stem](report.load_all(RESULTS, stem)[0])
-        for stem in ROWS
-    )
+    assert all(report.load_all(RESULTS, stem) and ROWS[stem](report.load_all(RESULTS, stem)[0]) for stem in ROWS)
 
 
 CELLS = {
@@ -56,12 +74,9 @@ def test_each_gpu_has_its_rows_and_tables(tmp_path):
     write(tmp_path, "gemm_h100.json", "NVIDIA H100", {"1": 2.4, "16": 2.1, "64": 1.7})
     write(tmp_path, "gemm_h200.json", "NVIDIA H200", {"1": 2.5, "64": 1.8})
     write(tmp_path, "gemm_no_pdl_h200.json", "NVIDIA H200", {"1": 2.0})
-    text = report.render(tmp_path)
+    text = report.summary(tmp_path) + report.tables(tmp_path)
     what = "| GEMM, shapes of the built-in table, 1 to 16 / 64 tokens | cuBLAS bf16 | 2.2 / 1.6x |"
-    assert (
-        f"{what} **2.10** / 1.70x | NVIDIA H100 |" in text
-        and f"{what} 2.50 / 1.80x | NVIDIA H200 |" in text
-    )
+    assert f"{what} **2.10** / 1.70x | NVIDIA H100 |" in text and f"{what} 2.50 / 1.80x | NVIDIA H200 |" in text
     h100 = text[text.index("### NVIDIA H100") :]
     assert "gemm_h100.json" in h100 and "gemm_no_pdl" not in h100.partition("### NVIDIA H200")[0]
     assert "not measured" not in text
