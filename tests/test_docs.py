@@ -95,22 +95,28 @@ def test_the_example_of_the_metrics_is_what_the_runs_of_the_study_logged():
     assert rows("metrics.md", "stage") == means
 
 
-def literal(path: str, name: str):
-    """The value of a constant at the top of a module, without importing it."""
+def constant(path: str, name: str) -> ast.expr:
+    """The expression of a constant at the top of a module."""
     for node in ast.parse((ROOT / path).read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and [getattr(t, "id", None) for t in node.targets] == [name]:
-            return ast.literal_eval(node.value)
+            return node.value
     raise AssertionError(f"{path} has no {name}")
 
 
 def test_the_tables_of_kills_are_those_of_the_tests():
     killed = [row[0] for row in rows("reliability.md", "killed")]
-    victims = literal("tests/integration/tiny_job.py", "VICTIMS")
-    assert [text for text in killed if "`" in text and ": `" in text] == [
+    victims = ast.literal_eval(constant("tests/integration/tiny_job.py", "VICTIMS"))
+    assert [text for text in killed if ": `" in text] == [
         f"{name}: `{'python -m ' * (name == 'driver')}{title}`" for name, title in victims.items()
     ]
-    cases = literal("tests/integration/test_crash.py", "CASES")
-    assert rows("reliability.md", "process") == [list(case) for case in cases]
+    cases = constant("tests/integration/test_crash.py", "CASES")
+    wanted = []
+    for case, outcome in zip(cases.keys, cases.values, strict=True):
+        code, named = outcome.elts
+        code = "137" if ast.unparse(code) == "-signal.SIGKILL" else str(ast.literal_eval(code))
+        names = ", ".join(f"`{name}`" for name in ast.literal_eval(named))
+        wanted.append([*ast.literal_eval(case), code, names])
+    assert rows("reliability.md", "process") == wanted
 
 
 def template(node: ast.AST) -> str | None:
@@ -190,6 +196,24 @@ def test_the_migrated_recipe_runs_and_the_switch_sets_what_the_page_says(capsys)
         assert code == 0 and lines[-1] == "problems: none"
         (said,) = blocks("migrating.md", "text")
         assert [line for line in said.splitlines() if not any(found.strip().startswith(line) for found in lines)] == []
+
+
+def result(name: str) -> dict:
+    return json.loads((ROOT / "benchmarks" / "results" / name).read_text())
+
+
+def test_the_first_numbers_of_the_readme_are_those_of_the_result_files():
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    step = result("grpo_step_7b_h200.json")["ratio_to_bf16_lora"]["nvfp4_lora"]["timing_s/step"]
+    decode = result("rollout_7b_h200.json")["ratio_to_bf16_lora"]["nvfp4_lora"]
+    decoding = " / ".join(f"{decode[f'decode {n}']:.2f}" for n in (1, 8, 64, 256))
+    peak = result("training_7b_h200.json")["ratios"]["nvfp4 against bf16_peft"]["peak_memory"]
+    assert f"(256 + 512 tokens) is {step:.2f} times as fast" in readme
+    assert f"decoding is {decoding} times as fast" in readme
+    assert f"a LoRA training step of 8192 tokens peaks at {peak:.2f} of PEFT's on bf16" in readme
+    index = " ".join((DOCS / "index.md").read_text(encoding="utf-8").split())
+    assert f"is {step:.2f} times as fast" in index and f"decoding up to {decode['decode 1']:.2f} times" in index
+    assert f"peaks at {peak:.2f} of PEFT's" in index
 
 
 def navigation() -> list[str]:
