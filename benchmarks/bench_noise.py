@@ -28,6 +28,8 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+from qerl_verl.job import Job
+
 HERE = Path(__file__).resolve().parent
 PROMPT, BATCHED = 256, 8192
 SIGMAS = (1e-2, 5e-4)
@@ -247,7 +249,7 @@ def main() -> None:
     }
     environment = {
         **os.environ,
-        "QERL_SWITCH": "nvfp4",
+        **Job().environment(),
         "VLLM_PLUGINS": "qerl",
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
     }

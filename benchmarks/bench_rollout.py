@@ -25,6 +25,8 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+from qerl_verl.job import JOB_ENV, Job
+
 HERE = Path(__file__).resolve().parent
 PROMPT, GENERATED, PREFILL = 256, 256, 8192
 VARIANTS = {
@@ -166,9 +168,9 @@ def run_variants(args: argparse.Namespace) -> dict:
         environment = {**os.environ, "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR")}
         environment["VLLM_PLUGINS"] = "qerl"
         environment["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
-        environment.pop("QERL_SWITCH", None)
+        environment.pop(JOB_ENV, None)
         if VARIANTS[name]["base"] == "nvfp4":
-            environment["QERL_SWITCH"] = "nvfp4"
+            environment |= Job().environment()
         command = [sys.executable, __file__, "--variant", name, "--shape", args.shape, "--work", args.work]
         command += ["--sequences", *map(str, args.sequences), "--generated", str(args.generated)]
         command += ["--tensor-parallel", str(args.tensor_parallel)]

@@ -31,6 +31,8 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
+from qerl_verl.job import JOB_ENV, Job
+
 HERE = Path(__file__).resolve().parent
 SHAPES_OF_RUN = {"mixture": "30B-A3B-6", "dense": "7B-4"}
 SHAPES_OF_DRY_RUN = {"mixture": "tiny-moe", "dense": "tiny"}
@@ -185,9 +187,9 @@ def measure(base: str, folder: Path, args: argparse.Namespace) -> dict:
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # a function is called in the worker
     }
-    environment.pop("QERL_SWITCH", None)
+    environment.pop(JOB_ENV, None)
     if base == "nvfp4":
-        environment["QERL_SWITCH"] = "nvfp4"
+        environment |= Job().environment()
     for part in ("rollout", "actor"):
         command = [sys.executable, __file__, "--part", part, "--base", base, "--model", str(folder)]
         for name in ("work", "samples", "prompt", "generated", "dtype", "kernel"):

@@ -41,8 +41,7 @@ def say(**content) -> None:
 
 
 def wait_for(command: str) -> None:
-    """What takes long to import is imported in all processes at once; the rest happens one by one.
-    """
+    """What takes long to import is imported in all processes at once; the rest happens one by one."""
     say(ready=True)
     assert listen() == command
 
@@ -357,10 +356,14 @@ def check_gemm(owner: Process, user: Process) -> dict:
 
 
 def start_mode(mode: str, args, work: Path, on_gpu: bool) -> tuple[Process, Process]:
-    from qerl_verl.config.base import LOAD_FORMAT, BaseSharing
+    from qerl_verl.config.base import LOAD_FORMAT
+    from qerl_verl.config.settings import QeRLSettings
+    from qerl_verl.job import BaseSharing, Job, LoraSettings
 
+    sharing = BaseSharing(uuid.uuid4().hex) if mode == "shared" else None
+    settings = QeRLSettings(base="shared" if sharing else "separate")
     environment = {
-        "QERL_SWITCH": "nvfp4",
+        **Job(settings, LoraSettings(RANK, RANK), sharing=sharing).environment(),
         "VERL_ENGINE_VENDOR": "qerl",
         "VLLM_LOGGING_LEVEL": "WARNING",
         "VERL_REPLICA_RANK": "0",
@@ -370,8 +373,6 @@ def start_mode(mode: str, args, work: Path, on_gpu: bool) -> tuple[Process, Proc
     }
     if not on_gpu:
         environment |= {"VERL_PLATFORM": "cpu", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    if mode == "shared":
-        environment |= BaseSharing(uuid.uuid4().hex, True, "auto", RANK, "bfloat16").environment()
     model = ["--model", str(work / args.shape)]
     offload = ["--offload"] if args.offload else []
     owner = Process("actor", [*model, *offload], environment, work / f"actor_{mode}.log")

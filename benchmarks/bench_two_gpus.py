@@ -44,6 +44,8 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
+from qerl_verl.job import JOB_ENV, Job
+
 HERE = Path(__file__).resolve().parent
 TESTS = HERE.parent / "tests"
 sys.path[:0] = [str(HERE), str(TESTS / "engine"), str(TESTS / "rollout"), str(TESTS / "integration")]
@@ -59,7 +61,7 @@ NO_MULTICAST = {
     "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",
 }
 ON_THE_CPU = {
-    "QERL_SWITCH": "nvfp4",
+    **Job().environment(),
     "VERL_PLATFORM": "cpu",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -270,8 +272,7 @@ def measure_equality(name: str, device: str, args: argparse.Namespace) -> dict:
 
 
 def run_rank(args: argparse.Namespace) -> None:
-    """All jobs of one rank, one after the other; each result goes to a file as soon as it is there.
-    """
+    """All jobs of one rank, one after the other; each result goes to a file as soon as it is there."""
     import gc
 
     import torch
@@ -483,7 +484,7 @@ def measure_rollout(args: argparse.Namespace) -> dict:
     command += ["--tensor-parallel", "2", "--sequences", *map(str, args.sequences), "--json", str(file)]
     command += ["--generated", str(args.generated)]
     environment = environment_of()
-    environment.pop("QERL_SWITCH", None)
+    environment.pop(JOB_ENV, None)
     subprocess.run(command, env=environment, timeout=args.timeout, check=True)
     return json.loads(file.read_text())
 
@@ -635,7 +636,7 @@ def main() -> None:
     if "shards" in args.parts:
         with measured(out, "shards"):
             for world in (1, 2):
-                environment = environment_of(VLLM_PLUGINS="qerl", QERL_SWITCH="nvfp4")
+                environment = environment_of(VLLM_PLUGINS="qerl", **Job().environment())
                 environment |= {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
                 finish([run_here("shards", args, environment, "--world", str(world))], args.timeout)
             out["shards"] = compare_shards(args.work)

@@ -1,7 +1,7 @@
 """Registers QeRL with verl (group ``verl.plugins``) and vLLM (group ``vllm.general_plugins``).
 
 In the process that composes the configuration, the import makes Hydra find the group ``qerl``. In a
-job that runs with the switch (the driver has set ``QERL_SWITCH`` in Ray's runtime environment), it
+job that runs with the switch (the driver has set ``QERL_JOB`` in Ray's runtime environment), it
 registers the CPU platform, the training engines and the trainers, each when verl imports the
 registry that it belongs to. In any other process it does nothing.
 
@@ -82,7 +82,7 @@ def register_vllm() -> None:
 
 
 def _load() -> None:
-    if switched_on():
+    if running_arm():
         register_verl()
     elif not _is_ray_worker():
         register_search_path()

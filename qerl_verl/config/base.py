@@ -1,4 +1,4 @@
-"""Whether actor and rollout use one copy of the frozen base (``qerl.base``), and what each of them has to know of it.
+"""Whether actor and rollout use one copy of the frozen base (``qerl.base``).
 
 Importable without torch, verl or vLLM.
 """
@@ -6,55 +6,23 @@ Importable without torch, verl or vLLM.
 from __future__ import annotations
 
 import json
-import os
 import secrets
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from omegaconf import DictConfig
 
 from qerl_verl.config.checks.models import local_folder
 from qerl_verl.config.keys import get_value, set_value
-from qerl_verl.config.rules import ACTOR, MODEL, ROLLOUT, is_separate, rollout_layers
+from qerl_verl.config.publish import republish
+from qerl_verl.config.rules import ACTOR, MODEL, ROLLOUT, is_separate
+from qerl_verl.job import BaseSharing
 from qerl_verl.nvfp4.architectures import Architecture, UnsupportedArchitecture, get_architecture
-from qerl_verl.switch import BASE_ENV
 
 LOAD_FORMAT = "qerl_shared"
 """vLLM's ``load_format`` of an engine that uses the actor's base (rollout/shared_base.py)."""
 
 ENGINE = f"{ROLLOUT}.engine_kwargs.vllm"
-VARIABLES = "ray_kwargs.ray_init.runtime_env.env_vars"
-
-
-@dataclass(frozen=True)
-class BaseSharing:
-    """What the processes of a job learn through :data:`~qerl_verl.switch.BASE_ENV`.
-
-    Attributes:
-        key: of the job: names the owner's socket and opens it.
-        required: ``qerl.base=shared``: what cannot be shared ends the run, instead of two copies.
-        kernel: ``qerl.rollout.kernel``.
-        lora_rank: of the adapter in the rollout's layers; None where vLLM's own LoRA path serves it.
-        dtype: ``actor_rollout_ref.rollout.dtype``.
-        model: ``actor_rollout_ref.model.path`` after quantization: a critic of the same checkpoint uses its base.
-    """
-
-    key: str
-    required: bool
-    kernel: str
-    lora_rank: int | None
-    dtype: str
-    model: str = ""
-
-    @classmethod
-    def of_this_job(cls) -> BaseSharing | None:
-        """From this process's environment; None where each process has a copy of its own."""
-        text = os.environ.get(BASE_ENV)
-        return cls(**json.loads(text)) if text else None
-
-    def environment(self) -> dict[str, str]:
-        return {BASE_ENV: json.dumps(asdict(self))}
 
 
 def find_obstacle(config: DictConfig, environment: Mapping[str, str]) -> str | None:
@@ -125,30 +93,14 @@ def describe_cost(folder: Path, shared: bool) -> str:
     return f"{size:.2f} GiB, in the rollout once more (in host memory or on disk while it sleeps)"
 
 
-def name_model(config: DictConfig) -> None:
-    """Tell the job's processes which checkpoint is shared, once its path is known, in place."""
-    variables = dict(get_value(config, VARIABLES))
-    sharing = replace(BaseSharing(**json.loads(variables[BASE_ENV])), model=get_value(config, f"{MODEL}.path"))
-    set_value(config, VARIABLES, variables | sharing.environment(), "the shared checkpoint", lambda line: None)
-
-
-def share_base(config: DictConfig, required: bool, notify) -> None:
+def share_base(config: DictConfig, notify: Callable[[str], None]) -> None:
     """Set in a composed configuration what one copy of the base needs, in place.
 
     Args:
-        required: see :class:`BaseSharing`.
         notify: called with one line for each value set.
     """
-    set_value(config, f"{ROLLOUT}.load_format", LOAD_FORMAT, "the rollout maps the actor's base", notify)
-    if get_value(config, f"{ENGINE}.load_format") is not None:
-        set_value(config, f"{ENGINE}.load_format", LOAD_FORMAT, "the rollout maps the actor's base", notify)
-    layers = rollout_layers(config)
-    sharing = BaseSharing(
-        key=secrets.token_hex(16),
-        required=required,
-        kernel=layers["kernel"],
-        lora_rank=None if layers["lora"] is None else layers["lora"]["rank"],
-        dtype=get_value(config, f"{ROLLOUT}.dtype"),
-    )
-    merged = {**(get_value(config, VARIABLES) or {}), **sharing.environment()}
-    set_value(config, VARIABLES, merged, "the job's key to the shared base", lambda line: None)
+    for key in (f"{ROLLOUT}.load_format", f"{ENGINE}.load_format"):
+        if key.startswith(ENGINE) and get_value(config, key) is None:
+            continue
+        set_value(config, key, LOAD_FORMAT, "the rollout maps the actor's base", notify)
+    republish(config, sharing=BaseSharing(key=secrets.token_hex(16)))

@@ -7,9 +7,9 @@ leaves as SystemExit.
 from __future__ import annotations
 
 import copy
-import json
 import os
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -18,19 +18,19 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from qerl_verl.config.arms import ARMS
-from qerl_verl.config.base import describe_cost, name_model
+from qerl_verl.config.base import describe_cost
 from qerl_verl.config.checks import data, models, resume
 from qerl_verl.config.checks.plugins import verl_policy_problem
 from qerl_verl.config.host import Host
-from qerl_verl.config.keys import get_value, written_keys
+from qerl_verl.config.keys import VARIABLES, get_value, written_keys
 from qerl_verl.config.plan import plan
 from qerl_verl.config.policy import describe_policy
+from qerl_verl.config.publish import published, republish
 from qerl_verl.config.quantization import Choice, choose_quantization
 from qerl_verl.config.reserved import reserved
 from qerl_verl.config.rules import CRITIC, MODEL, trained_models
 from qerl_verl.config.settings import QeRLSettings, SettingsError
 from qerl_verl.platform.waiting import start_watch
-from qerl_verl.switch import SOURCES_ENV
 
 if TYPE_CHECKING:
     from qerl_verl.nvfp4.cache import Quantization
@@ -111,10 +111,9 @@ def prepare(config: DictConfig, keys: set[str]) -> None:
         _use_cpu_in_this_process()
     remote = models.remote_paths(config)
     bases = _replace_models(config, made.settings, made.quantization)
+    _publish_models(config)
     if MODEL in bases and ARMS[made.settings.arm].container:
         say(f"base: {describe_cost(bases[MODEL], made.shares_base)}")
-    if made.shares_base:
-        name_model(config)
     local = _on_local_models(config, bases)  # what the hub has sent is looked at now
     problems = models.find_misfits(local, made.adapters) + resume.find_problems(local, made.adapters)
     if problems := problems + (data.find_prompt_problems(local, bases[MODEL]) if remote else []):
@@ -126,6 +125,14 @@ def prepare(config: DictConfig, keys: set[str]) -> None:
         shorten_start(config, made.settings)
     needed = reserved(partial(get_value, config))
     start_watch(needed.gpus, needed.cpus, say)
+
+
+def _publish_models(config: DictConfig) -> None:
+    """Tell the run's processes what the models were called, and which checkpoint is shared."""
+    sources, sharing = get_value(config, "qerl.source_models") or {}, published(config).sharing
+    if sharing is not None:
+        sharing = replace(sharing, model=get_value(config, f"{MODEL}.path"))
+    republish(config, sources=dict(sources), sharing=sharing)
 
 
 def say_losses(config: DictConfig, nodes: list[str], processes: list[LostProcess]) -> None:
@@ -162,9 +169,8 @@ def shorten_start(config: DictConfig, settings: QeRLSettings) -> None:
 
 def _add_job_variables(config: DictConfig, variables: dict[str, str]) -> None:
     """Put environment variables into those of the job's processes, beside the user's own, which win."""
-    key = "ray_kwargs.ray_init.runtime_env.env_vars"
-    merged = variables | dict(OmegaConf.select(config, key) or {})
-    OmegaConf.update(config, key, merged, force_add=True)
+    merged = variables | dict(OmegaConf.select(config, VARIABLES) or {})
+    OmegaConf.update(config, VARIABLES, merged, force_add=True)
 
 
 def give_job_folder(config: DictConfig) -> None:
@@ -221,9 +227,6 @@ def _replace_models(config: DictConfig, settings: QeRLSettings, choice: Choice |
         config.qerl.base_fingerprint = {
             roles[model]: fingerprint(folders[source], settings.cache_dir) for model, source in sources.items()
         }
-        variables = OmegaConf.select(config, "ray_kwargs.ray_init.runtime_env.env_vars") or {}
-        variables = {**variables, SOURCES_ENV: json.dumps(dict(config.qerl.source_models))}
-        OmegaConf.update(config, "ray_kwargs.ray_init.runtime_env.env_vars", variables, force_add=True)
         for model, source in sources.items():
             # a name on the hub stays one where the model is used as it is: other nodes have their own copies
             if arm.container or os.path.exists(os.path.expanduser(source)):

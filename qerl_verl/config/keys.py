@@ -16,6 +16,14 @@ from omegaconf import DictConfig, OmegaConf
 if TYPE_CHECKING:
     from hydra.plugins.config_source import ConfigSource
 
+MODEL = "actor_rollout_ref.model"
+CRITIC = "critic.model"
+ROLLOUT = "actor_rollout_ref.rollout"
+ACTOR = "actor_rollout_ref.actor"
+
+VARIABLES = "ray_kwargs.ray_init.runtime_env.env_vars"
+"""Environment variables of the run's processes."""
+
 Get = Callable[[str], Any]
 """Value of a dotted key, None where it is absent or has no value yet."""
 

@@ -71,7 +71,7 @@ def plan(config: DictConfig, keys: set[str], host: Host, platform: str | None = 
     if line := untested_versions():
         made.lines.append(line)
     try:
-        made.settings = QeRLSettings.from_mapping(OmegaConf.to_container(config.qerl, resolve=True))
+        made.settings = QeRLSettings.of(config)
         made.cluster = find_cluster(OmegaConf.select(config, RAY_INIT) or {}, host.environment)
         made.platform = platform or _choose(made, host)
     except SettingsError as error:
@@ -128,7 +128,7 @@ def _plan_base(made: Plan, config: DictConfig, host: Host) -> None:
     if made.shares_base:
         if made.settings.rollout.sleep_level == 2:
             made.lines.append("qerl.rollout.sleep_level=2 has no effect: a shared base stays where it is")
-        share_base(config, setting == "shared", made.lines.append)
+        share_base(config, made.lines.append)
 
 
 def _model_problems(config: DictConfig, adapters: dict[str, dict]) -> list[str]:

@@ -23,12 +23,11 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from packaging.version import Version
 
 from qerl_verl.config.arms import get_arm
-from qerl_verl.config.keys import get_value, is_written, set_value
+from qerl_verl.config.keys import ACTOR, CRITIC, MODEL, ROLLOUT, VARIABLES, get_value, is_written, set_value
+from qerl_verl.config.publish import make_job, publish
 from qerl_verl.config.reserved import reserved
-from qerl_verl.config.settings import RolloutSettings
 from qerl_verl.platform.compilers import missing_compiler
 from qerl_verl.platform.cpu_features import missing_bfloat16
-from qerl_verl.switch import ENGINE_VENDOR, KERNEL_ENV, RECOMPUTE_ENV, SWITCH_ENV
 
 WORKER_EXTENSION = "qerl_verl.rollout.worker.QeRLWorkerExtension"
 TRAINER_MODES = {
@@ -43,11 +42,6 @@ PACKED_ATTENTION = "qerl_packed"
 
 TRANSPORT = "qerl"
 """The checkpoint engine of rollout/transport.py in verl's registry."""
-
-MODEL = "actor_rollout_ref.model"
-CRITIC = "critic.model"
-ROLLOUT = "actor_rollout_ref.rollout"
-ACTOR = "actor_rollout_ref.actor"
 
 
 @dataclass(frozen=True)
@@ -304,13 +298,6 @@ def force(
     extension = f"{ROLLOUT}.engine_kwargs.vllm.worker_extension_cls"
     if get_value(config, extension) is None:
         set_value(config, extension, WORKER_EXTENSION, "the noise in the engine", notify)
-    set_value(
-        config,
-        f"{ROLLOUT}.engine_kwargs.vllm.additional_config.qerl",
-        rollout_layers(config),
-        "the NVFP4 layers" if arm.container else "adapters alone are synced",
-        notify,
-    )
     for model in trained_models(config):
         if get_value(config, f"{model}.use_liger") and arm.name != "bf16":
             why = f"{arm.base} models run without Liger"
@@ -344,12 +331,10 @@ def force(
                 set_value(config, "ray_kwargs.ray_init.num_cpus", cpus, "verl reserves logical CPUs", notify)
             if get_value(config, "ray_kwargs.ray_init.include_dashboard") is None:
                 set_value(config, "ray_kwargs.ray_init.include_dashboard", False, "a faster start", notify)
-    for key, variable in (("qerl.kernel", KERNEL_ENV), ("qerl.recompute", RECOMPUTE_ENV)):
-        if get_value(config, key) not in (None, "auto"):
-            variables[variable] = get_value(config, key)
-    user_environment = get_value(config, "ray_kwargs.ray_init.runtime_env.env_vars") or {}
-    merged = {**variables, **user_environment, SWITCH_ENV: arm.name, "VERL_ENGINE_VENDOR": ENGINE_VENDOR}
-    set_value(config, "ray_kwargs.ray_init.runtime_env.env_vars", merged, "every process learns of the switch", notify)
+    if variables:
+        merged = {**variables, **(get_value(config, VARIABLES) or {})}
+        set_value(config, VARIABLES, merged, "the CPU platform", notify)
+    publish(config, make_job(config), notify)
 
 
 def cpu_environment(environment: Mapping[str, str], notify: Callable[[str], None]) -> dict[str, str]:
@@ -369,22 +354,3 @@ def cpu_environment(environment: Mapping[str, str], notify: Callable[[str], None
         variables["OMP_NUM_THREADS"] = "2"
         notify("OMP_NUM_THREADS=2 in the job's processes: vLLM's CPU engine corrupts its memory on one thread")
     return variables
-
-
-def rollout_layers(config: DictConfig) -> dict[str, Any]:
-    """What every process of the rollout engine learns through vLLM's ``additional_config``, see
-    rollout/quantization.py and rollout/norm.py.
-
-    Without NVFP4 layers: that the adapter is on vLLM's own LoRA path, and that the base stays while the actor trains.
-    """
-    noise = get_value(config, "qerl.aqn.enable") is not False
-    if not get_arm(config).container:
-        return {"lora": None, "sleep_level": 1, "noise": noise}
-    settings = RolloutSettings(
-        **OmegaConf.to_container(get_value(config, "qerl.rollout") or OmegaConf.create(), resolve=True)
-    )
-    lora = None
-    if settings.lora == "inline":
-        lora = {"rank": get_value(config, f"{MODEL}.lora_rank"), "alpha": get_value(config, f"{MODEL}.lora_alpha")}
-    layers = {"kernel": settings.kernel, "lora": lora, "sleep_level": settings.sleep_level}
-    return layers | {"noise": noise}

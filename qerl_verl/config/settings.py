@@ -11,9 +11,12 @@ from __future__ import annotations
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from qerl_verl.config.schema import Row, SettingsError, build, group, rows, setting
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 __all__ = [
     "AQNSettings",
@@ -30,6 +33,9 @@ RolloutKernel = Literal["auto", "hopper", "triton", "pytorch", "marlin"]
 KERNELS: tuple[str, ...] = typing.get_args(Kernel)
 ROLLOUT_KERNELS: tuple[str, ...] = typing.get_args(RolloutKernel)
 ADAPTIVE = "adaptive"
+
+RECORDED = ("source_models", "base_fingerprint", "policy")
+"""Keys that the driver adds to the ``qerl`` node, for the trainer and the record of the run."""
 
 _NO_NOISE = "to run without noise set qerl.aqn.enable=False"
 
@@ -96,8 +102,7 @@ class AQNSettings:
     )
     target_kl: float | None = setting(
         None,
-        "divergence of the sampling policy from the clean one that `schedule=adaptive` holds, in "
-        "nats per token",
+        "divergence of the sampling policy from the clean one that `schedule=adaptive` holds, in nats per token",
         above=0,
         below=1,
         advice="it is in nats per token, and noise on the norms keeps it far below 1, e.g. 1e-3",
@@ -159,8 +164,7 @@ class QeRLSettings:
 
     arm: Format = setting(
         "nvfp4",
-        "format in which the frozen base is stored ([arms.md](arms.md)); the choice of `+qerl=` "
-        "sets it",
+        "format in which the frozen base is stored ([arms.md](arms.md)); the choice of `+qerl=` sets it",
         advice="with +qerl=ARM",
         defines_policy=True,
         chosen_by_group=True,
@@ -201,6 +205,18 @@ class QeRLSettings:
     aqn: AQNSettings = group(AQNSettings, "Adaptive Quantization Noise")
 
     @classmethod
+    def of(cls, config: DictConfig) -> QeRLSettings:
+        """The settings of a composed configuration, without what the driver has recorded there.
+
+        Raises:
+            SettingsError: see :meth:`from_mapping`.
+        """
+        from omegaconf import OmegaConf
+
+        node = OmegaConf.to_container(config.qerl, resolve=True)
+        return cls.from_mapping({k: v for k, v in node.items() if k not in RECORDED})
+
+    @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> QeRLSettings:
         """Build and check the settings.
 
@@ -233,8 +249,7 @@ def find_contradictions(settings: QeRLSettings) -> list[str]:
     aqn, rollout, out = settings.aqn, settings.rollout, []
     if rollout.sleep_level == 2 and rollout.lora == "punica":
         out.append(
-            "qerl.rollout.sleep_level=2: vLLM's own LoRA path loses its adapter slots then; use 1, "
-            "or lora=inline"
+            "qerl.rollout.sleep_level=2: vLLM's own LoRA path loses its adapter slots then; use 1, or lora=inline"
         )
     if aqn.sigma_start < aqn.sigma_end:
         out.append(
@@ -243,8 +258,7 @@ def find_contradictions(settings: QeRLSettings) -> list[str]:
         )
     if aqn.schedule == ADAPTIVE and aqn.target_kl is None:
         out.append(
-            f"qerl.aqn.schedule={ADAPTIVE}: sigma needs a divergence to follow; set "
-            f"qerl.aqn.target_kl, e.g. 1e-3"
+            f"qerl.aqn.schedule={ADAPTIVE}: sigma needs a divergence to follow; set qerl.aqn.target_kl, e.g. 1e-3"
         )
     if aqn.schedule != ADAPTIVE and aqn.target_kl is not None:
         out.append(

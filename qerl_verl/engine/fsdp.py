@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -45,6 +44,7 @@ from qerl_verl.engine.offload import wait_for_offload
 from qerl_verl.engine.output_layer import use_logprob_layer
 from qerl_verl.engine.recompute import Recompute
 from qerl_verl.engine.shared_base import causal_lm, use_shared_base
+from qerl_verl.job import this_job
 from qerl_verl.kernels.backends import BACKENDS
 from qerl_verl.lora.adapter_files import check_loaded, map_names, read_adapter_config, read_tensors
 from qerl_verl.lora.peft import (
@@ -58,7 +58,6 @@ from qerl_verl.lora.peft import (
 from qerl_verl.lora.targets import ALL_LINEAR, last_names, without_tower
 from qerl_verl.lora.wire import CONFIG_TENSOR, pack_config
 from qerl_verl.nvfp4.loading import load_tensors, packed_linear_names, prepack_linears, swap_linears
-from qerl_verl.switch import KERNEL_ENV, RECOMPUTE_ENV, SOURCES_ENV
 
 logger = logging.getLogger(__name__)
 logger.setLevel(os.getenv("VERL_LOGGING_LEVEL", "INFO"))
@@ -172,7 +171,7 @@ class NVFP4EngineMixin:
         swap_linears(module, packed, dtype, storage_dtype=CARRIER)
         module.requires_grad_(False)
         device = torch.device(self._device_type(), get_device_id() if self._device_type() == "cuda" else None)
-        wanted = os.environ.get(KERNEL_ENV, "auto")
+        wanted = this_job().settings.kernel
         kernel = None
         if not self.engine_config.forward_only:
             serves = self.task_type == TaskType.CAUSAL_LM
@@ -192,7 +191,7 @@ class NVFP4EngineMixin:
         if self.model_config.use_fused_kernels and self.task_type == TaskType.CAUSAL_LM:
             use_logprob_layer(module)  # in place of verl's fused kernels
         if self.model_config.enable_gradient_checkpointing:
-            self._recompute = Recompute(os.environ.get(RECOMPUTE_ENV, "auto"), device, self._say_recompute)
+            self._recompute = Recompute(this_job().settings.recompute, device, self._say_recompute)
             checkpointing = {
                 "use_reentrant": False,
                 "context_fn": self._recompute.context_fn,
@@ -478,7 +477,7 @@ class AdapterEngineMixin:
         with writing(local_path, self._at_step(after=True)):
             super().save_checkpoint(local_path, hdfs_path, global_step, max_ckpt_to_keep, **kwargs)
             if self.rank == 0:
-                base = json.loads(os.environ.get(SOURCES_ENV) or "{}").get(self.role, self.model_config.path)
+                base = this_job().sources.get(self.role, self.model_config.path)
                 config = self.module.peft_config["default"]
                 save_adapter(os.path.join(local_path, ADAPTER_FOLDER), dict(tensors), config, base_model=base)
                 Path(local_path, "README.md").write_text(CHECKPOINT_README.format(base=base, folder=ADAPTER_FOLDER))

@@ -12,8 +12,8 @@ from verl.utils.model import get_hf_auto_model_class
 from verl.utils.torch_dtypes import PrecisionType
 from verl.workers.config import HFModelConfig
 
-from qerl_verl.config.base import BaseSharing
 from qerl_verl.engine.finite import gather_first
+from qerl_verl.job import Job, find_job
 from qerl_verl.nvfp4.architectures import get_architecture
 from qerl_verl.nvfp4.loading import packed_linear_names, swap_linears
 from qerl_verl.rollout.candidates import CANDIDATES
@@ -82,19 +82,20 @@ def use_shared_base(
     Raises:
         SharingError: with ``qerl.base=shared``, why the base cannot be shared.
     """
-    settings, rank = BaseSharing.of_this_job(), torch.distributed.get_rank()
-    if settings is None or not (serves or model.path == settings.model):
+    job, rank = find_job(), torch.distributed.get_rank()
+    sharing = job and job.sharing
+    if sharing is None or not (serves or model.path == sharing.model):
         return None
     key = (model.local_path, device, dtype, compute_dtype, kernel)
     if key not in _bases:
-        _bases[key] = _load(model, device, dtype, compute_dtype, kernel, settings)
+        _bases[key] = _load(model, device, dtype, compute_dtype, kernel, job)
     base = _bases[key]
-    if serves and settings.key not in _owners:
-        _owners[settings.key] = BaseOwner(
-            base if isinstance(base, str) else (base.memory, base.layout), settings.key, rank
+    if serves and sharing.key not in _owners:
+        _owners[sharing.key] = BaseOwner(
+            base if isinstance(base, str) else (base.memory, base.layout), sharing.key, rank
         )
     if isinstance(base, str):
-        if settings.required and serves:
+        if job.settings.base == "shared" and serves:
             raise SharingError(f"qerl.base=shared: {base}; use qerl.base=separate")
         if rank == 0:
             print(f"[qerl] base: a copy each: {base}", flush=True)
@@ -115,10 +116,12 @@ def _load(
     dtype: torch.dtype,
     compute_dtype: torch.dtype,
     kernel: str,
-    settings: BaseSharing,
+    job: Job,
 ) -> Base | str:
     """The base, or why it cannot be shared, on every rank alike."""
-    other = OtherSide(settings.kernel, CANDIDATES, settings.lora_rank, PrecisionType.to_dtype(settings.dtype))
+    rank = job.lora.rank if job.lora else None
+    wanted = job.settings.rollout.kernel
+    other = OtherSide(wanted, CANDIDATES, rank, PrecisionType.to_dtype(job.dtype))
     plain, reason = causal_lm(model, dtype), None
     swap_linears(plain, packed_linear_names(model.local_path), dtype)
     plain.requires_grad_(False)

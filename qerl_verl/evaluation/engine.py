@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from qerl_verl.config.rules import COMPILATION, WORKER_EXTENSION, cpu_environment
+from qerl_verl.config.settings import QeRLSettings
 from qerl_verl.evaluation.policies import Adapter, Model, write_plain
+from qerl_verl.job import Job, LoraSettings, RolloutLayers
 from qerl_verl.platform.cpu_features import missing_bfloat16
 from qerl_verl.rollout.overrides import hf_overrides
-from qerl_verl.switch import ENGINE_VENDOR, EVALUATION_ENV, SWITCH_ENV
+from qerl_verl.switch import ENGINE_VENDOR, EVALUATION_ENV
 
 PATIENCE = 10.0
 """Seconds within which the engine must be idle after its last response."""
@@ -81,7 +83,7 @@ def use_environment(form: str, on_cpu: bool) -> None:
         on_cpu: whether vLLM runs on the CPU.
     """
     variables = {
-        SWITCH_ENV: form,
+        **Job(QeRLSettings(arm=form)).environment(),
         EVALUATION_ENV: str(os.getpid()),
         "VERL_ENGINE_VENDOR": ENGINE_VENDOR,
         "VERL_RAY_JOB_ID": str(os.getpid()),  # part of the name of verl's socket
@@ -135,18 +137,16 @@ class Engine:
         if self._inline and rank:
             # The scaling is part of the layer. An adapter with another scaling is multiplied when
             # it is loaded.
-            lora = {"rank": rank, "alpha": adapters[0].scaling * rank}
-        additional = {"lora": lora, "sleep_level": 1, "noise": False}
+            lora = LoraSettings(rank, adapters[0].scaling * rank)
         compilation: dict[str, Any] = {"cudagraph_mode": "FULL_AND_PIECEWISE"}  # as verl
         if self._model.form == "nvfp4":
-            additional["kernel"] = settings.kernel
             compilation |= json.loads(COMPILATION)
         arguments: dict[str, Any] = {
             "dtype": compute_dtype(settings.dtype, on_cpu),
             "tensor_parallel_size": settings.tensor_parallel_size,
             "enforce_eager": settings.enforce_eager or on_cpu,
             "worker_extension_cls": WORKER_EXTENSION,
-            "additional_config": {"qerl": additional},
+            "additional_config": RolloutLayers(settings.kernel, lora).additional_config(),
             "seed": 0,
             "hf_overrides": hf_overrides(AutoConfig.from_pretrained(self._model.folder), on_cpu),
         }

@@ -10,14 +10,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import torch
 
+from qerl_verl.job import LoraSettings, RolloutLayers
 from qerl_verl.kernels.backends import Backend
-
-ADDITIONAL_CONFIG = "qerl"
-"""Our key in vLLM's ``additional_config``."""
 
 FUSED = {
     "self_attn.q_proj": ("self_attn.qkv_proj", 0),
@@ -33,27 +30,10 @@ _NAME = re.compile(r"^(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<part>[AB]
 _EXPERT = re.compile(r"\.mlp\.(?:experts|gate)\.")
 
 
-@dataclass(frozen=True)
-class LoraSettings:
-    """What the buffers need to know before the first sync.
-
-    Attributes:
-        rank: of the adapter; the buffers are padded to the backend's multiple with zeros.
-        alpha: lora_alpha; the term is scaled by alpha / rank.
-    """
-
-    rank: int
-    alpha: float
-
-    @property
-    def scaling(self) -> float:
-        return self.alpha / self.rank
-
-
 def lora_settings(additional_config) -> LoraSettings | None:
     """From vLLM's ``additional_config``; None when the adapter is served by vLLM's own path or there is none."""
-    node = (additional_config or {}).get(ADDITIONAL_CONFIG, {}).get("lora")
-    return LoraSettings(int(node["rank"]), float(node["alpha"])) if node else None
+    layers = RolloutLayers.of_engine(additional_config)
+    return layers.lora if layers else None
 
 
 def attach_adapter(

@@ -40,7 +40,7 @@ from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
 from qerl_verl.aqn.noise import NoiseTarget
-from qerl_verl.rollout.lora import ADDITIONAL_CONFIG
+from qerl_verl.job import RolloutLayers
 
 
 def wants_noise(additional_config) -> bool:
@@ -49,7 +49,8 @@ def wants_noise(additional_config) -> bool:
     Args:
         additional_config: vLLM's setting of that name, which holds ``qerl.aqn.enable``.
     """
-    return bool((additional_config or {}).get(ADDITIONAL_CONFIG, {}).get("noise"))
+    layers = RolloutLayers.of_engine(additional_config)
+    return layers is not None and layers.noise
 
 
 class _AfterLoading(QuantizeMethodBase):

@@ -18,11 +18,12 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.platforms import current_platform
 
+from qerl_verl.job import LoraSettings, RolloutLayers
 from qerl_verl.kernels.nvfp4_dequantize import BLOCK_SIZE
 from qerl_verl.nvfp4.architectures import get_architecture
 from qerl_verl.nvfp4.unused_tensors import KV_CACHE_SCALE
 from qerl_verl.rollout.experts import experts_method
-from qerl_verl.rollout.lora import ADDITIONAL_CONFIG, LoraSettings, lora_settings
+from qerl_verl.rollout.lora import lora_settings
 from qerl_verl.rollout.scheme import AdapterOnLinear, KernelReport, NVFP4Scheme
 from qerl_verl.rollout.shared_base import shared_embedding
 
@@ -89,7 +90,7 @@ class QeRLCompressedTensorsConfig(CompressedTensorsConfig):
         on_cpu = current_platform.is_cpu()
         return (
             torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device()),
-            (additional or {}).get(ADDITIONAL_CONFIG, {}).get("kernel", "auto"),
+            (RolloutLayers.of_engine(additional) or RolloutLayers()).kernel,
             lora_settings(additional),
         )
 

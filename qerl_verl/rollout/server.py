@@ -19,10 +19,10 @@ from verl.workers.rollout.replica import RolloutMode
 from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, vLLMReplica
 from vllm.platforms import current_platform
 
-from qerl_verl.config.base import BaseSharing
+from qerl_verl.config.base import ENGINE
 from qerl_verl.config.checks.plugins import vllm_policy_problem
+from qerl_verl.job import JobError, RolloutLayers, find_job
 from qerl_verl.rollout.ahead import ServerClass
-from qerl_verl.rollout.lora import ADDITIONAL_CONFIG, lora_settings
 from qerl_verl.rollout.overrides import hf_overrides
 from qerl_verl.rollout.sender import job_name
 
@@ -77,9 +77,10 @@ class QeRLHttpServer(vLLMHttpServer):
             raise self._problem
         return super().get_master_address()
 
-    def _qerl(self) -> dict:
+    def _layers(self) -> RolloutLayers | None:
+        """What our engine computes by; None for an engine that is not the rollout's."""
         engine = (self.config.get("engine_kwargs", {}) or {}).get("vllm", {}) or {}
-        return engine.get("additional_config") or {}
+        return RolloutLayers.of_engine(engine.get("additional_config"))
 
     def _init_model_config(self, model_config):
         """Removes the rank from the model's configuration where the layers hold the adapter.
@@ -89,12 +90,18 @@ class QeRLHttpServer(vLLMHttpServer):
         Raises:
             RuntimeError: on this node, vLLM would not load QeRL's plugin and would serve its own
                 layers.
+            JobError: the engine's settings are not those of the run.
         """
-        problem = vllm_policy_problem(os.environ)
-        if problem and self._qerl().get(ADDITIONAL_CONFIG):
+        layers, job, problem = self._layers(), find_job(), vllm_policy_problem(os.environ)
+        if layers and job and layers != job.layers:
+            raise JobError(
+                f"[qerl] {ENGINE}.additional_config.qerl is {layers}, and the run's settings say "
+                f"{job.layers}; remove what changes it"
+            )
+        if problem and layers:
             raise RuntimeError(f"[qerl] on {ray.util.get_node_ip_address()}: {problem}")
         model_config = super()._init_model_config(model_config)
-        if lora_settings(self._qerl()) is None:
+        if layers is None or layers.lora is None:
             return model_config
         model_config = copy.copy(model_config)
         for name, value in (("lora_rank", 0), ("lora", {})):
@@ -106,7 +113,7 @@ class QeRLHttpServer(vLLMHttpServer):
     def _apply_quantization(self):
         """Adds the settings of :mod:`qerl_verl.rollout.overrides` to verl's ``hf_overrides``."""
         quantization, overrides = super()._apply_quantization()
-        if self._qerl().get(ADDITIONAL_CONFIG):
+        if self._layers():
             overrides |= hf_overrides(self.model_config.hf_config, current_platform.is_cpu())
         return quantization, overrides
 
@@ -118,7 +125,7 @@ class QeRLHttpServer(vLLMHttpServer):
         through Ray. A user who needs the endpoints sets ``VLLM_API_KEY`` in
         ``ray_kwargs.ray_init.runtime_env.env_vars`` and sends that key.
         """
-        if self._qerl().get(ADDITIONAL_CONFIG) is not None and not (args.api_key or os.environ.get("VLLM_API_KEY")):
+        if self._layers() and not (args.api_key or os.environ.get("VLLM_API_KEY")):
             args.api_key = [secrets.token_hex(32)]
         await super().run_server(args)
         self._engine_watch = asyncio.create_task(self._end_with_engine())
@@ -149,10 +156,10 @@ class QeRLHttpServer(vLLMHttpServer):
         A base that the actor owns stays in place at either level; the remaining norms and adapter
         are small and wait on the host.
         """
-        if BaseSharing.of_this_job() is not None:
+        if (job := find_job()) and job.sharing:
             return 1
-        node = self._qerl().get(ADDITIONAL_CONFIG)
-        return int(node.get("sleep_level", 1)) if node else super()._resolve_sleep_level()
+        layers = self._layers()
+        return layers.sleep_level if layers else super()._resolve_sleep_level()
 
     async def wake_up(self, tags: list[str] | None = None):
         """Wakes the engine, and at level 2 loads the base again.
@@ -162,7 +169,7 @@ class QeRLHttpServer(vLLMHttpServer):
         await super().wake_up(tags)
         # the others never sleep at level 2
         sleeps = self.node_rank == 0 and self.rollout_mode == RolloutMode.HYBRID
-        if sleeps and self._qerl().get(ADDITIONAL_CONFIG) and self._resolve_sleep_level() == 2:
+        if sleeps and self._layers() and self._resolve_sleep_level() == 2:
             if "weights" in (tags or self._get_wake_up_tags()):
                 await self.engine.collective_rpc("qerl_reload_base")
 
@@ -173,7 +180,7 @@ class QeRLHttpServer(vLLMHttpServer):
         (vllm_async_server.py, release_kv_cache). An adapter needs no room, and at level 2 the sleep
         would also lose the base.
         """
-        if not self._qerl().get(ADDITIONAL_CONFIG):
+        if not self._layers():
             await super().release_kv_cache()
 
     async def resume_kv_cache(self):
@@ -182,7 +189,7 @@ class QeRLHttpServer(vLLMHttpServer):
         verl has dropped the prefixes that were cached under the previous weights (vllm_rollout.py,
         update_weights).
         """
-        if not self._qerl().get(ADDITIONAL_CONFIG):
+        if not self._layers():
             await super().resume_kv_cache()
 
     async def qerl_set_noise(self, **arguments) -> list[dict[str, float]]:

@@ -29,7 +29,8 @@ from vllm.model_executor.model_loader import DefaultModelLoader, register_model_
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.platforms import current_platform
 
-from qerl_verl.config.base import LOAD_FORMAT, BaseSharing
+from qerl_verl.config.base import LOAD_FORMAT
+from qerl_verl.job import find_job
 from qerl_verl.rollout.lora import FUSED
 from qerl_verl.sharing.channel import SharedBase
 from qerl_verl.sharing.errors import SharingError
@@ -175,14 +176,15 @@ class SharedBaseLoader(BaseModelLoader):
         Raises:
             SharingError: with ``qerl.base=shared``, why the base cannot be shared.
         """
-        settings = BaseSharing.of_this_job()
+        job = find_job()
+        sharing = job and job.sharing
         # another model_config is that of a draft model, for example
-        if settings is None or model_config is not vllm_config.model_config:
+        if sharing is None or model_config is not vllm_config.model_config:
             return self._plain.load_model(vllm_config, model_config, prefix)
         try:
-            base = SharedBase.connect(settings.key, owner_rank(), torch.device(vllm_config.device_config.device))
+            base = SharedBase.connect(sharing.key, owner_rank(), torch.device(vllm_config.device_config.device))
         except SharingError as error:
-            if settings.required:
+            if job.settings.base == "shared":
                 raise SharingError(f"qerl.base=shared: {error}; use qerl.base=separate") from error
             print(f"[qerl] base: the rollout loads a second copy: {error}", flush=True)
             return self._plain.load_model(vllm_config, model_config, prefix)

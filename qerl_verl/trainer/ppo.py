@@ -283,10 +283,7 @@ class AQNTrainerMixin(RunLengthMixin, RunRecordMixin, WholeCheckpointsMixin):
     def __init__(self, config: DictConfig):
         with open_dict(config):
             config.trainer.v1.trainer_mode = self.verl_mode
-        node = OmegaConf.to_container(config.qerl, resolve=True)
-        for written_by_the_callback in ("source_models", "base_fingerprint", "policy"):
-            node.pop(written_by_the_callback, None)
-        self.qerl_settings = QeRLSettings.from_mapping(node)
+        self.qerl_settings = QeRLSettings.of(config)
         self._sampling_step = 1
         self._acting: dict[int, dict[str, float]] = {}  # by step, what acts in the engines
         self._validating = False

@@ -10,12 +10,14 @@ from qerl_verl.config import rules
 from qerl_verl.config.arms import ARMS
 from qerl_verl.config.checks import arms, recipe
 from qerl_verl.config.keys import flatten, override_keys
+from qerl_verl.config.publish import published
+from qerl_verl.job import JOB_ENV
 
 ROLLOUT, ACTOR = "actor_rollout_ref.rollout", "actor_rollout_ref.actor"
 VERSIONS = {"bitsandbytes": "0.50.2", "vllm": "0.28.0", "vllm-bnb-plugin": "0.0.2"}
 OF_THE_BASE = {
     "qerl.arm",
-    "ray_kwargs.ray_init.runtime_env.env_vars.QERL_SWITCH",
+    f"ray_kwargs.ray_init.runtime_env.env_vars.{JOB_ENV}",
     f"{ROLLOUT}.engine_kwargs.vllm.additional_config.qerl.kernel",
     f"{ROLLOUT}.engine_kwargs.vllm.additional_config.qerl.lora",
     f"{ROLLOUT}.engine_kwargs.vllm.additional_config.qerl.lora.alpha",
@@ -58,7 +60,7 @@ def switched(composed):
 def test_an_arm_composes_with_and_without_the_noise(switched, arm, enable):
     config, problems = switched(arm, f"qerl.aqn.enable={enable}")
     assert problems == [] and config.qerl.arm == arm and config.qerl.aqn.enable is enable
-    assert config.ray_kwargs.ray_init.runtime_env.env_vars.QERL_SWITCH == arm
+    assert published(config).settings.arm == arm
     assert config.actor_rollout_ref.rollout.engine_kwargs.vllm.worker_extension_cls == rules.WORKER_EXTENSION
     assert config.trainer.v1.trainer_mode == "qerl_sync"
 

@@ -1,18 +1,19 @@
 """Which runs use one copy of the base, and what is set for that."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
-from qerl_verl.config.base import BaseSharing, choose_base, describe_cost, find_obstacle, name_model
+from qerl_verl.config import callback
+from qerl_verl.config.base import choose_base, describe_cost, find_obstacle
 from qerl_verl.config.host import Host
-from qerl_verl.config.keys import get_value, override_keys
+from qerl_verl.config.keys import override_keys
 from qerl_verl.config.plan import plan
-from qerl_verl.switch import BASE_ENV
+from qerl_verl.config.publish import published
 
 ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
 TP_1 = f"{ROLLOUT}.tensor_model_parallel_size=1"
-VARIABLES = "ray_kwargs.ray_init.runtime_env.env_vars"
 
 
 @pytest.mark.parametrize(
@@ -78,34 +79,22 @@ def test_a_shared_base_reaches_rollout_and_actor(composed):
     config.actor_rollout_ref.model.path = "/cache/model"
     assert made.shares_base and "base: one copy for actor and rollout (qerl.base=auto)" in made.lines
     assert config.actor_rollout_ref.rollout.load_format == "qerl_shared"
-    sharing = json.loads(get_value(config, VARIABLES)[BASE_ENV])
-    assert len(sharing.pop("key")) == 32
-    assert sharing == {
-        "required": False,
-        "kernel": "auto",
-        "lora_rank": 8,
-        "dtype": config.actor_rollout_ref.rollout.dtype,
-        "model": "",
-    }
-    name_model(config)
-    assert json.loads(get_value(config, VARIABLES)[BASE_ENV])["model"] == "/cache/model"
+    job = published(config)
+    assert len(job.sharing.key) == 32 and job.sharing.model == "" and job.settings.base == "auto"
+    assert job.lora.rank == 8 and job.dtype == config.actor_rollout_ref.rollout.dtype
+    callback._publish_models(config)
+    assert published(config).sharing == replace(job.sharing, model="/cache/model")
 
 
-def test_each_job_has_a_key_of_its_own_and_processes_read_what_was_set(composed, monkeypatch):
-    texts = {get_value(planned(composed)[0], VARIABLES)[BASE_ENV] for _ in range(2)}
-    assert len(texts) == 2
-    for text in texts:
-        monkeypatch.setenv(BASE_ENV, text)
-        assert BaseSharing.of_this_job().environment() == {BASE_ENV: text}
-    monkeypatch.delenv(BASE_ENV)
-    assert BaseSharing.of_this_job() is None
+def test_each_job_has_a_key_of_its_own(composed):
+    assert len({published(planned(composed)[0]).sharing.key for _ in range(2)}) == 2
 
 
 def test_two_copies_change_nothing_and_say_why(composed):
     config, made = planned(composed, "qerl.base=separate")
     assert not made.shares_base and config.actor_rollout_ref.rollout.load_format == "safetensors"
     assert "base: a copy each in actor and rollout (qerl.base=separate)" in made.lines
-    assert BASE_ENV not in get_value(config, VARIABLES)
+    assert published(config).sharing is None
 
 
 def test_an_insisted_on_base_that_cannot_be_shared_is_refused(composed):

@@ -12,6 +12,7 @@ from qerl_verl.cli.main import main
 from qerl_verl.config import callback
 from qerl_verl.config.host import Host
 from qerl_verl.config.plan import Plan, plan
+from qerl_verl.config.publish import published
 
 HOST = Host(cpus=64, gpus=0, cpu_vllm=True)
 
@@ -103,5 +104,6 @@ def test_a_ray_that_runs_already_is_joined_without_its_address_being_given(
         monkeypatch.setattr(
             callback, "plan", lambda *arguments, cluster=cluster: Plan(platform="cuda", cluster=cluster)
         )
+        OmegaConf.update(config, "qerl.source_models", {"actor": "someone/model"}, force_add=True)
         callback.prepare(config, set())
-        assert bool(given) is (cluster is None)
+        assert bool(given) is (cluster is None) and published(config).sources == {"actor": "someone/model"}

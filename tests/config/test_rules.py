@@ -13,6 +13,9 @@ from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
 from verl.trainer.ppo.utils import need_critic
 
 from qerl_verl.config import rules
+from qerl_verl.config.publish import published
+from qerl_verl.config.settings import QeRLSettings
+from qerl_verl.job import RolloutLayers
 from qerl_verl.platform import compilers
 
 VERL_CONFIG = os.path.join(os.path.dirname(verl.__file__), "trainer", "config")
@@ -30,7 +33,7 @@ def test_a_stock_grpo_run_gets_what_qerl_needs_and_has_no_problem(switched):
     assert config.algorithm.rollout_correction.rollout_is == "token"
     assert config.trainer.v1.trainer_mode == "qerl_sync"
     assert dict(config.ray_kwargs.ray_init.runtime_env.env_vars) == {
-        "QERL_SWITCH": "nvfp4",
+        **published(config).environment(),
         "VERL_ENGINE_VENDOR": "qerl",
     }
     assert any(line.startswith("actor_rollout_ref.model.lora_rank: 0 -> 32") for line in lines)
@@ -108,29 +111,24 @@ def in_engine(config):
 def test_the_rollout_learns_kernel_adapter_and_sleep_level(switched, overrides, expected):
     config, lines, problems = switched(*overrides)
     assert problems == [] and in_engine(config) == {"qerl": expected}
-    assert rules.rollout_layers(config) == expected
+    layers = RolloutLayers.of_engine(in_engine(config))
+    assert layers == published(config).layers and layers.additional_config() == {"qerl": expected}
     assert any("additional_config.qerl" in line and "the NVFP4 layers" in line for line in lines)
 
 
 def test_an_additional_config_of_the_user_stays(switched):
     theirs = "+actor_rollout_ref.rollout.engine_kwargs.vllm.additional_config={theirs: {a: 1}}"
     config, _, problems = switched(theirs)
-    assert problems == [] and in_engine(config) == {"theirs": {"a": 1}, "qerl": rules.rollout_layers(config)}
+    assert problems == [] and in_engine(config) == {"theirs": {"a": 1}, **published(config).layers.additional_config()}
 
 
-@pytest.mark.parametrize(("kernel", "expected"), [("auto", None), ("triton", "triton"), ("pytorch", "pytorch")])
-def test_the_training_workers_learn_of_a_chosen_kernel(switched, kernel, expected):
-    config, _, problems = switched(f"qerl.kernel={kernel}")
+def test_the_processes_of_a_run_learn_every_setting(switched):
+    config, _, problems = switched("qerl.kernel=pytorch", "qerl.recompute=full", "qerl.aqn.seed=7")
     assert problems == []
-    assert config.ray_kwargs.ray_init.runtime_env.env_vars.get("QERL_KERNEL") == expected
+    settings = published(config).settings
+    assert (settings.kernel, settings.recompute, settings.aqn.seed) == ("pytorch", "full", 7)
+    assert settings == QeRLSettings.of(config)
     assert in_engine(config)["qerl"]["kernel"] == "auto"  # that is qerl.rollout.kernel
-
-
-@pytest.mark.parametrize(("how", "expected"), [("auto", None), ("full", "full"), ("selective", "selective")])
-def test_the_training_workers_learn_what_to_compute_again(switched, how, expected):
-    config, _, problems = switched(f"qerl.recompute={how}")
-    assert problems == []
-    assert config.ray_kwargs.ray_init.runtime_env.env_vars.get("QERL_RECOMPUTE") == expected
 
 
 def test_the_users_values_win(switched):
@@ -187,7 +185,7 @@ def test_the_cpu_gets_its_platform_and_sizes(switched):
 def test_environment_variables_of_the_user_stay(switched):
     config, _, _ = switched("+ray_kwargs.ray_init.runtime_env.env_vars={NCCL_DEBUG: INFO}")
     environment = config.ray_kwargs.ray_init.runtime_env.env_vars
-    assert environment.NCCL_DEBUG == "INFO" and environment.QERL_SWITCH == "nvfp4"
+    assert environment.NCCL_DEBUG == "INFO" and published(config).settings.arm == "nvfp4"
 
 
 SEPARATE = (

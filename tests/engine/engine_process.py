@@ -10,12 +10,13 @@ import hashlib
 import json
 import os
 import sys
+from dataclasses import replace
 from functools import partial
 
 checkpoint, out, rank, world, port, settings = sys.argv[1:]
 rank, world, settings = int(rank), int(world), json.loads(settings)
 os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-os.environ |= {"MASTER_PORT": port, "QERL_SWITCH": "nvfp4", "VERL_PLATFORM": "cpu", "VERL_ENGINE_VENDOR": "qerl"}
+os.environ |= {"MASTER_PORT": port, "VERL_PLATFORM": "cpu", "VERL_ENGINE_VENDOR": "qerl"}
 
 import torch  # noqa: E402
 import verl  # noqa: E402, F401  (loads the plugin)
@@ -43,6 +44,7 @@ from verl.workers.engine.fsdp import FSDPEngineWithLMHead  # noqa: E402
 from qerl_verl.config.rules import PACKED_ATTENTION  # noqa: E402
 from qerl_verl.engine.compile import CompiledMLP  # noqa: E402
 from qerl_verl.engine.register import engine_class  # noqa: E402
+from qerl_verl.job import this_job  # noqa: E402
 from qerl_verl.lora.wire import CONFIG_TENSOR, pack_config  # noqa: E402
 
 initialize_global_process_group_ray()
@@ -54,7 +56,9 @@ def make_engine(**variant):
     """With ``stock``, the folder of a 16-bit checkpoint, verl's own engine; with ``arm``, that arm's on ``base``."""
     get = {**settings, **variant}.get
     model_type = get("model_type", "language_model")
-    os.environ["QERL_RECOMPUTE"] = get("recompute", "full")
+    job = this_job()
+    job = replace(job, settings=replace(job.settings, recompute=get("recompute", "full")))
+    os.environ.update(job.environment())
     os.environ["TORCH_COMPILE_DISABLE"] = "1" if get("no_compiling") else "0"
     model = HFModelConfig(
         path=get("stock") or get("base", checkpoint),

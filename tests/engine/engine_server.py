@@ -10,10 +10,12 @@ sys.path.insert(1, str(Path(__file__).parents[1]))
 
 from fork_server import serve  # noqa: E402
 
+from qerl_verl.job import Job  # noqa: E402
+
 
 def import_what_the_ranks_import() -> None:
     """Their environment decides what the import of verl registers, so it is set first."""
-    os.environ |= {"QERL_SWITCH": "nvfp4", "VERL_PLATFORM": "cpu", "VERL_ENGINE_VENDOR": "qerl"}
+    os.environ |= Job().environment() | {"VERL_PLATFORM": "cpu", "VERL_ENGINE_VENDOR": "qerl"}
     import many_ranks  # noqa: F401
     import verl.utils.distributed
     import verl.workers.config

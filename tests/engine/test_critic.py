@@ -2,15 +2,15 @@
 
 import json
 import shutil
-import uuid
 
 import pytest
 import torch
+from jobs import sharing_job
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForTokenClassification
 
-from qerl_verl.config.base import BaseSharing
+from qerl_verl.job import Job
 
 HEAD = {"base_model.model.score.weight", "base_model.model.score.bias"}
 
@@ -21,8 +21,10 @@ def critic(run_engine, tmp_path_factory, nvfp4_checkpoint):
     folder = tmp_path_factory.mktemp("critic")
     save = str(folder / "ckpt" / "critic")
     settings = {"model_type": "value_model", "steps": 4, "save_after": 2, "save": save}
-    environment = {"QERL_SOURCE_MODELS": '{"actor": "made/up", "critic": "made/up-critic"}'}
-    return folder, run_engine(nvfp4_checkpoint, folder / "r", environment=environment, **settings)[0]
+    sources = {"actor": "made/up", "critic": "made/up-critic"}
+    return folder, run_engine(
+        nvfp4_checkpoint, folder / "r", environment=Job(sources=sources).environment(), **settings
+    )[0]
 
 
 def test_an_nvfp4_base_trains_adapters_and_a_value_head_in_float32(critic):
@@ -39,7 +41,7 @@ def test_an_nvfp4_base_trains_adapters_and_a_value_head_in_float32(critic):
 
 def test_a_critic_of_the_actors_checkpoint_uses_the_shared_base(run_engine, critic, nvfp4_checkpoint, tmp_path):
     """qerl.base=shared: bit for bit, also where the critic is built before the actor."""
-    sharing = BaseSharing(uuid.uuid4().hex, True, "auto", 8, "bfloat16", str(nvfp4_checkpoint)).environment()
+    sharing = sharing_job(model=str(nvfp4_checkpoint)).environment()
     report = run_engine(nvfp4_checkpoint, tmp_path / "r", environment=sharing, model_type="value_model", steps=4)[0]
     assert all(report[what] == critic[1][what] for what in ("built", "steps", "adapter"))
     assert not any(name.endswith(".weight_joined") for name in report["parameters"])

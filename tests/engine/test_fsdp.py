@@ -1,22 +1,21 @@
 """The training engine, in processes of its own: one rank, two gloo ranks, checkpoints, memory."""
 
-import dataclasses
 import inspect
 import json
 import re
-import uuid
 from types import SimpleNamespace
 
 import pytest
 import torch
+from jobs import sharing_job
 from safetensors.torch import load_file
 from tiny_families import make_config
 from transformers import Qwen2Config
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngine
 
-from qerl_verl.config.base import BaseSharing
 from qerl_verl.engine.fsdp import AdapterEngineMixin, NVFP4EngineMixin, remove_dropout
 from qerl_verl.engine.recompute import Recompute
+from qerl_verl.job import Job
 from qerl_verl.nvfp4.architectures import automatic_class, get_architecture
 
 ROUNDING = torch.finfo(torch.bfloat16).eps
@@ -28,7 +27,7 @@ def one_rank(run_engine, tmp_path_factory, nvfp4_checkpoint, bf16_checkpoint):
     """Four steps on one rank, saved after the second; the user gave the 16-bit model."""
     folder = tmp_path_factory.mktemp("one")
     settings = {"steps": 4, "save_after": 2, "save": str(folder / "ckpt" / "actor")}
-    environment = {"QERL_SOURCE_MODELS": json.dumps({"actor": str(bf16_checkpoint)})}
+    environment = Job(sources={"actor": str(bf16_checkpoint)}).environment()
     return folder, run_engine(nvfp4_checkpoint, folder / "r", environment=environment, **settings)[0]
 
 
@@ -101,7 +100,7 @@ def test_what_the_checkpoint_says_about_merging_holds(one_rank, bf16_checkpoint,
 
 def test_a_base_that_the_rollout_uses_too_trains_the_same_adapter(run_engine, one_rank, nvfp4_checkpoint, tmp_path):
     """qerl.base=shared: bit for bit, with verl's offload, which leaves the base where it is; a checkpoint is the same."""
-    sharing = BaseSharing(uuid.uuid4().hex, True, "auto", 8, "bfloat16").environment()
+    sharing = sharing_job().environment()
     save = tmp_path / "ckpt" / "actor"
     settings = {"steps": 4, "save_after": 2, "save": str(save), "param_offload": True, "optimizer_offload": True}
     report = run_engine(nvfp4_checkpoint, tmp_path / "r", environment=sharing, **settings)[0]
@@ -120,12 +119,12 @@ def test_a_base_that_the_rollout_uses_too_trains_the_same_adapter(run_engine, on
 def test_an_actor_that_cannot_share_says_why_and_trains_on_a_copy_of_its_own(
     run_engine, one_rank, nvfp4_checkpoint, tmp_path
 ):
-    settings = BaseSharing(uuid.uuid4().hex, False, "hopper", 8, "bfloat16")
-    report = run_engine(nvfp4_checkpoint, tmp_path / "r", environment=settings.environment(), steps=1)[0]
+    environment = sharing_job(required=False, kernel="hopper").environment()
+    report = run_engine(nvfp4_checkpoint, tmp_path / "r", environment=environment, steps=1)[0]
     assert report["steps"] == one_rank[1]["steps"][:1] and report["parameters"] == one_rank[1]["parameters"]
     said = "base: a copy each: qerl.rollout.kernel=hopper cannot run on cpu"
     assert said in (tmp_path / "r.0.log").read_text()
-    required = dataclasses.replace(settings, required=True).environment()
+    required = sharing_job(kernel="hopper").environment()
     with pytest.raises(AssertionError, match="SharingError: qerl.base=shared: qerl.rollout.kernel=hopper cannot run"):
         run_engine(nvfp4_checkpoint, tmp_path / "r", environment=required, steps=1)
 
@@ -153,11 +152,9 @@ def test_training_goes_on_from_an_adapter_folder(run_engine, one_rank, nvfp4_che
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_two_ranks_shard_the_bytes_and_train_the_same_adapter(
-    run_engine, one_rank, nvfp4_checkpoint, tmp_path, shared
-):
+def test_two_ranks_shard_the_bytes_and_train_the_same_adapter(run_engine, one_rank, nvfp4_checkpoint, tmp_path, shared):
     """With a base that the rollout uses too, each rank has all of it in place, and adapters alone are sharded."""
-    sharing = BaseSharing(uuid.uuid4().hex, True, "auto", 8, "bfloat16").environment() if shared else {}
+    sharing = sharing_job().environment() if shared else {}
     reports = run_engine(nvfp4_checkpoint, tmp_path / "r", world=2, environment=sharing, steps=4)
     sharded = [n for n, p in reports[0]["parameters"].items() if p["local_bytes"] * 2 == p["bytes"]]
     assert sum(name.endswith(".weight_joined") for name in sharded) == (0 if shared else 2 * 7)

@@ -13,6 +13,8 @@ from pathlib import Path
 import fork_server
 import pytest
 
+from qerl_verl.job import Job
+
 MAIN = [sys.executable, "-m", "verl.trainer.main_ppo"]
 STATE = """
 import verl, sys
@@ -96,7 +98,7 @@ def test_without_the_switch_no_class_of_verl_or_vllm_is_replaced(fork, stock, tm
 def test_with_the_switch_a_worker_registers_everything_and_changes_vllms_quantization_and_replica(
     fork, stock, tmp_path
 ):
-    ours = fork(tmp_path, "qerl", code=STATE, QERL_SWITCH="nvfp4")
+    ours = fork(tmp_path, "qerl", code=STATE, **Job().environment())
     assert ours.returncode == 0, ours.stderr
     stock, ours = (
         [eval(line) if line[0] in "[(" else line for line in o.stdout.splitlines()[-7:-1]] for o in (stock, ours)

@@ -14,8 +14,9 @@ import sys
 import traceback
 from pathlib import Path
 
-os.environ |= {
-    "QERL_SWITCH": "nvfp4",
+from qerl_verl.job import Job
+
+os.environ |= Job().environment() | {
     "VERL_PLATFORM": "cpu",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",

@@ -11,23 +11,23 @@ import json
 import os
 import sys
 import traceback
-import uuid
 
 from families_process import LORA, log_probabilities, start_engine  # sets the environment, first of all
 
 # isort: split
 import torch
 from accelerate import init_empty_weights
+from jobs import sharing_job
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from qerl_verl.config.base import LOAD_FORMAT, BaseSharing
+from qerl_verl.config.base import LOAD_FORMAT
+from qerl_verl.job import Job
 from qerl_verl.nvfp4.architectures import get_architecture
 from qerl_verl.nvfp4.loading import packed_linear_names, swap_linears
 from qerl_verl.rollout.candidates import CANDIDATES
 from qerl_verl.sharing.base import OtherSide, load_base, plan_layout
 from qerl_verl.sharing.channel import BaseOwner
 from qerl_verl.sharing.memory import SharedMemory
-from qerl_verl.switch import BASE_ENV
 
 CPU = torch.device("cpu")
 OWNERS = []
@@ -44,10 +44,10 @@ def own_base(checkpoint, dtype):
     layout = plan_layout(model, get_architecture(config), CPU, dtype, "auto", other)
     memory = SharedMemory.allocate(layout.size, CPU)
     layout, _ = load_base(model, checkpoint, layout, memory, torch.bfloat16, dtype, "auto")
-    settings = BaseSharing(uuid.uuid4().hex, True, "auto", LORA["rank"], str(dtype).removeprefix("torch."))
-    os.environ |= settings.environment()
+    job = sharing_job(rank=LORA["rank"], dtype=str(dtype).removeprefix("torch."))
+    os.environ |= job.environment()
     names = sorted(name for name, plain in layout.tensors.items() if plain.shared)
-    OWNERS.append(BaseOwner((memory, layout), settings.key, 0))
+    OWNERS.append(BaseOwner((memory, layout), job.sharing.key, 0))
     return names
 
 
@@ -71,6 +71,6 @@ if __name__ == "__main__":
             found[checkpoint] = {"separate": separate, "shared": shared, "in_place": names}
         except Exception:
             found[checkpoint] = {"error": traceback.format_exc()}
-        os.environ.pop(BASE_ENV, None)
+        os.environ |= Job().environment()
     with open(out, "w") as file:
         json.dump(found, file)

@@ -24,8 +24,11 @@ from qerl_verl.nvfp4.checkpoint import adaptable_shapes, quantize_checkpoint
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from jobs import sharing_job  # noqa: E402
 from tensor_parallel import expected_shards, prompt_log_probabilities  # noqa: E402
 from tensor_parallel import sync as sync_ranks  # noqa: E402
+
+from qerl_verl.job import JOB_ENV, Job  # noqa: E402
 
 pytestmark = [
     pytest.mark.engine,
@@ -44,7 +47,7 @@ PUNICA = {"enable_lora": True, "max_loras": 1, "max_lora_rank": RANK}
 def running(checkpoint, dtype="bfloat16", **settings):
     """Yields a vLLM engine as verl starts it."""
     environment = {
-        "QERL_SWITCH": "nvfp4",
+        JOB_ENV: os.environ.get(JOB_ENV) or Job().environment()[JOB_ENV],
         "VERL_PLATFORM": "cpu",
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -220,7 +223,6 @@ def actors_base(nvfp4_checkpoint, monkeypatch):
     from accelerate import init_empty_weights
     from transformers import AutoConfig
 
-    from qerl_verl.config.base import BaseSharing
     from qerl_verl.nvfp4.architectures import get_architecture
     from qerl_verl.nvfp4.loading import packed_linear_names, swap_linears
     from qerl_verl.rollout.candidates import CANDIDATES
@@ -237,9 +239,9 @@ def actors_base(nvfp4_checkpoint, monkeypatch):
     layout = plan_layout(model, get_architecture(config), cpu, dtype, "auto", other)
     memory = SharedMemory.allocate(layout.size, cpu)
     layout, _ = load_base(model, nvfp4_checkpoint, layout, memory, dtype, dtype, "auto")
-    settings = BaseSharing(os.urandom(16).hex(), True, "auto", RANK, "bfloat16")
-    owner = BaseOwner((memory, layout), settings.key, 0)
-    for name, value in {**settings.environment(), "VERL_REPLICA_RANK": "0"}.items():
+    job = sharing_job(rank=RANK)
+    owner = BaseOwner((memory, layout), job.sharing.key, 0)
+    for name, value in {**job.environment(), "VERL_REPLICA_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     yield
     owner.close()

@@ -6,13 +6,14 @@ import inspect
 from types import SimpleNamespace
 
 import pytest
+from jobs import sharing_job
 from omegaconf import DictConfig
 from tiny_families import make_config
 from verl.workers.config import HFModelConfig
 from verl.workers.rollout.replica import RolloutMode
 from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer
 
-from qerl_verl.config.base import BaseSharing
+from qerl_verl.job import Job, JobError, LoraSettings, RolloutLayers
 from qerl_verl.rollout import server as rollout_server
 from qerl_verl.rollout.rope import rope_overrides
 from qerl_verl.rollout.server import QeRLHttpServer, QeRLReplica
@@ -101,7 +102,7 @@ def test_the_sleep_level_is_ours_where_there_is_a_node_of_ours(model_config):
 
 @pytest.mark.parametrize("level", [1, 2])
 def test_a_base_that_is_the_actors_is_neither_copied_to_the_host_nor_read_again(monkeypatch, level):
-    for name, value in BaseSharing("0" * 32, False, "auto", 8, "bfloat16").environment().items():
+    for name, value in sharing_job().environment().items():
         monkeypatch.setenv(name, value)
     made = server(level=level)
     asyncio.run(made._sleep_hybrid())
@@ -257,3 +258,13 @@ def test_who_has_no_key_is_turned_away(monkeypatch, path, given, variable, statu
     assert client.get("/v1/reached").status_code == status
     if key := variable or (given and given[0]):
         assert client.get("/v1/reached", headers={"Authorization": f"Bearer {key}"}).status_code == 200
+
+
+def test_an_engine_whose_settings_are_not_the_runs_is_refused(monkeypatch, model_config):
+    for name, value in Job(lora=LoraSettings(8, 16)).environment().items():
+        monkeypatch.setenv(name, value)
+    same = RolloutLayers(lora=LoraSettings(8, 16), noise=True).additional_config()
+    assert server({"additional_config": same})._init_model_config(model_config).lora_rank == 0
+    other = RolloutLayers("triton", LoraSettings(8, 16), noise=True).additional_config()
+    with pytest.raises(JobError, match="additional_config.qerl is .*kernel='triton'.* the run's settings say .*'auto'"):
+        server({"additional_config": other})._init_model_config(model_config)

@@ -5,12 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from jobs import sharing_job
 from torch import nn
 from vllm.config.load import LoadConfig
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.model_executor.model_loader import DefaultModelLoader, get_model_loader
 
-from qerl_verl.config.base import LOAD_FORMAT, BaseSharing
+from qerl_verl.config.base import LOAD_FORMAT
 from qerl_verl.rollout import shared_base
 from qerl_verl.rollout.shared_base import SharedBaseLoader, SharedEmbedding, shared_embedding, shared_weights
 from qerl_verl.sharing.channel import BaseOwner, SharedBase
@@ -123,9 +124,9 @@ def configs(same: bool = True):
 
 
 def test_an_actor_that_shares_nothing_means_a_second_copy_with_a_line(loader, monkeypatch, capfd):
-    sharing = BaseSharing("1" * 32, False, "auto", 8, "bfloat16")
-    owner = BaseOwner("the rollout computes with marlin", sharing.key, 2)
-    for name, value in {**sharing.environment(), "VERL_REPLICA_RANK": "2"}.items():
+    job = sharing_job(required=False)
+    owner = BaseOwner("the rollout computes with marlin", job.sharing.key, 2)
+    for name, value in {**job.environment(), "VERL_REPLICA_RANK": "2"}.items():
         monkeypatch.setenv(name, value)
     assert loader.load_model(*configs()) == "a model with a base of its own"
     owner.close()
@@ -133,8 +134,8 @@ def test_an_actor_that_shares_nothing_means_a_second_copy_with_a_line(loader, mo
 
 
 def test_an_insisted_on_base_that_cannot_be_had_ends_the_engine(loader, monkeypatch):
-    sharing = BaseSharing("2" * 32, True, "auto", 8, "bfloat16")
-    for name, value in {**sharing.environment(), "VERL_REPLICA_RANK": "0"}.items():
+    job = sharing_job()
+    for name, value in {**job.environment(), "VERL_REPLICA_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(shared_base.SharedBase.connect.__func__, "__defaults__", (0.1,))
     with pytest.raises(SharingError, match="qerl.base=shared: no process on this host owns the base of rank 0"):
@@ -144,6 +145,6 @@ def test_an_insisted_on_base_that_cannot_be_had_ends_the_engine(loader, monkeypa
 @pytest.mark.parametrize("draft", [True, False])
 def test_a_draft_model_and_a_job_that_does_not_share_load_as_always(loader, monkeypatch, draft):
     if draft:
-        for name, value in BaseSharing("3" * 32, True, "auto", 8, "bfloat16").environment().items():
+        for name, value in sharing_job().environment().items():
             monkeypatch.setenv(name, value)
     assert loader.load_model(*configs(same=not draft)) == "a model with a base of its own"

@@ -1,0 +1,61 @@
+"""The driver's side of :mod:`qerl_verl.job`: what a configuration tells the processes of its run.
+
+Importable without torch, verl or vLLM.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from omegaconf import DictConfig
+
+from qerl_verl.config.arms import get_arm
+from qerl_verl.config.keys import MODEL, ROLLOUT, VARIABLES, get_value, set_value
+from qerl_verl.config.settings import QeRLSettings
+from qerl_verl.job import JOB_ENV, Job, LoraSettings
+from qerl_verl.switch import ENGINE_VENDOR
+
+
+def make_job(config: DictConfig) -> Job:
+    """The document of a run, from its configuration after the rules.
+
+    Raises:
+        SettingsError: the ``qerl`` node has a problem.
+    """
+    settings, lora = QeRLSettings.of(config), None
+    if get_arm(config).container and settings.rollout.lora == "inline":
+        rank, alpha = (get_value(config, f"{MODEL}.{name}") for name in ("lora_rank", "lora_alpha"))
+        lora = LoraSettings(rank, alpha)
+    return Job(settings, lora, get_value(config, f"{ROLLOUT}.dtype") or "bfloat16")
+
+
+def publish(config: DictConfig, job: Job, notify: Callable[[str], None]) -> None:
+    """Write the document into Ray's runtime environment and into the rollout's engine settings.
+
+    Args:
+        config: changed in place.
+        notify: called with a line for each value set.
+    """
+    why = "the NVFP4 layers" if get_arm(config).container else "adapters alone are synced"
+    for name, value in job.layers.additional_config().items():
+        key = f"{ROLLOUT}.engine_kwargs.vllm.additional_config.{name}"
+        set_value(config, key, value, why, notify)
+    variables = {**(get_value(config, VARIABLES) or {}), **job.environment()}
+    variables["VERL_ENGINE_VENDOR"] = ENGINE_VENDOR
+    set_value(config, VARIABLES, variables, "every process learns of the switch", notify)
+
+
+def published(config: DictConfig) -> Job:
+    """The document that a configuration carries.
+
+    Raises:
+        JobError: it carries none.
+    """
+    return Job.from_json((get_value(config, VARIABLES) or {}).get(JOB_ENV) or "")
+
+
+def republish(config: DictConfig, **changes: Any) -> None:
+    """Replace attributes of the published :class:`~qerl_verl.job.Job`, in place."""
+    publish(config, dataclasses.replace(published(config), **changes), lambda line: None)
