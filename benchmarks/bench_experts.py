@@ -22,7 +22,7 @@ from types import SimpleNamespace
 import torch
 from bench_gemm import environment, time_calls
 
-from qerl_verl.kernels import portable
+from qerl_verl.kernels import triton as triton_kernels
 from qerl_verl.kernels.nvfp4_experts import ExpertStack, nvfp4_experts_reference, route_softmax
 
 SHAPE = {"experts": 128, "top_k": 8, "hidden": 2048, "inner": 768}
@@ -89,7 +89,7 @@ def marlin(gate_up: ExpertStack, down: ExpertStack):
 
 def triton(gate_up: ExpertStack, down: ExpertStack):
     """Ours."""
-    return lambda x, weights, chosen: portable.experts(x, weights, chosen, gate_up, down)
+    return lambda x, weights, chosen: triton_kernels.experts(x, weights, chosen, gate_up, down)
 
 
 def pytorch(gate_up: ExpertStack, down: ExpertStack):
@@ -121,7 +121,7 @@ def time_kernel(call, inputs) -> float:
 
 def tune(stacks, shape: dict, tokens: list[int], device: str) -> list[dict]:
     """Returns the fastest tiles of our kernel for each number of tokens."""
-    from qerl_verl.kernels.portable.nvfp4_experts import nvfp4_experts
+    from qerl_verl.kernels.triton.nvfp4_experts import nvfp4_experts
 
     out = []
     for number in tokens:

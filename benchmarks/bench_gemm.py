@@ -32,7 +32,7 @@ from pathlib import Path
 import torch
 
 from qerl_verl.kernels import hopper
-from qerl_verl.kernels.hopper import tuning
+from qerl_verl.kernels.hopper import launch, tuning
 from qerl_verl.kernels.nvfp4_dequantize import block_values_nvfp4
 
 SHAPES = {
@@ -204,7 +204,7 @@ def measure_shape(name: str, args: argparse.Namespace, result: dict) -> None:
     dense_copies = max(2, math.ceil(ROTATE_BYTES / (n * k * 2)))
     dense = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) for _ in range(dense_copies)]
 
-    us = time_calls(lambda i: hopper.dequantize(*weights[i]), copies, n * k * 2.56 / 4e6)
+    us = time_calls(lambda i: hopper.block_values(*weights[i]), copies, n * k * 2.56 / 4e6)
     rate = n * k * (2 + 9 / 16) / us * 1e-6
     of_copy = rate / result["copy_TB_per_s"]
     result["dequantize"].append({"shape": name, "n": n, "k": k, "us": us, "TB_per_s": rate, "of_copy": of_copy})
@@ -214,10 +214,10 @@ def measure_shape(name: str, args: argparse.Namespace, result: dict) -> None:
         def product(i):
             if args.between:
                 x.mul_(1.0)
-            return hopper.run_plan(x, *weights[i], ALPHA, None, plan, args.pdl, lora=lora, how=how)
+            return launch.run_plan(x, *weights[i], ALPHA, None, plan, args.pdl, lora=lora, how=how)
 
         lora = adapter.lora if adapter else None
-        y = hopper.run_plan(x, packed_p, scale_p, ALPHA, None, plan, args.pdl, lora=lora)
+        y = launch.run_plan(x, packed_p, scale_p, ALPHA, None, plan, args.pdl, lora=lora)
         error = reference_error(y, x, packed, scale, rows=512 if args.sweep else 4096, adapter=adapter)
         us = time_calls(
             product,
@@ -310,7 +310,8 @@ def main() -> None:
         args.shapes = list(OTHERS)
 
     torch.manual_seed(0)
-    hopper.initialize()
+    if reason := hopper.unsupported_device():
+        raise SystemExit(reason)
     result = {
         "environment": environment(),
         "copy_TB_per_s": copy_bandwidth(),

@@ -279,7 +279,7 @@ def gemm_user(args) -> None:
     n, k, m = GEMM
     device = torch.device("cuda", 0)
     torch.zeros(1, device=device)
-    if reason := hopper.availability(0):  # compiles
+    if reason := hopper.unsupported_device(0):  # compiles
         raise SystemExit(f"the Hopper kernels do not run here: {reason}")
     allocator = CuMemAllocator.get_instance()
     before = torch.cuda.mem_get_info()[0]

@@ -29,8 +29,6 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 BATCH, LENGTH, CHUNK = 8, 1024, 1024
 VARIANTS = ("bf16_peft", "nvfp4", "nvfp4_selective", "nvfp4_selective_compiled", "compressed_tensors")
-FP8_VARIANTS = ("nvfp4_fp8", "nvfp4_fp8_selective", "nvfp4_fp8_selective_compiled")
-"""The same in FP8 (bench_fp8.py); measured where they are asked for."""
 
 
 def random_packed(rows: int, columns: int, seed: int):
@@ -70,8 +68,7 @@ def build(variant: str, shape: str, layers: int | None, dtype):
     targets = sorted({n.rpartition(".")[2] for n in names})
 
     class CompressedTensorsLinear(nn.Module):
-        """Decompresses the whole weight at every call, as the library's own compressed linear did.
-        """
+        """Decompresses the whole weight at every call, as the library's own compressed linear did."""
 
         def __init__(self, linear: nn.Linear, seed: int):
             super().__init__()
@@ -122,13 +119,7 @@ def build(variant: str, shape: str, layers: int | None, dtype):
     model.tie_weights()
     model = model.cuda().requires_grad_(False)
     said = None
-    if "fp8" in variant:
-        from bench_fp8 import FP8Backend
-
-        for module in model.modules():
-            if isinstance(module, NVFP4Linear):
-                module.backend = FP8Backend()
-    elif ours:
+    if ours:
         said = prepack_linears(model, torch.device("cuda", 0))
     model.enable_input_require_grads()
     lora = LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=RANK, target_modules=targets)
@@ -220,30 +211,7 @@ def run_variant(variant: str, args: argparse.Namespace) -> dict:
     return result
 
 
-def round_gradients() -> None:
-    """From now on, dL/dy goes through E4M3 on its way to dL/dx, as it would in FP8 GEMMs of the
-    backward pass: times the powers of two of the weight's channels, rounded by token. The weight of
-    the GEMM is the unrounded one."""
-    from qerl_verl.kernels import nvfp4_lora_linear
-    from qerl_verl.kernels.nvfp4_fp8_linear import quantize_rows_reference, row_scales, through_fp8
-
-    exact = nvfp4_lora_linear._NVFP4LoraLinear.backward
-
-    def backward(ctx, grad):
-        found = list(exact(ctx, grad))
-        x, packed, scale, a, b, _ = ctx.saved_tensors
-        rows = grad.reshape(-1, grad.shape[-1])
-        weight = ctx.backend.block_values(packed, scale, rows.dtype)
-        channel = row_scales(weight.float().abs().amax(1)).to(rows.dtype)
-        rounded = through_fp8(*quantize_rows_reference(rows * channel), rows.dtype) / channel
-        grad_u = nvfp4_lora_linear.scaled(rows @ b, ctx.scaling)
-        found[0] = (grad_u @ a).addmm_(rounded, weight, alpha=ctx.alpha).view(x.shape)
-        return tuple(found)
-
-    nvfp4_lora_linear._NVFP4LoraLinear.backward = staticmethod(backward)
-
-
-def gradient_errors(shape: str, fp8: bool, layers: int) -> dict:
+def gradient_errors(shape: str, layers: int) -> dict:
     """Returns the relative error of the adapters' gradients against float32, over all of them
     together.
     """
@@ -259,10 +227,8 @@ def gradient_errors(shape: str, fp8: bool, layers: int) -> dict:
 
     exact = gradients("bf16_peft", torch.float32)
     out = {}
-    for variant in ("bf16_peft", "nvfp4", *(["nvfp4_fp8", "nvfp4 with an FP8 backward pass"] if fp8 else [])):
-        if "backward" in variant:
-            round_gradients()
-        found = gradients(variant.partition(" ")[0], torch.bfloat16)
+    for variant in ("bf16_peft", "nvfp4"):
+        found = gradients(variant, torch.bfloat16)
         wrong = sum(((found[n] - exact[n]).double() ** 2).sum() for n in exact)
         out[variant] = float((wrong / sum((exact[n].double() ** 2).sum() for n in exact)) ** 0.5)
     return out
@@ -271,7 +237,7 @@ def gradient_errors(shape: str, fp8: bool, layers: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="7B")
-    parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=(*VARIANTS, *FP8_VARIANTS, "fp8"))
+    parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
     parser.add_argument("--batch", type=int, default=BATCH, help="sequences")
     parser.add_argument("--length", type=int, default=LENGTH, help="tokens a sequence")
@@ -281,7 +247,7 @@ def main() -> None:
     parser.add_argument("--variant", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.variant == "gradients":
-        print("RESULT " + json.dumps(gradient_errors(args.shape, "fp8" in args.variants, args.layers or 2)), flush=True)
+        print("RESULT " + json.dumps(gradient_errors(args.shape, args.layers or 2)), flush=True)
         return
     if args.variant:
         print("RESULT " + json.dumps(run_variant(args.variant, args)), flush=True)
@@ -302,8 +268,6 @@ def main() -> None:
         command += ["--batch", str(args.batch), "--length", str(args.length)]
         command += ["--layers", str(args.layers)] if args.layers else []
         command += ["--profile"] if args.profile else []
-        if name == "gradients" and any("fp8" in variant for variant in args.variants):
-            command += ["--variants", "fp8"]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=os.environ)
         lines = done.stdout.splitlines()
         if args.profile:

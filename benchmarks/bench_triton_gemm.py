@@ -10,20 +10,35 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 from pathlib import Path
 
 import torch
-from bench_fp8 import DEVICE, copies, floor_us, random_weight
-from bench_gemm import ALPHA, SHAPES, environment, geomean, time_calls
+from bench_gemm import ALPHA, ROTATE_BYTES, SHAPES, environment, geomean, time_calls
 
-from qerl_verl.kernels import portable
-from qerl_verl.kernels.portable import tuning
-from qerl_verl.kernels.portable.nvfp4_gemm import run_plan
+from qerl_verl.kernels.triton import tuning
+from qerl_verl.kernels.triton.nvfp4_gemm import run_plan
 
+DEVICE = torch.device("cuda", 0)
 NAMES = ("7B qkv", "8B gate_up", "8B down")
 TOKENS = (1, 16, 32, 64, 128, 256, 512, 1024)
+
+
+def random_weight(n: int, k: int):
+    packed = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device=DEVICE)
+    scale = (torch.rand(n, k // 16, device=DEVICE) * 300 + 20).to(torch.float8_e4m3fn).view(torch.uint8)
+    return packed, scale
+
+
+def copies(nbytes: int) -> int:
+    return max(2, math.ceil(ROTATE_BYTES / nbytes))
+
+
+def floor_us(m: int, n: int, k: int) -> float:
+    """Estimates the time of a GEMM, so that graphs are long enough."""
+    return max(n * k / 4e6, 2 * m * n * k / 1.5e9)
 
 
 def measure_plans(m: int, plans: dict, weights, dense) -> dict:
@@ -43,7 +58,7 @@ def measure_triton(names, out: dict) -> None:
     for name in names:
         n, k = SHAPES[name]
         start = time.monotonic()
-        said = portable.tune(DEVICE, n, k)
+        said = tuning.tune(DEVICE, n, k)
         seconds = time.monotonic() - start
         print(name, said, f"{seconds:.1f} s", flush=True)
         weights = [random_weight(n, k) for _ in range(copies(n * k * 9 // 16))]

@@ -1,6 +1,6 @@
 """Choose launch configurations by measuring them, once for each GPU model and weight shape.
 
-A kernel package (:mod:`qerl_verl.kernels.hopper`, :mod:`qerl_verl.kernels.portable`) lists candidates and provides a
+A kernel package (:mod:`qerl_verl.kernels.hopper`, :mod:`qerl_verl.kernels.triton`) lists candidates and provides a
 call for each. This module times the calls, and keeps the choice in a file, so that every later process on the
 same kind of GPU, a resumed run included, launches the same kernels and sums in the same order.
 """

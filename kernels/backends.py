@@ -15,7 +15,8 @@ from dataclasses import dataclass
 
 import torch
 
-from qerl_verl.kernels import hopper, portable
+from qerl_verl.kernels import hopper
+from qerl_verl.kernels import triton as triton_kernels
 from qerl_verl.kernels.nvfp4_dequantize import block_values_nvfp4
 from qerl_verl.kernels.nvfp4_linear import nvfp4_linear_reference
 from qerl_verl.kernels.nvfp4_lora_linear import add_lora_reference
@@ -39,11 +40,11 @@ class Candidate:
         """The rank that an adapter's buffers have: the next multiple of ``lora_rank_multiple``."""
         return -(-rank // self.lora_rank_multiple) * self.lora_rank_multiple
 
-    def unavailable(self, device: torch.device) -> str | None:
+    def unsupported_device(self, device: torch.device) -> str | None:
         """Why nothing runs on ``device``, one line, or None. Compiles what has to be compiled."""
         return None
 
-    def refuses(self, n: int, k: int, dtype: torch.dtype) -> str | None:
+    def unsupported_weight(self, n: int, k: int, dtype: torch.dtype) -> str | None:
         """Why an ``[n, k]`` weight with ``dtype`` activations is not served, or None if it is."""
         return None
 
@@ -51,7 +52,7 @@ class Candidate:
         """What was chosen for an ``[n, k]`` weight by measuring, for the line ``[qerl] kernel:``."""
         return None
 
-    def refuses_adapter(self, n: int, k: int, rank: int, ends: Sequence[int]) -> str | None:
+    def unsupported_adapter(self, n: int, k: int, rank: int, ends: Sequence[int]) -> str | None:
         """Why PyTorch adds the adapter of an ``[n, k]`` weight to the kernel's output, or None
         where the kernel computes it.
 
@@ -141,14 +142,14 @@ class HopperBackend(Backend):
     takes_adapter = True
     fused_row_multiple = hopper.layout.UNIT * hopper.layout.GROUP
 
-    def unavailable(self, device):
-        return _needs_cuda(device) or hopper.availability(device.index)
+    def unsupported_device(self, device):
+        return _needs_cuda(device) or hopper.unsupported_device(device.index)
 
-    def refuses(self, n, k, dtype):
-        return hopper.check(n, k, dtype)
+    def unsupported_weight(self, n, k, dtype):
+        return hopper.unsupported_weight(n, k, dtype)
 
-    def refuses_adapter(self, n, k, rank, ends):
-        return hopper.check_lora(n, k, rank, ends)
+    def unsupported_adapter(self, n, k, rank, ends):
+        return hopper.unsupported_adapter(n, k, rank, ends)
 
     def prepack(self, packed, scale):
         return hopper.prepack(packed, scale)
@@ -163,7 +164,7 @@ class HopperBackend(Backend):
         return hopper.unpack_lora_b(b)
 
     def block_values(self, packed, scale, dtype):
-        return hopper.dequantize(packed, scale).to(dtype)
+        return hopper.block_values(packed, scale).to(dtype)
 
     def linear(self, x, packed, scale, alpha, bias=None):
         return hopper.gemm(x, packed, scale, alpha, bias)
@@ -174,65 +175,63 @@ class HopperBackend(Backend):
     def tune(self, device, n, k, ends=None, rank=32):
         if device.type != "cuda":
             return None
-        if ends is not None and hopper.check_lora(n, k, rank, ends):
+        if ends is not None and hopper.unsupported_adapter(n, k, rank, ends):
             ends = None  # lora_linear then adds the LoRA delta to the output of the plain GEMM
         return hopper.tune(device, n, k, ends, rank)
 
     def lora_linear(self, x, packed, scale, alpha, bias, lora_a, lora_b, ends, scaling):
         n, k = packed.shape[0], packed.shape[1] * 2
-        if self.refuses_adapter(n, k, lora_b.shape[1], ends) is None:
+        if self.unsupported_adapter(n, k, lora_b.shape[1], ends) is None:
             return hopper.lora_gemm(x, packed, scale, alpha, bias, lora_a, lora_b, ends, scaling)
         y = hopper.gemm(x, packed, scale, alpha, bias)
         return add_lora_reference(y, x, lora_a, hopper.unpack_lora_b(lora_b), ends, scaling)
 
 
-class PortableBackend(Backend):
-    """Triton, for every NVIDIA GPU, in the checkpoint's own layout, see ``kernels/portable``."""
+class TritonBackend(Backend):
+    """Triton, for every NVIDIA GPU, in the checkpoint's own layout, see ``kernels/triton``."""
 
     name = "triton"
     description = "Triton W4A16"
 
-    def unavailable(self, device):
-        return _needs_cuda(device) or portable.trial(device.index)
+    def unsupported_device(self, device):
+        return _needs_cuda(device) or triton_kernels.unsupported_device(device.index)
 
-    def refuses(self, n, k, dtype):
-        return portable.check(n, k, dtype)
+    def unsupported_weight(self, n, k, dtype):
+        return triton_kernels.unsupported_weight(n, k, dtype)
 
-    def refuses_adapter(self, n, k, rank, ends):
-        if len(ends) > 1:
-            return f"the kernel computes the adapter of one projection, got {len(ends)}"
-        return f"the rank has to be a multiple of 16, got {rank}" if rank % 16 else None
+    def unsupported_adapter(self, n, k, rank, ends):
+        return triton_kernels.unsupported_adapter(n, k, rank, ends)
 
     def block_values(self, packed, scale, dtype):
         if dtype not in (torch.bfloat16, torch.float16):
             return super().block_values(packed, scale, dtype)
-        return portable.dequantize(packed, scale, dtype)
+        return triton_kernels.block_values(packed, scale, dtype)
 
     def linear(self, x, packed, scale, alpha, bias=None):
-        return portable.gemm(x, packed, scale, alpha, bias)
+        return triton_kernels.gemm(x, packed, scale, alpha, bias)
 
     def dequantizes(self, tokens, n, k):
-        return portable.choose(tokens, n, k) == portable.tuning.DEQUANTIZE
+        return triton_kernels.choose(tokens, n, k) == triton_kernels.tuning.DEQUANTIZE
 
     def tune(self, device, n, k, ends=None, rank=32):
-        return portable.tune(device, n, k) if device.type == "cuda" else None
+        return triton_kernels.tune(device, n, k) if device.type == "cuda" else None
 
     def path(self, n, k):
-        up_to = portable.tuning.decoded_inside_up_to(n, k)
+        up_to = triton_kernels.tuning.decoded_inside_up_to(n, k)
         return None if up_to is None else f"dequantized for more than {up_to} tokens"
 
     def lora_linear(self, x, packed, scale, alpha, bias, lora_a, lora_b, ends, scaling):
-        if self.refuses_adapter(packed.shape[0], packed.shape[1] * 2, lora_b.shape[1], ends):
+        if self.unsupported_adapter(packed.shape[0], packed.shape[1] * 2, lora_b.shape[1], ends):
             return super().lora_linear(x, packed, scale, alpha, bias, lora_a, lora_b, ends, scaling)
         u = x @ lora_a.t()
-        return portable.gemm(x, packed, scale, alpha, bias, u if scaling == 1 else u * scaling, lora_b)
+        return triton_kernels.gemm(x, packed, scale, alpha, bias, u if scaling == 1 else u * scaling, lora_b)
 
 
 def _needs_cuda(device: torch.device) -> str | None:
     return None if device.type == "cuda" else f"it runs on CUDA, not on {device.type}"
 
 
-BACKENDS: tuple[Backend, ...] = (HopperBackend(), PortableBackend(), Backend())
+BACKENDS: tuple[Backend, ...] = (HopperBackend(), TritonBackend(), Backend())
 """The best first."""
 
 NAMES = tuple(b.name for b in BACKENDS)
@@ -313,17 +312,17 @@ def choose_backend(
     for candidate in candidates:
         if wanted not in ("auto", candidate.name):
             continue
-        reason = candidate.unavailable(device) or (elsewhere or {}).get(candidate.name)
+        reason = candidate.unsupported_device(device) or (elsewhere or {}).get(candidate.name)
         if reason and candidate.name == wanted:
             raise ValueError(
                 f"{setting}={wanted} cannot run on {_name_of(device)}: {reason}; use auto or another of {', '.join(names)}"
             )
         where = ""
         if reason is None and shape is not None:
-            where, reason = f" of {shape[0]} x {shape[1]}", candidate.refuses(*shape, dtype)
+            where, reason = f" of {shape[0]} x {shape[1]}", candidate.unsupported_weight(*shape, dtype)
         beside = None
         if reason is None and adapter is not None and shape is not None:
-            beside = candidate.refuses_adapter(*shape, candidate.padded_rank(adapter.rank), adapter.ends)
+            beside = candidate.unsupported_adapter(*shape, candidate.padded_rank(adapter.rank), adapter.ends)
         if candidate.name == wanted:
             if reason:
                 raise ValueError(f"{setting}={wanted} does not serve {layer}{where}: {reason}; use auto")

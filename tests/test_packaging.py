@@ -75,7 +75,7 @@ site.addsitedir(sys.argv[1])
 import qerl_verl, qerl_verl.kernels, qerl_verl.recipes
 print(qerl_verl.__file__)
 print(qerl_verl.kernels.__file__)
-for package, file in (("kernels", "hopper/nvfp4_gemm.cu"), ("kernels", "portable/nvfp4_gemm.py"), ("recipes", "study/__init__.py")):
+for package, file in (("kernels", "hopper/nvfp4_gemm.cu"), ("kernels", "triton/nvfp4_gemm.py"), ("recipes", "study/__init__.py")):
     assert files(f"qerl_verl.{package}").joinpath(file).is_file(), file
 assert files("qerl_verl.recipes").joinpath("quickstart_cpu.yaml").is_file()
 for name in ("tests", "setup", "qerl_verl", "benchmarks"):

@@ -19,7 +19,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from ..autotune import cache_folder
+from qerl_verl.kernels.autotune import cache_folder
 
 ARCH = "sm_90a"
 MIN_NVCC = (12, 4)

@@ -81,7 +81,7 @@ def _scale_tables() -> tuple[torch.Tensor, torch.Tensor]:
     return to_code, back
 
 
-def check_shape(n: int, k: int) -> str | None:
+def unsupported_shape(n: int, k: int) -> str | None:
     """Why an ``[n, k]`` weight cannot be prepacked, or None."""
     if n % UNIT or k % UNIT:
         return f"N and K have to be multiples of {UNIT}, got {n} x {k}"
@@ -102,8 +102,7 @@ def prepack(packed: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, to
         ValueError: a shape that the layout does not cover, or a scale that is NaN.
     """
     n, k = packed.shape[0], packed.shape[1] * 2
-    reason = check_shape(n, k)
-    if reason:
+    if reason := unsupported_shape(n, k):
         raise ValueError(reason)
     if tuple(scale.shape) != (n, k // 16):
         raise ValueError(

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 
 import torch
 
-from .. import autotune
-from . import tuning
-from .build import library_path
-from .layout import UNIT, prepack_lora_b
-from .tuning import DEQUANTIZE, DEQUANTIZE_FROM, Plan, Shrink, Tuned
+from qerl_verl.kernels import autotune
+from qerl_verl.kernels.hopper import tuning
+from qerl_verl.kernels.hopper.build import library_path
+from qerl_verl.kernels.hopper.launch import run_plan
+from qerl_verl.kernels.hopper.layout import UNIT, prepack_lora_b
+from qerl_verl.kernels.hopper.support import prepare
+from qerl_verl.kernels.hopper.tuning import DEQUANTIZE, DEQUANTIZE_FROM, Plan, Shrink, Tuned
 
 LIMITS = (8, 16, 32, 64, 128, 256, 384, 512, 768, 1024, 2048, 4096, 6144)
 """Numbers of tokens that are measured; each choice serves the numbers between the limit before and this one."""
@@ -29,18 +31,30 @@ def version() -> str:
     return autotune.content_version(library_path().name, tuning.CONFIGS, LIMITS, LIMITS_WITH_ADAPTER, SHRINKS)
 
 
-def tune(n: int, k: int, ends: Sequence[int] | None = None, rank: int = 32) -> str | None:
-    """Choose the launches of one weight shape on the current device, by measuring or from the cache.
+def tune(device: torch.device, n: int, k: int, ends: Sequence[int] | None = None, rank: int = 32) -> str | None:
+    """Measure the launch configurations of an ``[n, k]`` weight, unless the cache has them, and use
+    the fastest.
 
     Args:
+        device: a Hopper GPU.
         n: rows of the weight, a multiple of 64.
         k: columns, a multiple of 64.
-        ends: with an adapter inside the GEMM, the row at which each fused projection ends; None without.
-        rank: of the adapter, padded as its buffers are.
+        ends: with an adapter inside the GEMM, the row at which each fused projection ends; None
+            without one.
+        rank: of the adapter, padded as its buffers are; a multiple of 16.
 
     Returns:
-        A sentence where something was measured, or could not be for lack of memory; else None.
+        A sentence that says what was measured, or why the built-in table stays in use; None if
+        neither.
     """
+    if not autotune.enabled():
+        return None
+    with torch.cuda.device(device):
+        prepare(torch.cuda.current_device())
+        return _tune(n, k, ends, rank)
+
+
+def _tune(n: int, k: int, ends: Sequence[int] | None, rank: int) -> str | None:
     align = tuning.alignment(ends)
     if tuning.installed(n, k, align):
         return None
@@ -86,7 +100,6 @@ class _Problem:
 
     def call(self, x: torch.Tensor, plan: Plan, how: Shrink | None):
         """One launch as a model makes it: with an adapter, another kernel writes ``x`` just before."""
-        from . import run_plan
 
         def run(copy: int) -> None:
             if self.lora is not None:

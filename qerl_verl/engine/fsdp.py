@@ -134,7 +134,7 @@ def unavailable_elsewhere(device: torch.device) -> dict[str, str]:
 
     FSDP2 gathers the bytes as rank 0 has laid them out, so every rank has to compute with the same backend.
     """
-    own = {backend.name: backend.unavailable(device) for backend in BACKENDS}
+    own = {backend.name: backend.unsupported_device(device) for backend in BACKENDS}
     if not torch.distributed.is_initialized():
         return {}
     gathered: list[tuple[str, dict]] = [("", {})] * torch.distributed.get_world_size()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from qerl_verl.kernels import portable
+from qerl_verl.kernels import triton as triton_kernels
 from qerl_verl.kernels.backends import Candidate, get_backend
 from qerl_verl.kernels.nvfp4_experts import ExpertStack, nvfp4_experts_reference
 
@@ -24,19 +24,19 @@ class VLLMKernel(Candidate):
     def __init__(self, kernel: str = "Marlin"):
         self.description = f"vLLM's {kernel}"
 
-    def unavailable(self, device):
+    def unsupported_device(self, device):
         if device.type != "cuda":
             return f"it runs on CUDA, not on {device.type}"
         if torch.cuda.get_device_capability(device) < (7, 5):
             return "it needs compute capability 7.5"
         return None
 
-    def refuses(self, n, k, dtype):
+    def unsupported_weight(self, n, k, dtype):
         if dtype not in (torch.bfloat16, torch.float16):
             return f"activations have to be bfloat16 or float16, got {dtype}"
         return None
 
-    def refuses_adapter(self, n, k, rank, ends):
+    def unsupported_adapter(self, n, k, rank, ends):
         return "the kernel takes no adapter"
 
 
@@ -51,10 +51,10 @@ class VLLMExperts(VLLMKernel):
     vLLM chooses in fused_moe/oracle/nvfp4.py. Marlin pads the intermediate size.
     """
 
-    def refuses(self, n, k, dtype):
+    def unsupported_weight(self, n, k, dtype):
         if k % 64:
             return f"the hidden size has to be a multiple of 64, got {k}"
-        return super().refuses(n, k, dtype)
+        return super().unsupported_weight(n, k, dtype)
 
 
 class NoExperts(Candidate):
@@ -63,7 +63,7 @@ class NoExperts(Candidate):
     def __init__(self, name: str):
         self.name = name
 
-    def refuses(self, n, k, dtype):
+    def unsupported_weight(self, n, k, dtype):
         return "it has no kernel for experts"
 
 
@@ -91,17 +91,17 @@ class TritonExperts(ExpertsKernel):
     name = "triton"
     description = "Triton W4A16, grouped by expert"
 
-    def unavailable(self, device):
-        return get_backend("triton").unavailable(device)
+    def unsupported_device(self, device):
+        return get_backend("triton").unsupported_device(device)
 
-    def refuses(self, n, k, dtype):
-        return portable.check_experts(k, n // 2, dtype)
+    def unsupported_weight(self, n, k, dtype):
+        return triton_kernels.unsupported_experts(k, n // 2, dtype)
 
     def experts(self, x, weights, chosen, gate_up, down):
-        return portable.experts(x, weights, chosen, gate_up, down)
+        return triton_kernels.experts(x, weights, chosen, gate_up, down)
 
     def warm_up(self, gate_up, down, top_k, dtype):
-        portable.warm_up_experts(gate_up, down, top_k, dtype)
+        triton_kernels.warm_up_experts(gate_up, down, top_k, dtype)
 
 
 class PyTorchExperts(ExpertsKernel):
@@ -117,7 +117,7 @@ class PyTorchExperts(ExpertsKernel):
     def __init__(self, captured: bool):
         self.captured = captured
 
-    def unavailable(self, device):
+    def unsupported_device(self, device):
         if self.captured and device.type == "cuda":
             return (
                 "it reads on the host which experts have tokens, which a CUDA graph cannot hold: "

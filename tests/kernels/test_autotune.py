@@ -168,7 +168,7 @@ def test_a_choice_of_another_shape_changes_nothing(no_choices):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(hopper.availability() is not None, reason=str(hopper.availability()))
+@pytest.mark.skipif(hopper.unsupported_device() is not None, reason=str(hopper.unsupported_device()))
 @pytest.mark.parametrize("ends", [None, (640,), (384, 512, 640)])
 def test_measured_launches_compute_the_same(no_choices, tmp_path, monkeypatch, ends):
     from qerl_verl.kernels.nvfp4_dequantize import block_values_nvfp4

@@ -6,14 +6,15 @@ import pytest
 import torch
 
 from qerl_verl.config.settings import KERNELS
-from qerl_verl.kernels import backends, hopper, portable
+from qerl_verl.kernels import backends, hopper
+from qerl_verl.kernels import triton as triton_kernels
 from qerl_verl.kernels.backends import (
     BACKENDS,
     NAMES,
     Adapter,
     HopperBackend,
     KernelCount,
-    PortableBackend,
+    TritonBackend,
     choose_backend,
     get_backend,
 )
@@ -33,7 +34,7 @@ def weight():
 @pytest.fixture
 def every_backend_runs(monkeypatch):
     for backend in BACKENDS:
-        monkeypatch.setattr(type(backend), "unavailable", lambda self, device: None)
+        monkeypatch.setattr(type(backend), "unsupported_device", lambda self, device: None)
 
 
 def test_the_setting_names_the_backends():
@@ -77,8 +78,8 @@ def test_a_wanted_backend_is_taken_and_attributed_to_the_setting():
 )  # fmt: skip
 def test_auto_goes_on_to_the_next_backend_with_the_reason(monkeypatch, hopper, triton, chosen):
     """As where a compiler fails: found when the layer is built, and nothing is computed before."""
-    monkeypatch.setattr(HopperBackend, "unavailable", lambda self, device: hopper)
-    monkeypatch.setattr(PortableBackend, "unavailable", lambda self, device: triton)
+    monkeypatch.setattr(HopperBackend, "unsupported_device", lambda self, device: hopper)
+    monkeypatch.setattr(TritonBackend, "unsupported_device", lambda self, device: triton)
     choice = choose_backend(CPU, (320, 192))
     assert (choice.backend.name, "; ".join(choice.passed_over)) == chosen
     for name, reason in (("hopper", hopper), ("triton", triton)):
@@ -116,7 +117,7 @@ def test_a_layer_goes_to_the_first_backend_that_serves_it(every_backend_runs, wa
     choice = choose_backend(CPU, (n, k), dtype)
     assert choice.backend.name == served
     assert reason is None or f"not {wanted}: {reason}" in choice.passed_over
-    assert get_backend(wanted).refuses(n, k, dtype) == reason
+    assert get_backend(wanted).unsupported_weight(n, k, dtype) == reason
     if reason is None:
         assert choose_backend(CPU, (n, k), dtype, wanted).backend.name == wanted
         return
@@ -216,7 +217,7 @@ def test_the_reference_multiplies_by_the_block_values(weight):
 @pytest.mark.parametrize("tokens", [1, 512, 513, 6144, 6145, 12288])
 def test_what_dequantizes_is_what_the_kernels_plans_say(tokens):
     n, k = 3584, 18944
-    hopper_plan, portable_plan = hopper.tuning.choose(tokens, n, k, 132), portable.tuning.choose(tokens, n, k)
+    hopper_plan, triton_plan = hopper.tuning.choose(tokens, n, k, 132), triton_kernels.tuning.choose(tokens, n, k)
     assert get_backend("hopper").dequantizes(tokens, n, k) is (hopper_plan == hopper.tuning.DEQUANTIZE)
-    assert get_backend("triton").dequantizes(tokens, n, k) is (portable_plan == portable.tuning.DEQUANTIZE)
+    assert get_backend("triton").dequantizes(tokens, n, k) is (triton_plan == triton_kernels.tuning.DEQUANTIZE)
     assert get_backend("pytorch").dequantizes(tokens, n, k)

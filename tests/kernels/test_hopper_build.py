@@ -17,7 +17,13 @@ from qerl_verl.kernels.hopper import build
 @pytest.fixture(autouse=True)
 def nothing_is_remembered(monkeypatch, tmp_path):
     """Neither by this process nor in the user's cache, before and after."""
-    cached = (build.nvcc_version, build.host_compiler, build.problem, build.load_library, hopper._availability)
+    cached = (
+        build.nvcc_version,
+        build.host_compiler,
+        build.problem,
+        build.load_library,
+        hopper.support._unsupported_device,
+    )
     for function in cached:
         function.cache_clear()
     monkeypatch.setenv("QERL_KERNEL_CACHE", str(tmp_path / "cache"))
@@ -78,7 +84,7 @@ def test_a_compiler_that_fails_is_the_reason_and_the_next_backend_takes_the_laye
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA H100")
-    monkeypatch.setattr("qerl_verl.kernels.portable.trial", lambda device: None)
+    monkeypatch.setattr("qerl_verl.kernels.triton.unsupported_device", lambda device: None)
     device = torch.device("cuda", 0)
     choice = choose_backend(device, (128, 128))
     assert choice.backend.name == "triton"

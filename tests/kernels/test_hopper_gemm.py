@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from qerl_verl.kernels import hopper
-from qerl_verl.kernels.hopper import layout, tuning
+from qerl_verl.kernels.hopper import build, launch, layout, tuning
 from qerl_verl.kernels.nvfp4_dequantize import E2M1_VALUES, block_values_nvfp4
 
-UNAVAILABLE = hopper.availability()
+UNAVAILABLE = hopper.unsupported_device()
 on_hopper = [pytest.mark.gpu, pytest.mark.skipif(UNAVAILABLE is not None, reason=str(UNAVAILABLE))]
 ALPHA = 1 / 640.0
 MAX_ERROR = 2.6e-3
@@ -115,7 +115,7 @@ def test_fake_implementations():
     with FakeTensorMode():
         packed, scale = torch.empty(128, 64, dtype=torch.uint8), torch.empty(128, 8, dtype=torch.uint8)
         y = torch.ops.qerl_hopper.nvfp4_gemm(torch.empty(2, 3, 128, dtype=torch.bfloat16), packed, scale, 1.0)
-        w = torch.ops.qerl_hopper.nvfp4_dequantize(packed, scale)
+        w = torch.ops.qerl_hopper.nvfp4_block_values(packed, scale)
     assert y.shape == (2, 3, 128) and y.dtype == torch.bfloat16
     assert w.shape == (128, 128) and w.dtype == torch.bfloat16
 
@@ -131,11 +131,11 @@ def test_prepack_lora_b_and_back():
 
 
 def test_check_lora():
-    assert hopper.check_lora(1152, 896, 32, [896, 1024, 1152]) is None
-    assert hopper.check_lora(64, 64, 16, [64]) is None
-    assert "multiple of 16" in hopper.check_lora(256, 64, 8, [256])
-    assert "multiples of 128" in hopper.check_lora(256, 64, 16, [192, 256])
-    assert "end at row 256" in hopper.check_lora(256, 64, 16, [128])
+    assert hopper.unsupported_adapter(1152, 896, 32, [896, 1024, 1152]) is None
+    assert hopper.unsupported_adapter(64, 64, 16, [64]) is None
+    assert "multiple of 16" in hopper.unsupported_adapter(256, 64, 8, [256])
+    assert "multiples of 128" in hopper.unsupported_adapter(256, 64, 16, [192, 256])
+    assert "end at row 256" in hopper.unsupported_adapter(256, 64, 16, [128])
 
 
 def test_no_tile_lies_across_two_projections():
@@ -170,7 +170,7 @@ class TestOnHopper:
     def test_library_and_table_agree(self):
         import ctypes
 
-        library = hopper.load_library()
+        library = build.load_library()
         assert library.qerl_nvfp4_config_count() == len(tuning.CONFIGS)
         for i, config in enumerate(tuning.CONFIGS):
             out = (ctypes.c_int * 7)()
@@ -180,32 +180,30 @@ class TestOnHopper:
     @pytest.mark.parametrize("n,k", [(64, 64), (192, 1024), (4608, 3584)])
     def test_dequantize_is_exact(self, n, k):
         packed, scale = random_weight(n, k, "cuda")
-        got = hopper.dequantize(*hopper.prepack(packed, scale))
+        got = hopper.block_values(*hopper.prepack(packed, scale))
         assert torch.equal(got, block_values_nvfp4(packed, scale, torch.bfloat16))
 
     @pytest.mark.parametrize("config", range(len(tuning.CONFIGS)))
     @pytest.mark.parametrize("blocks", [1, 3, 7, 132, 264])
     def test_every_configuration(self, config, blocks):
-        hopper.initialize()
         n, k = 64 * 11, 256 * 5  # rows that fill no tile of several units
         for m in (1, 13, 200):
             x, packed_p, scale_p, bias, expected = self.case(m, n, k, bias=True)
             plan = tuning.plan(config, blocks, m, n, k)
             for _ in range(2):  # the second finds the counters as the first left them
                 out = torch.full((m, n), float("nan"), dtype=torch.bfloat16, device="cuda")
-                y = hopper.run_plan(x, packed_p, scale_p, ALPHA, bias, plan, out=out)
+                y = launch.run_plan(x, packed_p, scale_p, ALPHA, bias, plan, out=out)
                 assert self.error(y, expected) < MAX_ERROR
 
     @pytest.mark.parametrize("config", range(len(tuning.CONFIGS)))
     @pytest.mark.parametrize("cluster", [2, 3, 5, 8])
     def test_every_configuration_with_clusters(self, config, cluster):
-        hopper.initialize()
         n, k = 64 * 11, 256 * 9
         for m in (1, 13, 200):
             x, packed_p, scale_p, bias, expected = self.case(m, n, k, bias=True)
             plan = tuning.plan(config, 0, m, n, k, cluster)
             out = torch.full((m, n), float("nan"), dtype=torch.bfloat16, device="cuda")
-            y = hopper.run_plan(x, packed_p, scale_p, ALPHA, bias, plan, out=out)
+            y = launch.run_plan(x, packed_p, scale_p, ALPHA, bias, plan, out=out)
             assert self.error(y, expected) < MAX_ERROR
 
     @pytest.mark.parametrize("m", [1, 3, 8, 16, 24, 32, 64, 100, 128, 256, 384, 640, 1024])
@@ -233,7 +231,6 @@ class TestOnHopper:
     @pytest.mark.parametrize("blocks,cluster", [(3, 0), (132, 0), (264, 0), (0, 3), (0, 8)])
     @pytest.mark.parametrize("rank", [16, 32, 64])
     def test_every_configuration_with_an_adapter(self, config, blocks, cluster, rank):
-        hopper.initialize()
         n, k, ends = 64 * 12, 256 * 9, (256, 512, 768)
         a, b_p, term = self.lora_case(1, n, k, rank, ends)
         for m in (1, 13, 200):
@@ -242,7 +239,7 @@ class TestOnHopper:
             plan = tuning.plan(config, blocks, m, n, k, cluster)
             for pdl in (1, 0):
                 out = torch.full((m, n), float("nan"), dtype=torch.bfloat16, device="cuda")
-                y = hopper.run_plan(x, packed_p, scale_p, ALPHA, bias, plan, pdl, out=out, lora=(a, b_p, ends, 0.5))
+                y = launch.run_plan(x, packed_p, scale_p, ALPHA, bias, plan, pdl, out=out, lora=(a, b_p, ends, 0.5))
                 assert self.error(y, expected) < MAX_ERROR
 
     @pytest.mark.parametrize(
@@ -348,7 +345,6 @@ class TestOnHopper:
 
     def test_cuda_graph(self):
         x, packed_p, scale_p, _, expected = self.case(16, 3584, 3584)
-        hopper.initialize()
         graph = torch.cuda.CUDAGraph()
         static, copy = torch.zeros_like(x), torch.zeros_like(x)
         with torch.cuda.graph(graph):

@@ -139,7 +139,7 @@ def test_tokens_go_to_their_experts_and_back():
 @pytest.mark.parametrize("transposed", [False, True])
 def test_grouped_mm_is_the_reference(backend, transposed):
     """The grouped GEMM of PyTorch on each backend's layout, with an expert without rows."""
-    if reason := get_backend(backend).unavailable(torch.device("cuda", 0)):
+    if reason := get_backend(backend).unsupported_device(torch.device("cuda", 0)):
         pytest.skip(reason)
     weights, plain = make_weights(2, 256, 128, "cuda", backend)
     x, groups = make_rows(torch.bfloat16, 301, 256 if transposed else 128, "cuda")

@@ -165,7 +165,7 @@ def test_on_a_gpu(backend):
     """In bfloat16 on each backend's layout: outputs, gradients, and that nothing decoded stays in
     memory."""
     device = torch.device("cuda", 0)
-    if reason := get_backend(backend).unavailable(device):
+    if reason := get_backend(backend).unsupported_device(device):
         pytest.skip(reason)
     config = Qwen3MoeConfig(hidden_size=256, moe_intermediate_size=128, num_experts=32, num_experts_per_tok=4)
     experts = NVFP4Experts(32, 256, 128, torch.nn.SiLU(), device=device)

@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def hopper_is_there(monkeypatch):
     """Its layout is made in plain PyTorch, so all but the matrix product works on the CPU."""
-    monkeypatch.setattr(backends.HopperBackend, "unavailable", lambda self, device: None)
+    monkeypatch.setattr(backends.HopperBackend, "unsupported_device", lambda self, device: None)
 
 
 def layer(n=128, k=192, storage_dtype=torch.uint8, device=None):

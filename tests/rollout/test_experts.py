@@ -18,7 +18,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 from vllm.model_executor.model_loader import reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
-from qerl_verl.kernels import portable
+from qerl_verl.kernels import triton as triton_kernels
 from qerl_verl.kernels.nvfp4_experts import ExpertStack, nvfp4_experts_reference, route_softmax
 from qerl_verl.nvfp4.checkpoint import QUANTIZATION_CONFIG
 from qerl_verl.rollout.candidates import PyTorchExperts, TritonExperts, VLLMExperts, VLLMKernel, expert_candidates
@@ -171,8 +171,8 @@ def use_marlin(monkeypatch, version):
         else:
             real(layer, name, value)
 
-    monkeypatch.setattr(VLLMKernel, "unavailable", lambda self, device: None)
-    monkeypatch.setattr(VLLMKernel, "refuses", lambda self, n, k, dtype: None)
+    monkeypatch.setattr(VLLMKernel, "unsupported_device", lambda self, device: None)
+    monkeypatch.setattr(VLLMKernel, "unsupported_weight", lambda self, n, k, dtype: None)
     monkeypatch.setattr(vllms, "select_nvfp4_moe_backend", lambda **kwargs: ("MARLIN", MarlinOnTheCPU))
     monkeypatch.setattr(vllms, "is_global_sf_supported_for_nvfp4_backend", lambda backend: False)
     monkeypatch.setattr(vllms, "convert_to_nvfp4_moe_kernel_format", convert)
@@ -235,9 +235,9 @@ def test_the_base_is_read_again_into_the_memory_that_it_had(monkeypatch, marlin,
 def test_tritons_kernel_is_compiled_when_the_layer_is_loaded(monkeypatch, capsys):
     """In the kernel's place, its reference."""
     warmed = []
-    monkeypatch.setattr(TritonExperts, "unavailable", lambda self, device: None)
-    monkeypatch.setattr(portable, "experts", nvfp4_experts_reference)
-    monkeypatch.setattr(portable, "warm_up_experts", lambda *arguments: warmed.append(arguments))
+    monkeypatch.setattr(TritonExperts, "unsupported_device", lambda self, device: None)
+    monkeypatch.setattr(triton_kernels, "experts", nvfp4_experts_reference)
+    monkeypatch.setattr(triton_kernels, "warm_up_experts", lambda *arguments: warmed.append(arguments))
     experts, layer = TinyExperts(EXPERTS, HIDDEN, INNER), build(settings={"kernel": "triton"}, dtype=torch.bfloat16)
     load(layer, experts)
     ((gate_up, down, top_k, dtype),) = warmed
@@ -285,15 +285,15 @@ def test_what_is_not_served_is_refused_by_name(asked, message):
 
 def test_plain_pytorch_is_refused_where_cuda_graphs_are_captured():
     cuda = torch.device("cuda")
-    assert "rollout.enforce_eager=True" in PyTorchExperts(captured=True).unavailable(cuda)
-    assert PyTorchExperts(captured=False).unavailable(cuda) is None
-    assert PyTorchExperts(captured=True).unavailable(torch.device("cpu")) is None
+    assert "rollout.enforce_eager=True" in PyTorchExperts(captured=True).unsupported_device(cuda)
+    assert PyTorchExperts(captured=False).unsupported_device(cuda) is None
+    assert PyTorchExperts(captured=True).unsupported_device(torch.device("cpu")) is None
 
 
 def test_marlins_shapes():
-    assert VLLMExperts().refuses(1536, 2048, torch.bfloat16) is None
-    assert "multiple of 64, got 2080" in VLLMExperts().refuses(1536, 2080, torch.bfloat16)
-    assert "bfloat16 or float16" in VLLMExperts().refuses(1536, 2048, torch.float32)
+    assert VLLMExperts().unsupported_weight(1536, 2048, torch.bfloat16) is None
+    assert "multiple of 64, got 2080" in VLLMExperts().unsupported_weight(1536, 2080, torch.bfloat16)
+    assert "bfloat16 or float16" in VLLMExperts().unsupported_weight(1536, 2048, torch.float32)
 
 
 def test_the_setting_names_the_candidates():

@@ -187,7 +187,7 @@ DECIDED = [
 @pytest.fixture
 def hopper_and_marlin_run(monkeypatch):
     for candidate in (HopperBackend, VLLMKernel):
-        monkeypatch.setattr(candidate, "unavailable", lambda self, device: None)
+        monkeypatch.setattr(candidate, "unsupported_device", lambda self, device: None)
 
 
 @pytest.mark.parametrize(("kernel", "dtype", "global_scales", "lora", "line"), DECIDED)

@@ -136,7 +136,7 @@ def test_what_cannot_be_shared_is_told_with_the_reason(nvfp4_checkpoint, monkeyp
 
 def test_other_kernels_in_the_rollout_are_told(nvfp4_checkpoint, monkeypatch):
     marlin = CANDIDATES[1]
-    monkeypatch.setattr(type(marlin), "unavailable", lambda self, device: None)
+    monkeypatch.setattr(type(marlin), "unsupported_device", lambda self, device: None)
     with pytest.raises(SharingError, match="the actor computes .*qkv|q_proj.* with pytorch, the rollout with marlin"):
         plan(empty_model(nvfp4_checkpoint))
 

@@ -96,7 +96,7 @@ def _experts_refusal(
         return None
     n, k = 2 * getattr(hf_config, experts.inner) // divided, hf_config.hidden_size
     for candidate in expert_candidates(captured=False):  # the device is not known here
-        if candidate.name == kernel and (reason := candidate.refuses(n, k, _torch_dtype(dtype))):
+        if candidate.name == kernel and (reason := candidate.unsupported_weight(n, k, _torch_dtype(dtype))):
             return f"qerl.rollout.kernel={kernel} does not serve {experts.module} of {n} x {k}: {reason}; use auto"
     return None
 
@@ -118,9 +118,9 @@ def _first_refusal(key: str, kernel: str | None, layers: dict, dtype: str | None
     chosen = _torch_dtype(dtype)
     backend = get_backend(kernel)
     for name, ((n, k), ends) in layers.items():
-        if reason := backend.refuses(n, k, chosen):
+        if reason := backend.unsupported_weight(n, k, chosen):
             return f"{key}={kernel} does not serve {name} of {n} x {k}: {reason}; use auto"
         if rank and ends and backend.takes_adapter:
-            if reason := backend.refuses_adapter(n, k, backend.padded_rank(rank), ends):
+            if reason := backend.unsupported_adapter(n, k, backend.padded_rank(rank), ends):
                 return f"{key}={kernel} does not take the adapter of {name} of {n} x {k}: {reason}; use auto"
     return None

@@ -6,6 +6,11 @@ import functools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import torch
+
+from qerl_verl.kernels import autotune
+from qerl_verl.kernels.triton.support import interpreted
+
 DEQUANTIZE_ABOVE = 512
 """More tokens than this: unpack the weight once and leave the product to the GPU's library."""
 
@@ -78,7 +83,7 @@ MORE_TILES = (
 
 
 class Tuned(NamedTuple):
-    """A plan measured on the machine at hand, for up to ``limit`` tokens, see ``portable/measure.py``."""
+    """A plan measured on the machine at hand, for up to ``limit`` tokens, see ``triton/measure.py``."""
 
     limit: int
     plan: Plan
@@ -95,6 +100,30 @@ def install(n: int, k: int, choices: Sequence[Tuned]) -> None:
     """
     _tuned[n, k] = tuple(choices)
     choose.cache_clear()
+
+
+def tune(device: torch.device, n: int, k: int) -> str | None:
+    """Measure the launch configurations of an ``[n, k]`` weight, unless the cache has them, and use
+    the fastest.
+
+    A temporary 16-bit weight and torch.addmm are among the candidates, so they are the choice where
+    no kernel of ours is faster.
+
+    Args:
+        device: a CUDA device.
+        n: rows of the weight.
+        k: columns, a multiple of 64.
+
+    Returns:
+        A sentence that says what was measured, or why the built-in table stays in use; None if
+        neither.
+    """
+    if not autotune.enabled() or interpreted():
+        return None
+    from qerl_verl.kernels.triton import measure
+
+    with torch.cuda.device(device):
+        return measure.tune(n, k)
 
 
 def installed(n: int, k: int) -> bool:

@@ -10,12 +10,12 @@ import torch
 import triton
 from triton.errors import TritonError
 
-from .. import autotune
-from . import tuning
-from .nvfp4_gemm import run_plan
-from .tuning import Plan, Tuned
+from qerl_verl.kernels import autotune
+from qerl_verl.kernels.triton import tuning
+from qerl_verl.kernels.triton.nvfp4_gemm import run_plan
+from qerl_verl.kernels.triton.tuning import Plan, Tuned
 
-SOURCES = ("nvfp4_gemm.py", "nvfp4_dequantize.py", "nvfp4_format.py", "tuning.py")
+SOURCES = ("nvfp4_gemm.py", "nvfp4_block_values.py", "nvfp4_format.py", "tuning.py")
 """Files of this folder that decide what is measured."""
 
 

@@ -1,4 +1,7 @@
-"""Unpack NVFP4 weights to bfloat16 or float16, row-major or transposed. Reference: ``kernels/nvfp4_dequantize.py``."""
+"""Decode NVFP4 weights to ``e2m1 * scale`` in bfloat16 or float16.
+
+The reference is ``block_values_nvfp4`` of ``kernels/nvfp4_dequantize.py``.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,12 @@ import triton
 import triton.language as tl
 
 from qerl_verl.kernels.nvfp4_dequantize import BLOCK_SIZE
-
-from .nvfp4_format import E2M1_FACTOR, e2m1_high_to_float32, e2m1_low_to_float32, e4m3_to_float32
+from qerl_verl.kernels.triton.nvfp4_format import (
+    E2M1_FACTOR,
+    e2m1_high_to_float32,
+    e2m1_low_to_float32,
+    e4m3_to_float32,
+)
 
 BLOCK_N = 32
 BLOCK_GROUPS = 8
@@ -16,9 +23,9 @@ WARPS = 4
 
 
 @triton.jit
-def nvfp4_dequantize_kernel(
-    packed, scale, out, n, half_k, groups, stride_n, stride_k, factor,
-    BLOCK_N: tl.constexpr, BLOCK_GROUPS: tl.constexpr, TRANSPOSED: tl.constexpr,
+def nvfp4_block_values_kernel(
+    packed, scale, out, n, half_k, groups, factor,
+    BLOCK_N: tl.constexpr, BLOCK_GROUPS: tl.constexpr,
 ):  # fmt: skip
     """One program unpacks BLOCK_N rows of BLOCK_GROUPS groups of 16 columns."""
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -32,31 +39,27 @@ def nvfp4_dequantize_kernel(
     values = tl.join(e2m1_low_to_float32(byte) * s, e2m1_high_to_float32(byte) * s)  # [rows, groups, 8, 2]
     values = tl.reshape(values, (BLOCK_N, BLOCK_GROUPS * 16)).to(out.dtype.element_ty)  # exact
     column = tl.program_id(1) * (BLOCK_GROUPS * 16) + tl.arange(0, BLOCK_GROUPS * 16)
-    if TRANSPOSED:
-        inside_t = (column < 2 * half_k)[:, None] & (row < n)[None, :]
-        tl.store(out + column.to(tl.int64)[:, None] * stride_k + row[None, :], tl.trans(values), mask=inside_t)
-    else:
-        inside_w = (row < n)[:, None] & (column < 2 * half_k)[None, :]
-        tl.store(out + row[:, None] * stride_n + column[None, :], values, mask=inside_w)
+    inside_w = (row < n)[:, None] & (column < 2 * half_k)[None, :]
+    tl.store(out + row[:, None] * (2 * half_k) + column[None, :], values, mask=inside_w)
 
 
-def nvfp4_dequantize(
-    packed: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, transposed: bool = False, factor: float = 1.0
+def nvfp4_block_values(
+    packed: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, factor: float = 1.0
 ) -> torch.Tensor:
-    """``factor * e2m1 * scale``. For arguments and results see :func:`qerl_verl.kernels.portable.dequantize`.
+    """``factor * e2m1 * scale``; arguments and results are those of
+    :func:`qerl_verl.kernels.triton.block_values`.
 
     ``factor`` is a power of two for which ``dtype`` still holds the values exactly.
     """
     n, half_k = packed.shape
     packed, scale = packed.contiguous(), scale.view(torch.uint8).contiguous()
     groups = half_k * 2 // BLOCK_SIZE
-    shape = (half_k * 2, n) if transposed else (n, half_k * 2)
-    out = torch.empty(shape, dtype=dtype, device=packed.device)
+    out = torch.empty(n, half_k * 2, dtype=dtype, device=packed.device)
     if out.numel() == 0:
         return out
     grid = (triton.cdiv(n, BLOCK_N), triton.cdiv(groups, BLOCK_GROUPS))
-    nvfp4_dequantize_kernel[grid](
-        packed, scale, out, n, half_k, groups, half_k * 2, n, factor,
-        BLOCK_N=BLOCK_N, BLOCK_GROUPS=BLOCK_GROUPS, TRANSPOSED=transposed, num_warps=WARPS,
+    nvfp4_block_values_kernel[grid](
+        packed, scale, out, n, half_k, groups, factor,
+        BLOCK_N=BLOCK_N, BLOCK_GROUPS=BLOCK_GROUPS, num_warps=WARPS,
     )  # fmt: skip
     return out

@@ -1,4 +1,4 @@
-"""The portable Triton kernels, in processes of their own (``portable_cases.py``).
+"""The Triton kernels, in processes of their own (``triton_cases.py``).
 
 Triton decides when it is imported whether it interprets kernels or compiles them, for the whole process, and other
 tests must not inherit that.
@@ -15,20 +15,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from qerl_verl.kernels import portable
+from qerl_verl.kernels import triton as triton_kernels
 from qerl_verl.kernels.backends import Choice, KernelCount, get_backend
 from qerl_verl.kernels.nvfp4_dequantize import block_values_nvfp4
-from qerl_verl.kernels.portable import tuning
+from qerl_verl.kernels.triton import tuning
 
-CASES = Path(__file__).with_name("portable_cases.py")
-GROUPS = ("Dequantize", "Quantize", "Gemm", "Experts", "FP8", "Ops")
+CASES = Path(__file__).with_name("triton_cases.py")
+GROUPS = ("BlockValues", "Gemm", "Experts", "Ops")
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed (requirements/test.txt, `make test`)"
 )
 
 
 def run_cases(selected, marks, tmp_path, **environment):
-    """The tests of ``portable_cases.py`` that pytest's ``-k selected -m marks`` selects."""
+    """The tests of ``triton_cases.py`` that pytest's ``-k selected -m marks`` selects."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     env |= {"TRITON_CACHE_DIR": str(tmp_path / "triton"), **environment}
     command = [sys.executable, "-m", "pytest", str(CASES), "-q", "-x", "--noconftest", "-p", "no:cacheprovider"]
@@ -70,19 +70,17 @@ import sys
 if {without!r} == "triton":
     sys.modules["triton"] = None
 import torch
-from qerl_verl.kernels import portable
+from qerl_verl.kernels import triton as triton_kernels
 from qerl_verl.kernels.backends import Choice, KernelCount, get_backend
 from qerl_verl.kernels.nvfp4_dequantize import block_values_nvfp4
-from qerl_verl.kernels.portable import tuning
+from qerl_verl.kernels.triton import tuning
 assert ("triton" in sys.modules) == ({without!r} == "triton")
-reason = portable.availability()
-assert not portable.is_available()
+reason = triton_kernels.unsupported_device()
 assert ("Triton cannot be imported" if {without!r} == "triton" else "no CUDA device") in reason, reason
 packed, scale = torch.zeros(64, 32, dtype=torch.uint8), torch.zeros(64, 4, dtype=torch.uint8)
 for call in (
-    lambda: portable.gemm(torch.zeros(1, 64).bfloat16(), packed, scale, 1.0),
-    lambda: portable.dequantize(packed, scale),
-    lambda: portable.quantize(torch.zeros(1, 64), torch.ones(1)),
+    lambda: triton_kernels.gemm(torch.zeros(1, 64).bfloat16(), packed, scale, 1.0),
+    lambda: triton_kernels.block_values(packed, scale),
 ):
     try:
         call()
@@ -99,28 +97,31 @@ print("as expected")
     assert result.stdout.strip() == "as expected", result.stdout + result.stderr
 
 
-def test_check():
-    assert portable.check(33, 64) is None and portable.check(1, 64, torch.float16) is None
-    assert "multiple of 64" in portable.check(64, 96)
-    assert "bfloat16 or float16" in portable.check(64, 64, torch.float32)
+def test_unsupported_weight():
+    assert (
+        triton_kernels.unsupported_weight(33, 64) is None
+        and triton_kernels.unsupported_weight(1, 64, torch.float16) is None
+    )
+    assert "multiple of 64" in triton_kernels.unsupported_weight(64, 96)
+    assert "bfloat16 or float16" in triton_kernels.unsupported_weight(64, 64, torch.float32)
 
 
 @pytest.mark.parametrize("m", [1, 8, 16, 17, 64, 65, 128, 512])
 @pytest.mark.parametrize("n, k", [(7, 64), (896, 4864), (4608, 3584), (3584, 18944), (151936, 896)])
 def test_choose(m, n, k):
-    plan = portable.choose(m, n, k)
+    plan = triton_kernels.choose(m, n, k)
     steps = k // plan.block_k
     part = -(-steps // plan.split_k)
     assert plan.path == "fused" and k % plan.block_k == 0
     assert 1 <= plan.split_k <= 16 and (plan.split_k - 1) * part < steps  # no part is empty
     assert "fused" in str(plan)
-    assert portable.choose(m, n, k, 16).split_k <= plan.split_k  # a smaller GPU splits less
+    assert triton_kernels.choose(m, n, k, 16).split_k <= plan.split_k  # a smaller GPU splits less
 
 
 def test_choose_dequantizes_for_many_tokens():
-    assert portable.choose(513, 4608, 3584).path == "dequantize"
-    assert "dequantize" in str(portable.choose(8192, 64, 64))
-    assert portable.choose(1, 64, 8192).split_k > 1 and portable.choose(1, 151936, 896).split_k == 1
+    assert triton_kernels.choose(513, 4608, 3584).path == "dequantize"
+    assert "dequantize" in str(triton_kernels.choose(8192, 64, 64))
+    assert triton_kernels.choose(1, 64, 8192).split_k > 1 and triton_kernels.choose(1, 151936, 896).split_k == 1
 
 
 # ------------------------------------------------------------------------------------------------------ tuning
@@ -139,7 +140,7 @@ SHAPES = [(7, 64), (4608, 3584), (3584, 18944), (28672, 4096)]
 @pytest.mark.parametrize("m", tuning.LIMITS)
 def test_candidates_begin_with_the_table_and_leave_no_part_empty(no_choices, m, n, k):
     plans = list(tuning.candidates(m, n, k, 132))
-    assert plans[0] == portable.choose(m, n, k, 132) and len(set(plans)) == len(plans)
+    assert plans[0] == triton_kernels.choose(m, n, k, 132) and len(set(plans)) == len(plans)
     assert (tuning.DEQUANTIZE in plans) is (m >= tuning.DEQUANTIZE_CANDIDATE_FROM)
     for plan in plans:
         if plan != tuning.DEQUANTIZE:
@@ -152,13 +153,13 @@ def test_installed_choices_serve_every_number_of_tokens(no_choices):
     n, k = 3584, 512
     tiles = {limit: list(tuning.candidates(limit, n, k, 132))[1] for limit in tuning.LIMITS}
     plans = [tuning.DEQUANTIZE if limit > 256 else tile for limit, tile in tiles.items()]
-    before = portable.choose(64, n, k + 64)
+    before = triton_kernels.choose(64, n, k + 64)
     tuning.install(n, k, [tuning.Tuned(*pair) for pair in zip(tuning.LIMITS, plans)])
     assert tuning.installed(n, k) and not tuning.installed(k, n)
     for m, limit in ((1, 16), (16, 16), (17, 32), (200, 256), (256, 256), (257, 512)):
-        assert portable.choose(m, n, k) == plans[tuning.LIMITS.index(limit)]
-    assert portable.choose(257, n, k) == portable.choose(5000, n, k) == tuning.DEQUANTIZE
-    assert portable.choose(64, n, k + 64) == before
+        assert triton_kernels.choose(m, n, k) == plans[tuning.LIMITS.index(limit)]
+    assert triton_kernels.choose(257, n, k) == triton_kernels.choose(5000, n, k) == tuning.DEQUANTIZE
+    assert triton_kernels.choose(64, n, k + 64) == before
     backend = get_backend("triton")
     assert [backend.dequantizes(m, n, k) for m in (256, 257)] == [False, True]
     count = KernelCount()
@@ -170,7 +171,7 @@ def test_installed_choices_serve_every_number_of_tokens(no_choices):
 def test_the_fastest_plan_is_chosen_and_one_that_does_not_fit_is_none(no_choices):
     from triton.runtime.errors import OutOfResources
 
-    from qerl_verl.kernels.portable import measure
+    from qerl_verl.kernels.triton import measure
 
     plans = list(tuning.candidates(256, 3584, 512, 132))
     times = {plan: 50.0 + i for i, plan in enumerate(plans)}
@@ -197,12 +198,12 @@ def test_the_fastest_plan_is_chosen_and_one_that_does_not_fit_is_none(no_choices
 @pytest.mark.gpu
 @needs_triton
 def test_measured_launches_compute_the_same(no_choices, tmp_path, monkeypatch):
-    if reason := portable.availability():
+    if reason := triton_kernels.unsupported_device():
         pytest.skip(reason)
     monkeypatch.setenv("QERL_KERNEL_CACHE", str(tmp_path))
     n, k, device = 640, 512, torch.device("cuda", torch.cuda.current_device())
-    assert "launches of 640x512 measured in" in portable.tune(device, n, k)
-    assert portable.tune(device, n, k) is None
+    assert "launches of 640x512 measured in" in triton_kernels.tune(device, n, k)
+    assert triton_kernels.tune(device, n, k) is None
     torch.manual_seed(0)
     packed = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device=device)
     scale = torch.randint(0x28, 0x40, (n, k // 16), dtype=torch.uint8, device=device)
@@ -210,10 +211,10 @@ def test_measured_launches_compute_the_same(no_choices, tmp_path, monkeypatch):
     for m in (1, 8, 33, 64, 100, 200, 256, 700, 1000, 4000):
         x = torch.randn(m, k, device=device, dtype=torch.bfloat16)
         expected = x.double() @ weight.t()
-        error = (portable.gemm(x, packed, scale, 1.0).double() - expected).norm()
+        error = (triton_kernels.gemm(x, packed, scale, 1.0).double() - expected).norm()
         assert error < 4 * torch.finfo(torch.bfloat16).eps * expected.norm()
-    chosen = [portable.choose(m, n, k) for m in (1, 100, 1000)]
+    chosen = [triton_kernels.choose(m, n, k) for m in (1, 100, 1000)]
     tuning._tuned.clear()
     tuning.choose.cache_clear()
-    assert portable.tune(device, n, k) is None, "the cache has the choice"
-    assert [portable.choose(m, n, k) for m in (1, 100, 1000)] == chosen
+    assert triton_kernels.tune(device, n, k) is None, "the cache has the choice"
+    assert [triton_kernels.choose(m, n, k) for m in (1, 100, 1000)] == chosen

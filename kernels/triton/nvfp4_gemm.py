@@ -14,9 +14,15 @@ import torch
 import triton
 import triton.language as tl
 
-from . import tuning
-from .nvfp4_dequantize import nvfp4_dequantize
-from .nvfp4_format import E2M1_FACTOR, INTERPRETED, e2m1_high_to_float32, e2m1_low_to_float32, e4m3_to_float32
+from qerl_verl.kernels.triton import tuning
+from qerl_verl.kernels.triton.nvfp4_block_values import nvfp4_block_values
+from qerl_verl.kernels.triton.nvfp4_format import (
+    E2M1_FACTOR,
+    INTERPRETED,
+    e2m1_high_to_float32,
+    e2m1_low_to_float32,
+    e4m3_to_float32,
+)
 
 REDUCE_BLOCK = 1024
 FLOAT16_FACTOR = 2.0**-12
@@ -104,7 +110,7 @@ def run_plan(x, packed, scale, alpha, bias, u, lora_b, plan: tuning.Plan) -> tor
     n = packed.shape[0]
     if plan.path == "dequantize":
         factor = FLOAT16_FACTOR if x.dtype == torch.float16 else 1.0
-        weight = nvfp4_dequantize(packed, scale, x.dtype, factor=factor).t()
+        weight = nvfp4_block_values(packed, scale, x.dtype, factor=factor).t()
         start = x.new_empty(n) if bias is None else bias
         y = torch.addmm(start, x, weight, beta=0 if bias is None else 1, alpha=alpha / factor)
         return y if u is None else y.addmm_(u, lora_b.t())
@@ -144,7 +150,7 @@ def _aligned(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def nvfp4_gemm(x, packed, scale, alpha, bias=None, u=None, lora_b=None) -> torch.Tensor:
-    """For arguments and results see :func:`qerl_verl.kernels.portable.gemm`."""
+    """The arguments and results are those of :func:`qerl_verl.kernels.triton.gemm`."""
     n, k = packed.shape[0], packed.shape[1] * 2
     rows = _aligned(x.reshape(-1, k))
     m = rows.shape[0]

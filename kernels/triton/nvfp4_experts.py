@@ -19,8 +19,14 @@ import torch
 import triton
 import triton.language as tl
 
-from ..nvfp4_experts import ExpertStack
-from .nvfp4_format import E2M1_FACTOR, INTERPRETED, e2m1_high_to_float32, e2m1_low_to_float32, e4m3_to_float32
+from qerl_verl.kernels.nvfp4_experts import ExpertStack
+from qerl_verl.kernels.triton.nvfp4_format import (
+    E2M1_FACTOR,
+    INTERPRETED,
+    e2m1_high_to_float32,
+    e2m1_low_to_float32,
+    e4m3_to_float32,
+)
 
 SORT_BLOCK = 1024
 SUM_BLOCK = 512
@@ -156,8 +162,8 @@ def warm_up(gate_up: ExpertStack, down: ExpertStack, top_k: int, dtype: torch.dt
 
 
 def nvfp4_experts(x, weights, chosen, gate_up: ExpertStack, down: ExpertStack, tile=None) -> torch.Tensor:
-    """For arguments and results see :func:`qerl_verl.kernels.portable.experts`; with ``tile`` in
-    place of what :func:`choose_tile` gives."""
+    """The arguments and results are those of :func:`qerl_verl.kernels.triton.experts`; ``tile``
+    replaces what :func:`choose_tile` gives."""
     tokens, hidden = x.shape
     count, top_k, inner = len(down.packed), chosen.shape[1], down.packed.shape[2] * 2
     choices = tokens * top_k

@@ -1,0 +1,213 @@
+"""The functions of the Triton kernels, and the PyTorch operators behind them.
+
+:func:`block_values` and :func:`gemm` call ``torch.ops.qerl_triton.nvfp4_block_values`` and
+``nvfp4_gemm``, which have shapes for torch.compile. No function synchronizes, and each runs on the
+current stream of its tensors' device. Triton compiles a kernel on its first call for a dtype and
+tile, so each has to be called once before a CUDA graph is captured. None has autograd: the training
+layer calls :func:`block_values` for its backward pass.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch import library
+
+from qerl_verl.kernels.device_guard import on_tensors_device
+from qerl_verl.kernels.nvfp4_dequantize import BLOCK_SIZE
+from qerl_verl.kernels.nvfp4_experts import ExpertStack
+from qerl_verl.kernels.triton.support import LORA_UNIT, require, unsupported_experts, unsupported_weight
+
+
+def block_values(packed: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """``e2m1 * scale``, exactly: the weight without its per-tensor divisor.
+
+    Args:
+        packed: ``[N, K / 2]`` uint8, K a multiple of 16.
+        scale: ``[N, K / 16]`` float8_e4m3fn, or the same bytes as uint8; finite, of either sign.
+        dtype: bfloat16 or float16.
+
+    Returns:
+        ``[N, K]``, row-major, in ``dtype``.
+
+    Raises:
+        ValueError: shapes or dtypes other than the above, or tensors on several devices.
+        RuntimeError: the kernels cannot run here, or the tensors are not on a CUDA device.
+    """
+    return torch.ops.qerl_triton.nvfp4_block_values(packed, scale, dtype)
+
+
+def gemm(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    scale: torch.Tensor,
+    alpha: float,
+    bias: torch.Tensor | None = None,
+    u: torch.Tensor | None = None,
+    lora_b: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``alpha * x (e2m1 * scale)^T + bias + u lora_b^T``, summed in float32.
+
+    :func:`~qerl_verl.kernels.triton.tuning.choose` tells the path. For many tokens it is a
+    temporary weight in 16 bits and torch.addmm; the LoRA delta is then added to a result that is
+    already rounded to ``x.dtype``. On every other path the output is rounded once. The same call
+    on the same kind of GPU sums in the same order each time.
+
+    Args:
+        x: ``[..., K]`` bfloat16 or float16, K a multiple of 64.
+        packed: ``[N, K / 2]`` uint8.
+        scale: ``[N, K / 16]`` float8_e4m3fn, or the same bytes as uint8; finite, of either sign.
+        alpha: 1 / ``weight_global_scale``, applied to the float32 accumulator of the base's GEMM.
+        bias: ``[N]`` or None; taken in ``x.dtype``.
+        u: ``[..., R]`` in ``x.dtype`` or None: ``x`` times the transposed LoRA A, with LoRA's
+            scaling in it. R is a multiple of 16.
+        lora_b: ``[N, R]`` in ``x.dtype``, given if ``u`` is.
+
+    Returns:
+        ``[..., N]`` in ``x.dtype``.
+
+    Raises:
+        ValueError: shapes or dtypes other than the above, or tensors on several devices.
+        RuntimeError: the kernels cannot run here, or the tensors are not on a CUDA device.
+    """
+    return torch.ops.qerl_triton.nvfp4_gemm(x, packed, scale, alpha, bias, u, lora_b)
+
+
+def experts(
+    x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, gate_up: ExpertStack, down: ExpertStack
+) -> torch.Tensor:
+    """The weighted sum of the chosen experts' outputs of each token, as
+    :func:`qerl_verl.kernels.nvfp4_experts.nvfp4_experts_reference` defines it.
+
+    It is neither an operator nor differentiable: the rollout calls it behind an operator of the
+    engine's.
+
+    Args:
+        x: ``[T, H]`` bfloat16 or float16, H a multiple of 64.
+        weights: ``[T, k]``.
+        chosen: ``[T, k]`` integers; negative ones add nothing.
+        gate_up: ``[E, 2 I, ...]``, I a multiple of 64.
+        down: ``[E, H, ...]``.
+
+    Returns:
+        ``[T, H]`` in ``x.dtype``. Between the GEMMs and before the sum, values are rounded to it.
+
+    Raises:
+        ValueError: shapes or dtypes other than the above, or tensors on several devices.
+        RuntimeError: the kernels cannot run here, or the tensors are not on a CUDA device.
+    """
+    hidden, inner = x.shape[-1], down.packed.shape[2] * 2
+    if reason := unsupported_experts(hidden, inner, x.dtype):
+        raise ValueError(reason)
+    if x.ndim != 2 or weights.shape != chosen.shape or chosen.ndim != 2 or len(chosen) != len(x):
+        raise ValueError(
+            f"x has to be [T, H], weights and chosen [T, k], got {tuple(x.shape)}, {tuple(weights.shape)} and "
+            f"{tuple(chosen.shape)}"
+        )
+    count = len(down.packed)
+    for stack, n, k in ((gate_up, 2 * inner, hidden), (down, hidden, inner)):
+        shapes = tuple(stack.packed.shape), tuple(stack.scale.shape), tuple(stack.alpha.shape)
+        if shapes != ((count, n, k // 2), (count, n, k // BLOCK_SIZE), (count,)):
+            raise ValueError(f"{count} experts of {n} x {k} need other shapes than {shapes}")
+        if not (stack.packed.is_contiguous() and stack.scale.is_contiguous()):
+            raise ValueError("packed values and scales of the experts have to be contiguous")
+    require(x)
+    if len(x) == 0:
+        return x.new_empty(x.shape)
+    parts = [(s.packed, s.scale, s.alpha.float()) for s in (gate_up, down)]
+    return _experts(x, weights, chosen, *parts[0], *parts[1])
+
+
+def warm_up_experts(gate_up: ExpertStack, down: ExpertStack, top_k: int, dtype: torch.dtype) -> None:
+    """Compile what :func:`experts` launches for these weights, whatever the number of tokens.
+
+    Triton compiles nothing while a CUDA graph is captured. The arguments are those of
+    :func:`experts`.
+    """
+    require(down.packed)
+    from qerl_verl.kernels.triton.nvfp4_experts import warm_up
+
+    with torch.cuda.device(down.packed.device) if down.packed.is_cuda else contextlib.nullcontext():
+        warm_up(gate_up, down, top_k, dtype)
+
+
+def _check_weight(packed: torch.Tensor, scale: torch.Tensor) -> None:
+    if packed.ndim != 2 or packed.dtype != torch.uint8:
+        raise ValueError(f"packed has to be uint8 [N, K / 2], got {packed.dtype} {tuple(packed.shape)}")
+    n, k = packed.shape[0], packed.shape[1] * 2
+    if scale.shape != (n, k // BLOCK_SIZE) or k % BLOCK_SIZE:
+        raise ValueError(
+            f"packed {tuple(packed.shape)} holds {k} input channels, which need scales of shape ({n}, {k // BLOCK_SIZE}) "
+            f"and a multiple of {BLOCK_SIZE}; got {tuple(scale.shape)}"
+        )
+    if scale.dtype not in (torch.uint8, torch.float8_e4m3fn):
+        raise ValueError(f"scale has to be float8_e4m3fn, or the same bytes as uint8, got {scale.dtype}")
+
+
+def _block_values(packed, scale, dtype):
+    _check_weight(packed, scale)
+    if dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"dtype has to be bfloat16 or float16, got {dtype}")
+    require(packed)
+    from qerl_verl.kernels.triton.nvfp4_block_values import nvfp4_block_values
+
+    return nvfp4_block_values(packed, scale, dtype)
+
+
+def _gemm(x, packed, scale, alpha, bias=None, u=None, lora_b=None):
+    _check_weight(packed, scale)
+    n, k = packed.shape[0], packed.shape[1] * 2
+    if reason := unsupported_weight(n, k, x.dtype):
+        raise ValueError(reason)
+    if x.ndim == 0 or x.shape[-1] != k:
+        raise ValueError(f"x has to be [..., {k}], got {tuple(x.shape)}")
+    if bias is not None and bias.shape != (n,):
+        raise ValueError(f"bias has to be [{n}], got {tuple(bias.shape)}")
+    if (u is None) != (lora_b is None):
+        raise ValueError("u and lora_b have to be given together")
+    if u is not None:
+        rank = u.shape[-1] if u.ndim else 0
+        if u.shape[:-1] != x.shape[:-1] or rank % LORA_UNIT or rank == 0 or lora_b.shape != (n, rank):
+            raise ValueError(
+                f"u has to be {(*x.shape[:-1], 'R')} and lora_b ({n}, R), R a multiple of {LORA_UNIT}; "
+                f"got {tuple(u.shape)} and {tuple(lora_b.shape)}"
+            )
+        if u.dtype != x.dtype or lora_b.dtype != x.dtype:
+            raise ValueError(f"u and lora_b have to be {x.dtype} as x is, got {u.dtype} and {lora_b.dtype}")
+    require(x)
+    from qerl_verl.kernels.triton.nvfp4_gemm import nvfp4_gemm
+
+    return nvfp4_gemm(x, packed, scale, alpha, bias, u, lora_b)
+
+
+@on_tensors_device
+def _experts(x, weights, chosen, *stacks):
+    from qerl_verl.kernels.triton.nvfp4_experts import nvfp4_experts
+
+    return nvfp4_experts(x, weights, chosen, ExpertStack(*stacks[:3]), ExpertStack(*stacks[3:]))
+
+
+library.define("qerl_triton::nvfp4_block_values", "(Tensor packed, Tensor scale, ScalarType dtype) -> Tensor")
+library.define(
+    "qerl_triton::nvfp4_gemm",
+    "(Tensor x, Tensor packed, Tensor scale, float alpha, Tensor? bias=None, Tensor? u=None, Tensor? lora_b=None) -> Tensor",
+)
+OPERATORS = {
+    "nvfp4_block_values": on_tensors_device(_block_values),
+    "nvfp4_gemm": on_tensors_device(_gemm),
+}
+"""What each operator of ``torch.ops.qerl_triton`` runs."""
+
+for _name, _function in OPERATORS.items():
+    library.impl(f"qerl_triton::{_name}", ("cpu", "cuda"), _function)
+
+
+@library.register_fake("qerl_triton::nvfp4_block_values")
+def _(packed, scale, dtype):
+    return packed.new_empty((packed.shape[0], packed.shape[1] * 2), dtype=dtype)
+
+
+@library.register_fake("qerl_triton::nvfp4_gemm")
+def _(x, packed, scale, alpha, bias=None, u=None, lora_b=None):
+    return x.new_empty((*x.shape[:-1], packed.shape[0]))
