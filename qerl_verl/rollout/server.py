@@ -105,9 +105,8 @@ class QeRLHttpServer(vLLMHttpServer):
             return model_config
         model_config = copy.copy(model_config)
         for name, value in (("lora_rank", 0), ("lora", {})):
-            object.__setattr__(
-                model_config, name, value
-            )  # verl's fields are frozen, and replace() would load everything again
+            # verl's fields are frozen, and replace() would load everything again
+            object.__setattr__(model_config, name, value)
         return model_config
 
     def _apply_quantization(self):

@@ -138,7 +138,7 @@ class SharedEmbedding(UnquantizedEmbeddingMethod):
         layer.register_parameter("weight", Parameter(weight, requires_grad=False))
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        """Does nothing more on a CPU, where vLLM would make a second copy in oneDNN's order."""
+        """Keeps torch's linear on a CPU, where vLLM would copy the weight in oneDNN's order."""
         if current_platform.is_cpu() and self.name in self.loading.taken:
             layer.cpu_linear = nn.functional.linear
         else:
