@@ -21,8 +21,11 @@ $(VENV)/.ready-test: $(VENV)/.ready requirements/test.txt
 	$(BIN)/python -m pip --disable-pip-version-check install -q --no-deps -r requirements/test.txt
 	touch $@
 
+# Reads the sources: rules, format and types.
 lint: setup $(VENV)/.ready-test
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 # Two workers side by side, and one of them for everything that starts Ray or a vLLM engine (tests/conftest.py, ALONE_PLACES).
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder

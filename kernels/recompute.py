@@ -50,17 +50,18 @@ class KeptProducts:
         self._kept, self.bytes = [], 0
 
     def _forget_the_last(self) -> None:
-        if self._kept:
-            self.bytes -= self._kept.pop()[0].nbytes
+        if self._kept and (last := self._kept.pop()) is not None:
+            self.bytes -= last[0].nbytes
 
     def _recall(self) -> torch.Tensor | None:
         """The output of the call that has come up, unless this is the first run or the layer has changed it in place."""
         if self._next is None:
             return None
         call, self._next = self._next, self._next + 1
-        if call >= len(self._kept) or self._kept[call] is None:
+        kept = self._kept[call] if call < len(self._kept) else None
+        if kept is None:
             return None
-        y, version = self._kept[call]
+        y, version = kept
         self._kept[call] = None  # autograd holds it as long as need be
         self.bytes -= y.nbytes
         return y if y._version == version else None

@@ -49,10 +49,10 @@ def version_problems(installed=version) -> list[str]:
             problems.append(
                 f"{name} {found[name]} is installed, QeRL works with {name}{wanted} (tested: {', '.join(tested)})"
             )
-    engine = found["vllm"], found["torch"]
-    if not problems and tuple(_minor(v) for v in engine) not in ENGINES:
+    vllm, torch = found["vllm"], found["torch"]
+    if vllm and torch and not problems and (_minor(vllm), _minor(torch)) not in ENGINES:
         pairs = " or ".join(f"vLLM {v}.x with torch {t}.x ({on})" for (v, t), on in ENGINES.items())
-        problems.append(f"vLLM {engine[0]} with torch {engine[1]} has not been tested; install {pairs}")
+        problems.append(f"vLLM {vllm} with torch {torch} has not been tested; install {pairs}")
     return problems
 
 

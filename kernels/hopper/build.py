@@ -47,7 +47,7 @@ class BuildError(RuntimeError):
 def find_nvcc() -> str | None:
     """``nvcc`` of ``CUDA_HOME``, of ``PATH``, or of the usual place, or None."""
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
-    candidates = [os.path.join(home, "bin", "nvcc") for home in homes if home]
+    candidates: list[str | None] = [os.path.join(home, "bin", "nvcc") for home in homes if home]
     candidates += [shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"]
     return next((c for c in candidates if c and os.path.exists(c)), None)
 

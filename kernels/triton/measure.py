@@ -65,7 +65,7 @@ def _measure(device: int, n: int, k: int) -> list[Tuned]:
         for limit in tuning.LIMITS:
             x = torch.randn(limit, k, device="cuda", dtype=torch.bfloat16)
             plans = tuning.candidates(limit, n, k, sms)
-            choices.append(Tuned(limit, best(plans, lambda plan, x=x: _call(x, weights, plan), copies)))
+            choices.append(Tuned(limit, best(plans, functools.partial(_call, x, weights), copies)))
         torch.cuda.empty_cache()
         return choices
 

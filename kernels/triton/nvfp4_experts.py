@@ -149,7 +149,8 @@ def sum_choices_kernel(rows, chosen, out, n, top_k, BLOCK: tl.constexpr):
 def choose_tile(choices: int, experts: int) -> tuple[int, int, int, int, int]:
     """BLOCK_M, BLOCK_N, BLOCK_K, warps and stages for a number of choices among some experts."""
     rows = choices / experts
-    return next(tile for limit, *tile in TILES if limit is None or rows <= limit)
+    limit, m, n, k, warps, stages = next(tile for tile in TILES if tile[0] is None or rows <= tile[0])
+    return m, n, k, warps, stages
 
 
 def warm_up(gate_up: ExpertStack, down: ExpertStack, top_k: int, dtype: torch.dtype) -> None:

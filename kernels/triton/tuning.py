@@ -160,10 +160,10 @@ def candidates(m: int, n: int, k: int, multiprocessors: int = MULTIPROCESSORS) -
     for tile in dict.fromkeys((*(tile[1:] for tile in TILES), *MORE_TILES)):
         if not largest // 2 <= tile[0] <= largest or (m > 32 and tile[0] < 64):
             continue
-        tile = _fitting(tile, k)
-        parts = max(1, _parts_for_two_waves(m, n, tile, multiprocessors))
+        fitting = _fitting(tile, k)
+        parts = max(1, _parts_for_two_waves(m, n, fitting, multiprocessors))
         for split in (parts, 2 * parts, -(-parts // 2)):
-            plans[_plan(m, n, k, tile, split)] = None
+            plans[_plan(m, n, k, fitting, split)] = None
     if m >= DEQUANTIZE_CANDIDATE_FROM:
         plans[DEQUANTIZE] = None
     yield from plans

@@ -78,6 +78,7 @@ class AdaptiveSigma:
         if not math.isfinite(divergence) or not drawn:
             decided = self.sigma(step)
         else:
+            assert self.settings.target_kl is not None, "AQNSettings requires it for this schedule"
             ratio = self.settings.target_kl / divergence if divergence > 0 else math.inf
             factor = min(MAX_FACTOR, max(1 / MAX_FACTOR, math.sqrt(ratio)))
             decided = min(self.settings.sigma_start, max(self.settings.sigma_end, drawn * factor))

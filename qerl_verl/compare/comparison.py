@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -317,6 +318,10 @@ def first_step_at(values: np.ndarray, steps: list[int], level: float, smooth: in
     return float(steps[reached[0]]) if len(reached) else math.inf
 
 
+def _step_of_reward(run: Run, reward: str, steps: list[int], level: float, smooth: int) -> float:
+    return first_step_at(run.series(reward, steps), steps, level, smooth)
+
+
 def _add_rewards(
     builder: _Builder,
     arms: Mapping[str, list[Run]],
@@ -354,7 +359,7 @@ def _add_rewards(
             f"{REWARD}/reach/{level:.6g}",
             REWARD,
             text,
-            lambda run, level=level: first_step_at(run.series(reward, steps), steps, level, options.smooth),
+            partial(_step_of_reward, reward=reward, steps=steps, level=level, smooth=options.smooth),
             steps=True,
         )
     keys = {key for runs in arms.values() for run in runs for key in run.metrics()}
@@ -372,14 +377,14 @@ def _add_rewards(
                 f"{key}/first",
                 REWARD,
                 f"{label}, step {first}",
-                lambda r, k=key, s=first: _mean(r, k, [s]),
+                partial(_mean, metric=key, steps=[first]),
             )
             if last_step != first:
                 builder.add(
                     f"{key}/last",
                     REWARD,
                     f"{label}, step {last_step}",
-                    lambda r, k=key, s=last_step: _mean(r, k, [s]),
+                    partial(_mean, metric=key, steps=[last_step]),
                 )
 
 
@@ -400,14 +405,14 @@ def _add_policy(
                 f"{metric.key}/{group}",
                 group,
                 metric.label,
-                lambda run, m=metric, p=part: _mean(run, m.key, p),
+                partial(_mean, metric=metric.key, steps=part),
             )
 
 
 def _add_seconds(builder: _Builder, arms: Mapping[str, list[Run]], steps: list[int]) -> None:
     keys = {key for runs in arms.values() for run in runs for key in run.metrics()}
     for key in [names.STEP_SECONDS, *names.second_keys(keys)]:
-        builder.add(key, TIME, key.removeprefix("timing_s/"), lambda run, k=key: _median(run, k, steps))
+        builder.add(key, TIME, key.removeprefix("timing_s/"), partial(_median, metric=key, steps=steps))
 
 
 def _curves(arms: Mapping[str, list[Run]], steps: list[int], options: Options) -> dict[str, dict[str, Curve]]:

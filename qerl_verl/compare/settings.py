@@ -220,11 +220,10 @@ def compare_settings(arms: Mapping[str, list[Run]]) -> Agreement:
         arms: arm -> its runs.
     """
     out = Agreement(unknown=[run.name for runs in arms.values() for run in runs if run.settings is None])
-    known = {arm: [run for run in runs if run.settings is not None] for arm, runs in arms.items()}
-    everything = [run for runs in known.values() for run in runs]
-    keys = sorted({key for run in everything for key in run.settings if _is_compared(key)})
+    everything = [run for runs in arms.values() for run in runs]
+    keys = sorted({key for run in everything for key in run.settings or () if _is_compared(key)})
     for key in keys:
-        having = {arm: [run for run in runs if key in run.settings] for arm, runs in known.items()}
+        having = {arm: [run for run in runs if key in (run.settings or ())] for arm, runs in arms.items()}
         if len(_by_value([run for runs in having.values() for run in runs], key)) < 2:
             continue
         mixed = {arm: runs for arm, runs in having.items() if len(_by_value(runs, key)) > 1}
@@ -237,7 +236,7 @@ def compare_settings(arms: Mapping[str, list[Run]]) -> Agreement:
                 for arm, runs in mixed.items()
             ]
         else:
-            out.differing[key] = {arm: runs[0].settings[key] for arm, runs in having.items() if runs}
+            out.differing[key] = {arm: _value(runs[0], key) for arm, runs in having.items() if runs}
     return out
 
 
@@ -249,6 +248,10 @@ def _must_agree(key: str) -> bool:
     return any(key == k or (k.endswith(".") and key.startswith(k)) for k in _MUST_AGREE)
 
 
+def _value(run: Run, key: str) -> Any:
+    return (run.settings or {})[key]
+
+
 def _by_value(runs: list[Run], key: str) -> list[list[Run]]:
     """Groups runs by equal value of a setting.
 
@@ -257,12 +260,12 @@ def _by_value(runs: list[Run], key: str) -> list[list[Run]]:
     differently.
     """
     content = f"{key}{CONTENT}"
-    if runs and all(run.settings.get(content) for run in runs):
-        if key != MODEL or len({run.settings[key] for run in runs}) > 1:
+    if runs and all((run.settings or {}).get(content) for run in runs):
+        if key != MODEL or len({_value(run, key) for run in runs}) > 1:
             key = content
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        groups.setdefault(json.dumps(run.settings[key], sort_keys=True, default=str), []).append(run)
+        groups.setdefault(json.dumps(_value(run, key), sort_keys=True, default=str), []).append(run)
     return list(groups.values())
 
 
@@ -270,7 +273,7 @@ def _disagreement(key: str, runs: list[Run]) -> str:
     said = []
     for group in _by_value(runs, key):
         names = ", ".join(run.name for run in group[:3]) + (f" and {len(group) - 3} more" if len(group) > 3 else "")
-        said.append(f"{show_value(group[0].settings[key])} ({names})")
+        said.append(f"{show_value(_value(group[0], key))} ({names})")
     return f"{key} is {' and '.join(said)}"
 
 

@@ -296,6 +296,7 @@ def _resolve(key: str, path: str, settings: QeRLSettings, choice: Choice | None)
             folder = resolve_source(local).absolute()
             say(f"model: {folder} ({arm.base})")
             return folder
+        assert choice is not None, "an arm whose base is packed has a method"
         resolved = resolve_checkpoint(local, settings.cache_dir, _quantization(choice))
         check_method(resolved.path, arm.name)
     except CheckpointError as error:

@@ -118,7 +118,8 @@ def _source(provider: str, path: str) -> ConfigSource:
 def _is_stock(source: ConfigSource) -> bool:
     if source.scheme() == "pkg":
         return any(source.path == package or source.path.startswith(f"{package}.") for package in _STOCK_PACKAGES)
-    folders = [Path(f).resolve() for f in find_spec("verl").submodule_search_locations]
+    verl = find_spec("verl")
+    folders = [Path(f).resolve() for f in (verl and verl.submodule_search_locations) or ()]
     folders.append(Path(__file__).resolve().parent)
     return any(Path(source.path).resolve().is_relative_to(folder) for folder in folders)
 

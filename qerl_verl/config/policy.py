@@ -25,7 +25,7 @@ def describe_policy(config: DictConfig, adapters: Mapping[str, dict] | None = No
     Returns:
         What is not known, as the layers of a model that has not been downloaded, is left out.
     """
-    out = {}
+    out: dict[str, Any] = {}
     for model in trained_models(config):
         adapter = (adapters or {}).get(model)
         out |= {f"{model}.{name}": get_value(config, f"{model}.{name}") for name in ("lora_rank", "lora_alpha")}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -115,7 +116,7 @@ def find_problems(choice: Choice, here: bool = True) -> list[str]:
     return [f"{KEY}.calibration={file}: there is no such file" for file in missing]
 
 
-def _as_files(value: object) -> tuple[str, ...]:
+def _as_files(value: Any) -> tuple[str, ...]:
     if OmegaConf.is_list(value):
         return tuple(str(item) for item in value)
     return () if value is None else (str(value),)

@@ -265,7 +265,7 @@ def _compute_dtype_defaults(
         return ()
     why = f"{reason}, float32 is faster"
     float32 = {"param_dtype": "fp32", "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
-    policy = (
+    policy: tuple[Default, ...] = (
         Default(f"{ROLLOUT}.dtype", "bfloat16", "float32", why),
         Default(f"{ACTOR}.fsdp_config.mixed_precision", None, float32, why),
     )

@@ -118,15 +118,13 @@ def rows(cls: type, prefix: str) -> Iterator[Row]:
     kinds = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         kind, key = kinds[field.name], f"{prefix}.{field.name}"
-        default = kind() if dataclasses.is_dataclass(kind) else field.default
-        yield Row(key, kind, default, field.metadata["setting"])
-        if dataclasses.is_dataclass(kind):
+        group = isinstance(kind, type) and dataclasses.is_dataclass(kind)
+        yield Row(key, kind, kind() if group else field.default, field.metadata["setting"])
+        if group:
             yield from rows(kind, key)
 
 
-def build(
-    cls: type[T], values: Any, prefix: str, problems: list[str], root: type | None = None
-) -> T:
+def build(cls: type[T], values: Any, prefix: str, problems: list[str], root: type | None = None) -> T:
     """An instance of a settings class from a mapping.
 
     Args:
@@ -179,7 +177,7 @@ def _value_problem(row: Row, value: Any) -> str | None:
     allowed = _types(row.kind)
     if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
         return f"{row.key}={value!r}: expected {_name(row.kind)}, got {type(value).__name__}"
-    if value is None or isinstance(value, str | bool):
+    if not isinstance(value, int | float) or isinstance(value, bool):
         return None
     bounds = row.setting
     limits = [

@@ -60,7 +60,7 @@ def reading(folder: str, who: str, world_size: int) -> Iterator[None]:
         said = f"[qerl] {who}: cannot resume from {folder} ({type(error).__name__}: {_first_line(error)})"
         advice = _fix(error, folder, world_size)
         if advice is None:
-            _note(error, f"{said}. The checkpoint is not the cause and was not changed.")
+            add_note(error, f"{said}. The checkpoint is not the cause and was not changed.")
             raise
         raise CheckpointError(f"{said}. {advice}") from error
 
@@ -103,8 +103,9 @@ def _is_broken(error: Exception) -> bool:
     return isinstance(error, _BROKEN) or reader
 
 
-def _note(error: Exception, text: str) -> None:
-    if hasattr(error, "add_note"):  # since Python 3.11
+def add_note(error: Exception, text: str) -> None:
+    """Adds a note to an error; prints it to stderr in Python 3.10, whose errors have no notes."""
+    if hasattr(error, "add_note"):
         error.add_note(text)
     else:
         print(text, file=sys.stderr, flush=True)

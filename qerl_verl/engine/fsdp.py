@@ -37,7 +37,7 @@ from verl.utils.torch_functional import entropy_from_logits, entropy_from_logits
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead, FSDPEngineWithValueHead
 
 from qerl_verl.engine.attention import hand_on_positions
-from qerl_verl.engine.checkpoint_errors import reading, writing
+from qerl_verl.engine.checkpoint_errors import add_note, reading, writing
 from qerl_verl.engine.compile import compile_layers, unavailable
 from qerl_verl.engine.finite import NonFiniteError, first_nonfinite, gather_first, gradient_norms, named_tensors
 from qerl_verl.engine.offload import wait_for_offload
@@ -404,9 +404,10 @@ class AdapterEngineMixin:
             output = super().forward_backward_batch(data, loss_function, forward_only)
         except torch.OutOfMemoryError as error:
             if self._recompute and not forward_only and self._recompute.keeps:
-                error.add_note(
+                add_note(
+                    error,
                     f"[qerl] {self._at_step()}: layers keep their products for the backward pass; qerl.recompute=full keeps "
-                    "none, at the price of computing them twice."
+                    "none, at the price of computing them twice.",
                 )
             raise
         if self._recompute and not forward_only:

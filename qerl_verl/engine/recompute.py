@@ -29,7 +29,8 @@ class Recompute:
 
     def __init__(self, how: str, device: torch.device, announce: Callable[[str], None] = lambda text: None):
         self.how = "full" if how == "auto" and device.type != "cuda" else how
-        self._device, self._announce = device, announce
+        self._device = device
+        self._announce: Callable[[str], None] | None = announce
         self._need_per_row: float | None = None  # bytes a token, of all that is not kept; an upper bound
         self._start = self._layers = self._kept_layers = self._kept = self._rows = 0
         self._left: float | None = None  # bytes that may still be kept; None until a layer has run

@@ -15,9 +15,9 @@ ENGINES = {
 """Arm -> verl's model type -> engine. MXFP4 is stored as NVFP4 and runs on its engines."""
 
 
-def engine_class(arm: str, model_type: str) -> type | None:
+def engine_class(arm: str | None, model_type: str) -> type | None:
     """The engine of an arm for one of verl's model types; None where the arm has none."""
-    place = ENGINES["nvfp4" if arm == "mxfp4" else arm].get(model_type)
+    place = ENGINES["nvfp4" if arm == "mxfp4" else str(arm)].get(model_type)
     if place is None:
         return None
     module, name = place.split(":")

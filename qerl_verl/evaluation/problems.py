@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,7 +116,7 @@ def _math_source(source: tuple[str, str]) -> tuple[str, None, str]:
 
 def _from_hub(
     hub: str, configuration: str | None, split: str, name: str, where: str
-) -> Iterable[tuple[str, dict[str, Any]]]:
+) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         yield from read_hub(hub, configuration, split)
     except Exception as error:  # offline or not found: datasets and huggingface_hub raise many types

@@ -368,7 +368,21 @@ def _sample(
                 key, problem = request.key
                 text = tokenizer.decode(tokens, skip_special_tokens=True)
                 score = plan.reward(problem, text)
-                file.add(Response(*key, request.seed, score.value, len(tokens), finish, text, score.details))
+                policy, data, index, sample = key
+                file.add(
+                    Response(
+                        policy=policy,
+                        data=data,
+                        index=index,
+                        sample=sample,
+                        seed=request.seed,
+                        score=score.value,
+                        tokens=len(tokens),
+                        finish=finish,
+                        text=text,
+                        details=score.details,
+                    )
+                )
                 seen, right = seen + 1, right + (score.value >= settings.correct_from)
                 bar.set_postfix_str(f"{100 * right / seen:.1f} % right", refresh=False)
                 bar.update()

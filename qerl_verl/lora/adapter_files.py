@@ -202,8 +202,9 @@ def map_names(
     if len(set(places.values())) < len(places) and not unused:
         out.append(f"two of its {len(shapes)} tensors have the same place in the model")
     for name, shape in shapes.items():
-        if places[name] in wanted and tuple(shape) != wanted[places[name]]:
-            out.append(f"{name} has shape {list(shape)} where the model and r={rank} need {list(wanted[places[name]])}")
+        place = places[name]
+        if place in wanted and tuple(shape) != wanted[place]:
+            out.append(f"{name} has shape {list(shape)} where the model and r={rank} need {list(wanted[place])}")
             break
     if out:
         raise AdapterError(out)

@@ -56,7 +56,7 @@ def model_of(content: Mapping[str, Any], rank: int, targets: Any, exclude: Any =
     config = config.get_text_config()
     of_layers = [architecture.has_experts(config, i) for i in range(config.num_hidden_layers)]
     experts, chosen, inner, decoded = architecture.experts, 0, 0, 0
-    if any(of_layers):
+    if experts is not None and any(of_layers):
         chosen = getattr(config, experts.chosen)
         inner = chosen * getattr(config, experts.inner)
         decoded = ACTIVATION * max(math.prod(shape) for shape in experts.stacked_shapes(config).values())

@@ -18,8 +18,8 @@ _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 _ATTENTION = (*_QKV, "self_attn.o_proj")
 _MLP = (*_GATE_UP, "mlp.down_proj")
-_FUSED_QKV = {"self_attn.qkv_proj": _QKV}
-_FUSED_GATE_UP = {"mlp.gate_up_proj": _GATE_UP}
+_FUSED_QKV: dict[str, tuple[str, ...]] = {"self_attn.qkv_proj": _QKV}
+_FUSED_GATE_UP: dict[str, tuple[str, ...]] = {"mlp.gate_up_proj": _GATE_UP}
 _LLAMA_BIASES = {"attention_bias": _ATTENTION, "mlp_bias": _MLP}
 _IN_FRONT = {"input_layernorm": _QKV, "post_attention_layernorm": _GATE_UP}
 _BEHIND_ALONE = {
@@ -83,7 +83,8 @@ class Experts:
     def linears(self, config: Any) -> Iterator[tuple[str, str, str]]:
         """Yields the names of gate, up and down of each expert, relative to a layer."""
         for expert in range(getattr(config, self.count)):
-            yield tuple(f"{self.module}.{expert}.{name}" for name in _EXPERT_LINEARS)
+            gate, up, down = (f"{self.module}.{expert}.{name}" for name in _EXPERT_LINEARS)
+            yield gate, up, down
 
     def stacked_shapes(self, config: Any) -> dict[str, tuple[int, int, int]]:
         """Returns name in a layer -> shape of transformers' parameters."""
@@ -237,6 +238,8 @@ class Architecture:
         """:attr:`noise_targets` of a layer with experts, with router and experts in the MLP's
         place."""
         mlp, experts = self._linears_of(_MLP), self.experts
+        if experts is None:
+            return self.noise_targets
         return {
             norm: (experts.router, experts.module) if set(linears) & set(mlp) else linears
             for norm, linears in self.noise_targets.items()
@@ -282,7 +285,7 @@ class Architecture:
         for linear in self.linears:
             parts = [projections[projection] for projection in self.projections_of(linear)]
             shapes[linear] = sum(rows for rows, _ in parts), parts[0][1]
-        if not self.has_experts(config, index):
+        if self.experts is None or not self.has_experts(config, index):
             return shapes
         attention = {linear: shapes[linear] for linear in self._linears_of(_ATTENTION)}
         hidden, inner = config.hidden_size, getattr(config, self.experts.inner)
@@ -337,10 +340,12 @@ class Architecture:
     def _layer_shapes(self, config: Any, index: int) -> dict[str, tuple[int, ...]]:
         hidden, projections = config.hidden_size, self.projection_shapes(config)
         linears = self.linear_shapes(config, index)
-        layer = {f"{norm}.weight": (hidden,) for norm in (*self.norms_in_front, *self.norms_behind)}
+        layer: dict[str, tuple[int, ...]] = {
+            f"{norm}.weight": (hidden,) for norm in (*self.norms_in_front, *self.norms_behind)
+        }
         layer |= {f"{norm}.weight": (_head_dim(config),) for norm in self.head_norms}
         layer |= {f"{norm}.weight": projections[of][:1] for norm, of in self.output_norms.items()}
-        if self.has_experts(config, index):
+        if self.experts is not None and self.has_experts(config, index):
             layer[f"{self.experts.router}.weight"] = (getattr(config, self.experts.count), hidden)
         layer |= {f"{linear}.weight": shape for linear, shape in linears.items()}
         biased = list(self.biased)
@@ -364,8 +369,10 @@ class Architecture:
 
     def routers(self, config: Any) -> tuple[str, ...]:
         """Returns the full names of the routers, linears in 16 bits."""
+        if (experts := self.experts) is None:
+            return ()
         layers = range(config.get_text_config().num_hidden_layers)
-        return tuple(f"{self.layer_prefix}{i}.{self.experts.router}" for i in layers if self.has_experts(config, i))
+        return tuple(f"{self.layer_prefix}{i}.{experts.router}" for i in layers if self.has_experts(config, i))
 
     def _check(self, config: Any) -> None:
         for setting in self.fixed:
@@ -391,7 +398,7 @@ class Architecture:
         (compressed_tensors_moe_w4a4_nvfp4.py, w13_weight_global_scale).
         """
         groups = self.scale_groups()
-        if not self.has_experts(config, index):
+        if self.experts is None or not self.has_experts(config, index):
             return groups
         attention = self._linears_of(_ATTENTION)
         of_experts = [group for gate, up, down in self.experts.linears(config) for group in ((gate, up), (down,))]
@@ -408,7 +415,7 @@ def _head_dim(config: Any) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-_VISION = {"decoder": "model.language_model.", "vision": "model.visual."}
+_VISION: dict[str, Any] = {"decoder": "model.language_model.", "vision": "model.visual."}
 
 _ARCHITECTURES = {
     architecture.name: architecture
@@ -553,7 +560,7 @@ def text_settings(content: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**content, **(content.get("text_config") or {})}
 
 
-def automatic_class(architecture: Architecture) -> type:
+def automatic_class(architecture: Architecture) -> Any:
     """Returns transformers' ``AutoModel...`` class that builds the model with its output layer."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 

@@ -22,7 +22,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
@@ -48,6 +48,7 @@ from qerl_verl.nvfp4.errors import CheckpointError
 from qerl_verl.nvfp4.gptq import GPTQ_VERSION
 from qerl_verl.nvfp4.isolated import quantize_in_a_process
 from qerl_verl.nvfp4.quantizers import NEEDS_CALIBRATION
+from qerl_verl.nvfp4.safetensors_stream import file_sha256
 from qerl_verl.ownership import host_name
 
 _DIGESTS_FILE = "digests.json"
@@ -188,7 +189,9 @@ def _fill(
     progress: bool,
     cache: Path,
 ) -> None:
-    how = dict(method=quantization.method, calibration=calibration, device=quantization.device, progress=progress)
+    how: dict[str, Any] = dict(
+        method=quantization.method, calibration=calibration, device=quantization.device, progress=progress
+    )
     try:
         if quantization.method.startswith(_CONVERT):
             records = convert_checkpoint(folder, entry, progress=progress)
@@ -243,13 +246,12 @@ def _content_key(folder: Path, cache: Path, method: str, calibration: Calibratio
     digests = _Digests(cache / _DIGESTS_FILE)
     files = {name: digests.of(folder / name) for name in source_files(folder)}
     digests.save()
-    content = {"format": FORMAT, "version": FORMAT_VERSION, "files": files, "method": method}
+    content: dict[str, Any] = {"format": FORMAT, "version": FORMAT_VERSION, "files": files, "method": method}
     if method.startswith(_CONVERT):
         content |= {"convert": CONVERT_VERSION}
     if calibration is not None:
         content |= {"calibration": calibration.key, "gptq": GPTQ_VERSION}
-    content = json.dumps(content, sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 class _Digests:
@@ -274,12 +276,9 @@ class _Digests:
             return known[-1]
         if stamp[0] > _ANNOUNCED_BYTES:
             print(f"qerl: hashing {path} ({stamp[0] / 1e9:.1f} GB), once", file=sys.stderr)
-        digest = hashlib.sha256()
-        with path.open("rb") as file:
-            while data := file.read(1 << 22):
-                digest.update(data)
-        self._new[str(path)] = [*stamp, digest.hexdigest()]
-        return digest.hexdigest()
+        digest = file_sha256(path)
+        self._new[str(path)] = [*stamp, digest]
+        return digest
 
     def remember(self, path: Path, digest: str) -> None:
         """Stores the hash of a file that was computed while the file was written."""

@@ -92,15 +92,15 @@ def read_calibration(
     for name, value, least in (("samples", samples, 1), ("sample tokens", sample_tokens, 2)):
         if value < least:
             raise CheckpointError(f"calibration: {name}={value}: at least {least}.")
-    files = [Path(f).expanduser() for f in ([files] if isinstance(files, (str, Path)) else files)]
-    source = ", ".join(str(f) for f in files)
+    paths = [Path(f).expanduser() for f in ([files] if isinstance(files, (str, Path)) else files)]
+    source = ", ".join(str(f) for f in paths)
     tokenizer = load_tokenizer(model)
     if chat_template:
         tokenizer.chat_template = chat_template
     sequences: list[tuple[tuple[int, ...], int]] = []
     wanted = samples + HELD_OUT
-    per_file = -(-wanted // len(files))
-    for file in files:
+    per_file = -(-wanted // len(paths))
+    for file in paths:
         if not file.is_file():
             raise CheckpointError(f"calibration: there is no file {file}.")
         sequences += _sequences(file, tokenizer, per_file, sample_tokens, prompt_key)

@@ -36,7 +36,6 @@ from qerl_verl.nvfp4.layerwise import FinishedLayers, compare_checkpoints, gptq_
 from qerl_verl.nvfp4.quantizers import (
     METHODS,
     NEEDS_CALIBRATION,
-    Method,
     PackedLinear,
     SquaredError,
     round_weight,
@@ -120,7 +119,7 @@ def quantize_checkpoint(
     src: str | Path,
     dst: str | Path,
     *,
-    method: Method = "four-over-six",
+    method: str = "four-over-six",
     calibration: Calibration | None = None,
     device: str | torch.device | None = None,
     replace: bool = False,
@@ -194,7 +193,7 @@ def quantize_checkpoint(
 
     written = sum(unit.output_bytes for unit in units) + sum((src / name).stat().st_size for name in others)
     finished = None
-    if method == "gptq":
+    if method == "gptq" and calibration is not None:
         finished = FinishedLayers(dst, _attempt_key(src, tensors, calibration))
         written += max(0, sum(unit.output_bytes for unit in units if unit.quantize) - finished.nbytes)
     _check_space(dst, written)
@@ -204,8 +203,8 @@ def quantize_checkpoint(
     _set_dtype(config, dtype)
 
     try:
-        packer = _Rounder(method, device)
-        if finished is not None:
+        packer: _Rounder | _Finished = _Rounder(method, device)
+        if finished is not None and calibration is not None:
             packer = _Finished(gptq_layers(hf_config, tensors, calibration, finished, device, progress))
         with atomic_folder(dst, replace=replace) as folder:
             records = _write_weights(folder, tensors, units, max_shard_bytes, progress, packer)
@@ -359,7 +358,8 @@ def linear_shapes(path: str | Path) -> dict[str, tuple[int, int]]:
     path = Path(path)
     architecture, hf_config = get_architecture(read_config(path)), _hf_config(path)
     shapes = architecture.tensor_shapes(hf_config)
-    return {linear: shapes[f"{linear}.weight"] for group in architecture.all_groups(hf_config) for linear in group}
+    linears = [linear for group in architecture.all_groups(hf_config) for linear in group]
+    return {linear: (shapes[f"{linear}.weight"][0], shapes[f"{linear}.weight"][1]) for linear in linears}
 
 
 def adaptable_shapes(path: str | Path) -> dict[str, tuple[int, int]]:
@@ -390,7 +390,7 @@ def tower_linears(path: str | Path) -> list[str]:
     return [name.removesuffix(".weight") for name in tower]
 
 
-def check_method(path: str | Path, wanted: Literal["nvfp4", "mxfp4"]) -> None:
+def check_method(path: str | Path, wanted: str) -> None:
     """Checks that a packed checkpoint holds the wanted one of MXFP4 and NVFP4.
 
     Both formats have the same container, so the manifest decides.
@@ -398,7 +398,7 @@ def check_method(path: str | Path, wanted: Literal["nvfp4", "mxfp4"]) -> None:
     Args:
         path: a packed checkpoint. Without a manifest of this package it counts as NVFP4. One that
             was converted from another library's MXFP4 serves as either.
-        wanted: the format that the run wants.
+        wanted: the format that the run wants, ``nvfp4`` or ``mxfp4``.
 
     Raises:
         CheckpointError: the checkpoint has the other format.
@@ -442,6 +442,7 @@ def unused_settings(path: str | Path) -> list[str]:
     config = read_config(path)
     quantization = config.get("quantization_config") or config.get("compression_config") or {}
     scheme, modelopt = quantization.get("kv_cache_scheme"), modelopt_settings(path) or {}
+    kind: str | None
     if isinstance(scheme, dict):
         kind = f"{scheme.get('num_bits', '?')}-bit {scheme.get('type', 'unknown')}"
     elif not (kind := modelopt.get("kv_cache_quant_algo")):
@@ -486,8 +487,8 @@ def validate_nvfp4_checkpoint(path: str | Path) -> None:
             info = tensors.get(name)
             scalar = name.endswith("_global_scale") and info is not None and info.shape == ()
             _check_tensors(path, tensors, {name: () if scalar else shape}, dtypes)
-    outputs = {name for linear, (n, k) in packed.items() for name in _packed_layout(linear, n, k)}
-    _check_names(path, tensors, unpacked.keys() | outputs, architecture, hf_config.tie_word_embeddings)
+    names = {name for linear, (n, k) in packed.items() for name in _packed_layout(linear, n, k)}
+    _check_names(path, tensors, unpacked.keys() | names, architecture, hf_config.tie_word_embeddings)
     _check_matched(path, packed)
     _check_scales(tensors, packed)
     for name in unpacked:
@@ -538,9 +539,9 @@ def fused_linears(architecture: Architecture, hf_config: Any) -> Iterator[tuple[
     These are fused projections, and all experts of a layer. They must be all packed or all plain.
     """
     for i in range(decoder_layers(hf_config)):
-        prefix, of_experts = f"{architecture.layer_prefix}{i}.", []
+        prefix, of_experts, experts = f"{architecture.layer_prefix}{i}.", [], architecture.experts
         for group in architecture.layer_groups(hf_config, i):
-            if architecture.has_experts(hf_config, i) and group[0].startswith(f"{architecture.experts.module}."):
+            if experts is not None and group[0].startswith(f"{experts.module}."):
                 of_experts += group
             else:
                 yield tuple(prefix + linear for linear in group)
@@ -673,8 +674,8 @@ def source_files(path: Path) -> list[str]:
     """Returns the files of a checkpoint, relative to it: safetensors and visible files without
     weights."""
     weights = _weight_files(path)
-    names = (file.relative_to(path) for file in sorted(path.rglob("*")) if file.is_file())
-    names = (name.as_posix() for name in names if not any(part.startswith(".") for part in name.parts))
+    files = (file.relative_to(path) for file in sorted(path.rglob("*")) if file.is_file())
+    names = (file.as_posix() for file in files if not any(part.startswith(".") for part in file.parts))
     return [name for name in names if name in weights or not _is_weight(name)]
 
 
@@ -1015,7 +1016,8 @@ def _check_matched(path: Path, linears: Iterable[str]) -> None:
     (should_ignore_layer, find_matched_target).
     """
     config = read_config(path)
-    quantization, ignore = config.get("quantization_config") or config.get("compression_config"), read_ignore(path)
+    quantization = config.get("quantization_config") or config.get("compression_config") or {}
+    ignore = read_ignore(path)
     targets = [
         target for group in quantization.get("config_groups", {}).values() for target in group.get("targets") or ()
     ]

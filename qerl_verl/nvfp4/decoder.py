@@ -82,6 +82,7 @@ class SeparateExperts(nn.Module):
 
     def __init__(self, experts: nn.Module, config: Any, row: Architecture):
         super().__init__()
+        assert row.experts is not None
         dtype, hidden, inner = experts.down_proj.dtype, config.hidden_size, getattr(config, row.experts.inner)
         self._count = getattr(config, row.experts.count)
         self._act = experts.act_fn
@@ -139,7 +140,7 @@ class LayerwiseDecoder:
         self._model = model.get_submodule(self._row.decoder.rstrip("."))
         self._layers = list(model.get_submodule(self._prefix.rstrip(".")))
         for index, layer in enumerate(self._layers):
-            if row.has_experts(config, index):
+            if row.experts is not None and row.has_experts(config, index):
                 parent, _, leaf = row.experts.module.rpartition(".")
                 separate = SeparateExperts(layer.get_submodule(row.experts.module), config, row)
                 setattr(layer.get_submodule(parent), leaf, separate.requires_grad_(False))
@@ -177,7 +178,8 @@ class LayerwiseDecoder:
             inputs: list[torch.Tensor] = []
             self._model.layers = nn.ModuleList(_Recorder(calls, inputs) for _ in self._layers)
             self._model(inputs_embeds=self._embed(table, tokens), use_cache=False)
-            batches.append(Activations(inputs[0], *(t.to(self.device) for t in (inside, tokens, scored)), calls))
+            inside, tokens, scored = (t.to(self.device) for t in (inside, tokens, scored))
+            batches.append(Activations(inputs[0], inside, tokens, scored, calls))
         return batches
 
     def _embed(self, table: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import cast
 
 import torch
 from torch import nn
@@ -132,7 +133,7 @@ class NVFP4Experts(nn.Module):
             shape, part = self.shape_of(stack), f"{name}.{stack}"
             choice = choose_backend(device, shape, dtype, wanted, layer=part, elsewhere=elsewhere)
             choices[stack] = choice
-            before, chosen = self.backends[stack], choice.backend
+            before, chosen = self.backends[stack], cast(Backend, choice.backend)
             if chosen is not before and not self.weight_joined.is_meta:
                 packed, scale = before.unpack(*(t.to(device) for t in self.weight_bytes(stack)))
                 for place, new in zip(self.weight_bytes(stack), chosen.prepack(packed, scale), strict=True):

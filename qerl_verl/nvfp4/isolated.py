@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from qerl_verl.nvfp4.calibration import Calibration
 from qerl_verl.nvfp4.checkpoint import quantize_checkpoint
@@ -38,7 +39,7 @@ def quantize_in_a_process(
     Raises:
         CheckpointError: as ``quantize_checkpoint``; or a signal ended the process.
     """
-    job = dict(src=str(src), dst=str(dst), method=method, device=device, progress=progress)
+    job: dict[str, Any] = dict(src=str(src), dst=str(dst), method=method, device=device, progress=progress)
     job["calibration"] = calibration and [calibration.sequences, calibration.held_out, calibration.source]
     command = [sys.executable, "-m", "qerl_verl.nvfp4.isolated"]
     done = subprocess.run(command, input=json.dumps(job), stdout=subprocess.PIPE, text=True)
@@ -71,7 +72,8 @@ def _main() -> int:
     sequences = job.pop("calibration")
     if sequences:
         *parts, source = sequences
-        job["calibration"] = Calibration(*(tuple((tuple(ids), begin) for ids, begin in part) for part in parts), source)
+        kept, held_out = (tuple((tuple(ids), begin) for ids, begin in part) for part in parts)
+        job["calibration"] = Calibration(kept, held_out, source)
     try:
         records = quantize_checkpoint(job.pop("src"), job.pop("dst"), **job)
     except (CheckpointError, OSError) as error:

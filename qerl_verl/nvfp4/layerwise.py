@@ -104,9 +104,13 @@ class FinishedLayers:
             with safe_open(self._file(index), framework="pt") as file:
                 errors = {n: SquaredError(**e) for n, e in json.loads(file.metadata()["errors"]).items()}
                 self.errors |= errors
-                parts = ("packed", "scale", "global_scale")
                 return {
-                    name: PackedLinear(*(file.get_tensor(f"{name}.weight_{part}") for part in parts), error)
+                    name: PackedLinear(
+                        packed=file.get_tensor(f"{name}.weight_packed"),
+                        scale=file.get_tensor(f"{name}.weight_scale"),
+                        global_scale=file.get_tensor(f"{name}.weight_global_scale"),
+                        error=error,
+                    )
                     for name, error in errors.items()
                 }
         except FileNotFoundError as error:
@@ -215,9 +219,8 @@ def _gptq_group(weights: dict[str, torch.Tensor], hessian: torch.Tensor) -> dict
         difference = dequantize_nvfp4(p, s, global_scale.to(w.device), torch.float32).sub_(w)
         output_error, output = (((d @ hessian) * d).sum(dtype=torch.float64).item() for d in (difference, w.float()))
         error = SquaredError(weight_error.item(), square.item(), output_error, output)
-        linears[name] = PackedLinear(
-            *(t.clone().cpu() for t in (p, s, global_scale)), error
-        )  # cloned, because safetensors refuses tensors that share memory
+        # cloned, because safetensors refuses tensors that share memory
+        linears[name] = PackedLinear(p.clone().cpu(), s.clone().cpu(), global_scale.clone().cpu(), error)
     return linears
 
 
@@ -228,7 +231,7 @@ def _hessians(layer: nn.Module, index: int, stream: Sequence[Activations], names
     sends to it. An expert without tokens has a Hessian of zeros, with which GPTQ rounds to nearest.
     """
     hessians = {}
-    inside = None
+    inside = torch.empty(0, dtype=torch.bool)  # of the batch that runs
     experts = [module for module in layer.modules() if isinstance(module, SeparateExperts)]
 
     def collect(hessian: Hessian, owner: SeparateExperts | None, module: nn.Module, arguments: tuple) -> None:
@@ -297,14 +300,16 @@ def load_packed_weights(layer: nn.Module, prefix: str, linears: Sequence[str], t
     for name in linears:
         module = layer.get_submodule(name)
         parts = (read_tensor(tensors[f"{prefix}{name}.{part}"]).to(module.weight.device) for part in _PARTS)
-        _set_weight(module, dequantize_nvfp4(*parts, dtype=module.weight.dtype))
+        packed, scale, global_scale = parts
+        _set_weight(module, dequantize_nvfp4(packed, scale, global_scale, module.weight.dtype))
 
 
 def _put_into(layer: nn.Module, prefix: str, linears: dict[str, PackedLinear]) -> None:
     for name, linear in linears.items():
         module = layer.get_submodule(name.removeprefix(prefix))
         parts = (t.to(module.weight.device) for t in (linear.packed, linear.scale, linear.global_scale))
-        _set_weight(module, dequantize_nvfp4(*parts, dtype=module.weight.dtype))
+        packed, scale, global_scale = parts
+        _set_weight(module, dequantize_nvfp4(packed, scale, global_scale, module.weight.dtype))
 
 
 def _set_weight(module: nn.Module, weight: torch.Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import nn
@@ -115,7 +116,7 @@ class NVFP4Linear(nn.Module):
         """
         shape = self.out_features, self.in_features
         choice = choose_backend(device, shape, dtype, wanted, layer=name, elsewhere=elsewhere)
-        chosen = choice.backend
+        chosen = cast(Backend, choice.backend)
         if chosen is self.backend:
             return choice
         if not self.weight_bytes()[0].is_meta:

@@ -250,6 +250,7 @@ class _Parts:
 
     def __init__(self, name: str, module: nn.Module):
         self._prefix, self._module = f"{name}.", module
+        leaves: tuple[str, ...]
         if isinstance(module, NVFP4Linear):
             leaves = ("weight_joined",)
         elif isinstance(module, NVFP4Experts):

@@ -87,8 +87,9 @@ def _relative(errors: list[SquaredError]) -> dict[str, float]:
     weight_error = _ratio(sum(e.weight_error for e in errors), sum(e.weight for e in errors))
     # an exact copy has an infinite signal-to-noise ratio, which JSON cannot hold
     values = {"weight_error": weight_error, "weight_snr_db": -10 * math.log10(max(weight_error, 1e-20))}
-    if all(e.output_error is not None for e in errors):
-        values["output_error"] = _ratio(sum(e.output_error for e in errors), sum(e.output for e in errors))
+    outputs = [(e.output_error, e.output) for e in errors if e.output_error is not None and e.output is not None]
+    if len(outputs) == len(errors):
+        values["output_error"] = _ratio(sum(error for error, _ in outputs), sum(square for _, square in outputs))
     return values
 
 

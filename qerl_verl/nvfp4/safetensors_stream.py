@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -142,6 +143,18 @@ def read_tensor(info: TensorInfo) -> torch.Tensor:
     return torch.empty(info.shape, dtype=TORCH_DTYPES[info.dtype])
 
 
+def file_sha256(path: Path) -> str:
+    """Returns the SHA-256 of a file's content, in hexadecimal digits.
+
+    hashlib.file_digest does the same from Python 3.11 on.
+    """
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while data := file.read(1 << 22):
+            digest.update(data)
+    return digest.hexdigest()
+
+
 class HashedFile:
     """A new file that hashes what is written to it, synced to disk at the end of ``with``."""
 
@@ -185,7 +198,8 @@ class ShardWriter(HashedFile):
 
     def __enter__(self) -> ShardWriter:
         super().__enter__()
-        header, end = {"__metadata__": {"format": "pt"}}, 0
+        header: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}
+        end = 0
         for name, (dtype, shape) in self._layout.items():
             begin, end = end, end + nbytes(dtype, shape)
             header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}

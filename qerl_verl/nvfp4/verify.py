@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ from tqdm import tqdm
 from qerl_verl.kernels.nvfp4_dequantize import dequantize_nvfp4
 from qerl_verl.nvfp4.checkpoint import MANIFEST_FILE, WEIGHT_DTYPES, read_headers, validate_nvfp4_checkpoint
 from qerl_verl.nvfp4.errors import CheckpointError
-from qerl_verl.nvfp4.safetensors_stream import TensorInfo, read_pieces, read_tensor
+from qerl_verl.nvfp4.safetensors_stream import TensorInfo, file_sha256, read_pieces, read_tensor
 
 
 def verify_checkpoint(path: str | Path, *, progress: bool = True) -> dict[str, int]:
@@ -100,7 +99,6 @@ def _check_manifest(path: Path, progress: bool) -> int:
             raise CheckpointError(f"{file} is missing, but {MANIFEST_FILE} lists it.")
         if file.stat().st_size != size:
             raise CheckpointError(f"{file} is {file.stat().st_size} bytes long, {MANIFEST_FILE} says {size}.")
-        with file.open("rb") as opened:
-            if hashlib.file_digest(opened, "sha256").hexdigest() != sha256:
-                raise CheckpointError(f"{file}: its content is not what `qerl quantize` wrote ({MANIFEST_FILE}).")
+        if file_sha256(file) != sha256:
+            raise CheckpointError(f"{file}: its content is not what `qerl quantize` wrote ({MANIFEST_FILE}).")
     return len(records)

@@ -62,7 +62,8 @@ def bytecode_environment(
     """
     if not uncompiled or environment.get("PYTHONPYCACHEPREFIX"):
         return {}, ""
-    folders = [Path(find_spec(package).origin).parent for package in uncompiled]
+    specs = [find_spec(package) for package in uncompiled]
+    folders = [Path(spec.origin).parent for spec in specs if spec is not None and spec.origin is not None]
     if not environment.get("PYTHONDONTWRITEBYTECODE") and all(os.access(f, os.W_OK) for f in folders):
         return {}, ""  # the first process writes them where they belong
     folder = cache / FOLDER

@@ -10,7 +10,7 @@ from __future__ import annotations
 import atexit
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 LOOK_SECONDS = 15.0
 """Between two looks."""
@@ -70,7 +70,9 @@ def _groups() -> list[dict]:
     return list(placement_group_table().values())
 
 
-def describe(gpus: int, cpus: int, total: Mapping[str, float], free: Mapping[str, float], groups: list[Mapping]) -> str:
+def describe(
+    gpus: int, cpus: int, total: Mapping[str, float], free: Mapping[str, float], groups: Sequence[Mapping]
+) -> str:
     """What the run waits for, in one line; empty where it waits for nothing.
 
     Args:

@@ -52,7 +52,7 @@ class ServersAhead:
             if self._servers:
                 say(f"start: rollout servers that start beside the actor: {len(self._servers)}")
 
-    def take(self, name: str, node: str, environment: dict[str, str]) -> Any:
+    def take(self, name: str | None, node: str | None, environment: dict[str, str]) -> Any:
         """Returns the server of a name, once.
 
         The result is None if there is no server for that node and environment. A server that was
@@ -60,8 +60,10 @@ class ServersAhead:
         """
         if self._thread is not None:
             self._thread.join()
-        (started, server) = self._servers.pop(name, (None, None))
-        if server is None or started == {"node": node, "environment": environment}:
+        if name is None or name not in self._servers:
+            return None
+        started, server = self._servers.pop(name)
+        if started == {"node": node, "environment": environment}:
             return server
         logger.warning("[qerl] %s was started for %s and is wanted on %s with %s", name, started, node, environment)
         ray.kill(server)

@@ -10,6 +10,7 @@ Experts have no adapter in the rollout.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch.nn import Parameter
@@ -193,7 +194,10 @@ class QeRLExpertsMethod(_NVFP4Experts):
         alphas = expert_alphas(layer.w13_weight_global_scale.data, layer.w2_weight_global_scale.data)
         for name, alpha in zip(("w13", "w2"), alphas, strict=True):
             layer.register_parameter(f"qerl_{name}_alpha", Parameter(alpha, requires_grad=False))
-        self.experts.choice.backend.warm_up(*self._stacks(layer), layer.top_k, layer.params_dtype)
+        self._kernel().warm_up(*self._stacks(layer), layer.top_k, layer.params_dtype)
+
+    def _kernel(self) -> ExpertsKernel:
+        return cast(ExpertsKernel, self.experts.choice.backend)
 
     @staticmethod
     def _stacks(layer: RoutedExperts) -> tuple[ExpertStack, ExpertStack]:
@@ -217,7 +221,7 @@ class QeRLExpertsMethod(_NVFP4Experts):
         """
         if layer.expert_map is not None:
             topk_ids = layer.expert_map[topk_ids.long()]
-        return self.experts.choice.backend.experts(x, topk_weights, topk_ids, *self._stacks(layer))
+        return self._kernel().experts(x, topk_weights, topk_ids, *self._stacks(layer))
 
     def apply_monolithic(
         self,

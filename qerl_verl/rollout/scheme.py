@@ -83,7 +83,7 @@ class NVFP4Scheme(CompressedTensorsScheme):
         report: KernelReport,
     ):
         self.device, self.kernel, self.lora, self.vllm_scheme, self.report = device, kernel, lora, vllm_scheme, report
-        self.inner: CompressedTensorsScheme | None = None
+        self.inner: CompressedTensorsScheme  # made by create_weights
 
     @classmethod
     def get_min_capability(cls) -> int:

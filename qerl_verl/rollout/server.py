@@ -53,8 +53,9 @@ class QeRLHttpServer(vLLMHttpServer):
         :meth:`get_master_address` therefore waits for it and raises its error.
         """
         begun = self._begun
+        assert begun is not None, "the process was not started ahead"
         try:
-            self.__init__(**arguments)
+            type(self).__init__(self, **arguments)
         except Exception as error:
             self._problem = error
         finally:
@@ -63,7 +64,8 @@ class QeRLHttpServer(vLLMHttpServer):
     async def qerl_refuse(self, error: Exception) -> None:
         """Reports that :meth:`qerl_begin` cannot be called, for example without its arguments."""
         self._problem = error
-        self._begun.set()
+        if self._begun is not None:
+            self._begun.set()
 
     async def get_master_address(self):
         """Returns verl's address, which verl reads before anything else.

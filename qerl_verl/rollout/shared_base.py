@@ -98,7 +98,9 @@ def shared_embedding(layer: VocabParallelEmbedding) -> UnquantizedEmbeddingMetho
     of vLLM's models do not pass the layer its name; the supported architectures have one of each.
     """
     name = "lm_head.weight" if isinstance(layer, ParallelLMHead) else "model.embed_tokens.weight"
-    plain = None if _loading is None else _loading.base.layout.tensors.get(name)
+    if _loading is None:
+        return None
+    plain = _loading.base.layout.tensors.get(name)
     if plain is None or not plain.shared:
         return None
     return SharedEmbedding(name, plain, _loading)
@@ -229,7 +231,7 @@ def _find_group(groups: Sequence[Group], layer: str) -> Group:
         first, name = group.parts[0], group.parts[0]
         if len(group.parts) > 1:
             heads = {plain: fused for plain, (fused, index) in FUSED.items() if index == 0 and first.endswith(plain)}
-            name = next((first.removesuffix(plain) + fused for plain, fused in heads.items()), None)
+            name = next((first.removesuffix(plain) + fused for plain, fused in heads.items()), "")
         if name == layer:
             return group
     raise SharingError(f"the actor's base has no layer {layer}")

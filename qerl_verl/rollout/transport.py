@@ -121,7 +121,7 @@ class AdapterServer(socketserver.ThreadingTCPServer):
         self.ready = threading.Event()
         try:
             self.address_family, _, _, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
-            super().__init__(address[:2], _Handler)
+            super().__init__((str(address[0]), int(address[1])), _Handler)
         except OSError as error:
             raise TransportError(
                 f"the adapter's transport cannot listen on {host}, the address that Ray knows this node by ({error}): "
@@ -157,15 +157,18 @@ class AdapterClient:
     def __init__(self, address: tuple[str, int, bytes], timeout_s: float):
         host, port, self._secret = address
         self._where, self._timeout_s = f"{host}:{port}", timeout_s
-        self._connection = None
+        failed = f"the actor's adapter cannot be fetched from {self._where}"
         try:
             self._connection = socket.create_connection((host, port), timeout=min(timeout_s, HANDSHAKE_SECONDS))
+        except OSError as error:
+            raise TransportError(f"{failed}: {error}") from error
+        try:
             self._theirs = bytes(_read(self._connection, NONCE_BYTES))
             self._ours = secrets.token_bytes(NONCE_BYTES)
             self._connection.sendall(self._ours + _tag(self._secret, b"receiver", self._theirs, self._ours))
         except OSError as error:
             self.close()
-            raise TransportError(f"the actor's adapter cannot be fetched from {self._where}: {error}") from error
+            raise TransportError(f"{failed}: {error}") from error
 
     def fetch(self) -> bytearray:
         """Returns the bytes of the adapter after checking them.
@@ -190,8 +193,7 @@ class AdapterClient:
         return adapter
 
     def close(self) -> None:
-        if self._connection is not None:
-            self._connection.close()
+        self._connection.close()
 
 
 @CheckpointEngineRegistry.register(TRANSPORT)
@@ -242,6 +244,7 @@ class AdapterTransport(CheckpointEngine):
         tensors = {name: tensor.cpu() for name, tensor in weights}
         if not self.is_master:
             return
+        assert self.server is not None, "prepare comes first"
         buffer = io.BytesIO()
         torch.save(tensors, buffer)
         await asyncio.to_thread(self.server.offer, buffer.getbuffer())
@@ -253,6 +256,7 @@ class AdapterTransport(CheckpointEngine):
             TransportError: nothing arrived in time, the sender is gone, or it is not this job's
                 actor.
         """
+        assert self.client is not None, "init_process_group comes first"
         data = await asyncio.to_thread(self.client.fetch)
         for name, tensor in torch.load(io.BytesIO(data), weights_only=True).items():
             yield name, tensor

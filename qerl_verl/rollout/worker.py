@@ -43,7 +43,7 @@ class QeRLWorkerExtension(vLLMColocateWorkerExtension):
             self._qerl_injector = injector
         return injector
 
-    def update_weights_from_ipc(self, peft_config: dict = None, base_sync_done=False, use_shm: bool = False):
+    def update_weights_from_ipc(self, peft_config: dict | None = None, base_sync_done=False, use_shm: bool = False):
         """Receives an adapter and loads it into the layers, or into vLLM's LoRA path.
 
         The transport is verl's (verl/workers/rollout/vllm_rollout/utils.py,

@@ -169,7 +169,7 @@ def _fused(layers: Mapping[str, NVFP4Linear], architecture: Architecture) -> Ite
     for name in layers:
         if name in done:
             continue
-        parts = (name,)
+        parts: tuple[str, ...] = (name,)
         for linears in architecture.scale_groups():
             for linear in linears:
                 if name.endswith(f".{linear}"):

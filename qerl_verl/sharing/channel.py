@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from typing import Any
 
 import torch
 
@@ -55,7 +56,9 @@ class BaseOwner:
     """
 
     def __init__(self, base: tuple[SharedMemory, Layout] | str, key: str, rank: int):
-        self._key, self._memory = key, None
+        self._key = key
+        self._memory: SharedMemory | None = None
+        answer: dict[str, Any]
         if isinstance(base, str):
             answer = {"declined": base}
         else:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
@@ -124,12 +125,14 @@ class Layout:
         content = json.loads(text)
         if content.get("format") != FORMAT:
             raise ValueError(f"the shared base has format {content.get('format')}, this process reads {FORMAT}")
-        groups = tuple(
-            Group(**{k: tuple(v) if isinstance(v, list) else v for k, v in group.items()})
-            for group in content["groups"]
-        )
-        tensors = {n: Plain(**{**p, "shape": tuple(p["shape"])}) for n, p in content["tensors"].items()}
+        groups = tuple(Group(**_with_tuples(group)) for group in content["groups"])
+        tensors = {name: Plain(**_with_tuples(plain)) for name, plain in content["tensors"].items()}
         return cls(content["size"], groups, tensors)
+
+
+def _with_tuples(values: dict[str, Any]) -> dict[str, Any]:
+    """Converts the lists of a JSON object to tuples."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 
 
 class LayoutBuilder:

@@ -319,6 +319,7 @@ class AQNTrainerMixin(RunLengthMixin, RunRecordMixin, WholeCheckpointsMixin):
                 f"{aqn.sigma_start:.3g}"
             )
         elif aqn.enable:
+            assert isinstance(schedule, AQNSchedule)
             if schedule.num_stages < aqn.num_stages:
                 logger.warning(
                     "[qerl] %d training steps are fewer than qerl.aqn.num_stages=%d: one stage a step",

@@ -103,7 +103,8 @@ def run_all(
     """
     out = out.absolute()
     waiting = [run for run in wanted if not is_finished(out, run)]
-    slots = [gpu for _ in range(per_gpu) for gpu in (gpus or [None])]
+    devices: list[str | None] = [*gpus] or [None]
+    slots = [gpu for _ in range(per_gpu) for gpu in devices]
     _check_host_memory(min(len(slots), len(waiting)), scale)
     running: dict[subprocess.Popen, tuple[Run, str | None, float]] = {}
     failed = []

@@ -102,15 +102,16 @@ def look_at(get: Get, key: str) -> Files:
         return Files(key, problems=tuple(problems))
     try:
         counts = [_rows(path) for path in paths]
-        problems = [_column_problem(get, key, path) for path in paths]
+        columns = [_column_problem(get, key, path) for path in paths]
     except Exception as error:  # pyarrow has a class of its own for each way in which a file can be broken
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         return Files(key, problems=(f"{key}={value}: it cannot be read: {reason}",))
-    rows = None if None in counts else sum(counts)
+    known = [count for count in counts if count is not None]
+    rows = sum(known) if len(known) == len(counts) else None
     most = get(f"data.{'train' if key == 'data.train_files' else 'val'}_max_samples") or -1
     if rows is not None and most > 0:
         rows = min(rows, most)
-    return Files(key, tuple(paths), rows, tuple(p for p in problems if p))
+    return Files(key, tuple(paths), rows, tuple(p for p in columns if p))
 
 
 def _matches(path: str) -> list[str]:

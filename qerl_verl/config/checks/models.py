@@ -96,15 +96,16 @@ def find_misfits(config: DictConfig, adapters: Mapping[str, dict] | None = None)
 
     out = []
     for model in trained_models(config):
-        if local_folder(config, model) is None:
+        folder = local_folder(config, model)
+        if folder is None:
             continue
         adapter = (adapters or {}).get(model)
         try:
             out += adapter_problems(config, model, adapter) if adapter else _new_adapter_problems(config, model)
             if model == MODEL:
-                out += vision.find_problems(config, local_folder(config, model))
+                out += vision.find_problems(config, folder)
             if model == MODEL and get_arm(config).container:
-                out += kernels.find_problems(config, local_folder(config, model))
+                out += kernels.find_problems(config, folder)
         except CheckpointError:
             continue
     out += tokenizers.find_problems(config) + fused_kernel_problems(config) + length_problems(config)
