@@ -83,8 +83,8 @@ def use_shared_base(
         SharingError: with ``qerl.base=shared``, why the base cannot be shared.
     """
     job, rank = find_job(), torch.distributed.get_rank()
-    sharing = job and job.sharing
-    if sharing is None or not (serves or model.path == sharing.model):
+    sharing = None if job is None else job.sharing
+    if job is None or sharing is None or not (serves or model.path == sharing.model):
         return None
     key = (model.local_path, device, dtype, compute_dtype, kernel)
     if key not in _bases:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from qerl_verl.config.rules import COMPILATION, WORKER_EXTENSION, cpu_environment
 from qerl_verl.config.settings import QeRLSettings
@@ -73,7 +73,7 @@ class Sampling:
     max_tokens: int
 
 
-def use_environment(form: str, on_cpu: bool) -> None:
+def use_environment(form: Literal["nvfp4", "bf16"], on_cpu: bool) -> None:
     """Sets the environment variables of a job with the switch.
 
     vLLM's plugins read them in this process and in the processes that it starts.

@@ -179,9 +179,9 @@ class SharedBaseLoader(BaseModelLoader):
             SharingError: with ``qerl.base=shared``, why the base cannot be shared.
         """
         job = find_job()
-        sharing = job and job.sharing
+        sharing = None if job is None else job.sharing
         # another model_config is that of a draft model, for example
-        if sharing is None or model_config is not vllm_config.model_config:
+        if job is None or sharing is None or model_config is not vllm_config.model_config:
             return self._plain.load_model(vllm_config, model_config, prefix)
         try:
             base = SharedBase.connect(sharing.key, owner_rank(), torch.device(vllm_config.device_config.device))
