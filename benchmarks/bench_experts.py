@@ -1,13 +1,12 @@
-"""The experts of one layer alone: vLLM's bf16 kernel, vLLM's Marlin and our Triton on NVFP4
-weights.
+"""Times the experts of one layer: vLLM's bf16 kernel, and vLLM's Marlin and our Triton on NVFP4.
 
     python benchmarks/bench_experts.py --json benchmarks/results/experts_h100.json   # one GPU
-    python benchmarks/bench_experts.py --tune                                        # tiles of our kernel
-    python benchmarks/bench_experts.py --dry-run                                     # tiny, on the CPU
+    python benchmarks/bench_experts.py --tune       # tiles of our kernel
+    python benchmarks/bench_experts.py --dry-run    # tiny, on the CPU
 
-Qwen3-30B-A3B's shape: 128 experts of 768 x 2048, 8 for each token, all equally likely. Times are
-from CUDA graphs, with other choices in each call, so that few tokens do not find their experts in
-the L2 cache. Each kernel's output is compared with the reference in float32.
+The shape is that of Qwen3-30B-A3B: 128 experts of 768 x 2048, 8 for each token, all equally likely.
+Times come from CUDA graphs. Each call has other choices, so that few tokens do not find their
+experts in the L2 cache. Each kernel's output is compared with the reference in float32.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ SHAPE = {"experts": 128, "top_k": 8, "hidden": 2048, "inner": 768}
 DRY_SHAPE = {"experts": 4, "top_k": 2, "hidden": 64, "inner": 64}
 TOKENS = (1, 8, 16, 64, 128, 256, 1024, 8192)
 COPIES = 16
-"""Choices of experts that the calls rotate through."""
+"""Number of choices of experts that the calls rotate through."""
 DTYPE = torch.bfloat16
 CANDIDATES = [
     (block_m, block_n, block_k, warps, stages)
@@ -41,7 +40,7 @@ CANDIDATES = [
 
 
 def make_stacks(shape: dict, device: str) -> tuple[ExpertStack, ExpertStack]:
-    """Returns random experts, gate and up before down."""
+    """Returns random experts: the stack of gate and up, and that of down."""
     count, stacks = shape["experts"], []
     for n, k in ((2 * shape["inner"], shape["hidden"]), (shape["hidden"], shape["inner"])):
         packed = torch.randint(0, 256, (count, n, k // 2), dtype=torch.uint8, device=device)
@@ -52,7 +51,7 @@ def make_stacks(shape: dict, device: str) -> tuple[ExpertStack, ExpertStack]:
 
 
 def bf16(gate_up: ExpertStack, down: ExpertStack):
-    """Returns vLLM's Triton kernel on the decoded weights."""
+    """Returns a call of vLLM's Triton kernel on the decoded weights."""
     from vllm.model_executor.layers.fused_moe.fused_moe import fused_experts
 
     decoded = [
@@ -63,7 +62,7 @@ def bf16(gate_up: ExpertStack, down: ExpertStack):
 
 
 def marlin(gate_up: ExpertStack, down: ExpertStack):
-    """Returns vLLM's Marlin, as its layers prepare it."""
+    """Returns a call of vLLM's Marlin, prepared as vLLM's layers do."""
     from vllm.model_executor.layers.fused_moe.experts.marlin_moe import fused_marlin_moe
     from vllm.model_executor.layers.quantization.utils.marlin_utils_fp4 import prepare_nvfp4_moe_layer_for_marlin
     from vllm.scalar_type import scalar_types
@@ -88,12 +87,12 @@ def marlin(gate_up: ExpertStack, down: ExpertStack):
 
 
 def triton(gate_up: ExpertStack, down: ExpertStack):
-    """Ours."""
+    """Returns a call of our Triton kernel."""
     return lambda x, weights, chosen: triton_kernels.experts(x, weights, chosen, gate_up, down)
 
 
 def pytorch(gate_up: ExpertStack, down: ExpertStack):
-    """Returns the reference, for the dry run."""
+    """Returns a call of the reference, for the dry run."""
     return lambda x, weights, chosen: nvfp4_experts_reference(x, weights, chosen, gate_up, down)
 
 
@@ -101,7 +100,7 @@ KERNELS = {"bf16": bf16, "marlin": marlin, "triton": triton, "pytorch": pytorch}
 
 
 def make_inputs(tokens: int, shape: dict, device: str) -> list[tuple[torch.Tensor, ...]]:
-    """Returns activations, weights and choices, with other choices in each."""
+    """Returns activations, weights and choices of experts; each set has other choices."""
     x = torch.randn(tokens, shape["hidden"], device=device, dtype=DTYPE)
     out = []
     for _ in range(COPIES):
@@ -111,7 +110,7 @@ def make_inputs(tokens: int, shape: dict, device: str) -> list[tuple[torch.Tenso
 
 
 def time_kernel(call, inputs) -> float:
-    """Returns microseconds of a call."""
+    """Returns the time of a call in microseconds."""
     if inputs[0][0].is_cuda:
         return time_calls(lambda i: call(*inputs[i]), COPIES, 100.0)
     begin = time.perf_counter()
@@ -131,7 +130,7 @@ def tune(stacks, shape: dict, tokens: list[int], device: str) -> list[dict]:
                 continue
             try:
                 times.append((time_kernel(lambda *a, tile=tile: nvfp4_experts(*a, *stacks, tile), inputs), tile))
-            except Exception as error:  # shared memory or registers run out
+            except Exception as error:  # too little shared memory or registers
                 print(f"  {tile}: {type(error).__name__}", flush=True)
         best = sorted(times)[:3]
         out.append({"tokens": number, "best": [{"us": us, "tile": tile} for us, tile in best]})
@@ -162,7 +161,7 @@ def main() -> None:
 
 
 def compare(stacks, shape: dict, args: argparse.Namespace, device: str) -> list[dict]:
-    """Time and error of each kernel for each number of tokens."""
+    """Returns time and error of each kernel for each number of tokens."""
     calls = {name: KERNELS[name](*stacks) for name in args.kernels}
     out = []
     for number in args.tokens:

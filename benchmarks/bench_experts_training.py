@@ -1,15 +1,14 @@
-"""The experts of one layer in training, NVFP4 against bf16: time and peak memory, forward and
-backward.
+"""Measures time and peak memory of the experts of one layer in training, NVFP4 against bf16.
 
     python benchmarks/bench_experts_training.py --json benchmarks/results/experts_training_h100.json
     python benchmarks/bench_experts_training.py --shape tiny-moe --tokens 64      # on the CPU, in float32
 
-The shape is that of one layer of Qwen3-30B-A3B: 128 experts, 8 for a token, random weights and a
+The shape is that of one layer of Qwen3-30B-A3B: 128 experts, 8 for each token, random weights and a
 random router. ``nvfp4`` is :class:`qerl_verl.nvfp4.experts.NVFP4Experts` with the kernels of
-``qerl.kernel=auto``, ``nvfp4_compiled`` with the activation compiled, as verl's
-``use_torch_compile`` has it; ``bf16`` is transformers' own module with its default implementation
-(grouped_mm) on the decoded weights. The backward pass gives the gradients of the tokens and of the
-router's weights. Peak memory is what a call takes beside weights and inputs.
+``qerl.kernel=auto``. ``nvfp4_compiled`` also compiles the activation, as verl's
+``use_torch_compile`` does. ``bf16`` is transformers' own module with its default implementation
+(grouped_mm) on the decoded weights. The backward pass computes the gradients of the tokens and of
+the router's weights. Peak memory is the memory of a call beside weights and inputs.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ VARIANTS = ("bf16", "nvfp4", "nvfp4_compiled")
 
 
 def build(variant: str, settings, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """Returns experts on the device; all variants have the same weights."""
+    """Returns experts on the device. All variants have the same weights."""
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
     from qerl_verl.nvfp4.experts import PROJECTIONS, STACKS, NVFP4Experts, gated
@@ -59,8 +58,7 @@ def build(variant: str, settings, device: torch.device, dtype: torch.dtype) -> n
 
 
 def measure(module: nn.Module, inputs: tuple, repeats: int) -> dict[str, float]:
-    """Returns milliseconds of forward and backward pass, the median of ``repeats``, and GiB at the
-    peak."""
+    """Returns the median time of forward and backward pass in ms, and the peak memory in GiB."""
     hidden, index, weights = inputs
     on_gpu = hidden.is_cuda
     forward, backward, peak = [], [], 0

@@ -1,4 +1,4 @@
-"""Time the Hopper NVFP4 GEMM against cuBLAS bf16 on the projections of Qwen2.5-7B and 32B.
+"""Times the Hopper NVFP4 GEMM against cuBLAS bf16 on the projections of Qwen2.5-7B and 32B.
 
     python benchmarks/bench_gemm.py --json benchmarks/results/gemm_h200.json   # the shipped choice of kernels
     python benchmarks/bench_gemm.py --tune --shapes others --json others.json  # shapes that the table does not know
@@ -8,14 +8,14 @@
 
     python benchmarks/bench_gemm.py --lora --sweep --between --json sweep.json    # to tune MEASURED_WITH_ADAPTER
 
-With --between another small kernel runs before each product, as in a model, and its time is taken
-off. With --lora the NVFP4 product includes the term of one adapter (an A and a B for each fused
-projection), and the baseline is cuBLAS bf16 for the base, for x A^T and, added in place, for the
-products with B. With vLLM installed, its Marlin kernel (no adapter) is timed as well.
+With --between, another small kernel runs before each GEMM, as in a model, and its time is
+subtracted. With --lora, the NVFP4 GEMM includes the LoRA delta of one adapter (an A and a B for
+each fused projection), and the baseline is cuBLAS bf16 for the base, for x A^T and, added in place,
+for the GEMMs with B. With vLLM installed, its Marlin kernel (without adapter) is timed as well.
 
-Times are of CUDA graphs of many calls that rotate through copies of the weight, so that no copy is
-left in the L2 cache; the median over graph replays. A ratio is cuBLAS time / NVFP4 time: above 1
-the NVFP4 kernel is the faster one.
+Times come from CUDA graphs of many calls that rotate through copies of the weight, so that no copy
+stays in the L2 cache; the median over replays counts. A ratio is cuBLAS time / NVFP4 time: above 1
+the NVFP4 kernel is faster.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from qerl_verl.kernels.nvfp4_dequantize import block_values_nvfp4
 SHAPES = {
     "7B qkv": (4608, 3584), "7B o": (3584, 3584), "7B gate_up": (37888, 3584), "7B down": (3584, 18944),
     "32B qkv": (7168, 5120), "32B o": (5120, 5120), "32B gate_up": (55296, 5120), "32B down": (5120, 27648),
-    # Not in the table of tuning.py
+    # shapes that the table of tuning.py does not have
     "1.5B qkv": (2048, 1536), "1.5B gate_up": (17920, 1536), "1.5B down": (1536, 8960),
     "3B qkv": (2560, 2048), "3B gate_up": (22016, 2048), "3B down": (2048, 11008),
     "8B qkv": (6144, 4096), "8B o": (4096, 4096), "8B gate_up": (28672, 4096), "8B down": (4096, 14336),
@@ -63,7 +63,8 @@ ALPHA = 1 / 640.0
 
 
 def time_calls(call, copies: int, target_us: float, replays: int = 7) -> float:
-    """Returns the median time in microseconds of ``call(i)``, ``i`` rotating through ``copies``."""
+    """Returns the median time in microseconds of ``call(i)``, with ``i`` rotating through
+    ``copies``."""
     calls = max(copies, min(200, math.ceil(1500 / target_us)))
     calls = math.ceil(calls / copies) * copies
     for i in range(copies if copies < 4 else 4):
@@ -92,8 +93,7 @@ def make_weight(n: int, k: int):
 
 
 def reference_error(y, x, packed, scale, bias=None, rows: int = 4096, adapter=None) -> float:
-    """Returns the relative error against float64 on up to ``rows`` output channels (taken from both
-    ends)."""
+    """Returns the relative error against float64 on up to ``rows`` output channels of both ends."""
     n = packed.shape[0]
     index = (
         torch.arange(n, device="cuda")
@@ -138,7 +138,7 @@ class Adapter:
 
 
 def marlin_call(packed, scale, n: int, k: int):
-    """Returns ``call(x)`` with vLLM's Marlin on the same weight, or None without vLLM."""
+    """Returns ``call(x)`` of vLLM's Marlin on the same weight, or None without vLLM."""
     try:
         from vllm.model_executor.layers.quantization.utils.marlin_utils_fp4 import (
             apply_fp4_marlin_linear,
@@ -176,7 +176,7 @@ def environment() -> dict:
 
 
 def copy_bandwidth() -> float:
-    """Returns device-to-device copy in TB/s, bytes read plus bytes written."""
+    """Returns the bandwidth of a device-to-device copy in TB/s, bytes read plus bytes written."""
     a, b = (torch.empty(4 << 30, dtype=torch.uint8, device="cuda") for _ in range(2))
     times = []
     for _ in range(8):

@@ -1,15 +1,15 @@
-"""One GRPO step of `python -m verl.trainer.main_ppo`: NVFP4 + LoRA with the switch, against stock
-verl with bf16 + LoRA.
+"""Measures one GRPO step of `python -m verl.trainer.main_ppo`: NVFP4 + LoRA against stock bf16 +
+LoRA.
 
     python benchmarks/bench_grpo_step.py --shape 7B --json benchmarks/results/grpo_step_7b_h200.json
 
-Both runs train the same random model (the bf16 checkpoint is the NVFP4 one, unpacked) on the same
-prompts: 16 prompts of 256 tokens, 8 samples each, 512 generated tokens, no early end; LoRA rank 32
-on all linears, SDPA attention; one GPU. verl takes log-probabilities from flash-attn's Triton cross
-entropy where that can be imported, and row by row otherwise, which takes longer than the model
-does, in either run; the result says which. The first step warms up and is left out; the numbers are
-the means of the others, from verl's own metrics. ``--variants`` one by one, with the same
-``--work``, puts the runs on several GPUs of a host.
+Both runs train the same random model (the bf16 checkpoint is the NVFP4 one, decoded) on the same
+prompts: 16 prompts of 256 tokens, 8 samples each, 512 generated tokens without early end, LoRA rank
+32 on all linears, SDPA attention, one GPU. verl computes log-probabilities with flash-attn's Triton
+cross entropy where it can be imported. Otherwise it computes them row by row, which takes longer
+than the model in either run; the result says which. The first step warms up and is left out. The
+numbers are means over the other steps, from verl's own metrics. To use several GPUs of a host, run
+the ``--variants`` one by one with the same ``--work``.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ KEPT = re.compile(
 
 
 def prepare(work: Path, shape: str) -> None:
-    """Models, tokenizer and prompts on disk."""
+    """Writes models, tokenizer and prompts to disk."""
     sys.path.insert(0, str(HERE))
     import torch
     from shapes import SHAPES, write_bf16, write_nvfp4
@@ -112,7 +112,7 @@ def command(name: str, work: Path, steps: int, extra: list[str]) -> list[str]:
 
 
 def metrics_of(log: str) -> dict[int, dict[str, float]]:
-    """Returns what verl's console logger printed, by step, of the metrics in KEPT."""
+    """Returns the metrics of KEPT that verl's console logger printed, by step."""
     steps: dict[int, dict[str, float]] = {}
     for line in log.splitlines():
         found = re.search(r"step:(\d+) - (.*)", line)
@@ -129,8 +129,10 @@ def metrics_of(log: str) -> dict[int, dict[str, float]]:
 
 
 def run(line: list[str], environment: dict[str, str], log: Path | None) -> tuple[int, str]:
-    """Returns the exit code and output of a command; ``log`` gets the lines as they come, each with
-    the seconds since the start."""
+    """Runs a command and returns its exit code and output.
+
+    ``log`` receives the lines as they appear, each with the seconds since the start.
+    """
     begin, printed = time.perf_counter(), []
     with (
         subprocess.Popen(

@@ -1,14 +1,14 @@
-"""Rollout speed of a mixture of experts: our NVFP4 rollout against vLLM's bf16, in one run.
+"""Measures the rollout speed of a mixture of experts: our NVFP4 rollout against vLLM's bf16.
 
     python benchmarks/bench_moe.py --json benchmarks/results/moe_30b_h100.json     # one H100
-    python benchmarks/bench_moe.py --dry-run                                       # tiny, on the CPU
+    python benchmarks/bench_moe.py --dry-run    # tiny, on the CPU
 
 The shape is Qwen3-30B-A3B's, with random weights and fewer layers (``--layers``), so that bf16 fits
 beside its KV cache. The NVFP4 engine has an adapter of rank 32 in its attention layers, as in
-training; the bf16 engine has none, since vLLM's LoRA path would need room on the experts. With
-random routers the tokens of a batch spread over nearly all experts. For what is timed, see
-bench_rollout.py, which this script runs. 24 layers take about 9 GB of disk under ``--work``, 30 GB
-of GPU memory in bf16, and some ten minutes.
+training. The bf16 engine has none, because vLLM's LoRA path would need buffers on the experts. With
+random routers the tokens of a batch spread over nearly all experts. bench_rollout.py, which this
+script runs, explains what is timed. 24 layers take about 9 GB of disk under ``--work``, 30 GB of
+GPU memory in bf16, and about ten minutes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from bench_rollout import VARIANTS, add_arguments, add_ratios, run_variants
 SHAPE, DRY_SHAPE = "30B-A3B", "tiny-moe"
 BASELINE = "bf16"
 TARGETS = {1: (1.3, 2.0), 8: (1.3, 2.0), 64: (1.2, 1.5), 256: (1.0, 1.2)}
-"""Sequences -> what the decoding speed has to be, and what it should be, in bf16's."""
+"""Sequences -> decoding speed over bf16 that is required, and that is aimed at."""
 
 
 def judge(ratios: dict, sequences: int) -> str:
@@ -46,7 +46,7 @@ def main() -> None:
     out = run_variants(args)
     add_ratios(out, BASELINE)
     for name, ratios in out.get(f"ratio_to_{BASELINE}", {}).items():
-        if name != BASELINE and not args.dry_run:  # of so few tokens the speed means nothing
+        if name != BASELINE and not args.dry_run:  # with so few tokens the speed means nothing
             for sequences in sorted(TARGETS.keys() & args.sequences):
                 print(f"{name}, {judge(ratios, sequences)}", flush=True)
     if args.json:

@@ -1,20 +1,21 @@
-"""What the norms that take noise cost in vLLM, and that the noise acts on the device as it was
-drawn.
+"""Measures the cost of norms that take noise in vLLM, and checks the noise that acts on the device.
 
     python benchmarks/bench_noise.py --json benchmarks/results/noise_7b.json
     python benchmarks/bench_noise.py --shape tiny --sequences 2 --generated 8 --rounds 1  # on a CPU
 
-An engine whose norms take noise (``qerl.aqn.enable=True``) against one with vLLM's own norms, each
-a process of its own, in turn: an NVFP4 model with random weights, the adapter in the layers,
-prompts of 256 random tokens. With CUDA graphs as verl sets them, then with ``enforce_eager``.
-Decoding is the better of ``--repeats`` calls, less a call that generates one token. Checks:
+An engine whose norms take noise (``qerl.aqn.enable=True``) is compared with one that has vLLM's own
+norms. Each is a process of its own, and the two alternate. The model is NVFP4 with random weights
+and the adapter in the layers; prompts have 256 random tokens. The engines run with CUDA graphs as
+verl sets them, and then with ``enforce_eager``. The decoding time is the better of ``--repeats``
+calls, minus a call that generates one token. Checks:
 
-- without noise both engines give the same log-probabilities, bit for bit (``off_is_stock``), and do
-  so again after noise has been on and off (``off_again``); noise changes them
-  (``graphs_see_noise``), and the same noise changes them in the same way;
-- standard deviation and mean of the noise that acts, for the first and the last sigma of the
-  default schedule: the change of the effective weight (least squares of a norm's outputs on its
-  normalized inputs), by vLLM's operators one by one, by the kernel of eager engines, and compiled.
+- Without noise both engines give the same log-probabilities, bit for bit (``off_is_stock``), also
+  after noise was on and off (``off_again``). Noise changes them (``graphs_see_noise``), and the
+  same noise changes them in the same way.
+- Standard deviation and mean of the acting noise are measured for the first and the last sigma of
+  the default schedule. They follow from the change of the effective weight (least squares of a
+  norm's outputs on its normalized inputs), by vLLM's operators one by one, by the kernel of eager
+  engines, and compiled.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ SIGMAS = (1e-2, 5e-4)
 
 
 def make_probe():
-    """For ``collective_rpc``: a worker cannot import this file."""
+    """Returns a function for ``collective_rpc``; a worker cannot import this file."""
 
     def probe(worker, sigma, rows, path):
         import torch
@@ -79,7 +80,7 @@ def make_probe():
         injector.set_noise(7, 1, 0.0)
         first, second = torch.cat(changes, dim=1)
         both = (first + second) / 2
-        # the covariance of the halves leaves out what rounding the outputs adds to each
+        # the covariance of the halves excludes what rounding the outputs adds to each
         variance = ((first - first.mean()) * (second - second.mean())).mean()
         return {
             "sigma": sigma,
@@ -92,7 +93,7 @@ def make_probe():
 
 
 def run_engine(noise: bool, eager: bool, args: argparse.Namespace) -> dict:
-    """Inside a process of its own."""
+    """Measures one engine, in a process of its own."""
     sys.path.insert(0, str(HERE))
     import torch
     from shapes import DEVICE, RANK, SHAPES, write_adapter, write_nvfp4
@@ -149,7 +150,8 @@ def run_engine(noise: bool, eager: bool, args: argparse.Namespace) -> dict:
         return [{"prompt_token_ids": t} for t in tokens]
 
     def log_probabilities() -> list[float]:
-        """Of greedy tokens, through the graphs that decode, and of the prompts."""
+        """Returns those of greedy tokens, through the graphs of decoding, and those of the
+        prompts."""
         parameters = SamplingParams(
             temperature=0,
             max_tokens=24,
@@ -159,7 +161,8 @@ def run_engine(noise: bool, eager: bool, args: argparse.Namespace) -> dict:
             detokenize=False,
         )
         found = []
-        # one after the other: which prompts share a step depends on when they arrive, and roundings on that
+        # one after the other: arrival decides which prompts share a step, and steps decide
+        # roundings
         prompts = make_prompts(min(4, max(args.sequences)), 64, 1)
         for output in (llm.generate([prompt], parameters, use_tqdm=False)[0] for prompt in prompts):
             prompt = zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True)
@@ -307,7 +310,7 @@ def main() -> None:
 
 
 def summarize(out: dict) -> None:
-    """Compares the engines of each kind; written into ``out``."""
+    """Compares the engines of each kind, and stores the result in ``out``."""
     for eager in (False, True):
         ran = [e for e in out["engines"] if e["eager"] is eager and "failed" not in e]
         ours, stock = ([e for e in ran if e["noise"] is noise] for noise in (True, False))

@@ -1,12 +1,12 @@
-"""Time and memory of quantizing a model of random weights, by each method.
+"""Measures time and memory of quantizing a model of random weights, by each method.
 
     python benchmarks/bench_quantizer_speed.py --shape 7B --json benchmarks/results/quantizer_speed_7b_h100.json
 
-The model is made on a local disk, so that its files are in the page cache of the host when they are
-read. Rates are those of the 16-bit checkpoint, from the first byte read to the finished folder, all
-hashes and the write to the disk included. GPTQ calibrates with random tokens; its time does not
-depend on which. Each method is a process of its own. ``--layers`` cuts the model; then
-``seconds_of_all_layers`` is the time without the first and last tensors, scaled to all of them.
+The model is written to a local disk, so its files are in the page cache of the host when they are
+read. Rates refer to the 16-bit checkpoint, from the first byte read to the finished folder,
+including all hashes and the write to disk. GPTQ calibrates with random tokens; its time does not
+depend on their values. Each method is a process of its own. ``--layers`` shortens the model;
+``seconds_of_all_layers`` is then the time without the first and last tensors, scaled to all layers.
 """
 
 from __future__ import annotations
@@ -29,8 +29,11 @@ SEQUENCES, HELD_OUT = 128, 8
 
 
 def write_model(folder: Path, shape: str, layers: int) -> dict[str, int]:
-    """Returns a 16-bit checkpoint with normal weights, a layer a file. Returns bytes of a layer and
-    of everything."""
+    """Writes a 16-bit checkpoint with normal weights, one layer per file.
+
+    Returns:
+        The bytes of a layer and of everything.
+    """
     import torch
     from safetensors.torch import save_file
     from shapes import DEVICE, SHAPES, config, linears
@@ -68,9 +71,9 @@ def write_model(folder: Path, shape: str, layers: int) -> dict[str, int]:
 
 
 def run(folder: Path, destination: Path, method: str, tokens: int) -> dict:
-    """In a process of its own: quantize, and what it took."""
+    """Quantizes in a process of its own, and returns its time and memory."""
     import torch
-    import transformers.models.qwen2.modeling_qwen2  # noqa: F401  (its import is not the method's, either)
+    import transformers.models.qwen2.modeling_qwen2  # noqa: F401  (the import must not be timed)
 
     from qerl_verl.nvfp4.calibration import Calibration
     from qerl_verl.nvfp4.checkpoint import quantize_checkpoint
@@ -83,7 +86,7 @@ def run(folder: Path, destination: Path, method: str, tokens: int) -> dict:
         sequences = tuple((tuple(row), 0) for row in ids)
         calibration = Calibration(sequences[:SEQUENCES], sequences[SEQUENCES:], "random tokens")
     if torch.cuda.is_available():
-        torch.zeros(1, device="cuda")  # nor is the context
+        torch.zeros(1, device="cuda")  # the context must not be timed either
     before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
     quantize_checkpoint(folder, destination, method=method, calibration=calibration)
     seconds = time.monotonic() - started

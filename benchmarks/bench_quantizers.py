@@ -1,15 +1,13 @@
-"""Quantizers compared on a real model: loss, KL divergence and entropy on answers that none of them
-has seen, and the time.
+"""Compares quantizers on a real model: loss, KL divergence, entropy and time.
 
     python benchmarks/bench_quantizers.py --model MODEL --train train.jsonl --test test.jsonl \
         --json benchmarks/results/quantizers_smollm2_135m_cpu.json
 
-The loss is that of the answers of the first problems of ``--test``, teacher-forced in the model's
-chat template; the KL divergence is that of the predictions from those of the 16-bit model, KL(16
-bits || NVFP4); all in nats a token, over the answers and the end of their turn. GPTQ calibrates
-with problems and answers of ``--train``, evenly spread over the file. On a CPU everything is
-computed in float32. ``--checkpoint NAME=FOLDER`` measures an NVFP4 folder of another tool beside
-these.
+The loss is that of the answers to the first problems of ``--test``, teacher-forced in the model's
+chat template. The KL divergence is KL(16 bits || NVFP4) of the predictions. All are in nats per
+token, over the answers and the end of their turn, which no quantizer has seen. GPTQ calibrates with
+problems and answers of ``--train``, spread evenly over the file. A CPU computes everything in
+float32. ``--checkpoint NAME=FOLDER`` also measures an NVFP4 folder of another tool.
 """
 
 from __future__ import annotations
@@ -44,15 +42,14 @@ def processor() -> str:
 
 
 def short(argument: str) -> str:
-    """Returns an argument as it stands in the result file, which tells nothing of the folders of
-    one machine."""
+    """Returns an argument for the result file, without the folders of this machine."""
     return Path(argument).name if Path(argument).is_absolute() else argument
 
 
 @torch.no_grad()
 def measure(model: Path, folders: dict[str, Path], sequences, device: torch.device) -> dict[str, dict[str, float]]:
-    """Returns the loss, KL divergence and entropy of NVFP4 folders, all in one pass over the layers
-    of the 16-bit model."""
+    """Returns loss, KL divergence and entropy of NVFP4 folders, in one pass over the 16-bit
+    layers."""
     config = _hf_config(model)
     architecture = get_architecture(config)
     decoder = LayerwiseDecoder(config, split_experts(read_headers(model), architecture, config), device)

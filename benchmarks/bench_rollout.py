@@ -1,17 +1,18 @@
-"""Rollout speed in vLLM: NVFP4 with the adapter in the layers, against stock bf16 with vLLM's LoRA,
-in one run.
+"""Measures rollout speed in vLLM: NVFP4 with the adapter in the layers, against stock bf16 with
+LoRA.
 
     python benchmarks/bench_rollout.py --shape 7B --json benchmarks/results/rollout_7b_h200.json
     python benchmarks/bench_rollout.py --shape tiny --sequences 2 --generated 4    # to try it on the CPU
 
-Random weights, LoRA rank 32 on every linear layer, prompts of 256 random tokens, 256 generated,
-CUDA graphs as verl sets them.
-Where the adapter is in the layers, the cost of the noise is measured too: one more pair of calls
-with it on and off, and the time it takes to put it on. Each variant is a process of its own, and
-every time the better of two calls after a warm-up. ``tokens_per_s`` counts generated tokens over
-the whole call, prefill included; ``decode_tokens_per_s`` the tokens after each sequence's first,
-over the time of the call less that of one that generates one token. Prefill is 32 prompts of 256
-tokens with one token generated.
+Models have random weights and LoRA rank 32 on every linear layer; prompts have 256 random tokens,
+and 256 tokens are generated, with CUDA graphs as verl sets them. Where the adapter is in the
+layers, the
+cost of the noise is also measured: one more pair of calls with noise on and off, and the time to
+apply it. Each variant is a process of its own, and every time is the better of two calls after a
+warm-up. ``tokens_per_s`` counts generated tokens over the whole call, with prefill.
+``decode_tokens_per_s`` counts the tokens after each sequence's first, over the time of the call
+minus that of a call that generates one token. Prefill is 32 prompts of 256 tokens with one
+generated token.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ VARIANTS = {
 
 
 def run_variant(name: str, args: argparse.Namespace) -> dict:
-    """Inside the process of one variant."""
+    """Measures one variant, in its own process."""
     settings = VARIANTS[name]
     sys.path.insert(0, str(HERE))
     import torch
@@ -143,7 +144,7 @@ def run_variant(name: str, args: argparse.Namespace) -> dict:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Those of this script but its shape and variants."""
+    """Adds the arguments of this script except shape and variants."""
     parser.add_argument("--sequences", type=int, nargs="*", default=[1, 8, 64, 256])
     parser.add_argument("--tensor-parallel", type=int, default=1, help="GPUs that share the model")
     parser.add_argument("--generated", type=int, default=GENERATED, help="tokens a sequence")
@@ -152,8 +153,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_variants(args: argparse.Namespace) -> dict:
-    """Returns each variant in a process of its own, with a line for it; what they measured, and
-    with what."""
+    """Runs each variant in a process of its own and prints a line for it.
+
+    Returns:
+        The measurements, and the environment.
+    """
     import torch
 
     out = {
@@ -193,7 +197,8 @@ def run_variants(args: argparse.Namespace) -> dict:
 
 
 def add_ratios(out: dict, baseline: str) -> None:
-    """Compares the variants of :func:`run_variants` with one of them, where that was measured."""
+    """Adds the ratio of each variant of :func:`run_variants` to ``baseline``, if that was
+    measured."""
     runs = {r["variant"]: r for r in out["runs"] if "decode" in r}
     if base := runs.get(baseline):
         ratios_of = out[f"ratio_to_{baseline}"] = {

@@ -1,24 +1,24 @@
-"""How far rollout and actor are apart for a mixture of experts: routing and log-probabilities.
+"""Measures how far rollout and actor are apart for a mixture of experts, in routing and log-probs.
 
     python benchmarks/bench_routing.py --json benchmarks/results/routing_30b_h100.json   # one H100
-    python benchmarks/bench_routing.py --model FOLDER --json FILE                        # a real checkpoint
-    python benchmarks/bench_routing.py --dry-run                                         # tiny, on the CPU
+    python benchmarks/bench_routing.py --model FOLDER --json FILE    # a real checkpoint
+    python benchmarks/bench_routing.py --dry-run    # tiny, on the CPU
 
-Engine and actor choose experts from slightly different numbers. A vLLM engine samples sequences,
-one at a time; then transformers' model, with the actor's layers, computes the same tokens. Of each
-model:
+Engine and actor choose experts from slightly different numbers. A vLLM engine samples sequences one
+at a time. Then transformers' model, with the actor's layers, computes the same tokens. For each
+model the result has:
 
-- ``choices_differ``: share of the choices, one for each token and layer, whose sets of experts
-differ;
-- ``tokens_differ``: share of the tokens that have another set of experts in one layer at least;
-- ``experts_differ``: share of the experts chosen in the rollout that the actor does not choose;
-- ``k3``: mean of exp(r) - 1 - r over the sampled tokens, r the difference of their
-log-probabilities.
+- ``choices_differ``: fraction of the choices, one for each token and layer, with differing sets of
+  experts;
+- ``tokens_differ``: fraction of the tokens with another set of experts in at least one layer;
+- ``experts_differ``: fraction of the rollout's chosen experts that the actor does not choose;
+- ``k3``: mean of exp(r) - 1 - r over the sampled tokens, with r as the difference of their
+  log-probabilities.
 
 A mixture in NVFP4 is measured beside the same weights in bfloat16 and beside a dense model in both,
-by default with random weights and few layers. More than three times the dense model's k3 would be
-a reason to replay the rollout's routing in the actor. The engine runs eagerly, without CUDA graphs:
-the router's outputs are read by a hook.
+by default with random weights and few layers. More than three times the dense model's k3 would be a
+reason to replay the rollout's routing in the actor. The engine runs eagerly, without CUDA graphs,
+because a hook reads the router's outputs.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ SHAPES_OF_DRY_RUN = {"mixture": "tiny-moe", "dense": "tiny"}
 
 
 def sample(folder: Path, quantized: bool, args: argparse.Namespace) -> dict:
-    """Returns what an engine samples, its log-probabilities, and the router's outputs.
+    """Samples with an engine, and records log-probabilities and the router's outputs.
 
     Returns:
-        Lists over the sequences: ``tokens``, ``log_probabilities`` of the sampled ones and
-        ``routers``, by layer ``[T - 1, E]``: the last token is sampled and not computed.
+        Lists over the sequences: ``tokens``, ``log_probabilities`` of the sampled tokens, and
+        ``routers``, by layer ``[T - 1, E]``, because the last token is sampled but not computed.
     """
     import torch
     from vllm import LLM, SamplingParams
@@ -105,7 +105,7 @@ def build_actor(folder: Path, quantized: bool, dtype, device):
 
 
 def compare(folder: Path, quantized: bool, found: dict, args: argparse.Namespace) -> dict:
-    """Returns the measures of the module's docstring."""
+    """Returns the quantities of the module's docstring."""
     import torch
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -145,7 +145,7 @@ def compare(folder: Path, quantized: bool, found: dict, args: argparse.Namespace
 
 
 def run_part(args: argparse.Namespace) -> None:
-    """One half of the measurement of one model, in a process of its own."""
+    """Runs one half of the measurement of one model, in a process of its own."""
     import torch
 
     file = Path(args.work) / "sampled.pt"
@@ -158,7 +158,7 @@ def run_part(args: argparse.Namespace) -> None:
 
 
 def prepare(args: argparse.Namespace) -> list[tuple[str, str, Path]]:
-    """Returns kind, base and folder of each model to measure; random ones are written."""
+    """Returns kind, base and folder of each model to measure; random models are written first."""
     if args.model:
         from qerl_verl.nvfp4.checkpoint import read_quantization
 
@@ -179,13 +179,13 @@ def prepare(args: argparse.Namespace) -> list[tuple[str, str, Path]]:
 
 
 def measure(base: str, folder: Path, args: argparse.Namespace) -> dict:
-    """Returns one model: engine, then actor."""
+    """Measures one model: engine, then actor."""
     environment = {
         **os.environ,
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
         "VLLM_PLUGINS": "qerl",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # a function is called in the worker
+        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # a function is sent to the worker
     }
     environment.pop(JOB_ENV, None)
     if base == "nvfp4":

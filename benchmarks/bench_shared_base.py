@@ -1,18 +1,18 @@
-"""One copy of the base (qerl.base=shared) against a copy each: memory, start, results, sleep, and
-the end of the owner.
+"""Compares one copy of the base (qerl.base=shared) with two: memory, start, results, sleep, end.
 
     python benchmarks/bench_shared_base.py --shape 7B-2 --json shared_base.json     # on a GPU: under three minutes
     python benchmarks/bench_shared_base.py --shape 100M                             # on the CPU
 
-Two real processes as in a job, without Ray: the actor's FSDP2 engine, and vLLM with its worker. In
-each mode the engine answers the same prompts greedily with an adapter, on a GPU with CUDA graphs,
-before and after a sleep. With one copy the actor is killed in the end, and the engine's worker has
-to end, too. On a GPU a first check needs no vLLM engine: a GEMM of the Hopper kernels in a CUDA
-graph of a second process, on shared memory and on a copy, with and without expandable segments.
+Two real processes run as in a job, but without Ray: the actor's FSDP2 engine, and vLLM with its
+worker. In each mode the engine answers the same prompts greedily with an adapter, with CUDA graphs
+on a GPU, before and after a sleep. With one copy the actor is killed at the end, and the engine's
+worker must end too. On a GPU a first check needs no vLLM engine: a GEMM of the Hopper kernels in a
+CUDA graph of a second process, on shared memory and on a copy, with and without expandable
+segments.
 
-Memory on the CPU is PSS (a page that two processes map counts half in each) and USS (what one
-process alone has) of the actor and of vLLM's worker; on a GPU what nvidia-smi reports for the card.
-The exit code is 1 where a check fails.
+Memory on the CPU is PSS (a page that two processes map counts half in each) and USS (the memory of
+one process alone) of the actor and of vLLM's worker. On a GPU it is what nvidia-smi reports for the
+card. The exit code is 1 where a check fails.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ def say(**content) -> None:
 
 
 def wait_for(command: str) -> None:
-    """What takes long to import is imported in all processes at once; the rest happens one by one."""
+    """Waits for a command, so that all processes do slow imports at once and the rest one by
+    one."""
     say(ready=True)
     assert listen() == command
 
@@ -51,7 +52,7 @@ def listen() -> str:
 
 
 class Process:
-    """One of this script's processes, which answers in lines that begin with RESULT."""
+    """One of this script's processes, whose answers are lines that begin with RESULT."""
 
     def __init__(self, role: str, arguments: list[str], environment: dict[str, str], log: Path):
         self.log = log
@@ -85,7 +86,7 @@ class Process:
 
 
 def actor(args) -> None:
-    """The actor's engine, as verl builds it."""
+    """Builds the actor's engine as verl does."""
     begin = time.monotonic()
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     os.environ["DIST_INIT_METHOD"] = f"file://{tempfile.mktemp()}"
@@ -144,7 +145,7 @@ def checksum(data) -> int:
 
 
 def shared_checksum(llm) -> list[int]:
-    """Of the actor's memory, as each worker sees it."""
+    """Returns the checksum of the actor's memory as each worker sees it."""
 
     def look(worker):
         import torch
@@ -156,11 +157,11 @@ def shared_checksum(llm) -> list[int]:
 
 
 def rollout(args) -> None:
-    """vLLM as verl starts it."""
+    """Starts vLLM as verl does."""
     import torch
     from vllm import LLM, SamplingParams
 
-    import qerl_verl.rollout.worker  # noqa: F401  (vLLM's processes are forked and have it then)
+    import qerl_verl.rollout.worker  # noqa: F401  (vLLM's processes are forked, so they have it)
 
     wait_for("go")
     on_gpu = torch.cuda.is_available()
@@ -239,7 +240,7 @@ def card_mib() -> float:
 
 
 def gemm_owner(args) -> None:
-    """A weight of the Hopper kernels in shared memory."""
+    """Puts a weight of the Hopper kernels into shared memory."""
     import torch
 
     from qerl_verl.kernels import hopper
@@ -267,8 +268,10 @@ def gemm_owner(args) -> None:
 
 
 def gemm_user(args) -> None:
-    """Returns a CUDA graph of the GEMM in the second process, while vLLM's allocator sleeps and
-    wakes around it."""
+    """Runs a CUDA graph of the GEMM in the second process.
+
+    vLLM's allocator sleeps and wakes around it.
+    """
     import torch
     from vllm.device_allocator.cumem import CuMemAllocator
 
@@ -330,7 +333,7 @@ def gemm_user(args) -> None:
 
 SEGMENTS = {"plain": "", "expandable": "expandable_segments:True"}
 """PyTorch's allocator in the owner. vLLM's own refuses expandable segments in its process, and verl
-turns them off there."""
+disables them there."""
 
 
 def start_gemm(name: str, work: Path) -> tuple[Process, Process]:
@@ -419,7 +422,7 @@ def end_of_owner(owner: Process, workers: list[int]) -> dict:
 
 
 def alike(one: dict, other: dict) -> bool:
-    """Returns the same tokens, and log-probabilities within a batch's rounding."""
+    """Returns whether tokens are equal, and log-probabilities equal within a batch's rounding."""
     pairs = [
         (a, b) for x, y in zip(one["outputs"], other["outputs"], strict=True) for a, b in zip(x[1], y[1], strict=True)
     ]
@@ -428,7 +431,7 @@ def alike(one: dict, other: dict) -> bool:
 
 
 def verdicts(found: dict) -> dict[str, bool]:
-    """Returns what has to hold."""
+    """Returns the conditions that must hold, with their outcome."""
     separate, shared = (found.get(mode) for mode in MODES)
     out = {}
     for name, gemm in found.get("gemm", {}).items():

@@ -1,18 +1,17 @@
-"""A LoRA training step (forward and backward, gradient checkpointing) on an NVFP4 base, against
-bf16 through PEFT.
+"""Measures a LoRA training step with activation checkpointing on NVFP4, against bf16 through PEFT.
 
     python benchmarks/bench_training.py --shape 7B --json benchmarks/results/training_7b_h200.json
 
-Baselines: PEFT's LoRA on the same weights in bf16, and the same packed weights decompressed at
-every forward pass by the compressed-tensors library. ``nvfp4`` is ``qerl.recompute=full``,
-``nvfp4_selective`` is ``selective``, and ``nvfp4_selective_compiled`` has norms and activation
-functions compiled, as verl's ``use_torch_compile`` (on by default) does in QeRL's engine. 8
-sequences of 1024 random tokens, transformers' Qwen2 with SDPA, rank 32 on all linears, under
-bfloat16 autocast; A and B in the dtype in which FSDP2 hands them to the forward pass, float32 in
-QeRL's engine and bfloat16, through its mixed precision, in verl's. The loss is the mean
-log-probability of the next token over chunks of 1024 tokens with checkpointing, the same for all,
-so that logits do not decide the memory. Each variant is a process of its own. The error of the
-adapters' gradients is that against float32, on two layers.
+The baselines are PEFT's LoRA on the same weights in bf16, and the same packed weights that the
+compressed-tensors library decompresses at every forward pass. ``nvfp4`` is ``qerl.recompute=full``,
+and ``nvfp4_selective`` is ``selective``. ``nvfp4_selective_compiled`` also compiles norms and
+activation functions, as verl's ``use_torch_compile`` (on by default) does in QeRL's engine. A step
+has 8 sequences of 1024 random tokens, transformers' Qwen2 with SDPA, and rank 32 on all linears,
+under bfloat16 autocast. A and B have the dtype in which FSDP2 passes them to the forward pass:
+float32 in QeRL's engine, and bfloat16, by its mixed precision, in verl's. The loss is the mean
+log-probability of the next token over chunks of 1024 tokens with checkpointing, the same for all
+variants, so that logits do not decide the memory. Each variant is a process of its own. The error
+of the adapters' gradients is measured against float32, on two layers.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ def random_packed(rows: int, columns: int, seed: int):
 
 
 def build(variant: str, shape: str, layers: int | None, dtype):
-    """Returns the model with an adapter, on the GPU."""
+    """Builds the model with an adapter, on the GPU."""
     import torch
     from accelerate import init_empty_weights
     from peft import LoraConfig, get_peft_model
@@ -68,7 +67,7 @@ def build(variant: str, shape: str, layers: int | None, dtype):
     targets = sorted({n.rpartition(".")[2] for n in names})
 
     class CompressedTensorsLinear(nn.Module):
-        """Decompresses the whole weight at every call, as the library's own compressed linear did."""
+        """Decompresses the whole weight at every call, as the library's compressed linear did."""
 
         def __init__(self, linear: nn.Linear, seed: int):
             super().__init__()
@@ -151,7 +150,8 @@ def build(variant: str, shape: str, layers: int | None, dtype):
 
 
 def make_step(model, dtype, length: int = LENGTH, batch: int = BATCH):
-    """Returns ``step()``: forward and backward on the same random tokens; returns the loss."""
+    """Returns ``step()``, which runs forward and backward on fixed random tokens and returns the
+    loss."""
     import torch
     from torch.utils.checkpoint import checkpoint
 
@@ -212,9 +212,7 @@ def run_variant(variant: str, args: argparse.Namespace) -> dict:
 
 
 def gradient_errors(shape: str, layers: int) -> dict:
-    """Returns the relative error of the adapters' gradients against float32, over all of them
-    together.
-    """
+    """Returns the relative error of the adapters' gradients against float32, over all of them."""
     sys.path.insert(0, str(HERE))
     import torch
 

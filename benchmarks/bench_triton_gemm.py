@@ -1,9 +1,9 @@
-"""Time the Triton NVFP4 GEMM with built-in and with measured launches against cuBLAS in bfloat16.
+"""Times the Triton NVFP4 GEMM with built-in and with measured launches against cuBLAS in bfloat16.
 
     python benchmarks/bench_triton_gemm.py --json benchmarks/results/triton_gemm_h100.json
 
-Microseconds, medians over replays of CUDA graphs whose calls rotate through copies of the weight,
-see bench_gemm.py.
+Times are in microseconds: medians over replays of CUDA graphs whose calls rotate through copies of
+the weight, see bench_gemm.py.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def floor_us(m: int, n: int, k: int) -> float:
 
 
 def measure_plans(m: int, plans: dict, weights, dense) -> dict:
-    """Returns the times of the Triton GEMM by plan, and of cuBLAS, for ``m`` tokens."""
+    """Returns plan -> time of the Triton GEMM, and the time of cuBLAS, for ``m`` tokens."""
     n, k = dense[0].shape
     x, about = torch.randn(m, k, device=DEVICE, dtype=torch.bfloat16), floor_us(m, n, k)
 

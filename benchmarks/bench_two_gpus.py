@@ -1,5 +1,5 @@
-"""Two GPUs: a LoRA training step under FSDP2, rollout with tensor parallelism, and main_ppo, with
-bf16 beside NVFP4.
+"""Measures NVFP4 beside bf16 on two GPUs: an FSDP2 training step, tensor-parallel rollout,
+main_ppo.
 
     python benchmarks/bench_two_gpus.py --json benchmarks/results/two_gpus_7b_h200.json
     python benchmarks/bench_two_gpus.py --parts training rollout
@@ -7,26 +7,25 @@ bf16 beside NVFP4.
 
 Parts, in this order:
 
-- ``training``: forward, backward and update of the model that an FSDP2 engine builds, 4 sequences
-  of 1024 random tokens a GPU and again 1, gradient checkpointing, rank 32 on all linears. NVFP4 in
-  QeRL's engine; the baseline is verl's own engine on the same weights in bf16, held in bf16 and
-  with PEFT's LoRA. The loss is bench_training.py's. What the all-gathers moved is counted in one
-  more step.
-- ``equality``: three updates of verl's PPO step on a small model from the same adapter: one GPU,
-  two under FSDP2, two under Ulysses sequence parallelism, and stock verl in bf16 on one and on two.
-  Without flash-attn, Ulysses computes attention through PyTorch's SDPA, sequence by sequence, and
-  so do the others here. Each rank also compares the packed bytes that it has gathered with the
-  checkpoint.
+- ``training``: forward, backward and update of the model that an FSDP2 engine builds, with 4
+  sequences of 1024 random tokens per GPU and again with 1, activation checkpointing, and rank 32 on
+  all linears. NVFP4 runs in QeRL's engine. The baseline is verl's own engine on the same weights in
+  bf16, held in bf16, with PEFT's LoRA. The loss is bench_training.py's. One more step counts what
+  the all-gathers moved.
+- ``equality``: three updates of verl's PPO step on a small model from the same adapter: on one GPU,
+  on two under FSDP2, on two under Ulysses sequence parallelism, and with stock verl in bf16 on one
+  and on two. Without flash-attn, Ulysses computes attention through PyTorch's SDPA, sequence by
+  sequence, and so do the other runs here. Each rank also compares the packed bytes that it has
+  gathered with the checkpoint.
 - ``rollout``: bench_rollout.py with the model divided over the two GPUs.
-- ``shards``: log-probabilities of given tokens with the model divided and on one GPU, the adapter
-sent as verl sends it.
-- ``main_ppo``: end to end with the switch on both GPUs, the rollout divided over them
-  (``divided``), one on each (``replicas``), or the actor on one and the rollout on the other
-  (``separate``, verl's ``separate_async``; if asked for, ``separate_nccl``, with verl's NCCL
-  transport, which needs CuPy); after each weight sync every rollout worker says which adapter and
-  which norms it has.
+- ``shards``: log-probabilities of given tokens with the model divided and on one GPU; the adapter
+  is sent as verl sends it.
+- ``main_ppo``: end to end with the switch on both GPUs. The rollout is divided over them
+  (``divided``), is on each (``replicas``), or has one GPU and the actor the other (``separate``,
+  verl's ``separate_async``). On request, ``separate_nccl`` uses verl's NCCL transport, which needs
+  CuPy. After each weight sync every rollout worker reports its adapter and its norms.
 
-NVLink multicast stays off in all of it.
+NVLink multicast is off in all parts.
 """
 
 from __future__ import annotations
@@ -70,8 +69,7 @@ ON_THE_CPU = {
 
 
 def prepare(args: argparse.Namespace) -> None:
-    """Writes the models that the chosen parts read, each once. In a process of its own: it uses the
-    GPU."""
+    """Writes the models of the chosen parts, in a process of its own, because it uses the GPU."""
     from shapes import SHAPES, write_adapter, write_bf16, write_nvfp4
 
     from qerl_verl.quickstart.tiny_model import build_tokenizer
@@ -98,13 +96,13 @@ def prepare(args: argparse.Namespace) -> None:
 
 
 def start_rank(args: argparse.Namespace) -> str:
-    """Joins the process group; returns the device's type."""
+    """Joins the process group and returns the type of the device."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         torch.cuda.set_device(args.rank)
-    import verl  # noqa: F401  (on the CPU, with the switch: brings the platform)
+    import verl  # noqa: F401  (on the CPU, with the switch, it registers the platform)
     from verl.utils.distributed import initialize_global_process_group_ray
 
     initialize_global_process_group_ray()
@@ -112,7 +110,7 @@ def start_rank(args: argparse.Namespace) -> str:
 
 
 def make_engine(folder: Path, stock: bool, attention: str, packed: bool, ulysses: int = 1, lr: float = 1e-3):
-    """Returns an actor's FSDP2 engine on a folder's model: verl's own, or QeRL's."""
+    """Builds an actor's FSDP2 engine on a folder's model: verl's own, or QeRL's."""
     from shapes import RANK
     from verl.trainer.config import CheckpointConfig
     from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
@@ -143,8 +141,10 @@ def make_engine(folder: Path, stock: bool, attention: str, packed: bool, ulysses
 
 
 def mean_loss(model, input_ids, **_):
-    """Stands in for the causal model's forward pass: mean log-probability of the next token, over
-    chunks of 2048 tokens."""
+    """Replaces the causal model's forward pass by the mean log-probability of the next token.
+
+    It is computed in chunks of 2048 tokens.
+    """
     import torch
     from torch.utils.checkpoint import checkpoint
 
@@ -272,7 +272,7 @@ def measure_equality(name: str, device: str, args: argparse.Namespace) -> dict:
 
 
 def run_rank(args: argparse.Namespace) -> None:
-    """All jobs of one rank, one after the other; each result goes to a file as soon as it is there."""
+    """Runs the jobs of one rank in order, and writes each result to a file at once."""
     import gc
 
     import torch
@@ -295,7 +295,7 @@ def run_rank(args: argparse.Namespace) -> None:
 
 
 def run_shards(args: argparse.Namespace) -> None:
-    """Log-probabilities of given tokens in an engine on ``world`` GPUs, clean and with noise."""
+    """Computes log-probabilities of given tokens on ``world`` GPUs, clean and with noise."""
     import torch
     from shapes import DEVICE, RANK, SHAPES
     from tensor_parallel import prompt_log_probabilities, sync
@@ -341,7 +341,7 @@ def run_shards(args: argparse.Namespace) -> None:
 
 @contextmanager
 def measured(out: dict, name: str):
-    """Writes down how long a part took, and its error: the other parts go on."""
+    """Records the time of a part, or its error; the other parts run in either case."""
     begin = time.perf_counter()
     try:
         yield
@@ -352,8 +352,10 @@ def measured(out: dict, name: str):
 
 
 def environment_of(switched: bool = True, **more: str) -> dict[str, str]:
-    """Of a process to start; on the CPU, where its ranks need the switch's platform, ``switched``
-    brings it."""
+    """Returns the environment of a process to start.
+
+    On the CPU its ranks need the platform of the switch, which ``switched`` enables.
+    """
     import torch
 
     defaults = {
@@ -367,7 +369,7 @@ def environment_of(switched: bool = True, **more: str) -> dict[str, str]:
 
 
 def run_here(worker: str, args: argparse.Namespace, environment: dict[str, str], *more: str) -> subprocess.Popen:
-    """This file once more, as ``worker``; its output goes to a file beside the results."""
+    """Starts this file again as ``worker``, with its output in a file beside the results."""
     command = [sys.executable, __file__, "--worker", worker, "--work", str(args.work), "--shape", args.shape]
     command += ["--small", args.small, "--length", str(args.length), "--repeats", str(args.repeats)]
     command += ["--longer", str(args.longer), "--parts", *args.parts, *more]
@@ -380,12 +382,15 @@ def run_here(worker: str, args: argparse.Namespace, environment: dict[str, str],
 
 
 def finish(processes: list[subprocess.Popen], seconds: float) -> None:
-    """Raises: RuntimeError with the end of a log, if one of them failed or did not end in time;
-    none is left then."""
+    """Waits for processes.
+
+    Raises:
+        RuntimeError: one failed or did not end in time; has the end of its log. All are ended then.
+    """
     end = time.monotonic() + seconds
     try:
         while any(p.poll() is None for p in processes) and time.monotonic() < end:
-            if any(p.poll() for p in processes):  # the others would wait for it
+            if any(p.poll() for p in processes):  # the others would wait for the failed one
                 break
             time.sleep(0.2)
     finally:
@@ -401,8 +406,10 @@ def finish(processes: list[subprocess.Popen], seconds: float) -> None:
 
 
 def run_ranks(world: int, jobs: list[str], args: argparse.Namespace) -> dict:
-    """Returns ``jobs`` on ``world`` ranks; the results by name. What is done is kept if a later job
-    fails."""
+    """Runs ``jobs`` on ``world`` ranks and returns the results by name.
+
+    Finished results are kept if a later job fails.
+    """
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
@@ -439,7 +446,7 @@ def compare_training(runs: dict) -> dict:
 
 
 def compare_equality(runs: dict, work: Path) -> dict:
-    """Of each run against one GPU's on the same base."""
+    """Compares each run with that of one GPU on the same base."""
     import torch
 
     def distance(a: dict, b: dict) -> float:
@@ -471,7 +478,7 @@ def compare_shards(work: Path) -> dict:
     for what in ("without_adapter", "clean", "noised"):
         differences = [abs(a - b) for a, b in zip(one[what], two[what], strict=True)]
         out[what] = {"tokens": len(differences), "mean": statistics.mean(differences), "max": max(differences)}
-    for what in ("without_adapter", "noised"):  # so that the differences above can be judged
+    for what in ("without_adapter", "noised"):  # a scale for the differences above
         differences = [abs(a - b) for a, b in zip(one[what], one["clean"], strict=True)]
         out[f"{what}_to_clean_on_one"] = {"mean": statistics.mean(differences), "max": max(differences)}
     return out
@@ -490,7 +497,7 @@ def measure_rollout(args: argparse.Namespace) -> dict:
 
 
 def measure_main_ppo(arrangement: str, args: argparse.Namespace) -> dict:
-    """Four steps: two of them clean, two under noise."""
+    """Runs four steps, two without and two with noise."""
     import torch
     from bench_grpo_step import command, metrics_of
     from watch_replicas import read

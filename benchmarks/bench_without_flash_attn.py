@@ -1,13 +1,12 @@
-"""Time what takes flash-attn's place in a training step: attention of packed sequences, and
-log-probabilities.
+"""Times the replacements of flash-attn in a training step: packed attention and log-probabilities.
 
     python benchmarks/bench_without_flash_attn.py --json benchmarks/results/without_flash_attn_h100.json
 
-Attention: SDPA with a dense mask, as transformers calls it for packed sequences, against
-``qerl_verl.kernels.packed_attention``. Log-probabilities: the output layer, float32 logits and
-PyTorch's log_softmax, a row at a time as verl does without flash-attn's cross entropy, against
-``qerl_verl.kernels.linear_logprobs``. Shapes of Qwen2.5-32B; milliseconds, medians over
-repetitions; peaks of memory in GiB above the inputs.
+Attention is SDPA with a dense mask, as transformers calls it for packed sequences, against
+``qerl_verl.kernels.packed_attention``. Log-probabilities are the output layer, float32 logits and
+PyTorch's log_softmax, row by row as verl computes them without flash-attn's cross entropy, against
+``qerl_verl.kernels.linear_logprobs``. Shapes are those of Qwen2.5-32B. Times are medians in
+milliseconds; peaks of memory are in GiB above the inputs.
 """
 
 from __future__ import annotations
@@ -28,8 +27,7 @@ GIB = 2**30
 
 
 def time_ms(call, repetitions: int = 10) -> tuple[float, float]:
-    """Returns the median of ``call`` in milliseconds, and the peak of its memory above what was
-    allocated, in GiB."""
+    """Returns the median time of ``call`` in ms, and its peak memory in GiB."""
     call()
     torch.cuda.synchronize()
     before, times = torch.cuda.memory_allocated(), []
@@ -45,7 +43,7 @@ def time_ms(call, repetitions: int = 10) -> tuple[float, float]:
 
 
 def both_passes(function, inputs):
-    """Returns ``function`` with gradients of ``inputs``, forward and backward."""
+    """Returns a call of forward and backward pass of ``function``, with gradients of ``inputs``."""
 
     def call():
         for tensor in inputs:

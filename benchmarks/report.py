@@ -1,10 +1,11 @@
-"""Make the summary, the figures and the tables of docs/performance.md from the JSON files of the benchmarks.
+"""Writes the summary, the figures and the tables of docs/performance.md from the benchmarks'
+results.
 
     python benchmarks/report.py benchmarks/results
 
-Everything between ``<!-- summary -->`` and ``<!-- end of summary -->`` of the page is written anew, and
-so is everything between ``<!-- tables -->`` and ``<!-- end of tables -->``. A row, panel or table without
-a result file is left out.
+The text between ``<!-- summary -->`` and ``<!-- end of summary -->`` of the page is replaced, and
+that between ``<!-- tables -->`` and ``<!-- end of tables -->``. A row, panel or table without a
+result file is left out.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from summary import ROWS  # noqa: E402
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "performance.md"
 SUMMARY, TABLES = "summary", "tables"
-"""The names of the two parts of the page that are generated, as its marks have them."""
+"""Names of the page's two generated parts, as in its marks."""
 
 
 @dataclass(frozen=True)
@@ -38,13 +39,13 @@ class Results:
 
 
 def gpu_of(data: dict) -> str:
-    """Returns the GPU model that a result file names, without their number."""
+    """Returns the GPU model that a result file names, without the number of GPUs."""
     name = data.get("gpu") or data.get("environment", {}).get("gpu") or "none"
     return re.sub(r"^\d+ x ", "", name)
 
 
 def load_all(folder: Path, stem: str) -> list[dict]:
-    """Returns the files of that stem, with or without a GPU's name behind it, one a GPU."""
+    """Returns the files of a stem, with or without a GPU's name after it, one per GPU."""
     found: dict[str, dict] = {}
     for path in sorted(folder.glob(f"{stem}*.json")):
         data = json.loads(path.read_text()) | {"file": path.name}
@@ -54,19 +55,21 @@ def load_all(folder: Path, stem: str) -> list[dict]:
 
 
 def load(results: Results, stem: str) -> dict | None:
-    """Returns the file of that stem and that GPU."""
+    """Returns the file of a stem and of the results' GPU, or None."""
     return next((data for data in load_all(results.folder, stem) if gpu_of(data) == results.gpu), None)
 
 
 def find_gpus(folder: Path) -> list[str]:
-    """Returns the GPU models of the summary's files, that of most files first."""
+    """Returns the GPU models of the summary's files, the one with most files first."""
     counts = Counter(gpu_of(data) for stem in ROWS for data in load_all(folder, stem))
     return [gpu for gpu, _ in counts.most_common()]
 
 
 def summary_section(folder: Path) -> str:
-    """What, baseline, target, measured and GPU of all files, ratios of speed where no unit is
-    named."""
+    """Returns the table of comparison, baseline, target, measured value and GPU, from all files.
+
+    Values without a unit are ratios of speed.
+    """
     rows = []
     for stem, make in ROWS.items():
         for data in load_all(folder, stem):
@@ -79,7 +82,7 @@ def summary_section(folder: Path) -> str:
 
 
 def file_of(data: dict) -> str:
-    """Where the numbers are, and what was different when they were measured."""
+    """Returns a line that names the result file and what differed in its measurement."""
     return f"File: `{data['file']}`" + (f" ({data['state']})." if data.get("state") else ".")
 
 
@@ -138,8 +141,7 @@ def gemm_section(results: Results) -> str:
 
 
 def other_shapes_section(results: Results) -> str:
-    """Returns shapes that the built-in table does not know, with launches measured where the
-    benchmark ran."""
+    """Returns the table of shapes that the built-in table of launches does not have."""
     names = {
         "gemm_other_shapes": "base alone, against cuBLAS",
         "lora_gemm_other_shapes": "with an adapter of rank 32, against cuBLAS for base and adapter",
@@ -264,7 +266,7 @@ def training_section(results: Results) -> str:
 
 
 def ratios_of(data: dict, name: str, base: str) -> list[str]:
-    """Speed and peak memory of a training step, two cells of the table."""
+    """Returns speed and peak memory of a training step, two cells of the table."""
     ratio = data["ratios"].get(f"{name} against {base}")
     return [f"{ratio['speed']:.2f}", f"{ratio['peak_memory']:.2f}"] if ratio else ["", ""]
 
@@ -291,7 +293,7 @@ def one_step_section(results: Results, stem: str) -> str:
 
 
 def two_gpus_section(results: Results) -> str:
-    """Empty without the file; of a run of some parts, those."""
+    """Returns the tables of the parts that ran; empty without the file."""
     data = load(results, "two_gpus_7b")
     if not data:
         return ""
@@ -353,16 +355,16 @@ PHASES = {
     "update_actor": "update",
     "update_weights": "weight sync",
 }
-"""Phases of a step in the figure, by verl's name."""
+"""verl's name of a phase -> its label in the figure."""
 
 LABELS = {"bf16_lora": "bf16 LoRA", "nvfp4_lora": "NVFP4 LoRA", "bf16_peft": "bf16 LoRA", "nvfp4": "NVFP4 LoRA"}
 
 
 def plot(results: Results) -> list[Path]:
-    """Draw the two figures of the page from the files of one GPU.
+    """Draws the two figures of the page from the files of one GPU.
 
     Returns:
-        The files; none where matplotlib is not installed. A panel without a result file is left out.
+        The written files; none without matplotlib. A panel without a result file is left out.
     """
     try:
         import matplotlib
@@ -390,12 +392,12 @@ def plot(results: Results) -> list[Path]:
 
 
 def _load_first(results: Results, stems: tuple[str, ...]) -> dict[str, dict]:
-    """The result files of a panel by stem, those that are there."""
+    """Returns stem -> result file, for the existing files of a panel."""
     return {stem: data for stem in stems if (data := load(results, stem))}
 
 
 def _plot_step(axis, found: dict[str, dict]) -> None:
-    """Seconds of a GRPO step by phase, one bar a variant."""
+    """Plots the seconds of a GRPO step by phase, one bar per variant."""
     (data,) = found.values()
     runs = {name: run["mean"] for name, run in data["runs"].items() if name in LABELS}
     bottoms = [0.0] * len(runs)
@@ -421,7 +423,7 @@ def _plot_step(axis, found: dict[str, dict]) -> None:
 
 
 def _plot_decoding(axis, found: dict[str, dict]) -> None:
-    """Decoding speed over bf16 with LoRA, by sequences."""
+    """Plots the decoding speed over bf16 with LoRA, by number of sequences."""
     for stem, data in found.items():
         ratios = data["ratio_to_bf16_lora"]["nvfp4_lora"]
         points = sorted((int(key.split()[1]), ratio) for key, ratio in ratios.items() if key.startswith("decode "))
@@ -431,7 +433,7 @@ def _plot_decoding(axis, found: dict[str, dict]) -> None:
 
 
 def _plot_memory(axis, found: dict[str, dict]) -> None:
-    """Peak memory of a LoRA training step, with the part of the weights."""
+    """Plots the peak memory of a LoRA training step, with the part of the weights."""
     (data,) = found.values()
     runs = {name: run for name, run in data["runs"].items() if name in LABELS}
     names = [LABELS[name] for name in runs]
@@ -446,7 +448,7 @@ def _plot_memory(axis, found: dict[str, dict]) -> None:
 
 
 def _plot_gemm(axis, found: dict[str, dict]) -> None:
-    """Speed of the GEMMs over cuBLAS, by tokens."""
+    """Plots the speed of the GEMMs over cuBLAS, by number of tokens."""
     for stem, data in found.items():
         points = sorted((int(m), r["ratio"]) for m, r in data["geomean_by_tokens"].items())
         axis.plot(*zip(*points, strict=True), marker="o", label="base" if stem == "gemm" else "base and adapter")
@@ -469,7 +471,7 @@ FIGURES = {
     },
     "performance-gemm.png": {_plot_gemm: ("gemm", "lora_gemm")},
 }
-"""File beside the page -> its panels, each with the stems of the result files that it draws."""
+"""File beside the page -> its panels, each with the stems of its result files."""
 
 
 SECTIONS = {
@@ -495,8 +497,8 @@ def summary(folder: Path, figures: Collection[str] = tuple(FIGURES)) -> str:
     """Returns the page's summary: the table with the targets, then the figures.
 
     Args:
-        folder: of the result files; at least one.
-        figures: names of the figures that are there.
+        folder: folder of the result files, which holds at least one.
+        figures: names of the existing figures.
     """
     gpu = find_gpus(folder)[0]
     shown = [f"![{Path(name).stem.replace('-', ' ')} on {gpu}]({name})" for name in figures]
@@ -509,7 +511,7 @@ def tables(folder: Path) -> str:
 
 
 def replaced(page: str, name: str, text: str) -> str:
-    """A page with another text between ``<!-- name -->`` and ``<!-- end of name -->``.
+    """Replaces the text between ``<!-- name -->`` and ``<!-- end of name -->`` of a page.
 
     Raises:
         ValueError: the page does not have the two marks, in this order.

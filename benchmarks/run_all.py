@@ -1,13 +1,12 @@
-"""All benchmarks of one GPU, part by part: what `make bench` runs.
+"""Runs all benchmarks of one GPU, part by part (`make bench`).
 
     python benchmarks/run_all.py --list                  # the parts, their limits, what is there already
     python benchmarks/run_all.py --results somewhere     # within an hour
     python benchmarks/run_all.py --parts gemm rollout_7b --force
 
-A part writes ``RESULTS/<part>_<gpu>.json`` and notes in it, under ``made``, the code, the GPU and
-the versions that it was measured with. A call skips what is there for the same three, so that one
-that was interrupted goes on where it ended. A part that takes longer than its limit is ended, and
-the others follow.
+A part writes ``RESULTS/<part>_<gpu>.json`` and records in it, under ``made``, the code, the GPU and
+the versions of the measurement. A call skips parts with a result for the same three, so it
+continues after an interruption. A part that exceeds its limit is ended, and the others follow.
 """
 
 from __future__ import annotations
@@ -38,11 +37,11 @@ class Part:
     """One benchmark.
 
     Attributes:
-        name: stem of its file, and what ``--parts`` takes.
-        script: in this folder.
-        arguments: without ``--json``.
+        name: stem of its file, and its name in ``--parts``.
+        script: file in this folder.
+        arguments: arguments without ``--json``.
         minutes: limit. The limits of all parts add up to an hour.
-        gpus: how many it needs.
+        gpus: number of GPUs that it needs.
     """
 
     name: str
@@ -76,18 +75,16 @@ PARTS = (
     Part("gemm_other_shapes", "bench_gemm.py", ("--tune", "--shapes", "others"), 5),
     Part("lora_gemm_other_shapes", "bench_gemm.py", ("--tune", "--lora", "--shapes", "others"), 5),
     Part("without_flash_attn", "bench_without_flash_attn.py", (), 2),
-    Part(
-        "rollout_32b", "bench_rollout.py", ("--shape", "32B-32", "--sequences", "8", "64", "256"), 8
-    ),
+    Part("rollout_32b", "bench_rollout.py", ("--shape", "32B-32", "--sequences", "8", "64", "256"), 8),
 )
-"""In the order in which they run: the numbers that users ask for first come early."""
+"""The parts in the order in which they run; the numbers that users ask for first come early."""
 
 EXTRA = (Part("two_gpus_7b", "bench_two_gpus.py", (), 20, gpus=2),)
-"""Run where the machine has the GPUs, beyond the hour."""
+"""Parts beyond the hour, which run where the machine has the GPUs."""
 
 
 def gpu_names() -> list[str]:
-    """Returns the names of the GPUs of this machine, none without a driver."""
+    """Returns the names of the GPUs of this machine; empty without a driver."""
     try:
         done = subprocess.run(
             ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"],
@@ -101,14 +98,16 @@ def gpu_names() -> list[str]:
 
 
 def short_name(gpu: str) -> str:
-    """Returns ``NVIDIA H100 80GB HBM3`` -> ``h100``; of others the whole name, fit for a file."""
+    """Returns ``h100`` for ``NVIDIA H100 80GB HBM3``; for others the whole name, fit for a file."""
     match = re.search(r"\b([A-Z]{1,2}\d{1,4}[A-Z]?)\b", gpu)
     return (match.group(1) if match else re.sub(r"\W+", "_", gpu)).lower()
 
 
 def hash_code(root: Path = ROOT) -> str:
-    """Of the files that decide what is measured, so that a commit that changes others does not make
-    a benchmark run again, and a change that is not committed does."""
+    """Returns the hash of the files that decide what is measured.
+
+    A commit that changes other files does not repeat a benchmark, and an uncommitted change does.
+    """
     digest = hashlib.sha256()
     for folder in MEASURED_CODE:
         for path in sorted((root / folder).rglob("*")):
@@ -116,14 +115,13 @@ def hash_code(root: Path = ROOT) -> str:
                 "report.py",
                 "run_all.py",
             ):
-                digest.update(
-                    str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() + b"\0"
-                )
+                digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 
 
 def describe_machine(gpu: str) -> dict:
-    """Returns what a result holds for: code, GPU and versions; the commit is for the reader."""
+    """Returns the conditions of a result: code, GPU and versions. The commit is only
+    information."""
     versions = {}
     for package in PACKAGES:
         try:
@@ -139,12 +137,12 @@ def describe_machine(gpu: str) -> dict:
 
 
 def result_file(part: Part, results: Path, gpu: str) -> Path:
-    """Where the part writes."""
+    """Returns the file that the part writes."""
     return results / f"{part.name}_{short_name(gpu)}.json"
 
 
 def read_made(path: Path) -> dict | None:
-    """Returns what the result in ``path`` was measured with, None where it does not say."""
+    """Returns the conditions of the result in ``path``, or None where it does not have them."""
     try:
         made = json.loads(path.read_text()).get("made")
     except (OSError, ValueError, AttributeError):
@@ -153,38 +151,31 @@ def read_made(path: Path) -> dict | None:
 
 
 def is_current(path: Path, machine: dict) -> bool:
-    """Returns whether the result in ``path`` holds for this code, GPU and these versions."""
+    """Returns whether the result in ``path`` is from this code, GPU and these versions."""
     made = read_made(path) or {}
     return all(made.get(key) == machine[key] for key in ("code", "gpu", "versions"))
 
 
 def describe_plan(parts: Sequence[Part], results: Path, machine: dict, force: bool) -> str:
-    """Returns one line a part: what runs, its limit and how long it took when it was last measured.
-    """
+    """Returns one line for each part: whether it runs, its limit, and its last duration."""
     lines, total = [], 0.0
     for part in parts:
         path = result_file(part, results, machine["gpu"])
         made = read_made(path)
-        took = (
-            f"took {made['seconds'] / 60:.1f} min last time"
-            if made and made.get("seconds")
-            else "not timed yet"
-        )
+        took = f"took {made['seconds'] / 60:.1f} min last time" if made and made.get("seconds") else "not timed yet"
         if is_current(path, machine) and not force:
             lines.append(f"  {part.name:<24} is there: {path}")
         else:
             total += part.minutes
             lines.append(f"  {part.name:<24} at most {part.minutes:g} min, {took}")
-    return "\n".join(
-        [f"{machine['gpu']}, code {machine['code']}:", *lines, f"at most {total:g} min in all"]
-    )
+    return "\n".join([f"{machine['gpu']}, code {machine['code']}:", *lines, f"at most {total:g} min in all"])
 
 
 def run_part(part: Part, path: Path, machine: dict, python: str = sys.executable) -> str | None:
     """Runs one part and puts its result into place.
 
     Returns:
-        Why there is none, else None.
+        The reason why there is no result, or None.
     """
     staging = path.with_name(f".{path.name}.part")
     staging.unlink(missing_ok=True)
@@ -210,10 +201,8 @@ def run_part(part: Part, path: Path, machine: dict, python: str = sys.executable
     if code:
         return f"ended with exit code {code}; what it measured is in {staging}"
     for node in (found, found.get("environment")):
-        if isinstance(node, dict) and "command" in node:  # the temporary name is nobody's concern
-            node["command"] = " ".join(
-                ["python", f"benchmarks/{part.script}", *part.arguments, "--json", path.name]
-            )
+        if isinstance(node, dict) and "command" in node:  # removes the temporary name
+            node["command"] = " ".join(["python", f"benchmarks/{part.script}", *part.arguments, "--json", path.name])
     found["made"] = machine | {"seconds": round(time.monotonic() - started, 1)}
     staging.write_text(json.dumps(found, indent=1) + "\n")
     staging.replace(path)
@@ -221,7 +210,7 @@ def run_part(part: Part, path: Path, machine: dict, python: str = sys.executable
 
 
 def _end(process: subprocess.Popen) -> None:
-    """Ends the part with all that it started, engines included."""
+    """Ends the part and every process that it started, including engines."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, number)
@@ -231,19 +220,15 @@ def _end(process: subprocess.Popen) -> None:
             process.wait(GRACE_SECONDS)
         except subprocess.TimeoutExpired:
             continue
-        time.sleep(0.2)  # for its children to end
+        time.sleep(0.2)  # gives its children time to end
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs what is missing; the exit code is 1 where a part gave no result."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Runs the missing parts. Returns 1 where a part gave no result, otherwise 0."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     known = {part.name: part for part in (*PARTS, *EXTRA)}
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument(
-        "--parts", nargs="+", choices=known, metavar="PART", help=f"of {', '.join(known)}"
-    )
+    parser.add_argument("--parts", nargs="+", choices=known, metavar="PART", help=f"of {', '.join(known)}")
     parser.add_argument("--force", action="store_true", help="measure again what is there")
     parser.add_argument("--list", action="store_true", help="show the plan and run nothing")
     arguments = parser.parse_args(argv)

@@ -1,8 +1,7 @@
-"""Random models of the shapes that the benchmarks use, written to disk: an NVFP4 checkpoint, a bf16
-configuration, an adapter.
+"""Writes random models of the benchmarks' shapes: an NVFP4 checkpoint, a bf16 one, an adapter.
 
-Kernels run at the speed of real weights on random ones; on zeros they would be faster. Nothing is
-downloaded.
+On random weights, kernels run at the speed of real weights; on zeros they would be faster. Nothing
+is downloaded.
 """
 
 from __future__ import annotations
@@ -15,8 +14,7 @@ from safetensors.torch import load_file, save_file
 
 
 class Shapes(dict):
-    """Name -> settings of ``config.json``. ``BASE-N`` is BASE with N layers, where it has no entry
-    of its own."""
+    """Name -> settings of ``config.json``. ``BASE-N`` without an entry is BASE with N layers."""
 
     def __missing__(self, name: str) -> dict:
         base, _, layers = name.rpartition("-")
@@ -34,7 +32,7 @@ SHAPES = Shapes({
                "num_key_value_heads": 8, "vocab_size": 152064, "tie_word_embeddings": False},
     "0.5B": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
              "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True},
-    # two layers as wide as the 7B's
+    # two layers as wide as those of the 7B
     "7B-2": {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 2, "num_attention_heads": 28,
              "num_key_value_heads": 4, "vocab_size": 32768, "tie_word_embeddings": False},
     "100M": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12,
@@ -72,8 +70,10 @@ def has_experts(shape: str) -> bool:
 
 
 def linears(shape: str) -> dict[str, tuple[int, int]]:
-    """Returns the name within a layer and ``(rows, columns)`` of each linear that takes an adapter;
-    experts take none."""
+    """Returns name within a layer -> ``(rows, columns)`` of each linear that takes an adapter.
+
+    Experts take none.
+    """
     c = SHAPES[shape]
     hidden, inner = c["hidden_size"], c["intermediate_size"]
     head = c.get("head_dim", hidden // c["num_attention_heads"])
@@ -90,7 +90,7 @@ def linears(shape: str) -> dict[str, tuple[int, int]]:
 
 
 def expert_linears(shape: str) -> dict[str, tuple[int, int]]:
-    """Returns the same of the experts' linears, of which the checkpoint holds one each."""
+    """Returns name within a layer -> ``(rows, columns)`` of the experts' linears."""
     c = SHAPES[shape]
     hidden, inner = c["hidden_size"], c.get("moe_intermediate_size")
     sizes = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
@@ -114,7 +114,7 @@ def write_config(folder: Path, shape: str, quantized: bool) -> Path:
 
 
 def write_nvfp4(folder: Path, shape: str, device: str = DEVICE) -> Path:
-    """Returns an NVFP4 checkpoint with random codes and scales and weights of a plausible size."""
+    """Writes an NVFP4 checkpoint with random codes, scales and weights of plausible size."""
     write_config(folder, shape, quantized=True)
     c = SHAPES[shape]
     hidden = c["hidden_size"]
@@ -156,8 +156,7 @@ def write_nvfp4(folder: Path, shape: str, device: str = DEVICE) -> Path:
 
 
 def write_bf16(folder: Path, nvfp4: Path, shape: str) -> Path:
-    """Returns the same model as an NVFP4 checkpoint of :func:`write_nvfp4`, unpacked to bfloat16.
-    """
+    """Writes the model of an NVFP4 checkpoint of :func:`write_nvfp4`, decoded to bfloat16."""
     from qerl_verl.kernels.nvfp4_dequantize import dequantize_nvfp4
 
     write_config(folder, shape, quantized=False)
@@ -178,7 +177,7 @@ def write_bf16(folder: Path, nvfp4: Path, shape: str) -> Path:
 
 
 def write_adapter(folder: Path, shape: str, base: str, device: str = DEVICE) -> Path:
-    """Returns a PEFT adapter of rank 32 on every linear layer, A and B both random."""
+    """Writes a PEFT adapter of rank 32 on every linear layer, with random A and B."""
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(1)
     tensors = {}

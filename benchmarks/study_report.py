@@ -1,12 +1,11 @@
-"""What docs/study.md is made from: the metrics of the study's runs, cut to what it reads, and their
-comparison.
+"""Collects what docs/study.md is made from: the runs' metrics, trimmed, and their comparison.
 
     python benchmarks/study_report.py runs/study/runs --gpu "4 x H200" --versions "torch 2.11, ..." --command "..." --note "..."
     python benchmarks/study_report.py                     # again, from the files that are kept
 
-Reads ``RUNS/NAME/metrics.jsonl`` (or ``RUNS/NAME.jsonl``), writes
-``benchmarks/results/study/metrics/NAME.jsonl`` and ``comparison.json`` beside them, which is
-``qerl compare`` of all of them against the arm bf16, and prints its tables.
+Reads ``RUNS/NAME/metrics.jsonl`` (or ``RUNS/NAME.jsonl``) and writes
+``benchmarks/results/study/metrics/NAME.jsonl``. Beside them it writes ``comparison.json``, the
+result of ``qerl compare`` of all runs against the arm bf16, and prints its tables.
 """
 
 from __future__ import annotations
@@ -29,8 +28,7 @@ KEPT = re.compile(
 
 
 def trim(lines: list[str]) -> list[str]:
-    """Returns the lines of verl's file logger with the metrics that :data:`KEPT` names, rounded to
-    six digits."""
+    """Returns the lines of verl's file logger with the metrics of :data:`KEPT`, in six digits."""
     out = []
     for line in lines:
         entry = json.loads(line)
@@ -72,7 +70,8 @@ def main() -> int:
     ]
     compare += ["--baseline", arguments.baseline, "--json", "comparison.json"]
     compare += ["--png", "curves.png"]
-    return subprocess.run(compare, cwd=arguments.out).returncode  # so that no path of this machine is kept
+    # run in the folder, which keeps this machine's paths out of the result
+    return subprocess.run(compare, cwd=arguments.out).returncode
 
 
 if __name__ == "__main__":

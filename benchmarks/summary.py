@@ -1,5 +1,5 @@
-"""The first table of docs/performance.md: what was measured, against what, the target and the GPU.
-"""
+"""Makes the first table of docs/performance.md: comparison, baseline, target, measured value,
+GPU."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OTHER_SHAPES = {
     (1000, 8192): 0.97,
 }
 WITH_ADAPTER = 0.15
-"""What the targets of other shapes grow by with an adapter in both products."""
+"""Relative increase of the other shapes' targets with an adapter in both GEMMs."""
 WORST, LARGE_WEIGHT = 0.9, 16e6
 DECODING_7B = {1: 2.0, 8: 2.0, 64: 1.5, 256: 1.2}
 DECODING_32B = {8: 2.2, 64: 1.6, 256: 1.15}
@@ -37,10 +37,10 @@ class Row:
     Attributes:
         what: what was measured, and at which sizes.
         baseline: what it is compared with.
-        targets: one for each size, None without one.
-        measured: the same.
+        targets: one for each size, None without a target.
+        measured: one value for each size.
         at_most: whether a lower value is better.
-        unit: behind each value.
+        unit: text after each value.
     """
 
     what: str
@@ -51,20 +51,19 @@ class Row:
     unit: str = "x"
 
     def is_missed(self, index: int) -> bool:
-        """Returns whether the value, as it is printed, misses its target."""
+        """Returns whether the value, as printed, misses its target."""
         target, value = self.targets[index], round(self.measured[index], 2)
         if target is None:
             return False
         return value > target if self.at_most else value < target
 
     def cells(self) -> list[str]:
-        """What, baseline, target and measured; a missed target's value is bold."""
+        """Returns comparison, baseline, target and measured value; a missed value is bold."""
         sign = "at most " if self.at_most else ""
         known = [t for t in self.targets if t is not None]
         targets = sign + " / ".join(f"{t:g}" for t in known) + self.unit if known else "-"
         values = [
-            f"**{value:.2f}**" if self.is_missed(index) else f"{value:.2f}"
-            for index, value in enumerate(self.measured)
+            f"**{value:.2f}**" if self.is_missed(index) else f"{value:.2f}" for index, value in enumerate(self.measured)
         ]
         return [self.what, self.baseline, targets, " / ".join(values) + self.unit]
 
@@ -80,7 +79,7 @@ def _products(
     targets: Mapping[tuple[int, int], float],
     more: float = 0.0,
 ) -> list[Row]:
-    """Returns the least mean over shapes of each range of tokens."""
+    """Returns the smallest mean over shapes for each range of tokens."""
     ratios = {int(m): found["ratio"] for m, found in data["geomean_by_tokens"].items()}
     least = {(a, b): [r for m, r in ratios.items() if a <= m <= b] for a, b in targets}
     least = {span: min(found) for span, found in least.items() if found}
@@ -159,9 +158,7 @@ def _training(data: Mapping) -> list[Row]:
         what = f"LoRA training step, 7B, {tokens} tokens"
         rows.append(Row(f"{what}, speed", baseline, [target], [found["speed"]]))
         if against == "bf16_peft":
-            rows.append(
-                Row(f"{what}, peak memory", baseline, [0.55], [found["peak_memory"]], at_most=True)
-            )
+            rows.append(Row(f"{what}, peak memory", baseline, [0.55], [found["peak_memory"]], at_most=True))
     return rows
 
 
@@ -188,9 +185,7 @@ def _two_gpus(data: Mapping) -> list[Row]:
         return []
     by = {name: runs[name]["by_sequences"] for name in ("bf16_lora", "nvfp4_lora")}
     sequences = [s for s in by["nvfp4_lora"] if s in by["bf16_lora"]]
-    ratios = [
-        by["nvfp4_lora"][s]["tokens_per_s"] / by["bf16_lora"][s]["tokens_per_s"] for s in sequences
-    ]
+    ratios = [by["nvfp4_lora"][s]["tokens_per_s"] / by["bf16_lora"][s]["tokens_per_s"] for s in sequences]
     what = f"LoRA training step, 7B, two GPUs, {' / '.join(sequences)} sequences a GPU"
     return [Row(what, "FSDP2, bf16 LoRA", [None] * len(ratios), ratios)]
 
