@@ -1,4 +1,4 @@
-"""Tiny checkpoints of every supported architecture, written by transformers."""
+"""Provides tiny checkpoints of every supported architecture, written by transformers."""
 
 import shutil
 
@@ -16,8 +16,10 @@ def _built(tmp_path_factory):
 
 @pytest.fixture
 def make_checkpoint(_built, tmp_path):
-    """Returns ``make_checkpoint(architecture, name="src", dtype=..., shards=False, **config)``: a
-    fresh copy of the folder."""
+    """Returns ``make_checkpoint(architecture, name="src", dtype=..., shards=False, **config)``.
+
+    Each call returns a fresh copy of the folder.
+    """
     root, cache = _built
 
     def make(architecture="Qwen2ForCausalLM", name="src", *, dtype=torch.bfloat16, shards=False, **kwargs):
@@ -26,7 +28,8 @@ def make_checkpoint(_built, tmp_path):
             torch.manual_seed(len(architecture))
             config = make_config(architecture, **kwargs)
             model = automatic_class(get_architecture(config)).from_config(config, dtype=dtype)
-            for parameter in model.parameters():  # norms and biases too: no two tensors alike
+            # including norms and biases, so no two tensors are alike
+            for parameter in model.parameters():
                 torch.nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.05)
             cache[key] = root / str(len(cache))
             model.save_pretrained(cache[key], max_shard_size="10KB" if shards else "5GB")

@@ -50,7 +50,8 @@ def test_the_table_is_what_these_tests_cover():
 
 @pytest.mark.parametrize("name, kwargs", VARIANTS)
 def test_tensor_shapes_are_those_of_the_model(name, kwargs):
-    """Also of a vision tower; the names of published checkpoints are mapped to them."""
+    """The shapes include a vision tower's; names of published checkpoints are mapped to the
+    model's."""
     config, model = make_model(name, **kwargs)
     want = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     if kwargs.get("tie_word_embeddings"):
@@ -84,7 +85,7 @@ def test_linears_are_all_but_lm_head(name):
 
 
 def test_where_experts_are():
-    """Which layers have experts is what transformers' model has, and routers are theirs."""
+    """Exactly the layers in which transformers' model has experts have them, with its routers."""
     layers = {}
     for changes in ({}, {"decoder_sparse_step": 2}, {"mlp_only_layers": []}, {"mlp_only_layers": None}):
         config, model = make_model("Qwen3MoeForCausalLM", **changes)
@@ -101,8 +102,11 @@ def test_where_experts_are():
 
 @pytest.mark.parametrize("name", TOWERS)
 def test_a_published_checkpoints_names_are_mapped(tmp_path, name):
-    """transformers saves under the names of published checkpoints. Where they are other ones, the
-    packed checkpoint has the model's, and its config.json leaves the tower out."""
+    """transformers saves under the names of published checkpoints.
+
+    Where these differ, the packed checkpoint has the model's names, and its config.json excludes
+    the tower.
+    """
     config, model = make_model(name)
     make_family(name, tmp_path / "source")
     with safe_open(tmp_path / "source" / "model.safetensors", "pt") as file:
@@ -124,7 +128,8 @@ def test_a_published_checkpoints_names_are_mapped(tmp_path, name):
 
 @pytest.mark.parametrize("name", TOWERS)
 def test_the_names_of_a_tower_in_every_program(name):
-    """In transformers' model, in vLLM's and in older checkpoints; no name of the decoder is among them."""
+    """They match in transformers' model, in vLLM's and in older checkpoints, and match no
+    decoder name."""
     row = get_architecture(make_config(name))
     for tower in ("visual.", "model.visual."):
         assert is_ignored(f"{tower}blocks.0.attn.qkv", row.plain_modules) and row.is_of_tower(f"{tower}merger.mlp.0")
@@ -136,9 +141,10 @@ def test_the_names_of_a_tower_in_every_program(name):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_each_norm_stands_beside_the_named_linears_and_no_others(name):
-    """The tensor that a norm returns is the very tensor its linears get, or the tensor that it gets
-    is the very one that its linear returns. Every norm as wide as the model is in the row, with
-    what it feeds or what feeds it."""
+    """The tensor that a norm returns is the very tensor that its linears get, or the tensor that it
+    gets is the very one that its linear returns. Every norm as wide as the model is in the row,
+    with the linears that it feeds or the one that feeds it.
+    """
     config, model = make_model(name)
     row = get_architecture(config)
     taken, given = {}, {}
@@ -154,7 +160,8 @@ def test_each_norm_stands_beside_the_named_linears_and_no_others(name):
     model(torch.arange(6).view(1, 6))
 
     def same(one, other):
-        return one is other or one.data_ptr() == other.data_ptr()  # tokens of all sequences in one dimension
+        # tokens of all sequences in one dimension
+        return one is other or one.data_ptr() == other.data_ptr()
 
     sizes = config.get_text_config()
     wide = {n for n in taken if n.endswith("norm") and model.get_submodule(n).weight.shape == (sizes.hidden_size,)}
@@ -174,8 +181,8 @@ def test_each_norm_stands_beside_the_named_linears_and_no_others(name):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_what_a_norm_adds_to_its_stored_weight(name):
-    """A norm of ones has the weight 1 less the row's offset, also the norms of heads and the last
-    one."""
+    """A stored weight of 1 minus the row's offset acts as 1, also in the norms of heads and the
+    last."""
     config, model = make_model(name)
     row = get_architecture(config)
     for norm_name, norm in model.named_modules():
@@ -209,7 +216,7 @@ def test_what_a_model_does_with_its_output_layers_result(name):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_whether_positions_reach_the_attention_function(name):
-    """Fails when transformers hands them on, or takes them, in another family."""
+    """Fails when transformers passes them on, or takes them, in another family."""
     config, model = make_model(name)
     seen = []
 
@@ -220,7 +227,8 @@ def test_whether_positions_reach_the_attention_function(name):
     AttentionInterface.register("qerl_test", attention)
     model.config.get_text_config()._attn_implementation = "qerl_test"
     positions = torch.arange(6).view(1, 6)
-    if name in TOWERS:  # as verl gives them: of the sequence, and of an image's time, height and width
+    # verl gives positions in the sequence and in an image's time, height and width
+    if name in TOWERS:
         positions = positions.expand(4, 1, 6)
     model(torch.arange(6).view(1, 6), position_ids=positions)
     assert (seen[0] is None) == get_architecture(config).keeps_positions
@@ -290,9 +298,12 @@ def test_the_page_lists_every_family_as_its_row_says():
 
 
 def test_packed_rows_of_delta_nets_share_a_state_without_flash_linear_attention():
-    """Why Qwen3.5 is refused, as far as it is transformers' part: the fallback takes the borders of sequences and does not
-    use them, so that verl hands them over (verl/models/transformers/qwen3_5.py, _packed_chunk_gated_delta_rule). When
-    this fails, the reason in :data:`NOT_YET` and the documentation have to change."""
+    """Qwen3.5 is refused for this reason, as far as transformers is concerned.
+
+    The fallback receives the borders of sequences and does not use them, so verl passes them
+    (verl/models/transformers/qwen3_5.py, _packed_chunk_gated_delta_rule). When this test fails, the
+    reason in :data:`NOT_YET` and the documentation have to change.
+    """
     from transformers.models.qwen3_5.modeling_qwen3_5 import torch_chunk_gated_delta_rule
 
     torch.manual_seed(0)

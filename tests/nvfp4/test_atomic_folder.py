@@ -39,8 +39,7 @@ def attempt(dst, text, replaces):
 
 
 def killed(dst, moment):
-    """Returns an attempt at replacing ``dst`` in a process of its own, killed before the call
-    ``moment`` is made."""
+    """Returns a process that tries to replace ``dst`` and is killed before its call ``moment``."""
     child = os.fork()
     if child:
         assert os.waitpid(child, 0)[1] == signal.SIGKILL
@@ -70,7 +69,7 @@ def killed(dst, moment):
         ("write 1", "old", "old"),  # before the owner is written
         ("write 2", "old", "old"),
         ("rename 1", "old", "old"),
-        ("rename 2", None, "old"),  # between moving the old one aside and putting the new one in place
+        ("rename 2", None, "old"),  # the old folder is aside, the new one not yet in place
         ("rename 3", "new", "new"),
         ("rmtree 1", "new", "new"),
         ("rmtree 2", "new", "new"),
@@ -83,7 +82,7 @@ def test_killed_anywhere_the_old_or_the_new_one_is_there_and_the_next_call_ends_
     assert content(dst) == left
     settle_leftovers(dst)
     assert content(dst) == after
-    if moment != "write 1":  # what names no owner stays
+    if moment != "write 1":  # a workspace without an owner's name stays
         assert list(tmp_path.iterdir()) == [dst]
     attempt(dst, "newest", replaces=True)
     assert content(dst) == "newest"
@@ -119,7 +118,7 @@ def workspace(dst, owner, **folders):
 
 @pytest.mark.parametrize("occupied", [False, True])
 def test_something_else_stands_there_by_now(tmp_path, dead, capsys, occupied):
-    """The attempt that had moved the old one aside did not come to its end: nothing is removed."""
+    """The attempt that had moved the old folder aside did not finish, so nothing is removed."""
     dst = tmp_path / "dst"
     left = workspace(dst, dead, content="new", replaced="old")
     if occupied:

@@ -24,8 +24,8 @@ from qerl_verl.nvfp4.checkpoint import quantize_checkpoint, validate_nvfp4_check
 from qerl_verl.nvfp4.errors import CheckpointError
 from qerl_verl.ownership import host_name
 
-# What another process does: it says "ready", resolves `model` into `cache`, and says the folder.
-# While it quantizes, it says "quantizing" and waits until the file `gate` appears.
+# The program of another process: it prints "ready", resolves `model` into `cache`, and prints the
+# folder. While it quantizes, it prints "quantizing" and waits until the file `gate` appears.
 PROCESS = """
 import sys, time
 from qerl_verl.nvfp4 import cache as c, checkpoint
@@ -44,8 +44,7 @@ say.send(c.resolve_checkpoint(model, cache, progress=False).path)
 
 
 class Process:
-    """A real process, forked from a server that has imported everything (so that it starts at
-    once)."""
+    """A real process that starts at once, because a server with all imports forks it."""
 
     _context = multiprocessing.get_context("forkserver")
     _context.set_forkserver_preload(["qerl_verl.nvfp4.cache", "transformers.models.auto.configuration_auto"])
@@ -64,7 +63,7 @@ class Process:
         return self._hear.recv()
 
     def stderr(self, lines):
-        """Returns the first lines of its stderr, once there are that many."""
+        """Returns the first lines of the process's stderr, once there are that many."""
         deadline = time.monotonic() + 60
         while (text := self._stderr.read_text() if self._stderr.exists() else "").count("\n") < lines:
             assert time.monotonic() < deadline, text
@@ -92,7 +91,7 @@ def count_quantizations(monkeypatch):
     return calls
 
 
-# --- once ------------------------------------------------------------------------------------------------------------
+# --- once ---
 
 
 def test_quantized_once_then_found(make_checkpoint, tmp_path, count_quantizations, monkeypatch):
@@ -100,12 +99,12 @@ def test_quantized_once_then_found(make_checkpoint, tmp_path, count_quantization
     first = resolve_checkpoint(src, cache, progress=False)
     assert (first.kind, first.source, first.path.parent) == ("quantized", str(src), cache)
     validate_nvfp4_checkpoint(first.path)
-    # the second time neither is the source hashed nor anything quantized
+    # the second call hashes no source file and quantizes nothing
     sha256, hashed = hashlib.sha256, []
     monkeypatch.setattr(hashlib, "sha256", lambda *data: hashed.append(data) or sha256(*data))
     assert resolve_checkpoint(str(src), cache, progress=False) == first
     assert len(count_quantizations) == 1
-    assert len(hashed) == 1  # the key itself
+    assert len(hashed) == 1  # the key
 
 
 def test_same_content_elsewhere_is_the_same_entry(make_checkpoint, tmp_path, count_quantizations):
@@ -120,7 +119,7 @@ def test_changed_content_is_another_entry(make_checkpoint, tmp_path, file):
     first = resolve_checkpoint(src, tmp_path / "cache", progress=False)
     data = (src / file).read_bytes()
     stat = (src / file).stat()
-    # one character more, or for the weights one byte of the last tensor: same size, another
+    # one character more, or one byte of the weights' last tensor, with the same size and another
     # modification time
     data = data[:-1] + bytes([data[-1] ^ 1]) if file == "model.safetensors" else data + b" "
     (src / file).write_bytes(data)
@@ -144,7 +143,8 @@ def test_lost_digests_only_cost_time(make_checkpoint, tmp_path, count_quantizati
         (cache / "digests.json").write_text(content)
         assert resolve_checkpoint(src, cache, progress=False) == first
     assert len(count_quantizations) == 1
-    assert len(json.loads((cache / "digests.json").read_text())) == 6  # five files, and the entry's weights
+    # five files, and the entry's weights
+    assert len(json.loads((cache / "digests.json").read_text())) == 6
 
 
 def test_nvfp4_is_used_as_it_is(make_checkpoint, tmp_path):
@@ -165,11 +165,11 @@ def test_default_cache(monkeypatch, tmp_path):
     assert default_cache_dir() == tmp_path / ".cache" / "qerl_verl"
 
 
-# --- processes -------------------------------------------------------------------------------------------------------
+# --- processes ---
 
 
 def test_concurrent_processes(make_checkpoint, tmp_path):
-    """One quantizes; the others wait for it, say for whom, and get the same folder."""
+    """One process quantizes. The others wait for it, name it, and get the same folder."""
     src, cache, gate = make_checkpoint(), tmp_path / "cache", tmp_path / "gate"
     worker = Process(src, cache, gate)
     assert worker.hear() == "quantizing"
@@ -179,7 +179,7 @@ def test_concurrent_processes(make_checkpoint, tmp_path):
         for line in (first, second):
             assert f"waiting for process {worker.process.pid} on {host_name()}" in line and "s so far" in line
     gate.touch()
-    paths = {process.hear() for process in waiting}  # none of them says "quantizing"
+    paths = {process.hear() for process in waiting}  # none of them prints "quantizing"
     while (path := worker.hear()) == "quantizing":
         pass
     assert [process.end() for process in (worker, *waiting)] == [0, 0, 0, 0]
@@ -188,8 +188,8 @@ def test_concurrent_processes(make_checkpoint, tmp_path):
 
 
 def test_killed_while_quantizing(make_checkpoint, tmp_path):
-    """kill -9 leaves nothing that would be used; who waited takes over, cleans up and gets a whole
-    result."""
+    """kill -9 leaves nothing that is used; the waiting process takes over, cleans up, and
+    succeeds."""
     src, cache, gate = make_checkpoint(), tmp_path / "cache", tmp_path / "gate"
     victim = Process(src, cache, gate)
     assert victim.hear() == "quantizing"
@@ -212,8 +212,8 @@ def test_killed_while_quantizing(make_checkpoint, tmp_path):
 
 
 def test_another_node_was_faster(make_checkpoint, tmp_path, monkeypatch):
-    """Without working locks two nodes quantize at once: the later rename fails, and the entry of
-    the first is used."""
+    """Without working locks two nodes quantize at once. The later rename fails, and the first entry
+    is used."""
     src, cache = make_checkpoint(), tmp_path / "cache"
     write = checkpoint_module._write_weights
 
@@ -265,7 +265,7 @@ def test_failure_leaves_nothing_and_can_be_repeated(make_checkpoint, tmp_path, m
     validate_nvfp4_checkpoint(resolve_checkpoint(src, cache, progress=False).path)
 
 
-# --- integrity -------------------------------------------------------------------------------------------------------
+# --- integrity ---
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json"])
@@ -294,7 +294,7 @@ def test_damaged_manifest(make_checkpoint, tmp_path, content):
 
 
 def flip_last_byte(file):
-    """Another content of the same size, written in place."""
+    """Changes the content in place without changing the size."""
     with file.open("r+b") as handle:
         handle.seek(-1, os.SEEK_END)
         last = handle.read(1)
@@ -309,7 +309,7 @@ def test_fingerprint_follows_the_weights_and_nothing_else(make_checkpoint, tmp_p
     copy = shutil.copytree(entry, tmp_path / "moved")
     (copy / "tokenizer.json").write_text("{}")
     assert fingerprint(copy, cache) == before
-    (copy / "qerl_manifest.json").unlink()  # as a checkpoint of llm-compressor's
+    (copy / "qerl_manifest.json").unlink()  # as in a checkpoint of llm-compressor
     assert fingerprint(copy, cache) == before
 
 
@@ -318,7 +318,8 @@ def test_fingerprint_follows_the_weights_and_nothing_else(make_checkpoint, tmp_p
 def test_weights_that_are_replaced_in_place_have_another_fingerprint(
     make_checkpoint, tmp_path, monkeypatch, manifest, times
 ):
-    """Ours and another tool's, also where a copy brings the old time along."""
+    """The checkpoint is ours or another tool's, and a copy may restore the old modification
+    time."""
     cache, folder = tmp_path / "cache", tmp_path / "nvfp4"
     quantize_checkpoint(make_checkpoint(), folder, progress=False)
     if not manifest:
@@ -328,7 +329,7 @@ def test_weights_that_are_replaced_in_place_have_another_fingerprint(
     with monkeypatch.context() as patch:
         patch.setattr(hashlib, "sha256", lambda *data: hashed.append(data) or sha256(*data))
         assert fingerprint(folder, cache) == before
-    assert len(hashed) == 1  # the fingerprint itself: the file is known
+    assert len(hashed) == 1  # the fingerprint; the file is known
     flip_last_byte(folder / "model.safetensors")
     if times == "set back":
         os.utime(folder / "model.safetensors", ns=(stat.st_atime_ns, stat.st_mtime_ns))
@@ -351,10 +352,10 @@ def test_what_was_just_quantized_is_not_hashed_again(make_checkpoint, tmp_path, 
     sha256, hashed = hashlib.sha256, []
     monkeypatch.setattr(hashlib, "sha256", lambda *data: hashed.append(data) or sha256(*data))
     fingerprint(entry, cache)
-    assert len(hashed) == 1  # the fingerprint itself
+    assert len(hashed) == 1  # the fingerprint
 
 
-# --- sources ---------------------------------------------------------------------------------------------------------
+# --- sources ---
 
 
 def test_unusable_sources_fail_before_they_are_hashed(make_checkpoint, tmp_path, monkeypatch):
@@ -417,7 +418,7 @@ def test_hub_name_offline(make_checkpoint, tmp_path):
     assert missing.startswith("made/up-not: no such folder") and "HF_HUB_OFFLINE is set" in missing
     digests = json.loads((tmp_path / "cache" / "digests.json").read_text())
     digests = [name for name in digests if not name.startswith(str(tmp_path / "cache"))]
-    assert len(digests) == 4  # of five files: the name of the large one is its hash
+    assert len(digests) == 4  # of five files: the large one is named by its hash
     assert len(entries(tmp_path / "cache")) == 1
 
 
@@ -455,7 +456,7 @@ def test_an_unusable_hub_model_is_not_downloaded(make_checkpoint, tmp_path, monk
         (["config.json", "pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json"], True),
         (["config.json", "consolidated.00.pth"], True),
         (["config.json", "pytorch_model.bin", "model.safetensors"], False),
-        (None, False),  # the hub cannot be asked
+        (None, False),  # the hub cannot be reached
     ],
 )
 def test_a_hub_model_of_pickles_alone_is_refused_before_it_is_downloaded(

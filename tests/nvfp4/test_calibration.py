@@ -72,7 +72,7 @@ def test_parquet_of_verl_is_spread_over_its_row_groups(model, tokenizer, tmp_pat
     used = [int(answer.partition("<")[0]) for _, answer in texts(one, tokenizer)]
     apart = [int(tokenizer.decode(ids[begin:]).partition("<")[0]) for ids, begin in one.held_out]
     assert sorted(used + apart) == list(range(0, 1000, 10))
-    assert max(apart) - min(apart) > 500  # spread, too
+    assert max(apart) - min(apart) > 500  # these are spread as well
 
 
 def test_several_files_and_few_rows(model, tmp_path):
@@ -88,7 +88,7 @@ def test_text_file_is_cut(model, tokenizer, tmp_path):
 
 
 def test_long_rows_are_cut(model, tmp_path):
-    """An answer that is cut off altogether leaves a prompt that is scored itself."""
+    """If the answer is cut off entirely, the prompt itself is scored."""
     rows = [{"question": "1" * 30, "answer": "2" * n} for n in (5, 500, 5)]
     calibration = read_calibration(jsonl(tmp_path / "rows.jsonl", rows), model, sample_tokens=20)
     assert [(len(ids), begin) for ids, begin in calibration.sequences] == [(20, 0)] * 2

@@ -1,7 +1,7 @@
-"""quantize_checkpoint, read_quantization, validate_nvfp4_checkpoint.
+"""Tests quantize_checkpoint, read_quantization and validate_nvfp4_checkpoint.
 
-What is written is compared with compressed-tensors: its configuration, its decompressor, and
-(through transformers) its loading of the whole model.
+The written checkpoint is compared with compressed-tensors: its configuration, its decompressor,
+and, through transformers, its loading of the whole model.
 """
 
 import errno
@@ -85,7 +85,7 @@ def assert_nothing_left(dst):
     assert not list(dst.parent.glob(f"{dst.name}.tmp-*"))
 
 
-# --- what is written -------------------------------------------------------------------------------------------------
+# --- what is written ---
 
 
 DATA_FREE = {
@@ -137,8 +137,8 @@ def test_decompressed_by_compressed_tensors(make_checkpoint, tmp_path, method):
     weight = NVFP4PackedCompressor.decompress(state, preset_name_to_scheme("NVFP4A16", ["Linear"]))["weight"]
     assert weight.dtype == torch.bfloat16
     ours = dequantize_nvfp4(packed, scale, global_scale)
-    # they round scale / global_scale to float32 before the product, we the product alone: at most
-    # the last bit differs
+    # compressed-tensors rounds scale / global_scale to float32 before it multiplies, we round the
+    # result alone: at most the last bit differs
     assert (weight.view(torch.int16) - ours.view(torch.int16)).abs().max() <= 1
     assert (weight == ours).float().mean() > 0.99
 
@@ -147,8 +147,7 @@ def test_decompressed_by_compressed_tensors(make_checkpoint, tmp_path, method):
     "architecture, tied", [("Qwen2ForCausalLM", True), ("LlamaForCausalLM", False), *((name, True) for name in TOWERS)]
 )
 def test_model_loaded_by_transformers(make_checkpoint, tmp_path, architecture, tied):
-    """Logits of the loaded NVFP4 model are those of the 16-bit model with quantized and dequantized
-    weights."""
+    """The loaded NVFP4 model has the logits of the 16-bit model with decoded quantized weights."""
     src, dst = quantized(make_checkpoint, tmp_path, architecture, tie_word_embeddings=tied)
     tokens = torch.arange(20).view(2, 10)
     automatic = automatic_class(get_architecture({"architectures": [architecture]}))
@@ -163,7 +162,8 @@ def test_model_loaded_by_transformers(make_checkpoint, tmp_path, architecture, t
     loaded = automatic.from_pretrained(dst, dtype=torch.bfloat16)
     got = loaded(tokens).logits.float()
     assert (got - want).norm() < 2 * torch.finfo(torch.bfloat16).eps * want.norm()
-    assert (original - want).norm() > 0.02 * want.norm()  # quantization does show, so the line above means something
+    # quantization is visible, so the check above means something
+    assert (original - want).norm() > 0.02 * want.norm()
 
 
 def test_configuration_is_what_compressed_tensors_writes(make_checkpoint, tmp_path):
@@ -208,8 +208,7 @@ def test_other_files_are_copied_and_weights_are_not(make_checkpoint, tmp_path):
 
 
 def test_shards_in_and_out(make_checkpoint, tmp_path):
-    """The same tensors come out, however source and output are cut, even where a fused group spans
-    files."""
+    """Source and output may be cut anywhere, even where a fused group spans files."""
     single, shards = make_checkpoint(name="single"), make_checkpoint(name="shards", shards=True)
     weight_map = json.loads((shards / "model.safetensors.index.json").read_text())["weight_map"]
     assert len({weight_map[f"model.layers.0.self_attn.{n}_proj.weight"] for n in "qkv"}) > 1
@@ -233,8 +232,7 @@ def test_shards_in_and_out(make_checkpoint, tmp_path):
 
 
 def test_float32_source(make_checkpoint, tmp_path):
-    """Linears are quantized from float32, everything else is rounded to bfloat16, and the config
-    says so."""
+    """Linears are quantized from float32; everything else becomes bfloat16, as the config says."""
     src, dst = quantized(make_checkpoint, tmp_path, dtype=torch.float32)
     edit_config(src, dtype="float32")
     source, output = load(src), load(dst)
@@ -291,8 +289,10 @@ def test_torch_threads_are_given_back(make_checkpoint, tmp_path):
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="peak memory is read from Linux's /proc")
 def test_memory_is_that_of_a_layer(tmp_path):
-    """Peak memory of a process that quantizes, above that of one that has imported everything, for
-    a model of 2 layers and an embedding larger than one of them."""
+    """Measures the peak memory of a quantizing process above that of one that has only imported.
+
+    The model has 2 layers and an embedding that is larger than one of them.
+    """
     src = tmp_path / "src"
     src.mkdir()
     hidden, inner, layers, vocabulary = 2048, 4096, 2, 24576
@@ -322,11 +322,11 @@ def test_memory_is_that_of_a_layer(tmp_path):
     out = subprocess.run(arguments, capture_output=True, text=True, check=True)
     peak = int(out.stdout) * 1024 / layer_bytes
     print(f"peak memory: {peak:.2f} layers")
-    assert 0.5 < peak < 1.5  # a fused group has to be there; all of the model would be 3
+    assert 0.5 < peak < 1.5  # a fused group must be in memory; the whole model would be 3
     validate_nvfp4_checkpoint(tmp_path / "dst")
 
 
-# --- experts ---------------------------------------------------------------------------------------------------------
+# --- experts ---
 
 
 MOE = "Qwen3MoeForCausalLM"
@@ -335,7 +335,7 @@ ROUTER = "model.layers.0.mlp.gate"
 
 
 def stack_experts(folder):
-    """The same checkpoint as ``save_pretrained(save_original_format=False)`` writes it."""
+    """Rewrites the checkpoint as ``save_pretrained(save_original_format=False)`` does."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     (folder / "model.safetensors").unlink()
     model.save_pretrained(folder, save_original_format=False)
@@ -363,7 +363,7 @@ def test_a_stack_of_another_shape(make_checkpoint, tmp_path):
 
 
 def test_routers_stay_in_16_bits_and_are_named(make_checkpoint, tmp_path):
-    """As compressed-tensors and vLLM have it; experts show up as one kind each in the report."""
+    """Names agree with compressed-tensors and vLLM; in the report, experts form one kind each."""
     src, dst = quantized(make_checkpoint, tmp_path, MOE)
     assert read_config(dst)["quantization_config"]["ignore"] == ["lm_head", ROUTER]
     assert torch.equal(load(dst)[f"{ROUTER}.weight"], load(src)[f"{ROUTER}.weight"])
@@ -373,7 +373,8 @@ def test_routers_stay_in_16_bits_and_are_named(make_checkpoint, tmp_path):
 
 
 def test_an_experts_bytes_are_compressed_tensors(make_checkpoint, tmp_path):
-    """Its own compressor, with the global scale that an expert's gate and up share."""
+    """Compares with its own compressor, with the global scale that an expert's gate and up
+    share."""
     src, dst = quantized(make_checkpoint, tmp_path, MOE)
     source, output = load(src), load(dst)
     scheme = preset_name_to_scheme("NVFP4A16", ["Linear"])
@@ -384,7 +385,8 @@ def test_an_experts_bytes_are_compressed_tensors(make_checkpoint, tmp_path):
         blocks = weight.unflatten(1, (-1, 16))
         scale, _ = calculate_qparams(blocks.amin(-1), blocks.amax(-1), scheme.weights, global_scale=global_scale)
         state = {"weight": weight, "weight_scale": scale, "weight_global_scale": global_scale}
-        with torch.compiler.set_stance("force_eager"):  # compiled, their rounding differs from their own eager code's
+        # their compiled code rounds differently from their eager code
+        with torch.compiler.set_stance("force_eager"):
             expected = NVFP4PackedCompressor.compress(state, scheme)
         for part in ("weight_packed", "weight_scale", "weight_global_scale"):
             found = output[f"{EXPERT}.{name}.{part}"]
@@ -392,8 +394,9 @@ def test_an_experts_bytes_are_compressed_tensors(make_checkpoint, tmp_path):
 
 
 def test_a_checkpoint_of_llm_compressor_with_experts(make_checkpoint, tmp_path):
-    """Expressions in ``ignore``, scales that gate and up do not share, activation scales of W4A4,
-    and a layer whose experts are all left out."""
+    """``ignore`` has expressions, gate and up have separate scales, W4A4 has activation scales, and
+    the experts of one layer are all left out.
+    """
     _, dst = quantized(make_checkpoint, tmp_path, MOE, mlp_only_layers=[])
     config = read_config(dst)["quantization_config"]
     plain = [f"model.layers.1.mlp.experts.{i}.{n}" for i in range(4) for n in ("gate_proj", "up_proj", "down_proj")]
@@ -445,7 +448,7 @@ def test_damaged_experts(make_checkpoint, tmp_path, change, named):
     assert all(text in str(error.value) for text in named)
 
 
-# --- what is refused -------------------------------------------------------------------------------------------------
+# --- what is refused ---
 
 
 def refused(src, tmp_path, *named, error=CheckpointError):
@@ -481,7 +484,8 @@ EXTRA = [
         "1 of 28 tensors are none of the model that config.json describes: v_head.summary.weight",
     ),
     ("score.weight", "score.weight"),
-    ("model.layers.2.self_attn.q_proj.weight", "model.layers.2.self_attn.q_proj.weight"),  # config.json has two layers
+    # config.json has two layers
+    ("model.layers.2.self_attn.q_proj.weight", "model.layers.2.self_attn.q_proj.weight"),
     ("model.layers.0.self_attn.q_norm.weight", "q_norm.weight"),
     ("model.layers.0.self_attn.o_proj.bias", "o_proj.bias"),
     ("base_model.model.model.norm.weight", "base_model.model.model.norm.weight"),
@@ -598,7 +602,7 @@ def test_destination_in_use(make_checkpoint, tmp_path):
         quantize_checkpoint(src, tmp_path / "dst", progress=False)
     assert (tmp_path / "dst" / "mine").read_text() == "keep me"
     (tmp_path / "dst" / "mine").unlink()
-    quantize_checkpoint(src, tmp_path / "dst", progress=False)  # empty is fine
+    quantize_checkpoint(src, tmp_path / "dst", progress=False)  # an empty folder is accepted
     validate_nvfp4_checkpoint(tmp_path / "dst")
 
 
@@ -634,7 +638,7 @@ def test_disk_full_in_the_middle(make_checkpoint, tmp_path, monkeypatch, code):
 
 
 def test_really_full_disk(make_checkpoint, tmp_path, monkeypatch):
-    """A file system of 64 KiB, and a free-space check that is told otherwise."""
+    """The file system has 64 KiB, and the check of free space is misled."""
     disk = tmp_path / "disk"
     disk.mkdir()
     if os.getuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", disk], stderr=-3).returncode:
@@ -648,7 +652,7 @@ def test_really_full_disk(make_checkpoint, tmp_path, monkeypatch):
         subprocess.run(["umount", disk], check=True)
 
 
-# --- recognising and checking ----------------------------------------------------------------------------------------
+# --- recognising and checking ---
 
 
 def with_quantization(tmp_path, quantization):
@@ -668,7 +672,7 @@ def changed(*path, value):
 def test_read_quantization(tmp_path):
     assert read_quantization(with_quantization(tmp_path, None)) == "none"
     assert read_quantization(with_quantization(tmp_path, QUANTIZATION_CONFIG)) == "nvfp4"
-    scheme = preset_name_to_scheme("NVFP4", ["Linear"])  # with activations
+    scheme = preset_name_to_scheme("NVFP4", ["Linear"])  # quantizes activations as well
     w4a4 = QuantizationConfig(config_groups={"group_0": scheme}, format=FORMAT, ignore=["lm_head"])
     assert read_quantization(with_quantization(tmp_path, w4a4.model_dump(mode="json"))) == "nvfp4"
 
@@ -704,7 +708,7 @@ def test_modelopt_is_refused(tmp_path):
 
 
 def test_validate_accepts_activation_scales_and_scalars(make_checkpoint, tmp_path):
-    """As other tools write it: input_global_scale beside the weights, global scales without a
+    """Other tools write input_global_scale beside the weights, and global scales without a
     dimension."""
     _, dst = quantized(make_checkpoint, tmp_path)
 
@@ -752,7 +756,8 @@ UNSOUND = [
     (fill(GLOBAL, -2.0), f"tensor {GLOBAL} is -2; it divides the weight"),
     (fill(GLOBAL, math.nan), f"tensor {GLOBAL} is nan; it divides the weight"),
     (fill(GLOBAL, 0.0), f"tensor {GLOBAL} is 0; it divides the weight"),
-    (fill(GLOBAL, 1e-40), f"tensor {GLOBAL} is 9.99995e-41; it divides the weight"),  # its reciprocal is Inf
+    # its reciprocal is infinite
+    (fill(GLOBAL, 1e-40), f"tensor {GLOBAL} is 9.99995e-41; it divides the weight"),
     (fill_byte(SCALE, 0x7F), f"tensor {SCALE} holds 1 NaN and 0 negative scales"),
     (fill_byte(SCALE, 0xFF), f"tensor {SCALE} holds 1 NaN and 0 negative scales"),
     (fill_byte(SCALE, 0x81), f"tensor {SCALE} holds 0 NaN and 1 negative scales"),
@@ -823,9 +828,9 @@ def test_validate_refuses_16_bit(make_checkpoint):
 
 
 def test_a_packed_checkpoint_with_published_names_and_one_flat_config(make_checkpoint, tmp_path):
-    """As Qwen2.5-VL's published checkpoints are, and what llm-compressor makes of them: older
-    names, in ``ignore`` each linear of the tower by name, and the decoder's settings at the top of
-    config.json."""
+    """Qwen2.5-VL's published checkpoints have older names. llm-compressor names each linear of the
+    tower in ``ignore``, and the decoder's settings are at the top of config.json.
+    """
     _, dst = quantized(make_checkpoint, tmp_path, "Qwen2_5_VLForConditionalGeneration")
     modules, row = load(dst), get_architecture({"architectures": ["Qwen2_5_VLForConditionalGeneration"]})
     older = {now: old for old, now in row.older_names.items()}

@@ -55,7 +55,7 @@ def rewrite(source, folder, change_config, change_tensors, files=()):
 
 
 def modelopt(source, folder, plain=(), settings=None, in_config=False, change=lambda tensors: None, linears=LINEARS):
-    """Returns an NVFP4 checkpoint of ours under ModelOpt's names; ``plain`` linears are decoded to
+    """Returns our NVFP4 checkpoint under ModelOpt's names, with ``plain`` linears decoded to
     bfloat16."""
     base = Base(source)
 
@@ -128,14 +128,13 @@ def test_modelopt_decodes_to_the_same_weights(nvfp4_checkpoint, tmp_path, in_con
             after[f"{linear}.weight_scale"].view(torch.uint8), before[f"{linear}.weight_scale"].view(torch.uint8)
         )
         found, expected = converted.weight(linear, CPU), original.weight(linear, CPU)
-        # two reciprocals in float32
+        # the reciprocal is taken twice in float32
         assert ((found - expected).abs() <= 2 * torch.finfo(torch.float32).eps * expected.abs()).all()
     assert not any(name.endswith(("input_scale", "scale_2")) for name in after)
 
 
 def test_modelopt_with_experts(tmp_path):
-    """One matrix an expert, as ModelOpt exports them; routers in 16 bits, and refused where they
-    are packed."""
+    """ModelOpt exports one matrix per expert. Routers are in 16 bits, and refused where packed."""
     make_family("Qwen3MoeForCausalLM", tmp_path / "s", mlp_only_layers=[])
     quantize_checkpoint(tmp_path / "s", tmp_path / "q", progress=False)
     linears = list(linear_shapes(tmp_path / "q"))
@@ -169,8 +168,7 @@ def test_modelopt_with_experts(tmp_path):
 
 @pytest.mark.parametrize("name", ["Phi3ForCausalLM", "Gemma3ForCausalLM"])
 def test_modelopt_of_other_families(tmp_path, name):
-    """Linears that the checkpoint fuses; embeddings that are tied by the model's default, with a
-    copy of them."""
+    """The checkpoint fuses linears; embeddings are tied by the model's default and stored twice."""
     make_family(name, tmp_path / "s", **({"tie_word_embeddings": True} if name == "Gemma3ForCausalLM" else {}))
     quantize_checkpoint(tmp_path / "s", tmp_path / "q", progress=False)
     linears = linear_shapes(tmp_path / "q")
@@ -320,7 +318,7 @@ def test_ignore_of_a_ready_made_checkpoint(nvfp4_checkpoint, tmp_path, ignore, p
 
 
 def test_fused_linears_may_have_scales_of_their_own(nvfp4_checkpoint, tmp_path):
-    """The actor has a scale for each linear, the rollout multiplies the rows by their ratio
+    """The actor has a scale for each linear; the rollout multiplies rows by their ratio
     (rollout/scheme.py)."""
 
     def double(found):

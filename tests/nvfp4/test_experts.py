@@ -58,7 +58,7 @@ def transformers_experts(experts, config):
 def routing(tokens, config, dtype):
     generator = torch.Generator().manual_seed(3)
     scores = torch.rand(tokens, config.num_experts, generator=generator)
-    scores[:, 2] = -1  # an expert without tokens
+    scores[:, 2] = -1  # one expert has no tokens
     weights, index = scores.topk(config.num_experts_per_tok, -1)
     return index, weights.to(dtype)
 
@@ -85,7 +85,7 @@ def test_outputs_and_gradients_are_transformers(checkpoint, dtype):
 
 
 def test_autocast(checkpoint):
-    """Rows are computed in autocast's dtype; the gradient comes back in the input's."""
+    """Rows are computed in autocast's dtype, and the gradient has the input's dtype."""
     experts = load(checkpoint).get_submodule(EXPERTS)
     x = torch.randn(5, 128, requires_grad=True)
     index, weights = routing(5, AutoConfig.from_pretrained(checkpoint), torch.float32)
@@ -97,7 +97,7 @@ def test_autocast(checkpoint):
 
 
 def test_checkpointing_changes_no_bit_and_skips_the_last_gemm(checkpoint, monkeypatch):
-    """The second run of a checkpointed layer ends in front of the experts' down projection."""
+    """The second run of a checkpointed layer ends before the experts' down projection."""
     experts = load(checkpoint).get_submodule(EXPERTS)
     index, weights = routing(9, AutoConfig.from_pretrained(checkpoint), torch.float32)
     x, calls = torch.randn(9, 128), []
@@ -124,7 +124,7 @@ def test_checkpointing_changes_no_bit_and_skips_the_last_gemm(checkpoint, monkey
 
 
 def test_bytes_survive_the_carrier_of_fsdp(checkpoint):
-    """As float32, which FSDP2 gathers, the bytes are the same; one parameter holds a layer's
+    """As float32, which FSDP2 gathers, the bytes are unchanged; one parameter holds a layer's
     experts."""
     one, other = (
         load(checkpoint, storage_dtype=dtype).get_submodule(EXPERTS) for dtype in (torch.uint8, torch.float32)
@@ -145,8 +145,7 @@ def test_the_kernel_line_counts_experts(checkpoint):
 
 
 def test_experts_in_16_bits(checkpoint, tmp_path):
-    """A layer that ``ignore`` names keeps transformers' module, filled from one matrix for each
-    expert."""
+    """A layer in ``ignore`` keeps transformers' module, filled from one matrix for each expert."""
     tensors = load_file(checkpoint / "model.safetensors")
     for name in [n.removesuffix(".weight_packed") for n in tensors if ".experts." in n and n.endswith("_packed")]:
         parts = [tensors.pop(f"{name}.weight_{part}") for part in ("packed", "scale", "global_scale")]
@@ -162,8 +161,8 @@ def test_experts_in_16_bits(checkpoint, tmp_path):
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["pytorch", "triton", "hopper"])
 def test_on_a_gpu(backend):
-    """In bfloat16 on each backend's layout: outputs, gradients, and that nothing decoded stays in
-    memory."""
+    """Checks outputs, gradients, and memory without decoded weights, in bfloat16, for each
+    backend."""
     device = torch.device("cuda", 0)
     if reason := get_backend(backend).unsupported_device(device):
         pytest.skip(reason)

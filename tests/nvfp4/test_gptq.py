@@ -10,8 +10,8 @@ VALUES = torch.tensor([*E2M1_VALUES, *(-v for v in E2M1_VALUES)])
 
 
 def problem(n=24, k=272, tokens=700, seed=0):
-    """Returns weight [n, k], correlated inputs [tokens, k] of very different size, and steps [n, k
-    / 16]."""
+    """Returns weight ``[n, k]``, correlated inputs ``[tokens, k]`` of very different size, and
+    steps ``[n, k / 16]``."""
     generator = torch.Generator().manual_seed(seed)
     mixing = torch.randn(k, k, generator=generator) * torch.rand(k, generator=generator)
     inputs = torch.randn(tokens, k, generator=generator) @ mixing
@@ -31,8 +31,10 @@ def decode(codes, step):
 
 
 def column_by_column(weight, hessian, step):
-    """Algorithm 1 of arXiv 2210.17323 with all of H^-1, eliminating one channel at a time, most
-    active first."""
+    """Implements Algorithm 1 of arXiv 2210.17323 with all of H^-1.
+
+    It eliminates one channel at a time, the most active first.
+    """
     weight, hessian = weight.double(), hessian.double()
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
     hessian = hessian + torch.eye(len(hessian)) * DAMPING * hessian.diagonal().mean()
@@ -59,9 +61,9 @@ def test_as_the_paper_has_it():
     hessian = hessian_of(inputs)
     ours = decode(gptq_codes(weight, hessian, step), step)
     reference = column_by_column(weight, hessian, step)
-    # float32 and another order of additions: now and then a value that lies between two goes to the
-    # other one, and its row follows. Most values are the same, and what counts, the error of the
-    # outputs, is.
+    # float32 and another order of additions: now and then a value between two codes goes to the
+    # other code, and its row follows. Most values are equal, and the error of the outputs, which
+    # counts, is equal.
     assert (ours.double() - reference).abs().lt(1e-6).float().mean() > 0.7
     assert output_error(weight, ours, inputs) == pytest.approx(output_error(weight, reference, inputs), rel=0.03)
 
@@ -73,7 +75,7 @@ def test_better_outputs_than_rounding():
     ours = decode(gptq_codes(weight, hessian_of(inputs), step), step)
     fresh = problem(seed=1, tokens=1400)[1][700:]
     assert output_error(weight, ours, fresh) < 0.5 * output_error(weight, rounded, fresh)
-    assert ((weight - ours) ** 2).sum() > ((weight - rounded) ** 2).sum()  # at the cost of the weights
+    assert ((weight - ours) ** 2).sum() > ((weight - rounded) ** 2).sum()  # the weights get worse
 
 
 def test_factor():
@@ -98,7 +100,7 @@ def test_channels_that_are_never_active_are_rounded_to_nearest():
 
 
 def test_fewer_tokens_than_channels():
-    """A Hessian of rank 5: damping is what makes it invertible."""
+    """The Hessian has rank 5, and only damping makes it invertible."""
     weight, inputs, step = problem(tokens=5)
     ours = decode(gptq_codes(weight, hessian_of(inputs), step), step)
     assert torch.isfinite(ours).all()
@@ -120,18 +122,17 @@ def test_nan_is_refused():
 
 
 def test_rows_do_not_depend_on_each_other():
-    """So linears with the same input can be solved together."""
+    """Linears with the same input can therefore be solved together."""
     weight, inputs, step = problem()
     hessian = hessian_of(inputs)
     together = gptq_codes(weight, hessian, step)
     alone = torch.cat([gptq_codes(w, hessian, s) for w, s in zip(weight.split(8), step.split(8), strict=True)])
-    assert (together == alone).float().mean() > 0.99  # up to the order of additions in matrix products
+    assert (together == alone).float().mean() > 0.99  # up to the order of additions in GEMMs
 
 
 @pytest.mark.gpu
 def test_on_a_gpu():
-    """The CUDA graph computes what the loop computes, and the device gives about the same errors as
-    the CPU."""
+    """The CUDA graph computes what the loop computes, and errors are about those of the CPU."""
     weight, inputs, step = problem()
     hessian = hessian_of(inputs)
     cpu = decode(gptq_codes(weight, hessian, step), step)

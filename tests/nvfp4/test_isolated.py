@@ -38,7 +38,7 @@ def test_its_errors_are_raised_here(make_checkpoint, tmp_path, monkeypatch):
 
 def test_it_ends_when_nobody_waits_any_more():
     left = []
-    isolated._end_with(os.getppid() + 1, left.append, 0.01)  # its parent is another process by now
+    isolated._end_with(os.getppid() + 1, left.append, 0.01)  # stands for a parent that has died
     assert left == [1]
     left.clear()
     waiting = threading.Thread(target=isolated._end_with, args=(os.getppid(), left.append, 0.01), daemon=True)

@@ -31,10 +31,9 @@ def _written(tmp_path_factory):
 
 @pytest.fixture
 def shared_model_and_text(make_checkpoint, _written):
-    """Returns a checkpoint and text that its own model has written, of different lengths: 64
-    sequences, 16 of them kept apart.
+    """Returns a checkpoint, and text of different lengths that its own model has written.
 
-    The same folder for every test, which reads it.
+    There are 64 sequences, 16 of them held out. Tests share the folder and only read it.
     """
     root, made = _written
 
@@ -50,7 +49,7 @@ def shared_model_and_text(make_checkpoint, _written):
 
 @pytest.fixture
 def model_and_text(shared_model_and_text, tmp_path):
-    """Returns the same with a copy of the folder."""
+    """Returns :func:`shared_model_and_text` with a copy of the folder."""
 
     def make(*arguments, **config):
         folder, text = shared_model_and_text(*arguments, **config)
@@ -61,7 +60,8 @@ def model_and_text(shared_model_and_text, tmp_path):
 
 def _write_text(folder):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    for parameter in model.parameters():  # the fixture's weights are so small that layers hardly matter
+    # the fixture's weights are so small that layers hardly matter
+    for parameter in model.parameters():
         parameter.data *= 2 if parameter.ndim == 2 else 1
     model.to(torch.bfloat16).save_pretrained(folder)
     model.float()
@@ -74,8 +74,8 @@ def _write_text(folder):
 
 @pytest.fixture
 def undisturbed(_written, shared_model_and_text):
-    """Returns the folder that gptq makes of :func:`shared_model_and_text` when nothing disturbs it,
-    and those two."""
+    """Returns the folder of an undisturbed GPTQ run on :func:`shared_model_and_text`, and those
+    two."""
     root, _ = _written
     folder, text = shared_model_and_text()
     if not (root / "gptq").exists():
@@ -98,7 +98,7 @@ def contents(folder):
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
-# --- the decoder, one layer at a time --------------------------------------------------------------------------------
+# --- the decoder, one layer at a time ---
 
 
 @pytest.mark.parametrize(
@@ -112,8 +112,7 @@ def contents(folder):
     ],
 )  # fmt: skip
 def test_layer_by_layer_is_the_model(make_checkpoint, architecture, config):
-    """Hidden states after the last layer, of padded batches, are those of transformers' model on
-    each sequence alone."""
+    """Hidden states of padded batches after the last layer equal those of each sequence alone."""
     folder = make_checkpoint(architecture, **config)
     decoder = LayerwiseDecoder(_hf_config(folder), read_headers(folder), CPU)
     sequences = [(list(range(3, 3 + length)), begin) for length, begin in ((9, 4), (30, 0), (17, 1), (30, 29))]
@@ -153,13 +152,12 @@ def test_small_batches_give_the_same(make_checkpoint, monkeypatch):
     assert [a.tokens.shape for a in decoder.embed(sequences)] == [(1, 40), (1, 33), (2, 12)]
 
 
-# --- gptq ------------------------------------------------------------------------------------------------------------
+# --- gptq ---
 
 
 @pytest.mark.parametrize("architecture", ["LlamaForCausalLM", pytest.param("Qwen3ForCausalLM", marks=pytest.mark.slow)])
 def test_gptq_beats_rounding(model_and_text, tmp_path, architecture):
-    """By the model's loss and its predictions on text that was not calibrated with; the weights
-    themselves get worse."""
+    """The loss and the predictions on held-out text are better, though the weights get worse."""
     folder, text = model_and_text(architecture)
     for method in ("rtn", "four-over-six", "gptq"):
         quantize_checkpoint(folder, tmp_path / method, method=method, calibration=text, progress=False)
@@ -172,7 +170,7 @@ def test_gptq_beats_rounding(model_and_text, tmp_path, architecture):
 
 
 def test_gptq_of_experts(model_and_text, tmp_path, monkeypatch):
-    """Each expert is solved from its own tokens, padding left out."""
+    """Each expert is solved from its own tokens, without padding."""
     folder, text = model_and_text("Qwen3MoeForCausalLM")
     counts, hessians = {}, layerwise._hessians
 
@@ -187,7 +185,8 @@ def test_gptq_of_experts(model_and_text, tmp_path, monkeypatch):
         validate_nvfp4_checkpoint(tmp_path / method)
     tokens = sum(len(ids) for ids, _ in text.sequences)
     of_experts = {name: count for name, count in counts[0].items() if ".experts." in name}
-    assert sum(c for n, c in of_experts.items() if n.endswith("gate_proj")) == 2 * tokens  # two experts a token
+    # two experts per token
+    assert sum(c for n, c in of_experts.items() if n.endswith("gate_proj")) == 2 * tokens
     assert all(of_experts[n] == of_experts[n.replace("gate_proj", "down_proj")] for n in of_experts if "gate" in n)
     assert counts[0]["self_attn.q_proj"] == tokens
     six, gptq = (report(tmp_path / method) for method in ("four-over-six", "gptq"))
@@ -204,7 +203,7 @@ def test_gptq_of_an_expert_without_tokens_rounds_to_nearest():
 
 
 def test_gptq_is_plain_nvfp4(model_and_text, tmp_path):
-    """Loaded by transformers through compressed-tensors, and decoded by it to the weights that we
+    """transformers loads it through compressed-tensors, which decodes the weights that we
     decode."""
     folder, text = model_and_text("Qwen2ForCausalLM", tie_word_embeddings=True)
     quantize_checkpoint(folder, tmp_path / "dst", method="gptq", calibration=text, progress=False)
@@ -236,7 +235,7 @@ def test_gptq_twice_gives_the_same_bytes_and_leaves_nothing(undisturbed, tmp_pat
 
 
 class Killed(BaseException):
-    """What no handler catches."""
+    """An exception that no handler catches."""
 
 
 @pytest.mark.parametrize("killed_at", ["second layer", "writing"])
@@ -269,7 +268,7 @@ def test_gptq_goes_on_where_it_was_killed(undisturbed, tmp_path, monkeypatch, ki
     monkeypatch.setattr(layerwise, "_gptq_group", counted)
     killed_at = "no more"
     quantize_checkpoint(folder, tmp_path / "dst", method="gptq", calibration=text, progress=False)
-    assert len(solved) == 4 * (2 - len(finished))  # four groups a layer
+    assert len(solved) == 4 * (2 - len(finished))  # four groups per layer
     assert contents(tmp_path / "dst") == contents(whole)
     assert not list(tmp_path.glob("dst.*"))
 
@@ -281,7 +280,7 @@ def test_another_text_does_not_go_on_with_these_layers(model_and_text, tmp_path,
     (finished.folder / "layer-00000.safetensors").write_bytes(b"of another text")
     quantize_checkpoint(folder, tmp_path / "dst", method="gptq", calibration=text, progress=False)
     validate_nvfp4_checkpoint(tmp_path / "dst")
-    assert finished.folder.exists()  # whose it is, is not known
+    assert finished.folder.exists()  # it holds a file of unknown origin
 
 
 def test_full_disk_while_layers_are_kept(model_and_text, tmp_path, monkeypatch):

@@ -1,4 +1,5 @@
-"""A layer's weight in the layout of a backend: the same weight, in every storage dtype and on the meta device."""
+"""A layer's weight in the layout of a backend: the same weight, in every storage dtype and on
+the meta device."""
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def hopper_is_there(monkeypatch):
-    """Its layout is made in plain PyTorch, so all but the matrix product works on the CPU."""
+    """The Hopper layout is made in plain PyTorch, so everything but the GEMM works on the CPU."""
     monkeypatch.setattr(backends.HopperBackend, "unsupported_device", lambda self, device: None)
 
 
@@ -55,7 +56,7 @@ def test_choosing_the_same_backend_again_changes_nothing(hopper_is_there):
 
 
 def test_a_layer_without_data_gets_the_kernels_and_receives_prepacked_bytes(hopper_is_there):
-    """As on every rank but the first: the bytes come from rank 0, which has prepacked them."""
+    """On all ranks but the first the bytes come from rank 0, which has prepacked them."""
     source, empty = layer(), layer(device="meta")
     weight = source.dequantize()
     for made in (source, empty):

@@ -42,7 +42,8 @@ def test_the_container_is_nvfp4s_and_the_values_are_mxfp4s(mxfp4_checkpoint, bf1
     for linear in linears:
         weight = original[f"{linear}.weight"]
         parts = [packed[f"{linear}.weight_{part}"] for part in ("packed", "scale", "global_scale")]
-        alone = mxfp4_global_scale(weight.abs().max())  # linears that are fused share a divisor, which changes no value
+        # fused linears share a divisor, which changes no value
+        alone = mxfp4_global_scale(weight.abs().max())
         expected = dequantize_nvfp4(*quantize_mxfp4(weight, alone), alone, torch.float32)
         assert torch.equal(dequantize_nvfp4(*parts, torch.float32), expected)
     assert json.loads((mxfp4_checkpoint / MANIFEST_FILE).read_text())["method"] == "mxfp4"
@@ -74,9 +75,8 @@ def test_exponents_that_span_too_much_are_refused_by_the_tensors_name(tmp_path, 
     ):
         quantize_checkpoint(source, tmp_path / "out", method="mxfp4", progress=False)
     assert not (tmp_path / "out").exists() and low < -40
-    zeros = changed(
-        bf16_checkpoint, tmp_path / "b", name, lambda w: w[3, 32:64].zero_()
-    )  # a block that has no exponent
+    # a block without an exponent
+    zeros = changed(bf16_checkpoint, tmp_path / "b", name, lambda w: w[3, 32:64].zero_())
     quantize_checkpoint(zeros, tmp_path / "out", method="mxfp4", progress=False)
 
 

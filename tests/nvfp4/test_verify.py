@@ -30,7 +30,7 @@ def scale_byte(value):
 
 
 def zero_scale_under_zero_codes(tensors):
-    tensors[f"{O1}.weight_packed"][3, 8:16] = 0x80  # zeros of either sign
+    tensors[f"{O1}.weight_packed"][3, 8:16] = 0x80  # zeros of both signs
     scale_byte(0)(tensors)
 
 
@@ -49,7 +49,7 @@ def test_whole(folder):
 
 def test_without_a_manifest(folder):
     (folder / "qerl_manifest.json").unlink()
-    edit(folder, zero_scale_under_zero_codes)  # no weight is lost by it
+    edit(folder, zero_scale_under_zero_codes)  # no weight is lost
     assert verify_checkpoint(folder, progress=False)["files"] == 0
 
 
