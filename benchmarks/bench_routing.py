@@ -130,7 +130,8 @@ def compare(folder: Path, quantized: bool, found: dict, args: argparse.Namespace
                 torch.stack([logits_of[name][: len(tokens) - 1].topk(top_k, -1).indices for name in routers], 1)
                 for logits_of in (routers, seen)
             )
-            missed.append((theirs[..., :, None] != mine[..., None, :]).all(-1).sum(-1))  # [T - 1, layers]
+            # [T - 1, layers]
+            missed.append((theirs[..., :, None] != mine[..., None, :]).all(-1).sum(-1))
     r = torch.cat(ratios)
     out = {"k3": (r.exp() - 1 - r).mean().item(), "tokens": len(r), "mean_abs_difference": r.abs().mean().item()}
     if missed:

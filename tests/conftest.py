@@ -1,5 +1,4 @@
-"""Fixtures that more than one test folder uses, and how the tests are divided among pytest-xdist's
-workers."""
+"""Provides fixtures of several test folders, and divides the tests among pytest-xdist's workers."""
 
 from __future__ import annotations
 
@@ -21,8 +20,8 @@ ONE_THREAD = "QERL_TEST_ONE_THREAD"
 """Set by tests that start pytest beside other workers."""
 
 if {"PYTEST_XDIST_WORKER", ONE_THREAD} & os.environ.keys():
-    # Not with OMP_NUM_THREADS=1, which a vLLM engine would inherit: vLLM 0.28 corrupts its heap on
-    # one thread when a batch mixes prefill and decoding.
+    # OMP_NUM_THREADS=1 is not used, because a vLLM engine would inherit it: vLLM 0.28 corrupts its
+    # heap on one thread when a batch mixes prefill and decoding.
     torch.set_num_threads(1)
 
 ALONE = ("integration", "engine")
@@ -41,11 +40,11 @@ ALONE_PLACES = (
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Gives each file to one worker, for the sake of its fixtures, and what runs alone to one
-    worker as a whole.
+    """Gives each file to one worker, because of its fixtures, and tests that run alone to one
+    worker.
 
-    pytest-xdist 3.8 marks groups in a private field that pytest 9.2 does not read any more, so
-    ``--dist loadgroup`` divides nothing there. The files are told apart by their names.
+    pytest-xdist 3.8 marks groups in a private field that pytest 9.2 does not read, so
+    ``--dist loadgroup`` divides nothing there. The files are recognised by their names.
     """
     from xdist.scheduler import LoadScopeScheduling
 
@@ -58,10 +57,12 @@ def pytest_xdist_make_scheduler(config, log):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """What runs alone takes longest and starts first (``--no-loadscope-reorder`` keeps the order).
+    """Starts tests that run alone first, because they take longest.
+
+    ``--no-loadscope-reorder`` keeps this order.
 
     Raises:
-        pytest.UsageError: a test that starts Ray or an engine lies outside :data:`ALONE_PLACES`.
+        pytest.UsageError: a test that starts Ray or an engine is outside :data:`ALONE_PLACES`.
     """
     for item in items:
         if any(item.get_closest_marker(mark) for mark in ALONE) and not item.nodeid.startswith(ALONE_PLACES):
@@ -76,8 +77,11 @@ def pytest_collection_modifyitems(items):
 
 
 def make_model(folder: Path, **overrides) -> Path:
-    """Returns a random tiny Qwen2 checkpoint in bfloat16 with the quickstart's tokenizer. Returns
-    its folder."""
+    """Writes a random tiny Qwen2 checkpoint in bfloat16 with the quickstart's tokenizer.
+
+    Returns:
+        The folder.
+    """
     from qerl_verl.quickstart.tiny_model import build_tokenizer
 
     tokenizer = build_tokenizer()
@@ -106,7 +110,7 @@ def make_model(folder: Path, **overrides) -> Path:
 
 @pytest.fixture(scope="session")
 def model_factory():
-    """:func:`make_model`, for tests that need another shape."""
+    """Provides :func:`make_model`, for tests that need another shape."""
     return make_model
 
 
@@ -118,7 +122,7 @@ def bf16_checkpoint(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def nvfp4_checkpoint(tmp_path_factory, bf16_checkpoint) -> Path:
-    """Returns the same model, quantized."""
+    """Returns :func:`bf16_checkpoint`, quantized."""
     from qerl_verl.nvfp4.checkpoint import quantize_checkpoint
 
     folder = tmp_path_factory.mktemp("nvfp4") / "model"
@@ -128,7 +132,7 @@ def nvfp4_checkpoint(tmp_path_factory, bf16_checkpoint) -> Path:
 
 @pytest.fixture(scope="session")
 def dequantized_checkpoint(tmp_path_factory, nvfp4_checkpoint, bf16_checkpoint) -> Path:
-    """Returns the quantized model written back as a plain float32 checkpoint, for stock readers."""
+    """Returns the quantized model as a plain float32 checkpoint, for stock readers."""
     from qerl_verl.kernels.nvfp4_dequantize import dequantize_nvfp4
     from qerl_verl.nvfp4.loading import iterate_tensors
 
@@ -151,8 +155,10 @@ def dequantized_checkpoint(tmp_path_factory, nvfp4_checkpoint, bf16_checkpoint) 
 
 @pytest.fixture(scope="session")
 def write_prompts():
-    """Returns ``write_prompts(file, rows)``: a parquet file of arithmetic prompts with the columns
-    that verl reads."""
+    """Returns ``write_prompts(file, rows)``, which writes a parquet file of arithmetic prompts.
+
+    The file has the columns that verl reads.
+    """
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -172,8 +178,9 @@ def write_prompts():
 
 @pytest.fixture
 def gsm8k_files(tmp_path, monkeypatch, write_prompts) -> Path:
-    """Returns a working directory in which the data of QeRL's recipes lies, as few rows as GSM8K's
-    recipes take."""
+    """Returns a working directory with the data of QeRL's recipes, as few rows as GSM8K's recipes
+    take.
+    """
     write_prompts(tmp_path / "data/gsm8k/train.parquet", 1024)
     write_prompts(tmp_path / "data/gsm8k/test.parquet", 8)
     monkeypatch.chdir(tmp_path)

@@ -28,7 +28,7 @@ SECONDS = 900
 
 
 def _exit_code(error: SystemExit) -> int:
-    """As Python's own, which prints what is no number."""
+    """Returns the exit code as Python does, which prints anything that is not a number."""
     if error.code is None or isinstance(error.code, int):
         return error.code or 0
     print(error.code, file=sys.stderr)
@@ -45,7 +45,7 @@ def _run(program: dict) -> None:
 
 
 def _start(program: dict) -> int:
-    """Fork; returns the process id."""
+    """Forks, and returns the process id."""
     process = os.fork()
     if process:
         return process
@@ -55,7 +55,7 @@ def _start(program: dict) -> int:
     os.environ |= program.get("environment", {})
     if "cwd" in program:
         os.chdir(program["cwd"])
-        sys.path[0] = program["cwd"]  # as `python -m` and `python -c` have it
+        sys.path[0] = program["cwd"]  # as for `python -m` and `python -c`
     sys.argv = [program.get("script", program.get("module", "-c")), *program.get("arguments", [])]
     code = 1
     try:
@@ -73,7 +73,7 @@ def _start(program: dict) -> int:
 def serve(prepare) -> None:
     """Calls ``prepare``, then answers requests until standard input ends."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what imports print is no answer
+    os.dup2(2, 1)  # output of imports must not be taken for an answer
     prepare()
     for line in sys.stdin:
         processes = [_start(program) for program in json.loads(line)]
@@ -82,11 +82,11 @@ def serve(prepare) -> None:
 
 
 class ForkServer:
-    """A server as the tests see it; a context manager.
+    """A context manager that starts a server and talks to it.
 
     Args:
-        command: of the server, behind the interpreter.
-        log: file for what the server itself prints.
+        command: the server's command, after the interpreter.
+        log: file for the server's own output.
     """
 
     def __init__(self, command: list, log: Path):
@@ -105,7 +105,7 @@ class ForkServer:
         self._server.stdout.close()
 
     def run(self, programs: list[dict]) -> list[int]:
-        """Runs them side by side; returns their exit codes."""
+        """Runs programs side by side and returns their exit codes."""
         print(json.dumps(programs), file=self._server.stdin, flush=True)
         answer = self._server.stdout.readline()
         assert answer, f"{self._command[1]} ended:\n{self._log.read_text()[-4000:]}"

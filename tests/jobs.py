@@ -1,4 +1,5 @@
-"""Documents of runs (:mod:`qerl_verl.job`) for processes that a test starts without a driver."""
+"""Makes documents of runs (:mod:`qerl_verl.job`) for processes that a test starts without a
+driver."""
 
 from __future__ import annotations
 
@@ -19,12 +20,12 @@ def sharing_job(
     """Returns a run whose actor and rollout use one copy of the base, with a key of its own.
 
     Args:
-        required: ``qerl.base=shared``.
+        required: whether ``qerl.base=shared`` is set.
         kernel: ``qerl.rollout.kernel``.
-        rank: of the adapter in the layers.
-        dtype: of the rollout.
-        model: the checkpoint that is shared.
-        settings: others under ``qerl.*``.
+        rank: rank of the adapter in the layers.
+        dtype: dtype of the rollout.
+        model: the shared checkpoint.
+        settings: other settings under ``qerl.*``.
     """
     settings |= {"base": "shared" if required else "auto", "rollout": RolloutSettings(kernel)}
     sharing = BaseSharing(uuid.uuid4().hex, model)

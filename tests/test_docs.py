@@ -1,4 +1,5 @@
-"""The pages: links and anchors resolve, the site builds, and what a page says of the code is what the code has."""
+"""The pages: links and anchors resolve, the site builds, and what a page says of the code is
+what the code has."""
 
 import ast
 import importlib.util
@@ -67,7 +68,8 @@ def test_a_broken_link_is_found(tmp_path):
 
 
 def rows(page: str, first: str) -> list[list[str]]:
-    """The cells of each row of the first table of a page whose first column has the heading ``first``."""
+    """The cells of each row of the first table of a page whose first column has the heading
+    ``first``."""
     lines = iter((DOCS / page).read_text(encoding="utf-8").splitlines())
     assert any(line.startswith(f"| {first} |") for line in lines), f"{page} has no table with {first}"
     next(lines)
@@ -133,7 +135,8 @@ def template(node: ast.AST) -> str | None:
 
 def templates(tree: ast.AST) -> Iterator[str]:
     """The strings of a module, docstrings left out, each in one piece."""
-    if isinstance(tree, ast.Expr) and isinstance(tree.value, ast.Constant):  # a docstring, or the text under a constant
+    # a docstring, or the text under a constant
+    if isinstance(tree, ast.Expr) and isinstance(tree.value, ast.Constant):
         return
     if (text := template(tree)) is not None:
         yield text
@@ -170,7 +173,8 @@ NO_REFUSALS = (
 
 
 def test_the_page_explains_every_refusal_before_a_run():
-    """A refusal is a sentence: it is long, and a colon or semicolon stands between what, why and the fix."""
+    """A refusal is a sentence: it is long, and a colon or semicolon stands between what, why and
+    the fix."""
     refusals = {text for text in messages("qerl_verl/config/checks") if len(text) > 60 and re.search(r"[:;,] ", text)}
     refusals -= {text for text in refusals if any(part in text for part in NO_REFUSALS)}
     patterns = explained()
@@ -238,7 +242,8 @@ def test_every_page_is_in_the_navigation_of_the_site_once():
 
 
 def mkdocs() -> list[str] | None:
-    """The command of an installed mkdocs with its theme: this interpreter's, that of ``make docs``, or one on the PATH."""
+    """The command of an installed mkdocs with its theme: this interpreter's, that of
+    ``make docs``, or one on the PATH."""
     if importlib.util.find_spec("mkdocs") and importlib.util.find_spec("material"):
         return [sys.executable, "-m", "mkdocs"]
     found = shutil.which("mkdocs", path=os.pathsep.join([str(ROOT / ".venv-docs" / "bin"), os.environ.get("PATH", "")]))

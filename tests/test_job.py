@@ -40,9 +40,7 @@ def test_a_process_reads_what_the_driver_wrote(monkeypatch, job):
 def test_a_process_outside_of_a_run_has_none(monkeypatch):
     monkeypatch.delenv(JOB_ENV, raising=False)
     assert find_job() is None and running_arm() is None and not switched_on()
-    with pytest.raises(
-        JobError, match="QERL_JOB is not set: this process does not belong to a run"
-    ):
+    with pytest.raises(JobError, match="QERL_JOB is not set: this process does not belong to a run"):
         this_job()
 
 

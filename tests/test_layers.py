@@ -22,13 +22,14 @@ FORBIDDEN = {
 
 
 def imported(source: str) -> set[str]:
-    """Returns modules that a file imports anywhere in it; for ``from a import b`` both ``a`` and
+    """Returns the modules that a file imports anywhere; for ``from a import b`` both ``a`` and
     ``a.b``."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and not node.level:  # a relative one stays in its package
+        # relative imports stay in their package
+        elif isinstance(node, ast.ImportFrom) and not node.level:
             found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
     return found
 

@@ -15,7 +15,7 @@ FILES = sorted(
 
 
 def texts(tree):
-    """Yields the line and content of each string of a module that is no docstring."""
+    """Yields line and content of each string of a module that is not a docstring."""
     docstrings = {
         id(node.body[0].value)
         for node in ast.walk(tree)
@@ -32,8 +32,7 @@ def texts(tree):
     "advice", [r"\bdelet(e|ing)\b", r"\brm -", r"\bremove the (file|folder|checkpoint)|not an empty folder.*remove"]
 )
 def test_no_message_advises_to_delete_a_file(advice):
-    """What a message takes for broken may be whole, for another node or in another run's use: it
-    may be moved."""
+    """A file that a message takes for broken may be whole, or in use by another node or run."""
     found = [
         f"{path}:{line}: {text}"
         for path in FILES

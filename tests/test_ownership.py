@@ -41,7 +41,7 @@ SYSTEM_SAYS_NOTHING = {"boot": "", "namespaces": ""}
         (OTHER_CONTAINER, False, "unknown"),
         (SYSTEM_SAYS_NOTHING, False, "unknown"),
         ({"start": ""}, True, "unknown"),
-        ({"start": "1"}, True, "dead"),  # the number was given away again
+        ({"start": "1"}, True, "dead"),  # the number belongs to another process
     ],
 )
 def test_state(gone, where, lives, expected):
@@ -54,11 +54,11 @@ def test_where_this_system_does_not_tell_nothing_is_judged(gone, monkeypatch, fi
     owner = replace(Owner.current(), process=gone)
     monkeypatch.setattr(ownership, {"boot_id": "_boot", "namespaces": "_namespaces"}[field], lambda: "")
     assert owner.state() == "unknown"
-    assert replace(Owner.current(), process=gone).state() == "unknown"  # two empty fields are not the same place
+    assert replace(Owner.current(), process=gone).state() == "unknown"  # empty fields prove nothing
 
 
 def test_a_process_that_proc_hides_is_not_taken_for_dead(monkeypatch):
-    """proc(5), hidepid: other users' processes have no folder there."""
+    """Other users' processes have no folder in /proc there (proc(5), hidepid)."""
     owner = Owner.current()
     monkeypatch.setattr(ownership, "_stat", lambda process: [])
     assert owner.state() == "unknown"
@@ -93,7 +93,7 @@ print(state_of(Path(sys.argv[1])))
 
 
 def test_another_pid_namespace_cannot_judge(tmp_path):
-    """There the same numbers mean other processes."""
+    """In another namespace the same numbers mean other processes."""
     unshare = ["unshare", "--user", "--map-root-user", "--pid", "--mount-proc", "--fork"]
     if subprocess.run([*unshare, "true"], capture_output=True).returncode:
         pytest.skip("this system makes no PID namespaces for its users")

@@ -1,4 +1,5 @@
-"""What is installed is what the checkout has, and ``import qerl_verl.kernels`` works in every form of the tree."""
+"""What is installed is what the checkout has, and ``import qerl_verl.kernels`` works in every
+form of the tree."""
 
 import os
 import shutil
@@ -14,20 +15,22 @@ import qerl_verl
 
 ROOT = Path(__file__).parents[1]
 TOPS = {"qerl_verl": "qerl_verl", "kernels": "qerl_verl/kernels", "recipes": "qerl_verl/recipes"}
-"""Folders of the checkout whose files are installed, and where to. The last two are links in the first."""
+"""Folders of the checkout whose files are installed, and where to. The last two are links in the
+first."""
 
 HYDRA_PLUGIN = "qerl_verl/config/hydra_plugins"
 BUILD = "import sys; from setuptools import build_meta; print(getattr(build_meta, sys.argv[1])(sys.argv[2]))"
 
 
 def files(top: str) -> list[Path]:
-    """Returns what a checkout has in a folder, but for what Python and compilers leave there."""
+    """Returns the files of a checkout's folder, without those that Python and compilers leave
+    there."""
     found = (p.relative_to(ROOT) for p in (ROOT / top).rglob("*") if p.is_file())
     return [p for p in found if "__pycache__" not in p.parts and p.suffix not in (".pyc", ".so")]
 
 
 def build(what: str, source: Path, out: Path) -> Path:
-    """Returns ``build_sdist`` or ``build_wheel`` of a folder, as pip calls it, without the network."""
+    """Runs ``build_sdist`` or ``build_wheel`` on a folder as pip does, without the network."""
     command = [sys.executable, "-c", BUILD, what, str(out)]
     result = subprocess.run(command, cwd=source, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
@@ -58,7 +61,7 @@ def forms(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory):
-    """What ``git archive`` packs."""
+    """Returns the files that ``git archive`` packs."""
     if not (ROOT / ".git").exists():
         pytest.skip("not a checkout")
     folder = tmp_path_factory.mktemp("archive")
@@ -85,7 +88,7 @@ for name in ("tests", "setup", "qerl_verl", "benchmarks"):
 
 @pytest.mark.parametrize("form", ["checkout", "archive", "sdist", "wheel", "editable"])
 def test_the_kernels_are_imported_from_every_form_of_the_tree(request, form, tmp_path):
-    """Without the site packages, in which this very package may be installed."""
+    """The site packages are excluded, because this package may be installed there."""
     folder = request.getfixturevalue("archive" if form == "archive" else "forms")
     folder = folder if form == "archive" else folder[form]
     command = [sys.executable, "-I", "-S", "-c", LAYOUT, str(folder)]
@@ -150,7 +153,7 @@ print(config.qerl.aqn.enable)
 
 @pytest.mark.slow
 def test_the_wheel_gives_a_working_switch(forms, tmp_path):
-    """In a Python that has the dependencies, where the wheel comes before the checkout."""
+    """The wheel precedes the checkout in a Python that has the dependencies."""
     site = forms["wheel"]
     environment = os.environ | {"PYTHONPATH": str(site)}
     command = [sys.executable, "-c", SWITCH]

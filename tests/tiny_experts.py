@@ -1,4 +1,4 @@
-"""Experts of a tiny mixture: a checkpoint's tensors, and what they compute in float64."""
+"""Makes experts of a tiny mixture: a checkpoint's tensors, and what they compute in float64."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ LINEARS = ("gate_proj", "up_proj", "down_proj")
 
 
 class TinyExperts:
-    """Random experts, each larger than the one before.
+    """Random experts, each larger than the previous one.
 
     Args:
-        count: of experts.
+        count: number of experts.
         shared_scale: whether gate and up of an expert share a global scale.
 
     Attributes:
         tensors: ``{expert}.{linear}.weight_packed``, ``weight_scale`` and ``weight_global_scale``.
-        exact: the decoded weights by ``(expert, linear)``, float64.
+        exact: ``(expert, linear)`` -> decoded weight, float64.
     """
 
     def __init__(self, count: int, hidden: int, inner: int, shared_scale: bool = True):
@@ -44,8 +44,11 @@ class TinyExperts:
                 self.exact[expert, name] = dequantize_nvfp4(packed, scale, scales[name].double(), torch.float64)
 
     def stacked(self, *linears: str) -> tuple[torch.Tensor, ...]:
-        """Returns ``weight_packed``, ``weight_scale`` ``[E, N, ...]`` and ``weight_global_scale``
-        ``[E, linears]`` of all experts, the rows of several linears one below the other."""
+        """Returns the tensors of all experts, with the rows of several linears concatenated.
+
+        These are ``weight_packed`` and ``weight_scale`` ``[E, N, ...]``, and
+        ``weight_global_scale`` ``[E, linears]``.
+        """
 
         def join(part, along):
             return [
@@ -55,13 +58,13 @@ class TinyExperts:
         return tuple(torch.stack(join(part, 0)) for part in ("weight_packed", "weight_scale", "weight_global_scale"))
 
     def weights(self) -> tuple[ExpertStack, ExpertStack]:
-        """For the kernels, with factors in float64."""
+        """Returns the weights for the kernels, with factors in float64."""
         gate_up, down = self.stacked("gate_proj", "up_proj"), self.stacked("down_proj")
         alphas = expert_alphas(gate_up[2].double(), down[2][:, 0].double())
         return ExpertStack(*gate_up[:2], alphas[0]), ExpertStack(*down[:2], alphas[1])
 
     def compute(self, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-        """Returns token by token in float64; a negative expert adds nothing."""
+        """Computes the experts token by token in float64; a negative expert adds nothing."""
         out = torch.zeros(x.shape, dtype=torch.float64)
         for t, row in enumerate(x.double()):
             for weight, expert in zip(weights[t].double(), chosen[t].tolist(), strict=True):
@@ -73,8 +76,10 @@ class TinyExperts:
 
 
 def make_tokens(dtype: torch.dtype, tokens: int, hidden: int, experts: int):
-    """Returns activations ``[tokens, hidden]`` and router logits ``[tokens, experts]``; no token
-    chooses the last expert."""
+    """Returns activations ``[tokens, hidden]`` and router logits ``[tokens, experts]``.
+
+    No token chooses the last expert.
+    """
     generator = torch.Generator().manual_seed(1)
     x, logits = (torch.randn(tokens, n, generator=generator) for n in (hidden, experts))
     logits[:, -1] = -9.0

@@ -1,5 +1,4 @@
-"""A tiny random model of every family in the table, with what is peculiar to the family in its
-configuration."""
+"""Makes a tiny random model of every family in the table, with the family's peculiar settings."""
 
 from __future__ import annotations
 
@@ -131,11 +130,14 @@ def make_model(architecture: str, **changes):
 def make_family(
     architecture: str, folder: Path, dtype: torch.dtype = torch.bfloat16, std: float = 0.15, **changes
 ) -> Path:
-    """Writes a checkpoint with random weights, norms and biases, no two tensors alike. Returns its
-    folder.
+    """Writes a checkpoint with random weights, norms and biases, no two tensors alike.
 
     Args:
-        std: of all weights; the norms' lie around 1, also where the model stores what it adds to 1.
+        std: standard deviation of all weights. Those of norms lie around 1, also where the model
+            stores the difference from 1.
+
+    Returns:
+        The folder.
     """
     config = make_config(architecture, **changes)
     torch.manual_seed(len(architecture))
@@ -152,8 +154,9 @@ RANK, ALPHA = 4, 8
 
 
 def make_adapter(folder: Path, linears: dict[str, tuple[int, int]]) -> Path:
-    """Writes a random adapter, as the trainer saves it, for linears of the given shapes (output,
-    input features)."""
+    """Writes a random adapter, as the trainer saves it, for linears of shapes (output, input
+    features).
+    """
     from peft import LoraConfig
 
     from qerl_verl.lora.peft import save_adapter
@@ -170,15 +173,14 @@ def make_adapter(folder: Path, linears: dict[str, tuple[int, int]]) -> Path:
 
 
 def log_probabilities(model, prompt: list[int], **inputs) -> torch.Tensor:
-    """Of every token of a prompt but the first, ``[len(prompt) - 1]`` float64."""
+    """Returns those of all tokens of a prompt but the first, ``[len(prompt) - 1]`` float64."""
     with torch.no_grad():
         logits = model(torch.tensor([prompt]), use_cache=False, **inputs).logits[0, :-1].log_softmax(-1)
     return logits.gather(-1, torch.tensor(prompt[1:])[:, None])[:, 0].double()
 
 
 def _stack_experts(state: dict[str, torch.Tensor], config) -> dict[str, torch.Tensor]:
-    """Returns the tensors of a checkpoint under transformers' names, with the experts of a layer in
-    one."""
+    """Returns the tensors of a checkpoint under transformers' names, with experts stacked."""
     rows: dict[str, list[torch.Tensor]] = {}
     for name in [name for name in state if ".experts." in name]:
         module, _, rest = name.partition(".experts.")
@@ -192,11 +194,11 @@ def _stack_experts(state: dict[str, torch.Tensor], config) -> dict[str, torch.Te
 
 
 class Reference:
-    """transformers' model with the decoded weights of an NVFP4 checkpoint in float64, and beside it
-    in float32.
+    """transformers' model with the decoded weights of an NVFP4 checkpoint in float64 and in
+    float32.
 
-    The distance between the two is what float32 costs; other code for the same model in float32 is
-    as far away.
+    The distance between the two is the cost of float32. Other code for the same model in float32 is
+    as far from float64.
     """
 
     MARGIN = 3.0
@@ -224,7 +226,7 @@ class Reference:
         for dtype in (torch.float64, torch.float32):
             automatic = automatic_class(get_architecture(config))
             model = automatic.from_config(config, dtype=dtype, attn_implementation="eager").eval()
-            if hasattr(model, "set_experts_implementation"):  # the default takes no float64
+            if hasattr(model, "set_experts_implementation"):  # the default does not take float64
                 model.set_experts_implementation("eager")
             missing, unexpected = model.load_state_dict(state, strict=False)
             assert not unexpected and set(missing) <= {"lm_head.weight"}
@@ -233,7 +235,7 @@ class Reference:
 
     @contextmanager
     def adapted(self, adapter: Path) -> Iterator[None]:
-        """With an adapter added to the weights."""
+        """Returns the reference with an adapter added to the weights."""
         from safetensors.torch import load_file
 
         tensors = load_file(adapter / "adapter_model.safetensors")
@@ -248,7 +250,7 @@ class Reference:
 
     @contextmanager
     def noised(self, norms: Iterable[str], seed: int, step: int, sigma: float) -> Iterator[None]:
-        """With noise on norms, by their full names."""
+        """Returns the reference with noise on norms, keyed by full name."""
         from qerl_verl.aqn.noise import draw_noise
 
         size = self.models[0].config.get_text_config().hidden_size
@@ -268,10 +270,12 @@ class Reference:
                 model.get_parameter(name).data = value
 
     def check(self, prompts: list[list[int]], found: list[list[float]], inputs: list[dict] | None = None) -> None:
-        """Log-probabilities of ``prompts`` from float32 code are the float64 model's.
+        """Checks that log-probabilities of ``prompts`` from float32 code are the float64 model's.
 
         Args:
-            inputs: what else the model gets of each, images.
+            prompts: token ids.
+            found: the log-probabilities to check.
+            inputs: further inputs of the model for each prompt, such as images.
         """
         inputs = inputs or [{}] * len(prompts)
         exact, rounded = (

@@ -1,4 +1,4 @@
-"""Images and a processor for the tiny models with a vision tower, made on the spot."""
+"""Makes images and a processor for the tiny models with a vision tower."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TEMPLATE = CHAT_TEMPLATE.replace(
 
 
 def vision_tokenizer():
-    """Returns the quickstart's tokenizer with the marks of images and videos."""
+    """Returns the quickstart's tokenizer with the special tokens of images and videos."""
     tokenizer = build_tokenizer()
     tokenizer.add_special_tokens(
         {"extra_special_tokens": [START, END, IMAGE, VIDEO]}, replace_extra_special_tokens=False
@@ -38,7 +38,7 @@ def vision_tokenizer():
 
 
 def vision_settings() -> dict[str, int]:
-    """Returns what of a tiny model's configuration has to fit :func:`vision_tokenizer`."""
+    """Returns the settings of a tiny model that must fit :func:`vision_tokenizer`."""
     tokenizer = vision_tokenizer()
     number = tokenizer.convert_tokens_to_ids
     return {
@@ -54,7 +54,8 @@ def vision_settings() -> dict[str, int]:
 
 
 def write_processor(folder: Path, architecture: str) -> None:
-    """Writes the files of tokenizer and processor. transformers' video processors need torchvision."""
+    """Writes the files of tokenizer and processor. transformers' video processors need
+    torchvision."""
     from transformers import Qwen2VLImageProcessor
 
     if architecture == "Qwen3VLForConditionalGeneration":
@@ -85,11 +86,11 @@ def draw_image(seed: int, columns: int = 4, rows: int = 4):
 
 @dataclass
 class ImageSequence:
-    """A sequence with one image, as verl's trainer and transformers' models get it.
+    """A sequence with one image, as verl's trainer and transformers' models receive it.
 
     Attributes:
-        ids: ``[tokens]``, an image token for each square of 2 x 2 patches.
-        pixel_values: ``[patches, 3 * 2 * 14 * 14]``, as an image processor gives them.
+        ids: ``[tokens]``, with an image token for each square of 2 x 2 patches.
+        pixel_values: ``[patches, 3 * 2 * 14 * 14]``, as from an image processor.
         grid: ``[1, 3]``: frames, rows and columns of patches.
     """
 
@@ -98,23 +99,26 @@ class ImageSequence:
     grid: torch.Tensor
 
     def types(self, config) -> torch.Tensor:
-        """Returns ``[1, tokens]``: 1 for image tokens."""
+        """Returns ``[1, tokens]``, 1 for image tokens and 0 for others."""
         return (self.ids == config.image_token_id).int()[None]
 
     def positions(self, model) -> torch.Tensor:
-        """Returns ``[4, tokens]`` as verl gives them: of the sequence, and in time, height and
-        width.
+        """Returns the positions as verl gives them, ``[4, tokens]``.
+
+        The rows are the position in the sequence, and those in time, height and width.
 
         Args:
-            model: transformers', with the vision tower and without the output layer.
+            model: transformers' model, with the vision tower and without the output layer.
         """
         three, _ = model.get_rope_index(self.ids[None], self.types(model.config), image_grid_thw=self.grid)
         return torch.cat([torch.arange(len(self.ids))[None], three[:, 0]])
 
 
 def image_sequences(config, count: int = 8, vocabulary: int = 200) -> list[ImageSequence]:
-    """Returns sequences of unequal length around images of unequal size, with random pixels and
-    tokens below ``vocabulary``."""
+    """Returns sequences of unequal length with images of unequal size.
+
+    Pixels are random, and tokens are below ``vocabulary``.
+    """
     generator, found = torch.Generator().manual_seed(5), []
     for index in range(count):
         rows, columns = 4, 4 + 2 * (index % 2)
@@ -139,8 +143,8 @@ def image_prompts() -> list[tuple[list[int], object]]:
 
 
 def processed(folder: Path, ids: list[int], image) -> dict[str, torch.Tensor]:
-    """Returns what transformers' model gets beside the ids that vLLM has made of a prompt: pixels,
-    grid and kinds of tokens."""
+    """Returns the other inputs of transformers' model for a prompt of vLLM: pixels, grid, token
+    types."""
     from transformers import AutoConfig, AutoProcessor
 
     found = AutoProcessor.from_pretrained(folder).image_processor(image, return_tensors="pt")

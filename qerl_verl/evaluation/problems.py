@@ -119,7 +119,8 @@ def _from_hub(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         yield from read_hub(hub, configuration, split)
-    except Exception as error:  # offline or not found: datasets and huggingface_hub raise many types
+    # offline or not found: datasets and huggingface_hub raise many types
+    except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise EvaluationError(
             f"{where}: {hub} cannot be had from the Hugging Face hub ({reason}). Give its JSONL file with --data {name}=FILE"

@@ -76,7 +76,8 @@ class QeRLCompressedTensorsConfig(CompressedTensorsConfig):
         if method is None and isinstance(layer, VocabParallelEmbedding):
             return shared_embedding(layer)
         if type(method) is not UnquantizedLinearMethod or prefix.endswith(ROUTER):
-            return method  # vLLM also calls this for attention after a reload, without a configuration
+            # vLLM also calls this for attention after a reload, without a configuration
+            return method
         config = get_current_vllm_config()
         lora = lora_settings(config.additional_config)
         if lora is None or get_architecture(config.model_config.hf_config).is_of_tower(prefix):

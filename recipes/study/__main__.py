@@ -1,4 +1,5 @@
-"""``python -m qerl_verl.recipes.study prepare | run``: the study's data, start and runs. See docs/study.md."""
+"""``python -m qerl_verl.recipes.study prepare | run``: the study's data, start and runs. See
+docs/study.md."""
 
 from __future__ import annotations
 

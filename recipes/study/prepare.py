@@ -1,9 +1,11 @@
-"""Data and model of the study at SmolLM2's scale: a task that the model solves now and then, and a start that knows its form.
+"""Data and model of the study at SmolLM2's scale: a task that the model solves now and then, and a
+start that knows its form.
 
-A problem is given with the beginning of its solution, so that at most ``remaining`` lines of it are left to write. GSM8K's
-training part is divided by row number. Even rows are for the supervised start and for GPTQ's calibration, odd rows for RL, so
-that RL trains on problems whose answers the model has not been shown. The first ``VALIDATION`` problems of the test part are
-the runs' validation, all of it is for the evaluation.
+A problem is given with the beginning of its solution, so that at most ``remaining`` lines of it are
+left to write. GSM8K's training part is divided by row number. Even rows are for the supervised
+start and for GPTQ's calibration, odd rows for RL, so that RL trains on problems whose answers the
+model has not been shown. The first ``VALIDATION`` problems of the test part are the runs'
+validation, all of it is for the evaluation.
 """
 
 from __future__ import annotations
@@ -22,14 +24,16 @@ VALIDATION = 256
 
 
 def give_beginning(row: dict[str, Any], remaining: int) -> dict[str, Any]:
-    """A row of :func:`qerl_verl.data.gsm8k.rows` whose prompt holds the first lines of the solution.
+    """A row of :func:`qerl_verl.data.gsm8k.rows` whose prompt holds the first lines of the
+    solution.
 
     Args:
         row: its ``extra_info.solution`` is the whole solution, with the line ``#### number``.
         remaining: lines before that one that are left to write at most.
 
     Returns:
-        The row with the longer prompt and the rest of the solution; ``row`` itself where nothing is given away.
+        The row with the longer prompt and the rest of the solution; ``row`` itself where nothing is
+        given away.
     """
     *lines, answer = row["extra_info"]["solution"].strip().split("\n")
     if len(lines) <= remaining:
@@ -58,7 +62,8 @@ def write_data(local_dir: Path | None, out: Path, remaining: int) -> dict[str, i
     Args:
         local_dir: folder with GSM8K's train.jsonl and test.jsonl; None reads the hub.
         out: folder.
-        remaining: see :func:`give_beginning`. The supervised start sees each problem whole and so shortened.
+        remaining: see :func:`give_beginning`. The supervised start sees each problem whole and so
+            shortened.
 
     Returns:
         File name -> rows.
@@ -75,7 +80,8 @@ def write_data(local_dir: Path | None, out: Path, remaining: int) -> dict[str, i
 
 
 def train_start(model: str, data: Path, out: Path, epochs: float, lr: float, batch_size: int, seed: int = 0) -> dict:
-    """The supervised start: cross entropy of GSM8K's solutions after the prompt, in the chat template, all weights.
+    """The supervised start: cross entropy of GSM8K's solutions after the prompt, in the chat
+    template, all weights.
 
     Args:
         model: folder or name of the original model.
@@ -94,7 +100,8 @@ def train_start(model: str, data: Path, out: Path, epochs: float, lr: float, bat
     from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
     tokenizer = AutoTokenizer.from_pretrained(model)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # never seen: labels leave the padding out
+    # never seen: labels leave the padding out
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     examples = []
     for row in pandas.read_parquet(data).to_dict("records"):
         prompt = tokenizer.apply_chat_template(list(row["prompt"]), add_generation_prompt=True, tokenize=False)
@@ -105,7 +112,8 @@ def train_start(model: str, data: Path, out: Path, epochs: float, lr: float, bat
             {"input_ids": prompt_ids + answer_ids, "labels": [-100] * len(prompt_ids) + answer_ids}
             | {"attention_mask": [1] * (len(prompt_ids) + len(answer_ids))}
         )
-    # float32 master weights under bfloat16 autocast: in bfloat16, most of the updates of this learning rate round away
+    # float32 master weights under bfloat16 autocast: in bfloat16, most of the updates of this
+    # learning rate round away
     language_model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     gpu = torch.cuda.is_available()
     trainer = Trainer(

@@ -23,7 +23,8 @@ POLL_SECONDS = 2.0
 END_SECONDS = 60.0
 """How long a run may take to end when it is told to."""
 HOST_GIB_PER_RUN = 10.5
-"""Host memory of one run at SmolLM2's scale. Twelve runs reached 95 % of 125 GiB, where Ray begins to kill."""
+"""Host memory of one run at SmolLM2's scale. Twelve runs reached 95 % of 125 GiB, where Ray
+begins to kill."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,8 @@ def run_all(
         0 if every run has finished, else 1. The log of a run is ``runs/NAME/log.txt``.
 
     Raises:
-        SystemExit: the host's memory does not take so many runs side by side; the message says how many it takes.
+        SystemExit: the host's memory does not take so many runs side by side; the message says how
+            many it takes.
     """
     out = out.absolute()
     waiting = [run for run in wanted if not is_finished(out, run)]

@@ -34,7 +34,8 @@ def test_sigma_settles_where_the_divergence_is_the_target_also_on_stale_samples(
     loop = run(40, delay)
     sigmas = [loop.sigma(step) for step in range(1, 42)]
     assert sigmas[0] == SETTINGS.sigma_end
-    assert sigmas[-1] == pytest.approx(WANTED, rel=0.01) and max(sigmas) < 1.1 * WANTED  # and it does not overshoot
+    # and it does not overshoot
+    assert sigmas[-1] == pytest.approx(WANTED, rel=0.01) and max(sigmas) < 1.1 * WANTED
     assert all(b <= MAX_FACTOR * a * 1.0001 for a, b in zip(sigmas, sigmas[1:]))
 
 

@@ -37,7 +37,8 @@ def test_schedules_between_the_ends():
         "logarithmic": 0.04 + (0.0001 - 0.04) * math.log(1 + (math.e - 1) / 2),
     }
     for name, expected in middle.items():
-        s = schedule(schedule=name, sigma_start=0.04, sigma_end=0.0001, num_stages=4)  # stages 0 | 1 2 3
+        # stages 0 | 1 2 3
+        s = schedule(schedule=name, sigma_start=0.04, sigma_end=0.0001, num_stages=4)
         assert s.sigma_of_stage(2) == pytest.approx(expected, rel=1e-12), name
 
 

@@ -1,4 +1,5 @@
-"""`make bench` in parts: what is skipped, what is measured again, and what happens to a part that fails."""
+"""`make bench` in parts: what is skipped, what is measured again, and what happens to a part
+that fails."""
 
 import json
 import re
@@ -28,16 +29,15 @@ sys.exit(name == "failing")
 
 @pytest.fixture
 def bench(tmp_path, monkeypatch):
-    """Runs `run_all.main` on benchmarks that take no GPU; returns the exit code and the parts that ran."""
+    """Runs `run_all.main` on benchmarks that take no GPU; returns the exit code and the parts
+    that ran."""
     script = tmp_path / "bench.py"
     script.write_text(BENCH)
     names = ("one", "two", "failing", "silent", "slow")
     parts = [Part(n, str(script), (n,), 0.02 if n == "slow" else 1) for n in names]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run_all, "PARTS", tuple(parts[:2]))
-    monkeypatch.setattr(
-        run_all, "EXTRA", (*parts[2:], Part("pair", str(script), ("pair",), 1, gpus=2))
-    )
+    monkeypatch.setattr(run_all, "EXTRA", (*parts[2:], Part("pair", str(script), ("pair",), 1, gpus=2)))
     monkeypatch.setattr(run_all, "gpu_names", lambda: ["NVIDIA H100 80GB HBM3"])
     code = ["c1"]
     monkeypatch.setattr(run_all, "hash_code", lambda: code[0])
@@ -51,9 +51,7 @@ def bench(tmp_path, monkeypatch):
     return call
 
 
-def test_a_part_that_is_there_is_skipped_until_the_code_changes_or_it_is_forced(
-    bench, tmp_path, capsys
-):
+def test_a_part_that_is_there_is_skipped_until_the_code_changes_or_it_is_forced(bench, tmp_path, capsys):
     both = ("--parts", "one", "two")
     assert bench("--parts", "one") == (0, ["one"])
     assert bench(*both) == (0, ["two"])
@@ -83,9 +81,7 @@ PROBLEMS = {
 
 
 @pytest.mark.parametrize(("name", "message"), PROBLEMS.items())
-def test_a_part_without_a_result_does_not_keep_the_others_from_running(
-    bench, tmp_path, capsys, name, message
-):
+def test_a_part_without_a_result_does_not_keep_the_others_from_running(bench, tmp_path, capsys, name, message):
     started = time.monotonic()
     assert bench("--parts", name, "one") == (1, [name, "one"])
     assert time.monotonic() - started < 30

@@ -155,7 +155,7 @@ def test_usage_without_importing_torch():
     assert wrong.returncode == 2 and "invalid choice: 'quantise'" in wrong.stderr
 
 
-# --- methods, report, check ------------------------------------------------------------------------------------------
+# --- methods, report, check ---
 
 
 @pytest.fixture

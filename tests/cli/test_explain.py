@@ -1,4 +1,5 @@
-"""`qerl explain`: what a run would be configured with, and `qerl cluster`: is the Ray cluster complete?"""
+"""`qerl explain`: what a run would be configured with, and `qerl cluster`: is the Ray cluster
+complete?"""
 
 import subprocess
 import sys
@@ -149,7 +150,7 @@ def test_explain_writes_nothing_and_needs_no_home(tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-# --- qerl cluster ------------------------------------------------------------------------------------------------------
+# --- qerl cluster ---
 
 
 def node(name, gpus, alive=True):

@@ -82,15 +82,14 @@ GROUPS = {
 
 @pytest.mark.parametrize(("runs", "arguments", "arms", "said"), GROUPS.values(), ids=GROUPS.keys())
 def test_the_arms(tmp_path, monkeypatch, make_run, runs, arguments, arms, said):
-    """``*`` stands for the shell's expansion, in which a pattern without an arm comes as its matches."""
+    """``*`` stands for the shell's expansion, in which a pattern without an arm comes as its
+    matches."""
     monkeypatch.chdir(tmp_path)
     for name in runs:
         make_run(name)
     grouping = group_runs(arguments)
     assert {arm: [run.name for run in found] for arm, found in grouping.arms.items()} == arms
-    assert len(grouping.notes) == len(said) and all(
-        s in n for s, n in zip(said, grouping.notes, strict=True)
-    )
+    assert len(grouping.notes) == len(said) and all(s in n for s, n in zip(said, grouping.notes, strict=True))
 
 
 def test_several_files_in_one_folder_are_runs_by_their_names(tmp_path, make_run):
@@ -104,9 +103,7 @@ def test_the_seed_comes_from_the_name_and_else_from_the_settings(make_run, tmp_p
     make_run("b", settings={"data.seed": 7})
     make_run("c", settings={"data.seed": None, "actor_rollout_ref.rollout.seed": 5})
     make_run("d")
-    seeds = {
-        run.name: run.seed for runs in group_runs([str(tmp_path)]).arms.values() for run in runs
-    }
+    seeds = {run.name: run.seed for runs in group_runs([str(tmp_path)]).arms.values() for run in runs}
     assert seeds == {"a_s3": 3, "b": 7, "c": 5, "d": None}
 
 
@@ -120,9 +117,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("arguments", "message"), REFUSED.values(), ids=REFUSED.keys())
-def test_arguments_that_name_no_run_are_refused(
-    tmp_path, monkeypatch, make_run, arguments, message
-):
+def test_arguments_that_name_no_run_are_refused(tmp_path, monkeypatch, make_run, arguments, message):
     monkeypatch.chdir(tmp_path)
     make_run("run")
     with pytest.raises(CompareError) as error:

@@ -100,7 +100,8 @@ def test_what_a_resumed_run_logged_before_is_read_first(tmp_path):
     assert next_part(path) == tmp_path / "metrics.1.jsonl"
     for number in range(1, 11):
         (tmp_path / f"metrics.{number}.jsonl").write_text(train(3, 4, offset=number / 20))
-    assert find_metrics_files(tmp_path) == [tmp_path / "metrics.10.jsonl"]  # the last start logged nothing
+    # the last start logged nothing
+    assert find_metrics_files(tmp_path) == [tmp_path / "metrics.10.jsonl"]
     path.write_text(train(4, 5, offset=0.7))
     assert next_part(path) == tmp_path / "metrics.11.jsonl" and find_metrics_files(tmp_path) == [path]
     steps, notes = read_steps(path)

@@ -33,12 +33,8 @@ MEANS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("values", "value", "has_interval", "runs"), MEANS.values(), ids=MEANS.keys()
-)
-def test_runs_without_the_value_are_left_out_and_one_run_has_no_interval(
-    values, value, has_interval, runs
-):
+@pytest.mark.parametrize(("values", "value", "has_interval", "runs"), MEANS.values(), ids=MEANS.keys())
+def test_runs_without_the_value_are_left_out_and_one_run_has_no_interval(values, value, has_interval, runs):
     interval = Bootstrap().mean(np.array(values), "a")
     assert interval.value == pytest.approx(value, nan_ok=True)
     assert (interval.has_interval, interval.runs) == (has_interval, runs)
@@ -63,9 +59,7 @@ def test_what_never_happened_is_later_than_all_that_did(values, median):
 
 def test_intervals_are_the_same_each_time_and_those_of_two_arms_independent():
     values, bootstrap = np.random.default_rng(0).normal(size=5), Bootstrap()
-    assert (
-        bootstrap.mean(values, "a") == bootstrap.mean(values, "a") == Bootstrap().mean(values, "a")
-    )
+    assert bootstrap.mean(values, "a") == bootstrap.mean(values, "a") == Bootstrap().mean(values, "a")
     assert bootstrap.mean(values, "a") != Bootstrap(seed=1).mean(values, "a")
     drawn = [bootstrap._counts(5, name) @ values for name in ("a", "b")]
     assert abs(np.corrcoef(*drawn)[0, 1]) < 0.1
@@ -75,9 +69,7 @@ def test_a_difference_of_independent_arms_is_wider_than_either():
     rng = np.random.default_rng(5)
     one, other = (dict(zip("abcdefgh", rng.normal(mean, 1, 8), strict=True)) for mean in (3, 1))
     difference = Bootstrap().difference(one, other, ("one", "other"))
-    parts = [
-        Bootstrap().mean(np.array(list(v.values())), n) for v, n in ((one, "one"), (other, "other"))
-    ]
+    parts = [Bootstrap().mean(np.array(list(v.values())), n) for v, n in ((one, "one"), (other, "other"))]
     assert difference.value == pytest.approx(parts[0].value - parts[1].value)
     assert difference.high - difference.low > max(p.high - p.low for p in parts)
     assert not Bootstrap().difference({"a": 1.0}, other, ("one", "other")).has_interval
@@ -93,15 +85,11 @@ def test_a_curve_rests_at_each_step_on_the_runs_that_have_it():
 
 
 def test_a_curve_has_at_each_step_the_interval_of_its_mean():
-    values = np.random.default_rng(1).normal(
-        size=(4, 700)
-    )  # more steps than are resampled at a time
+    values = np.random.default_rng(1).normal(size=(4, 700))  # more steps than are resampled at a time
     mean, low, high = Bootstrap().curve(values, "a")
     for step in (0, 511, 512, 699):
         expected = Bootstrap().mean(values[:, step], "a")
-        assert (mean[step], low[step], high[step]) == pytest.approx(
-            (expected.value, expected.low, expected.high)
-        )
+        assert (mean[step], low[step], high[step]) == pytest.approx((expected.value, expected.low, expected.high))
 
 
 AVERAGES = {
@@ -131,22 +119,20 @@ TABLE = {
     (2.228, 10): 0.05,
     (1.980, 120): 0.05,
 }
-"""Critical values of Student's t distribution as tables print them: (t, degrees of freedom) -> p."""
+"""Critical values of Student's t distribution as tables print them: (t, degrees of freedom) ->
+p."""
 
 
 @pytest.mark.parametrize(("at", "p"), TABLE.items())
 def test_p_values_are_those_of_students_table(at, p):
     t, freedom = at
-    assert (
-        two_sided_p(t, 1.0, freedom)
-        == two_sided_p(-2 * t, 2.0, freedom)
-        == pytest.approx(p, rel=2e-3)
-    )
+    assert two_sided_p(t, 1.0, freedom) == two_sided_p(-2 * t, 2.0, freedom) == pytest.approx(p, rel=2e-3)
     assert two_sided_p(0.0, 1.0, freedom) == pytest.approx(1.0)
 
 
 def test_chance_is_called_a_difference_as_rarely_as_it_says():
-    """Three seeds an arm without any difference: the bootstrap's range excludes 0 in a quarter of the cases."""
+    """Three seeds an arm without any difference: the bootstrap's range excludes 0 in a quarter
+    of the cases."""
     rng, bootstrap = np.random.default_rng(2), Bootstrap(samples=300)
     paired = [bootstrap.paired_difference(rng.normal(size=3), "a") for _ in range(600)]
     assert np.mean([i.p < 0.05 for i in paired]) == pytest.approx(0.05, abs=0.025)
@@ -157,7 +143,8 @@ def test_chance_is_called_a_difference_as_rarely_as_it_says():
 
 
 def test_welchs_degrees_of_freedom():
-    """Variances 5/3 of four values and 22 of five: (5/12 + 22/5)^2 / ((5/12)^2 / 3 + (22/5)^2 / 4)."""
+    """Variances 5/3 of four values and 22 of five: (5/12 + 22/5)^2 / ((5/12)^2 / 3 + (22/5)^2 /
+    4)."""
     one, other = dict(enumerate([1.0, 2, 3, 4])), dict(enumerate([2.0, 4, 6, 9, 14]))
     found = Bootstrap().difference(one, other, ("a", "b"))
     t = -4.5 / math.sqrt(5 / 12 + 22 / 5)

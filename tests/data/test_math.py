@@ -1,4 +1,5 @@
-"""BigMath and the benchmarks for verl: every row that the scripts write can be scored, by the reward that the recipes name."""
+"""BigMath and the benchmarks for verl: every row that the scripts write can be scored, by the
+reward that the recipes name."""
 
 import json
 from pathlib import Path

@@ -20,11 +20,12 @@ def engine_server(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def run_engine(engine_server):
-    """Builds and trains an engine on ``world`` ranks; returns each rank's report. The arguments are those of
-    ``engine_process.py``, and ``environment`` of its processes."""
+    """Builds and trains an engine on ``world`` ranks; returns each rank's report. The arguments are
+    those of ``engine_process.py``, and ``environment`` of its processes."""
 
     def run(checkpoint, out: Path, world: int = 1, environment: dict | None = None, **settings) -> list[dict]:
-        meeting = Path(f"{out}.meeting")  # a file in place of a port, which another process might take
+        # a file in place of a port, which another process might take
+        meeting = Path(f"{out}.meeting")
         meeting.unlink(missing_ok=True)
         logs = [f"{out}.{rank}.log" for rank in range(world)]
         ranks = [
@@ -46,7 +47,8 @@ def run_engine(engine_server):
 
 @pytest.fixture(scope="session")
 def without_prefix():
-    """``without_prefix(adapter, folder)``: a copy of an adapter whose names lack PEFT's ``base_model.model.``."""
+    """``without_prefix(adapter, folder)``: a copy of an adapter whose names lack PEFT's
+    ``base_model.model.``."""
 
     def copy(adapter: Path, folder: Path) -> Path:
         shutil.copytree(adapter, folder)

@@ -1,9 +1,12 @@
-"""Runs in a process of its own, one per rank: builds engines, trains a few steps, writes what it saw as JSON.
+"""Runs in a process of its own, one per rank: builds engines, trains a few steps, writes what it
+saw as JSON.
 
-Usage: engine_process.py CHECKPOINT OUT RANK WORLD_SIZE PORT JSON_SETTINGS (``engine_server.py`` starts it so)
+Usage: engine_process.py CHECKPOINT OUT RANK WORLD_SIZE PORT JSON_SETTINGS (``engine_server.py``
+starts it so)
 
-``variants`` in the settings: several engines one after the other, through verl's own path (train_batch, infer_batch).
-``poison``: what makes the engine stop. Else one engine, and the steps of :func:`train_step`.
+``variants`` in the settings: several engines one after the other, through verl's own path
+(train_batch, infer_batch). ``poison``: what makes the engine stop. Else one engine, and the steps
+of :func:`train_step`.
 """
 
 import hashlib
@@ -53,7 +56,8 @@ torch.set_num_threads(1)
 
 
 def make_engine(**variant):
-    """With ``stock``, the folder of a 16-bit checkpoint, verl's own engine; with ``arm``, that arm's on ``base``."""
+    """With ``stock``, the folder of a 16-bit checkpoint, verl's own engine; with ``arm``, that
+    arm's on ``base``."""
     get = {**settings, **variant}.get
     model_type = get("model_type", "language_model")
     job = this_job()
@@ -122,7 +126,8 @@ def train_step(engine, step):
 
 
 def run_variant(name, variant):
-    """Two steps of verl's train_batch; with ``reference``, log-probabilities without the adapter before each of them."""
+    """Two steps of verl's train_batch; with ``reference``, log-probabilities without the adapter
+    before each of them."""
     engine = make_engine(**variant)
     seen = {"fresh": infer(engine, **variant)} if variant.get("reference") else {}
     seen |= {"class": type(engine).__name__, "built": digest(adapter(engine)[0])}
@@ -171,7 +176,8 @@ def run_variant(name, variant):
         base_sync_done=True, layered_summon=variant.get("layered_summon", False)
     )
     tensors, seen["peft_config"] = dict(tensors), pack_config(config).tolist()
-    if settings.get("model_type") != "value_model" and not variant.get("stock"):  # as a checkpoint engine gets it
+    # as a checkpoint engine gets it
+    if settings.get("model_type") != "value_model" and not variant.get("stock"):
         *sent, (last, packed) = engine.get_per_tensor_param()[0]
         assert last == CONFIG_TENSOR and packed.tolist() == seen["peft_config"]
         assert all(torch.equal(tensor, tensors[n]) for n, tensor in sent) and len(sent) == len(tensors)
@@ -192,7 +198,8 @@ def keep(tensors, name):
 
 
 def infer(engine, images=False, use_remove_padding=False, use_fused_kernels=False, **variant):
-    """Log-probabilities or values of step 0's batch, flat, as a list; of sequences with ``images`` as the variant computes."""
+    """Log-probabilities or values of step 0's batch, flat, as a list; of sequences with
+    ``images`` as the variant computes."""
     how = {"use_dynamic_bsz": False, "micro_batch_size_per_gpu": 8}
     if images:
         how |= {"use_remove_padding": use_remove_padding, "use_fused_kernels": use_fused_kernels}
@@ -205,7 +212,8 @@ def infer(engine, images=False, use_remove_padding=False, use_fused_kernels=Fals
 
 
 def poisoned(what):
-    """The error of an engine whose ``what`` is not finite, and whether the weights are those before the step."""
+    """The error of an engine whose ``what`` is not finite, and whether the weights are those
+    before the step."""
     engine = make_engine()
     randomize_adapters(engine)
     engine.lr_scheduler_step()

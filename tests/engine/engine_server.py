@@ -1,4 +1,5 @@
-"""Runs ``engine_process.py`` in forks of one process that has verl imported, see ``tests/fork_server.py``."""
+"""Runs ``engine_process.py`` in forks of one process that has verl imported, see
+``tests/fork_server.py``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What the engine's tests and the benchmark of two GPUs share: the same batch for any number of ranks, and what ranks exchange."""
+"""What the engine's tests and the benchmark of two GPUs share: the same batch for any number of
+ranks, and what ranks exchange."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ def full(tensor):
 
 
 def randomize_adapters(engine, std: float = 0.05):
-    """The same values for every world size: drawn for the full tensor, then this rank's part is taken."""
+    """The same values for every world size: drawn for the full tensor, then this rank's part is
+    taken."""
     generator = torch.Generator().manual_seed(7)
     for _, parameter in sorted(engine.module.named_parameters()):
         if parameter.requires_grad:
@@ -31,7 +33,8 @@ def randomize_adapters(engine, std: float = 0.05):
 
 
 def verl_batch(step, dp_rank=0, dp_size=1, longer=1, vocabulary=200, **extra):
-    """A data-parallel rank's part of eight sequences of unequal length as verl's trainer sends them to a worker.
+    """A data-parallel rank's part of eight sequences of unequal length as verl's trainer sends them
+    to a worker.
 
     Args:
         longer: how many times as long as the shortest form, 10 to 17 tokens a sequence.
@@ -69,7 +72,8 @@ def verl_batch(step, dp_rank=0, dp_size=1, longer=1, vocabulary=200, **extra):
 
 
 def image_batch(model, dp_rank=0, dp_size=1, **extra):
-    """A data-parallel rank's part of eight sequences with an image each, as verl's trainer sends them to a worker.
+    """A data-parallel rank's part of eight sequences with an image each, as verl's trainer sends
+    them to a worker.
 
     Args:
         model: transformers', with the vision tower and without the output layer.
@@ -135,7 +139,8 @@ class _Counted(DefaultAllGather):
 
 
 def count_all_gathers(module: nn.Module) -> dict[str, list[int]]:
-    """Let every FSDP2 module note its all-gathers: by module, the bytes of the gathered tensor, one a call. The lists grow."""
+    """Let every FSDP2 module note its all-gathers: by module, the bytes of the gathered tensor,
+    one a call. The lists grow."""
     seen = {name: [] for name, part in module.named_modules() if isinstance(part, FSDPModule)}
     for name, calls in seen.items():
         module.get_submodule(name).set_custom_all_gather(_Counted(calls))
@@ -145,7 +150,8 @@ def count_all_gathers(module: nn.Module) -> dict[str, list[int]]:
 def bytes_per_weight(layer: nn.Module, gathered: int) -> float:
     """What the frozen linears of a decoder layer cost in its all-gather, in bytes a weight.
 
-    The rest of it (norms, biases, the adapter) is gathered as what it is, or, in verl's engine, in bfloat16.
+    The rest of it (norms, biases, the adapter) is gathered as what it is, or, in verl's engine, in
+    bfloat16.
 
     Args:
         layer: sharded by FSDP2 as a whole.
@@ -162,8 +168,8 @@ def bytes_per_weight(layer: nn.Module, gathered: int) -> float:
 
 
 def changed_bytes(engine, checkpoint: str) -> int:
-    """How many bytes of the packed linears and experts, gathered on this rank as for a forward pass, are not the
-    checkpoint's."""
+    """How many bytes of the packed linears and experts, gathered on this rank as for a forward
+    pass, are not the checkpoint's."""
     from qerl_verl.nvfp4.experts import NVFP4Experts
     from qerl_verl.nvfp4.linear import NVFP4Linear
     from qerl_verl.nvfp4.loading import iterate_tensors

@@ -1,4 +1,5 @@
-"""The engines of the arms: one adapter to start from, verl's own base under bf16, bitsandbytes' under nf4."""
+"""The engines of the arms: one adapter to start from, verl's own base under bf16, bitsandbytes'
+under nf4."""
 
 from importlib.util import find_spec
 

@@ -1,4 +1,5 @@
-"""What a full disk and damaged files look like: torch's and safetensors' real errors, with folder and fix."""
+"""What a full disk and damaged files look like: torch's and safetensors' real errors, with
+folder and fix."""
 
 import errno
 import subprocess

@@ -22,7 +22,8 @@ from qerl_verl.platform import compilers
 
 CPU, VOCABULARY = torch.device("cpu"), 128
 ROUNDING = 10 * torch.finfo(torch.bfloat16).eps
-"""What other kernels may change in a gradient that goes through some ten roundings to bfloat16 one after the other."""
+"""What other kernels may change in a gradient that goes through some ten roundings to bfloat16
+one after the other."""
 SIZES = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
     "head_dim": 16, "vocab_size": VOCABULARY,
@@ -40,7 +41,8 @@ def fresh_compiler():
 
 
 def make_model(config, recompute="full", device=CPU, prepare=lambda model: None):
-    """Random NVFP4 linears and adapters, gradient checkpointing. ``prepare`` is called where the engine compiles."""
+    """Random NVFP4 linears and adapters, gradient checkpointing. ``prepare`` is called where the
+    engine compiles."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
     weights = {
@@ -69,7 +71,8 @@ def make_model(config, recompute="full", device=CPU, prepare=lambda model: None)
 
 
 def step(model, batch, length, padded=0):
-    """Logits without autograd and without the adapter, as of a reference; with it; the gradients of the adapter."""
+    """Logits without autograd and without the adapter, as of a reference; with it; the gradients
+    of the adapter."""
     device = model.device
     ids = torch.randint(0, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(length)).to(device)
     inputs = {"input_ids": ids, "use_cache": False}
@@ -93,7 +96,8 @@ def error(found, expected):
 
 
 SHAPES = [(4, 24), (2, 40, 7), (1, 17), (1, 33), (3, 9)]
-"""Sequences, tokens and how many of them are padding: a first shape, another of both, one sequence, and again of each."""
+"""Sequences, tokens and how many of them are padding: a first shape, another of both, one
+sequence, and again of each."""
 
 
 @pytest.mark.parametrize(
@@ -117,7 +121,8 @@ def test_the_same_numbers_for_batches_of_every_shape(recompute, shapes):
 
 
 def test_no_shape_is_one_too_many_also_in_another_thread():
-    """A worker of verl's compiles in one task and trains in others, and PyTorch's settings are a thread's and a task's own from 2.12 on."""
+    """A worker of verl's compiles in one task and trains in others, and PyTorch's settings are a
+    thread's and a task's own from 2.12 on."""
     model = make_model(Qwen3Config(**SIZES))
     contextvars.copy_context().run(compile_layers, model, backend="aot_eager")
     for shape in [(4, 24), (2, 40), (1, 17), (1, 1), (3, 1)]:

@@ -91,9 +91,11 @@ def test_resuming_restores_the_head_and_continues_bit_for_bit(run_engine, critic
 def test_two_ranks_train_the_same_critic(run_engine, critic, nvfp4_checkpoint, tmp_path):
     reports = run_engine(nvfp4_checkpoint, tmp_path / "r", world=2, model_type="value_model", steps=4)
     assert reports[0]["adapter"] == reports[1]["adapter"]
-    assert reports[0]["built"] == reports[1]["built"] == critic[1]["built"]  # the head starts from the seed alone
+    # the head starts from the seed alone
+    assert reports[0]["built"] == reports[1]["built"] == critic[1]["built"]
     for found, expected in zip(reports[0]["steps"], critic[1]["steps"], strict=True):
-        rounding = 4 * torch.finfo(torch.bfloat16).eps  # of sums in another order, squared in the loss
+        # of sums in another order, squared in the loss
+        rounding = 4 * torch.finfo(torch.bfloat16).eps
         assert found["loss"] == pytest.approx(expected["loss"], rel=rounding)
         assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=rounding)
 

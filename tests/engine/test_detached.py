@@ -1,4 +1,5 @@
-"""A policy that is put aside and brought back, and what the engine hands to verl's checkpoint engines."""
+"""A policy that is put aside and brought back, and what the engine hands to verl's checkpoint
+engines."""
 
 import inspect
 import json
@@ -32,7 +33,8 @@ def worker(module):
 
 
 def test_a_policy_comes_back_bit_for_bit_after_updates_in_place(module):
-    """As verl does it between two syncs: the policy of the last one is 0, the one being trained has another number."""
+    """As verl does it between two syncs: the policy of the last one is 0, the one being trained
+    has another number."""
     made, first = worker(module), {n: p.detach().clone() for n, p in module.named_parameters()}
     made.save_model_to_cpu(0)
     with torch.no_grad():

@@ -1,4 +1,5 @@
-"""Experts in verl's FSDP2 engine: sharded, compiled, kept for the backward pass, in a critic, in 16 bits."""
+"""Experts in verl's FSDP2 engine: sharded, compiled, kept for the backward pass, in a critic, in
+16 bits."""
 
 import pytest
 import torch
@@ -48,8 +49,8 @@ def reports(run_engine, tmp_path_factory, folders):
 
 @pytest.mark.parametrize("name", ["selective", "stored", "padded", "chunks", "compiled", "two"])
 def test_experts_train_the_same(reports, name):
-    """With other things computed twice, however sequences are laid out, between compiled kernels, and on two ranks that
-    share the bytes."""
+    """With other things computed twice, however sequences are laid out, between compiled kernels,
+    and on two ranks that share the bytes."""
     one, two = reports
     found = one[name] if name in one else two[0][name]
     tight = name in ("selective", "stored")  # the same kernels on the same numbers

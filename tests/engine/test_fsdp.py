@@ -39,7 +39,8 @@ def test_what_is_packed_takes_its_bytes_and_only_float32_adapters_train(one_rank
     parameters = one_rank[1]["parameters"]
     packed = {n: p for n, p in parameters.items() if n.endswith(".weight_joined")}
     assert len(packed) == 2 * 7 and not any(n.endswith((".weight_packed", ".weight_scale")) for n in parameters)
-    assert {p["dtype"] for p in packed.values()} == {"torch.float32"}  # on a GPU 16 bits would not do, see CARRIER
+    # on a GPU 16 bits would not do, see CARRIER
+    assert {p["dtype"] for p in packed.values()} == {"torch.float32"}
     shape = {"q": (128, 128), "k": (64, 128), "v": (64, 128), "o": (128, 128), "gate": (256, 128), "up": (256, 128)}
     for name, p in packed.items():
         rows, columns = shape.get(name.split(".")[-3].removesuffix("_proj"), (128, 256))
@@ -72,7 +73,8 @@ def test_a_checkpoint_holds_adapter_optimizer_and_scheduler_but_not_the_base(one
 
 
 def test_what_the_checkpoint_says_about_merging_holds(one_rank, bf16_checkpoint, tmp_path):
-    """Stock PEFT finds the user's 16-bit model and merges; verl's merger fails as the README says."""
+    """Stock PEFT finds the user's 16-bit model and merges; verl's merger fails as the README
+    says."""
     from peft import AutoPeftModelForCausalLM
     from verl.model_merger.base_model_merger import ModelMergerConfig
     from verl.model_merger.fsdp_model_merger import FSDPModelMerger
@@ -99,7 +101,8 @@ def test_what_the_checkpoint_says_about_merging_holds(one_rank, bf16_checkpoint,
 
 
 def test_a_base_that_the_rollout_uses_too_trains_the_same_adapter(run_engine, one_rank, nvfp4_checkpoint, tmp_path):
-    """qerl.base=shared: bit for bit, with verl's offload, which leaves the base where it is; a checkpoint is the same."""
+    """qerl.base=shared: bit for bit, with verl's offload, which leaves the base where it is; a
+    checkpoint is the same."""
     sharing = sharing_job().environment()
     save = tmp_path / "ckpt" / "actor"
     settings = {"steps": 4, "save_after": 2, "save": str(save), "param_offload": True, "optimizer_offload": True}
@@ -153,7 +156,8 @@ def test_training_goes_on_from_an_adapter_folder(run_engine, one_rank, nvfp4_che
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_two_ranks_shard_the_bytes_and_train_the_same_adapter(run_engine, one_rank, nvfp4_checkpoint, tmp_path, shared):
-    """With a base that the rollout uses too, each rank has all of it in place, and adapters alone are sharded."""
+    """With a base that the rollout uses too, each rank has all of it in place, and adapters
+    alone are sharded."""
     sharing = sharing_job().environment() if shared else {}
     reports = run_engine(nvfp4_checkpoint, tmp_path / "r", world=2, environment=sharing, steps=4)
     sharded = [n for n, p in reports[0]["parameters"].items() if p["local_bytes"] * 2 == p["bytes"]]
@@ -179,8 +183,9 @@ def test_building_never_holds_the_model_in_16_bits(run_engine, model_factory, tm
     frozen = sum(p["bytes"] for p in report["parameters"].values() if not p["trains"])
     in_16_bits = sum(f.stat().st_size for f in source.glob("*.safetensors"))
     assert in_16_bits > 300e6 and frozen < 0.31 * in_16_bits
-    # Two copies of the packed model: FSDP2 shards a copy while verl still holds the whole state dict to broadcast it.
-    # With the allocator's and the imports' share that differs from run to run, less than one copy in 16 bits.
+    # Two copies of the packed model: FSDP2 shards a copy while verl still holds the whole state
+    # dict to broadcast it. With the allocator's and the imports' share that differs from run to
+    # run, less than one copy in 16 bits.
     assert report["peak_growth"] < in_16_bits, f"{report['peak_growth'] / 1e6:.0f} of {in_16_bits / 1e6:.0f} MB"
     print(
         f"peak growth {report['peak_growth'] / 1e6:.0f} MB, packed {frozen / 1e6:.0f}, 16 bits {in_16_bits / 1e6:.0f}"
@@ -188,7 +193,8 @@ def test_building_never_holds_the_model_in_16_bits(run_engine, model_factory, tm
 
 
 def test_verls_way_to_build_fsdp2_is_the_one_that_ours_stands_in_for():
-    """Ours sets and calls the same (qerl_verl/engine/fsdp.py, _build_fsdp_module); where this fails, look what verl does now."""
+    """Ours sets and calls the same (qerl_verl/engine/fsdp.py, _build_fsdp_module); where this
+    fails, look what verl does now."""
     source = inspect.getsource(FSDPEngine._build_fsdp_module)
     ours = inspect.getsource(NVFP4EngineMixin._build_fsdp_module)
     attributes = set(re.findall(r"self\.(\w+) = ", source))
@@ -212,7 +218,8 @@ def test_verls_way_to_build_fsdp2_is_the_one_that_ours_stands_in_for():
     ],
 )
 def test_a_policy_has_no_dropout_while_it_trains(name, found):
-    """Its log-probabilities in training are then those in evaluation, which the rollout's are compared with."""
+    """Its log-probabilities in training are then those in evaluation, which the rollout's are
+    compared with."""
     config = make_config(name, **found)
     assert remove_dropout(config) == found and remove_dropout(config) == {}
     model, ids = automatic_class(get_architecture(config)).from_config(config), torch.arange(9)[None]

@@ -29,8 +29,9 @@ def make_source(name, folder):
     "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in TOWERS]
 )
 def test_sequences_with_images_train_the_same_however_they_are_laid_out(run_engine, tmp_path, name):
-    """Log-probabilities without the adapter are transformers' own, in float64, on the decoded weights; the loss and the
-    norm of the gradients of two steps are those of padded rows. The adapter is on the decoder alone."""
+    """Log-probabilities without the adapter are transformers' own, in float64, on the decoded
+    weights; the loss and the norm of the gradients of two steps are those of padded rows. The
+    adapter is on the decoder alone."""
     quantize_checkpoint(make_source(name, tmp_path / "source"), tmp_path / "model", progress=False)
     variants = {key: value | {"images": True, "reference": True} for key, value in VARIANTS.items()}
     (report,) = run_engine(tmp_path / "model", tmp_path / "r", variants=variants, **SINGLE)
@@ -56,8 +57,8 @@ def test_sequences_with_images_train_the_same_however_they_are_laid_out(run_engi
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TOWERS)
 def test_two_ranks_train_as_one_does(run_engine, tmp_path, name):
-    """The tower is sharded like the rest of what is frozen in 16 bits; rank 1 gets it from rank 0. With
-    Ulysses each rank has a part of every sequence."""
+    """The tower is sharded like the rest of what is frozen in 16 bits; rank 1 gets it from rank 0.
+    With Ulysses each rank has a part of every sequence."""
     quantize_checkpoint(make_source(name, tmp_path / "source"), tmp_path / "model", progress=False)
     packed = PACKED | {"images": True}
     # of Qwen2.5-VL, verl hands flash-attn the attention of divided sequences

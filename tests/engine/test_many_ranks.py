@@ -1,9 +1,11 @@
-"""Gloo ranks through verl's own training path: the bytes that they exchange, and that together they train what one rank does.
+"""Gloo ranks through verl's own training path: the bytes that they exchange, and that together they
+train what one rank does.
 
-Everything is compared with one rank on the same eight sequences, three steps from the same adapter. In float32, with the sums
-of FSDP2 in the order of one rank's micro-batches, two ranks differ in nothing, or in the last bits; Ulysses divides other
-sums: 1e-5 of the loss, 1e-5 of the gradient and 1e-4 of the way that the adapter went. By hand, on four or eight ranks as well, there also sharded
-over pairs of ranks alone (``fsdp_size=2``):
+Everything is compared with one rank on the same eight sequences, three steps from the same adapter.
+In float32, with the sums of FSDP2 in the order of one rank's micro-batches, two ranks differ in
+nothing, or in the last bits; Ulysses divides other
+sums: 1e-5 of the loss, 1e-5 of the gradient and 1e-4 of the way that the adapter went. By hand, on
+four or eight ranks as well, there also sharded over pairs of ranks alone (``fsdp_size=2``):
 
     QERL_TEST_RANKS=4 python -m pytest tests/engine/test_many_ranks.py
 """
@@ -68,14 +70,16 @@ def test_three_steps_are_those_of_one_rank(adapters_and_reports, name):
     nothing = {n: torch.zeros_like(t) for n, t in adapters["one_grad"].items()}
     assert distance(adapters[f"{name}_grad"], adapters["one_grad"]) < 1e-5 * distance(nothing, adapters["one_grad"])
     moved = distance(adapters["one"], adapters["start"])
-    way = 1e-3 if name == "compiled" else 1e-4  # other kernels than the one rank's, which is not compiled
+    # other kernels than the one rank's, which is not compiled
+    way = 1e-3 if name == "compiled" else 1e-4
     assert moved > 0 and distance(adapters[name], adapters["one"]) < way * moved
     compiled = name == "compiled" and unavailable(torch.device("cpu")) is None
     assert (found["compiled"]["norms"], found["compiled"]["mlps"]) == ((5, 2) if compiled else (0, 0))
 
 
 def test_ulysses_with_sdpa_is_not_what_one_rank_does(adapters_and_reports):
-    """So the switch refuses it (config/checks/recipe.py): verl exchanges heads in front of flash-attn alone and says nothing."""
+    """So the switch refuses it (config/checks/recipe.py): verl exchanges heads in front of
+    flash-attn alone and says nothing."""
     adapters, one, reports = adapters_and_reports
     assert abs(reports[0]["ulysses_sdpa"]["loss"][0] - one["loss"][0]) > 1e-2
     nothing = {n: torch.zeros_like(t) for n, t in adapters["one_grad"].items()}
@@ -89,7 +93,8 @@ def test_all_ranks_hold_the_same_adapter_in_the_end(adapters_and_reports):
 
 
 def test_the_all_gather_moves_the_packed_bytes(adapters_and_reports):
-    """4 bits a value and 8 bits for each 16 of them, where bfloat16 takes 2 bytes. In forward and backward of both layers."""
+    """4 bits a value and 8 bits for each 16 of them, where bfloat16 takes 2 bytes. In forward
+    and backward of both layers."""
     _, _, reports = adapters_and_reports
     assert reports[0]["packed"]["bytes_per_weight"] == [0.5625] * 4
     assert reports[0]["bf16"]["bytes_per_weight"] == [2.0] * 4
@@ -107,7 +112,8 @@ def test_what_copies_in_front_of_an_all_gather_keeps_the_carriers_bytes():
     patterns = torch.arange(1 << 16, dtype=torch.int32, device="cuda").to(torch.int16)
 
     def copied(dtype):
-        source = torch.stack([patterns, patterns.flip(0)], dim=1).view(-1)  # also as 32 bits every exponent there is
+        # also as 32 bits every exponent there is
+        source = torch.stack([patterns, patterns.flip(0)], dim=1).view(-1)
         target = torch.empty_like(source)
         torch._foreach_copy_([target.view(dtype)], [source.view(dtype)])
         return torch.equal(target, source)

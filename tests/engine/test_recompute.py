@@ -41,7 +41,8 @@ class Counting(Backend):
 
 
 def micro_batch(policy, rows=ROWS):
-    """Six checkpointed layers of two products, forward and backward; returns how many products the latter computed."""
+    """Six checkpointed layers of two products, forward and backward; returns how many products
+    the latter computed."""
     backend = Counting()
     torch.manual_seed(0)
     packed, scale = quantize_nvfp4(torch.randn(WIDTH, WIDTH), torch.tensor([300.0]))
@@ -117,7 +118,8 @@ def test_twice_the_tokens_need_twice_the_room(device):
 
 
 def test_a_peak_that_is_not_the_steps_own_is_corrected_later(device):
-    """The process may have needed more before. A later micro-batch that stays below that peak shows that it needs less."""
+    """The process may have needed more before. A later micro-batch that stays below that peak
+    shows that it needs less."""
     policy = Recompute("auto", CUDA)
     device |= {"free": 3 * 10**4, "peak": 8 * 10**4}
     micro_batch(policy)

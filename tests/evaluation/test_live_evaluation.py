@@ -112,7 +112,8 @@ def check_adapters_are_applied(settings, engine, checkpoint):
     plan = prepare(settings)
     prompts = {index: prompt for (_, index), prompt in plan.prompts.items()}
     names = list(plan.policies)
-    tokens = {name: greedy(plan, engine, name) for name in (*names, *names[:2])}  # and back to the first ones
+    # and back to the first ones
+    tokens = {name: greedy(plan, engine, name) for name in (*names, *names[:2])}
     assert len({str(sorted(t.items())) for t in tokens.values()}) == 3
     for name in names:
         model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)

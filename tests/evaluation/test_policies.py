@@ -1,4 +1,5 @@
-"""Models and adapters that an evaluation takes, and those that it refuses before an engine starts."""
+"""Models and adapters that an evaluation takes, and those that it refuses before an engine
+starts."""
 
 import json
 import shutil
@@ -133,7 +134,8 @@ def test_a_checkpoint_of_another_base_is_refused(model, bf16_checkpoint, write_a
     with pytest.raises(EvaluationError, match=f"other weights than .*{base}.*{model.fingerprint}.*--other-base"):
         check_bases(adapters, model)
     check_bases(adapters, find_model(str(bf16_checkpoint), tmp_path / "cache"))
-    check_bases(check_adapters([str(write_adapter(tmp_path / "plain"))], model.folder), model)  # it records none
+    # it records none
+    check_bases(check_adapters([str(write_adapter(tmp_path / "plain"))], model.folder), model)
 
 
 def test_broken_files_are_refused(model, write_adapter, tmp_path):

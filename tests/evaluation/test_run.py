@@ -199,7 +199,8 @@ def test_heads_that_vllm_has_no_cpu_kernel_for_are_refused_there(
 ):
     model = shutil.copytree(nvfp4_checkpoint, tmp_path / "narrow heads")
     config = json.loads((model / "config.json").read_text())
-    config |= {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16}  # matrices of the same shapes
+    # matrices of the same shapes
+    config |= {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16}
     (model / "config.json").write_text(json.dumps(config))
     monkeypatch.setattr("qerl_verl.evaluation.run._on_cpu", lambda: on_cpu)
     if on_cpu:

@@ -143,7 +143,8 @@ def test_a_mixture_of_experts_is_merged(mixture, tmp_path):
     with reference.adapted(adapter):
         expected = log_probabilities(reference.models[0], prompt)
     assert (log_probabilities(found, prompt) - expected).norm() / expected.norm() < 10 * torch.finfo(torch.bfloat16).eps
-    export_merged(source, adapter, tmp_path / "s", device="cpu", progress=False)  # stacked, in 16 bits
+    # stacked, in 16 bits
+    export_merged(source, adapter, tmp_path / "s", device="cpu", progress=False)
     merged = load_file(tmp_path / "s" / "model.safetensors")
     assert merged.keys() == tensors.keys()
     stack = load_file(source / "model.safetensors")["model.layers.0.mlp.experts.down_proj"]

@@ -1,4 +1,5 @@
-"""Adapters in PEFT's format against a model: every tensor has a place, every place has a tensor, or it is refused."""
+"""Adapters in PEFT's format against a model: every tensor has a place, every place has a tensor,
+or it is refused."""
 
 import json
 
@@ -36,7 +37,7 @@ def shapes(head=False):
     return out | {f"base_model.model.{name}": shape for name, shape in HEAD.items() if head}
 
 
-# --- names -----------------------------------------------------------------------------------------------------------
+# --- names ---
 
 RENAMED = {
     "as PEFT saves it": lambda n: n,
@@ -139,7 +140,7 @@ def test_layers_that_the_configuration_leaves_out_need_no_tensors():
     assert len(found) == 4
 
 
-# --- the configuration -----------------------------------------------------------------------------------------------
+# --- the configuration ---
 
 UNSUPPORTED = [
     ("lora_alpha", 0, "lora_alpha=0 in its adapter_config.json: the LoRA delta would be multiplied by that"),
@@ -209,18 +210,20 @@ def test_a_critics_heads_may_be_saved_beside_the_adapter():
 
 
 def test_every_field_of_pefts_is_decided_on():
-    """When this fails, PEFT has a field that changes an adapter: decide whether one that sets it can go on."""
+    """When this fails, PEFT has a field that changes an adapter: decide whether one that sets it
+    can go on."""
     from dataclasses import fields
 
     from qerl_verl.lora import adapter_files
 
     known = {name for name, *_ in UNSUPPORTED} | adapter_files._CHOICES
-    initialization = {"loftq_config", "eva_config", "corda_config", "lora_ga_config"}  # see init_lora_weights
+    # see init_lora_weights
+    initialization = {"loftq_config", "eva_config", "corda_config", "lora_ga_config"}
     elsewhere = {"megatron_config", "megatron_core", "qalora_group_size", "runtime_config"}
     assert {f.name for f in fields(LoraConfig)} - known - initialization - elsewhere == set()
 
 
-# --- files -----------------------------------------------------------------------------------------------------------
+# --- files ---
 
 
 def test_files_that_cannot_be_read(tmp_path):

@@ -10,7 +10,8 @@ from qerl_verl.lora.wire import CONFIG_TENSOR, pack_config, take_config
 from qerl_verl.rollout.lora import adapter_scaling
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16])  # verl's mooncake casts all that it sends
+# verl's mooncake casts all that it sends
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16])
 @pytest.mark.parametrize("rslora", [False, True])
 def test_a_configuration_arrives_as_it_was(dtype, rslora):
     config = LoraConfig(

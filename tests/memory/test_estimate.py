@@ -62,7 +62,8 @@ EXPERTS = {
 
 
 def test_a_mixture_of_experts():
-    """30.5 billion parameters in 17 GB; a token goes through the inner sizes of its 8 experts; adapters on attention alone."""
+    """30.5 billion parameters in 17 GB; a token goes through the inner sizes of its 8 experts;
+    adapters on attention alone."""
     made = model_of(EXPERTS, 32, "all-linear")
     expert, attention = 3 * 768 * 2048, 2048 * 4096 * 2 + 2 * 2048 * 512
     assert made.packed * 16 // 9 == 48 * (128 * expert + attention)
@@ -88,7 +89,8 @@ def test_linears_that_a_checkpoint_fuses_count_once():
 @pytest.mark.parametrize(
     ("shape", "run", "elsewhere", "measured", "kept", "kept_gib"),
     [
-        # gsm8k_grpo_32b on one H100, 10 sequences of 768 tokens a micro-batch: the card's peak by nvidia-smi
+        # gsm8k_grpo_32b on one H100, 10 sequences of 768 tokens a micro-batch: the card's peak by
+        # nvidia-smi
         ("32B", RUN, 0, 75.0, 42, 40.5),
         # GRPO of 7B on one GPU with flash-attn's cross entropy, 16 sequences a micro-batch: the actor's peak by PyTorch
         ("7B", replace(RUN, tokens=12288, fused_logits=False), ASLEEP + CONTEXT, 49.0, 28, 29.5),

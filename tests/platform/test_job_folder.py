@@ -103,7 +103,8 @@ def test_a_process_of_the_job_is_known_by_its_environment(tmp_path):
     variable = f"{job_folder.JOB_FOLDER_ENV}={tmp_path}"
     child = subprocess.Popen(["sleep", "60"], env={**os.environ, job_folder.JOB_FOLDER_ENV: str(tmp_path)})
     try:
-        while Path(f"/proc/{child.pid}/cmdline").read_bytes().split(b"\0")[0] != b"sleep":  # not yet the new program
+        # not yet the new program
+        while Path(f"/proc/{child.pid}/cmdline").read_bytes().split(b"\0")[0] != b"sleep":
             pass
         assert child.pid in job_folder._processes() and variable.encode() in job_folder._environment(child.pid)
         assert variable.encode() not in job_folder._environment(os.getpid())
@@ -140,7 +141,8 @@ OTHER_CONTAINER = {"namespaces": "pid:[4026532999]"}
     ],
 )
 def test_the_next_job_removes_what_a_dead_driver_left_and_nothing_else(host, where, lives, stays):
-    """Folder and segments, also where hosts or containers share the folder for temporary files and ``/dev/shm``."""
+    """Folder and segments, also where hosts or containers share the folder for temporary files
+    and ``/dev/shm``."""
     folder = host[0] / f"{job_folder.PREFIX}other"
     (folder / "segments").mkdir(parents=True)
     (folder / "segments" / "1").write_text(segment(host, "psm_other"))

@@ -25,7 +25,8 @@ def node(number, alive=True):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Time that passes only while the watch sleeps; threads that other tests have left keep theirs."""
+    """Time that passes only while the watch sleeps; threads that other tests have left keep
+    theirs."""
     now = [0.0]
 
     def sleep(seconds):

@@ -1,6 +1,8 @@
-"""The numbers on another CPU than this one: tests of arithmetic, once more in a process that computes as if there were no AVX-512.
+"""The numbers on another CPU than this one: tests of arithmetic, once more in a process that
+computes as if there were no AVX-512.
 
-Two variables stand for such a CPU: ``ONEDNN_MAX_CPU_ISA`` for oneDNN's GEMMs, ``ATEN_CPU_CAPABILITY`` for PyTorch's own kernels.
+Two variables stand for such a CPU: ``ONEDNN_MAX_CPU_ISA`` for oneDNN's GEMMs,
+``ATEN_CPU_CAPABILITY`` for PyTorch's own kernels.
 """
 
 import os

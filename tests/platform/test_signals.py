@@ -1,4 +1,5 @@
-"""A signal that ends a process: one line, exit handlers, exit code 128 + number, with and without Ray."""
+"""A signal that ends a process: one line, exit handlers, exit code 128 + number, with and
+without Ray."""
 
 import inspect
 import signal

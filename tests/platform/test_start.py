@@ -46,7 +46,8 @@ def test_the_driver_checks_a_run_without_heavy_imports(imported, module):
 
 
 def test_the_plugin_needs_ray_alone(imported):
-    """To tell whether it is in a Ray worker; verl, which loads the plugin, has imported Ray before."""
+    """To tell whether it is in a Ray worker; verl, which loads the plugin, has imported Ray
+    before."""
     assert imported["qerl_verl.plugin"] == ["ray"]
 
 
@@ -82,7 +83,8 @@ def spec_of(source):
     [
         ([], {"PYTHONDONTWRITEBYTECODE": "1"}, True, False),  # all there
         (["torch"], {}, True, False),  # the first process writes them beside the sources
-        (["torch"], {"PYTHONDONTWRITEBYTECODE": ""}, True, False),  # Python's own reading of an empty value
+        # Python's own reading of an empty value
+        (["torch"], {"PYTHONDONTWRITEBYTECODE": ""}, True, False),
         (["torch"], {"PYTHONDONTWRITEBYTECODE": "1"}, True, True),
         (["torch"], {}, False, True),
         (["torch"], {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPYCACHEPREFIX": "/x"}, True, False),

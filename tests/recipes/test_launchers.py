@@ -191,7 +191,7 @@ def test_run_starts_verl(launch, tmp_path):
     assert trained_with(arguments) == ("gsm8k_grpo", ["a=b c", "+d=[1]"])
 
 
-# --- Slurm -------------------------------------------------------------------------------------------------------------
+# --- Slurm ---
 
 
 def test_slurm_starts_head_workers_and_training(launch):
@@ -306,7 +306,7 @@ def test_slurm_options_are_in_the_scripts_head():
     assert {"#SBATCH --requeue", "#SBATCH --signal=B:USR1@180"} <= set(lines)
 
 
-# --- Ray job -----------------------------------------------------------------------------------------------------------
+# --- Ray job ---
 
 
 def test_ray_job(launch):
@@ -322,7 +322,7 @@ def test_ray_job(launch):
     assert settings[2:] == ["trainer.nnodes=2", "trainer.n_gpus_per_node=4", "data.seed=3", "trainer.logger=[console]"]
 
 
-# --- KubeRay -----------------------------------------------------------------------------------------------------------
+# --- KubeRay ---
 
 
 def test_kuberay(launch):

@@ -100,7 +100,8 @@ def test_verl_takes_the_batch_sizes(name, bf16_checkpoint):
     from verl.utils.config import validate_config
 
     config = prepare(name, on_cpu=name == "quickstart_cpu")[0] if name in SWITCHED else load(name)
-    for model in (config.actor_rollout_ref.model, config.critic.model):  # verl reads the critic's config.json
+    # verl reads the critic's config.json
+    for model in (config.actor_rollout_ref.model, config.critic.model):
         model.path = str(bf16_checkpoint)
     validate_config(config, need_reference_policy(config), need_critic(config))
     gpus = config.trainer.nnodes * config.trainer.n_gpus_per_node

@@ -51,7 +51,8 @@ OF_THE_NOISE = {
     "nvfp4_aqn_rounded": {"qerl.aqn.rounding"},
     "nvfp4_aqn_relative": {"qerl.aqn.unit"},
     "nvfp4_aqn_adaptive": {"qerl.aqn.schedule", "qerl.aqn.target_kl"},
-    "nvfp4_aqn_no_is": set(),  # it writes verl's default, by which the switch leaves the correction off
+    # it writes verl's default, by which the switch leaves the correction off
+    "nvfp4_aqn_no_is": set(),
     "nvfp4_gptq_aqn": {"qerl.quantization.method", "qerl.quantization.calibration"},
 }
 

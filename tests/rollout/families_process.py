@@ -98,7 +98,8 @@ def start_engine(checkpoint, dtype, **options):
 
 def look_at(checkpoint, adapter, prompts, noise):
     images = takes_images(checkpoint)
-    engine = start_engine(checkpoint, "float32")  # bfloat16's rounding would hide what a family does differently
+    # bfloat16's rounding would hide what a family does differently
+    engine = start_engine(checkpoint, "float32")
     seen = {"clean": log_probabilities(engine, prompts)}
     (seen["layers"],) = engine.collective_rpc(adapter_shapes)
     (seen["taken"],) = engine.collective_rpc("qerl_load_adapter_folder", args=(adapter,))

@@ -12,7 +12,8 @@ import os
 import sys
 import traceback
 
-from families_process import LORA, log_probabilities, start_engine  # sets the environment, first of all
+# sets the environment, first of all
+from families_process import LORA, log_probabilities, start_engine
 
 # isort: split
 import torch

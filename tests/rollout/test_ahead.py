@@ -1,4 +1,5 @@
-"""The rollout's servers that are started while the actor is being built, with fakes in Ray's place."""
+"""The rollout's servers that are started while the actor is being built, with fakes in Ray's
+place."""
 
 import asyncio
 import logging
@@ -125,7 +126,8 @@ def replica_of(config, rank):
 
 
 def test_verl_asks_for_the_servers_that_were_started(config, remote, capsys):
-    """Names, node, environment and concurrency are those of verl's launch_servers, whatever it becomes."""
+    """Names, node, environment and concurrency are those of verl's launch_servers, whatever it
+    becomes."""
     servers = start(config)
     assert "[qerl] start: rollout servers that start beside the actor: 2" in capsys.readouterr().out
     assert [options["name"] for options, _ in remote.created] == ["vllm_server_0_0", "vllm_server_1_0"]
@@ -138,7 +140,8 @@ def test_verl_asks_for_the_servers_that_were_started(config, remote, capsys):
         assert calls == ["qerl_begin", "get_master_address", "launch_server", "get_server_address"]
         (arguments,) = replica.server_handle.calls[0][1]
         assert arguments["replica_rank"] == rank and arguments["cuda_visible_devices"] == "0,1"
-    again = launch(replica_of(config, 0), servers)  # none is left, so verl starts one: with the same options
+    # none is left, so verl starts one: with the same options
+    again = launch(replica_of(config, 0), servers)
     (options, arguments) = remote.created[0]
     assert arguments["workers"] == again.workers and "qerl_begin" not in dict.fromkeys(
         c[0] for c in again.servers[0].calls

@@ -110,7 +110,8 @@ def check(outputs, experts, x, logits, relative=3e-6):
 @pytest.mark.parametrize("activations", [None, "as the weights"])
 @pytest.mark.parametrize("shared_scale", [True, False])
 def test_a_layer_computes_what_its_checkpoint_says(shared_scale, activations):
-    """Of a W4A4 checkpoint, too, whose scales of activations are dropped. The weights stay packed."""
+    """Of a W4A4 checkpoint, too, whose scales of activations are dropped. The weights stay
+    packed."""
     experts, layer = TinyExperts(EXPERTS, HIDDEN, INNER, shared_scale), build(activations=activations)
     assert len(load(layer, experts, activations)) == len(tensors_of(experts, activations))
     x, logits = make_tokens(torch.float32, TOKENS, HIDDEN, EXPERTS)

@@ -384,7 +384,8 @@ def test_the_noise_that_acts_in_the_engines_norms_is_the_noise_that_was_drawn(en
     set_noise(engine)
     first, second = np.array(first), np.array(second)
     both = (first + second) / 2
-    assert np.cov(first, second)[0, 1] ** 0.5 == pytest.approx(sigma, rel=0.02)  # leaves out what rounding adds to each
+    # leaves out what rounding adds to each
+    assert np.cov(first, second)[0, 1] ** 0.5 == pytest.approx(sigma, rel=0.02)
     assert abs(both.mean()) < 3 * both.std() / len(both) ** 0.5
 
 
@@ -640,7 +641,8 @@ def test_a_mixture_of_experts_on_two_ranks(tmp_path, monkeypatch, cpu_platform):
     reference = tiny_families.Reference(tmp_path / "quantized")
     lora = {"rank": tiny_families.RANK, "alpha": tiny_families.ALPHA}
     engine_settings = {"additional_config": {"qerl": {"kernel": "auto", "lora": lora}}, "tensor_parallel_size": 2}
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # more wait for each other when ranks share the cores
+    # more wait for each other when ranks share the cores
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     with running(tmp_path / "quantized", dtype="float32", **engine_settings) as divided:
         reference.check(PROMPTS, split(prompt_log_probabilities(divided, PROMPTS)))
         sync_ranks(divided, str(adapter), 2)

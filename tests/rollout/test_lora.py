@@ -1,4 +1,5 @@
-"""The adapter in the layers, without an engine: placing, tensor parallelism, and what is refused."""
+"""The adapter in the layers, without an engine: placing, tensor parallelism, and what is
+refused."""
 
 import pytest
 import torch
@@ -140,7 +141,8 @@ def test_a_part_of_a_tensor():
     assert torch.equal(shard(whole, 0, 6, 3, 4), whole)
     assert torch.equal(shard(whole, 0, 3, 1, 2), whole[3:])
     assert [shard(whole, 0, 3, rank, 4)[0, 0].item() for rank in range(4)] == [0, 0, 6, 6]
-    for size, tp in ((4, 2), (12, 1), (2, 4)):  # not whole parts, too small, three parts for four ranks
+    # not whole parts, too small, three parts for four ranks
+    for size, tp in ((4, 2), (12, 1), (2, 4)):
         with pytest.raises(ValueError, match="cannot be divided"):
             shard(whole, 0, size, 0, tp)
 

@@ -95,14 +95,16 @@ def test_every_norm_of_vllms_takes_noise_on_what_it_multiplies_by(stock):
         return torch.cat([module(x.clone()), *module(x.clone(), residual.clone())])
 
     live = clean.float() + norm.qerl_offset
-    assert torch.equal(norm.qerl_weight, live)  # what a compiled or captured norm multiplies by from the start
+    # what a compiled or captured norm multiplies by from the start
+    assert torch.equal(norm.qerl_weight, live)
     noise = injector(norm)
     for _ in range(2):
         assert torch.equal(outputs(norm), outputs(plain))
         noise.set_noise(seed=1, step=1, sigma=0.1)
         effective = clean.double() + norm.qerl_offset + draw_noise(1, 1, next(iter(noise.targets)), 512, 0.1).double()
         expected = x.double() * (x.double().square().mean(-1, keepdim=True) + norm.variance_epsilon).rsqrt() * effective
-        torch.testing.assert_close(norm(x.clone()).double(), expected, rtol=2**-8, atol=0)  # a rounding to bfloat16
+        # a rounding to bfloat16
+        torch.testing.assert_close(norm(x.clone()).double(), expected, rtol=2**-8, atol=0)
         assert noise.measure()["absolute"] == pytest.approx(0.1, rel=0.1)
         noise.set_noise(seed=1, step=1, sigma=0.0)
     noise.set_noise(seed=1, step=1, sigma=0.1)
@@ -142,7 +144,8 @@ def test_the_noise_that_acts_is_the_noise_that_was_drawn(dtype, size):
     on."""
     clean = (size * (0.75 + 0.5 * torch.rand(HIDDEN, generator=torch.Generator().manual_seed(1)))).to(dtype)
     norm = build(clean)
-    norm.qerl_captured = True  # the clean norm by the noised one's formula: the noise is all that changes
+    # the clean norm by the noised one's formula: the noise is all that changes
+    norm.qerl_captured = True
     std, mean, error = acting_noise(norm, injector(norm), seed=42, step=9, sigma=5e-4)
     assert std == pytest.approx(5e-4, rel=0.02)
     assert abs(mean) < 3 * error
@@ -192,7 +195,8 @@ def test_without_noise_the_bits_are_vllms_under_torchinductor_too(dtype, stock):
     clean = (torch.randn(512, generator=generator).exp() * 0.5).to(dtype)
     x, residual = (torch.randn(32, 512, generator=generator).to(dtype) for _ in range(2))
     results = []
-    with ir.enable_torch_wrap(False):  # TorchInductor sees the operations, as after vLLM's lowering pass
+    # TorchInductor sees the operations, as after vLLM's lowering pass
+    with ir.enable_torch_wrap(False):
         for noise in (True, False):
             norm = build(clean, noise=noise, stock=stock)
             torch._dynamo.reset()
@@ -246,7 +250,8 @@ def test_norms_of_another_width_than_the_models_are_left_to_vllm():
 
 def test_vllm_builds_ours_under_its_own_name_and_another_plugins_norm_is_refused(monkeypatch):
     assert type(build(torch.ones(8), noise=False)) is NoisyRMSNorm
-    assert NoisyRMSNorm.name == RMSNorm.name == "rms_norm"  # what compilation_config.custom_ops goes by
+    # what compilation_config.custom_ops goes by
+    assert NoisyRMSNorm.name == RMSNorm.name == "rms_norm"
     register_norm()  # twice is once
     monkeypatch.setitem(op_registry_oot, "RMSNorm", dict)
     with pytest.raises(RuntimeError, match="builtins.dict has replaced vLLM's RMSNorm.*VLLM_PLUGINS"):

@@ -15,7 +15,8 @@ CASES = [
     ("LlamaForCausalLM", MSCALE, True),
     ("LlamaForCausalLM", YARN | dict(mscale=1.0, mscale_all_dim=0.5), True),
     ("LlamaForCausalLM", YARN | dict(attention_factor=1.5), True),
-    ("LlamaForCausalLM", YARN | dict(attention_factor=1.1386294361119891), False),  # 0.1 ln 4 + 1, as Olmo 3 writes it
+    # 0.1 ln 4 + 1, as Olmo 3 writes it
+    ("LlamaForCausalLM", YARN | dict(attention_factor=1.1386294361119891), False),
     ("Ministral3ForCausalLM", MSCALE | dict(llama_4_scaling_beta=0.1), True),
 ]
 

@@ -32,13 +32,15 @@ def test_jobs_of_two_clusters_have_sockets_of_their_own(monkeypatch):
         in_cluster(monkeypatch, session, job)
         handles.add(QeRLServerAdapter().zmq_handle)
     assert len(handles) == 3
-    assert all(len(handle.removeprefix("ipc://")) < 100 for handle in handles)  # a socket's path holds 107 bytes
+    # a socket's path holds 107 bytes
+    assert all(len(handle.removeprefix("ipc://")) < 100 for handle in handles)
 
 
 def test_sender_and_engine_name_the_same_socket(monkeypatch):
     monkeypatch.setattr(ServerAdapter, "__init__", verls_name)
     in_cluster(monkeypatch, "session_2026-01-01_00-00-00_000000_1")
-    monkeypatch.setenv("VERL_RAY_JOB_ID", job_name())  # QeRLHttpServer does, for its engine's workers
+    # QeRLHttpServer does, for its engine's workers
+    monkeypatch.setenv("VERL_RAY_JOB_ID", job_name())
     monkeypatch.setenv("VERL_REPLICA_RANK", "0")
     worker = types.SimpleNamespace(local_rank=1, model_runner=None)
     assert vLLMColocateWorkerExtension._get_zmq_handle(worker) == QeRLServerAdapter().zmq_handle

@@ -1,4 +1,5 @@
-"""QeRL's vLLM server around fake engines: what it hides from verl, and when the base is read again."""
+"""QeRL's vLLM server around fake engines: what it hides from verl, and when the base is read
+again."""
 
 import argparse
 import asyncio
@@ -70,7 +71,8 @@ def test_the_rank_is_hidden_from_vllms_lora_path_only_where_the_layers_hold_the_
     assert made.model_config.lora_rank == (0 if hidden else 8)
     assert made.lora_as_adapter is not hidden  # decides about enable_lora and about LoRA requests
     assert made.model_config.hf_config is model_config.hf_config and made.model_config.path == model_config.path
-    assert model_config.lora_rank == 8 and model_config.lora == {"type": "lora"}  # the caller's stays
+    # the caller's stays
+    assert model_config.lora_rank == 8 and model_config.lora == {"type": "lora"}
 
 
 @pytest.mark.parametrize("path", PATHS)

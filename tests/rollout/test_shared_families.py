@@ -1,4 +1,5 @@
-"""Every family that shares its base: an engine on the actor's memory against one with a base of its own, bit for bit."""
+"""Every family that shares its base: an engine on the actor's memory against one with a base of
+its own, bit for bit."""
 
 import json
 import os

@@ -110,7 +110,7 @@ def test_an_address_that_is_not_this_nodes_is_named(monkeypatch):
         AdapterTransport(1, is_master=True).prepare()
 
 
-# --- from outside the job --------------------------------------------------------------------------------------------
+# --- from outside the job ---
 
 
 def free_port():
@@ -196,7 +196,8 @@ def test_one_that_says_nothing_is_let_go_and_holds_nobody_up(monkeypatch):
 
 
 def pretend(secret, adapter, digest=None):
-    """Returns a server at another address than the actor's: what it sends where the adapter is due."""
+    """Returns a server at another address than the actor's: what it sends where the adapter is
+    due."""
 
     class Handler(socketserver.BaseRequestHandler):
         def handle(self):

@@ -1,4 +1,5 @@
-"""A transformers model whose base lies in one block of shared memory, against the same model with weights of its own."""
+"""A transformers model whose base lies in one block of shared memory, against the same model
+with weights of its own."""
 
 import copy
 

@@ -34,8 +34,8 @@ def layout_of(size: int) -> Layout:
 def own(key: str, ready) -> None:
     """The owner's process.
 
-    It computes on one thread: those that OpenMP started in the process that it is forked from do not exist in it, and a second one
-    would wait for them forever.
+    It computes on one thread: those that OpenMP started in the process that it is forked from do
+    not exist in it, and a second one would wait for them forever.
     """
     torch.set_num_threads(1)
     memory = SharedMemory.allocate(SIZE, CPU)

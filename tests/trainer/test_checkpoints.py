@@ -29,7 +29,8 @@ ACTOR_FILES = ("model_world_size_1_rank_0.pt", "optim_world_size_1_rank_0.pt", "
 
 
 class Base:
-    """Saves and loads in the order of verl/trainer/ppo/v1/trainer_base.py. ``dies_before``: a file's name, or "callback"."""
+    """Saves and loads in the order of verl/trainer/ppo/v1/trainer_base.py. ``dies_before``: a
+    file's name, or "callback"."""
 
     def __init__(self, config):
         self.config, self.checkpoint_callback, self.dies_before = config, self, None

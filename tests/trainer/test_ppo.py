@@ -1,4 +1,5 @@
-"""When the trainer puts noise on and takes it off: the mixin around a trainer that goes through verl's order of hooks."""
+"""When the trainer puts noise on and takes it off: the mixin around a trainer that goes through
+verl's order of hooks."""
 
 import inspect
 import logging
@@ -51,7 +52,8 @@ class Server:
     def _set_noise(self, seed, step, sigma, unit, rounding, router):
         assert unit == "absolute"
         self.events.append((seed, step, round(sigma, 6)))
-        acting = 0.99 * sigma  # what the engine finds in its weights, not what the schedule asked for
+        # what the engine finds in its weights, not what the schedule asked for
+        acting = 0.99 * sigma
         return [
             {"absolute": acting, "relative": 2 * acting, "weight_min": 0.1, "weight_median": 0.5, "weight_max": 2.0}
         ]
@@ -116,7 +118,8 @@ class Base:
             self.checkpoint_manager.update_weights(self.global_steps)
             if self.global_steps == 2:
                 self.on_validate_begin()
-                self.checkpoint_manager.update_weights()  # a colocated reward model syncs in the middle of validation
+                # a colocated reward model syncs in the middle of validation
+                self.checkpoint_manager.update_weights()
                 self.on_validate_end()
 
 
@@ -200,13 +203,15 @@ def test_an_adaptive_sigma_follows_the_divergence_of_the_samples(trainer):
     trainer = adaptive(s1=1e-3 / 1.21, s2=4e-3, s3=1e-3 * 1.21**2)
     trainer.fit(first_step=1)
     sigmas = [m["qerl/aqn_sigma"] for m in trainer.logged.values()]
-    assert sigmas == pytest.approx([0.001, 0.0011, 0.001, 0.001])  # lower than sigma_end it does not get
+    # lower than sigma_end it does not get
+    assert sigmas == pytest.approx([0.001, 0.0011, 0.001, 0.001])
     assert [e[2] for e in trainer.events if isinstance(e, tuple) and e[2]][-1] == round(sigmas[3], 6)
     assert "qerl/aqn_stage" not in trainer.logged[1]
 
 
 def test_an_adaptive_sigma_is_measured_against_what_stale_samples_were_drawn_under(trainer):
-    """At step 3 the samples are of step 1 and before, which had sigma_end, although sigma has grown since."""
+    """At step 3 the samples are of step 1 and before, which had sigma_end, although sigma has
+    grown since."""
     trainer = adaptive(s1=1e-5, s2=1e-5, s3=1e-3)
     trainer.staleness = 2
     trainer.fit(first_step=1)
@@ -290,7 +295,8 @@ def test_the_metrics_of_samples_are_averages_over_the_updates_of_a_step():
 
 
 def test_metrics_tell_the_noise_that_stale_samples_were_drawn_under(trainer):
-    """Samples of the step before last, begun one step earlier still: the noise of the steps 2 and 1 at step 3."""
+    """Samples of the step before last, begun one step earlier still: the noise of the steps 2
+    and 1 at step 3."""
     trainer.staleness = 1
     trainer.fit(first_step=1)
     of_samples = {s: {k.rpartition("/")[2]: round(v, 6) for k, v in m.items() if "of_samples" in k}
@@ -393,7 +399,8 @@ def test_our_trainers_are_verls_with_the_mixin_in_front():
 
 
 class Engine:
-    """A replica with an engine of its own; writes down what the manager asks of it, in the order of verl's sync."""
+    """A replica with an engine of its own; writes down what the manager asks of it, in the order
+    of verl's sync."""
 
     def __init__(self, events):
         self.workers, self.server_handle = [], Server(events)

@@ -74,7 +74,8 @@ def test_every_trainer_has_it(made):
 
 @pytest.mark.parametrize(("wanted", "steps"), [(40, 4), (3, 3)])
 def test_the_last_step_saves_and_validates(monkeypatch, tmp_path, wanted, steps):
-    """verl's own loop, around a trainer whose steps do nothing: 32 prompts in batches of 8, one epoch."""
+    """verl's own loop, around a trainer whose steps do nothing: 32 prompts in batches of 8, one
+    epoch."""
     from qerl_verl.cli.explain import compose
 
     done = {"steps": 0, "saved": [], "validated": []}
