@@ -43,26 +43,26 @@ _INTENDED = ("RAY_KILL", "OUT_OF_SCOPE", "REF_DELETED", "OWNER_DIED")
 _INTENDED_EXIT = re.compile(r"exit type: INTENDED_")
 """In Ray's message about a worker that ended by itself (``exit_actor``, exit code 0)."""
 
-_SILENT = "connection error code"
-"""In Ray's message about a process that closed its connection without a word."""
+_ABRUPT = "connection error code"
+"""In Ray's message about a process whose connection broke off."""
 
 
 @dataclass(frozen=True)
 class LostProcess:
-    """A dead actor that nobody ended on purpose.
+    """An actor of the run that nobody ended on purpose.
 
     Attributes:
         name: class, actor's name, process and address.
         reason: why it ended, as far as Ray knows.
         memory: whether Ray ended it because its node was short of memory.
-        needed: whether the run cannot go on without it.
+        started: whether it ended later than in its constructor.
         ended: when, in milliseconds since 1970.
     """
 
     name: str
     reason: str
     memory: bool = False
-    needed: bool = True
+    started: bool = True
     ended: int = 0
 
     def __str__(self) -> str:
@@ -70,12 +70,14 @@ class LostProcess:
 
 
 def read_actor(actor, of_the_run: Iterable[str] = OF_THE_RUN) -> LostProcess | None:
-    """What Ray's record of a dead actor says; None where it was ended on purpose.
+    """What Ray's record of a dead actor says; None where it was ended on purpose or is the user's.
 
     Args:
         actor: ``ActorTableData`` of gcs.proto.
         of_the_run: packages whose actors the run needs.
     """
+    if actor.function_descriptor.python_function_descriptor.module_name.partition(".")[0] not in of_the_run:
+        return None
     cause = actor.death_cause
     kind = cause.WhichOneof("context")
     memory = kind == "oom_context"
@@ -88,26 +90,25 @@ def read_actor(actor, of_the_run: Iterable[str] = OF_THE_RUN) -> LostProcess | N
     elif memory:
         reason = _say_memory(cause.oom_context.error_message)
     elif kind == "creation_task_failure_context":
-        reason = f"it did not start: {_last_line(cause.creation_task_failure_context.formatted_exception_string)}"
+        reason = _last_line(cause.creation_task_failure_context.formatted_exception_string)
     elif kind is None:
         reason = "Ray gives no reason"
     else:
-        reason = f"it did not start: {_one_line(getattr(cause, kind).error_message)}"
-    module = actor.function_descriptor.python_function_descriptor.module_name
+        reason = _one_line(getattr(cause, kind).error_message)
     name = f"{actor.class_name.rpartition('.')[2]} {actor.name}".strip()
     return LostProcess(
         name=f"{name} (process {actor.pid} on {actor.address.ip_address})",
         reason=reason,
         memory=memory,
-        needed=module.partition(".")[0] in of_the_run,
+        started=kind in ("actor_died_error_context", "oom_context", None),
         ended=actor.end_time,
     )
 
 
 def _say_death(message: str) -> str:
-    if _SILENT in message:
+    if _ABRUPT in message:
         return (
-            "it ended without a word, as after SIGKILL or a crash; the kernel's OOM killer ends processes like that "
+            "it ended abruptly, as after SIGKILL or a segmentation fault; the kernel's OOM killer ends processes so "
             "(`dmesg` on that host names them)"
         )
     return _one_line(message.rpartition("Worker exit detail: ")[2])
@@ -143,14 +144,13 @@ class ProcessWatch:
         list_lost: those that are known now.
         end_run: ends the actors that this process has made.
         say: called with each line for the user.
-        lost: those found so far that the run needs.
+        lost: those found so far.
     """
 
     list_lost: Callable[[], list[LostProcess]]
     end_run: Callable[[], None]
     say: Callable[[str], None]
     lost: list[LostProcess] = field(default_factory=list)
-    _seen: set[LostProcess] = field(default_factory=set)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _over: threading.Event = field(default_factory=threading.Event)
 
@@ -189,13 +189,10 @@ class ProcessWatch:
         """:attr:`lost`, after a look; each loss is said once, in the order in which they came."""
         with self._lock:
             for process in sorted(self.list_lost(), key=lambda process: process.ended):
-                if process in self._seen:
+                if process in self.lost:
                     continue
-                self._seen.add(process)
-                if not process.needed:
-                    self.say(f"an actor that is not verl's has ended, and the run goes on: {process}")
-                    continue
-                self.say(f"the run has lost a process: {process}")
+                what = "the run has lost a process" if process.started else "a process of the run did not start"
+                self.say(f"{what}: {process}")
                 if process.memory and not any(other.memory for other in self.lost):
                     self.say(MEMORY_ADVICE)
                 self.lost.append(process)

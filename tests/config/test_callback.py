@@ -78,7 +78,7 @@ def test_another_program_of_verls_is_refused():
 
 
 NODE = "node2 (10.0.0.2): Connection closed by peer"
-PROCESS = LostProcess("AgentLoopWorkerTQ (process 7 on 10.0.0.1)", "it ended without a word")
+PROCESS = LostProcess("AgentLoopWorkerTQ (process 7 on 10.0.0.1)", "it ended abruptly")
 
 
 @pytest.mark.parametrize(
@@ -86,6 +86,7 @@ PROCESS = LostProcess("AgentLoopWorkerTQ (process 7 on 10.0.0.1)", "it ended wit
     [
         (True, [NODE], [PROCESS], [f"because a node is gone: {NODE}", "when the cluster has its nodes again"]),
         (True, [], [PROCESS], [f"because a process is gone: {PROCESS.name};", "when the reason is mended"]),
+        (True, [], [LostProcess("WorkerDict", "ValueError: bad", started=False)], []),
         (True, [], [], []),
         (False, [NODE], [PROCESS], []),
     ],

@@ -47,9 +47,9 @@ def actor(cause: ActorDeathCause, module: str = "verl.trainer.ppo.v1.agent_loop_
         (died("WORKER_DIED", f"{WORKER}SYSTEM_ERROR Worker exit detail: It receives\na SIGTERM."), "It receives a SIGTERM."),
         (died("NODE_DIED", "The actor died because its node has died."), "its node has died"),
         (ActorDeathCause(creation_task_failure_context={"formatted_exception_string": "a\nValueError: bad\n"}),
-         "it did not start: ValueError: bad"),
-        (ActorDeathCause(runtime_env_failed_context={"error_message": "no such folder"}), "it did not start: no such"),
-        (ActorDeathCause(actor_unschedulable_context={"error_message": "no GPU"}), "it did not start: no GPU"),
+         "ValueError: bad"),
+        (ActorDeathCause(runtime_env_failed_context={"error_message": "no such folder"}), "no such folder"),
+        (ActorDeathCause(actor_unschedulable_context={"error_message": "no GPU"}), "no GPU"),
         (ActorDeathCause(oom_context={"error_message": MEMORY}), "190.65GB used / 200.00GB limit"),
         (ActorDeathCause(oom_context={"error_message": MEMORY}), "40.55 GB ray::WorkerDict (11), 30.39 GB VLLM::EngineCore"),
         (ActorDeathCause(oom_context={"error_message": "short of memory"}), "short of memory"),
@@ -62,7 +62,8 @@ def test_what_ray_records_of_a_death_is_a_loss_or_not(cause, reason):
         assert lost is None
     else:
         assert lost.name == "AgentLoopWorkerTQ loop_3 (process 7 on 10.0.0.1)" and reason in lost.reason
-        assert lost.memory == cause.HasField("oom_context") and lost.needed and "\n" not in lost.reason
+        assert lost.memory == cause.HasField("oom_context") and "\n" not in lost.reason
+        assert lost.started == (reason not in ("ValueError: bad", "no such folder", "no GPU"))
 
 
 @pytest.mark.parametrize(
@@ -71,12 +72,12 @@ def test_what_ray_records_of_a_death_is_a_loss_or_not(cause, reason):
      ("vllm.v1.executor.ray_utils", True), ("sandbox", False), ("verl_sandbox.actors", False)],
 )  # fmt: skip
 def test_an_actor_of_the_users_own_is_not_one_that_the_run_needs(module, needed):
-    assert read_actor(actor(died("WORKER_DIED"), module)).needed is needed
+    assert (read_actor(actor(died("WORKER_DIED"), module)) is not None) is needed
 
 
 LOST = LostProcess("AgentLoopWorkerTQ", "SIGKILL", ended=3)
 SHORT = LostProcess("RewardLoopWorker", "short of memory", memory=True, ended=2)
-SANDBOX = LostProcess("Sandbox", "SIGKILL", needed=False, ended=1)
+FAILED = LostProcess("WorkerDict", "ValueError: bad", started=False, ended=1)
 
 
 def watch(lost: list[LostProcess]) -> tuple[ProcessWatch, list[str], list[bool]]:
@@ -84,19 +85,19 @@ def watch(lost: list[LostProcess]) -> tuple[ProcessWatch, list[str], list[bool]]
     return ProcessWatch(lambda: lost, lambda: ends.append(True), lines.append), lines, ends
 
 
-def test_each_loss_is_said_once_with_what_to_change_and_the_users_own_do_not_end_the_run():
-    known = [SANDBOX]
+def test_each_loss_is_said_once_with_what_to_change():
+    known = []
     made, lines, _ = watch(known)
-    assert made.look() == [] and made.look() == []
-    known += [LOST, SHORT, LostProcess("WorkerDict", "short of memory", memory=True, ended=4)]
-    assert [lost.name for lost in made.look()] == ["RewardLoopWorker", "AgentLoopWorkerTQ", "WorkerDict"]
+    assert made.look() == [] and lines == []
+    known += [LOST, SHORT, FAILED, LostProcess("WorkerDict", "short of memory", memory=True, ended=4)]
+    assert [lost.ended for lost in made.look()] == [1, 2, 3, 4]
     assert made.look() == made.end(failed=True) and len(lines) == 5
-    assert lines[0] == "an actor that is not verl's has ended, and the run goes on: Sandbox: SIGKILL"
+    assert lines[0] == "a process of the run did not start: WorkerDict: ValueError: bad"
     assert lines[1:3] == ["the run has lost a process: RewardLoopWorker: short of memory", MEMORY_ADVICE]
 
 
 @pytest.mark.parametrize(
-    ("lost", "verl_ends", "ended"), [([LOST], False, True), ([LOST], True, False), ([SANDBOX], False, False)]
+    ("lost", "verl_ends", "ended"), [([LOST], False, True), ([LOST], True, False), ([], False, False)]
 )
 def test_a_run_that_verl_does_not_end_itself_is_ended(monkeypatch, lost, verl_ends, ended):
     monkeypatch.setattr(lost_processes, "LOOK_SECONDS", 0.01)
@@ -106,7 +107,7 @@ def test_a_run_that_verl_does_not_end_itself_is_ended(monkeypatch, lost, verl_en
     made.begin()
     time.sleep(0.6)
     made.end(failed=False)
-    assert bool(ends) is ended and lines
+    assert bool(ends) is ended and bool(lines) is bool(lost)
 
 
 def test_a_control_store_that_does_not_answer_for_long_is_said(monkeypatch):
