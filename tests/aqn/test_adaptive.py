@@ -1,5 +1,4 @@
-"""The closed loop on a policy whose divergence is known: quadratic in sigma, on top of what engines
-differ by."""
+"""Tests the closed loop on a policy of known divergence, quadratic in sigma plus a constant."""
 
 import json
 import math
@@ -17,8 +16,10 @@ def divergence(sigma, slope=100.0, floor=1e-4):
 
 
 def run(steps, delay=0, loop=None, first=1, measure=divergence):
-    """Returns what a trainer does; with ``delay``, the samples of a step were drawn so many steps
-    before."""
+    """Runs the loop as a trainer does.
+
+    With ``delay``, the samples of a step were drawn that many steps before.
+    """
     loop = loop or AdaptiveSigma(SETTINGS)
     for step in range(first, first + steps):
         drawn = loop.sigma(max(1, step - delay))

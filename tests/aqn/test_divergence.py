@@ -8,8 +8,10 @@ from qerl_verl.aqn.divergence import measure_samples, truncation_bounds
 
 
 def draw(tokens=200_000, seed=0):
-    """Returns tokens of one categorical distribution and their log-probabilities under it and under
-    another; both distributions."""
+    """Draws tokens of one categorical distribution.
+
+    Returns their log-probabilities under it and under another one, and both distributions.
+    """
     generator = torch.Generator().manual_seed(seed)
     sampling, clean = torch.randn(2, 16, generator=generator).log_softmax(-1)
     clean = (sampling + 0.2 * clean).log_softmax(-1)

@@ -40,8 +40,9 @@ def targets_of(model):
 
 
 def targets_and_injector(model):
-    """Returns the norms multiply by a float32 parameter here; the clean weights are copies in the
-    model's dtype."""
+    """Returns targets whose norms multiply by a float32 parameter, with clean copies in the model's
+    dtype.
+    """
     norms, targets = targets_of(model), {}
     for name, norm in norms.items():
         clean = norm.weight.detach().clone()
@@ -83,7 +84,7 @@ def test_goes_to_the_norms_before_qkv_and_gate_up_only(model):
 
 
 def test_goes_to_the_norm_in_front_of_router_and_experts():
-    """A layer with experts and one without; the router alone is not enough."""
+    """The model has a layer with experts and one without; a router alone is not enough."""
     model = AutoModelForCausalLM.from_config(make_config("Qwen3MoeForCausalLM"))
     names = set(targets_of(model))
     assert names == {f"model.layers.{i}.{n}" for i in range(2) for n in ("input_layernorm", "post_attention_layernorm")}
@@ -93,8 +94,9 @@ def test_goes_to_the_norm_in_front_of_router_and_experts():
 
 
 def test_a_norm_that_feeds_a_router_has_noise_where_it_is_wanted():
-    """What acts is measured on the norms that it was for; noise on a router's norm comes off with
-    the next."""
+    """The measurement covers the norms of the last noise; noise on a router's norm goes with the
+    next one.
+    """
     model = AutoModelForCausalLM.from_config(make_config("Qwen3MoeForCausalLM"))
     row = get_architecture(model.config)
     names = list(targets_of(model))
@@ -128,8 +130,9 @@ def test_a_model_without_targets_is_an_error(model):
 
 
 def test_names_are_those_of_transformers_model_whatever_the_engine_calls_its_layers(model):
-    """The same noise is drawn by name; vLLM puts the decoder behind a vision tower into a module of
-    its own."""
+    """Noise is drawn by name, and vLLM puts the decoder behind a vision tower into a module of its
+    own.
+    """
     row = get_architecture({"architectures": ["Qwen3VLForConditionalGeneration"]})
     engine = torch.nn.ModuleDict({"language_model": model, "visual": torch.nn.Module()})
     found = find_noise_targets(engine, row, fused={}, prefix="language_model.model.layers.")
@@ -153,8 +156,9 @@ def test_noise_is_added_to_the_clean_weights_each_time_and_comes_off_bit_for_bit
 
 
 def test_one_draw_serves_q_k_and_v_as_row_noise_of_their_weights(model):
-    """Eq. 11: noise on the norm is the multiplicative noise (Z / w + 1) on the columns of all three
-    matrices."""
+    """Noise on the norm is the multiplicative noise (Z / w + 1) on the columns of all three
+    matrices (Eq. 11).
+    """
     model = model.double()
     layer, x = model.model.layers[0], torch.randn(5, 64, dtype=torch.float64)
     w = layer.input_layernorm.weight.detach().clone()

@@ -70,7 +70,7 @@ def write(folder, name, gpu, ratios):
 
 
 def test_each_gpu_has_its_rows_and_tables(tmp_path):
-    """Of a range the least counts: of 1 to 16 tokens 2.1, which misses 2.2."""
+    """The smallest value of a range counts: for 1 to 16 tokens 2.1, which misses 2.2."""
     write(tmp_path, "gemm_h100.json", "NVIDIA H100", {"1": 2.4, "16": 2.1, "64": 1.7})
     write(tmp_path, "gemm_h200.json", "NVIDIA H200", {"1": 2.5, "64": 1.8})
     write(tmp_path, "gemm_no_pdl_h200.json", "NVIDIA H200", {"1": 2.0})

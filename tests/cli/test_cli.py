@@ -147,7 +147,7 @@ def test_interrupted(src, tmp_path, capsys, monkeypatch):
 
 
 def test_usage_without_importing_torch():
-    """As a process, the way the entry point calls it. Help has to come at once."""
+    """Starts a process as the entry point does. Help must appear at once."""
     script = "import sys, qerl_verl.cli.main as m\ntry: m.main(['--help'])\nfinally: print('torch' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     assert "quantize" in out and "resolve" in out and out.endswith("False\n")

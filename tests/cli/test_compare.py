@@ -54,7 +54,7 @@ def test_the_tables_name_arms_values_intervals_and_differences(runs, capsys):
 
 
 class Page(HTMLParser):
-    """Collects what the page refers to and its cells."""
+    """Collects the page's cells and references."""
 
     def __init__(self, text):
         super().__init__()

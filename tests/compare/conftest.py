@@ -13,9 +13,11 @@ from qerl_verl.compare.runs import SCORE
 
 @pytest.fixture
 def make_run(tmp_path) -> Callable[..., Path]:
-    """Writes ``NAME/metrics.jsonl``: ``make_run(name, {metric: values from step 1}, settings)``. A
-    number alone holds for as many steps as the longest series has, or for ``steps``. ``settings``
-    are dotted keys of the record; None writes none."""
+    """Writes ``NAME/metrics.jsonl``: ``make_run(name, {metric: values from step 1}, settings)``.
+
+    A single number holds for as many steps as the longest series has, or for ``steps``.
+    ``settings`` are dotted keys of the record; None writes no record.
+    """
 
     def make(name: str, metrics: Mapping | float = 0.5, settings: dict | None = None, steps: int = 20) -> Path:
         folder = tmp_path / name

@@ -82,8 +82,7 @@ GROUPS = {
 
 @pytest.mark.parametrize(("runs", "arguments", "arms", "said"), GROUPS.values(), ids=GROUPS.keys())
 def test_the_arms(tmp_path, monkeypatch, make_run, runs, arguments, arms, said):
-    """``*`` stands for the shell's expansion, in which a pattern without an arm comes as its
-    matches."""
+    """The shell expands ``*`` in a pattern without an arm, so its matches arrive as arguments."""
     monkeypatch.chdir(tmp_path)
     for name in runs:
         make_run(name)

@@ -27,7 +27,7 @@ def quantity(comparison, id):
 
 
 def ramp(end: float, steps: int = 20) -> list[float]:
-    """From end / steps to end, in equal steps."""
+    """Returns values from end / steps to end, in equal steps."""
     return [end * (i + 1) / steps for i in range(steps)]
 
 
@@ -70,19 +70,9 @@ def test_seeds_that_two_arms_share_are_compared_in_pairs(tmp_path, make_run):
     make_run("base_s4", 0.9)
     last = quantity(of(tmp_path, baseline="base"), "reward/last")
     paired, other = last.differences["paired"], last.differences["other"]
-    assert (
-        paired.paired == (1, 2, 3)
-        and not other.paired
-        and last.differences.keys() == {"paired", "other"}
-    )
-    assert (
-        paired.interval.value == pytest.approx(0.01)
-        and 0 < paired.interval.low <= paired.interval.high < 0.02
-    )
-    assert (
-        other.interval.value == pytest.approx(0.41 - 0.525)
-        and other.interval.low < 0 < other.interval.high
-    )
+    assert paired.paired == (1, 2, 3) and not other.paired and last.differences.keys() == {"paired", "other"}
+    assert paired.interval.value == pytest.approx(0.01) and 0 < paired.interval.low <= paired.interval.high < 0.02
+    assert other.interval.value == pytest.approx(0.41 - 0.525) and other.interval.low < 0 < other.interval.high
 
 
 REACH = {
@@ -96,9 +86,7 @@ REACH = {
 
 @pytest.mark.parametrize(("rewards", "level", "smooth", "step"), REACH.values(), ids=REACH.keys())
 def test_steps_to_a_reward(rewards, level, smooth, step):
-    found = first_step_at(
-        np.array(rewards, dtype=float), list(range(1, len(rewards) + 1)), level, smooth
-    )
+    found = first_step_at(np.array(rewards, dtype=float), list(range(1, len(rewards) + 1)), level, smooth)
     assert found == step
 
 
@@ -108,10 +96,7 @@ def test_steps_to_a_reward_that_some_runs_never_reach(tmp_path, make_run):
         make_run(f"b_s{seed}", {SCORE: ramp(1.0)})
     comparison = of(tmp_path, baseline="b", reach=(0.5, 0.2), smooth=1)
     late, early = (quantity(comparison, f"reward/reach/{level}") for level in (0.5, 0.2))
-    assert (
-        late.values["a"] == {"a_s1": 10, "a_s2": 13, "a_s3": math.inf}
-        and late.arms["a"].value == 13
-    )
+    assert late.values["a"] == {"a_s1": 10, "a_s2": 13, "a_s3": math.inf} and late.arms["a"].value == 13
     assert math.isnan(late.differences["a"].interval.value)
     assert early.differences["a"].interval.value == pytest.approx(np.mean([4, 5, 10]) - 4)
     found = json.loads(json.dumps(to_json(comparison), allow_nan=False))
@@ -141,9 +126,7 @@ def test_the_area_under_a_curve_is_its_mean_height(values, steps, expected):
     assert area(np.array(values, dtype=float), steps) == pytest.approx(expected, nan_ok=True)
 
 
-def test_validations_are_compared_at_the_first_and_the_last_step_that_all_runs_have(
-    tmp_path, make_run
-):
+def test_validations_are_compared_at_the_first_and_the_last_step_that_all_runs_have(tmp_path, make_run):
     make_run(
         "a",
         {
@@ -177,9 +160,7 @@ def test_seconds_are_medians_and_what_few_steps_do_is_no_part_of_one(tmp_path, m
     }
 
 
-def test_a_metric_of_the_users_choice_is_shown_and_one_that_an_arm_lacks_is_empty(
-    tmp_path, make_run
-):
+def test_a_metric_of_the_users_choice_is_shown_and_one_that_an_arm_lacks_is_empty(tmp_path, make_run):
     make_run("a", {SCORE: 0.5, "my/metric": 7.0, "qerl/aqn_sigma_effective": 0.01})
     make_run("b", {SCORE: 0.5, "my/metric": 8.0})
     comparison = of(tmp_path, more=("my/metric",))
@@ -215,9 +196,7 @@ LENGTHS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("lengths", "options", "span", "said"), LENGTHS.values(), ids=LENGTHS.keys()
-)
+@pytest.mark.parametrize(("lengths", "options", "span", "said"), LENGTHS.values(), ids=LENGTHS.keys())
 def test_runs_of_different_length(tmp_path, make_run, lengths, options, span, said):
     for name, length in zip("ab", lengths, strict=True):
         make_run(name, {SCORE: ramp(1.0, length)})
@@ -238,9 +217,7 @@ def test_values_that_are_no_numbers_are_left_out_of_the_means(tmp_path, make_run
 def test_missing_steps_are_said(tmp_path, make_run):
     make_run("a", 0.5)
     path = make_run("b", 0.5) / "metrics.jsonl"
-    path.write_text(
-        "".join(path.read_text().splitlines(keepends=True)[i] for i in range(20) if i not in (4, 7))
-    )
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[i] for i in range(20) if i not in (4, 7)))
     assert "steps that are missing: 2 in b" in of(tmp_path).notes
 
 
@@ -291,10 +268,7 @@ def test_a_difference_that_is_allowed_is_named_first(tmp_path, make_run):
     assert comparison.notes[0] == "NOT THE SAME: data.train_batch_size is 8 (a) and 9 (b)"
     assert comparison.agreement.differing == {"qerl.arm": {"a": "nvfp4", "b": "bf16"}}
     found = to_json(comparison)
-    assert (
-        found["conflicts"] == comparison.agreement.conflicts
-        and found["settings"] == comparison.agreement.differing
-    )
+    assert found["conflicts"] == comparison.agreement.conflicts and found["settings"] == comparison.agreement.differing
 
 
 def test_intervals_do_not_depend_on_the_other_arms(tmp_path, make_run):

@@ -11,7 +11,9 @@ NAN, INF = math.nan, math.inf
 
 
 def test_the_interval_of_a_mean_covers_it_as_often_as_it_says():
-    """Of 400 samples of 40 values each; the percentile interval of so many is nearly exact."""
+    """Checks 400 samples of 40 values each; the percentile interval of so many values is nearly
+    exact.
+    """
     rng = np.random.default_rng(3)
     bootstrap = Bootstrap(samples=800, confidence=0.9)
     intervals = [bootstrap.mean(rng.exponential(size=40), f"arm {i}") for i in range(400)]
@@ -20,7 +22,7 @@ def test_the_interval_of_a_mean_covers_it_as_often_as_it_says():
 
 
 def test_the_limits_are_those_of_all_resamples():
-    """Of two runs a resample is one of four, so the limits are the runs themselves."""
+    """A resample of two runs is one of four, so the limits are the runs themselves."""
     interval = Bootstrap().mean(np.array([0.2, 0.6]), "a")
     assert (interval.value, interval.low, interval.high) == pytest.approx((0.4, 0.2, 0.6))
 
@@ -131,8 +133,9 @@ def test_p_values_are_those_of_students_table(at, p):
 
 
 def test_chance_is_called_a_difference_as_rarely_as_it_says():
-    """Three seeds an arm without any difference: the bootstrap's range excludes 0 in a quarter
-    of the cases."""
+    """With three seeds per arm and no difference, the bootstrap's range excludes 0 in a quarter of
+    the cases.
+    """
     rng, bootstrap = np.random.default_rng(2), Bootstrap(samples=300)
     paired = [bootstrap.paired_difference(rng.normal(size=3), "a") for _ in range(600)]
     assert np.mean([i.p < 0.05 for i in paired]) == pytest.approx(0.05, abs=0.025)
@@ -143,8 +146,9 @@ def test_chance_is_called_a_difference_as_rarely_as_it_says():
 
 
 def test_welchs_degrees_of_freedom():
-    """Variances 5/3 of four values and 22 of five: (5/12 + 22/5)^2 / ((5/12)^2 / 3 + (22/5)^2 /
-    4)."""
+    """The variances are 5/3 of four values and 22 of five: (5/12 + 22/5)^2 / ((5/12)^2 / 3 +
+    (22/5)^2 / 4).
+    """
     one, other = dict(enumerate([1.0, 2, 3, 4])), dict(enumerate([2.0, 4, 6, 9, 14]))
     found = Bootstrap().difference(one, other, ("a", "b"))
     t = -4.5 / math.sqrt(5 / 12 + 22 / 5)

@@ -1,4 +1,4 @@
-"""Adapters, data and an engine without vLLM."""
+"""Provides adapters, data and an engine without vLLM."""
 
 import json
 
@@ -14,11 +14,10 @@ from qerl_verl.nvfp4.checkpoint import adaptable_shapes
 
 @pytest.fixture(scope="session")
 def write_adapter(bf16_checkpoint):
-    """Returns ``write_adapter(folder, rank=8, alpha=16, seed=1, rename=None, settings=None)``: an
-    adapter on the tiny model.
+    """Returns ``write_adapter(folder, rank=8, alpha=16, seed=1, rename=None, settings=None)``.
 
-    ``rename`` is applied to each tensor's name and may return None to leave it out; ``settings``
-    are written over adapter_config.json.
+    It writes an adapter for the tiny model. ``rename`` is applied to each tensor's name and may
+    return None to omit the tensor; ``settings`` overwrite adapter_config.json.
     """
     shapes = adaptable_shapes(bf16_checkpoint)
 

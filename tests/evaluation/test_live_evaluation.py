@@ -1,5 +1,6 @@
-"""An evaluation in a real vLLM engine: the adapter is applied, and an interrupted one goes on to
-the same responses."""
+"""Tests an evaluation in a real vLLM engine: adapters are applied, and an interrupted one continues
+to the same responses.
+"""
 
 import json
 import os
@@ -68,7 +69,7 @@ class Kept:
 
 
 def started(settings):
-    """Yields the engine of an evaluation, in an environment that is restored."""
+    """Yields the engine of an evaluation, and restores the environment."""
     before = dict(os.environ)
     os.environ |= {"VLLM_LOGGING_LEVEL": "ERROR"}
     engine = run.start(prepare(settings))
@@ -93,8 +94,9 @@ def greedy(plan, engine, policy):
 
 
 def regret(model, prompts, tokens):
-    """Returns how much more probable, in nats, the best token would have been than the one that was
-    chosen, at each place."""
+    """Returns by how many nats the best token was more probable than the chosen one, at each
+    position.
+    """
     out = []
     for index, chosen in tokens.items():
         with torch.no_grad():
@@ -105,8 +107,9 @@ def regret(model, prompts, tokens):
 
 
 def check_adapters_are_applied(settings, engine, checkpoint):
-    """Greedy tokens of each policy are the best ones of PEFT's model with that adapter, and not of
-    the other models."""
+    """Checks that a policy's greedy tokens are the best ones of PEFT's model with that adapter
+    only.
+    """
     from peft import PeftModel
 
     plan = prepare(settings)
@@ -132,7 +135,7 @@ def test_the_adapters_are_applied(settings, engine, dequantized_checkpoint):
 
 
 def test_the_engines_processes_are_in_groups_of_their_own(engine):
-    """So that Ctrl-C does not reach them, see processes.py."""
+    """Ctrl-C does therefore not reach them, see processes.py."""
     children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
     names = {int(child): Path(f"/proc/{child}/cmdline").read_bytes() for child in children}
     engines = [child for child, name in names.items() if name.startswith(b"VLLM::")]
@@ -140,7 +143,7 @@ def test_the_engines_processes_are_in_groups_of_their_own(engine):
 
 
 def read(settings):
-    """Returns key -> (text, tokens), of the responses in the file."""
+    """Returns key -> (text, tokens) of the responses in the file."""
     records = [json.loads(line) for line in settings.responses.read_text().splitlines()]
     records = [record for record in records if "settings" not in record]
     found = {(r["policy"], r["index"], r["sample"]): (r["text"], r["tokens"], r["seed"]) for r in records}
@@ -150,7 +153,7 @@ def read(settings):
 
 @pytest.fixture(scope="module")
 def whole(settings, engine):
-    """Returns an evaluation without interruption: its results and its responses."""
+    """Runs an evaluation without interruption and returns its results and responses."""
     results = evaluate(prepare(settings), lambda plan: Kept(engine), progress=False)
     return results, read(settings)
 
@@ -169,8 +172,9 @@ def test_an_adapter_changes_the_samples(settings, whole):
 
 @pytest.mark.parametrize("stop_after", [1, 25])
 def test_an_interrupted_evaluation_goes_on_to_the_same_responses(settings, engine, whole, tmp_path, stop_after):
-    """Other requests share the batches then, so a tie within the rounding of bfloat16 may part a
-    few."""
+    """Other requests share the batches after an interruption, so ties within bfloat16's rounding
+    may differ.
+    """
     settings = replace(settings, responses=tmp_path / "r.jsonl")
     with pytest.raises(KeyboardInterrupt):
         evaluate(prepare(settings), lambda plan: Kept(engine, stop_after), progress=False)
@@ -182,7 +186,7 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_responses(settings, engin
 
 
 def test_the_command(settings, engine, whole, tmp_path, capsys, monkeypatch):
-    """A table on stdout, and JSON in the file; the responses lie beside it."""
+    """The command prints a table, writes JSON, and keeps the responses beside it."""
     monkeypatch.setattr(run, "start", lambda plan: Kept(engine))
     command = ["eval", settings.model, "--data", *settings.data, "--adapter", *settings.adapters, "--with-base"]
     command += ["--samples", "3", "--k", "1", "3", "--max-tokens", "12", "--reward-function", DIGIT_REWARD]
@@ -198,7 +202,7 @@ def test_the_command(settings, engine, whole, tmp_path, capsys, monkeypatch):
 
 @pytest.mark.slow
 def test_a_16_bit_model_with_adapters(settings, bf16_checkpoint, tmp_path):
-    """They are on vLLM's own LoRA path, as in the arm bf16."""
+    """The adapters are on vLLM's own LoRA path, as in the arm bf16."""
     settings = replace(settings, model=str(bf16_checkpoint), responses=tmp_path / "r.jsonl")
     for engine in started(settings):
         check_adapters_are_applied(settings, engine, bf16_checkpoint)

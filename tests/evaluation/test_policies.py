@@ -127,7 +127,7 @@ def test_all_problems_of_all_adapters_come_at_once(model, write_adapter, tmp_pat
 
 
 def test_a_checkpoint_of_another_base_is_refused(model, bf16_checkpoint, write_adapter, tmp_path):
-    """The record of the arm bf16 has the arm's name in front."""
+    """The record of the arm bf16 has the arm's name before the hash."""
     base = fingerprint(bf16_checkpoint, tmp_path / "cache")
     step = checkpoint(tmp_path / "global_step_1", write_adapter, f"bf16-{base}")
     adapters = check_adapters([str(step)], model.folder)

@@ -9,7 +9,7 @@ from qerl_verl.evaluation.responses import Response
 
 
 def rows(*scores, **values):
-    """Returns responses by problem, of their scores."""
+    """Returns responses with the given scores, by problem."""
     fields = dict(policy="p", data="d", seed=0, tokens=10, finish="stop", text="", details={})
     return [
         [Response(**{**fields, "index": i, "sample": j, "score": s, **values}) for j, s in enumerate(row)]
@@ -34,8 +34,7 @@ def test_pass_at_k_score_length_and_share_that_was_cut_off():
 
 
 def test_the_difference_is_taken_problem_by_problem():
-    """Two policies that differ by the same amount on every problem differ by that, without
-    doubt."""
+    """Two policies with the same difference on every problem have that difference with certainty."""
     first, values = summary(rows([1, 0], [0, 0], [1, 0], [0, 0]), ks=(1,))
     second, _ = summary(rows([1, 1], [1, 0], [1, 1], [1, 0]), "a", ks=(1,), first=values)
     assert first.difference == {}

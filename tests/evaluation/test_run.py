@@ -1,5 +1,4 @@
-"""An evaluation without vLLM: what is refused before the engine, what is sampled, and how it goes
-on."""
+"""Tests an evaluation without vLLM: what is refused, what is sampled, and how it continues."""
 
 import hashlib
 import json
@@ -19,7 +18,7 @@ DIGIT_REWARD = str(Path(__file__).parents[1] / "integration" / "digit_reward.py"
 
 
 class FakeEngine:
-    """Text that follows from adapter, prompt and seed. ``stop_after`` interrupts it."""
+    """Generates text that depends on adapter, prompt and seed. ``stop_after`` interrupts it."""
 
     def __init__(self, plan, stop_after=None):
         self.plan, self.left, self.adapter = plan, stop_after, None
@@ -61,7 +60,9 @@ def settings(nvfp4_checkpoint, digits, write_adapter, tmp_path):
 
 
 def run(settings, stop_after=None):
-    """Returns the engine, and the results or None where it was interrupted."""
+    """Runs an evaluation and returns the engine and the results, which are None after an
+    interruption.
+    """
     engines = []
 
     def start(plan):
@@ -78,7 +79,7 @@ def run(settings, stop_after=None):
 
 
 def lines(settings):
-    """Without their order."""
+    """Returns the lines without their order."""
     return sorted(settings.responses.read_text().splitlines())
 
 
@@ -251,7 +252,7 @@ def test_the_number_of_tokens_in_the_message_is_the_largest_that_fits(settings):
 
 
 def test_prompts_are_those_of_verls_rollout(settings, nvfp4_checkpoint):
-    """verl's agent loop makes them with the tokenizer's template and the start of the answer."""
+    """verl's agent loop makes prompts with the tokenizer's template and the start of the answer."""
     from transformers import AutoTokenizer
 
     plan = prepare(settings)
@@ -282,7 +283,7 @@ def test_the_report_says_what_was_asked_and_found(settings, tmp_path):
 
 
 def test_progress_is_shown_from_where_it_goes_on(settings, capsys):
-    """In a log: a line at the start and at the end, not one for each response."""
+    """A log has one line at the start and one at the end, not one for each response."""
     run(settings, stop_after=20)  # all of the first policy's 18 and two of the next
     evaluate(prepare(settings), FakeEngine)
     lines = capsys.readouterr().err.replace("\r", "\n").splitlines()

@@ -58,7 +58,7 @@ def logits(model):
 
 @pytest.fixture(scope="module")
 def expected(run, dequantized_checkpoint):
-    """Of the decoded base with the adapter beside it, in float32."""
+    """Returns the log-probabilities of the decoded base with the adapter, in float32."""
     base = AutoModelForCausalLM.from_pretrained(dequantized_checkpoint, dtype=torch.float32)
     return logits(PeftModel.from_pretrained(base, run / "actor" / "lora_adapter"))
 
@@ -117,8 +117,9 @@ def test_fp8_is_what_compressed_tensors_reads(run, expected, nvfp4_checkpoint, t
 
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory):
-    """Folders of a mixture of experts: in 16 bits with the experts stacked, quantized, and an
-    adapter."""
+    """Returns folders of a mixture of experts: 16 bits with experts stacked, quantized, and an
+    adapter.
+    """
     folder = tmp_path_factory.mktemp("mixture")
     source, packed, adapter = (folder / name for name in ("source", "packed", "adapter"))
     model = AutoModelForCausalLM.from_pretrained(make_family("Qwen3MoeForCausalLM", folder / "apart"))
@@ -132,7 +133,9 @@ ROUTER, EXPERT = "model.layers.0.mlp.gate", "model.layers.0.mlp.experts.3.down_p
 
 
 def test_a_mixture_of_experts_is_merged(mixture, tmp_path):
-    """One matrix for each expert, which transformers loads; the attention has the deltas."""
+    """The output has one matrix for each expert, which transformers loads; the attention has the
+    deltas.
+    """
     source, packed, adapter = mixture
     done = export_merged(packed, adapter, tmp_path / "m", device="cpu", progress=False)
     assert done == {"linears": 4 * 3 + 3 + 2 * 4, "adapted": 8}
@@ -258,8 +261,9 @@ def test_several_files_have_an_index(run, nvfp4_checkpoint, tmp_path):
 
 @pytest.mark.parametrize("name", TOWERS)
 def test_behind_a_vision_tower_the_decoder_alone_changes(tmp_path, name):
-    """Log-probabilities are those of base and adapter but for some ten roundings of the form; the
-    tower's bytes stay."""
+    """Log-probabilities are those of base and adapter up to about ten roundings of the form, and
+    the tower's bytes are unchanged.
+    """
     quantize_checkpoint(make_family(name, tmp_path / "source"), tmp_path / "base", progress=False)
     families_adapter(tmp_path / "adapter", adaptable_shapes(tmp_path / "base"))
     reference, prompt = Reference(tmp_path / "base"), list(range(3, 35))

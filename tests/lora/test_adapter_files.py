@@ -28,7 +28,7 @@ CONFIG = {"peft_type": "LORA", "r": RANK, "lora_alpha": 8, "target_modules": ["q
 
 
 def shapes(head=False):
-    """Of an adapter of q_proj and v_proj, by PEFT's names."""
+    """Returns the shapes of an adapter of q_proj and v_proj, by PEFT's names."""
     out = {}
     for name, (rows, columns) in LAYERS.items():
         if "self_attn" in name:
@@ -210,8 +210,9 @@ def test_a_critics_heads_may_be_saved_beside_the_adapter():
 
 
 def test_every_field_of_pefts_is_decided_on():
-    """When this fails, PEFT has a field that changes an adapter: decide whether one that sets it
-    can go on."""
+    """When this fails, PEFT has a field that changes an adapter: decide whether such an adapter is
+    accepted.
+    """
     from dataclasses import fields
 
     from qerl_verl.lora import adapter_files

@@ -23,7 +23,7 @@ PROMPTS = [list(range(3, 35)), [7, 7, 8, 9] * 9]
 
 
 def actor(quantized):
-    """As the engine builds it, in float32."""
+    """Builds the model as the engine does, in float32."""
     config = AutoConfig.from_pretrained(quantized)
     del config.quantization_config
     with init_empty_weights(include_buffers=False):
@@ -37,8 +37,9 @@ def actor(quantized):
 @pytest.mark.filterwarnings("ignore:The PEFT config's `base_model_name_or_path` was renamed")
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_family_in_the_actor(tmp_path, name):
-    """Log-probabilities are the float64 model's: without adapter, with one, and from the output
-    layer that returns them."""
+    """Log-probabilities equal those of the float64 model: without adapter, with one, and from the
+    output layer that returns them.
+    """
     quantize_checkpoint(make_family(name, tmp_path / "source"), tmp_path / "quantized", progress=False)
     reference, model = Reference(tmp_path / "quantized"), actor(tmp_path / "quantized")
     linears = adaptable_shapes(tmp_path / "quantized")

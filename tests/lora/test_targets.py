@@ -83,7 +83,7 @@ WITHOUT_TOWER = [
 
 @pytest.mark.parametrize(("exclude", "left"), WITHOUT_TOWER)
 def test_a_vision_tower_is_left_out_beside_what_the_user_leaves_out(exclude, left):
-    """Its layers have the decoder's last names."""
+    """The layers of the tower have the decoder's last names."""
     pattern = without_tower(exclude, "model.visual.")
     assert matched_layers([*TOWER, *DECODER], last_names([*TOWER, *DECODER]), pattern) == set(left)
     assert without_tower(pattern, "model.visual.").count("visual") <= 2

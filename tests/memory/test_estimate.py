@@ -62,8 +62,9 @@ EXPERTS = {
 
 
 def test_a_mixture_of_experts():
-    """30.5 billion parameters in 17 GB; a token goes through the inner sizes of its 8 experts;
-    adapters on attention alone."""
+    """30.5 billion parameters take 17 GB. ``inner`` is the sum over the 8 experts of a token, and
+    only the attention has adapters.
+    """
     made = model_of(EXPERTS, 32, "all-linear")
     expert, attention = 3 * 768 * 2048, 2048 * 4096 * 2 + 2 * 2048 * 512
     assert made.packed * 16 // 9 == 48 * (128 * expert + attention)

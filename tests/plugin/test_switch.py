@@ -1,8 +1,7 @@
-"""The switch from outside: real processes of `python -m verl.trainer.main_ppo`, stopped before Ray
-or printing only.
+"""Tests the switch from outside: real processes of `python -m verl.trainer.main_ppo`.
 
-Most are forked from one that has imported what verl and vLLM import, and neither of them
-(``tests/fork_server.py``).
+They stop before Ray or only print. Most are forked from a process that has imported the packages
+that verl and vLLM import, but neither of the two (``tests/fork_server.py``).
 """
 
 import os
@@ -57,8 +56,9 @@ def server(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def fork(server):
-    """As :func:`run`: ``fork(folder, *arguments)`` runs verl's main_ppo,
-    ``fork(folder, *arguments, code=TEXT)`` other code."""
+    """Returns :func:`run` with forks: ``fork(folder, *arguments)`` runs verl's main_ppo, and
+    ``fork(folder, *arguments, code=TEXT)`` other code.
+    """
 
     def start(cwd, *arguments, code=None, **environment):
         out, err = (Path(cwd) / name for name in ("out", "err"))
@@ -82,7 +82,7 @@ def test_without_the_switch_the_configuration_is_byte_identical(fork, tmp_path):
 
 @pytest.fixture(scope="module")
 def stock(fork, tmp_path_factory):
-    """Returns what is registered where no plugin is loaded."""
+    """Returns the registrations of a process without plugins."""
     return fork(tmp_path_factory.mktemp("stock"), code=STATE, VERL_USE_EXTERNAL_PLUGINS="none", VLLM_PLUGINS="")
 
 
@@ -121,7 +121,7 @@ def test_with_the_switch_a_worker_registers_everything_and_changes_vllms_quantiz
 
 
 def slow(*values):
-    """In a process of its own each; ``tests/config`` has the same refusals in this one."""
+    """Starts a process for each case; ``tests/config`` has the same refusals in one process."""
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
@@ -179,8 +179,9 @@ def test_a_plugin_that_fails_to_load_ends_the_run_and_says_why(tmp_path):
 
 
 def test_running_from_the_repository_root_leaves_hugging_faces_kernels_alone(tmp_path):
-    """transformers asks for a package called kernels; the folder of that name must not answer, nor
-    hide a real one."""
+    """transformers looks for a package called kernels. The folder of that name must not answer, nor
+    hide a real one.
+    """
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     ask = "from transformers.utils import is_kernels_available as a; import kernels; print(a(), kernels.__file__)"
     import_ours = "from qerl_verl.kernels.nvfp4_linear import nvfp4_linear"

@@ -63,8 +63,9 @@ def test_an_epoch_has_at_least_one_batch(config):
 
 
 def test_every_batch_splits_into_whole_micro_batches(config):
-    """verl refuses anything else, but only once the first step is under way (engine/utils.py,
-    prepare_micro_batches)."""
+    """verl refuses anything else, but only during the first step (engine/utils.py,
+    prepare_micro_batches).
+    """
     actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
     assert config.data.train_batch_size * rollout.n % rollout.log_prob_micro_batch_size_per_gpu == 0
     assert actor.ppo_mini_batch_size * rollout.n % actor.ppo_micro_batch_size_per_gpu == 0

@@ -20,8 +20,9 @@ def dead():
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """Runs the quickstart in ``tmp_path / "out"``; the run makes one file and sees whether it holds
-    the folder."""
+    """Runs the quickstart in ``tmp_path / "out"``. The run makes one file and checks that it holds
+    the folder.
+    """
 
     def made(out, seed, overrides):
         assert Owner.read(out / quickstart.MARKER) == Owner.current()
@@ -35,8 +36,9 @@ def run(tmp_path, monkeypatch):
 
 
 def fill(out, owner):
-    """Returns a folder with a log, a model and a file of the user's, and a marker that says
-    ``owner`` (None: no marker)."""
+    """Makes a folder with a log, a model, a user's file, and a marker that names ``owner`` (None:
+    no marker).
+    """
     (out / "model").mkdir(parents=True)
     for name in ("train.log", "model/config.json", "notes.txt"):
         (out / name).write_text("old")

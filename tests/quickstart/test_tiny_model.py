@@ -19,7 +19,7 @@ QUICK = SupervisedStart(steps=6, careless_steps=3, batch=8)
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """Returns the model that the quickstart makes. Takes most of this file's time."""
+    """Makes the quickstart's model, which takes most of this file's time."""
     folder = tmp_path_factory.mktemp("tiny_model")
     make_tiny_model(folder, split(seed=0)[0])
     return folder
@@ -39,7 +39,7 @@ def sampling_entropy(model, problems, tokenizer) -> float:
 
 
 def round_linears_to_nvfp4(model) -> int:
-    """In place, every ``*_proj`` weight. Returns their number."""
+    """Rounds every ``*_proj`` weight in place and returns the number of weights."""
     linears = [m for name, m in model.named_modules() if name.endswith("_proj")]
     for linear in linears:
         scale = nvfp4_global_scale(linear.weight.abs().max())

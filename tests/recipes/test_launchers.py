@@ -120,10 +120,10 @@ def test_shellcheck():
 
 @pytest.fixture
 def dry_run(launch, tmp_path, monkeypatch, capsys):
-    """Returns ``dry_run(script, *arguments, **environment)``: exit code and output.
+    """Returns ``dry_run(script, *arguments, **environment)``, which returns exit code and output.
 
-    The `qerl explain` of ``run.sh`` is a process of its own, that of the others runs in this one:
-    it takes seven seconds to start.
+    The `qerl explain` of ``run.sh`` is a process of its own. The others' runs in this process,
+    because it takes seven seconds to start.
     """
     python = tmp_path / "bin" / "python-stand-in"
     python.write_text(STAND_IN)
@@ -362,7 +362,7 @@ def test_kuberay(launch):
 
 
 def test_the_kuberay_manifest_as_it_stands():
-    """Parses before it is filled in too, and its entrypoint composes."""
+    """The manifest is valid before it is filled in, and its entrypoint composes."""
     from qerl_verl.cli.explain import compose
 
     text = (RECIPES / "kuberay.yaml").read_text()

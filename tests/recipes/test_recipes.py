@@ -83,7 +83,7 @@ def test_nothing_to_refuse(name, on_cpu):
 
 
 def test_the_gpus_of_a_node_can_be_divided_between_actor_and_rollout():
-    """The command in the recipe's head."""
+    """Applies the command in the recipe's head."""
     head = (RECIPES / "gsm8k_grpo_8gpu.yaml").read_text().partition("defaults:")[0]
     overrides = [word for word in head.partition("Four GPUs")[2].split() if "=" in word]
     config = load("gsm8k_grpo_8gpu", *overrides)
@@ -95,7 +95,7 @@ def test_the_gpus_of_a_node_can_be_divided_between_actor_and_rollout():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_verl_takes_the_batch_sizes(name, bf16_checkpoint):
-    """verl's own check, which main_ppo runs before it starts the workers."""
+    """Calls verl's own check, which main_ppo runs before it starts the workers."""
     from verl.trainer.ppo.utils import need_critic, need_reference_policy
     from verl.utils.config import validate_config
 
@@ -115,7 +115,7 @@ def test_verl_takes_the_batch_sizes(name, bf16_checkpoint):
 
 @pytest.mark.parametrize("name", PAPER)
 def test_the_papers_settings(name):
-    """arXiv 2510.11696, table 4 and appendix E."""
+    """The settings are those of arXiv 2510.11696, table 4 and appendix E."""
     config = load(name)
     actor, rollout, aqn = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout, config.qerl.aqn
     assert (config.data.train_batch_size, rollout.n, rollout.temperature) == (128, 8, 1.0)
@@ -140,8 +140,9 @@ def test_a_second_start_goes_on_from_the_last_checkpoint(name):
 
 @pytest.mark.parametrize("name", ROWS)
 def test_the_rows_of_the_papers_tables(name):
-    """arXiv 2510.11696, tables 1, 2 and 4; recipes/paper/README.md says which of its contradictory
-    values are taken."""
+    """The rows are those of arXiv 2510.11696, tables 1, 2 and 4; recipes/paper/README.md explains
+    which of its contradictory values are used.
+    """
     config, arm = load(name), ROWS[name]
     table, size, row = name.removeprefix("paper/").split("_", 2)
     model, actor, rollout = (

@@ -1,10 +1,9 @@
-"""Runs in a process of its own: an engine for each checkpoint, one after the other, inside this
-process.
+"""Runs an engine for each checkpoint, one after the other, inside this process.
 
 Usage: families_process.py OUT JSON_PROMPTS JSON_NOISE CHECKPOINT ADAPTER [CHECKPOINT ADAPTER ...]
 
-A vLLM engine in a process of its own takes some ten seconds to start; one inside a process that has
-imported vLLM and does not compile takes less than one. What is seen of each goes to OUT as JSON, by
+A vLLM engine in a process of its own takes about ten seconds to start. One inside a process that
+has imported vLLM and does not compile takes less than one. The observations go to OUT as JSON, by
 checkpoint.
 """
 
@@ -37,7 +36,7 @@ LORA = {"rank": 4, "alpha": 8}
 
 
 def log_probabilities(engine, prompts):
-    """Of every token of the prompts but the first."""
+    """Returns the log-probabilities of all prompt tokens but the first."""
     engine.reset_prefix_cache()
     parameters = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False, ignore_eos=True)
     outputs = engine.generate([{"prompt_token_ids": p} for p in prompts], parameters, use_tqdm=False)
@@ -54,8 +53,9 @@ def adapter_shapes(worker):
 
 
 def with_images(engine, adapter):
-    """Returns log-probabilities of :func:`image_prompts` without an adapter and with one, and the
-    tokens that vLLM made of each."""
+    """Returns log-probabilities of :func:`image_prompts` without and with an adapter, and vLLM's
+    tokens.
+    """
     from tiny_vision import image_prompts
 
     prompts = [{"prompt_token_ids": ids, "multi_modal_data": {"image": image}} for ids, image in image_prompts()]
@@ -79,7 +79,7 @@ def takes_images(checkpoint):
 
 
 def start_engine(checkpoint, dtype, **options):
-    """Returns an engine inside this process; ``options`` are more of vLLM's."""
+    """Starts an engine inside this process; ``options`` are further options of vLLM."""
     images = takes_images(checkpoint)
     return LLM(
         checkpoint,

@@ -1,10 +1,9 @@
-"""Runs in a process of its own: an engine with a base of its own and one on a shared base, for each
-checkpoint.
+"""Runs an engine with its own base and one on a shared base, for each checkpoint.
 
 Usage: shared_families_process.py OUT JSON_PROMPTS DTYPE CHECKPOINT [CHECKPOINT ...]
 
-As ``families_process.py``, whose engines live in this process, too, and so does the owner of the
-shared base.
+As in ``families_process.py``, the engines run in this process, and so does the owner of the shared
+base.
 """
 
 import json
@@ -35,8 +34,9 @@ OWNERS = []
 
 
 def own_base(checkpoint, dtype):
-    """Returns the base in this process, which owns it to the end. Returns which tensors are shared
-    in place."""
+    """Starts this process's own base, which lasts to its end, and returns which tensors are shared
+    in place.
+    """
     config = AutoConfig.from_pretrained(checkpoint)
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)

@@ -1,5 +1,7 @@
-"""What the test of an engine on two ranks (`test_live_engine.py`) and the benchmark of two GPUs
-share: a sync to every rank, and what each must hold."""
+"""Helps the test of an engine on two ranks (`test_live_engine.py`) and the benchmark of two GPUs.
+
+It has a sync to every rank, and the shards that each rank must hold.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +16,11 @@ FILE = "adapter_model.safetensors"
 
 
 def sync(engine, adapter, ranks: int) -> None:
-    """What verl does at a weight sync: each actor rank streams the full adapter through shared
-    memory to the worker beside it.
+    """Syncs an adapter as verl does: each actor rank streams it through shared memory to one
+    worker.
 
     Args:
-        engine: of vLLM, started with ``VERL_RAY_JOB_ID`` set to this process's id.
+        engine: vLLM's engine, started with ``VERL_RAY_JOB_ID`` set to this process's id.
         adapter: folder in PEFT's format.
     """
     from peft import LoraConfig
@@ -51,12 +53,12 @@ def sync(engine, adapter, ranks: int) -> None:
 
 
 def expected_shards(adapter, layer: int, rank: int, ranks: int) -> dict[str, torch.Tensor]:
-    """Returns what a rank's layer must hold of an adapter of the buffers' own rank, in the
-    checkpoint's order, float32.
+    """Returns the part of an adapter that a rank's layer must hold, float32, in the checkpoint's
+    order.
 
-    Column-parallel layers have all of A and the rows of B that belong to the rank's heads or
-    channels, row-parallel ones the columns of A and all of B. Fused projections lie one below the
-    other.
+    The adapter has the rank of the buffers. Column-parallel layers have all of A and the rows of B
+    of the rank's heads or channels; row-parallel layers have columns of A and all of B. Fused
+    projections are concatenated.
     """
     tensors = load_file(f"{adapter}/{FILE}")
 
@@ -80,7 +82,7 @@ def expected_shards(adapter, layer: int, rank: int, ranks: int) -> dict[str, tor
 
 
 def prompt_log_probabilities(engine, prompts: list[list[int]]) -> list[float]:
-    """Of every token of the prompts but their first, given what is before it."""
+    """Returns the log-probabilities of all prompt tokens but the first, given the tokens before."""
     from vllm import SamplingParams
 
     parameters = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False)

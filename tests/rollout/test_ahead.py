@@ -19,7 +19,7 @@ NODE, OTHER = "a" * 56, "b" * 56
 
 
 class Call:
-    """A method of an actor."""
+    """Stands for a method of an actor."""
 
     def __init__(self, calls, name, result=None):
         self._calls, self._name, self._result = calls, name, result
@@ -44,7 +44,7 @@ class _Ready:
 
 
 class Server:
-    """A handle of a server's actor, which records what is asked of it."""
+    """Stands for the handle of a server's actor, and records the calls."""
 
     def __init__(self):
         self.calls = []
@@ -58,7 +58,7 @@ class Server:
 
 
 class Remote:
-    """``ray.remote(QeRLHttpServer)``."""
+    """Stands for ``ray.remote(QeRLHttpServer)``."""
 
     def __init__(self):
         self.created = []
@@ -73,7 +73,7 @@ class Remote:
 
 
 class Worker:
-    """A worker of the actor's, on a node and a GPU."""
+    """Stands for a worker of the actor, on a node and a GPU."""
 
     def __init__(self, node, gpu):
         self.__ray_call__ = Call([], "call", (node, str(gpu)))
@@ -96,7 +96,7 @@ def config(verl_config):
 
 @pytest.fixture
 def remote(monkeypatch):
-    """Ray with one node, whose actors are fakes."""
+    """Replaces Ray by one node whose actors are fakes."""
     made = Remote()
     monkeypatch.setattr(ahead.ray, "remote", lambda cls: made)
     monkeypatch.setattr(
@@ -113,7 +113,7 @@ def start(config):
 
 
 def launch(replica, servers, node=NODE):
-    """verl's own launch of a replica on two GPUs of a node."""
+    """Runs verl's own launch of a replica on two GPUs of a node."""
     replica.server_class._ahead = servers
     replica.workers = [Worker(node, 0), Worker(node, 1)]
     asyncio.run(replica.launch_servers())
@@ -126,8 +126,7 @@ def replica_of(config, rank):
 
 
 def test_verl_asks_for_the_servers_that_were_started(config, remote, capsys):
-    """Names, node, environment and concurrency are those of verl's launch_servers, whatever it
-    becomes."""
+    """Names, node, environment and concurrency follow verl's launch_servers, whatever it becomes."""
     servers = start(config)
     assert "[qerl] start: rollout servers that start beside the actor: 2" in capsys.readouterr().out
     assert [options["name"] for options, _ in remote.created] == ["vllm_server_0_0", "vllm_server_1_0"]
@@ -191,7 +190,7 @@ def test_a_failure_leaves_the_start_to_verl(config, remote, monkeypatch, caplog)
 
 
 def test_a_server_that_was_started_before_a_failure_is_taken(config, remote, monkeypatch):
-    """Its name is given away, so verl could not start it itself."""
+    """Its name is taken, so verl could not start it itself."""
     create = remote.remote
 
     def fail_after_one(**arguments):
@@ -219,7 +218,7 @@ def _constructor(self, **arguments):
 @pytest.mark.parametrize("rank", [1, 3])
 @pytest.mark.parametrize("asked_first", [True, False])
 def test_a_server_works_once_its_arguments_have_come(monkeypatch, rank, asked_first):
-    """In either order: Ray delivers the smaller call first."""
+    """The calls may arrive in either order, because Ray delivers the smaller one first."""
     monkeypatch.setattr(vLLMHttpServer, "__init__", _constructor)
     monkeypatch.setattr(server_module, "job_name", lambda: "job")
 

@@ -44,15 +44,15 @@ def parallel(rank=0, ranks=1, by_expert=False):
 def build(
     divided=None, activations=None, settings=(), inner=INNER, moe=(), ignore=(), dtype=torch.float32, **attributes
 ):
-    """Returns an empty layer, as vLLM's model builds it.
+    """Builds an empty layer as vLLM's model does.
 
     Args:
         divided: see :func:`parallel`.
         activations: ``input_activations`` of the checkpoint's configuration.
-        settings: of the engine (``additional_config``).
-        moe: changes of vLLM's configuration of the layer.
+        settings: settings of the engine.
+        moe: changes to vLLM's configuration of the layer.
         ignore: names that the checkpoint leaves in 16 bits.
-        dtype: of the activations.
+        dtype: dtype of the activations.
         attributes: further arguments of vLLM's layer.
     """
     divided = divided or parallel()
@@ -79,7 +79,7 @@ def build(
 
 
 def tensors_of(experts, activations=None):
-    """Returns what a checkpoint holds, in another order than vLLM's parameters."""
+    """Returns the tensors of a checkpoint, in another order than vLLM's parameters."""
     tensors = list(experts.tensors.items())
     if activations:
         names = [f"{e}.{linear}.input_global_scale" for e in range(EXPERTS) for linear in LINEARS]
@@ -94,14 +94,14 @@ def load(layer, experts, activations=None):
 
 
 def run(layer, x, logits):
-    """Returns the layer's output for some tokens, as vLLM's runner asks for it."""
+    """Returns the layer's output for some tokens, called as vLLM's runner does."""
     if layer.quant_method.is_monolithic:
         return layer.forward_monolithic(x, logits)
     return layer.forward_modular(x, *route_softmax(logits, TOP_K, True))
 
 
 def check(outputs, experts, x, logits, relative=3e-6):
-    """The sum of all ranks' outputs."""
+    """Checks the sum of all ranks' outputs."""
     want = experts.compute(x, *route_softmax(logits, TOP_K, True))
     got = torch.stack(outputs).double().sum(0)
     torch.testing.assert_close(got, want, rtol=0, atol=relative * want.abs().max().item())
@@ -110,8 +110,7 @@ def check(outputs, experts, x, logits, relative=3e-6):
 @pytest.mark.parametrize("activations", [None, "as the weights"])
 @pytest.mark.parametrize("shared_scale", [True, False])
 def test_a_layer_computes_what_its_checkpoint_says(shared_scale, activations):
-    """Of a W4A4 checkpoint, too, whose scales of activations are dropped. The weights stay
-    packed."""
+    """A W4A4 checkpoint is served too, without its activation scales. The weights stay packed."""
     experts, layer = TinyExperts(EXPERTS, HIDDEN, INNER, shared_scale), build(activations=activations)
     assert len(load(layer, experts, activations)) == len(tensors_of(experts, activations))
     x, logits = make_tokens(torch.float32, TOKENS, HIDDEN, EXPERTS)
@@ -137,8 +136,9 @@ def test_ranks_add_up_to_the_layer(by_expert):
 
 
 class MarlinOnTheCPU:
-    """In place of vLLM's kernel, with its interface: it reads the tensors of its configuration, in
-    an order of its own, and has one factor for gate and up."""
+    """Replaces vLLM's kernel with its interface. It reads the tensors of its configuration in its
+    own order, and has one factor for gate and up.
+    """
 
     consumes_expert_mask = is_monolithic = False
 
@@ -157,8 +157,9 @@ class MarlinOnTheCPU:
 
 
 def use_marlin(monkeypatch, version):
-    """Returns vLLM's method with its calls of kernels replaced. In 0.24 the factors are plain
-    attributes."""
+    """Returns vLLM's method with its kernel calls replaced. In 0.24 the factors are plain
+    attributes.
+    """
 
     def convert(w13, w13_scale, w13_scale_2, w2, w2_scale, w2_scale_2, **kwargs):
         w13_scale, w2_scale = (scale.data.view(torch.uint8).flip(-1) for scale in (w13_scale, w2_scale))
@@ -190,7 +191,7 @@ VERSIONS = ("0.24", "0.28")
 @pytest.mark.parametrize("activations", [None, "as the weights"])
 @pytest.mark.parametrize("shared_scale", [True, False])
 def test_vllms_kernel_gets_what_the_checkpoint_says(monkeypatch, capsys, shared_scale, activations, version):
-    """It has one factor for gate and up, which may have a global scale each."""
+    """The kernel has one factor for gate and up, which may have separate global scales."""
     use_marlin(monkeypatch, version)
     experts, layer = TinyExperts(EXPERTS, HIDDEN, INNER, shared_scale), build(activations=activations)
     load(layer, experts, activations)
@@ -205,8 +206,9 @@ def test_vllms_kernel_gets_what_the_checkpoint_says(monkeypatch, capsys, shared_
 @pytest.mark.parametrize("marlin", [None, *VERSIONS])
 @pytest.mark.parametrize("activations", [None, "as the weights"])
 def test_the_base_is_read_again_into_the_memory_that_it_had(monkeypatch, marlin, activations):
-    """What follows a sleep at level 2: the content of all parameters is lost, and CUDA graphs read
-    them where they were."""
+    """A sleep at level 2 loses the content of all parameters, and CUDA graphs read them at their
+    addresses.
+    """
     if marlin:
         use_marlin(monkeypatch, marlin)
     experts, layer = TinyExperts(EXPERTS, HIDDEN, INNER, shared_scale=False), build(activations=activations)
@@ -234,7 +236,7 @@ def test_the_base_is_read_again_into_the_memory_that_it_had(monkeypatch, marlin,
 
 
 def test_tritons_kernel_is_compiled_when_the_layer_is_loaded(monkeypatch, capsys):
-    """In the kernel's place, its reference."""
+    """The reference stands in for the kernel."""
     warmed = []
     monkeypatch.setattr(TritonExperts, "unsupported_device", lambda self, device: None)
     monkeypatch.setattr(triton_kernels, "experts", nvfp4_experts_reference)
@@ -309,7 +311,7 @@ def test_the_setting_names_the_candidates():
     + ["experts.base_layer", "experts", "gate"],
 )
 def test_an_adapter_on_the_experts_or_the_router_is_refused_by_name(name):
-    """As PEFT names them: of linears, and of parameters (``target_parameters``)."""
+    """PEFT names linears, or parameters (``target_parameters``)."""
     key = f"base_model.model.model.layers.0.mlp.{name}.lora_A.weight"
     with pytest.raises(ValueError, match="no adapter on the experts or the router of a mixture; take them out"):
         AdapterStore(torch.nn.Module(), 0, 1).load([(key, torch.zeros(8, HIDDEN))], 1.0)

@@ -35,7 +35,7 @@ ROUTER = {"router": True}
 
 
 def look_at(names, folder):
-    """Returns what :mod:`families_process` sees of these families, and their folders."""
+    """Returns the observations of :mod:`families_process` for these families, and their folders."""
     places, arguments = {}, [json.dumps(PROMPTS), json.dumps(NOISE | ROUTER)]
     for name in names:
         source, quantized, adapter = (folder / name / part for part in ("source", "quantized", "adapter"))
@@ -80,7 +80,8 @@ def others(tmp_path_factory):
 )
 def test_a_family_in_the_rollout(request, name):
     """Log-probabilities are those of a float64 model with the decoded weights: without adapter,
-    with one, and with noise on the norms that the row names. Noise comes off bit for bit."""
+    with one, and with noise on the norms of the row. Removing the noise restores every bit.
+    """
     if name in TOWERS and not HAS_TORCHVISION:
         pytest.skip("vLLM's models with a vision tower need torchvision")
     quantized, adapter, seen = request.getfixturevalue("quick" if name in QUICK else "others")[name]
@@ -106,7 +107,7 @@ def test_a_family_in_the_rollout(request, name):
 
 
 def check_images(quantized, adapter, seen, reference):
-    """Prompts with an image: the tower is in 16 bits, and the adapter on the decoder alone."""
+    """Checks prompts with an image; the tower is in 16 bits, and only the decoder has an adapter."""
     ids, images = seen["image_tokens"], [image for _, image in image_prompts()]
     inputs = [processed(quantized, tokens, image) for tokens, image in zip(ids, images, strict=True)]
     reference.check(ids, seen["image_clean"], inputs)

@@ -1,5 +1,4 @@
-"""A real vLLM engine on the NVFP4 base: adapters come and go, noise goes on and off, the base
-stays."""
+"""Tests a real vLLM engine on the NVFP4 base: adapters and noise change, and the base stays."""
 
 import contextlib
 import itertools
@@ -77,7 +76,7 @@ def running(checkpoint, dtype="bfloat16", **settings):
 
 @pytest.fixture(scope="module")
 def engine(nvfp4_checkpoint):
-    """With the adapter in the layers."""
+    """Provides an engine with the adapter in the layers."""
     with running(nvfp4_checkpoint, **IN_LAYER) as llm:
         yield llm
 
@@ -107,7 +106,7 @@ def load(engine, adapter=None):
 
 
 def digests(engine):
-    """Of the base and of the adapter."""
+    """Returns the digests of the base and of the adapter."""
     return engine.collective_rpc("qerl_base_digest"), engine.collective_rpc("qerl_adapter_digest")
 
 
@@ -146,19 +145,19 @@ def adapters(tmp_path_factory, nvfp4_checkpoint):
 
 
 def log_probabilities(model, prompt, tokens):
-    """Of the tokens that an engine chose, and of the best at each place, according to a
-    transformers model."""
+    """Returns the log-probabilities of an engine's tokens, and of the best token at each position,
+    by a transformers model.
+    """
     with torch.no_grad():
         logits = model(torch.tensor([[*prompt, *tokens]])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
     return logits.gather(-1, torch.tensor(tokens)[:, None])[:, 0], logits.max(-1).values
 
 
 class Reference:
-    """transformers, and PEFT, on the dequantized weights, in float32, and how far bfloat16 takes
-    them from there.
+    """transformers and PEFT on the decoded weights, in float32, with the distance to bfloat16.
 
     Args:
-        checkpoint: the dequantized model.
+        checkpoint: the decoded model.
         adapter: folder of an adapter, or None.
     """
 
@@ -177,8 +176,9 @@ class Reference:
         return PeftModel.from_pretrained(model, adapter).to(dtype) if adapter else model
 
     def check(self, outputs):
-        """An engine's tokens have the reference's log-probabilities, and are its best, as far as
-        bfloat16 tells."""
+        """Checks that an engine's tokens have the reference's log-probabilities and are its best,
+        within bfloat16.
+        """
         errors = []
         for prompt, (tokens, found) in zip(PROMPTS, outputs, strict=True):
             expected, best = log_probabilities(self.model, prompt, tokens)
@@ -193,8 +193,7 @@ def rms(errors) -> float:
 
 
 def test_runs_the_nvfp4_base(engine, dequantized_checkpoint):
-    """Tokens and log-probabilities agree with transformers on the dequantized weights, within
-    bfloat16."""
+    """Tokens and log-probabilities agree with transformers on the decoded weights, within bfloat16."""
     load(engine)
     Reference(dequantized_checkpoint).check(generate(engine))
 
@@ -219,7 +218,7 @@ def test_adapters_a_b_a_give_a_again_and_the_base_never_changes(engine, adapters
 
 @pytest.fixture
 def actors_base(nvfp4_checkpoint, monkeypatch):
-    """Provides the base in this process, which stands for the actor's."""
+    """Provides a base of this process, which stands for the actor's."""
     from accelerate import init_empty_weights
     from transformers import AutoConfig
 
@@ -248,8 +247,7 @@ def actors_base(nvfp4_checkpoint, monkeypatch):
 
 
 def make_finder():
-    """Returns a function for the worker: names of the parameters that lie in the memory of another
-    process."""
+    """Returns a worker's function that names the parameters in the memory of another process."""
 
     def find(worker):
         model = worker.model_runner.get_model()
@@ -261,8 +259,9 @@ def make_finder():
 
 
 def test_an_engine_on_the_actors_base_is_the_same_engine(engine, adapters, actors_base, nvfp4_checkpoint):
-    """qerl.base=shared: base, adapters A, B, A and noise, bit for bit, on memory that this process
-    owns."""
+    """With qerl.base=shared, base, adapters A, B, A and noise are equal bit for bit, on this
+    process's memory.
+    """
 
     def behaviour(engine):
         load(engine)
@@ -301,8 +300,9 @@ def with_kv_cache_scheme(tmp_path, nvfp4_checkpoint):
 def test_vllms_own_lora_path_says_the_same(
     engine, adapters, with_kv_cache_scheme, cpu_platform, dequantized_checkpoint
 ):
-    """qerl.rollout.lora=punica, the reference: without an adapter bit for bit, with one within
-    bfloat16. A scheme for the KV cache makes no difference."""
+    """With qerl.rollout.lora=punica, results without an adapter are equal bit for bit, and with one
+    within bfloat16. A scheme for the KV cache makes no difference.
+    """
     from verl.workers.rollout.vllm_rollout.utils import VLLM_LORA_INT_ID, VLLM_LORA_NAME, VLLM_LORA_PATH
     from vllm.lora.request import LoRARequest
 
@@ -341,11 +341,11 @@ def test_noise_is_on_the_right_norms_drawn_from_seed_step_and_layer(engine, nvfp
 
 
 def make_probe():
-    """Returns a function for the worker, which cannot import this module: by target, the change
-    that noise makes to the effective weight.
+    """Returns a worker's function, because the worker cannot import this module.
 
-    The effective weight is the least-squares slope of the norm's outputs on its normalized inputs,
-    here from two halves of the rows.
+    The function returns, for each target, the change of the effective weight by noise. The
+    effective weight is the least-squares slope of the norm's outputs on its normalized inputs, here
+    from two halves of the rows.
     """
 
     def probe(worker, rows, seed):
@@ -421,8 +421,9 @@ def test_noise_survives_a_change_of_adapter(engine, adapters):
 
 @pytest.fixture
 def cpu_platform(monkeypatch):
-    """verl keeps the platform that the first caller in a process asked for; here that may have been
-    another test."""
+    """Selects the CPU platform. verl keeps the platform of the first caller in a process, which may
+    have been another test.
+    """
     from verl.plugin.platform import platform_manager
 
     from qerl_verl.platform.cpu import PlatformCPU
@@ -431,10 +432,9 @@ def cpu_platform(monkeypatch):
 
 
 def sync(engine, adapter, from_checkpoint_engine=False):
-    """What verl does at every weight sync: stream the adapter through shared memory into
-    update_weights_from_ipc.
+    """Syncs an adapter as verl does: through shared memory into update_weights_from_ipc.
 
-    From a checkpoint engine the configuration comes as one of the tensors and not as an argument.
+    From a checkpoint engine, the configuration arrives as a tensor and not as an argument.
     """
     import asyncio
     from concurrent.futures import ThreadPoolExecutor
@@ -518,8 +518,9 @@ def test_an_adapter_that_does_not_fit_is_refused_and_the_old_one_stays(engine, a
 
 
 def test_the_base_can_be_read_from_disk_again(engine, adapters):
-    """What follows a sleep at level 2. The norms come back clean; adapter and noise can be set as
-    before."""
+    """This follows a sleep at level 2. The norms come back clean; adapter and noise can be set as
+    before.
+    """
 
     def lose(worker):
         for parameter in worker.model_runner.get_model().parameters():
@@ -546,7 +547,7 @@ def test_the_base_can_be_read_from_disk_again(engine, adapters):
 
 
 def run(engine, paths, ranks):
-    """Everything that is compared."""
+    """Returns everything that is compared."""
 
     def buffers(worker):  # inside: the worker cannot import this module
         named = worker.model_runner.get_model().named_buffers()
@@ -571,8 +572,7 @@ def run(engine, paths, ranks):
 
 @pytest.fixture(scope="module")
 def found(engine, nvfp4_checkpoint, adapters):
-    """Returns what one rank and two ranks show, by number of ranks. An engine on two ranks is
-    started for it."""
+    """Returns the observations by number of ranks, one and two. It starts an engine on two ranks."""
     from verl.plugin.platform import platform_manager
 
     from qerl_verl.platform.cpu import PlatformCPU
@@ -589,8 +589,9 @@ def found(engine, nvfp4_checkpoint, adapters):
 
 @pytest.mark.parametrize("what", ["base", "adapter", "noised"])
 def test_two_ranks_compute_what_one_does(found, what, adapters, dequantized_checkpoint):
-    """Partial sums are added in another order: what bfloat16 changes, where adapter and noise
-    change more."""
+    """Partial sums are added in another order, which changes bfloat16 results less than adapter and
+    noise do.
+    """
     one, two = (np.array(found[ranks][what]) for ranks in (1, 2))
     assert len(one) == sum(len(p) - 1 for p in PROMPTS)
     rounding = Reference(dequantized_checkpoint, None if what == "base" else adapters[1]).rounding
@@ -630,8 +631,9 @@ def test_the_noise_is_the_same_on_every_rank(found):
 
 @pytest.mark.slow
 def test_a_mixture_of_experts_on_two_ranks(tmp_path, monkeypatch, cpu_platform):
-    """Each has a part of the channels of every expert. Without an adapter and with one on the
-    attention."""
+    """Each rank has a part of the channels of every expert. The engine runs without an adapter, and
+    with one on the attention.
+    """
     settings = dict(moe_intermediate_size=64, intermediate_size=128)
     quantize_checkpoint(
         tiny_families.make_family("Qwen3MoeForCausalLM", tmp_path / "source", **settings), tmp_path / "quantized",
@@ -651,6 +653,6 @@ def test_a_mixture_of_experts_on_two_ranks(tmp_path, monkeypatch, cpu_platform):
 
 
 def split(values):
-    """By prompt."""
+    """Splits the values by prompt."""
     values = iter(values)
     return [list(itertools.islice(values, len(prompt) - 1)) for prompt in PROMPTS]

@@ -23,7 +23,7 @@ PROJECTIONS = {  # name in the adapter: inputs, outputs
 
 
 class Layer(nn.Module):
-    """What a linear layer of vLLM knows of itself on one rank."""
+    """The attributes of a linear layer of vLLM on one rank."""
 
     def __init__(self, inputs, widths, backend, dtype):
         super().__init__()
@@ -31,7 +31,7 @@ class Layer(nn.Module):
         attach_adapter(self, SETTINGS, backend, dtype, torch.device("cpu"))
 
     def forward(self, x):
-        """Returns the adapter's term alone, per projection."""
+        """Returns the LoRA delta alone, by projection."""
         b = self.qerl_lora_backend.unpack_lora_b(self.qerl_lora_b)
         y = x.new_zeros(*x.shape[:-1], sum(self.logical_widths))
         add_lora_reference(y, x, self.qerl_lora_a, b, self.qerl_lora_ends, self.qerl_lora_scaling)
@@ -80,8 +80,9 @@ def buffers(model):
 @pytest.mark.parametrize("backend", ["pytorch", "hopper"])
 @pytest.mark.parametrize("tp", [1, 2, 4])
 def test_the_ranks_together_compute_the_whole_adapter(tp, backend):
-    """Column-parallel layers side by side, row-parallel layers summed; hopper pads rank 8 to 16 and
-    permutes B."""
+    """Column-parallel layers are concatenated, row-parallel layers summed; hopper pads rank 8 to 16
+    and permutes B.
+    """
     tensors, ranks = adapter(), [build(tp, backend) for _ in range(tp)]
     for rank, model in enumerate(ranks):
         assert AdapterStore(model, rank, tp).load(tensors.items(), 2.0) == len(tensors)
@@ -107,8 +108,9 @@ def test_the_ranks_together_compute_the_whole_adapter(tp, backend):
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
 def test_an_adapter_of_fused_linears_is_one_of_each_projection(tp):
-    """As checkpoints have it that hold q, k and v, or gate and up, in one matrix. On four ranks
-    vLLM repeats key and value heads, of which the adapter has the rows once."""
+    """Some checkpoints hold q, k and v, or gate and up, in one matrix. On four ranks vLLM repeats
+    key and value heads, of which the adapter has the rows once.
+    """
     tensors, fused = adapter(), {}
     for names, name in (("qkv", "self_attn.qkv_proj"), (("gate", "up"), "mlp.gate_up_proj")):
         prefix, group = "base_model.model.model.layers.0.", name.partition(".")[0]

@@ -1,5 +1,6 @@
-"""The norm that noise acts on, one layer at a time: what it really computes, and that it computes
-vLLM's bits without noise."""
+"""Tests the norm that takes noise, one layer at a time: what it computes, and that it has vLLM's
+bits without noise.
+"""
 
 import pytest
 import torch
@@ -19,8 +20,9 @@ HIDDEN = 8192
 
 @pytest.fixture(autouse=True)
 def registered():
-    """As vLLM's plugin does it, taken back afterwards: other tests in this process look at vLLM's
-    own norm."""
+    """Registers the norm as vLLM's plugin does, and restores vLLM's own for other tests in this
+    process.
+    """
     names = [stock.__name__ for stock in REPLACED]
     before = {name: op_registry_oot.pop(name) for name in names if name in op_registry_oot}
     register_norm()
@@ -31,7 +33,7 @@ def registered():
 
 
 def build(weight, noise=True, stock=RMSNorm, **arguments):
-    """Returns a norm as vLLM's models ask for it, after its weight was loaded."""
+    """Builds a norm as vLLM's models do, and loads its weight."""
     config = VllmConfig(additional_config={"qerl": {"noise": noise}})
     before = torch.get_default_dtype()
     torch.set_default_dtype(weight.dtype)  # as vLLM's loader does
@@ -52,8 +54,9 @@ def injector(norm, name="model.layers.0.input_layernorm"):
 
 
 def effective_weight(norm, rows=4096, seed=0):
-    """Least squares of the norm's output on its normalized input, by channel, from two halves of
-    the rows: [2, hidden]."""
+    """Returns the least-squares slope of the norm's output on its normalized input, by channel,
+    from two halves of the rows: ``[2, hidden]``.
+    """
     generator, halves = torch.Generator().manual_seed(seed), []
     for _ in range(2):
         numerator, denominator = torch.zeros(2, norm.hidden_size, dtype=torch.float64)
@@ -67,10 +70,10 @@ def effective_weight(norm, rows=4096, seed=0):
 
 
 def acting_noise(norm, noise, **arguments):
-    """Returns the standard deviation and mean of the change of the effective weight, and the mean's
-    standard error.
+    """Returns standard deviation and mean of the effective weight's change, and the mean's standard
+    error.
 
-    Rounding the outputs adds an error of its own to each half, which their covariance leaves out.
+    Rounding the outputs adds an independent error to each half, which their covariance excludes.
     """
     noise.set_noise(**arguments | {"sigma": 0.0})
     clean = effective_weight(norm)
@@ -83,8 +86,9 @@ def acting_noise(norm, noise, **arguments):
 
 @pytest.mark.parametrize("stock", REPLACED, ids=lambda stock: stock.__name__)
 def test_every_norm_of_vllms_takes_noise_on_what_it_multiplies_by(stock):
-    """Gemma's multiply by 1 + weight. Without noise the bits are vLLM's; with it the result is the
-    formula's, rounded once."""
+    """Gemma's norms multiply by 1 + weight. Without noise the bits are vLLM's; with noise the
+    result is the formula's, rounded once.
+    """
     generator = torch.Generator().manual_seed(4)
     clean = (0.3 * torch.randn(512, generator=generator)).bfloat16()
     norm, plain = build(clean, stock=stock), build(clean, noise=False, stock=stock)
@@ -113,8 +117,9 @@ def test_every_norm_of_vllms_takes_noise_on_what_it_multiplies_by(stock):
 
 
 def test_every_norm_that_vllm_derives_is_replaced():
-    """A class that vLLM adds, for instance for models that run through transformers' code, would
-    get no noise."""
+    """A new class of vLLM, for example for models that run through transformers' code, would get no
+    noise.
+    """
     stock = {RMSNorm, GemmaRMSNorm}
     from vllm.model_executor.models.transformers import fusers  # noqa: F401
 
@@ -140,8 +145,9 @@ SLOW = pytest.mark.slow
     ],
 )
 def test_the_noise_that_acts_is_the_noise_that_was_drawn(dtype, size):
-    """The smallest sigma of the default schedule. In a bfloat16 weight nothing of it is left from 1
-    on."""
+    """Uses the smallest sigma of the default schedule, which is lost in a bfloat16 weight of 1 or
+    more.
+    """
     clean = (size * (0.75 + 0.5 * torch.rand(HIDDEN, generator=torch.Generator().manual_seed(1)))).to(dtype)
     norm = build(clean)
     # the clean norm by the noised one's formula: the noise is all that changes
@@ -208,7 +214,7 @@ def test_without_noise_the_bits_are_vllms_under_torchinductor_too(dtype, stock):
 
 @pytest.mark.parametrize("batch_invariant", ["0", "1"])
 def test_on_a_gpu_vllms_batch_invariant_kernel_gets_the_float32_weight(monkeypatch, batch_invariant):
-    """The kernel, which is Triton's, is stood in for; a clean norm goes vLLM's own way."""
+    """The Triton kernel is replaced by a stand-in; a clean norm uses vLLM's own code."""
     import vllm.model_executor.layers.layernorm as theirs
 
     seen = []
@@ -238,7 +244,7 @@ def test_on_a_gpu_vllms_batch_invariant_kernel_gets_the_float32_weight(monkeypat
 
 
 def test_norms_of_another_width_than_the_models_are_left_to_vllm():
-    """The q and k norms of Qwen3, which vLLM fuses with the rotary embedding."""
+    """These are the q and k norms of Qwen3, which vLLM fuses with the rotary embedding."""
     norm = build(torch.ones(64, dtype=torch.bfloat16))
     assert norm.qerl_weight is not None
     config = VllmConfig(additional_config={"qerl": {"noise": True}})

@@ -23,9 +23,11 @@ CASES = [
 
 @pytest.mark.parametrize(("name", "rope", "needed"), CASES)
 def test_vllms_yarn_is_transformers(name, rope, needed):
-    """cos and sin of every position, which transformers multiplies by its factor. Where no override
-    is needed, none is given; where one is, vLLM without it is another model. When that fails, vLLM
-    has learned the settings."""
+    """Compares cos and sin of every position, which transformers multiplies by its factor.
+
+    Where no override is needed, none is given; where one is needed, vLLM without it is another
+    model. When that fails, vLLM has learned the settings.
+    """
     config = make_config(name, rope_parameters=rope)
     embedding = AutoModelForCausalLM.from_config(config).model.rotary_emb
     positions = torch.arange(128)

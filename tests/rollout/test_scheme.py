@@ -1,5 +1,6 @@
-"""The NVFP4 linears of vLLM, one layer at a time: loaded as vLLM does, against the dequantized
-weight."""
+"""Tests the NVFP4 linears of vLLM one layer at a time, loaded as vLLM does, against the decoded
+weight.
+"""
 
 import copy
 import pickle
@@ -38,8 +39,9 @@ def one_rank(monkeypatch):
 
 
 def load(scheme, global_scales=(9000.0, 9000.0, 9000.0), dtype=torch.float32, bias=None):
-    """Returns a fused q, k, v layer after vLLM's loading of a W4A4 checkpoint; the weight in
-    float32."""
+    """Loads a fused q, k, v layer of a W4A4 checkpoint as vLLM does; returns it and its float32
+    weight.
+    """
     torch.manual_seed(0)
     layer, parts = nn.Module(), []
     layer.prefix, layer.params_dtype = "model.layers.0.self_attn.qkv_proj", dtype
@@ -66,7 +68,7 @@ def load(scheme, global_scales=(9000.0, 9000.0, 9000.0), dtype=torch.float32, bi
 
 
 def adapt(layer):
-    """Loads an adapter into the layer; its delta of the weight."""
+    """Loads an adapter into the layer and returns the LoRA delta of the weight."""
     model = nn.ModuleDict({"self_attn": nn.ModuleDict({"qkv_proj": layer})})
     tensors, delta = {}, []
     for name, width in zip("qkv", WIDTHS, strict=True):
@@ -108,8 +110,9 @@ def test_a_linear_in_16_bits_takes_the_adapter_too(bias):
 
 
 class MarlinOnTheCPU:
-    """In place of vLLM's kernel, with its interface and what it does to a layer: weight and bias in
-    an order of its own."""
+    """Replaces vLLM's kernel with its interface and its effect on a layer: weight and bias in its
+    own order.
+    """
 
     def input_quant_key(self):
         return None
@@ -137,8 +140,7 @@ def vllms_scheme():
 @pytest.mark.parametrize("lora", [None, LORA])
 @pytest.mark.parametrize("global_scales", [(9000.0, 9000.0, 9000.0), ONE_BY_ONE])
 def test_vllms_own_kernel_takes_a_w4a4_checkpoint(global_scales, lora, with_bias):
-    """Its ``input_global_scale`` has a place while it is loaded, and nothing of it is left; bias
-    and scales come out right."""
+    """``input_global_scale`` has a parameter only while it is loaded; bias and scales are right."""
     scheme = VLLMScheme(vllms_scheme(), lora)
     bias = torch.randn(sum(WIDTHS)) if with_bias else None
     layer, weight = load(scheme, global_scales, bias=bias)
@@ -278,7 +280,7 @@ def test_the_setting_names_the_candidates():
 
 @pytest.mark.parametrize("input_activations", [None, "as the weights"])
 def test_vllms_configuration_builds_the_layer_with_the_settings_of_the_engine(capsys, input_activations):
-    """Also of a W4A4 checkpoint. The configuration travels to vLLM's workers, pickled."""
+    """It also accepts a W4A4 checkpoint. The configuration is pickled on its way to vLLM's workers."""
     from vllm.config import VllmConfig, set_current_vllm_config
 
     from qerl_verl.nvfp4.checkpoint import QUANTIZATION_CONFIG

@@ -21,7 +21,7 @@ def in_cluster(monkeypatch, session, job=FIRST_JOB):
 
 
 def verls_name(self, *args, **kwargs):
-    """As ServerAdapter.__init__ does, without an engine."""
+    """Returns the name of ServerAdapter.__init__ without an engine."""
     self.zmq_handle = f"ipc:///tmp/rl-colocate-zmq-{ray.get_runtime_context().get_job_id()}-replica-0-rank-1.sock"
 
 

@@ -49,7 +49,7 @@ class Engine:
 
 
 def server(vllm=None, level=None, mode=RolloutMode.HYBRID, node_rank=0, config=None):
-    """Returns a server as verl has it after its constructor's first lines."""
+    """Returns a server in the state that verl's constructor leaves after its first lines."""
     made = QeRLHttpServer.__new__(QeRLHttpServer)
     if level:
         vllm = {"additional_config": {"qerl": {"lora": {"rank": 8, "alpha": 16}, "sleep_level": level}}}
@@ -135,7 +135,7 @@ def test_a_server_that_does_not_sleep_at_level_2_reads_nothing(mode, node_rank):
 
 
 def test_another_servers_engine_is_left_alone():
-    """A reward model, whose engine has no arguments of ours."""
+    """The engine of a reward model has no arguments of QeRL."""
     made = server({})
     asyncio.run(made.wake_up())
     assert made.engine.calls == [("wake_up", "kv_cache", "weights")]
@@ -145,7 +145,7 @@ def test_another_servers_engine_is_left_alone():
     ("ours", "calls"), [(True, []), (False, [("sleep", 1), ("wake_up", "weights"), ("wake_up", "kv_cache")])]
 )
 def test_an_engine_of_its_own_does_not_sleep_through_a_weight_sync(ours, calls, monkeypatch):
-    """verl's would drop the base at level 2, and copy all of it to the host and back at level 1."""
+    """verl's server would drop the base at level 2, and copy it to the host and back at level 1."""
     made = server(level=2, mode=RolloutMode.STANDALONE) if ours else server({}, mode=RolloutMode.STANDALONE)
     made.config = type("Config", (dict,), {"free_cache_engine": True})(made.config)
     if not ours:
@@ -164,8 +164,9 @@ def test_the_replica_starts_our_server(nvfp4_checkpoint):
 
 
 def test_the_server_hands_on_what_acts_in_its_workers():
-    """verl's collective_rpc returns nothing (vllm_async_server.py); where this fails, the method
-    can go."""
+    """verl's collective_rpc returns nothing (vllm_async_server.py). Where this fails, the method
+    can be removed.
+    """
     made, told = server(level=1), []
 
     async def collective_rpc(method, kwargs):
@@ -192,7 +193,7 @@ def test_a_dead_engine_is_named_on_the_node_that_has_it():
 
 @pytest.mark.parametrize("dies", [True, False])
 def test_a_server_ends_after_its_engine(monkeypatch, capsys, dies):
-    """A trainer that replaces what fails would ask a dead engine for ever."""
+    """A trainer that replaces failed prompts would query a dead engine for ever."""
     made, ended, looks = server(level=1), [], []
     arguments = argparse.Namespace(api_key=["mine"])
 
@@ -231,7 +232,7 @@ def test_vllm_tells_whether_its_engine_is_dead():
     ],
 )
 def test_who_has_no_key_is_turned_away(monkeypatch, path, given, variable, status):
-    """Through vLLM's own application, as verl builds it (vllm_async_server.py, run_server)."""
+    """Uses vLLM's own application, as verl builds it (vllm_async_server.py, run_server)."""
     from starlette.testclient import TestClient
     from vllm.entrypoints.openai.api_server import build_app
     from vllm.entrypoints.openai.cli_args import make_arg_parser

@@ -1,5 +1,7 @@
-"""vLLM's loader of a base that the actor owns, around stand-ins for the actor; a whole engine is in
-``test_live_engine.py``."""
+"""Tests vLLM's loader of a base that the actor owns, with stand-ins for the actor.
+
+``test_live_engine.py`` tests a whole engine.
+"""
 
 from types import SimpleNamespace
 
@@ -101,7 +103,7 @@ def test_without_a_shared_base_layers_have_weights_of_their_own():
 
 
 class Plain:
-    """In place of vLLM's own loader."""
+    """Stands for vLLM's own loader."""
 
     def load_model(self, *arguments):
         return "a model with a base of its own"

@@ -1,5 +1,4 @@
-"""The checkpoint engine between an actor of two ranks and three rollout workers, in threads of one
-process."""
+"""Tests the checkpoint engine between an actor of two ranks and three rollout workers, in threads."""
 
 import asyncio
 import hashlib
@@ -27,7 +26,9 @@ def on_this_host(monkeypatch):
 
 
 def connected(ranks=2, workers=3, **settings):
-    """Senders and receivers after verl's build_process_group (verl/checkpoint_engine/base.py)."""
+    """Connects senders and receivers as verl's build_process_group does
+    (verl/checkpoint_engine/base.py).
+    """
     new = CheckpointEngineRegistry.new
     senders = [new(TRANSPORT, bucket_size=1, is_master=rank == 0, **settings) for rank in range(ranks)]
     receivers = [new(TRANSPORT, bucket_size=1, **settings) for _ in range(workers)]
@@ -48,7 +49,7 @@ def receive(engine):
 
 
 def sync(senders, receivers, tensors):
-    """Yields what each receiver got, and how many tensors each sender was asked for."""
+    """Runs a sync; returns what each receiver got, and how many tensors each sender was asked for."""
     asked = [0] * len(senders)
 
     def generator(rank):
@@ -196,8 +197,9 @@ def test_one_that_says_nothing_is_let_go_and_holds_nobody_up(monkeypatch):
 
 
 def pretend(secret, adapter, digest=None):
-    """Returns a server at another address than the actor's: what it sends where the adapter is
-    due."""
+    """Starts a server at another address than the actor's, which sends the given bytes for the
+    adapter.
+    """
 
     class Handler(socketserver.BaseRequestHandler):
         def handle(self):

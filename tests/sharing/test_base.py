@@ -151,7 +151,7 @@ def test_a_fused_linear_that_is_half_in_16_bits_is_told(nvfp4_checkpoint):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_stack_of_prepacked_projections_is_the_prepacked_stack(name):
-    """What lets one weight serve a fused layer and its projections."""
+    """One weight can therefore serve a fused layer and its projections."""
     backend = next(b for b in BACKENDS if b.name == name)
     torch.manual_seed(0)
     unit, k = backend.fused_row_multiple, 192

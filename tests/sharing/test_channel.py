@@ -32,10 +32,10 @@ def layout_of(size: int) -> Layout:
 
 
 def own(key: str, ready) -> None:
-    """The owner's process.
+    """Runs the owner's process on one thread.
 
-    It computes on one thread: those that OpenMP started in the process that it is forked from do
-    not exist in it, and a second one would wait for them forever.
+    OpenMP's threads of the process that it was forked from do not exist in it, and a second thread
+    would wait for them for ever.
     """
     torch.set_num_threads(1)
     memory = SharedMemory.allocate(SIZE, CPU)
