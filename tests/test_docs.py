@@ -67,6 +67,29 @@ def test_a_broken_link_is_found(tmp_path):
     assert broken_links(page) == ["#none", "no.md"]
 
 
+TOPS = ("kernels", "qerl_verl", "tests", "benchmarks", "recipes", "docs", "requirements")
+PARTS = sorted(path.name for path in (ROOT / "qerl_verl").iterdir() if path.is_dir())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_file_of_ours_that_a_page_names_exists(page):
+    """Paths in backticks from the top of the repository or of the package, and names of result files."""
+    named = [name for name in re.findall(r"`([\w./-]+\.\w+)(?:::\w+)?`", prose(page)) if "/x/" not in name]
+    missing = [
+        name for name in named if name.startswith(tuple(f"{top}/" for top in TOPS)) and not (ROOT / name).exists()
+    ]
+    for name in named:
+        if (
+            name.startswith(tuple(f"{part}/" for part in PARTS if part not in TOPS))
+            and not (ROOT / "qerl_verl" / name).exists()
+        ):
+            missing.append(name)
+        if name.endswith("_cpu.json") or re.search(r"_h[12]00\.json$", name):
+            if not list((ROOT / "benchmarks" / "results").rglob(Path(name).name)):
+                missing.append(name)
+    assert missing == []
+
+
 def rows(page: str, first: str) -> list[list[str]]:
     """The cells of each row of the first table of a page whose first column has the heading
     ``first``."""
