@@ -1,4 +1,4 @@
-"""Engines in processes of their own."""
+"""Provides engines in processes of their own."""
 
 import json
 import shutil
@@ -13,15 +13,17 @@ HERE = Path(__file__).parent
 
 @pytest.fixture(scope="session")
 def engine_server(tmp_path_factory):
-    """A process of ``engine_server.py``."""
+    """Starts a process of ``engine_server.py``."""
     with ForkServer([HERE / "engine_server.py"], tmp_path_factory.mktemp("engine_server") / "log") as server:
         yield server
 
 
 @pytest.fixture(scope="session")
 def run_engine(engine_server):
-    """Builds and trains an engine on ``world`` ranks; returns each rank's report. The arguments are
-    those of ``engine_process.py``, and ``environment`` of its processes."""
+    """Builds and trains an engine on ``world`` ranks, and returns each rank's report.
+
+    The arguments are those of ``engine_process.py``; ``environment`` is that of its processes.
+    """
 
     def run(checkpoint, out: Path, world: int = 1, environment: dict | None = None, **settings) -> list[dict]:
         # a file in place of a port, which another process might take
@@ -47,8 +49,9 @@ def run_engine(engine_server):
 
 @pytest.fixture(scope="session")
 def without_prefix():
-    """``without_prefix(adapter, folder)``: a copy of an adapter whose names lack PEFT's
-    ``base_model.model.``."""
+    """Returns ``without_prefix(adapter, folder)``, which copies an adapter without PEFT's prefix
+    ``base_model.model.``.
+    """
 
     def copy(adapter: Path, folder: Path) -> Path:
         shutil.copytree(adapter, folder)

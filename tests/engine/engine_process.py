@@ -1,12 +1,12 @@
-"""Runs in a process of its own, one per rank: builds engines, trains a few steps, writes what it
-saw as JSON.
+"""Builds engines in a process of its own, one per rank, trains a few steps, and writes a JSON
+report.
 
-Usage: engine_process.py CHECKPOINT OUT RANK WORLD_SIZE PORT JSON_SETTINGS (``engine_server.py``
-starts it so)
+Usage: engine_process.py CHECKPOINT OUT RANK WORLD_SIZE PORT JSON_SETTINGS (as ``engine_server.py``
+starts it)
 
-``variants`` in the settings: several engines one after the other, through verl's own path
-(train_batch, infer_batch). ``poison``: what makes the engine stop. Else one engine, and the steps
-of :func:`train_step`.
+With ``variants`` in the settings, several engines run one after the other through verl's own path
+(train_batch, infer_batch). ``poison`` names what makes the engine stop. Otherwise one engine runs
+the steps of :func:`train_step`.
 """
 
 import hashlib
@@ -56,8 +56,9 @@ torch.set_num_threads(1)
 
 
 def make_engine(**variant):
-    """With ``stock``, the folder of a 16-bit checkpoint, verl's own engine; with ``arm``, that
-    arm's on ``base``."""
+    """Builds an engine: with ``stock``, the folder of a 16-bit checkpoint, verl's own; with
+    ``arm``, that arm's on ``base``.
+    """
     get = {**settings, **variant}.get
     model_type = get("model_type", "language_model")
     job = this_job()
@@ -105,7 +106,7 @@ def make_engine(**variant):
 
 
 def train_step(engine, step):
-    """Eight sequences, split over the ranks; returns the loss of the whole batch."""
+    """Trains on eight sequences, split over the ranks, and returns the loss of the whole batch."""
     generator = torch.Generator().manual_seed(100 + step)
     ids = torch.randint(3, 200, (8, 12), generator=generator)
     mine = ids.chunk(world)[rank]
@@ -126,8 +127,9 @@ def train_step(engine, step):
 
 
 def run_variant(name, variant):
-    """Two steps of verl's train_batch; with ``reference``, log-probabilities without the adapter
-    before each of them."""
+    """Runs two steps of verl's train_batch; with ``reference``, log-probabilities without the
+    adapter precede each.
+    """
     engine = make_engine(**variant)
     seen = {"fresh": infer(engine, **variant)} if variant.get("reference") else {}
     seen |= {"class": type(engine).__name__, "built": digest(adapter(engine)[0])}
@@ -192,14 +194,16 @@ def run_variant(name, variant):
 
 
 def keep(tensors, name):
-    """For the test to read."""
+    """Stores values for the test."""
     if rank == 0:
         torch.save(tensors, f"{out}.{name}.pt")
 
 
 def infer(engine, images=False, use_remove_padding=False, use_fused_kernels=False, **variant):
-    """Log-probabilities or values of step 0's batch, flat, as a list; of sequences with
-    ``images`` as the variant computes."""
+    """Returns log-probabilities or values of step 0's batch as a flat list.
+
+    The sequences have ``images`` if the variant computes with them.
+    """
     how = {"use_dynamic_bsz": False, "micro_batch_size_per_gpu": 8}
     if images:
         how |= {"use_remove_padding": use_remove_padding, "use_fused_kernels": use_fused_kernels}
@@ -212,8 +216,9 @@ def infer(engine, images=False, use_remove_padding=False, use_fused_kernels=Fals
 
 
 def poisoned(what):
-    """The error of an engine whose ``what`` is not finite, and whether the weights are those
-    before the step."""
+    """Returns the error of an engine whose ``what`` is not finite, and whether the weights are
+    unchanged.
+    """
     engine = make_engine()
     randomize_adapters(engine)
     engine.lr_scheduler_step()
@@ -260,7 +265,9 @@ def digest(tensors):
 
 
 def memory(field):
-    """Bytes, from /proc/self/status (getrusage's maximum is inherited from the parent process)."""
+    """Returns bytes from /proc/self/status, because getrusage's maximum is inherited from the
+    parent process.
+    """
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith(field))
 

@@ -15,7 +15,9 @@ from qerl_verl.job import Job  # noqa: E402
 
 
 def import_what_the_ranks_import() -> None:
-    """Their environment decides what the import of verl registers, so it is set first."""
+    """Imports what the ranks import. The environment, which decides what verl's import registers,
+    is set first.
+    """
     os.environ |= Job().environment() | {"VERL_PLATFORM": "cpu", "VERL_ENGINE_VENDOR": "qerl"}
     import many_ranks  # noqa: F401
     import verl.utils.distributed

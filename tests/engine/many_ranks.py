@@ -1,5 +1,7 @@
-"""What the engine's tests and the benchmark of two GPUs share: the same batch for any number of
-ranks, and what ranks exchange."""
+"""Helps the engine's tests and the benchmark of two GPUs.
+
+It makes the same batch for any number of ranks, and counts what ranks exchange.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,9 @@ def full(tensor):
 
 
 def randomize_adapters(engine, std: float = 0.05):
-    """The same values for every world size: drawn for the full tensor, then this rank's part is
-    taken."""
+    """Draws the same adapter values for every world size: for the full tensor, of which each rank
+    takes its part.
+    """
     generator = torch.Generator().manual_seed(7)
     for _, parameter in sorted(engine.module.named_parameters()):
         if parameter.requires_grad:
@@ -33,13 +36,13 @@ def randomize_adapters(engine, std: float = 0.05):
 
 
 def verl_batch(step, dp_rank=0, dp_size=1, longer=1, vocabulary=200, **extra):
-    """A data-parallel rank's part of eight sequences of unequal length as verl's trainer sends them
-    to a worker.
+    """Returns a data-parallel rank's part of eight sequences of unequal length, as verl's trainer
+    sends it.
 
     Args:
-        longer: how many times as long as the shortest form, 10 to 17 tokens a sequence.
+        longer: factor by which sequences exceed the shortest form of 10 to 17 tokens.
         vocabulary: token ids are below it.
-        extra: verl's settings of a batch, ``use_remove_padding`` and the like.
+        extra: verl's settings of a batch, such as ``use_remove_padding``.
     """
     from verl.utils import tensordict_utils as tu
 
@@ -72,11 +75,11 @@ def verl_batch(step, dp_rank=0, dp_size=1, longer=1, vocabulary=200, **extra):
 
 
 def image_batch(model, dp_rank=0, dp_size=1, **extra):
-    """A data-parallel rank's part of eight sequences with an image each, as verl's trainer sends
-    them to a worker.
+    """Returns a data-parallel rank's part of eight sequences with an image each, as verl's trainer
+    sends it.
 
     Args:
-        model: transformers', with the vision tower and without the output layer.
+        model: transformers' model, with the vision tower and without the output layer.
         extra: verl's settings of a batch.
     """
     from tensordict.tensorclass import NonTensorData, NonTensorStack
@@ -118,7 +121,7 @@ def image_batch(model, dp_rank=0, dp_size=1, **extra):
 
 
 def loss_function(model_type: str = "language_model"):
-    """verl's PPO loss of an actor, or of a critic (``value_model``)."""
+    """Returns verl's PPO loss of an actor, or of a critic (``value_model``)."""
     from verl.workers.config import FSDPActorConfig
     from verl.workers.utils.losses import ppo_loss, value_loss
 
@@ -139,8 +142,10 @@ class _Counted(DefaultAllGather):
 
 
 def count_all_gathers(module: nn.Module) -> dict[str, list[int]]:
-    """Let every FSDP2 module note its all-gathers: by module, the bytes of the gathered tensor,
-    one a call. The lists grow."""
+    """Makes every FSDP2 module record its all-gathers.
+
+    Returns module -> bytes of the gathered tensor, one entry per call; the lists grow.
+    """
     seen = {name: [] for name, part in module.named_modules() if isinstance(part, FSDPModule)}
     for name, calls in seen.items():
         module.get_submodule(name).set_custom_all_gather(_Counted(calls))
@@ -148,10 +153,11 @@ def count_all_gathers(module: nn.Module) -> dict[str, list[int]]:
 
 
 def bytes_per_weight(layer: nn.Module, gathered: int) -> float:
-    """What the frozen linears of a decoder layer cost in its all-gather, in bytes a weight.
+    """Returns the bytes per weight that the frozen linears of a decoder layer take in its
+    all-gather.
 
-    The rest of it (norms, biases, the adapter) is gathered as what it is, or, in verl's engine, in
-    bfloat16.
+    The rest of the layer (norms, biases, the adapter) is gathered in its own dtype, or in bfloat16
+    in verl's engine.
 
     Args:
         layer: sharded by FSDP2 as a whole.
@@ -168,8 +174,10 @@ def bytes_per_weight(layer: nn.Module, gathered: int) -> float:
 
 
 def changed_bytes(engine, checkpoint: str) -> int:
-    """How many bytes of the packed linears and experts, gathered on this rank as for a forward
-    pass, are not the checkpoint's."""
+    """Returns the number of bytes of packed linears and experts that differ from the checkpoint.
+
+    They are gathered on this rank as for a forward pass.
+    """
     from qerl_verl.nvfp4.experts import NVFP4Experts
     from qerl_verl.nvfp4.linear import NVFP4Linear
     from qerl_verl.nvfp4.loading import iterate_tensors

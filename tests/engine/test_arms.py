@@ -11,7 +11,7 @@ BITSANDBYTES = find_spec("bitsandbytes") is not None
 
 @pytest.fixture(scope="module")
 def arms(run_engine, tmp_path_factory, nvfp4_checkpoint, bf16_checkpoint):
-    """Two steps in each arm, and in verl's stock engine, from the same seed."""
+    """Runs two steps in each arm and in verl's stock engine, from the same seed."""
     folder = tmp_path_factory.mktemp("arms")
     plain = {"base": str(bf16_checkpoint), "reference": True}
     variants = {"nvfp4": {"arm": "nvfp4", "reference": True}, "bf16": plain | {"arm": "bf16"}}
@@ -46,7 +46,7 @@ def test_the_base_of_bf16_is_verls_own(arms):
 
 
 def test_log_probabilities_in_chunks_are_those_of_the_logits(arms):
-    """In float32; in bfloat16 verl rounds the logits, which the chunks do not."""
+    """This holds in float32; in bfloat16 verl rounds the logits, which the chunks do not."""
     report, _ = arms
     for value in ("loss", "grad_norm"):
         assert report["bf16_fused"][value] == pytest.approx(report["bf16_packed"][value], rel=1e-4, abs=1e-6)

@@ -85,7 +85,7 @@ def test_what_it_has_not_is_refused(setting, message):
 
 
 def test_attention_that_is_not_causal_is_sdpas():
-    """As of a vision tower, whose layers pass no positions and call for each image by itself."""
+    """A vision tower, for example, passes no positions and calls attention once for each image."""
     q = torch.randn(1, 2, 3, 16)
     found, _ = attention.packed_attention_forward(torch.nn.Identity(), q, q, q, None, is_causal=False)
     torch.testing.assert_close(found, torch.nn.functional.scaled_dot_product_attention(q, q, q).transpose(1, 2))

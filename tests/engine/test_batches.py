@@ -1,11 +1,11 @@
-"""verl's own training path (train_batch, infer_batch) under the settings of its example scripts,
-for actor and critic.
+"""Tests verl's own training path (train_batch, infer_batch) with the settings of its example
+scripts.
 
-Offloading and layered summoning move bytes and must change none, nor does it matter what gradient
-checkpointing keeps. Packing, another split into micro-batches and compiling change the order of
-sums: in float32 the loss agrees to 1e-5, the gradient norm to 1e-4 of it, two updates of the
-adapter to 1e-3 of their length (Adam's first updates are the gradients' signs, so the smallest
-gradients count like the largest).
+Offloading and layered summoning move bytes and must change none. What activation checkpointing
+keeps does not matter either. Packing, another split into micro-batches and compiling change the
+order of sums: in float32 the loss agrees to 1e-5, the gradient norm to 1e-4 of it, and two updates
+of the adapter to 1e-3 of their length (Adam's first updates are the gradients' signs, so the
+smallest gradients count like the largest).
 """
 
 import math
@@ -83,8 +83,9 @@ def test_packing_and_splitting_leave_loss_and_update_alone(variants, name):
 
 
 def test_float16_computes_the_same_to_its_rounding(variants):
-    """The gradient is nearer to the float32 one than that of bfloat16, whose rounding is eight
-    times as coarse."""
+    """The gradient is nearer to the float32 one than bfloat16's, whose rounding is eight times as
+    coarse.
+    """
     _, report, adapters = variants
     reference = adapters["plain_float32_grad"]
 
@@ -98,8 +99,9 @@ def test_float16_computes_the_same_to_its_rounding(variants):
 
 
 def test_the_reference_is_the_base_without_the_adapter(variants):
-    """A fresh adapter adds nothing, so the first log-probabilities are the base's; a critic has
-    no reference."""
+    """A fresh adapter adds nothing, so the first log-probabilities are the base's; a critic has no
+    reference.
+    """
     model_type, report, _ = variants
     seen = report["reference"]
     assert seen["with"] != seen["fresh"]

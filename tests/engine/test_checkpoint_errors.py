@@ -1,5 +1,6 @@
-"""What a full disk and damaged files look like: torch's and safetensors' real errors, with
-folder and fix."""
+"""Tests the messages for a full disk and for damaged files, with real errors of torch and
+safetensors.
+"""
 
 import errno
 import subprocess

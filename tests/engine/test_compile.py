@@ -1,4 +1,4 @@
-"""Norms and activation functions compiled, the NVFP4 layers between them as they are."""
+"""Tests compiled norms and activation functions between NVFP4 layers that are not compiled."""
 
 import contextvars
 
@@ -41,8 +41,10 @@ def fresh_compiler():
 
 
 def make_model(config, recompute="full", device=CPU, prepare=lambda model: None):
-    """Random NVFP4 linears and adapters, gradient checkpointing. ``prepare`` is called where the
-    engine compiles."""
+    """Makes a model with random NVFP4 linears and adapters, and activation checkpointing.
+
+    ``prepare`` is called where the engine compiles.
+    """
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
     weights = {
@@ -71,8 +73,9 @@ def make_model(config, recompute="full", device=CPU, prepare=lambda model: None)
 
 
 def step(model, batch, length, padded=0):
-    """Logits without autograd and without the adapter, as of a reference; with it; the gradients
-    of the adapter."""
+    """Returns logits without autograd and adapter, as of a reference; logits with it; and its
+    gradients.
+    """
     device = model.device
     ids = torch.randint(0, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(length)).to(device)
     inputs = {"input_ids": ids, "use_cache": False}
@@ -121,8 +124,9 @@ def test_the_same_numbers_for_batches_of_every_shape(recompute, shapes):
 
 
 def test_no_shape_is_one_too_many_also_in_another_thread():
-    """A worker of verl's compiles in one task and trains in others, and PyTorch's settings are a
-    thread's and a task's own from 2.12 on."""
+    """A worker of verl compiles in one task and trains in others. From 2.12 on, PyTorch's settings
+    belong to a thread and a task.
+    """
     model = make_model(Qwen3Config(**SIZES))
     contextvars.copy_context().run(compile_layers, model, backend="aot_eager")
     for shape in [(4, 24), (2, 40), (1, 17), (1, 1), (3, 1)]:
@@ -151,7 +155,7 @@ OTHER_MLPS = ("Phi3ForCausalLM", "Glm4ForCausalLM", "SeedOssForCausalLM")
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name not in OTHER_MLPS])
 def test_a_compiled_mlp_is_transformers_own_to_the_bit(name):
-    """Fails if transformers computes an MLP in another way, or names its parts anew."""
+    """Fails if transformers computes an MLP in another way, or renames its parts."""
     torch.manual_seed(0)
     activation = "hidden_activation" if name == "Gemma3ForCausalLM" else "hidden_act"
     config = make_config(name, **{activation: "gelu"})

@@ -17,7 +17,7 @@ HEAD = {"base_model.model.score.weight", "base_model.model.score.bias"}
 
 @pytest.fixture(scope="module")
 def critic(run_engine, tmp_path_factory, nvfp4_checkpoint):
-    """Four steps on one rank, saved after the second."""
+    """Trains four steps on one rank, and saves after the second."""
     folder = tmp_path_factory.mktemp("critic")
     save = str(folder / "ckpt" / "critic")
     settings = {"model_type": "value_model", "steps": 4, "save_after": 2, "save": save}
@@ -40,7 +40,9 @@ def test_an_nvfp4_base_trains_adapters_and_a_value_head_in_float32(critic):
 
 
 def test_a_critic_of_the_actors_checkpoint_uses_the_shared_base(run_engine, critic, nvfp4_checkpoint, tmp_path):
-    """qerl.base=shared: bit for bit, also where the critic is built before the actor."""
+    """With qerl.base=shared results are equal bit for bit, also where the critic is built before
+    the actor.
+    """
     sharing = sharing_job(model=str(nvfp4_checkpoint)).environment()
     report = run_engine(nvfp4_checkpoint, tmp_path / "r", environment=sharing, model_type="value_model", steps=4)[0]
     assert all(report[what] == critic[1][what] for what in ("built", "steps", "adapter"))
@@ -70,7 +72,7 @@ def test_a_checkpoint_holds_adapter_and_head_and_optimizer_of_both(critic):
 
 
 def test_resuming_restores_the_head_and_continues_bit_for_bit(run_engine, critic, nvfp4_checkpoint, tmp_path):
-    """A checkpoint without its head is refused first; the engine is none the worse for it."""
+    """A checkpoint without its head is refused first, and the engine still works."""
     folder, unbroken = critic
     shutil.copytree(folder / "ckpt" / "critic", tmp_path / "headless")
     (tmp_path / "headless" / "value_head_world_size_1_rank_0.pt").unlink()

@@ -1,5 +1,6 @@
-"""A policy that is put aside and brought back, and what the engine hands to verl's checkpoint
-engines."""
+"""Tests a policy that is set aside and restored, and what the engine passes to verl's checkpoint
+engines.
+"""
 
 import inspect
 import json
@@ -33,8 +34,8 @@ def worker(module):
 
 
 def test_a_policy_comes_back_bit_for_bit_after_updates_in_place(module):
-    """As verl does it between two syncs: the policy of the last one is 0, the one being trained
-    has another number."""
+    """Between two syncs verl numbers the policy of the last one 0, and the trained one
+    differently."""
     made, first = worker(module), {n: p.detach().clone() for n, p in module.named_parameters()}
     made.save_model_to_cpu(0)
     with torch.no_grad():
@@ -57,7 +58,7 @@ def test_what_is_frozen_is_not_copied(module):
 
 
 class Queued:
-    """In place of the device: a copy to the host that is done when someone waits for it."""
+    """Stands for the device: a copy to the host that completes when someone waits for it."""
 
     def __init__(self, parameter, arriving):
         self.parameter, self.arriving = parameter, arriving
@@ -72,7 +73,7 @@ class Queued:
 
 
 def test_copies_that_verl_has_queued_are_waited_for(module, monkeypatch):
-    """Else the host reads what was there before, or what is restored is written over."""
+    """Otherwise the host reads old values, or a later copy overwrites what was restored."""
     weight = module[1].weight
     for value in (7.0, 9.0):
         device = Queued(weight, torch.full_like(weight, value))
@@ -105,14 +106,14 @@ def test_verl_does_not_wait_for_its_copies_to_the_host():
 
 
 def test_verls_own_copy_of_what_is_on_the_host_is_no_copy():
-    """Why the worker has one of its own; where this fails, verl copies by itself."""
+    """The worker therefore has a copy of its own. Where this fails, verl copies by itself."""
     source = inspect.getsource(fsdp_utils.fsdp2_sharded_save_to_cpu)
     assert "local_cpu_tensor = local_gpu_tensor.detach().cpu()" in source
     assert AdapterDetachWorker._get_strategy_handlers is not DetachActorWorker._get_strategy_handlers
 
 
 class StockEngine:
-    """In place of verl's; tells what it was asked for."""
+    """Stands for verl's engine, and records the requests."""
 
     def get_per_tensor_param(self, layered_summon=False, base_sync_done=False, **kwargs):
         assert base_sync_done, "the whole base was asked for"
@@ -148,6 +149,6 @@ def test_an_adapter_that_is_not_finite_does_not_leave_either_way():
 
 
 def test_verl_drops_the_configuration_before_a_checkpoint_engine():
-    """Why it travels among the tensors; where this fails, verl may pass it on by itself."""
+    """It therefore travels among the tensors. Where this fails, verl may pass it on by itself."""
     source = inspect.getsource(engine_workers.ActorRolloutRefWorker.update_weights)
     assert "per_tensor_param, _ = self.actor.engine.get_per_tensor_param()" in source

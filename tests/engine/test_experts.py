@@ -29,7 +29,7 @@ ONE = {
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """The same mixture of experts in 16 bits and packed."""
+    """Returns a mixture of experts in 16 bits and packed."""
     folder, tokenizer = tmp_path_factory.mktemp("experts"), build_tokenizer()
     source = make_family("Qwen3MoeForCausalLM", folder / "source", vocab_size=len(tokenizer), mlp_only_layers=[])
     tokenizer.save_pretrained(source)
@@ -39,7 +39,7 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def reports(run_engine, tmp_path_factory, folders):
-    """Of one rank, and of two."""
+    """Returns the reports of one rank, and of two."""
     out, (source, packed) = tmp_path_factory.mktemp("reports"), folders
     one = ONE | {"bf16": ONE["bf16"] | FLOAT32 | {"base": str(source)}}
     (first,) = run_engine(packed, out / "one", variants=one)
@@ -49,8 +49,9 @@ def reports(run_engine, tmp_path_factory, folders):
 
 @pytest.mark.parametrize("name", ["selective", "stored", "padded", "chunks", "compiled", "two"])
 def test_experts_train_the_same(reports, name):
-    """With other things computed twice, however sequences are laid out, between compiled kernels,
-    and on two ranks that share the bytes."""
+    """This holds for every choice of recomputation and layout of sequences, between compiled
+    kernels, and on two ranks that share the bytes.
+    """
     one, two = reports
     found = one[name] if name in one else two[0][name]
     tight = name in ("selective", "stored")  # the same kernels on the same numbers
@@ -69,7 +70,7 @@ def test_every_rank_computes_with_the_checkpoints_bytes(reports):
 
 
 def test_adapters_are_the_same_in_16_bits(reports):
-    """The arm bf16 holds transformers' experts, and its adapter is on the same layers."""
+    """The arm bf16 has transformers' experts, and its adapter is on the same layers."""
     one, _ = reports
     assert one["bf16"]["built"] == one["one"]["built"] and min(one["bf16"]["grad_norm"]) > 0
 

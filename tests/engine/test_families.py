@@ -16,11 +16,13 @@ test_experts.py."""
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in FAMILIES if name not in TOWERS]
+    "name",
+    [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in FAMILIES if name not in TOWERS],
 )
 def test_a_family_trains_the_same_however_its_sequences_are_laid_out(run_engine, tmp_path, name):
-    """In float32 with gradient checkpointing; the loss, and the norm of the gradients, of two
-    steps."""
+    """Compares the loss and the gradient norm of two steps in float32 with activation
+    checkpointing.
+    """
     tokenizer = build_tokenizer()
     tokenizer.save_pretrained(make_family(name, tmp_path / "source", vocab_size=len(tokenizer)))
     quantize_checkpoint(tmp_path / "source", tmp_path / "model", progress=False)

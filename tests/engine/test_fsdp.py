@@ -24,7 +24,7 @@ ROUNDING = torch.finfo(torch.bfloat16).eps
 
 @pytest.fixture(scope="module")
 def one_rank(run_engine, tmp_path_factory, nvfp4_checkpoint, bf16_checkpoint):
-    """Four steps on one rank, saved after the second; the user gave the 16-bit model."""
+    """Trains four steps on one rank, saved after the second; the user gave the 16-bit model."""
     folder = tmp_path_factory.mktemp("one")
     settings = {"steps": 4, "save_after": 2, "save": str(folder / "ckpt" / "actor")}
     environment = Job(sources={"actor": str(bf16_checkpoint)}).environment()
@@ -101,8 +101,9 @@ def test_what_the_checkpoint_says_about_merging_holds(one_rank, bf16_checkpoint,
 
 
 def test_a_base_that_the_rollout_uses_too_trains_the_same_adapter(run_engine, one_rank, nvfp4_checkpoint, tmp_path):
-    """qerl.base=shared: bit for bit, with verl's offload, which leaves the base where it is; a
-    checkpoint is the same."""
+    """With qerl.base=shared results are equal bit for bit, with verl's offload, which leaves the
+    base in place; a checkpoint is equal too.
+    """
     sharing = sharing_job().environment()
     save = tmp_path / "ckpt" / "actor"
     settings = {"steps": 4, "save_after": 2, "save": str(save), "param_offload": True, "optimizer_offload": True}
@@ -156,8 +157,9 @@ def test_training_goes_on_from_an_adapter_folder(run_engine, one_rank, nvfp4_che
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_two_ranks_shard_the_bytes_and_train_the_same_adapter(run_engine, one_rank, nvfp4_checkpoint, tmp_path, shared):
-    """With a base that the rollout uses too, each rank has all of it in place, and adapters
-    alone are sharded."""
+    """With a base that the rollout also uses, each rank has all of it in place, and only adapters
+    are sharded.
+    """
     sharing = sharing_job().environment() if shared else {}
     reports = run_engine(nvfp4_checkpoint, tmp_path / "r", world=2, environment=sharing, steps=4)
     sharded = [n for n, p in reports[0]["parameters"].items() if p["local_bytes"] * 2 == p["bytes"]]
@@ -193,8 +195,9 @@ def test_building_never_holds_the_model_in_16_bits(run_engine, model_factory, tm
 
 
 def test_verls_way_to_build_fsdp2_is_the_one_that_ours_stands_in_for():
-    """Ours sets and calls the same (qerl_verl/engine/fsdp.py, _build_fsdp_module); where this
-    fails, look what verl does now."""
+    """Ours sets and calls the same (qerl_verl/engine/fsdp.py, _build_fsdp_module). Where this
+    fails, verl has changed its way.
+    """
     source = inspect.getsource(FSDPEngine._build_fsdp_module)
     ours = inspect.getsource(NVFP4EngineMixin._build_fsdp_module)
     attributes = set(re.findall(r"self\.(\w+) = ", source))
@@ -218,8 +221,9 @@ def test_verls_way_to_build_fsdp2_is_the_one_that_ours_stands_in_for():
     ],
 )
 def test_a_policy_has_no_dropout_while_it_trains(name, found):
-    """Its log-probabilities in training are then those in evaluation, which the rollout's are
-    compared with."""
+    """Log-probabilities in training are then those of evaluation, with which the rollout's are
+    compared.
+    """
     config = make_config(name, **found)
     assert remove_dropout(config) == found and remove_dropout(config) == {}
     model, ids = automatic_class(get_architecture(config)).from_config(config), torch.arange(9)[None]

@@ -19,7 +19,7 @@ SINGLE = {"mixed_precision": {"param_dtype": "fp32", "reduce_dtype": "fp32"}, "l
 
 
 def make_source(name, folder):
-    """A 16-bit checkpoint with a tokenizer."""
+    """Makes a 16-bit checkpoint with a tokenizer."""
     tokenizer = build_tokenizer()
     tokenizer.save_pretrained(make_family(name, folder, vocab_size=len(tokenizer), **IMAGE_TOKENS))
     return folder
@@ -30,8 +30,9 @@ def make_source(name, folder):
 )
 def test_sequences_with_images_train_the_same_however_they_are_laid_out(run_engine, tmp_path, name):
     """Log-probabilities without the adapter are transformers' own, in float64, on the decoded
-    weights; the loss and the norm of the gradients of two steps are those of padded rows. The
-    adapter is on the decoder alone."""
+    weights. The loss and the gradient norm of two steps are those of padded rows. Only the decoder
+    has an adapter.
+    """
     quantize_checkpoint(make_source(name, tmp_path / "source"), tmp_path / "model", progress=False)
     variants = {key: value | {"images": True, "reference": True} for key, value in VARIANTS.items()}
     (report,) = run_engine(tmp_path / "model", tmp_path / "r", variants=variants, **SINGLE)
@@ -57,8 +58,9 @@ def test_sequences_with_images_train_the_same_however_they_are_laid_out(run_engi
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TOWERS)
 def test_two_ranks_train_as_one_does(run_engine, tmp_path, name):
-    """The tower is sharded like the rest of what is frozen in 16 bits; rank 1 gets it from rank 0.
-    With Ulysses each rank has a part of every sequence."""
+    """The tower is sharded like other frozen 16-bit weights, and rank 1 gets it from rank 0. With
+    Ulysses each rank has a part of every sequence.
+    """
     quantize_checkpoint(make_source(name, tmp_path / "source"), tmp_path / "model", progress=False)
     packed = PACKED | {"images": True}
     # of Qwen2.5-VL, verl hands flash-attn the attention of divided sequences
@@ -75,7 +77,7 @@ def test_two_ranks_train_as_one_does(run_engine, tmp_path, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TOWERS)
 def test_the_arm_of_16_bits_trains_on_images(run_engine, tmp_path, name):
-    """On verl's own engine, with the adapter on the decoder alone."""
+    """The arm uses verl's own engine, with the adapter on the decoder only."""
     make_source(name, tmp_path / "source")
     packed = {} if name == "Qwen2_5_VLForConditionalGeneration" else PACKED
     variants = {"bf16": {"arm": "bf16", "images": True, **packed}}

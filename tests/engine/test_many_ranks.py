@@ -1,11 +1,10 @@
-"""Gloo ranks through verl's own training path: the bytes that they exchange, and that together they
-train what one rank does.
+"""Tests Gloo ranks through verl's own training path: exchanged bytes, and equality with one rank.
 
 Everything is compared with one rank on the same eight sequences, three steps from the same adapter.
-In float32, with the sums of FSDP2 in the order of one rank's micro-batches, two ranks differ in
-nothing, or in the last bits; Ulysses divides other
-sums: 1e-5 of the loss, 1e-5 of the gradient and 1e-4 of the way that the adapter went. By hand, on
-four or eight ranks as well, there also sharded over pairs of ranks alone (``fsdp_size=2``):
+In float32, with FSDP2's sums in the order of one rank's micro-batches, two ranks differ in nothing
+or in the last bits. Ulysses divides other sums: 1e-5 of the loss, 1e-5 of the gradient and 1e-4 of
+the adapter's change. By hand the tests also run on four or eight ranks, there also sharded over
+pairs of ranks (``fsdp_size=2``):
 
     QERL_TEST_RANKS=4 python -m pytest tests/engine/test_many_ranks.py
 """
@@ -39,7 +38,9 @@ REFUSED = {"ulysses_sdpa": {**VARIANTS["ulysses"], "packed_attention": False, "s
 
 @pytest.fixture(scope="module")
 def adapters_and_reports(run_engine, tmp_path_factory, model_factory):
-    """On a model with an output layer of its own, which FSDP2 shards by itself."""
+    """Returns adapters and reports of a model whose output layer is untied, so FSDP2 shards it by
+    itself.
+    """
     folder = tmp_path_factory.mktemp("ranks")
     bf16_checkpoint, nvfp4_checkpoint = folder / "bf16", folder / "nvfp4"
     model_factory(bf16_checkpoint, tie_word_embeddings=False)
@@ -78,8 +79,9 @@ def test_three_steps_are_those_of_one_rank(adapters_and_reports, name):
 
 
 def test_ulysses_with_sdpa_is_not_what_one_rank_does(adapters_and_reports):
-    """So the switch refuses it (config/checks/recipe.py): verl exchanges heads in front of
-    flash-attn alone and says nothing."""
+    """The switch therefore refuses it (config/checks/recipe.py): verl exchanges heads only before
+    flash-attn, and gives no message.
+    """
     adapters, one, reports = adapters_and_reports
     assert abs(reports[0]["ulysses_sdpa"]["loss"][0] - one["loss"][0]) > 1e-2
     nothing = {n: torch.zeros_like(t) for n, t in adapters["one_grad"].items()}
@@ -93,22 +95,23 @@ def test_all_ranks_hold_the_same_adapter_in_the_end(adapters_and_reports):
 
 
 def test_the_all_gather_moves_the_packed_bytes(adapters_and_reports):
-    """4 bits a value and 8 bits for each 16 of them, where bfloat16 takes 2 bytes. In forward
-    and backward of both layers."""
+    """It moves 4 bits per value and 8 bits for each 16 values, where bfloat16 takes 2 bytes, in
+    forward and backward of both layers.
+    """
     _, _, reports = adapters_and_reports
     assert reports[0]["packed"]["bytes_per_weight"] == [0.5625] * 4
     assert reports[0]["bf16"]["bytes_per_weight"] == [2.0] * 4
 
 
 def test_every_rank_computes_with_the_checkpoints_bytes(adapters_and_reports):
-    """On a GPU a 16-bit carrier would not do, see qerl_verl/engine/fsdp.py, CARRIER."""
+    """On a GPU a 16-bit carrier would fail, see qerl_verl/engine/fsdp.py, CARRIER."""
     _, _, reports = adapters_and_reports
     assert [report["packed"]["changed_bytes"] for report in reports] == [0] * WORLD
 
 
 @pytest.mark.gpu
 def test_what_copies_in_front_of_an_all_gather_keeps_the_carriers_bytes():
-    """And changes those of bfloat16. If it ceases to, the carrier may be 16 bits wide again."""
+    """It changes bfloat16 bytes. If it no longer does, the carrier may have 16 bits."""
     patterns = torch.arange(1 << 16, dtype=torch.int32, device="cuda").to(torch.int16)
 
     def copied(dtype):

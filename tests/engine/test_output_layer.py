@@ -57,7 +57,7 @@ def test_a_model_that_caps_its_logits_is_refused():
 
 
 def test_verl_shards_an_untied_output_layer_by_itself_and_reads_its_weight():
-    """Why verl's own fused kernels are not used. When this fails, they may do."""
+    """verl's own fused kernels are therefore not used. When this fails, they may be."""
     model = tiny(False)
     assert any(part is model.lm_head for part in fsdp_utils._select_fsdp2_wrap_targets(model, []))
     assert not fsdp_utils._select_fsdp2_wrap_targets(tiny(True), [])

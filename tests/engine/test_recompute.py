@@ -18,7 +18,7 @@ PRODUCT = ROWS * WIDTH * 4
 
 @pytest.fixture
 def device(monkeypatch):
-    """Figures of a GPU's memory, in bytes."""
+    """Provides figures of a GPU's memory, in bytes."""
     memory = {"free": 0, "reserved": 0, "allocated": 0, "peak": 0}
     monkeypatch.setattr(recompute.torch.cuda, "mem_get_info", lambda device: (memory["free"], 1 << 40))
     monkeypatch.setattr(recompute.torch.cuda, "memory_reserved", lambda device: memory["reserved"])
@@ -41,8 +41,10 @@ class Counting(Backend):
 
 
 def micro_batch(policy, rows=ROWS):
-    """Six checkpointed layers of two products, forward and backward; returns how many products
-    the latter computed."""
+    """Runs forward and backward of six checkpointed layers with two GEMMs each.
+
+    Returns the number of GEMMs that the backward pass computed again.
+    """
     backend = Counting()
     torch.manual_seed(0)
     packed, scale = quantize_nvfp4(torch.randn(WIDTH, WIDTH), torch.tensor([300.0]))
@@ -118,8 +120,9 @@ def test_twice_the_tokens_need_twice_the_room(device):
 
 
 def test_a_peak_that_is_not_the_steps_own_is_corrected_later(device):
-    """The process may have needed more before. A later micro-batch that stays below that peak
-    shows that it needs less."""
+    """The process may have needed more before. A later micro-batch below that peak shows that it
+    needs less.
+    """
     policy = Recompute("auto", CUDA)
     device |= {"free": 3 * 10**4, "peak": 8 * 10**4}
     micro_batch(policy)
@@ -130,7 +133,7 @@ def test_a_peak_that_is_not_the_steps_own_is_corrected_later(device):
 
 @pytest.mark.gpu
 def test_on_a_gpu_the_peak_stays_below_what_was_free():
-    """Layers whose products do not all fit: some keep them, and the memory suffices."""
+    """Not all outputs fit: some layers keep theirs, and the memory suffices."""
     device, rows, width = torch.device("cuda", 0), 1 << 14, 4096
     packed, scale = (t.to(device) for t in quantize_nvfp4(torch.randn(width, width), torch.tensor([300.0])))
     product = rows * width * 2

@@ -34,7 +34,8 @@ def test_pass_at_k_score_length_and_share_that_was_cut_off():
 
 
 def test_the_difference_is_taken_problem_by_problem():
-    """Two policies with the same difference on every problem have that difference with certainty."""
+    """Two policies with the same difference on every problem have that difference with
+    certainty."""
     first, values = summary(rows([1, 0], [0, 0], [1, 0], [0, 0]), ks=(1,))
     second, _ = summary(rows([1, 1], [1, 0], [1, 1], [1, 0]), "a", ks=(1,), first=values)
     assert first.difference == {}

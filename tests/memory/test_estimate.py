@@ -93,7 +93,8 @@ def test_linears_that_a_checkpoint_fuses_count_once():
         # gsm8k_grpo_32b on one H100, 10 sequences of 768 tokens a micro-batch: the card's peak by
         # nvidia-smi
         ("32B", RUN, 0, 75.0, 42, 40.5),
-        # GRPO of 7B on one GPU with flash-attn's cross entropy, 16 sequences a micro-batch: the actor's peak by PyTorch
+        # GRPO of 7B on one GPU with flash-attn's cross entropy, 16 sequences a micro-batch: the
+        # actor's peak by PyTorch
         ("7B", replace(RUN, tokens=12288, fused_logits=False), ASLEEP + CONTEXT, 49.0, 28, 29.5),
     ],
 )

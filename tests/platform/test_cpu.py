@@ -32,8 +32,9 @@ def test_current_device_is_one_that_tensors_move_to():
 
 
 def test_the_device_module_has_every_function_that_verl_calls_on_it():
-    """Fails when verl starts to call another one. Left out are those of accelerators: streams,
-    events, memory limits."""
+    """Fails when verl starts to call another function. Functions of accelerators are excluded:
+    streams, events, memory limits.
+    """
     source = "".join(p.read_text() for p in Path(verl.__file__).parent.rglob("*.py"))
     called = set(re.findall(r"get_torch_device\(\)\.(\w+)", source))
     called -= {"Event", "set_per_process_memory_fraction"}

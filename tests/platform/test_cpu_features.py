@@ -41,7 +41,7 @@ def test_where_bfloat16_counts_as_fast_pytorch_has_kernels_for_it():
 
 @pytest.mark.skipif(missing_bfloat16({}) is not None, reason="needs a CPU with bfloat16 arithmetic")
 def test_pytorch_heeds_the_variable_that_stands_for_another_cpu():
-    """So ``ONEDNN_MAX_CPU_ISA=AVX2`` shows what such a CPU computes."""
+    """``ONEDNN_MAX_CPU_ISA=AVX2`` therefore shows what such a CPU computes."""
     assert "AVX2" in ISAS_WITHOUT_BFLOAT16
     code = "import torch; print(torch.ops.mkldnn._is_mkldnn_bf16_supported())"
     environment = {"ONEDNN_MAX_CPU_ISA": "AVX2", "PATH": "", "OMP_NUM_THREADS": "1"}

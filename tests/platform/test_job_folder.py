@@ -19,7 +19,7 @@ from qerl_verl.platform import job_folder
 
 @pytest.fixture
 def host(tmp_path, monkeypatch):
-    """Folders for temporary files and for shared memory."""
+    """Provides folders for temporary files and for shared memory."""
     temporary, memory = tmp_path / "tmp", tmp_path / "shm"
     temporary.mkdir()
     memory.mkdir()
@@ -31,7 +31,7 @@ def host(tmp_path, monkeypatch):
 
 @pytest.fixture
 def mapped(host):
-    """A segment that this process uses."""
+    """Maps a segment into this process."""
     path = host[1] / "psm_mine"
     path.write_bytes(b"x" * 4096)
     with path.open("r+b") as file, mmap.mmap(file.fileno(), 4096):
@@ -39,7 +39,7 @@ def mapped(host):
 
 
 def segment(host, name):
-    """Makes one; returns its line in a note."""
+    """Makes a segment and returns its line in a note."""
     (host[1] / name).write_bytes(b"x")
     return f"{name} {(host[1] / name).stat().st_ino}"
 
@@ -141,8 +141,9 @@ OTHER_CONTAINER = {"namespaces": "pid:[4026532999]"}
     ],
 )
 def test_the_next_job_removes_what_a_dead_driver_left_and_nothing_else(host, where, lives, stays):
-    """Folder and segments, also where hosts or containers share the folder for temporary files
-    and ``/dev/shm``."""
+    """Folder and segments are removed, also where hosts or containers share the folder for
+    temporary files and ``/dev/shm``.
+    """
     folder = host[0] / f"{job_folder.PREFIX}other"
     (folder / "segments").mkdir(parents=True)
     (folder / "segments" / "1").write_text(segment(host, "psm_other"))
@@ -188,7 +189,7 @@ def test_the_environment_keeps_the_compilers_cache_where_it_was(host, monkeypatc
 
 
 def test_the_compilers_default_cache_is_the_same_inside_and_stays(host, monkeypatch):
-    """TorchInductor's compiled C++ headers lie there, and compiling them takes five seconds."""
+    """TorchInductor keeps compiled C++ headers there, whose compilation takes five seconds."""
     from torch._inductor.codecache import _HEADER_DIR
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
@@ -204,7 +205,7 @@ def test_the_compilers_default_cache_is_the_same_inside_and_stays(host, monkeypa
 
 
 def test_vllm_and_verl_put_their_files_into_the_folder_for_temporary_files():
-    """Fails when they choose another place, where the job's end would not find them."""
+    """Fails when they choose another place, which the job's end would not clean."""
     from verl.utils import fs
     from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import BucketedWeightSender
     from vllm import envs

@@ -25,8 +25,9 @@ def node(number, alive=True):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Time that passes only while the watch sleeps; threads that other tests have left keep
-    theirs."""
+    """Provides a clock that advances only while the watch sleeps. Threads of other tests keep
+    theirs.
+    """
     now = [0.0]
 
     def sleep(seconds):

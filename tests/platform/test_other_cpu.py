@@ -1,7 +1,6 @@
-"""The numbers on another CPU than this one: tests of arithmetic, once more in a process that
-computes as if there were no AVX-512.
+"""Runs tests of arithmetic again in a process that computes as a CPU without AVX-512.
 
-Two variables stand for such a CPU: ``ONEDNN_MAX_CPU_ISA`` for oneDNN's GEMMs,
+Two variables stand for such a CPU: ``ONEDNN_MAX_CPU_ISA`` for oneDNN's GEMMs, and
 ``ATEN_CPU_CAPABILITY`` for PyTorch's own kernels.
 """
 
@@ -29,7 +28,7 @@ SLOW = [
 
 
 def test_this_process_computes_as_it_was_asked_to():
-    """Here: as the environment says, if it says anything."""
+    """This process computes as the environment says, if it says anything."""
     wanted = os.environ.get("ATEN_CPU_CAPABILITY")
     assert wanted is None or torch.backends.cpu.get_cpu_capability().lower() == wanted
     if os.environ.get("ONEDNN_MAX_CPU_ISA") == "AVX2":

@@ -71,7 +71,7 @@ ray.get(task)
 
 
 def test_a_driver_of_ray_ends_with_143_and_without_a_trace():
-    """Ray alone: *** SIGTERM received at ..., and an abort."""
+    """Ray by itself prints *** SIGTERM received at ..., and aborts."""
     driver = subprocess.Popen([sys.executable, "-c", DRIVER], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert driver.stdout.readline() == "in the middle of a step\n", driver.stderr.read()
@@ -85,7 +85,7 @@ def test_a_driver_of_ray_ends_with_143_and_without_a_trace():
 
 
 def test_ray_calls_its_hooks_at_the_end_of_init():
-    """Fails when Ray gives the hooks up or calls them before its core worker takes the signal."""
+    """Fails when Ray drops the hooks, or calls them before its core worker handles the signal."""
     from ray._private import worker
 
     assert isinstance(worker._post_init_hooks, list)

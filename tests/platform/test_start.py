@@ -33,7 +33,8 @@ DRIVER = (
 
 @pytest.fixture(scope="module")
 def imported():
-    """By module of ours, which of the heavy packages are there after its import in a new Python."""
+    """Returns, for each of our modules, the heavy packages that its import loads in a new
+    Python."""
     command = [sys.executable, "-c", IMPORTS, *DRIVER, "qerl_verl.plugin"]
     run = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
@@ -46,8 +47,9 @@ def test_the_driver_checks_a_run_without_heavy_imports(imported, module):
 
 
 def test_the_plugin_needs_ray_alone(imported):
-    """To tell whether it is in a Ray worker; verl, which loads the plugin, has imported Ray
-    before."""
+    """The plugin needs Ray to know whether it is in a Ray worker; verl, which loads the plugin, has
+    imported Ray.
+    """
     assert imported["qerl_verl.plugin"] == ["ray"]
 
 
@@ -103,7 +105,7 @@ def test_compiled_modules_are_kept_where_each_process_would_compile_again(
 
 
 def test_python_keeps_and_finds_modules_with_these_variables(tmp_path):
-    """What a job's process does with them: the second one reads what the first one compiled."""
+    """A job's process does this with them: the second process reads what the first one compiled."""
     (tmp_path / "source").mkdir()
     (tmp_path / "source" / "module.py").write_text("x = 1\n")
     variables, _ = start.bytecode_environment(tmp_path, {"PYTHONDONTWRITEBYTECODE": "1"}, ["torch"])

@@ -42,7 +42,7 @@ def test_a_line_comes_when_it_waits_longer_than_a_look_and_the_watch_ends_when_a
 
 
 def test_the_watch_ends_with_the_process(monkeypatch):
-    """Also before Ray is up; Ray's own end comes later, and must not meet a look."""
+    """It also ends before Ray is up. Ray's own end comes later, and must not meet a look."""
     ends = []
     monkeypatch.setattr(waiting.atexit, "register", lambda *call: ends.append(call))
     monkeypatch.setattr(ray, "is_initialized", lambda: False)

@@ -126,7 +126,8 @@ def replica_of(config, rank):
 
 
 def test_verl_asks_for_the_servers_that_were_started(config, remote, capsys):
-    """Names, node, environment and concurrency follow verl's launch_servers, whatever it becomes."""
+    """Names, node, environment and concurrency follow verl's launch_servers, whatever it
+    becomes."""
     servers = start(config)
     assert "[qerl] start: rollout servers that start beside the actor: 2" in capsys.readouterr().out
     assert [options["name"] for options, _ in remote.created] == ["vllm_server_0_0", "vllm_server_1_0"]

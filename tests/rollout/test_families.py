@@ -107,7 +107,8 @@ def test_a_family_in_the_rollout(request, name):
 
 
 def check_images(quantized, adapter, seen, reference):
-    """Checks prompts with an image; the tower is in 16 bits, and only the decoder has an adapter."""
+    """Checks prompts with an image; the tower is in 16 bits, and only the decoder has an
+    adapter."""
     ids, images = seen["image_tokens"], [image for _, image in image_prompts()]
     inputs = [processed(quantized, tokens, image) for tokens, image in zip(ids, images, strict=True)]
     reference.check(ids, seen["image_clean"], inputs)

@@ -193,7 +193,8 @@ def rms(errors) -> float:
 
 
 def test_runs_the_nvfp4_base(engine, dequantized_checkpoint):
-    """Tokens and log-probabilities agree with transformers on the decoded weights, within bfloat16."""
+    """Tokens and log-probabilities agree with transformers on the decoded weights, within
+    bfloat16."""
     load(engine)
     Reference(dequantized_checkpoint).check(generate(engine))
 
@@ -572,7 +573,8 @@ def run(engine, paths, ranks):
 
 @pytest.fixture(scope="module")
 def found(engine, nvfp4_checkpoint, adapters):
-    """Returns the observations by number of ranks, one and two. It starts an engine on two ranks."""
+    """Returns the observations by number of ranks, one and two. It starts an engine on two
+    ranks."""
     from verl.plugin.platform import platform_manager
 
     from qerl_verl.platform.cpu import PlatformCPU

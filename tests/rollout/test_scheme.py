@@ -280,7 +280,8 @@ def test_the_setting_names_the_candidates():
 
 @pytest.mark.parametrize("input_activations", [None, "as the weights"])
 def test_vllms_configuration_builds_the_layer_with_the_settings_of_the_engine(capsys, input_activations):
-    """It also accepts a W4A4 checkpoint. The configuration is pickled on its way to vLLM's workers."""
+    """It also accepts a W4A4 checkpoint. The configuration is pickled on its way to vLLM's
+    workers."""
     from vllm.config import VllmConfig, set_current_vllm_config
 
     from qerl_verl.nvfp4.checkpoint import QUANTIZATION_CONFIG

@@ -27,7 +27,8 @@ FAMILIES = [name for name in supported_architectures() if get_architecture({"arc
 
 @pytest.fixture(scope="module", params=["bfloat16", "float32"])
 def seen(request, tmp_path_factory):
-    """Returns the results of both engines by family. In float32 only the packed weights are shared."""
+    """Returns the results of both engines by family. In float32 only the packed weights are
+    shared."""
     folder, places = tmp_path_factory.mktemp("families"), {}
     for name in FAMILIES:
         places[name] = folder / name / "quantized"

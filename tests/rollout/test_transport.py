@@ -1,4 +1,5 @@
-"""Tests the checkpoint engine between an actor of two ranks and three rollout workers, in threads."""
+"""Tests the checkpoint engine between an actor of two ranks and three rollout workers, in
+threads."""
 
 import asyncio
 import hashlib
@@ -49,7 +50,8 @@ def receive(engine):
 
 
 def sync(senders, receivers, tensors):
-    """Runs a sync; returns what each receiver got, and how many tensors each sender was asked for."""
+    """Runs a sync; returns what each receiver got, and how many tensors each sender was asked
+    for."""
     asked = [0] * len(senders)
 
     def generator(rank):

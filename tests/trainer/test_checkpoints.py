@@ -29,8 +29,10 @@ ACTOR_FILES = ("model_world_size_1_rank_0.pt", "optim_world_size_1_rank_0.pt", "
 
 
 class Base:
-    """Saves and loads in the order of verl/trainer/ppo/v1/trainer_base.py. ``dies_before``: a
-    file's name, or "callback"."""
+    """Saves and loads in the order of verl/trainer/ppo/v1/trainer_base.py.
+
+    ``dies_before`` is the name of a file, or "callback".
+    """
 
     def __init__(self, config):
         self.config, self.checkpoint_callback, self.dies_before = config, self, None
@@ -209,7 +211,7 @@ def test_the_one_that_was_resumed_from_goes_too_and_others_stay(tmp_path):
 
 
 def actors(root):
-    """Steps whose actor is there."""
+    """Returns the steps whose actor exists."""
     return sorted(checkpoint_step(folder) for folder in list_checkpoints(root) if (folder / "actor").is_dir())
 
 
@@ -260,7 +262,7 @@ def test_a_run_overwrites_its_own_step_and_what_no_save_brought_to_its_end(tmp_p
 
 
 def merged_model(folder):
-    """The user's, beside what the run wrote."""
+    """Makes a model of the user's beside the files of the run."""
     (folder / "actor" / "merged").mkdir()
     (folder / "actor" / "merged" / "model.safetensors").write_text("the user's")
 
@@ -270,7 +272,7 @@ def another_run(folder):
 
 
 def no_run(folder):
-    """As of an earlier version."""
+    """Makes checkpoints of an earlier version."""
     (folder / RUN_FILE).unlink()
 
 
@@ -345,7 +347,7 @@ def test_a_full_disk_is_named_and_the_setting_comes_back(tmp_path):
 
 
 def test_verls_trainer_calls_the_callback_last(tmp_path, monkeypatch):
-    """The record says what verl wrote before it, so nothing may come after."""
+    """The record lists what verl wrote before it, so nothing may follow."""
     from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 
     class Real(WholeCheckpointsMixin, PPOTrainer):

@@ -1,5 +1,6 @@
-"""When the trainer puts noise on and takes it off: the mixin around a trainer that goes through
-verl's order of hooks."""
+"""Tests when the trainer applies and removes noise, with a trainer that follows verl's order of
+hooks.
+"""
 
 import inspect
 import logging
@@ -41,7 +42,7 @@ TOTAL = 4
 
 
 class Server:
-    """Stands for the Ray actor of a rollout server; writes down what reaches the engine."""
+    """Stands for the Ray actor of a rollout server, and records what reaches the engine."""
 
     def __init__(self, events):
         self.events = events
@@ -75,7 +76,9 @@ class Manager:
 
 
 class Base:
-    """The order of calls of verl/trainer/ppo/v1/trainer_base.py, fit(), without the work."""
+    """Makes the calls of verl/trainer/ppo/v1/trainer_base.py, fit(), in its order, without the
+    work.
+    """
 
     staleness = 0
     measured = {}  # by step, what came of its samples
@@ -176,7 +179,7 @@ def test_metrics_tell_the_noise_that_acts_in_the_engines(trainer):
 
 
 def test_without_noise_the_engines_are_told_nothing(trainer):
-    """Their norms are vLLM's own then and could not take any."""
+    """The norms are vLLM's own then, and could not take noise."""
     trainer.qerl_settings = replace(trainer.qerl_settings, aqn=replace(trainer.qerl_settings.aqn, enable=False))
     trainer.fit(first_step=1)
     assert not [e for e in trainer.events if e == "clear" or isinstance(e, tuple)]
@@ -193,7 +196,7 @@ KL = "qerl/sampling_kl"
 
 
 def adaptive(**measured):
-    """A trainer whose samples show the given divergences, by step."""
+    """Returns a trainer whose samples show the given divergences, by step."""
     trainer = make_trainer(schedule="adaptive", target_kl=1e-3, sigma_start=0.04, sigma_end=0.001)
     trainer.measured = {int(step[1:]): {KL: kl} for step, kl in measured.items()}
     return trainer
@@ -210,8 +213,9 @@ def test_an_adaptive_sigma_follows_the_divergence_of_the_samples(trainer):
 
 
 def test_an_adaptive_sigma_is_measured_against_what_stale_samples_were_drawn_under(trainer):
-    """At step 3 the samples are of step 1 and before, which had sigma_end, although sigma has
-    grown since."""
+    """At step 3 the samples are from step 1 and before, which had sigma_end, although sigma has
+    grown since.
+    """
     trainer = adaptive(s1=1e-5, s2=1e-5, s3=1e-3)
     trainer.staleness = 2
     trainer.fit(first_step=1)
@@ -220,7 +224,7 @@ def test_an_adaptive_sigma_is_measured_against_what_stale_samples_were_drawn_und
 
 
 def test_an_adaptive_sigma_is_part_of_the_checkpoint(trainer, tmp_path, monkeypatch, capsys):
-    """The run that is resumed at step 2 has the sigmas of the one that was not interrupted."""
+    """A run that is resumed at step 2 has the sigmas of one that was not interrupted."""
     recorded = []
     monkeypatch.setattr(WholeCheckpointsMixin, "_after_save", lambda self, folder: recorded.append(sorted(
         p.name for p in folder.iterdir())))  # fmt: skip
@@ -262,7 +266,7 @@ def nested(*rows):
     ],
 )
 def test_the_samples_own_log_probabilities_are_measured(trainer, monkeypatch, correction, expected):
-    """Of the samples alone: the third row fills up the batch."""
+    """Only samples count: the third row fills up the batch."""
     fields = {
         "rollout_log_probs": nested([-1.0, -2.0, -3.0], [-2.0], [-50.0]),
         "old_log_probs": nested([-1.0, -2.0, -3.0], [-1.0], [-1.0]),
@@ -288,15 +292,16 @@ def test_the_samples_own_log_probabilities_are_measured(trainer, monkeypatch, co
 
 
 def test_the_metrics_of_samples_are_averages_over_the_updates_of_a_step():
-    """verl's aggregator, which ``separate_async`` uses, goes by parts of a metric's name."""
+    """verl's aggregator, which ``separate_async`` uses, decides by parts of a metric's name."""
     from verl.trainer.ppo.v1.utils import MetricsAggregator
 
     assert {MetricsAggregator()._get_aggregation_type(name) for name in ppo.SAMPLE_METRICS.values()} == {"weighted_avg"}
 
 
 def test_metrics_tell_the_noise_that_stale_samples_were_drawn_under(trainer):
-    """Samples of the step before last, begun one step earlier still: the noise of the steps 2
-    and 1 at step 3."""
+    """The samples are from two steps ago, begun one step earlier: at step 3 they have the noise of
+    steps 2 and 1.
+    """
     trainer.staleness = 1
     trainer.fit(first_step=1)
     of_samples = {s: {k.rpartition("/")[2]: round(v, 6) for k, v in m.items() if "of_samples" in k}
@@ -308,7 +313,7 @@ def test_metrics_tell_the_noise_that_stale_samples_were_drawn_under(trainer):
 
 @pytest.mark.parametrize("trainer", [QeRLTrainerColocateAsync, QeRLTrainerSeparateAsync])
 def test_an_asynchronous_trainer_validates_when_nothing_is_being_sampled_for_training(monkeypatch, trainer):
-    """Else the samples of the next step would be drawn without noise."""
+    """Otherwise the samples of the next step would be drawn without noise."""
     running = {"is_prompt": True, "status": "running"}
     answers = [{"a": running, "a_0_0": {"status": "success"}}, {"a": {**running, "status": "finished"}, "b": running}]
     answers = [{"train": a} for a in answers] + [{"train": {"b": {**running, "status": "failure"}}}]
@@ -399,8 +404,9 @@ def test_our_trainers_are_verls_with_the_mixin_in_front():
 
 
 class Engine:
-    """A replica with an engine of its own; writes down what the manager asks of it, in the order
-    of verl's sync."""
+    """Stands for a replica with its own engine, and records the manager's requests in the order of
+    verl's sync.
+    """
 
     def __init__(self, events):
         self.workers, self.server_handle = [], Server(events)
@@ -416,7 +422,7 @@ class Engine:
 
 
 class Group:
-    """Actor or rollout workers of verl's sync."""
+    """Stands for actor or rollout workers of verl's sync."""
 
     world_size = 1
 
@@ -434,7 +440,7 @@ class Group:
 
 @pytest.fixture
 def standalone(monkeypatch):
-    """Our manager in the place of verl's, with one engine, and what happens around it."""
+    """Returns our manager in the place of verl's, with one engine, and the events around it."""
     events = []
     register_transport()
     monkeypatch.setattr(ray, "get", lambda futures: futures)

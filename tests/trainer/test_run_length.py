@@ -14,7 +14,7 @@ from qerl_verl.trainer.run_length import RunLengthMixin
 
 
 def trainer(rows, batch, epochs, wanted, updates=1):
-    """One whose parent computes what verl's ``_init_dataloader`` does of ``rows`` prompts."""
+    """Returns a trainer whose parent computes verl's ``_init_dataloader`` for ``rows`` prompts."""
 
     class Parent:
         def _init_dataloader(self):
@@ -74,8 +74,9 @@ def test_every_trainer_has_it(made):
 
 @pytest.mark.parametrize(("wanted", "steps"), [(40, 4), (3, 3)])
 def test_the_last_step_saves_and_validates(monkeypatch, tmp_path, wanted, steps):
-    """verl's own loop, around a trainer whose steps do nothing: 32 prompts in batches of 8, one
-    epoch."""
+    """Runs verl's own loop around a trainer whose steps do nothing: 32 prompts in batches of 8, one
+    epoch.
+    """
     from qerl_verl.cli.explain import compose
 
     done = {"steps": 0, "saved": [], "validated": []}
@@ -120,8 +121,9 @@ def test_the_last_step_saves_and_validates(monkeypatch, tmp_path, wanted, steps)
 
 
 def test_verl_ends_a_run_at_the_step_that_is_set_here():
-    """Fails when verl saves and validates at the end of the epochs itself, or computes the number
-    elsewhere."""
+    """Fails when verl itself saves and validates at the end of the epochs, or computes the number
+    elsewhere.
+    """
     fit, dataloader = inspect.getsource(PPOTrainer.fit), inspect.getsource(PPOTrainer._init_dataloader)
     assert "is_last_step = self.global_steps >= self.total_training_steps" in fit
     assert "current_epoch < self.config.trainer.total_epochs" in fit

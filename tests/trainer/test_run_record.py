@@ -48,9 +48,7 @@ def test_the_file_is_the_one_that_verl_writes(tmp_path, monkeypatch, environment
 def test_the_record_has_the_settings_and_what_the_files_hold_but_no_credentials(tmp_path):
     found = json.loads(json.dumps(describe_run(config(tmp_path))))
     digest = hashlib.sha256(b"train").hexdigest()
-    assert found["data.train_files"] == str(tmp_path / "train") and found[
-        "data.train_files.sha256"
-    ] == [digest]
+    assert found["data.train_files"] == str(tmp_path / "train") and found["data.train_files.sha256"] == [digest]
     assert found["reward.custom_reward_function.path.sha256"] == [digest]
     assert found["data.val_files.sha256"] is None  # one of them is not at hand
     assert found["actor_rollout_ref.rollout.n"] == 4
@@ -58,7 +56,7 @@ def test_the_record_has_the_settings_and_what_the_files_hold_but_no_credentials(
 
 
 class Trainer:
-    """verl's part: opens the metrics file anew and logs the steps that follow."""
+    """Does verl's part: opens the metrics file anew and logs the following steps."""
 
     def __init__(self, config):
         self.config, self.global_steps = config, 0
@@ -117,9 +115,7 @@ def test_a_record_that_cannot_be_written_is_said_and_the_run_goes_on(tmp_path, m
     (metrics.parent / "metrics.settings.json" / "x").mkdir(parents=True)
     train(config(tmp_path), 0.5)
     assert (
-        metrics.exists()
-        and f"the record of the run beside {metrics} could not be written"
-        in capsys.readouterr().out
+        metrics.exists() and f"the record of the run beside {metrics} could not be written" in capsys.readouterr().out
     )
 
 
