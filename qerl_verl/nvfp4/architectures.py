@@ -83,7 +83,7 @@ class Experts:
     def linears(self, config: Any) -> Iterator[tuple[str, str, str]]:
         """Yields the names of gate, up and down of each expert, relative to a layer."""
         for expert in range(getattr(config, self.count)):
-            gate, up, down = (f"{self.module}.{expert}.{name}" for name in _EXPERT_LINEARS)
+            gate, up, down = (f"{self.module}.{expert}.{name}" for name in EXPERT_LINEARS)
             yield gate, up, down
 
     def stacked_shapes(self, config: Any) -> dict[str, tuple[int, int, int]]:
@@ -96,7 +96,12 @@ class Experts:
         }
 
 
-_EXPERT_LINEARS = ("gate_proj", "up_proj", "down_proj")
+EXPERT_LINEARS = ("gate_proj", "up_proj", "down_proj")
+"""Of an expert, by the names that a checkpoint has for them."""
+
+EXPERT_STACKS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+"""transformers' parameter of a layer's experts -> the linears whose rows lie behind each other in
+each expert."""
 
 
 def _qwen_sparse_layer(config: Any, index: int) -> bool:
@@ -356,16 +361,18 @@ class Architecture:
     def adaptable(self, linears: Iterable[str]) -> list[str]:
         """Returns the packed linears that can have a LoRA adapter.
 
-        These are all linears, or only those of the attention in a model with experts: there PEFT
-        0.21 takes gate_proj, up_proj and down_proj in ``target_modules`` for the experts' 3-D
-        parameters, even where a layer has an MLP with these names
+        These are all linears; in a model with experts those of the attention and of the experts.
+        There PEFT 0.21 takes gate_proj, up_proj and down_proj in ``target_modules`` for the experts'
+        3-D parameters, and leaves out the MLP of a layer without experts
         (peft/utils/transformers_weight_conversion.py, _convert_peft_config_moe).
 
         Args:
             linears: full names of the packed linears.
         """
-        attention = tuple(f".{linear}" for linear in self._linears_of(_ATTENTION))
-        return [name for name in linears if self.experts is None or name.endswith(attention)]
+        if self.experts is None:
+            return list(linears)
+        attention, experts = tuple(f".{linear}" for linear in self._linears_of(_ATTENTION)), f".{self.experts.module}."
+        return [name for name in linears if name.endswith(attention) or experts in name]
 
     def routers(self, config: Any) -> tuple[str, ...]:
         """Returns the full names of the routers, linears in 16 bits."""

@@ -17,12 +17,10 @@ from qerl_verl.kernels.nvfp4_grouped_linear import (
     Groups,
     nvfp4_grouped_linear,
 )
+from qerl_verl.kernels.nvfp4_lora_grouped_linear import nvfp4_lora_grouped_linear
+from qerl_verl.nvfp4.architectures import EXPERT_LINEARS, EXPERT_STACKS
 
-PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-"""The linears of an expert, named as in a checkpoint."""
-
-STACKS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
-"""transformers' parameter -> the projections whose rows it concatenates in each expert."""
+PROJECTIONS, STACKS = EXPERT_LINEARS, EXPERT_STACKS
 
 
 def gated(act_fn: Callable[[torch.Tensor], torch.Tensor], gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -82,6 +80,12 @@ class NVFP4Experts(nn.Module):
         if stack == "gate_up_proj":
             return self.num_experts * 2 * self.intermediate_dim, self.hidden_dim
         return self.num_experts * self.hidden_dim, self.intermediate_dim
+
+    def linear_shapes(self) -> dict[str, tuple[int, int]]:
+        """Name of each expert's linear, relative to this module -> (output, input features)."""
+        hidden, inner = self.hidden_dim, self.intermediate_dim
+        shapes = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
+        return {f"{e}.{linear}": shapes[linear] for e in range(self.num_experts) for linear in PROJECTIONS}
 
     def weight_bytes(self, stack: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns views of packed values ``[E * N, K / 2]`` and scales ``[E * N, K / 16]`` of a
@@ -160,6 +164,23 @@ class NVFP4Experts(nn.Module):
         Returns:
             ``[T, H]`` in autocast's dtype, or ``hidden_states``'s.
         """
+        return self.compute(hidden_states, top_k_index, top_k_weights)
+
+    def compute(
+        self,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+        adapter: Mapping[str, tuple[torch.Tensor, torch.Tensor]] | None = None,
+        scaling: float = 1.0,
+    ) -> torch.Tensor:
+        """:meth:`forward`, with an adapter on the experts.
+
+        Args:
+            adapter: stack -> A ``[E, P r, K]`` and B ``[E, N, r]``, the P projections of the stack
+                behind each other.
+            scaling: lora_alpha / r.
+        """
         x = hidden_states
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
@@ -168,10 +189,15 @@ class NVFP4Experts(nn.Module):
         inverse = torch.empty_like(order)
         inverse[order] = torch.arange(len(order), device=order.device)
         groups = Groups.of(experts, self.num_experts)
-        rows = Dispatch.apply(x, order, inverse, k)
-        gate, up = nvfp4_grouped_linear(rows, self._weights("gate_up_proj"), groups).chunk(2, -1)
-        inner = self.gated(self.act_fn, gate, up)
-        rows = nvfp4_grouped_linear(inner, self._weights("down_proj"), groups, top_k_weights.reshape(-1)[order])
+
+        def linear(stack: str, rows: torch.Tensor, row_weights: torch.Tensor | None = None) -> torch.Tensor:
+            weights = self._weights(stack)
+            if adapter is None:
+                return nvfp4_grouped_linear(rows, weights, groups, row_weights)
+            return nvfp4_lora_grouped_linear(rows, weights, groups, *adapter[stack], scaling, row_weights)
+
+        gate, up = linear("gate_up_proj", Dispatch.apply(x, order, inverse, k)).chunk(2, -1)
+        rows = linear("down_proj", self.gated(self.act_fn, gate, up), top_k_weights.reshape(-1)[order])
         return Combine.apply(rows, order, inverse, k)
 
     def dequantize(self, stack: str, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
