@@ -40,6 +40,29 @@ class ExpertStack:
         return block_values_nvfp4(self.packed[expert], self.scale[expert], dtype)
 
 
+@dataclass(frozen=True)
+class ExpertAdapter:
+    """A LoRA adapter on each linear of each expert.
+
+    Attributes:
+        gate_up_a, gate_up_b: ``[E, 2 R, H]``, gate's rank before up's, and ``[E, 2 I, R]``.
+        down_a, down_b: ``[E, R, I]`` and ``[E, H, R]``.
+        scaling: lora_alpha / rank.
+    """
+
+    gate_up_a: torch.Tensor
+    gate_up_b: torch.Tensor
+    down_a: torch.Tensor
+    down_b: torch.Tensor
+    scaling: float
+
+    @classmethod
+    def zeros(cls, count: int, hidden: int, inner: int, rank: int, scaling: float, dtype, device) -> ExpertAdapter:
+        """For ``count`` experts."""
+        shapes = (2 * rank, hidden), (2 * inner, rank), (rank, inner), (hidden, rank)
+        return cls(*(torch.zeros(count, *shape, dtype=dtype, device=device) for shape in shapes), scaling)
+
+
 def expert_alphas(gate_up: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The factors of :class:`ExpertStack` from a checkpoint's global scales.
 
@@ -77,6 +100,7 @@ def nvfp4_experts_reference(
     chosen: torch.Tensor,
     gate_up: ExpertStack,
     down: ExpertStack,
+    adapter: ExpertAdapter | None = None,
 ) -> torch.Tensor:
     """What the chosen experts make of each token.
 
@@ -87,6 +111,7 @@ def nvfp4_experts_reference(
             expert of another rank and adds nothing.
         gate_up: N is 2 I, gate's rows before up's, and K is H.
         down: N is H, and K is I.
+        adapter: in ``x.dtype``, or None.
 
     Returns:
         ``[T, H]`` in ``x.dtype``; summed over the experts in float32 (float64 for float64). Reads
@@ -100,6 +125,13 @@ def nvfp4_experts_reference(
         tokens, places = torch.where(chosen == expert)
         both = scaled_mm(x[tokens], gate_up.block_values(expert, x.dtype).t(), alphas[0][expert], None)
         gate, up = both.chunk(2, dim=-1)
-        y = scaled_mm(F.silu(gate) * up, down.block_values(expert, x.dtype).t(), alphas[1][expert], None)
+        if adapter is not None:
+            a, b = adapter.gate_up_a[expert], adapter.gate_up_b[expert]
+            for part, u, b_ in zip((gate, up), (x[tokens] @ a.t()).chunk(2, -1), b.chunk(2), strict=True):
+                part.addmm_(u, b_.t(), alpha=adapter.scaling)
+        inner = F.silu(gate) * up
+        y = scaled_mm(inner, down.block_values(expert, x.dtype).t(), alphas[1][expert], None)
+        if adapter is not None:
+            y = y.addmm_(inner @ adapter.down_a[expert].t(), adapter.down_b[expert].t(), alpha=adapter.scaling)
         out.index_add_(0, tokens, y.to(out.dtype) * weights[tokens, places, None].to(out.dtype))
     return out.to(x.dtype)

@@ -15,6 +15,7 @@ the functions run on a CPU in Triton's interpreter, slowly, for tests.
 
 from qerl_verl.kernels.triton.ops import OPERATORS, block_values, experts, gemm, warm_up_experts
 from qerl_verl.kernels.triton.support import (
+    padded_expert_rank,
     unsupported_adapter,
     unsupported_device,
     unsupported_experts,
@@ -29,6 +30,7 @@ __all__ = [
     "choose",
     "experts",
     "gemm",
+    "padded_expert_rank",
     "tune",
     "unsupported_adapter",
     "unsupported_device",

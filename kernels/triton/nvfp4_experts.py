@@ -8,6 +8,9 @@ can hold them:
 3. down, times the weight of the choice;
 4. the sum over the choices of each token.
 
+An adapter on the experts adds a launch in front of the second and of the third: u = scaling A x of
+every choice, which the grouped GEMM multiplies by B where it adds up a tile.
+
 The second and third are grouped GEMMs. A program makes BLOCK_N output channels of BLOCK_M rows of
 one expert; the grid has room for all tokens in each expert, and a program without rows ends at
 once. No sum depends on the order in which programs run.
@@ -19,7 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
-from qerl_verl.kernels.nvfp4_experts import ExpertStack
+from qerl_verl.kernels.nvfp4_experts import ExpertAdapter, ExpertStack
 from qerl_verl.kernels.triton.nvfp4_format import (
     E2M1_FACTOR,
     INTERPRETED,
@@ -30,6 +33,10 @@ from qerl_verl.kernels.triton.nvfp4_format import (
 
 SORT_BLOCK = 1024
 SUM_BLOCK = 512
+SHRINK_BLOCKS = 16, 16, 64
+"""BLOCK_M, BLOCK_R and BLOCK_K of the launch that multiplies by A."""
+RANK_BLOCK = 64
+"""B is multiplied in steps of so many columns, of an adapter whose rank is a power of two from 16 on."""
 # (rows of an expert up to, BLOCK_M, BLOCK_N, BLOCK_K, warps, stages), rows on average
 TILES = (
     (16, 16, 32, 128, 4, 3),
@@ -76,11 +83,55 @@ def _decode(packed_at, scale_at, DOT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK
 
 
 @triton.jit(do_not_specialize=["top_k"])
+def shrink_kernel(
+    x, lora_a, order, bounds, u, rank, k_64, top_k, scaling,
+    GATHERED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """``u`` [S, rank] = scaling * x A^T of the rows of one expert, ``lora_a`` [E, rank, K], with rank a
+    multiple of BLOCK_R.
+
+    GATHERED: row r of the sorted choices is token ``order[r] // top_k`` of ``x``. Otherwise row r is r's.
+    """
+    column = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    expert = tl.program_id(1)
+    begin, end = tl.load(bounds + 2 * expert), tl.load(bounds + 2 * expert + 1)
+    first = begin + tl.program_id(2) * BLOCK_M
+    if first < end:
+        row = first + tl.arange(0, BLOCK_M)
+        inside = tl.minimum(row, end - 1).to(tl.int64)  # rows beyond the end are never stored
+        source = tl.load(order + inside).to(tl.int64) // top_k if GATHERED else inside
+        k, step = k_64 * 64, tl.arange(0, BLOCK_K)
+        x_at = x + source[:, None] * k + step[None, :]
+        a_at = lora_a + (expert.to(tl.int64) * rank + column)[:, None] * k + step[None, :]
+        acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+        for _ in range(0, k // BLOCK_K):
+            acc = tl.dot(tl.load(x_at).to(DOT), tl.trans(tl.load(a_at).to(DOT)), acc)
+            x_at += BLOCK_K
+            a_at += BLOCK_K
+        target = u + row.to(tl.int64)[:, None] * rank + column[None, :]
+        tl.store(target, (acc * scaling).to(u.dtype.element_ty), mask=(row < end)[:, None])
+
+
+@triton.jit
+def _add_lora(acc, u_at, b_at, RANK: tl.constexpr, BLOCK_R: tl.constexpr, DOT: tl.constexpr):
+    """``acc`` [BLOCK_N, BLOCK_M] plus B u^T, from pointers to the first BLOCK_R columns of either."""
+    for _ in range(0, RANK // BLOCK_R):
+        acc = tl.dot(tl.load(b_at).to(DOT), tl.trans(tl.load(u_at).to(DOT)), acc)
+        u_at += BLOCK_R
+        b_at += BLOCK_R
+    return acc
+
+
+@triton.jit(do_not_specialize=["top_k"])
 def grouped_gemm_kernel(
-    x, packed, scale, alpha, order, bounds, weights, out, n, k_64, top_k,
+    x, packed, scale, alpha, order, bounds, weights, u, lora_b, out, n, k_64, top_k,
     GATED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DOT: tl.constexpr,
+    RANK: tl.constexpr = 0, BLOCK_R: tl.constexpr = 16,
 ):  # fmt: skip
     """``out`` [S, n] of the rows of one expert.
+
+    RANK of an adapter, whose ``u`` is [S, 2 RANK] for gate and up and [S, RANK] for down, and whose
+    ``lora_b`` is [E, rows of the weight, RANK]; without one it is 0, and they are not read.
 
     GATED: row r of the sorted choices is token ``order[r] // top_k`` of ``x``, the weight has 2 n
     rows, and what is stored at r is silu(gate) * up. Otherwise row r of ``x`` is r's, and alpha and
@@ -122,12 +173,21 @@ def grouped_gemm_kernel(
             packed_at += BLOCK_K // 2
             scale_at += BLOCK_K // 16
         factor = tl.load(alpha + expert)
+        acc = acc * factor
+        if RANK > 0:
+            r = tl.arange(0, BLOCK_R)
+            b_at = lora_b + weight_row[:, None] * RANK + r[None, :]
+            u_width = 2 * RANK if GATED else RANK
+            u_at = u + tl.minimum(row, end - 1).to(tl.int64)[:, None] * u_width + r[None, :]
+            acc = _add_lora(acc, u_at, b_at, RANK, BLOCK_R, DOT)
         if GATED:
-            acc, up = acc * factor, up * factor
+            up = up * factor
+            if RANK > 0:
+                up = _add_lora(up, u_at + RANK, b_at + n.to(tl.int64) * RANK, RANK, BLOCK_R, DOT)
             acc = acc / (1.0 + tl.exp(-acc)) * up
             target = row.to(tl.int64)
         else:
-            acc = acc * (factor * tl.load(weights + place))[None, :]
+            acc = acc * tl.load(weights + place)[None, :]
             target = place
         inside = (channel < n)[:, None] & (row < end)[None, :]
         tl.store(out + target[None, :] * n + channel[:, None], acc.to(out.dtype.element_ty), mask=inside)
@@ -153,16 +213,20 @@ def choose_tile(choices: int, experts: int) -> tuple[int, int, int, int, int]:
     return m, n, k, warps, stages
 
 
-def warm_up(gate_up: ExpertStack, down: ExpertStack, top_k: int, dtype: torch.dtype) -> None:
+def warm_up(
+    gate_up: ExpertStack, down: ExpertStack, top_k: int, dtype: torch.dtype, adapter: ExpertAdapter | None = None
+) -> None:
     """Compile every tile for these weights, with one token of zeros."""
     device = down.packed.device
     x = torch.zeros(1, down.packed.shape[1], dtype=dtype, device=device)
     chosen = torch.arange(top_k, dtype=torch.int32, device=device).unsqueeze(0)
     for _, *tile in TILES:
-        nvfp4_experts(x, torch.ones(1, top_k, device=device), chosen, gate_up, down, tile)
+        nvfp4_experts(x, torch.ones(1, top_k, device=device), chosen, gate_up, down, adapter, tile)
 
 
-def nvfp4_experts(x, weights, chosen, gate_up: ExpertStack, down: ExpertStack, tile=None) -> torch.Tensor:
+def nvfp4_experts(
+    x, weights, chosen, gate_up: ExpertStack, down: ExpertStack, adapter: ExpertAdapter | None = None, tile=None
+) -> torch.Tensor:
     """The arguments and results are those of :func:`qerl_verl.kernels.triton.experts`; ``tile``
     replaces what :func:`choose_tile` gives."""
     tokens, hidden = x.shape
@@ -181,11 +245,22 @@ def nvfp4_experts(x, weights, chosen, gate_up: ExpertStack, down: ExpertStack, t
     rows = torch.empty(choices, hidden, dtype=middle, device=x.device)
     for source, stack, out, is_gated in ((x, gate_up, gated, True), (gated, down, rows, False)):
         n, k = out.shape[1], source.shape[1]
+        u, lora_b, rank = x, x, 0  # any pointer: they are not read
+        if adapter is not None:
+            lora_a, lora_b = (adapter.gate_up_a, adapter.gate_up_b) if is_gated else (adapter.down_a, adapter.down_b)
+            rank, width = lora_b.shape[2], lora_a.shape[1]
+            u = torch.empty(choices, width, dtype=middle, device=x.device)
+            shrink_m, shrink_r, shrink_k = SHRINK_BLOCKS
+            shrink_kernel[(width // shrink_r, count, triton.cdiv(tokens, shrink_m))](
+                source, lora_a, order, bounds, u, width, k // 64, top_k, adapter.scaling, GATHERED=is_gated,
+                BLOCK_M=shrink_m, BLOCK_R=shrink_r, BLOCK_K=shrink_k, DOT=dot, num_warps=4,
+            )  # fmt: skip
         grid = (triton.cdiv(n, block_n), count, triton.cdiv(tokens, block_m))
         grouped_gemm_kernel[grid](
-            source, stack.packed, stack.scale.view(torch.uint8), stack.alpha, order, bounds, weights, out, n, k // 64,
-            top_k, GATED=is_gated, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k if k % block_k == 0 else 64,
-            DOT=dot, num_warps=warps, num_stages=stages,
+            source, stack.packed, stack.scale.view(torch.uint8), stack.alpha, order, bounds, weights, u, lora_b, out, n,
+            k // 64, top_k, GATED=is_gated, BLOCK_M=block_m, BLOCK_N=block_n,
+            BLOCK_K=block_k if k % block_k == 0 else 64, DOT=dot, RANK=rank, BLOCK_R=min(rank or 16, RANK_BLOCK),
+            num_warps=warps, num_stages=stages,
         )  # fmt: skip
     out = torch.empty(tokens, hidden, dtype=middle, device=x.device)
     sum_choices_kernel[(tokens, triton.cdiv(hidden, SUM_BLOCK))](

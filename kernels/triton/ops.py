@@ -16,8 +16,14 @@ from torch import library
 
 from qerl_verl.kernels.device_guard import on_tensors_device
 from qerl_verl.kernels.nvfp4_dequantize import BLOCK_SIZE
-from qerl_verl.kernels.nvfp4_experts import ExpertStack
-from qerl_verl.kernels.triton.support import LORA_UNIT, require, unsupported_experts, unsupported_weight
+from qerl_verl.kernels.nvfp4_experts import ExpertAdapter, ExpertStack
+from qerl_verl.kernels.triton.support import (
+    LORA_UNIT,
+    padded_expert_rank,
+    require,
+    unsupported_experts,
+    unsupported_weight,
+)
 
 
 def block_values(packed: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -75,7 +81,12 @@ def gemm(
 
 
 def experts(
-    x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, gate_up: ExpertStack, down: ExpertStack
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    chosen: torch.Tensor,
+    gate_up: ExpertStack,
+    down: ExpertStack,
+    adapter: ExpertAdapter | None = None,
 ) -> torch.Tensor:
     """The weighted sum of the chosen experts' outputs of each token, as
     :func:`qerl_verl.kernels.nvfp4_experts.nvfp4_experts_reference` defines it.
@@ -89,6 +100,8 @@ def experts(
         chosen: ``[T, k]`` integers; negative ones add nothing.
         gate_up: ``[E, 2 I, ...]``, I a multiple of 64.
         down: ``[E, H, ...]``.
+        adapter: in ``x.dtype``, contiguous, of a rank that
+            :func:`~qerl_verl.kernels.triton.support.padded_expert_rank` returns; or None.
 
     Returns:
         ``[T, H]`` in ``x.dtype``. Between the GEMMs and before the sum, values are rounded to it.
@@ -112,14 +125,31 @@ def experts(
             raise ValueError(f"{count} experts of {n} x {k} need other shapes than {shapes}")
         if not (stack.packed.is_contiguous() and stack.scale.is_contiguous()):
             raise ValueError("packed values and scales of the experts have to be contiguous")
+    factors = () if adapter is None else _adapter_factors(adapter, count, hidden, inner, x.dtype)
     require(x)
     if len(x) == 0:
         return x.new_empty(x.shape)
     parts = [(s.packed, s.scale, s.alpha.float()) for s in (gate_up, down)]
-    return _experts(x, weights, chosen, *parts[0], *parts[1])
+    return _experts(x, weights, chosen, *parts[0], *parts[1], *factors)
 
 
-def warm_up_experts(gate_up: ExpertStack, down: ExpertStack, top_k: int, dtype: torch.dtype) -> None:
+def _adapter_factors(adapter: ExpertAdapter, count: int, hidden: int, inner: int, dtype: torch.dtype) -> tuple:
+    factors = adapter.gate_up_a, adapter.gate_up_b, adapter.down_a, adapter.down_b
+    rank, found = adapter.down_b.shape[-1], tuple(tuple(t.shape) for t in factors)
+    shapes = (count, 2 * rank, hidden), (count, 2 * inner, rank), (count, rank, inner), (count, hidden, rank)
+    if found != shapes or padded_expert_rank(rank) != rank:
+        raise ValueError(
+            f"an adapter on {count} experts of {inner} x {hidden} needs shapes {shapes} with a rank that is a power of two "
+            f"from 16 on, got {found}"
+        )
+    if any(t.dtype != dtype or not t.is_contiguous() for t in factors):
+        raise ValueError(f"the adapter on the experts has to be contiguous and {dtype}, as x is")
+    return (*factors, adapter.scaling)
+
+
+def warm_up_experts(
+    gate_up: ExpertStack, down: ExpertStack, top_k: int, dtype: torch.dtype, adapter: ExpertAdapter | None = None
+) -> None:
     """Compile what :func:`experts` launches for these weights, whatever the number of tokens.
 
     Triton compiles nothing while a CUDA graph is captured. The arguments are those of
@@ -129,7 +159,7 @@ def warm_up_experts(gate_up: ExpertStack, down: ExpertStack, top_k: int, dtype: 
     from qerl_verl.kernels.triton.nvfp4_experts import warm_up
 
     with torch.cuda.device(down.packed.device) if down.packed.is_cuda else contextlib.nullcontext():
-        warm_up(gate_up, down, top_k, dtype)
+        warm_up(gate_up, down, top_k, dtype, adapter)
 
 
 def _check_weight(packed: torch.Tensor, scale: torch.Tensor) -> None:
@@ -182,10 +212,11 @@ def _gemm(x, packed, scale, alpha, bias=None, u=None, lora_b=None):
 
 
 @on_tensors_device
-def _experts(x, weights, chosen, *stacks):
+def _experts(x, weights, chosen, *parts):
     from qerl_verl.kernels.triton.nvfp4_experts import nvfp4_experts
 
-    return nvfp4_experts(x, weights, chosen, ExpertStack(*stacks[:3]), ExpertStack(*stacks[3:]))
+    adapter = ExpertAdapter(*parts[6:]) if len(parts) > 6 else None
+    return nvfp4_experts(x, weights, chosen, ExpertStack(*parts[:3]), ExpertStack(*parts[3:6]), adapter)
 
 
 library.define("qerl_triton::nvfp4_block_values", "(Tensor packed, Tensor scale, ScalarType dtype) -> Tensor")

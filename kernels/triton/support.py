@@ -109,3 +109,8 @@ def unsupported_adapter(n: int, k: int, rank: int, ends: Sequence[int]) -> str |
 def unsupported_experts(hidden: int, inner: int, dtype: torch.dtype = torch.bfloat16) -> str | None:
     """Why the grouped GEMMs do not serve experts of ``inner`` channels, or None."""
     return unsupported_weight(inner, hidden, dtype) or unsupported_weight(hidden, inner, dtype)
+
+
+def padded_expert_rank(rank: int) -> int:
+    """The rank that the buffers of an adapter on experts have, padded with zeros: a power of two from 16 on."""
+    return max(16, 1 << (rank - 1).bit_length())

@@ -7,6 +7,7 @@ is not marked slow.
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch import library
 
 from qerl_verl.kernels import triton as triton_kernels
 from qerl_verl.kernels.nvfp4_dequantize import block_values_nvfp4
-from qerl_verl.kernels.nvfp4_experts import ExpertStack
+from qerl_verl.kernels.nvfp4_experts import ExpertAdapter, ExpertStack
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:
@@ -220,6 +221,9 @@ class TestGemm:
 
 
 # ----------------------------------------------------------------------------------------------------- experts
+ADAPTER_TENSORS = ("gate_up_a", "gate_up_b", "down_a", "down_b")
+
+
 def make_experts(count, hidden, inner):
     """Random experts, gate and up before down; the factors differ by expert."""
     stacks = []
@@ -230,7 +234,41 @@ def make_experts(count, hidden, inner):
     return stacks
 
 
+def make_adapter(count, hidden, inner, rank, dtype):
+    """A random adapter whose deltas are as large as the experts' own outputs."""
+    adapter = ExpertAdapter.zeros(count, hidden, inner, rank, 0.7, dtype, "cpu")
+    for factor, size in ((adapter.gate_up_a, 1), (adapter.gate_up_b, 1), (adapter.down_a, 1), (adapter.down_b, 1)):
+        factor.copy_(torch.randn(factor.shape) * size / factor.shape[-1] ** 0.5)
+    return adapter
+
+
 class TestExperts:
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, slow(torch.float16)])
+    @pytest.mark.parametrize("tokens, rank", [(5, 16), slow(1, 32), slow(70, 128)])
+    def test_an_adapter(self, dtype, tokens, rank):
+        """On every expert, one of which has no tokens, and some choices are another rank's."""
+        from qerl_verl.kernels.nvfp4_experts import nvfp4_experts_reference
+
+        count, hidden, inner = 3, 128, 64
+        stacks, adapter = make_experts(count, hidden, inner), make_adapter(count, hidden, inner, rank, dtype)
+        x, logits = torch.randn(tokens, hidden).to(dtype), torch.randn(tokens, count)
+        logits[:, 1] = -9.0
+        weights, chosen = logits.softmax(-1).topk(2)
+        chosen[::2, 0] = -1
+        wide = replace(adapter, **{f: getattr(adapter, f).double() for f in ADAPTER_TENSORS})
+        exact = nvfp4_experts_reference(x.double(), weights, chosen, *stacks, wide)
+        without = nvfp4_experts_reference(x.double(), weights, chosen, *stacks)
+        assert (exact - without).norm() > 0.1 * exact.norm()
+        stacks = [ExpertStack(*on_device(s.packed, s.scale, s.alpha)) for s in stacks]
+        adapter = replace(adapter, **{f: on_device(getattr(adapter, f))[0] for f in ADAPTER_TENSORS})
+        got = triton_kernels.experts(*on_device(x, weights, chosen), *stacks, adapter)
+        error = (got.cpu().double() - exact).norm() / exact.norm()
+        assert error < 3 * torch.finfo(dtype).eps, error
+        triton_kernels.warm_up_experts(*stacks, 2, dtype, adapter)
+        zero = replace(adapter, **{f: torch.zeros_like(getattr(adapter, f)) for f in ADAPTER_TENSORS})
+        got = [triton_kernels.experts(*on_device(x, weights, chosen), *stacks, a) for a in (zero, None)]
+        assert torch.equal(*got)
+
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize(
         "tokens, count, top_k, hidden, inner",
@@ -274,7 +312,7 @@ class TestExperts:
         x = torch.randn(19, 128, device=DEVICE).to(dtype)
         weights, chosen = torch.randn(19, 3, device=DEVICE).softmax(-1).topk(2)
         triton_kernels.warm_up_experts(*stacks, 2, dtype)
-        found = [nvfp4_experts(x, weights, chosen, *stacks, tile).double() for _, *tile in TILES]
+        found = [nvfp4_experts(x, weights, chosen, *stacks, tile=tile).double() for _, *tile in TILES]
         for other in found[1:]:
             assert (other - found[0]).norm() < torch.finfo(dtype).eps * found[0].norm()
         limits = [limit for limit, *_ in TILES]
@@ -290,7 +328,11 @@ class TestExperts:
         gate_up, down = (ExpertStack(*on_device(s.packed, s.scale, s.alpha)) for s in make_experts(2, 64, 64))
         x, weights = torch.zeros(3, 64, device=DEVICE).bfloat16(), torch.zeros(3, 1, device=DEVICE)
         chosen, apart = weights.int(), torch.stack([down.packed, down.packed], -1)[..., 0]
+        adapter = lambda rank, dtype: ExpertAdapter.zeros(2, 64, 64, rank, 1.0, dtype, DEVICE)  # noqa: E731
+        adapted = lambda *of: triton_kernels.experts(x, weights, chosen, gate_up, down, adapter(*of))  # noqa: E731
         cases = [
+            ("a power of two from 16 on, got", lambda: adapted(8, torch.bfloat16)),
+            ("contiguous and torch.bfloat16, as x is", lambda: adapted(16, torch.float32)),
             ("bfloat16 or float16", lambda: triton_kernels.experts(x.float(), weights, chosen, gate_up, down)),
             ("multiple of 64, got 32", lambda: triton_kernels.experts(x[:, :32], weights, chosen, gate_up, down)),
             (r"weights and chosen \[T, k\]", lambda: triton_kernels.experts(x, weights[:2], chosen, gate_up, down)),
@@ -415,14 +457,23 @@ class TestCompile:
 
         x, integers = f"*{dtype}", dict.fromkeys(("n", "k_64", "top_k"), "i32")
         types = dict(x=x, packed="*u8", scale="*u8", alpha="*fp32", order="*i32", bounds="*i32", weights="*fp32", out=x)
+        types |= dict(u=x, lora_b=x)
         dot = tl.bfloat16 if dtype == "bf16" else tl.float16
         for _, block_m, block_n, block_k, warps, stages in nvfp4_experts.TILES:
-            for gated in (True, False):
+            for gated, rank in ((True, 0), (False, 0), (True, 128), (False, 16)):
                 blocks = dict(GATED=gated, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, DOT=dot)
+                blocks |= dict(RANK=rank, BLOCK_R=min(rank or 16, nvfp4_experts.RANK_BLOCK))
                 kernel, options = nvfp4_experts.grouped_gemm_kernel, dict(num_warps=warps, num_stages=stages)
                 compiled = compile_kernel(kernel, types | integers, blocks, capability, **options)
                 assert compiled.metadata.shared <= SHARED_MEMORY[capability] * 1024
                 assert "mma" in compiled.asm["ptx"]
+        shrink_m, shrink_r, shrink_k = nvfp4_experts.SHRINK_BLOCKS
+        compile_kernel(
+            nvfp4_experts.shrink_kernel,
+            dict(x=x, lora_a=x, order="*i32", bounds="*i32", u=x, rank="i32", k_64="i32", top_k="i32", scaling="fp32"),
+            dict(GATHERED=True, BLOCK_M=shrink_m, BLOCK_R=shrink_r, BLOCK_K=shrink_k, DOT=dot),
+            capability,
+        )
         compile_kernel(
             nvfp4_experts.sort_choices_kernel,
             dict(chosen="*i32", order="*i32", bounds="*i32", count="i32"),
