@@ -48,10 +48,12 @@ def sample(folder: Path, quantized: bool, args: argparse.Namespace) -> dict:
     import torch
     from vllm import LLM, SamplingParams
 
-    settings = {"qerl": {"kernel": args.kernel, "lora": None}} if quantized else {}
+    ours = {"qerl": {"kernel": args.kernel, "lora": None}} if quantized else {}
+    settings = {} if torch.cuda.is_available() else {"gpu_memory_utilization": 0.2}  # of the host's memory
     llm = LLM(
         str(folder), skip_tokenizer_init=True, enforce_eager=True, distributed_executor_backend="uni", dtype=args.dtype,
-        max_model_len=args.prompt + args.generated, enable_prefix_caching=False, additional_config=settings, seed=0,
+        max_model_len=args.prompt + args.generated, enable_prefix_caching=False, additional_config=ours, seed=0,
+        **settings,
     )  # fmt: skip
     seen: dict[str, list[torch.Tensor]] = {}
 

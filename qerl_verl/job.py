@@ -43,10 +43,12 @@ class LoraSettings:
     Attributes:
         rank: of the adapter; the buffers are padded with zeros to the backend's multiple.
         alpha: ``lora_alpha``; the LoRA delta is scaled by alpha / rank.
+        experts: whether the experts of a mixture have an adapter, too.
     """
 
     rank: int
     alpha: float
+    experts: bool = False
 
     @property
     def scaling(self) -> float:
@@ -86,7 +88,10 @@ class RolloutLayers:
         if unknown := sorted(set(node) - {f.name for f in dataclasses.fields(cls)}):
             raise JobError(f"additional_config.{ADDITIONAL_CONFIG}: unknown {', '.join(unknown)}")
         lora = node.get("lora")
-        values = {**node, "lora": lora and LoraSettings(int(lora["rank"]), float(lora["alpha"]))}
+        values = {
+            **node,
+            "lora": lora and LoraSettings(int(lora["rank"]), float(lora["alpha"]), bool(lora.get("experts"))),
+        }
         return cls(**values)
 
 
@@ -127,9 +132,7 @@ class Job:
     def layers(self) -> RolloutLayers:
         """What the engines of the rollout are told."""
         rollout = self.settings.rollout
-        return RolloutLayers(
-            rollout.kernel, self.lora, rollout.sleep_level, self.settings.aqn.enable
-        )
+        return RolloutLayers(rollout.kernel, self.lora, rollout.sleep_level, self.settings.aqn.enable)
 
     def environment(self) -> dict[str, str]:
         """The variable for the processes of the run."""

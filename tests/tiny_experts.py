@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 
 from qerl_verl.kernels.nvfp4_dequantize import dequantize_nvfp4
@@ -63,6 +65,15 @@ class TinyExperts:
         alphas = expert_alphas(gate_up[2].double(), down[2][:, 0].double())
         return ExpertStack(*gate_up[:2], alphas[0]), ExpertStack(*down[:2], alphas[1])
 
+    def adapted(self, tensors: dict[str, torch.Tensor], prefix: str, scaling: float) -> TinyExperts:
+        """A copy whose exact weights have the deltas of an adapter, which names the linears as a file does."""
+        other = copy.copy(self)
+        other.exact = {}
+        for (expert, linear), weight in self.exact.items():
+            a, b = (tensors[f"{prefix}.{expert}.{linear}.lora_{part}.weight"].double() for part in "AB")
+            other.exact[expert, linear] = weight + scaling * b @ a
+        return other
+
     def compute(self, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
         """Computes the experts token by token in float64; a negative expert adds nothing."""
         out = torch.zeros(x.shape, dtype=torch.float64)
@@ -73,6 +84,16 @@ class TinyExperts:
                     h = gate @ row
                     out[t] += weight * (down @ (h * h.sigmoid() * (up @ row)))
         return out
+
+
+def make_adapter(experts: TinyExperts, prefix: str, rank: int) -> dict[str, torch.Tensor]:
+    """An adapter on every linear of every expert, by the names of a file."""
+    generator, tensors = torch.Generator().manual_seed(7), {}
+    for (expert, linear), weight in experts.exact.items():
+        (rows, columns), name = weight.shape, f"{prefix}.{expert}.{linear}"
+        tensors[f"{name}.lora_A.weight"] = torch.randn(rank, columns, generator=generator) * 0.3
+        tensors[f"{name}.lora_B.weight"] = torch.randn(rows, rank, generator=generator) * 0.3
+    return tensors
 
 
 def make_tokens(dtype: torch.dtype, tokens: int, hidden: int, experts: int):

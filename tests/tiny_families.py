@@ -172,6 +172,23 @@ def make_adapter(folder: Path, linears: dict[str, tuple[int, int]]) -> Path:
     return folder
 
 
+def actor(quantized: Path):
+    """The model of a packed checkpoint as the engine builds it, in float32."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig
+
+    from qerl_verl.nvfp4.loading import load_tensors, packed_linear_names, swap_linears
+
+    config = AutoConfig.from_pretrained(quantized)
+    del config.quantization_config
+    with init_empty_weights(include_buffers=False):
+        automatic = automatic_class(get_architecture(config))
+        model = automatic.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    swap_linears(model, packed_linear_names(quantized), torch.float32)
+    load_tensors(model, quantized, torch.float32)
+    return model.requires_grad_(False).eval()
+
+
 def log_probabilities(model, prompt: list[int], **inputs) -> torch.Tensor:
     """Returns those of all tokens of a prompt but the first, ``[len(prompt) - 1]`` float64."""
     with torch.no_grad():
@@ -245,7 +262,7 @@ class Reference:
                 b = tensors[name.replace("lora_A", "lora_B")]
                 module = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
                 deltas[f"{module}.weight"] = b.double() @ a.double() * (ALPHA / RANK)
-        with self._changed(deltas):
+        with self._changed(_stack_experts(deltas, self.models[0].config)):
             yield
 
     @contextmanager

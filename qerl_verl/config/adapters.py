@@ -102,7 +102,7 @@ def adapter_problems(config: DictConfig, model: str, adapter: dict) -> list[str]
         source = OmegaConf.select(config, f"qerl.source_models.{'critic' if model == CRITIC else 'actor'}")
         other = f" (the adapter was trained on {trained_on}, not on {source or base})" if trained_on else ""
         out += [f"{where}: {problem}{other}" for problem in error.problems]
-    return out
+    return out or _experts_in_16_bits(config, adapted_layers(config, model, layers, adapter), model)
 
 
 def target_problems(config: DictConfig, model: str) -> list[str]:
@@ -117,7 +117,22 @@ def target_problems(config: DictConfig, model: str) -> list[str]:
     get = lambda name: OmegaConf.select(config, f"{model}.{name}")  # noqa: E731
     base = Path(os.path.expanduser(get("path")))
     layers = adaptable_shapes(base)
-    return _target_problems(base, layers, get("target_modules"), get("exclude_modules"), model)
+    problems = _target_problems(base, layers, get("target_modules"), get("exclude_modules"), model)
+    return problems or _experts_in_16_bits(config, adapted_layers(config, model, layers, None), model)
+
+
+def _experts_in_16_bits(config: DictConfig, adapted: Collection[str], model: str) -> list[str]:
+    """An adapter on experts whose base an arm leaves in 16 bits."""
+    from qerl_verl.config.arms import get_arm
+    from qerl_verl.lora.experts import is_of_experts
+
+    if get_arm(config).container or not any(map(is_of_experts, adapted)):
+        return []
+    return [
+        f"{model}.target_modules: the arm {get_arm(config).name} has no adapter on the experts, because PEFT 0.21 trains one "
+        "that vLLM does not load by its names (experts.base_layer.lora_A); take gate_proj, up_proj and down_proj out, or use "
+        "+qerl=nvfp4"
+    ]
 
 
 def value_head_shapes(base: Path) -> dict[str, tuple[int, ...]]:
@@ -137,7 +152,7 @@ def _target_problems(base: Path, layers, targets: Any, exclude: Any, model: str)
     problems = find_problems(layers, targets, exclude, key=f"{model}.", tower=tower)
     if get_architecture(read_config(base)).experts is None:
         return problems
-    return [f"{problem} (experts, their routers and MLPs beside them have no adapter)" for problem in problems]
+    return [f"{problem} (routers, and the MLPs of layers without experts, have no adapter)" for problem in problems]
 
 
 def adapted_layers(config: DictConfig, model: str, layers: Collection[str], adapter: dict | None) -> set[str]:

@@ -6,7 +6,9 @@ Importable without torch, verl or vLLM.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
@@ -15,6 +17,7 @@ from qerl_verl.config.arms import get_arm
 from qerl_verl.config.keys import MODEL, ROLLOUT, VARIABLES, get_value, set_value
 from qerl_verl.config.settings import QeRLSettings
 from qerl_verl.job import JOB_ENV, Job, LoraSettings
+from qerl_verl.lora.experts import adapts_experts
 from qerl_verl.switch import ENGINE_VENDOR
 
 
@@ -27,8 +30,19 @@ def make_job(config: DictConfig) -> Job:
     settings, lora = QeRLSettings.of(config), None
     if get_arm(config).container and settings.rollout.lora == "inline":
         rank, alpha = (get_value(config, f"{MODEL}.{name}") for name in ("lora_rank", "lora_alpha"))
-        lora = LoraSettings(rank, alpha)
+        lora = LoraSettings(rank, alpha, adapts_experts(_adapter_targets(config)))
     return Job(settings, lora, get_value(config, f"{ROLLOUT}.dtype") or "bfloat16")
+
+
+def _adapter_targets(config: DictConfig) -> Any:
+    """Returns ``target_modules`` of the adapter that a run starts from, or of a new one."""
+    folder = get_value(config, f"{MODEL}.lora_adapter_path")
+    if isinstance(folder, str):
+        try:
+            return json.loads(Path(folder, "adapter_config.json").read_text(encoding="utf-8")).get("target_modules")
+        except (OSError, ValueError):  # reported elsewhere, or on a remote file system
+            pass
+    return get_value(config, f"{MODEL}.target_modules")
 
 
 def publish(config: DictConfig, job: Job, notify: Callable[[str], None]) -> None:

@@ -47,15 +47,17 @@ from qerl_verl.engine.shared_base import causal_lm, use_shared_base
 from qerl_verl.job import this_job
 from qerl_verl.kernels.backends import BACKENDS
 from qerl_verl.lora.adapter_files import check_loaded, map_names, read_adapter_config, read_tensors
+from qerl_verl.lora.experts import split_experts, stack_experts
 from qerl_verl.lora.peft import (
     adaptable_layers,
     draw_adapter,
     linear_names,
+    published,
     register_nvfp4,
     save_adapter,
     tower_of,
 )
-from qerl_verl.lora.targets import ALL_LINEAR, last_names, without_tower
+from qerl_verl.lora.targets import ALL_LINEAR, all_linear, without_tower
 from qerl_verl.lora.wire import CONFIG_TENSOR, pack_config
 from qerl_verl.nvfp4.loading import load_tensors, packed_linear_names, prepack_linears, swap_linears
 
@@ -327,7 +329,7 @@ class AdapterEngineMixin:
                 bias="none",
             )
             with torch.random.fork_rng(devices=[]):
-                module = get_peft_model(module, register_nvfp4(config))
+                module = get_peft_model(module, register_nvfp4(config, module))
             draw_adapter(
                 module, self.engine_config.seed
             )  # verl seeds nothing: two runs would begin with other adapters
@@ -352,12 +354,13 @@ class AdapterEngineMixin:
         config.inference_mode, config.init_lora_weights = False, True
         config.exclude_modules = without_tower(config.exclude_modules, tower_of(module))
         if config.target_modules == ALL_LINEAR:
-            config.target_modules = set(last_names(layers))
+            config.target_modules = set(all_linear(layers))
         # PEFT adds the modules that the task trains, to those that the folder names once more
         config.task_type, config.modules_to_save = self.task_type, None
         # PEFT looks at the base's config.json at every sync, and on the hub for it if the name is none of a folder
         config.base_model_name_or_path = self.model_config.path
-        module = get_peft_model(module, register_nvfp4(config))
+        module = get_peft_model(module, register_nvfp4(config, module))
+        tensors = stack_experts(tensors)
         set_peft_model_state_dict(module, tensors)
         check_loaded(get_peft_model_state_dict(module), tensors)
         return module
@@ -440,6 +443,8 @@ class AdapterEngineMixin:
     def get_per_tensor_param(self, layered_summon: bool = False, base_sync_done: bool = False, **kwargs):
         """The adapter for the rollout, full float32 tensors, and its configuration. The base is never sent.
 
+        Of experts each layer has four tensors, see :mod:`qerl_verl.lora.experts`.
+
         Args:
             base_sync_done: False where verl wants a whole model for one of its checkpoint engines and drops the
                 configuration (verl/workers/engine_workers.py, update_weights). The last tensor is the configuration then,
@@ -449,13 +454,13 @@ class AdapterEngineMixin:
             NonFiniteError: naming the first tensor of the adapter with a NaN or Inf.
         """
         if layered_summon or self._is_offload_param or self._uses_fsdp2_cpu_offload_policy:
-            tensors, config = super().get_per_tensor_param(layered_summon=layered_summon, base_sync_done=True, **kwargs)
+            tensors, _ = super().get_per_tensor_param(layered_summon=layered_summon, base_sync_done=True, **kwargs)
             tensors = list(tensors)
         else:  # verl would copy each tensor to the host, and its sender back to the device
             state = convert_weight_keys(get_peft_model_state_dict(self.module), self.module)
             tensors = [(n, t.full_tensor() if isinstance(t, DTensor) else t) for n, t in state.items()]
             tensors = [(name, tensor.detach()) for name, tensor in tensors]
-            config = self.module.peft_config["default"].to_dict()
+        config = published(self.module.peft_config["default"]).to_dict()
         if name := first_nonfinite(tensors):
             raise NonFiniteError(
                 f"[qerl] {self._at_step(after=True)}: {name} is not finite; it is neither sent nor saved."
@@ -479,8 +484,8 @@ class AdapterEngineMixin:
             super().save_checkpoint(local_path, hdfs_path, global_step, max_ckpt_to_keep, **kwargs)
             if self.rank == 0:
                 base = this_job().sources.get(self.role, self.model_config.path)
-                config = self.module.peft_config["default"]
-                save_adapter(os.path.join(local_path, ADAPTER_FOLDER), dict(tensors), config, base_model=base)
+                config, tensors = published(self.module.peft_config["default"]), split_experts(dict(tensors))
+                save_adapter(os.path.join(local_path, ADAPTER_FOLDER), tensors, config, base_model=base)
                 Path(local_path, "README.md").write_text(CHECKPOINT_README.format(base=base, folder=ADAPTER_FOLDER))
         torch.distributed.barrier()
 

@@ -16,6 +16,7 @@ from qerl_verl.config.rules import COMPILATION, WORKER_EXTENSION, cpu_environmen
 from qerl_verl.config.settings import QeRLSettings
 from qerl_verl.evaluation.policies import Adapter, Model, write_plain
 from qerl_verl.job import Job, LoraSettings, RolloutLayers
+from qerl_verl.lora.experts import adapts_experts
 from qerl_verl.platform.cpu_features import missing_bfloat16
 from qerl_verl.rollout.overrides import hf_overrides
 from qerl_verl.switch import ENGINE_VENDOR, EVALUATION_ENV
@@ -137,7 +138,8 @@ class Engine:
         if self._inline and rank:
             # The scaling is part of the layer. An adapter with another scaling is multiplied when
             # it is loaded.
-            lora = LoraSettings(rank, adapters[0].scaling * rank)
+            experts = any(adapts_experts(adapter.config["target_modules"]) for adapter in adapters)
+            lora = LoraSettings(rank, adapters[0].scaling * rank, experts)
         compilation: dict[str, Any] = {"cudagraph_mode": "FULL_AND_PIECEWISE"}  # as verl
         if self._model.form == "nvfp4":
             compilation |= json.loads(COMPILATION)

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from qerl_verl.lora.experts import is_of_experts, partial_problem
 from qerl_verl.lora.targets import matched_layers
 
 CONFIG_FILE = "adapter_config.json"
@@ -173,6 +174,13 @@ def map_names(
     rank, head = config["r"], head or {}
     settings = {name: config.get(name) for name in ("layers_to_transform", "layers_pattern")}
     adapted = matched_layers(layers, config["target_modules"], config.get("exclude_modules"), **settings)
+    if problem := partial_problem(layers, adapted):
+        raise AdapterError([f"its {CONFIG_FILE}: {problem}"])
+    if config.get("use_rslora") and any(map(is_of_experts, adapted)):
+        raise AdapterError([
+            f"use_rslora in its {CONFIG_FILE}: on experts PEFT scales such an adapter by another rank than it was trained "
+            "with, because it joins gate_proj and up_proj; plain LoRA alone can go on"
+        ])  # fmt: skip
     wanted = {f"{PREFIX}{name}": shape for name, shape in head.items()}
     for name in adapted:
         rows, columns = layers[name]

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from pathlib import Path
 
 import torch
@@ -12,9 +14,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from qerl_verl.kernels.nvfp4_lora_linear import nvfp4_lora_linear
-from qerl_verl.lora.targets import last_names
+from qerl_verl.lora.experts import linear_targets, module_targets
+from qerl_verl.lora.targets import all_linear
 from qerl_verl.nvfp4.architectures import UnsupportedArchitecture, get_architecture
-from qerl_verl.nvfp4.experts import PROJECTIONS, is_experts
+from qerl_verl.nvfp4.experts import PROJECTIONS, STACKS, NVFP4Experts, is_experts
 from qerl_verl.nvfp4.linear import NVFP4Linear
 
 
@@ -31,14 +34,7 @@ class NVFP4LoraLinear(Linear):
     """
 
     def __init__(self, base_layer: NVFP4Linear, adapter_name: str, config: LoraConfig, **kwargs):
-        if isinstance(config.init_lora_weights, str) and config.init_lora_weights.lower() != "gaussian":
-            raise ValueError(
-                f"init_lora_weights={config.init_lora_weights!r} reads the base weight, which is packed in NVFP4; use True "
-                "or 'gaussian'"
-            )
-        for variant in ("use_dora", "use_bdlora", "arrow_config", "alora_invocation_tokens"):
-            if getattr(config, variant, None):
-                raise ValueError(f"{variant} is not supported on an NVFP4 base; plain LoRA and rsLoRA are")
+        _require_plain(config)
         super().__init__(base_layer, adapter_name, config=config, **kwargs)
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
@@ -72,13 +68,101 @@ class NVFP4LoraLinear(Linear):
         return module.in_features, module.out_features
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        raise ValueError(
-            "a LoRA delta is lost when it is rounded to NVFP4: keep the adapter beside the base, or load it on the 16-bit "
-            "model and merge there"
-        )
+        raise ValueError(NO_MERGE)
 
     def unmerge(self) -> None:
-        raise ValueError("adapters on an NVFP4 base are never merged, so there is nothing to unmerge")
+        raise ValueError(NO_UNMERGE)
+
+
+class _ExpertFactors(nn.Module):
+    """A, or B, of the experts of a layer: ``[E, rows, columns]`` for each of
+    :data:`~qerl_verl.nvfp4.experts.STACKS`, float32 parameters."""
+
+    def __init__(self, shapes: dict[str, tuple[int, int, int]], device: torch.device):
+        super().__init__()
+        for stack, shape in shapes.items():
+            self.register_parameter(stack, nn.Parameter(torch.empty(shape, dtype=torch.float32, device=device)))
+
+
+class NVFP4LoraExperts(nn.Module, LoraLayer):
+    """The experts of a layer with a frozen NVFP4 base and a LoRA adapter on each linear of each expert.
+
+    PEFT's own layer for experts (peft/tuners/lora/layer.py, ParamWrapper) adds B A to the weights,
+    which are packed here. Names and shapes of the parameters are in :mod:`qerl_verl.lora.experts`.
+
+    Raises:
+        ValueError: the configuration is not plain LoRA without dropout.
+    """
+
+    def __init__(self, base_layer: NVFP4Experts, adapter_name: str, config: LoraConfig, r: int, lora_alpha: int, **_):
+        super().__init__()
+        LoraLayer.__init__(self, base_layer)
+        _require_plain(config)
+        for unfit in ("use_rslora", "lora_dropout", "lora_bias"):
+            if getattr(config, unfit, None):
+                raise ValueError(f"{unfit}={getattr(config, unfit)} is not supported on experts; plain LoRA is")
+        self._active_adapter = adapter_name
+        self.r[adapter_name], self.lora_alpha[adapter_name] = r, lora_alpha
+        self.scaling[adapter_name] = lora_alpha / r
+        self.lora_dropout[adapter_name] = nn.Identity()
+        self.use_rslora[adapter_name] = self.use_dora[adapter_name] = self.lora_bias[adapter_name] = False
+        count, device, a, b = base_layer.num_experts, base_layer.weight_joined.device, {}, {}
+        for stack, projections in STACKS.items():
+            rows, columns = base_layer.shape_of(stack)
+            a[stack], b[stack] = (count, len(projections) * r, columns), (count, rows // count, r)
+        self.lora_A[adapter_name], self.lora_B[adapter_name] = _ExpertFactors(a, device), _ExpertFactors(b, device)
+        self.reset_lora_parameters(adapter_name, config.init_lora_weights)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
+        return module.hidden_dim, module.hidden_dim
+
+    def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool | str) -> None:
+        """As PEFT initializes a linear: each A by He's uniform distribution, or a Gaussian; B is zero."""
+        if init_lora_weights is False:
+            return
+        for a in self.lora_A[adapter_name].parameters():
+            if init_lora_weights is True:
+                nn.init.kaiming_uniform_(a.view(-1, a.shape[-1]), a=math.sqrt(5))
+            else:
+                nn.init.normal_(a, std=1 / self.r[adapter_name])
+        for b in self.lora_B[adapter_name].parameters():
+            nn.init.zeros_(b)
+
+    def forward(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor):
+        """As :meth:`NVFP4Experts.forward <qerl_verl.nvfp4.experts.NVFP4Experts.forward>`."""
+        base, names = self.get_base_layer(), [name for name in self.active_adapters if name in self.lora_A]
+        if self.disable_adapters or not names:
+            return base(hidden_states, top_k_index, top_k_weights)
+        if len(names) > 1:
+            raise ValueError(f"experts have one active adapter at a time, not {', '.join(names)}")
+        a, b = self.lora_A[names[0]], self.lora_B[names[0]]
+        adapter = {stack: (a.get_parameter(stack), b.get_parameter(stack)) for stack in STACKS}
+        return base.compute(hidden_states, top_k_index, top_k_weights, adapter, self.scaling[names[0]])
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        raise ValueError(NO_MERGE)
+
+    def unmerge(self) -> None:
+        raise ValueError(NO_UNMERGE)
+
+
+NO_MERGE = (
+    "a LoRA delta is lost when it is rounded to NVFP4: keep the adapter beside the base, or load it on the 16-bit model "
+    "and merge there"
+)
+NO_UNMERGE = "adapters on an NVFP4 base are never merged, so there is nothing to unmerge"
+
+
+def _require_plain(config: LoraConfig) -> None:
+    if isinstance(config.init_lora_weights, str) and config.init_lora_weights.lower() != "gaussian":
+        raise ValueError(
+            f"init_lora_weights={config.init_lora_weights!r} reads the base weight, which is packed in NVFP4; use True "
+            "or 'gaussian'"
+        )
+    for variant in ("use_dora", "use_bdlora", "arrow_config", "alora_invocation_tokens"):
+        if getattr(config, variant, None):
+            raise ValueError(f"{variant} is not supported on an NVFP4 base; plain LoRA and rsLoRA are")
 
 
 def tower_of(model: nn.Module) -> str:
@@ -92,34 +176,54 @@ def tower_of(model: nn.Module) -> str:
 def adaptable_layers(model: nn.Module) -> dict[str, tuple[int, int]]:
     """Returns full name -> (output, input features) of the linears that can have an adapter.
 
-    The output layer and the vision tower are left out. In a model with experts, linears of MLPs are
-    also left out, because PEFT takes their names for those of the experts
-    (:meth:`qerl_verl.nvfp4.architectures.Architecture.adaptable`).
+    The output layer and the vision tower are left out. The linears of experts in NVFP4 are among
+    them; in a model with experts, linears of MLPs are left out, because PEFT takes their names for
+    those of the experts (:meth:`qerl_verl.nvfp4.architectures.Architecture.adaptable`).
     """
     beside_experts, tower = any(is_experts(module) for module in model.modules()), tower_of(model)
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    return {
-        name: (module.out_features, module.in_features)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | NVFP4Linear)
-        and module is not output
-        and not (beside_experts and name.endswith(PROJECTIONS))
-        and not (tower and name.startswith(tower))
-    }
+    layers = {}
+    for name, module in model.named_modules():
+        if isinstance(module, NVFP4Experts):
+            layers |= {f"{name}.{linear}": shape for linear, shape in module.linear_shapes().items()}
+        elif (
+            isinstance(module, nn.Linear | NVFP4Linear)
+            and module is not output
+            and not (beside_experts and name.endswith(PROJECTIONS))
+            and not (tower and name.startswith(tower))
+        ):
+            layers[name] = module.out_features, module.in_features
+    return layers
 
 
 def linear_names(model: nn.Module) -> list[str]:
     """Returns the meaning of ``target_modules="all-linear"``: last names of linears, sorted.
 
+    Those of experts are not among them.
+
     PEFT resolves that word by the class of a layer and would skip :class:`NVFP4Linear`.
     """
-    return sorted(last_names(adaptable_layers(model)))
+    return sorted(all_linear(adaptable_layers(model)))
 
 
-def register_nvfp4(config: LoraConfig) -> LoraConfig:
-    """Registers the wrapper of NVFP4 layers in a LoRA configuration, and returns the same
-    object."""
-    config._register_custom_module({NVFP4Linear: NVFP4LoraLinear})
+def register_nvfp4(config: LoraConfig, model: nn.Module | None = None) -> LoraConfig:
+    """Registers the wrappers of NVFP4 layers in a LoRA configuration, and returns the same object.
+
+    Args:
+        config: of an adapter.
+        model: that gets it; where it holds experts in NVFP4, their module takes the place of their
+            linears' names in the configuration, which :func:`published` turns back.
+    """
+    config._register_custom_module({NVFP4Linear: NVFP4LoraLinear, NVFP4Experts: NVFP4LoraExperts})
+    if model is not None and any(isinstance(module, NVFP4Experts) for module in model.modules()):
+        config.target_modules = module_targets(config.target_modules)
+    return config
+
+
+def published(config: LoraConfig) -> LoraConfig:
+    """Returns a copy of a model's LoRA configuration as it goes into a file, with the names of the linears."""
+    config = copy.copy(config)
+    config.target_modules = linear_targets(config.target_modules)
     return config
 
 

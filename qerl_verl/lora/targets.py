@@ -6,13 +6,19 @@ import re
 from collections.abc import Collection
 from typing import Any
 
+from qerl_verl.lora.experts import is_of_experts, partial_problem
+
 ALL_LINEAR = "all-linear"
 
 
 def last_names(layers: Collection[str]) -> list[str]:
-    """Returns the meaning of ``all-linear``: the last parts of names, in the order of the
-    layers."""
+    """Returns the last parts of names, in the order of the layers."""
     return list(dict.fromkeys(name.rpartition(".")[2] for name in layers))
+
+
+def all_linear(layers: Collection[str]) -> list[str]:
+    """What ``all-linear`` stands for: the last names of all layers, but for those of experts."""
+    return last_names([name for name in layers if not is_of_experts(name)])
 
 
 def matched_layers(layers: Collection[str], targets: Any, exclude: Any = None, **config: Any) -> set[str]:
@@ -29,7 +35,7 @@ def matched_layers(layers: Collection[str], targets: Any, exclude: Any = None, *
     from peft import LoraConfig
     from peft.tuners.tuners_utils import check_target_module_exists
 
-    targets = last_names(layers) if targets == ALL_LINEAR else targets
+    targets = all_linear(layers) if targets == ALL_LINEAR else targets
     settings = LoraConfig(target_modules=_plain(targets), exclude_modules=_plain(exclude), **config)
     return {name for name in layers if check_target_module_exists(settings, name)}
 
@@ -95,11 +101,25 @@ def find_problems(
             whole = excluded if isinstance(exclude, str) else [excluded]
             if not matched_layers([*layers, *tower], whole):
                 out.append(f"{key}exclude_modules: {excluded} matches no layer. {names}; remove it")
-        if not out and not matched_layers(layers, targets, exclude):
-            out.append(f"{key}exclude_modules={exclude}: no layer is left that would have an adapter; remove it")
+        if not out:
+            out += _problems_of_matched(layers, targets, exclude, key)
     except Exception as error:  # re.error, or an error of PEFT
         out.append(f"{key}target_modules={targets}, exclude_modules={exclude}: {error}")
     return out
+
+
+def _problems_of_matched(layers: Collection[str], targets: Any, exclude: Any, key: str) -> list[str]:
+    matched = matched_layers(layers, targets, exclude)
+    if not matched:
+        return [f"{key}exclude_modules={exclude}: no layer is left that would have an adapter; remove it"]
+    if isinstance(targets, str) and any(map(is_of_experts, matched)):
+        names = ",".join(last_names([name for name in layers if name in matched]))
+        return [
+            f"{key}target_modules={targets}: PEFT and vLLM load an adapter on the experts by the names of its layers, "
+            f"not by an expression; give a list, [{names}]"
+        ]
+    problem = partial_problem(layers, matched)
+    return [f"{key}target_modules={targets}, exclude_modules={exclude}: {problem}"] if problem else []
 
 
 def _other_modules(layers: Collection[str]) -> set[str]:

@@ -5,7 +5,8 @@ Weights, adapters, optimizer, kept outputs and KV cache follow from shapes. The 
 - Activations of the layer that runs in the backward pass, for each token: four tensors of the MLP's
   inner size, four of the hidden size and two of q, k and v, in 16 bits. In a mixture of experts the
   inner sizes of a token's experts add up, and three tensors hold a row of the hidden size for each
-  expert. The larger of a layer's two stacks of experts is decoded at a time.
+  expert. The larger of a layer's two stacks of experts is decoded at a time. An adapter on
+  the experts saves the rows that go into either stack, and the rollout holds it in 16 bits.
 - Log-probabilities: two tensors of logits in 16 bits and one chunk in float32. With verl's
   ``use_fused_kernels``: one chunk of :data:`qerl_verl.kernels.linear_logprobs.CHUNK_BYTES` in
   float32 with two temporaries.
@@ -53,6 +54,8 @@ class Model:
         packed: bytes of the NVFP4 linears with their scales.
         plain: bytes of everything else, in 16 bits.
         adapter: number of parameters of the LoRA adapter.
+        of_experts: number of those on experts. Those on other layers are not counted in the
+            rollout, where they are a hundredth of the base.
         chosen: number of experts of a token; 0 in a dense model.
         decoded: bytes of the experts' weights that a layer decodes at a time.
     """
@@ -66,6 +69,7 @@ class Model:
     packed: int
     plain: int
     adapter: int
+    of_experts: int = 0
     chosen: int = 0
     decoded: int = 0
 
@@ -171,8 +175,10 @@ def estimate(model: Model, run: Run, total: int) -> Estimate:
     if run.optimizer_offload:
         waiting["optimizer"] = 0
     copy = 0 if run.shared else model.base // run.parallel
-    cache = max(0, engine - copy - GRAPHS)
+    held = ACTIVATION * model.of_experts // run.parallel
+    cache = max(0, engine - copy - held - GRAPHS)
     out.generating = {**waiting, "actor's context": CONTEXT, "rollout's base": copy, "KV cache": cache}
+    out.generating |= {"rollout's adapter": held} if held else {}
     out.generating["graphs and activations of the rollout"] = GRAPHS
     out.cache_tokens = cache * run.parallel // model.cache_a_token
     if run.sleeps and run.sleep_level == 1 and not run.shared:
@@ -186,6 +192,7 @@ def estimate(model: Model, run: Run, total: int) -> Estimate:
 
 
 def _activations(model: Model, run: Run) -> dict[str, int]:
+    experts = model.chosen * model.hidden + model.inner
     width = 4 * model.inner + (4 + 3 * model.chosen) * model.hidden + 2 * (model.query + 2 * model.key)
     if run.fused_logits:
         logits = LOGITS_CHUNK * 5 // 2
@@ -196,6 +203,7 @@ def _activations(model: Model, run: Run) -> dict[str, int]:
         "activations of one layer": run.tokens * width * ACTIVATION,
         "logits": logits,
         **({"decoded experts": model.decoded} if model.decoded else {}),
+        **({"inputs of the experts": ACTIVATION * run.tokens * experts} if model.of_experts else {}),
     }
 
 

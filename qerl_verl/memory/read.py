@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from qerl_verl.config.checks.models import local_folder
 from qerl_verl.config.keys import get_value
 from qerl_verl.config.rules import ACTOR, MODEL, ROLLOUT
+from qerl_verl.lora.experts import is_of_experts
 from qerl_verl.lora.targets import matched_layers
 from qerl_verl.memory.estimate import ACTIVATION, Model, Run
 from qerl_verl.nvfp4.architectures import get_architecture
@@ -72,6 +73,7 @@ def model_of(content: Mapping[str, Any], rank: int, targets: Any, exclude: Any =
         packed=sum(math.prod(shape) for shape in packed.values()) * 9 // 16,
         plain=sum(math.prod(s) for n, s in shapes.items() if n.removesuffix(".weight") not in packed) * ACTIVATION,
         adapter=sum(rank * sum(packed[name]) for name in adapted),
+        of_experts=sum(rank * sum(packed[name]) for name in adapted if is_of_experts(name)),
         chosen=chosen,
         decoded=decoded,
     )

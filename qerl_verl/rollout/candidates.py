@@ -9,7 +9,7 @@ import torch
 
 from qerl_verl.kernels import triton as triton_kernels
 from qerl_verl.kernels.backends import Candidate, get_backend
-from qerl_verl.kernels.nvfp4_experts import ExpertStack, nvfp4_experts_reference
+from qerl_verl.kernels.nvfp4_experts import ExpertAdapter, ExpertStack, nvfp4_experts_reference
 
 
 class VLLMKernel(Candidate):
@@ -49,7 +49,19 @@ class VLLMExperts(VLLMKernel):
     """The kernel that vLLM chooses for experts with 16-bit activations, which is Marlin.
 
     vLLM chooses in fused_moe/oracle/nvfp4.py. Marlin pads the intermediate size.
+
+    Args:
+        adapted: whether the experts have an adapter.
     """
+
+    def __init__(self, adapted: bool = False):
+        super().__init__()
+        self.adapted = adapted
+
+    def unsupported_device(self, device):
+        if self.adapted:
+            return "it takes no adapter on the experts"
+        return super().unsupported_device(device)
 
     def unsupported_weight(self, n, k, dtype):
         if k % 64:
@@ -77,11 +89,19 @@ class ExpertsKernel(Candidate):
         chosen: torch.Tensor,
         gate_up: ExpertStack,
         down: ExpertStack,
+        adapter: ExpertAdapter | None = None,
     ) -> torch.Tensor:
         """See :func:`qerl_verl.kernels.nvfp4_experts.nvfp4_experts_reference`."""
         raise NotImplementedError
 
-    def warm_up(self, gate_up: ExpertStack, down: ExpertStack, top_k: int, dtype: torch.dtype) -> None:
+    def warm_up(
+        self,
+        gate_up: ExpertStack,
+        down: ExpertStack,
+        top_k: int,
+        dtype: torch.dtype,
+        adapter: ExpertAdapter | None = None,
+    ) -> None:
         """Compiles the kernels for these weights, before a CUDA graph is captured."""
 
 
@@ -97,11 +117,14 @@ class TritonExperts(ExpertsKernel):
     def unsupported_weight(self, n, k, dtype):
         return triton_kernels.unsupported_experts(k, n // 2, dtype)
 
-    def experts(self, x, weights, chosen, gate_up, down):
-        return triton_kernels.experts(x, weights, chosen, gate_up, down)
+    def experts(self, x, weights, chosen, gate_up, down, adapter=None):
+        return triton_kernels.experts(x, weights, chosen, gate_up, down, adapter)
 
-    def warm_up(self, gate_up, down, top_k, dtype):
-        triton_kernels.warm_up_experts(gate_up, down, top_k, dtype)
+    def padded_rank(self, rank):
+        return triton_kernels.padded_expert_rank(rank)
+
+    def warm_up(self, gate_up, down, top_k, dtype, adapter=None):
+        triton_kernels.warm_up_experts(gate_up, down, top_k, dtype, adapter)
 
 
 class PyTorchExperts(ExpertsKernel):
@@ -125,14 +148,15 @@ class PyTorchExperts(ExpertsKernel):
             )
         return None
 
-    def experts(self, x, weights, chosen, gate_up, down):
-        return nvfp4_experts_reference(x, weights, chosen, gate_up, down)
+    def experts(self, x, weights, chosen, gate_up, down, adapter=None):
+        return nvfp4_experts_reference(x, weights, chosen, gate_up, down, adapter)
 
 
-def expert_candidates(captured: bool) -> tuple[Candidate, ...]:
+def expert_candidates(captured: bool, adapted: bool = False) -> tuple[Candidate, ...]:
     """Returns the kernels that can compute the experts of a mixture, best first.
 
     Args:
         captured: whether the engine captures CUDA graphs.
+        adapted: whether the experts have an adapter.
     """
-    return NoExperts("hopper"), VLLMExperts(), TritonExperts(), PyTorchExperts(captured)
+    return NoExperts("hopper"), VLLMExperts(adapted), TritonExperts(), PyTorchExperts(captured)

@@ -4,7 +4,9 @@ Loading is vLLM's in both cases: ``RoutedExperts`` fills the parameters that
 ``CompressedTensorsW4A4Nvfp4MoEMethod`` creates, divided among tensor- or expert-parallel ranks. Our
 methods are subclasses of that one, so names and layout of the parameters are vLLM's.
 
-Experts have no adapter in the rollout.
+An adapter on the experts is in the layer (:mod:`qerl_verl.rollout.expert_lora`) and takes a kernel
+of ours: vLLM's own LoRA path for experts (vllm/lora/layers/fused_moe.py) serves many adapters
+through LoRA requests, which this rollout has none of.
 """
 
 from __future__ import annotations
@@ -22,8 +24,9 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 
 from qerl_verl.kernels.backends import Choice, choose_backend
 from qerl_verl.kernels.nvfp4_dequantize import BLOCK_SIZE
-from qerl_verl.kernels.nvfp4_experts import ExpertStack, expert_alphas, route_softmax
+from qerl_verl.kernels.nvfp4_experts import ExpertAdapter, ExpertStack, expert_alphas, route_softmax
 from qerl_verl.rollout.candidates import ExpertsKernel, VLLMKernel, expert_candidates
+from qerl_verl.rollout.expert_lora import attach_expert_adapter, expert_adapter
 from qerl_verl.rollout.lora import LoraSettings
 from qerl_verl.rollout.scheme import SETTING, KernelReport
 
@@ -48,7 +51,7 @@ class Experts:
         name: full name of the layer in vLLM.
         choice: what computes them.
         device: where.
-        lora: of the adapter in the linear layers, or None.
+        lora: of the adapter in the layers, or None.
         input_scales: whether the checkpoint has scales for quantized activations (W4A4), which are
             loaded and dropped.
         report: of the engine.
@@ -78,7 +81,7 @@ def experts_method(
         name: its full name.
         device: where it computes.
         kernel: ``qerl.rollout.kernel``.
-        lora: of the adapter in the linear layers, or None.
+        lora: of the adapter in the layers, or None.
         input_scales: whether the checkpoint is W4A4.
         report: of the engine.
 
@@ -95,7 +98,7 @@ def experts_method(
     if moe.is_lora_enabled:
         raise ValueError(
             f"{name}: qerl.rollout.lora=punica does not serve experts in NVFP4; use qerl.rollout.lora=inline, whose "
-            "adapter is in the attention's layers"
+            "adapter is in the layers"
         )
     graphs = get_current_vllm_config().compilation_config.cudagraph_mode
     choice = choose_backend(
@@ -105,7 +108,7 @@ def experts_method(
         kernel,
         setting=SETTING,
         layer=name,
-        candidates=expert_candidates(graphs not in (None, CUDAGraphMode.NONE)),
+        candidates=expert_candidates(graphs not in (None, CUDAGraphMode.NONE), bool(lora and lora.experts)),
     )
     experts = Experts(name, choice, device, lora, input_scales, report)
     if not isinstance(choice.backend, ExpertsKernel):
@@ -178,6 +181,15 @@ class QeRLExpertsMethod(_NVFP4Experts):
         FusedMoEMethodBase.__init__(self, moe)  # vLLM's constructor would choose a kernel of vLLM's
         self.experts = experts
 
+    def create_weights(self, layer: RoutedExperts, *args, **kwargs) -> None:
+        super().create_weights(layer, *args, **kwargs)
+        lora, moe = self.experts.lora, self.moe
+        if lora and lora.experts:
+            rank = self.experts.choice.backend.padded_rank(lora.rank)
+            sizes = moe.num_local_experts, moe.hidden_dim, moe.intermediate_size_per_partition, rank
+            adapter = ExpertAdapter.zeros(*sizes, lora.scaling, layer.params_dtype, self.experts.device)
+            attach_expert_adapter(layer, self.experts.name, adapter)
+
     @property
     def supports_eplb(self) -> bool:
         return False
@@ -194,7 +206,8 @@ class QeRLExpertsMethod(_NVFP4Experts):
         alphas = expert_alphas(layer.w13_weight_global_scale.data, layer.w2_weight_global_scale.data)
         for name, alpha in zip(("w13", "w2"), alphas, strict=True):
             layer.register_parameter(f"qerl_{name}_alpha", Parameter(alpha, requires_grad=False))
-        self._kernel().warm_up(*self._stacks(layer), layer.top_k, layer.params_dtype)
+        adapter = expert_adapter(layer)
+        self._kernel().warm_up(*self._stacks(layer), layer.top_k, layer.params_dtype, adapter)
 
     def _kernel(self) -> ExpertsKernel:
         return cast(ExpertsKernel, self.experts.choice.backend)
@@ -221,7 +234,7 @@ class QeRLExpertsMethod(_NVFP4Experts):
         """
         if layer.expert_map is not None:
             topk_ids = layer.expert_map[topk_ids.long()]
-        return self._kernel().experts(x, topk_weights, topk_ids, *self._stacks(layer))
+        return self._kernel().experts(x, topk_weights, topk_ids, *self._stacks(layer), expert_adapter(layer))
 
     def apply_monolithic(
         self,

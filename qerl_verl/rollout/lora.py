@@ -15,6 +15,8 @@ import torch
 
 from qerl_verl.job import LoraSettings, RolloutLayers
 from qerl_verl.kernels.backends import Backend
+from qerl_verl.lora.experts import parse_stacked, stack_experts
+from qerl_verl.rollout.expert_lora import cut_expert_adapter, write_expert_adapter
 
 FUSED = {
     "self_attn.q_proj": ("self_attn.qkv_proj", 0),
@@ -25,9 +27,10 @@ FUSED = {
 }
 """Where vLLM's models put the linears of a checkpoint (packed_modules_mapping of vllm/model_executor/models/qwen2.py)."""
 
-_NAME = re.compile(r"^(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<part>[AB])(?:\.default)?\.weight$")
+_NAME = re.compile(r"^(?P<module>.+)\.lora_(?P<part>[AB])(?:\.default)?\.weight$")
 
-_EXPERT = re.compile(r"\.mlp\.(?:experts|gate)\.")
+_EXPERT = re.compile(r"\.mlp\.experts\.")
+_ROUTER = re.compile(r"\.mlp\.gate\.")
 
 
 def lora_settings(additional_config) -> LoraSettings | None:
@@ -114,6 +117,7 @@ class AdapterStore:
     def __init__(self, model: torch.nn.Module, tp_rank: int, tp_size: int, renamed: tuple[str, str] = ("", "")):
         self.renamed = renamed
         self.layers = {n: m for n, m in model.named_modules() if hasattr(m, "qerl_lora_a")}
+        self.experts = {m.qerl_lora_experts: m for m in model.modules() if hasattr(m, "qerl_lora_experts")}
         self.tp_rank, self.tp_size = tp_rank, tp_size
 
     def locate(self, name: str) -> tuple[str, int | None, str]:
@@ -125,24 +129,43 @@ class AdapterStore:
         """
         match = _NAME.match(name)
         if match:
-            module, (theirs, ours) = match["module"], self.renamed
-            if theirs != ours and module.startswith(theirs):
-                module = ours + module.removeprefix(theirs)
-            for candidate in (module, module.removeprefix("model."), f"model.{module}"):
+            for candidate in self._candidates(match["module"]):
                 if candidate in self.layers:
                     single = len(self.layers[candidate].qerl_lora_ends) == 1
                     return candidate, 0 if single else None, match["part"]
                 for plain, (fused, index) in FUSED.items():
                     if candidate.endswith(plain) and candidate.removesuffix(plain) + fused in self.layers:
                         return candidate.removesuffix(plain) + fused, index, match["part"]
+        if _ROUTER.search(name):
+            raise ValueError(
+                f"the adapter has a tensor {name}: the rollout serves no adapter on the router of a mixture; take it out of "
+                "actor_rollout_ref.model.target_modules"
+            )
         if _EXPERT.search(name):
             raise ValueError(
-                f"the adapter has a tensor {name}: the rollout serves no adapter on the experts or the router of a mixture; "
-                "take them out of actor_rollout_ref.model.target_modules"
+                f"the adapter has a tensor {name}: the rollout takes an adapter on experts by the names of their linears, not "
+                "by those of 3-D parameters (PEFT's target_parameters); train one with gate_proj, up_proj and down_proj in "
+                "actor_rollout_ref.model.target_modules"
             )
         raise ValueError(
             f"the adapter has a tensor {name}, for which the rollout model has no NVFP4 layer: take its module out of "
             "actor_rollout_ref.model.target_modules, or set qerl.rollout.lora=punica"
+        )
+
+    def _candidates(self, module: str) -> tuple[str, ...]:
+        """Names that a module of transformers' may have in vLLM's model."""
+        module, (theirs, ours) = module.removeprefix("base_model.model."), self.renamed
+        if theirs != ours and module.startswith(theirs):
+            module = ours + module.removeprefix(theirs)
+        return module, module.removeprefix("model."), f"model.{module}"
+
+    def _locate_experts(self, name: str, module: str) -> str:
+        for candidate in self._candidates(module):
+            if candidate in self.experts:
+                return candidate
+        raise ValueError(
+            f"the adapter has a tensor {name}, for which the rollout's experts have no room: the engine was started for an "
+            "adapter without experts; name gate_proj, up_proj and down_proj in actor_rollout_ref.model.target_modules"
         )
 
     @torch.no_grad()
@@ -150,7 +173,8 @@ class AdapterStore:
         """Overwrite the buffers of every layer; what the adapter does not have becomes zero.
 
         Args:
-            tensors: full tensors, names as PEFT gives them.
+            tensors: full tensors, names as PEFT gives them; of experts one by one or stacked
+                (:mod:`qerl_verl.lora.experts`).
             scaling: the adapter's own lora_alpha / rank (or over its root, for rsLoRA).
 
         Returns:
@@ -161,11 +185,17 @@ class AdapterStore:
                 its B. Nothing has been written then.
         """
         found: dict[str, dict[tuple[int | None, str], torch.Tensor]] = {}
-        count = 0
-        for name, tensor in tensors:
-            layer, index, part = self.locate(name)
-            found.setdefault(layer, {})[index, part] = tensor
-            count += 1
+        of_experts: dict[str, dict[tuple[str, str], torch.Tensor]] = {}
+        tensors = dict(tensors)
+        for name, tensor in stack_experts(tensors).items():
+            if parsed := parse_stacked(name):
+                module, part, stack = parsed
+                of_experts.setdefault(self._locate_experts(name, module), {})[stack, part] = tensor
+            else:
+                layer, index, part = self.locate(name)
+                found.setdefault(layer, {})[index, part] = tensor
+        for name, parts in of_experts.items():
+            self._cut(name, parts, scaling)
         for name, parts in found.items():
             try:
                 found[name] = split_fused(parts, projection_rows(self.layers[name]))
@@ -174,7 +204,17 @@ class AdapterStore:
             self._check(name, found[name])
         for name, layer in self.layers.items():
             self._write(layer, found.get(name, {}), scaling)
-        return count
+        for name, layer in self.experts.items():
+            write_expert_adapter(layer, self._cut(name, of_experts.get(name, {}), scaling))
+        return len(tensors)
+
+    def _cut(self, name: str, parts: dict[tuple[str, str], torch.Tensor], scaling: float) -> dict[str, torch.Tensor]:
+        try:
+            return cut_expert_adapter(
+                self.experts[name], parts, scaling, lambda t, dim, size: shard(t, dim, size, self.tp_rank, self.tp_size)
+            )
+        except ValueError as error:
+            raise ValueError(f"the adapter of {name} does not fit the rollout model: {error}") from error
 
     def _check(self, name: str, parts: dict) -> None:
         layer = self.layers[name]

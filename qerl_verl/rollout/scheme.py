@@ -53,7 +53,7 @@ class KernelReport:
                 f"adapter of rank {lora.rank} in the layer" if lora else "adapter, if any, through vLLM's LoRA path"
             )
             if lora and self._experts:
-                adapter += ", none in the experts"
+                adapter += ", also in the experts" if lora.experts else ", none in the experts"
             # past vLLM's log level, which verl sets to WARN
             print(f"[qerl] kernel: rollout NVFP4 linear = {self._count}; {adapter}", flush=True)
 

@@ -71,6 +71,7 @@ def make_engine(**variant):
         lora_rank=get("lora_rank", 8),
         lora_alpha=16,
         lora_adapter_path=get("lora_adapter_path"),
+        target_modules=get("target_modules", "all-linear"),
         enable_gradient_checkpointing=get("gradient_checkpointing", True),
         override_config={"attn_implementation": PACKED_ATTENTION if get("packed_attention") else "sdpa"},
         use_remove_padding=get("use_remove_padding", False),
@@ -190,6 +191,11 @@ def run_variant(name, variant):
             seen.setdefault("bytes_per_weight", []).extend(bytes_per_weight(layer, size) for size in calls)
     if variant.get("count") and not variant.get("stock"):
         seen["changed_bytes"] = changed_bytes(engine, checkpoint)
+    if variant.get("save"):
+        engine.save_checkpoint(variant["save"], global_step=1)
+    if variant.get("load"):
+        engine.load_checkpoint(variant["load"], del_local_after_load=False)
+        seen["loaded"] = digest(adapter(engine)[0])
     return seen | {"adapter": digest(tensors)}
 
 

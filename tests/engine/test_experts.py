@@ -1,6 +1,8 @@
 """Experts in verl's FSDP2 engine: sharded, compiled, kept for the backward pass, in a critic, in
 16 bits."""
 
+import json
+
 import pytest
 import torch
 from tiny_families import make_family
@@ -16,6 +18,7 @@ FLOAT32 = {
     "lr_warmup_steps": 0,
     "steps": 3,
 }
+ADAPTED = FLOAT32 | {"target_modules": ["q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]}
 ONE = {
     "one": FLOAT32,
     "selective": FLOAT32 | {"recompute": "selective"},
@@ -42,8 +45,17 @@ def reports(run_engine, tmp_path_factory, folders):
     """Returns the reports of one rank, and of two."""
     out, (source, packed) = tmp_path_factory.mktemp("reports"), folders
     one = ONE | {"bf16": ONE["bf16"] | FLOAT32 | {"base": str(source)}}
+    saved = str(out / "saved" / "actor")
+    one |= {
+        "adapted": ADAPTED | {"save": saved},
+        "adapted selective": ADAPTED | {"recompute": "selective"},
+        "adapted stored": ADAPTED | {"gradient_checkpointing": False},
+        "adapted offloaded": ADAPTED | {"param_offload": True, "layered_summon": True},
+        "loaded": ADAPTED | {"steps": 1, "load": saved},
+        "adopted": FLOAT32 | {"steps": 1, "lora_adapter_path": f"{saved}/lora_adapter"},
+    }
     (first,) = run_engine(packed, out / "one", variants=one)
-    counted = {"two": FLOAT32, "counted": {"steps": 1, "count": True}}
+    counted = {"two": FLOAT32, "counted": {"steps": 1, "count": True}, "adapted two": ADAPTED}
     return first, run_engine(packed, out / "two", world=2, variants=counted)
 
 
@@ -62,6 +74,27 @@ def test_experts_train_the_same(reports, name):
     assert len(set(one["one"]["loss"])) == 3 and min(one["one"]["grad_norm"]) > 0
     if name == "compiled" and unavailable(torch.device("cpu")) is None:
         assert found["compiled"]["norms"] == 2 * 4 + 1
+
+
+@pytest.mark.parametrize("name", ["adapted selective", "adapted stored", "adapted offloaded", "adapted two"])
+def test_adapters_on_the_experts_train_the_same(reports, name):
+    """With other things computed twice, offloaded, and sharded on two ranks."""
+    one, two = reports
+    found = one[name] if name in one else two[0][name]
+    for what in ("loss", "grad_norm"):
+        assert found[what] == pytest.approx(one["adapted"][what], rel=1e-4 if name == "adapted two" else 0, abs=1e-6)
+    assert one["adapted"]["grad_norm"] != one["one"]["grad_norm"] and len(set(one["adapted"]["loss"])) == 3
+    if name != "adapted two":
+        assert found["adapter"] == one["adapted"]["adapter"]
+
+
+def test_an_adapter_on_the_experts_is_saved_and_goes_on(reports):
+    """From verl's checkpoint, and from the folder in PEFT's format, whose names are the linears'."""
+    one, _ = reports
+    assert one["loaded"]["loaded"] == one["adopted"]["built"] == one["adapted"]["adapter"]
+    config = json.loads(bytes(one["adapted"]["peft_config"]))
+    assert sorted(config["target_modules"]) == sorted(ADAPTED["target_modules"])
+    assert one["adopted"]["peft_config"] and one["adapted"]["built"] != one["one"]["built"]
 
 
 def test_every_rank_computes_with_the_checkpoints_bytes(reports):

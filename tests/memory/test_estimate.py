@@ -80,6 +80,19 @@ def test_a_mixture_of_experts():
     assert mixed.inner == 16384
 
 
+def test_an_adapter_on_the_experts():
+    """1.7 billion parameters at rank 32: optimizer and gradients in float32, and a copy in the rollout."""
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    made, alone = model_of(EXPERTS, 32, targets), model_of(EXPERTS, 32, "all-linear")
+    assert made.of_experts == 48 * 128 * 3 * 32 * (2048 + 768) == made.adapter - alone.adapter
+    assert alone.of_experts == 0
+    run = replace(RUN, ranks=1, shared=False)
+    found, without = estimate(made, run, 80 * GIB), estimate(alone, run, 80 * GIB)
+    assert found.training["optimizer"] - without.training["optimizer"] == 8 * made.of_experts
+    assert found.generating["rollout's adapter"] == 2 * made.of_experts
+    assert "rollout's adapter" not in without.generating
+
+
 def test_linears_that_a_checkpoint_fuses_count_once():
     sizes = SHAPES["7B"] | {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     made = model_of({**QWEN, **sizes, "architectures": ["Phi3ForCausalLM"], "model_type": "phi3"}, 32, "all-linear")

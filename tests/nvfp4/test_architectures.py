@@ -76,8 +76,8 @@ def test_linears_are_all_but_lm_head(name):
     packed = [linear for group in architecture.all_groups(config) for linear in group]
     assert set(packed) <= {n.removesuffix(".weight") for n in architecture.tensor_shapes(config)}
     assert len(packed) == len(set(packed)) and linears <= set(packed)
-    attention = {linear for linear in linears if ".self_attn." in linear}
-    assert set(architecture.adaptable(packed)) == (attention if architecture.experts else linears)
+    beside = {linear for linear in packed if ".self_attn." in linear or ".experts." in linear}
+    assert set(architecture.adaptable(packed)) == (beside if architecture.experts else linears)
     assert sorted(n for group in architecture.scale_groups() for n in group) == sorted(architecture.linears)
     for i in range(2):
         in_groups = [linear for group in architecture.layer_groups(config, i) for linear in group]

@@ -32,7 +32,7 @@ from qerl_verl.rollout.overrides import hf_overrides  # noqa: E402
 
 sys.path.append(str(Path(__file__).parents[1]))  # tiny_vision
 
-LORA = {"rank": 4, "alpha": 8}
+LORA = {"rank": 4, "alpha": 8, "experts": True}
 
 
 def log_probabilities(engine, prompts):

@@ -2,12 +2,15 @@
 does it, against the decoded weights in float64."""
 
 import copy
-import itertools
 
 import pytest
 import torch
-from tiny_experts import LINEARS, TinyExperts, make_tokens
+from peft import LoraConfig
+from tiny_experts import LINEARS, TinyExperts, make_adapter, make_tokens
 from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.lora.lora_model import LoRAModel
+from vllm.lora.lora_weights import PackedLoRALayerWeights
+from vllm.lora.peft_helper import PEFTHelper
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEParallelConfig, RoutingMethodType
@@ -17,9 +20,12 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 )
 from vllm.model_executor.model_loader import reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+from vllm.model_executor.utils import get_moe_expert_mapping
 
 from qerl_verl.kernels import triton as triton_kernels
 from qerl_verl.kernels.nvfp4_experts import ExpertStack, nvfp4_experts_reference, route_softmax
+from qerl_verl.lora.experts import stack_experts
+from qerl_verl.lora.peft import save_adapter
 from qerl_verl.nvfp4.checkpoint import QUANTIZATION_CONFIG
 from qerl_verl.rollout.candidates import PyTorchExperts, TritonExperts, VLLMExperts, VLLMKernel, expert_candidates
 from qerl_verl.rollout.experts import QeRLExpertsMethod, VLLMExpertsMethod
@@ -243,7 +249,8 @@ def test_tritons_kernel_is_compiled_when_the_layer_is_loaded(monkeypatch, capsys
     monkeypatch.setattr(triton_kernels, "warm_up_experts", lambda *arguments: warmed.append(arguments))
     experts, layer = TinyExperts(EXPERTS, HIDDEN, INNER), build(settings={"kernel": "triton"}, dtype=torch.bfloat16)
     load(layer, experts)
-    ((gate_up, down, top_k, dtype),) = warmed
+    ((gate_up, down, top_k, dtype, adapter),) = warmed
+    assert adapter is None
     assert (gate_up.packed.shape[0], top_k, dtype) == (EXPERTS, TOP_K, torch.bfloat16)
     assert down.alpha.data_ptr() == layer.qerl_w2_alpha.data_ptr()
     x, logits = make_tokens(torch.bfloat16, TOKENS, HIDDEN, EXPERTS)
@@ -305,13 +312,113 @@ def test_the_setting_names_the_candidates():
     assert set(ROLLOUT_KERNELS) == {"auto"} | {candidate.name for candidate in expert_candidates(captured=True)}
 
 
-@pytest.mark.parametrize(
-    "name",
-    [f"experts.{e}.{linear}" for e, linear in itertools.product((0, 5), LINEARS)]
-    + ["experts.base_layer", "experts", "gate"],
-)
-def test_an_adapter_on_the_experts_or_the_router_is_refused_by_name(name):
-    """PEFT names linears, or parameters (``target_parameters``)."""
-    key = f"base_model.model.model.layers.0.mlp.{name}.lora_A.weight"
-    with pytest.raises(ValueError, match="no adapter on the experts or the router of a mixture; take them out"):
-        AdapterStore(torch.nn.Module(), 0, 1).load([(key, torch.zeros(8, HIDDEN))], 1.0)
+PREFIX = f"base_model.model.{NAME}"
+ADAPTED = {"lora": LORA | {"experts": True}}
+SCALING = LORA["alpha"] / LORA["rank"]
+
+
+def store_of(layer, rank=0, ranks=1):
+    """Of a model whose only layer this is."""
+    model = torch.nn.Module()
+    model.experts = layer
+    return AdapterStore(model, rank, ranks)
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("shared_scale", [True, False])
+@pytest.mark.parametrize(("rank", "scaling"), [(LORA["rank"], SCALING), (3, 0.5)])
+def test_an_adapter_on_the_experts(shared_scale, stacked, rank, scaling, capsys):
+    """As a file has it and as the actor sends it, of another rank and scaling than the engine was
+    started for, too. An adapter without experts takes it off again."""
+    experts, layer = TinyExperts(EXPERTS, HIDDEN, INNER, shared_scale), build(settings=ADAPTED)
+    load(layer, experts)
+    assert "adapter of rank 8 in the layer, also in the experts" in capsys.readouterr().out
+    x, logits = make_tokens(torch.float32, TOKENS, HIDDEN, EXPERTS)
+    store, clean = store_of(layer), run(layer, x, logits)
+    check([clean], experts, x, logits)
+    tensors = make_adapter(experts, PREFIX, rank)
+    sent = stack_experts(tensors) if stacked else tensors
+    assert store.load(sent.items(), scaling) == len(sent)
+    adapted = run(layer, x, logits)
+    check([adapted], experts.adapted(tensors, PREFIX, scaling), x, logits)
+    assert (adapted - clean).norm() > 0.1 * clean.norm()
+    store.load([], 1.0)
+    assert torch.equal(run(layer, x, logits), clean)
+
+
+@pytest.mark.parametrize("by_expert", [False, True])
+def test_the_adapters_of_ranks_add_up(by_expert):
+    experts, outputs = TinyExperts(EXPERTS, HIDDEN, INNER, shared_scale=False), []
+    x, logits = make_tokens(torch.float32, TOKENS, HIDDEN, EXPERTS)
+    tensors = make_adapter(experts, PREFIX, LORA["rank"])
+    for rank in range(2):
+        layer = build(parallel(rank, 2, by_expert), settings=ADAPTED)
+        load(layer, experts)
+        store_of(layer, rank, 2).load(tensors.items(), SCALING)
+        outputs.append(run(layer, x, logits))
+    check(outputs, experts.adapted(tensors, PREFIX, SCALING), x, logits)
+
+
+def test_marlin_takes_no_adapter_on_the_experts(monkeypatch):
+    use_marlin(monkeypatch, "0.28")
+    with pytest.raises(
+        ValueError, match="qerl.rollout.kernel=marlin cannot run .*: it takes no adapter on the experts"
+    ):
+        build(settings=ADAPTED | {"kernel": "marlin"})
+    monkeypatch.setattr(TritonExperts, "unavailable", lambda self, device: None)
+    layer = build(settings={"lora": {"rank": 20, "alpha": 8, "experts": True}}, dtype=torch.bfloat16)
+    assert isinstance(layer.quant_method.experts.choice.backend, TritonExperts)
+    assert layer.qerl_lora_down_b.shape == (EXPERTS, HIDDEN, 32) and layer.qerl_lora_scaling == 0.4
+
+
+MISFITS = [
+    # layer of the adapter's tensors, what is changed, room in the engine, and the message
+    ("experts", {"drop": ".5.up_proj.lora_B"}, True, "5.up_proj.lora_B is missing, or has another shape than the first"),
+    ("experts", {"drop": "lora_B"}, True, f"the adapter of {NAME} does not fit the rollout model: it has no down_proj B, gate_up_proj B"),
+    ("experts", {"rank": 9}, True, "room for rank 8: set actor_rollout_ref.model.lora_rank"),
+    ("experts", {"experts": 5}, True, "the rollout has 6 experts"),
+    ("experts", {}, False, "experts have no room: .* name gate_proj, up_proj and down_proj in actor_rollout_ref.model.target_modules"),
+    ("gate", {"names": ["gate.lora_A.weight"]}, True, "no adapter on the router of a mixture; take it out"),
+    ("experts", {"names": ["experts.lora_A.weight"]}, True, "by the names of their linears, not by those of 3-D parameters"),
+    ("experts", {"names": ["experts.base_layer.lora_A.weight"]}, True, "not by those of 3-D parameters"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("module", "change", "room", "message"), MISFITS)
+def test_what_does_not_fit_is_refused_by_name(module, change, room, message):
+    """Nothing has been written then."""
+    layer = build(settings=ADAPTED if room else ())
+    load(layer, TinyExperts(EXPERTS, HIDDEN, INNER))
+    experts = TinyExperts(change.get("experts", EXPERTS), HIDDEN, INNER)
+    tensors = make_adapter(experts, PREFIX, change.get("rank", 8))
+    tensors = {name: t for name, t in tensors.items() if change.get("drop", "!") not in name}
+    if names := change.get("names"):
+        tensors = {f"{PREFIX.removesuffix('experts')}{name}": torch.zeros(8, HIDDEN) for name in names}
+    before = {name: buffer.clone() for name, buffer in layer.named_buffers()}
+    with pytest.raises(ValueError, match=message):
+        store_of(layer).load(tensors.items(), SCALING)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in layer.named_buffers())
+
+
+def test_vllms_own_lora_path_reads_the_file(tmp_path):
+    """vLLM 0.28 gives experts an adapter on a GPU alone, since its layer takes no monolithic kernel, as
+    the CPU's is (vllm/lora/layers/fused_moe.py, FusedMoEWithLoRA). Its parser and packing take a file."""
+    experts = TinyExperts(EXPERTS, HIDDEN, INNER)
+    tensors, linears = make_adapter(experts, PREFIX, LORA["rank"]), list(LINEARS)
+    config = LoraConfig(r=LORA["rank"], lora_alpha=LORA["alpha"], target_modules=linears)
+    save_adapter(tmp_path, tensors, config, "")
+    mapping = get_moe_expert_mapping(build())
+    names = [name.rstrip(".") for _, name, _, _ in mapping]  # vllm/lora/utils.py, process_packed_modules_mapping
+    helper = PEFTHelper.from_local_dir(str(tmp_path), None)
+    lora = LoRAModel.from_local_checkpoint(
+        str(tmp_path), {*names, "experts"}, helper, lora_model_id=1, device="cpu", dtype=torch.float32
+    )
+    packed = PackedLoRALayerWeights.pack_moe([lora.get_lora(f"model.layers.0.mlp.{name}") for name in names], NAME)
+    stacked = stack_experts(tensors)
+    pairs = zip(packed.lora_a, packed.lora_b, ("gate_proj", "down_proj", "up_proj"), strict=True)
+    for a, b, linear in pairs:
+        for expert in range(EXPERTS):
+            assert torch.equal(a[expert], tensors[f"{PREFIX}.{expert}.{linear}.lora_A.weight"])
+            assert torch.equal(b[expert], tensors[f"{PREFIX}.{expert}.{linear}.lora_B.weight"])
+    assert packed.scaling == [SCALING] * 3
+    assert torch.equal(stacked[f"{PREFIX}.lora_A.gate_up_proj"], torch.cat((packed.lora_a[0], packed.lora_a[2]), 1))

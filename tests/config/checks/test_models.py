@@ -232,14 +232,27 @@ def test_vllms_own_lora_path_does_not_serve_every_family(tmp_path, name, arm, pa
 
 
 def test_a_mixture_of_experts_has_no_problems(tmp_path):
-    """In 16 bits and packed; an adapter goes to the attention alone."""
+    """In 16 bits and packed; an adapter goes to the attention, and by name to all linears of the experts."""
     build_tokenizer().save_pretrained(make_family("Qwen3MoeForCausalLM", tmp_path / "source"))
     quantize_checkpoint(tmp_path / "source", tmp_path / "packed", progress=False)
     for folder in (tmp_path / "source", tmp_path / "packed"):
         assert models.find_problems(run_of(folder)) == []
-        (problem,) = models.find_problems(run_of(folder, target_modules=["q_proj", "down_proj"]))
-        assert "target_modules: down_proj" in problem and "q_proj, k_proj, v_proj, o_proj" in problem
-        assert problem.endswith("(experts, their routers and MLPs beside them have no adapter)")
+        experts = ["gate_proj", "up_proj", "down_proj"]
+        assert models.find_problems(run_of(folder, target_modules=["q_proj", *experts])) == []
+        for targets, message in (
+            (["q_proj", "down_proj"], r"4 of the 12 linears of the experts .* name gate_proj, up_proj, down_proj,"),
+            (
+                ["q_proj", "gate"],
+                r"target_modules: gate is none of the linear layers\. The model has q_proj, .*down_proj;",
+            ),
+            (".*(q|gate|up|down)_proj", r"not by an expression; give a list, \[q_proj,gate_proj,up_proj,down_proj\]"),
+        ):
+            (problem,) = models.find_problems(run_of(folder, target_modules=targets))
+            assert re.search(message, problem), problem
+            assert problem.endswith("(routers, and the MLPs of layers without experts, have no adapter)")
+    config = run_of(tmp_path / "source", target_modules=["q_proj", *experts])
+    (problem,) = models.find_problems(OmegaConf.merge(config, {"qerl": {"arm": "bf16"}}))
+    assert "the arm bf16 has no adapter on the experts" in problem and "take gate_proj" in problem
 
 
 @pytest.mark.parametrize(
