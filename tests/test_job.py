@@ -80,7 +80,7 @@ def test_an_engine_is_told_what_the_document_says():
     job = Job(QeRLSettings(rollout=RolloutSettings("triton", sleep_level=2)), LoraSettings(8, 16))
     expected = {
         "kernel": "triton",
-        "lora": {"rank": 8, "alpha": 16},
+        "lora": {"rank": 8, "alpha": 16, "experts": False},
         "sleep_level": 2,
         "noise": True,
     }

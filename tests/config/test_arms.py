@@ -21,6 +21,7 @@ OF_THE_BASE = {
     f"{ROLLOUT}.engine_kwargs.vllm.additional_config.qerl.kernel",
     f"{ROLLOUT}.engine_kwargs.vllm.additional_config.qerl.lora",
     f"{ROLLOUT}.engine_kwargs.vllm.additional_config.qerl.lora.alpha",
+    f"{ROLLOUT}.engine_kwargs.vllm.additional_config.qerl.lora.experts",
     f"{ROLLOUT}.engine_kwargs.vllm.additional_config.qerl.lora.rank",
     f"{ROLLOUT}.engine_kwargs.vllm.compilation_config",
     f"{ROLLOUT}.engine_kwargs.vllm.quantization",

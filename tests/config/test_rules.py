@@ -92,19 +92,28 @@ def in_engine(config):
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        ([], {"kernel": "auto", "lora": {"rank": 32, "alpha": 32}, "sleep_level": 1, "noise": True}),
+        ([], {"kernel": "auto", "lora": {"rank": 32, "alpha": 32, "experts": False}, "sleep_level": 1, "noise": True}),
         (
             ["actor_rollout_ref.model.lora_rank=8"],
-            {"kernel": "auto", "lora": {"rank": 8, "alpha": 16}, "sleep_level": 1, "noise": True},
+            {"kernel": "auto", "lora": {"rank": 8, "alpha": 16, "experts": False}, "sleep_level": 1, "noise": True},
         ),
         (["qerl.rollout.lora=punica"], {"kernel": "auto", "lora": None, "sleep_level": 1, "noise": True}),
         (
+            ["actor_rollout_ref.model.target_modules=[q_proj,gate_proj,up_proj,down_proj]"],
+            {
+                "kernel": "auto",
+                "lora": {"rank": 32, "alpha": 32, "experts": True},
+                "sleep_level": 1,
+                "noise": True,
+            },
+        ),
+        (
             ["qerl.rollout.kernel=marlin", "qerl.rollout.sleep_level=2"],
-            {"kernel": "marlin", "lora": {"rank": 32, "alpha": 32}, "sleep_level": 2, "noise": True},
+            {"kernel": "marlin", "lora": {"rank": 32, "alpha": 32, "experts": False}, "sleep_level": 2, "noise": True},
         ),
         (
             ["qerl.aqn.enable=False"],
-            {"kernel": "auto", "lora": {"rank": 32, "alpha": 32}, "sleep_level": 1, "noise": False},
+            {"kernel": "auto", "lora": {"rank": 32, "alpha": 32, "experts": False}, "sleep_level": 1, "noise": False},
         ),
     ],
 )

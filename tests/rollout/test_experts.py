@@ -365,7 +365,7 @@ def test_marlin_takes_no_adapter_on_the_experts(monkeypatch):
         ValueError, match="qerl.rollout.kernel=marlin cannot run .*: it takes no adapter on the experts"
     ):
         build(settings=ADAPTED | {"kernel": "marlin"})
-    monkeypatch.setattr(TritonExperts, "unavailable", lambda self, device: None)
+    monkeypatch.setattr(TritonExperts, "unsupported_device", lambda self, device: None)
     layer = build(settings={"lora": {"rank": 20, "alpha": 8, "experts": True}}, dtype=torch.bfloat16)
     assert isinstance(layer.quant_method.experts.choice.backend, TritonExperts)
     assert layer.qerl_lora_down_b.shape == (EXPERTS, HIDDEN, 32) and layer.qerl_lora_scaling == 0.4
