@@ -1,4 +1,4 @@
-"""Which part may import which, as docs/design.md has it, lazily or not."""
+"""Tests which part imports which, lazily or not, against docs/design.md."""
 
 import ast
 from pathlib import Path

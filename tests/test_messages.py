@@ -1,4 +1,4 @@
-"""What the messages of the whole package have in common."""
+"""Tests rules for all messages of the package."""
 
 import ast
 import re

@@ -1,5 +1,4 @@
-"""Which process made something, and when it counts as dead: only if this process could see it
-alive."""
+"""Tests which process made a file, and when that process counts as dead."""
 
 import os
 import signal

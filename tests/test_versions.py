@@ -1,4 +1,4 @@
-"""Which versions of verl, vLLM and the others a run is started with."""
+"""Tests which versions of verl, vLLM and other packages a run starts with."""
 
 from importlib.metadata import PackageNotFoundError
 

@@ -1,5 +1,4 @@
-"""Estimates from the samples' log-probabilities, against distributions whose true values are
-known."""
+"""Tests estimates from the samples' log-probabilities, against distributions with known values."""
 
 import pytest
 import torch

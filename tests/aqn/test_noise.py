@@ -1,4 +1,4 @@
-"""What is drawn, where it goes, and that it comes off again."""
+"""Tests what noise is drawn, where it goes, and that it can be removed."""
 
 import subprocess
 import sys

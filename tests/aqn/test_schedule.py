@@ -1,4 +1,4 @@
-"""The noise schedule against the formulas of the paper, written out by hand."""
+"""Tests the noise schedule against the formulas of the paper, written out by hand."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""docs/performance.md: its summary and tables are what the result files say."""
+"""Tests that the summary and tables of docs/performance.md are what the result files say."""
 
 import json
 import sys

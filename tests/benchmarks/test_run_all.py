@@ -1,5 +1,5 @@
-"""`make bench` in parts: what is skipped, what is measured again, and what happens to a part
-that fails."""
+"""Tests `make bench` in parts: what is skipped, what is measured again, and how a failed part is
+handled."""
 
 import json
 import re

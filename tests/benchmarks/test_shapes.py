@@ -1,4 +1,5 @@
-"""The random models of the benchmarks, and what the benchmark of a mixture says of its speed."""
+"""Tests the random models of the benchmarks, and the verdict of the benchmark of a mixture on
+its speed."""
 
 import sys
 from pathlib import Path

@@ -1,5 +1,5 @@
-"""The qerl command: results on stdout, one line on stderr and exit code 2 for what the user can put
-right."""
+"""Tests the qerl command: results on stdout, and one line on stderr with exit code 2 for user
+errors."""
 
 import json
 import shutil

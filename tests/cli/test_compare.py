@@ -1,4 +1,4 @@
-"""`qerl compare`: the terminal, the figure, the page and the exit code."""
+"""Tests `qerl compare`: the terminal, the figure, the page and the exit code."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""`qerl doctor` on this installation, which works, and on ones that do not."""
+"""Tests `qerl doctor` on this working installation, and on broken ones."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Arguments of ``qerl eval``."""
+"""Tests the arguments of ``qerl eval``."""
 
 import argparse
 from pathlib import Path

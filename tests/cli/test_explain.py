@@ -1,5 +1,5 @@
-"""`qerl explain`: what a run would be configured with, and `qerl cluster`: is the Ray cluster
-complete?"""
+"""Tests `qerl explain`, the configuration of a run, and `qerl cluster`, which waits for a Ray
+cluster."""
 
 import subprocess
 import sys

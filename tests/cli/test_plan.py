@@ -1,4 +1,4 @@
-"""`qerl plan`: what is printed, for a run that fits and for one that does not."""
+"""Tests the output of `qerl plan`, for a run that fits and for one that does not."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Which runs the arguments name, and which of them are seeds of one arm."""
+"""Tests which runs the arguments name, and which of them are seeds of one arm."""
 
 import pytest
 

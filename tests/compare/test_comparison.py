@@ -1,4 +1,4 @@
-"""Final values, differences, curves, and what is said about runs that do not fit together."""
+"""Tests final values, differences, curves, and messages about runs that do not fit together."""
 
 import json
 import math

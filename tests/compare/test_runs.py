@@ -1,4 +1,4 @@
-"""What is read from the files of verl's loggers, whole and damaged."""
+"""Tests what is read from the files of verl's loggers, whole and damaged."""
 
 import json
 import math

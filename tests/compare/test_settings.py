@@ -1,4 +1,4 @@
-"""Where a run's settings come from, and which differences keep runs from being compared."""
+"""Tests where a run's settings come from, and which differences keep runs from being compared."""
 
 import pprint
 
@@ -48,8 +48,7 @@ def test_the_settings_from_hydras_folder_have_their_references_resolved(make_run
     found = read_settings(folder / "metrics.jsonl", alone=True)
     assert EXPECTED.items() <= found.items()
     assert (
-        found["data.val_files"] == ["/d/validation.parquet"]
-        and found["actor_rollout_ref.rollout.prompt_length"] == 8
+        found["data.val_files"] == ["/d/validation.parquet"] and found["actor_rollout_ref.rollout.prompt_length"] == 8
     )
 
 
@@ -59,17 +58,11 @@ def test_hydras_folder_is_nobodys_where_several_runs_share_it(make_run):
     assert read_settings(folder / "metrics.jsonl", alone=False) is None
 
 
-@pytest.mark.parametrize(
-    "prefix", [RAY, "(TaskRunner pid=7) ", ""], ids=["colours", "plain", "without Ray"]
-)
+@pytest.mark.parametrize("prefix", [RAY, "(TaskRunner pid=7) ", ""], ids=["colours", "plain", "without Ray"])
 def test_the_settings_from_what_verl_prints_among_other_lines(tmp_path, prefix):
     printed = pprint.pformat(CONFIG).splitlines()
     other = "\x1b[36m(WorkerDict pid=9)\x1b[0m {'a': 1}\n" if prefix else ""
-    text = (
-        "hello\n"
-        + other.join(f"{prefix}{line}\n" for line in printed)
-        + f"{prefix}step:1 - {SCORE}:1\n"
-    )
+    text = "hello\n" + other.join(f"{prefix}{line}\n" for line in printed) + f"{prefix}step:1 - {SCORE}:1\n"
     (tmp_path / "log").write_text(text)
     assert EXPECTED.items() <= read_settings(tmp_path / "log", alone=True).items()
 
@@ -151,9 +144,7 @@ DIFFERENCES = {
 }
 
 
-@pytest.mark.parametrize(
-    ("change", "conflicts", "differing"), DIFFERENCES.values(), ids=DIFFERENCES.keys()
-)
+@pytest.mark.parametrize(("change", "conflicts", "differing"), DIFFERENCES.values(), ids=DIFFERENCES.keys())
 def test_what_two_arms_do_not_share(tmp_path, make_run, change, conflicts, differing):
     make_run("a", settings=BASE)
     make_run("b", settings={k: v for k, v in (BASE | change).items() if v is not ...})
@@ -171,9 +162,7 @@ CONTENTS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("one", "other", "path", "conflicts"), CONTENTS.values(), ids=CONTENTS.keys()
-)
+@pytest.mark.parametrize(("one", "other", "path", "conflicts"), CONTENTS.values(), ids=CONTENTS.keys())
 def test_data_are_the_same_when_their_content_is(tmp_path, make_run, one, other, path, conflicts):
     make_run("a", settings=BASE | {HASH: one})
     make_run("b", settings=BASE | {HASH: other, "data.train_files": [path]})
@@ -187,12 +176,8 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("one", "other", "first", "second", "differing"), MODELS.values(), ids=MODELS.keys()
-)
-def test_a_model_is_the_same_under_another_path(
-    tmp_path, make_run, one, other, first, second, differing
-):
+@pytest.mark.parametrize(("one", "other", "first", "second", "differing"), MODELS.values(), ids=MODELS.keys())
+def test_a_model_is_the_same_under_another_path(tmp_path, make_run, one, other, first, second, differing):
     for name, path, fingerprint in (("a", one, first), ("b", other, second)):
         change = {"qerl.source_models.actor": path, "qerl.base_fingerprint.actor": fingerprint}
         make_run(name, settings=BASE | change)
@@ -213,10 +198,7 @@ def test_runs_of_one_arm_that_differ_in_more_than_the_seed_are_no_seeds_of_it(tm
     make_run("a_s1", settings=BASE | {"qerl.aqn.sigma_start": 0.01})
     make_run("a_s2", settings=BASE | {"qerl.aqn.sigma_start": 0.02, "data.seed": 2})
     (conflict,) = compare_settings(group_runs([str(tmp_path)]).arms).conflicts
-    assert (
-        "runs of arm a are not seeds of one arm" in conflict
-        and "sigma_start is 0.01 (a_s1) and 0.02" in conflict
-    )
+    assert "runs of arm a are not seeds of one arm" in conflict and "sigma_start is 0.01 (a_s1) and 0.02" in conflict
 
 
 def test_runs_without_settings_are_named(tmp_path, make_run):

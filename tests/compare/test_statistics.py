@@ -1,4 +1,4 @@
-"""Intervals over runs, and the moving average."""
+"""Tests intervals over runs, and the moving average."""
 
 import math
 

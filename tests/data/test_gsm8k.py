@@ -1,4 +1,4 @@
-"""GSM8K for verl: every row that the script writes is scored by verl's own function."""
+"""Tests that verl's own function scores every row of GSM8K that the script writes."""
 
 import json
 import os
@@ -86,7 +86,9 @@ def test_the_same_data_are_written_again_and_other_data_are_kept(tmp_path, capsy
         assert main(["--local-dir", str(source), "--out", str(out)]) == 1
         assert "train.parquet exists and holds other data; choose another folder" in capsys.readouterr().err
         assert (out / "train.parquet").read_bytes() == content
-    pandas.DataFrame({"data_source": ["mine"], "prompt": ["p"], "reward_model": ["r"]}).to_parquet(out / "train.parquet")
+    pandas.DataFrame({"data_source": ["mine"], "prompt": ["p"], "reward_model": ["r"]}).to_parquet(
+        out / "train.parquet"
+    )
     assert main(["--local-dir", str(source), "--out", str(out)]) == 1
     assert sorted(p.name for p in out.iterdir()) == ["test.parquet", "train.parquet"]
 

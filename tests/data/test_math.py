@@ -1,5 +1,4 @@
-"""BigMath and the benchmarks for verl: every row that the scripts write can be scored, by the
-reward that the recipes name."""
+"""Tests that the recipes' reward scores every row of BigMath and of the benchmarks."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The engines of the arms: one adapter to start from, verl's own base under bf16, bitsandbytes'
+"""Tests the engines of the arms: one initial adapter, verl's own base under bf16, bitsandbytes'
 under nf4."""
 
 from importlib.util import find_spec

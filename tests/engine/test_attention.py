@@ -1,4 +1,4 @@
-"""The attention that packed sequences run on without flash-attn, inside transformers' models."""
+"""Tests attention on packed sequences without flash-attn, inside transformers' models."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The critic's engine: value head, checkpoints, two ranks."""
+"""Tests the critic's engine: value head, checkpoints, two ranks."""
 
 import json
 import shutil

@@ -1,5 +1,4 @@
-"""Experts in verl's FSDP2 engine: sharded, compiled, kept for the backward pass, in a critic, in
-16 bits."""
+"""Tests experts in verl's FSDP2 engine: sharded, compiled, recomputed, in a critic, in 16 bits."""
 
 import json
 

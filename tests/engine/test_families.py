@@ -1,4 +1,4 @@
-"""Every family in verl's FSDP2 engine: a step of training, however its sequences are laid out."""
+"""Tests a training step of every family in verl's FSDP2 engine, for each layout of sequences."""
 
 import pytest
 from tiny_families import FAMILIES, TOWERS, make_family

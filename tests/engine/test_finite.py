@@ -1,5 +1,5 @@
-"""A NaN or an Inf stops the engine, on every rank, before it reaches weights, checkpoint or
-rollout."""
+"""Tests that a NaN or Inf stops the engine on every rank before it reaches weights, checkpoint
+or rollout."""
 
 import pytest
 import torch

@@ -1,4 +1,5 @@
-"""The training engine, in processes of its own: one rank, two gloo ranks, checkpoints, memory."""
+"""Tests the training engine in processes of its own: one rank, two gloo ranks, checkpoints,
+memory."""
 
 import inspect
 import json

@@ -1,4 +1,4 @@
-"""Models with a vision tower in verl's FSDP2 engine: sequences with images."""
+"""Tests models with a vision tower in verl's FSDP2 engine, on sequences with images."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Log-probabilities from the output layer, as verl's ``use_fused_kernels`` path calls it."""
+"""Tests log-probabilities from the output layer, as verl's ``use_fused_kernels`` path calls it."""
 
 import inspect
 

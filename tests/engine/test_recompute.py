@@ -1,4 +1,4 @@
-"""Which layers keep their products, on a device of which the test says how full it is."""
+"""Tests which layers keep their outputs, on a device whose memory the test simulates."""
 
 import pytest
 import torch

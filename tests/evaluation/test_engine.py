@@ -1,4 +1,4 @@
-"""What an evaluation asks of vLLM, without starting it."""
+"""Tests what an evaluation asks of vLLM, without starting it."""
 
 import pytest
 from tiny_families import make_config

@@ -1,4 +1,4 @@
-"""pass@k against enumeration, and the bootstrap interval against what it promises."""
+"""Tests pass@k against enumeration, and the coverage of the bootstrap interval."""
 
 from itertools import combinations
 

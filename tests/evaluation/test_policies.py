@@ -1,4 +1,4 @@
-"""Models and adapters that an evaluation takes, and those that it refuses before an engine
+"""Tests which models and adapters an evaluation takes, and which it refuses before an engine
 starts."""
 
 import json

@@ -1,4 +1,4 @@
-"""What --data takes, and what it refuses."""
+"""Tests what --data takes, and what it refuses."""
 
 import json
 

@@ -1,4 +1,5 @@
-"""Processes of an engine end with the evaluation, and do not hear what the terminal tells it."""
+"""Tests that an engine's processes end with the evaluation, and that the terminal's signals do
+not reach them."""
 
 import os
 import signal

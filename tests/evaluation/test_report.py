@@ -1,4 +1,4 @@
-"""Results of responses, and their table."""
+"""Tests results from responses, and their table."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The file of responses survives what an interruption leaves, and belongs to one evaluation."""
+"""Tests that the file of responses survives an interruption, and belongs to one evaluation."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""Which function scores a response, and with what."""
+"""Tests which function scores a response, and with which arguments."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Checkpoints become adapters and models that PEFT, transformers and compressed-tensors load."""
+"""Tests that PEFT, transformers and compressed-tensors load exported adapters and models."""
 
 import json
 

@@ -1,5 +1,5 @@
-"""Adapters in PEFT's format against a model: every tensor has a place, every place has a tensor,
-or it is refused."""
+"""Tests adapters in PEFT's format against a model: every tensor has a place and every place a
+tensor."""
 
 import json
 

@@ -1,5 +1,4 @@
-"""Every family of the table in the actor: packed linears, PEFT's adapter on them, against the same
-model in float64."""
+"""Tests every family of the table in the actor, with PEFT's adapter, against a float64 model."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""LoRA on NVFP4 layers: numbers against float64, and PEFT's own behaviour around them."""
+"""Tests LoRA on NVFP4 layers: numbers against float64, and PEFT's own behaviour around them."""
 
 import shutil
 

@@ -1,4 +1,4 @@
-"""Target modules against the layers of a model."""
+"""Tests target modules against the layers of a model."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""An adapter's configuration among its tensors."""
+"""Tests an adapter's configuration among its tensors."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Memory of a run, worked out, against runs that were measured."""
+"""Tests the estimated memory of a run against measured runs."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""The table of architectures against the models of transformers."""
+"""Tests the table of architectures against the models of transformers."""
 
 import importlib.util
 from pathlib import Path

@@ -1,5 +1,5 @@
-"""A destination that is whole or absent, killed at any moment, and whose leftovers are removed by
-what may judge them."""
+"""Tests that a destination is whole or absent after a kill at any moment, and who removes
+leftovers."""
 
 import json
 import os

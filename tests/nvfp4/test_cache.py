@@ -1,4 +1,4 @@
-"""resolve_checkpoint: once, by one process, whole or not at all."""
+"""Tests that resolve_checkpoint quantizes once, in one process, completely or not at all."""
 
 import errno
 import fcntl

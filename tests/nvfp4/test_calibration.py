@@ -1,4 +1,4 @@
-"""Which text of a file is calibrated with, as which tokens."""
+"""Tests which text of a file is used for calibration, and as which tokens."""
 
 import json
 from dataclasses import replace

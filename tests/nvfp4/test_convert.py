@@ -1,4 +1,4 @@
-"""Checkpoints of ModelOpt and of compressed-tensors' MXFP4 become NVFP4 ones that decode to the
+"""Tests that ModelOpt's and compressed-tensors' MXFP4 checkpoints convert to NVFP4 ones with the
 same weights."""
 
 import json

@@ -1,5 +1,4 @@
-"""The module in the place of transformers' experts, against transformers' own with decoded weights
-in float64."""
+"""Tests the NVFP4 experts against transformers' own with decoded weights in float64."""
 
 import copy
 

@@ -1,4 +1,5 @@
-"""GPTQ's solver, against the formulas of the paper written out column by column in float64."""
+"""Tests GPTQ's solver against the formulas of the paper, written out column by column in
+float64."""
 
 import pytest
 import torch

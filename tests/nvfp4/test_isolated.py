@@ -1,4 +1,4 @@
-"""Quantizing in a process of its own: the same result, the same errors."""
+"""Tests that quantizing in a process of its own has the same results and errors."""
 
 import os
 import threading

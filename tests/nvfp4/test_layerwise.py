@@ -1,5 +1,5 @@
-"""GPTQ over a whole checkpoint: better than rounding on text it has not seen, repeatable,
-resumable, plain NVFP4."""
+"""Tests GPTQ over a checkpoint: better than rounding on held-out text, repeatable, resumable,
+plain NVFP4."""
 
 import json
 import shutil

@@ -1,5 +1,5 @@
-"""A layer's weight in the layout of a backend: the same weight, in every storage dtype and on
-the meta device."""
+"""Tests a layer's weight in the layout of a backend, for every storage dtype and on the meta
+device."""
 
 import pytest
 import torch

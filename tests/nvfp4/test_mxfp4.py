@@ -1,5 +1,4 @@
-"""MXFP4 checkpoints: the container is NVFP4's, the values are the other format's, and what does not
-fit is refused by name."""
+"""Tests MXFP4 values in the container of NVFP4, and that what does not fit is refused by name."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""``qerl quantize --check``: what is wrong in the bytes of an NVFP4 folder is named."""
+"""Tests that ``qerl quantize --check`` names what is wrong in the bytes of an NVFP4 folder."""
 
 import json
 

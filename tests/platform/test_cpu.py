@@ -1,4 +1,4 @@
-"""The CPU platform against verl's interface and what verl calls on it."""
+"""Tests the CPU platform against verl's interface and verl's calls of it."""
 
 import inspect
 import re

@@ -1,4 +1,4 @@
-"""Which CPUs count as having bfloat16 arithmetic, and that PyTorch agrees about this one."""
+"""Tests which CPUs count as having bfloat16 arithmetic, and that PyTorch agrees about this one."""
 
 import subprocess
 import sys

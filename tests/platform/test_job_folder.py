@@ -1,4 +1,4 @@
-"""What a job leaves on a host goes when it ends, and what is somebody else's stays."""
+"""Tests that a job's files on a host are removed at its end, and that the files of others stay."""
 
 import errno
 import inspect

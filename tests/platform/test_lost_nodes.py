@@ -1,4 +1,4 @@
-"""Which node is named when a run ends because one is gone."""
+"""Tests which node is named when a run ends because a node is gone."""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""A run that loses one of its processes ends, and names it."""
+"""Tests that a run that loses one of its processes ends and names it."""
 
 import os
 import signal

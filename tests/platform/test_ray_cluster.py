@@ -1,4 +1,4 @@
-"""Whether a run joins a Ray cluster: the answer is the one that ray.init gives."""
+"""Tests that the check whether a run joins a Ray cluster agrees with ray.init."""
 
 import inspect
 import socket

@@ -1,5 +1,5 @@
-"""A signal that ends a process: one line, exit handlers, exit code 128 + number, with and
-without Ray."""
+"""Tests the end of a process by a signal, with and without Ray: one line, exit handlers, exit
+code 128 + number."""
 
 import inspect
 import signal

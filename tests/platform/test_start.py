@@ -1,4 +1,4 @@
-"""What shortens a job's start, and what keeps the imports of the driver's side few."""
+"""Tests what shortens a job's start, and that the driver's side imports few packages."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""What a run waits for is said."""
+"""Tests the message about what a run waits for."""
 
 import pytest
 import ray

@@ -1,4 +1,4 @@
-"""The quickstart's problems, its rows as verl reads them, its reward as verl calls it."""
+"""Tests the quickstart's problems, its rows as verl reads them, and its reward as verl calls it."""
 
 import subprocess
 import sys

@@ -1,5 +1,5 @@
-"""The folder of ``python -m qerl_verl.quickstart --out``: whose it must be, and what of it is
-replaced."""
+"""Tests which folder ``python -m qerl_verl.quickstart --out`` accepts, and what it replaces
+there."""
 
 import os
 import subprocess

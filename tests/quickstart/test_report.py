@@ -1,4 +1,4 @@
-"""From metrics to the table, and what `python -m qerl_verl.quickstart` does when verl fails."""
+"""Tests the table from metrics, and the quickstart's behaviour when verl fails."""
 
 import json
 import signal

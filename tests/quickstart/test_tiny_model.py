@@ -1,5 +1,5 @@
-"""The quickstart's model: what the tokenizer must do for verl, and what the supervised start must
-leave to learn."""
+"""Tests what verl needs of the quickstart's tokenizer, and what the supervised start leaves to
+learn."""
 
 import pytest
 import torch

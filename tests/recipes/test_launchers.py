@@ -1,5 +1,4 @@
-"""The shell scripts and the KubeRay manifest in recipes/, with recording stand-ins for srun,
-scontrol, ray and kubectl."""
+"""Tests the launchers in recipes/ with recording stand-ins for srun, scontrol, ray and kubectl."""
 
 import json
 import os

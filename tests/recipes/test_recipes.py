@@ -1,4 +1,4 @@
-"""Every recipe in the repository composes with the switch and has nothing to refuse."""
+"""Tests that every recipe in the repository composes with the switch and is not refused."""
 
 import copy
 import functools

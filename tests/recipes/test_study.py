@@ -1,4 +1,4 @@
-"""The study: its arms differ in what they compare alone, its data, and runs side by side."""
+"""Tests the study: its arms differ only in what they compare, its data, and runs side by side."""
 
 import json
 import signal

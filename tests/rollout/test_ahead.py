@@ -1,5 +1,4 @@
-"""The rollout's servers that are started while the actor is being built, with fakes in Ray's
-place."""
+"""Tests rollout servers that are started while the actor is being built, with fakes for Ray."""
 
 import asyncio
 import logging

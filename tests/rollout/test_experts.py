@@ -1,5 +1,4 @@
-"""Experts in NVFP4, one layer of vLLM's at a time: built, loaded, divided and read again as vLLM
-does it, against the decoded weights in float64."""
+"""Tests NVFP4 experts one layer of vLLM at a time, against the decoded weights in float64."""
 
 import copy
 

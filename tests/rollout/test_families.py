@@ -1,4 +1,4 @@
-"""Every family of the table in a vLLM engine, beside the same model in the actor and in float64."""
+"""Tests every family of the table in a vLLM engine, against the actor and a float64 model."""
 
 import importlib.util
 import json

@@ -1,5 +1,4 @@
-"""The adapter in the layers, without an engine: placing, tensor parallelism, and what is
-refused."""
+"""Tests the adapter in the layers without an engine: placing, tensor parallelism, and refusals."""
 
 import pytest
 import torch

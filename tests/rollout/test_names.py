@@ -1,4 +1,4 @@
-"""Names of transformers' model in vLLM's."""
+"""Tests names of transformers' model in vLLM's."""
 
 import pytest
 from vllm.model_executor.models.utils import WeightsMapper

@@ -1,4 +1,4 @@
-"""What a rollout engine is told about a model beside its config.json."""
+"""Tests what a rollout engine is told about a model beside its config.json."""
 
 import pytest
 from tiny_families import FAMILIES, make_config

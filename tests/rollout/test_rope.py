@@ -1,4 +1,4 @@
-"""What vLLM is told of rotary embeddings, against what it computes from it."""
+"""Tests vLLM's settings of rotary embeddings, and what vLLM computes from them."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The sender of weights: a socket that no other job on the host has."""
+"""Tests that the sender of weights has a socket that no other job on the host has."""
 
 import types
 

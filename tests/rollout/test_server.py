@@ -1,4 +1,4 @@
-"""QeRL's vLLM server around fake engines: what it hides from verl, and when the base is read
+"""Tests QeRL's vLLM server with fake engines: what verl does not see, and when the base is read
 again."""
 
 import argparse

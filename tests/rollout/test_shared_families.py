@@ -1,5 +1,5 @@
-"""Every family that shares its base: an engine on the actor's memory against one with a base of
-its own, bit for bit."""
+"""Tests that an engine on the actor's memory equals one with its own base bit for bit, for every
+family."""
 
 import json
 import os

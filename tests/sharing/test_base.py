@@ -1,5 +1,4 @@
-"""A transformers model whose base lies in one block of shared memory, against the same model
-with weights of its own."""
+"""Tests a transformers model on one block of shared memory against one with its own weights."""
 
 import copy
 

@@ -1,4 +1,5 @@
-"""A block of memory in two real processes: the same bytes, and nothing left when either ends."""
+"""Tests a block of memory in two real processes: the same bytes, and nothing left when either
+ends."""
 
 import multiprocessing
 import os

@@ -1,4 +1,4 @@
-"""What is asked of CUDA's driver, with a driver that only writes down what it gets."""
+"""Tests the calls of CUDA's driver, with a driver that only records them."""
 
 import ctypes
 from types import SimpleNamespace

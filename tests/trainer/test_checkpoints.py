@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, when the last save was cut off anywhere."""
+"""Tests which checkpoint a run continues from, when the last save was cut off at any point."""
 
 import json
 import shutil

@@ -1,5 +1,4 @@
-"""A run that the epochs end is as long as it is, for the trainer, the learning rate and the
-noise."""
+"""Tests that trainer, learning rate and noise know when the epochs end a run."""
 
 import inspect
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""What a run leaves beside the file of verl's file logger."""
+"""Tests what a run writes beside the file of verl's file logger."""
 
 import hashlib
 import json
