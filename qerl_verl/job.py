@@ -105,7 +105,7 @@ class BaseSharing:
             uses its base.
     """
 
-    key: str
+    key: str = ""
     model: str = ""
 
 

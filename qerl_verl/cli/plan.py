@@ -52,6 +52,7 @@ def show_plan(name: str, overrides: list[str], config_path: str | None, gpu_memo
     made = plan(config, keys, Host.here(), "cuda", here=False)
     if made.problems:
         raise ExplainError(f"{name} cannot run: {'; '.join(made.problems)}")
+    config = made.config
     if not get_arm(config).container:
         raise ExplainError(
             f"plan: the memory of +qerl={get_arm(config).name} is not worked out, that of nvfp4 and mxfp4 is"

@@ -9,6 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from qerl_verl.config.draft import Draft
 from qerl_verl.config.rules import CRITIC, MODEL
 from qerl_verl.config.settings import SettingsError
 
@@ -19,13 +20,15 @@ _SAVED_HEADS = ("classifier", "score")
 """What PEFT names ``modules_to_save`` of a token classification model, as which a critic is built."""
 
 
-def adopt_adapter(config: DictConfig, keys: set[str], model: str = MODEL) -> dict | None:
+def adopt_adapter(draft: Draft, keys: Collection[str], model: str = MODEL) -> dict | None:
     """Take rank and alpha from the adapter that training goes on from: they size verl's and vLLM's buffers.
 
     The path becomes absolute: the processes of a run have other working folders, and verl takes
     neither ``~`` nor a slash at the end (verl/utils/fs.py, copy_local_path_from_hdfs).
 
     Args:
+        draft: the run's configuration.
+        keys: dotted keys that the user wrote.
         model: key of the model, actor's or critic's.
 
     Returns:
@@ -38,7 +41,7 @@ def adopt_adapter(config: DictConfig, keys: set[str], model: str = MODEL) -> dic
     """
     from qerl_verl.lora.adapter_files import AdapterError, read_adapter_config
 
-    given = OmegaConf.select(config, f"{model}.lora_adapter_path")
+    given = draft.get(f"{model}.lora_adapter_path")
     if given is None or "://" in given:
         return None
     path = os.path.abspath(os.path.expanduser(given))
@@ -47,10 +50,10 @@ def adopt_adapter(config: DictConfig, keys: set[str], model: str = MODEL) -> dic
         adapter = read_adapter_config(path, _SAVED_HEADS if model == CRITIC else ())
     except AdapterError as error:
         raise SettingsError([f"{where}: {problem}" for problem in error.problems]) from None
-    OmegaConf.update(config, f"{model}.lora_adapter_path", path)
+    draft.set(f"{model}.lora_adapter_path", path, "processes have other working folders")
     wanted = {}
     for name, stock in _STOCK.items():
-        value = OmegaConf.select(config, f"{model}.{name}")
+        value = draft.get(f"{model}.{name}")
         if f"{model}.{name}" in keys or value not in (stock, None):
             wanted[name] = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
     problems = []
@@ -59,7 +62,7 @@ def adopt_adapter(config: DictConfig, keys: set[str], model: str = MODEL) -> dic
             problems.append(
                 f"{model}.{name}={wanted[name]}, but the adapter {given} has {found}; remove the setting, or set {found}"
             )
-        OmegaConf.update(config, f"{model}.{name}", found)
+        draft.set(f"{model}.{name}", found, "that of the adapter that training goes on from")
     if problems:
         raise SettingsError(problems)
     return {**adapter, "wanted": wanted}

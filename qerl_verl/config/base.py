@@ -6,14 +6,14 @@ Importable without torch, verl or vLLM.
 from __future__ import annotations
 
 import json
-import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from omegaconf import DictConfig
 
 from qerl_verl.config.checks.models import local_folder
-from qerl_verl.config.keys import get_value, set_value
+from qerl_verl.config.draft import Draft
+from qerl_verl.config.keys import get_value
 from qerl_verl.config.publish import republish
 from qerl_verl.config.rules import ACTOR, MODEL, ROLLOUT, is_separate
 from qerl_verl.job import BaseSharing
@@ -93,14 +93,9 @@ def describe_cost(folder: Path, shared: bool) -> str:
     return f"{size:.2f} GiB, in the rollout once more (in host memory or on disk while it sleeps)"
 
 
-def share_base(config: DictConfig, notify: Callable[[str], None]) -> None:
-    """Set in a composed configuration what one copy of the base needs, in place.
-
-    Args:
-        notify: called with one line for each value set.
-    """
+def share_base(draft: Draft) -> None:
+    """Set what one copy of the base needs. The callback adds the job's key and the checkpoint."""
     for key in (f"{ROLLOUT}.load_format", f"{ENGINE}.load_format"):
-        if key.startswith(ENGINE) and get_value(config, key) is None:
-            continue
-        set_value(config, key, LOAD_FORMAT, "the rollout maps the actor's base", notify)
-    republish(config, sharing=BaseSharing(key=secrets.token_hex(16)))
+        if key == f"{ROLLOUT}.load_format" or draft.get(key) is not None:
+            draft.set(key, LOAD_FORMAT, "the rollout maps the actor's base")
+    republish(draft, sharing=BaseSharing())

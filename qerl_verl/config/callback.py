@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import copy
 import os
+import secrets
 import sys
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -21,6 +21,7 @@ from qerl_verl.config.arms import ARMS
 from qerl_verl.config.base import describe_cost
 from qerl_verl.config.checks import data, models, resume
 from qerl_verl.config.checks.plugins import verl_policy_problem
+from qerl_verl.config.draft import Draft, apply
 from qerl_verl.config.host import Host
 from qerl_verl.config.keys import VARIABLES, get_value, written_keys
 from qerl_verl.config.plan import plan
@@ -30,6 +31,7 @@ from qerl_verl.config.quantization import Choice, choose_quantization
 from qerl_verl.config.reserved import reserved
 from qerl_verl.config.rules import CRITIC, MODEL, trained_models
 from qerl_verl.config.settings import QeRLSettings, SettingsError
+from qerl_verl.job import BaseSharing
 from qerl_verl.platform.waiting import start_watch
 
 if TYPE_CHECKING:
@@ -92,7 +94,7 @@ class QeRLCallback(Callback):
 
 
 def prepare(config: DictConfig, keys: set[str]) -> None:
-    """Plan the run, say what the switch sets, and carry out what comes before Ray: quantize, make the job's folder.
+    """Carry a plan out, with what comes before Ray: quantize the models, make the job's folder.
 
     Args:
         config: verl's composed configuration with the ``qerl`` node; changed in place.
@@ -107,6 +109,7 @@ def prepare(config: DictConfig, keys: set[str]) -> None:
         say(line)
     if made.problems:
         raise SettingsError(made.problems)
+    apply(config, made.changes)
     if made.platform == "cpu":
         _use_cpu_in_this_process()
     remote = models.remote_paths(config)
@@ -128,11 +131,12 @@ def prepare(config: DictConfig, keys: set[str]) -> None:
 
 
 def _publish_models(config: DictConfig) -> None:
-    """Tell the run's processes what the models were called, and which checkpoint is shared."""
+    """Tell the run's processes what the models were called, and where a base is shared, which one
+    and by which key."""
     sources, sharing = get_value(config, "qerl.source_models") or {}, published(config).sharing
     if sharing is not None:
-        sharing = replace(sharing, model=get_value(config, f"{MODEL}.path"))
-    republish(config, sources=dict(sources), sharing=sharing)
+        sharing = BaseSharing(secrets.token_hex(16), get_value(config, f"{MODEL}.path"))
+    republish(Draft(config), sources=dict(sources), sharing=sharing)
 
 
 def say_losses(config: DictConfig, nodes: list[str], processes: list[LostProcess]) -> None:

@@ -35,18 +35,6 @@ def get_value(config: DictConfig, key: str) -> Any:
     return OmegaConf.select(config, key)
 
 
-def set_value(config: DictConfig, key: str, value: Any, why: str, notify: Callable[[str], None]) -> None:
-    """Set ``key`` and say so in one line, unless it has this value already."""
-    before = get_value(config, key)
-    if before == value:
-        return
-    if OmegaConf.is_config(before):  # which the update would change, too
-        before = OmegaConf.to_container(before)
-    OmegaConf.update(config, key, value, force_add=True)
-    if not key.endswith("env_vars"):
-        notify(f"{key}: {before} -> {value} ({why})")
-
-
 def _parent(config: DictConfig, key: str) -> Any:
     parent = key.rpartition(".")[0]
     return (OmegaConf.select(config, parent) if parent else config) or OmegaConf.create()

@@ -1,10 +1,13 @@
-"""What a run would do, worked out without starting, downloading, quantizing or writing anything.
+"""What a run would do: a pure function of the configuration, the user's keys and the machine.
 
-The Hydra callback carries a plan out and ``qerl explain`` prints it, so both say the same.
+Nothing is started, downloaded, quantized or written, and the configuration stays as it is. The
+Hydra callback carries a plan out and ``qerl explain`` prints it, so both say the same.
 """
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from omegaconf import DictConfig, OmegaConf
@@ -14,6 +17,7 @@ from qerl_verl.config.adapters import adopt_adapter
 from qerl_verl.config.arms import get_arm
 from qerl_verl.config.base import choose_base, find_obstacle, share_base
 from qerl_verl.config.checks import arms, data, models, plugins, recipe, resources, resume
+from qerl_verl.config.draft import Change, Draft
 from qerl_verl.config.host import Host, choose_platform
 from qerl_verl.config.quantization import Choice, choose_quantization
 from qerl_verl.config.rules import MODEL, apply_rules, trained_models
@@ -27,12 +31,13 @@ class Plan:
     """A run that has not begun.
 
     Attributes:
+        changes: what the switch sets in the configuration, in order.
         problems: what cannot work, one sentence each with the key and the fix. With any, the run is
             not started.
-        lines: what the user reads: each value that the switch sets, with its reason, and what else
-            there is to know.
+        lines: what the user reads: each change with its reason, and what else there is to know.
         platform: ``cuda`` or ``cpu``.
         settings: everything under ``qerl.*``.
+        config: a copy of the configuration with the changes.
         cluster: the Ray cluster that is joined, None where the run starts Ray.
         unseen: what a run would look at too and was left out, one line each.
         adapters: of each trained model that goes on from an adapter, see
@@ -41,10 +46,12 @@ class Plan:
         shares_base: whether actor and rollout are to use one copy of the base.
     """
 
+    changes: list[Change] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)
     platform: str = ""
     settings: QeRLSettings = field(default_factory=QeRLSettings)
+    config: DictConfig = field(default_factory=OmegaConf.create)
     cluster: RayCluster | None = None
     unseen: list[str] = field(default_factory=list)
     adapters: dict[str, dict] = field(default_factory=dict)
@@ -52,83 +59,103 @@ class Plan:
     shares_base: bool = False
 
 
-def plan(config: DictConfig, keys: set[str], host: Host, platform: str | None = None, here: bool = True) -> Plan:
-    """Check a composed configuration and set in it what QeRL needs, in place.
+def plan(
+    config: DictConfig,
+    keys: Collection[str],
+    host: Host,
+    platform: str | None = None,
+    here: bool = True,
+) -> Plan:
+    """Check a composed configuration, and work out what QeRL changes in it.
 
     Args:
-        config: verl's configuration with the ``qerl`` node.
+        config: verl's configuration with the ``qerl`` node. It is not changed.
         keys: dotted keys that the user wrote, on the command line or in files of their own.
         host: the driver's machine.
         platform: ``cuda`` or ``cpu`` for a run on another machine; None chooses by ``host``.
         here: False where the run takes place on another machine: this one's files, CPUs, GPUs and
             Ray say nothing then.
     """
-    made = Plan()
-    if problem := _other_program(config):
-        return Plan(problems=[problem])
-    job_environment = OmegaConf.select(config, f"{RAY_INIT}.runtime_env.env_vars") or {}
+    draft = Draft(copy.deepcopy(config))
+    made = Plan(config=draft.config, changes=draft.changes, lines=draft.lines)
+    if problem := _other_program(draft.config):
+        made.problems.append(problem)
+        return made
+    job_environment = draft.get(f"{RAY_INIT}.runtime_env.env_vars") or {}
     made.problems += plugins.find_problems(host.environment, job_environment)
     if line := untested_versions():
-        made.lines.append(line)
+        draft.say(line)
     try:
-        made.settings = QeRLSettings.of(config)
-        made.cluster = find_cluster(OmegaConf.select(config, RAY_INIT) or {}, host.environment)
-        made.platform = platform or _choose(made, host)
+        made.settings = QeRLSettings.of(draft.config)
+        made.cluster = find_cluster(draft.get(RAY_INIT) or {}, host.environment)
+        made.platform = platform or _choose(made, draft, host)
     except SettingsError as error:
         made.problems += error.problems
         return made
-    for model in trained_models(config) if here else ():
+    for model in trained_models(draft.config) if here else ():
         try:
-            if adapter := adopt_adapter(config, keys, model):
+            if adapter := adopt_adapter(draft, keys, model):
                 made.adapters[model] = adapter
         except SettingsError as error:
             made.problems += error.problems
     apply_rules(
-        config,
+        draft,
         keys,
         on_cpu=made.platform == "cpu",
-        notify=made.lines.append,
         starts_ray=made.cluster is None,
         environment=host.environment,
     )
-    _plan_base(made, config, host)
+    _plan_base(made, draft, host)
     gpu = made.platform == "cuda" and (platform == "cuda" or host.gpus > 0)
-    made.quantization = choose_quantization(config, made.settings, gpu)
-    if made.quantization and models.find_unquantized(config):
-        made.lines.append(made.quantization.line)
+    made.quantization = choose_quantization(draft.config, made.settings, gpu)
+    if made.quantization and models.find_unquantized(draft.config):
+        draft.say(made.quantization.line)
         made.problems += quantization.find_problems(made.quantization, here)
-    made.lines += recipe.find_remarks(config)
-    made.problems += recipe.find_problems(config, keys) + arms.find_problems(config, host.environment)
-    if here:
-        made.lines += data.find_remarks(config)
-        made.problems += data.find_problems(config) + _model_problems(config, made.adapters)
-        made.problems += resume.find_problems(config, made.adapters)
-        made.unseen += [f"{path}, which is not on this machine yet" for path in models.remote_paths(config)]
-    else:
-        made.unseen.append("data, model folders, CPUs, GPUs and Ray (--elsewhere)")
+    _check(made, keys, host, here)
     if here and platform == "cuda" and not host.gpus and made.cluster is None:
         made.unseen.append("CPUs and GPUs, since this machine has no GPU")
     elif here:
-        made.lines += resources.find_remarks(config, made.cluster)
-        made.problems += resources.find_problems(config, host, made.cluster)
+        made.lines += resources.find_remarks(draft.config, made.cluster)
+        made.problems += resources.find_problems(draft.config, host, made.cluster)
     return made
 
 
-def _plan_base(made: Plan, config: DictConfig, host: Host) -> None:
-    """Decide whether actor and rollout share the base, and set what that needs."""
-    if not get_arm(config).container:
+def _check(made: Plan, keys: Collection[str], host: Host, here: bool) -> None:
+    """Look at the changed configuration, and with ``here`` at the files that it names."""
+    config = made.config
+    made.lines += recipe.find_remarks(config)
+    made.problems += recipe.find_problems(config, keys)
+    made.problems += arms.find_problems(config, host.environment)
+    if not here:
+        made.unseen.append("data, model folders, CPUs, GPUs and Ray (--elsewhere)")
         return
-    setting, obstacle = made.settings.base, find_obstacle(config, host.environment)
+    made.lines += data.find_remarks(config)
+    made.problems += data.find_problems(config) + _model_problems(config, made.adapters)
+    made.problems += resume.find_problems(config, made.adapters)
+    made.unseen += [
+        f"{path}, which is not on this machine yet" for path in models.remote_paths(config)
+    ]
+
+
+def _plan_base(made: Plan, draft: Draft, host: Host) -> None:
+    """Decide whether actor and rollout share the base, and set what that needs."""
+    if not get_arm(draft.config).container:
+        return
+    setting, obstacle = made.settings.base, find_obstacle(draft.config, host.environment)
     made.shares_base, reason = choose_base(setting, obstacle, made.platform == "cpu")
     if setting == "shared" and obstacle:
         made.problems.append(f"qerl.base=shared: {obstacle}; use qerl.base=auto or separate")
     else:
-        how = "one copy for actor and rollout" if made.shares_base else "a copy each in actor and rollout"
-        made.lines.append(f"base: {how} ({reason})")
+        how = (
+            "one copy for actor and rollout"
+            if made.shares_base
+            else "a copy each in actor and rollout"
+        )
+        draft.say(f"base: {how} ({reason})")
     if made.shares_base:
         if made.settings.rollout.sleep_level == 2:
-            made.lines.append("qerl.rollout.sleep_level=2 has no effect: a shared base stays where it is")
-        share_base(config, made.lines.append)
+            draft.say("qerl.rollout.sleep_level=2 has no effect: a shared base stays where it is")
+        share_base(draft)
 
 
 def _model_problems(config: DictConfig, adapters: dict[str, dict]) -> list[str]:
@@ -140,13 +167,19 @@ def _model_problems(config: DictConfig, adapters: dict[str, dict]) -> list[str]:
 
 def _other_program(config: DictConfig) -> str | None:
     if "qerl" not in config:
-        return "the switch is off: add +qerl=nvfp4, or `- qerl: nvfp4` to the recipe's defaults list"
+        return (
+            "the switch is off: add +qerl=nvfp4, or `- qerl: nvfp4` to the recipe's defaults list"
+        )
     if OmegaConf.select(config, "actor_rollout_ref") is None:
-        return "qerl is a switch for `python -m verl.trainer.main_ppo`; this is another program's configuration"
+        return (
+            "qerl is a switch for `python -m verl.trainer.main_ppo`; this is another program's "
+            "configuration"
+        )
     return None
 
 
-def _choose(made: Plan, host: Host) -> str:
-    platform, reason = choose_platform(made.settings.platform, host, joins=made.cluster is not None)
-    made.lines.append(f"platform: {platform} ({reason})")
+def _choose(made: Plan, draft: Draft, host: Host) -> str:
+    joins = made.cluster is not None
+    platform, reason = choose_platform(made.settings.platform, host, joins)
+    draft.say(f"platform: {platform} ({reason})")
     return platform

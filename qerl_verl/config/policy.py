@@ -19,7 +19,7 @@ def describe_policy(config: DictConfig, adapters: Mapping[str, dict] | None = No
     format and the sampling dtype.
 
     Args:
-        config: the configuration after :func:`~qerl_verl.config.rules.apply_rules`.
+        config: the configuration after the rules (:mod:`qerl_verl.config.rules`).
         adapters: see :class:`~qerl_verl.config.plan.Plan`.
 
     Returns:

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
 from qerl_verl.config.arms import get_arm
-from qerl_verl.config.keys import MODEL, ROLLOUT, VARIABLES, get_value, set_value
+from qerl_verl.config.draft import Draft
+from qerl_verl.config.keys import MODEL, ROLLOUT, VARIABLES, get_value
 from qerl_verl.config.settings import QeRLSettings
 from qerl_verl.job import JOB_ENV, Job, LoraSettings
 from qerl_verl.lora.experts import adapts_experts
@@ -45,20 +45,19 @@ def _adapter_targets(config: DictConfig) -> Any:
     return get_value(config, f"{MODEL}.target_modules")
 
 
-def publish(config: DictConfig, job: Job, notify: Callable[[str], None]) -> None:
+def publish(draft: Draft, job: Job) -> None:
     """Write the document into Ray's runtime environment and into the rollout's engine settings.
 
     Args:
-        config: changed in place.
-        notify: called with a line for each value set.
+        draft: the run's configuration.
     """
-    why = "the NVFP4 layers" if get_arm(config).container else "adapters alone are synced"
+    why = "the NVFP4 layers" if get_arm(draft.config).container else "adapters alone are synced"
     for name, value in job.layers.additional_config().items():
         key = f"{ROLLOUT}.engine_kwargs.vllm.additional_config.{name}"
-        set_value(config, key, value, why, notify)
-    variables = {**(get_value(config, VARIABLES) or {}), **job.environment()}
+        draft.set(key, value, why)
+    variables = {**(draft.get(VARIABLES) or {}), **job.environment()}
     variables["VERL_ENGINE_VENDOR"] = ENGINE_VENDOR
-    set_value(config, VARIABLES, variables, "every process learns of the switch", notify)
+    draft.set(VARIABLES, variables, "every process learns of the switch")
 
 
 def published(config: DictConfig) -> Job:
@@ -70,6 +69,6 @@ def published(config: DictConfig) -> Job:
     return Job.from_json((get_value(config, VARIABLES) or {}).get(JOB_ENV) or "")
 
 
-def republish(config: DictConfig, **changes: Any) -> None:
-    """Replace attributes of the published :class:`~qerl_verl.job.Job`, in place."""
-    publish(config, dataclasses.replace(published(config), **changes), lambda line: None)
+def republish(draft: Draft, **changes: Any) -> None:
+    """Replace attributes of the published :class:`~qerl_verl.job.Job`."""
+    publish(draft, dataclasses.replace(published(draft.config), **changes))

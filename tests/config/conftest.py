@@ -47,6 +47,7 @@ def switched(composed):
     lines that the user sees, and the problems. ``written`` are keys that a recipe of the user's
     writes."""
     from qerl_verl.config.checks import recipe
+    from qerl_verl.config.draft import Draft
     from qerl_verl.config.keys import override_keys
     from qerl_verl.config.rules import apply_rules
 
@@ -54,9 +55,8 @@ def switched(composed):
         if not any(o.startswith("algorithm.adv_estimator=") for o in overrides):
             overrides = ("algorithm.adv_estimator=grpo", *overrides)
         config = composed(*overrides)
-        lines: list[str] = []
-        keys = override_keys(list(overrides)) | set(written)
-        apply_rules(config, keys, on_cpu=on_cpu, notify=lines.append)
-        return config, lines, recipe.find_problems(config, keys)
+        draft, keys = Draft(config), override_keys(list(overrides)) | set(written)
+        apply_rules(draft, keys, on_cpu=on_cpu)
+        return config, draft.lines, recipe.find_problems(config, keys)
 
     return switch

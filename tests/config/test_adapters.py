@@ -8,6 +8,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
 from qerl_verl.config.adapters import adapter_problems, adopt_adapter, target_problems
+from qerl_verl.config.draft import Draft
 from qerl_verl.config.rules import CRITIC, MODEL
 from qerl_verl.config.settings import SettingsError
 
@@ -21,18 +22,18 @@ def with_adapter(tmp_path, **model):
 
 def test_rank_and_alpha_come_from_the_adapter_to_go_on_from(tmp_path):
     config = with_adapter(tmp_path)
-    adopt_adapter(config, set())
+    adopt_adapter(Draft(config), set())
     assert (config.actor_rollout_ref.model.lora_rank, config.actor_rollout_ref.model.lora_alpha) == (64, 128)
 
 
 def test_a_rank_that_is_not_the_adapters_is_refused(tmp_path):
     with pytest.raises(SettingsError, match="lora_rank=8, but the adapter .* has 64; remove the setting"):
-        adopt_adapter(with_adapter(tmp_path, lora_rank=8), {f"{MODEL}.lora_rank"})
+        adopt_adapter(Draft(with_adapter(tmp_path, lora_rank=8)), {f"{MODEL}.lora_rank"})
 
 
 def test_a_folder_without_an_adapter_is_refused(tmp_path):
     with pytest.raises(SettingsError, match="no adapter_config.json there"):
-        adopt_adapter(with_adapter(tmp_path, lora_adapter_path=str(tmp_path / "nowhere")), set())
+        adopt_adapter(Draft(with_adapter(tmp_path, lora_adapter_path=str(tmp_path / "nowhere"))), set())
 
 
 @pytest.mark.parametrize("given", ["{}", "{}/", "~/A", "~/A/", "A", "./A/", "../home/A"])
@@ -41,7 +42,7 @@ def test_a_path_becomes_absolute(tmp_path, monkeypatch, given):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path / "home")
     config = with_adapter(tmp_path / "home" / "A", lora_adapter_path=given.format(tmp_path / "home" / "A"))
-    adopt_adapter(config, set())
+    adopt_adapter(Draft(config), set())
     assert config.actor_rollout_ref.model.lora_adapter_path == str(tmp_path / "home" / "A")
 
 
@@ -54,13 +55,13 @@ def test_verl_still_takes_no_slash_at_the_end():
 
 def test_a_rank_of_a_recipe_that_is_not_the_adapters_is_refused_too(tmp_path):
     with pytest.raises(SettingsError, match="lora_rank=8, but the adapter .* has 64"):
-        adopt_adapter(with_adapter(tmp_path, lora_rank=8), set())
+        adopt_adapter(Draft(with_adapter(tmp_path, lora_rank=8)), set())
 
 
 def test_a_critics_adapter_is_read_as_well(tmp_path):
     config = with_adapter(tmp_path)
     config.critic = {"model": config.actor_rollout_ref.model}
-    adopt_adapter(config, set(), CRITIC)
+    adopt_adapter(Draft(config), set(), CRITIC)
     assert config.critic.model.lora_rank == 64 and config.actor_rollout_ref.model.lora_rank == 0
 
 
@@ -85,7 +86,7 @@ def problems_of(adapter, base, keys=(), role=MODEL, **model):
     config = OmegaConf.create(
         {role.partition(".")[0]: node, "qerl": {"source_models": {"actor": "Qwen/there", "critic": "Qwen/critic"}}}
     )
-    return adapter_problems(config, role, adopt_adapter(config, set(keys), role))
+    return adapter_problems(config, role, adopt_adapter(Draft(config), set(keys), role))
 
 
 def test_an_adapter_that_fits_is_taken(adapter, nvfp4_checkpoint):

@@ -9,6 +9,7 @@ from qerl_verl.cli.explain import ExplainError, compose
 from qerl_verl.config import rules
 from qerl_verl.config.arms import ARMS
 from qerl_verl.config.checks import arms, recipe
+from qerl_verl.config.draft import Draft
 from qerl_verl.config.keys import flatten, override_keys
 from qerl_verl.config.publish import published
 from qerl_verl.job import JOB_ENV
@@ -49,7 +50,7 @@ def switched(composed):
     def switch(arm, *overrides, on_cpu=False, packages=VERSIONS, environment=None):
         overrides = ["algorithm.adv_estimator=grpo", *overrides]
         config = composed(*overrides, arm=arm)
-        rules.apply_rules(config, override_keys(overrides), on_cpu=on_cpu, notify=lambda line: None)
+        rules.apply_rules(Draft(config), override_keys(overrides), on_cpu=on_cpu)
         found = arms.find_problems(config, environment or {}, installed(**packages))
         return config, recipe.find_problems(config) + found
 

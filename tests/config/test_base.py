@@ -1,7 +1,6 @@
 """Which runs use one copy of the base, and what is set for that."""
 
 import json
-from dataclasses import replace
 
 import pytest
 
@@ -11,6 +10,7 @@ from qerl_verl.config.host import Host
 from qerl_verl.config.keys import override_keys
 from qerl_verl.config.plan import plan
 from qerl_verl.config.publish import published
+from qerl_verl.job import BaseSharing
 
 ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
 TP_1 = f"{ROLLOUT}.tensor_model_parallel_size=1"
@@ -70,7 +70,7 @@ def planned(composed, *overrides):
     overrides = ("algorithm.adv_estimator=grpo", "data.train_files=a.parquet", *overrides)
     config = composed(*overrides)
     made = plan(config, override_keys(list(overrides)), Host(cpus=64, gpus=0, cpu_vllm=True), here=False)
-    return config, made
+    return made.config, made
 
 
 def test_a_shared_base_reaches_rollout_and_actor(composed):
@@ -80,14 +80,17 @@ def test_a_shared_base_reaches_rollout_and_actor(composed):
     assert made.shares_base and "base: one copy for actor and rollout (qerl.base=auto)" in made.lines
     assert config.actor_rollout_ref.rollout.load_format == "qerl_shared"
     job = published(config)
-    assert len(job.sharing.key) == 32 and job.sharing.model == "" and job.settings.base == "auto"
+    assert job.sharing == BaseSharing() and job.settings.base == "auto"
     assert job.lora.rank == 8 and job.dtype == config.actor_rollout_ref.rollout.dtype
     callback._publish_models(config)
-    assert published(config).sharing == replace(job.sharing, model="/cache/model")
+    assert published(config).sharing.model == "/cache/model" and len(published(config).sharing.key) == 32
 
 
 def test_each_job_has_a_key_of_its_own(composed):
-    assert len({published(planned(composed)[0]).sharing.key for _ in range(2)}) == 2
+    configs = [planned(composed)[0] for _ in range(2)]
+    for config in configs:
+        callback._publish_models(config)
+    assert len({published(config).sharing.key for config in configs}) == 2
 
 
 def test_two_copies_change_nothing_and_say_why(composed):

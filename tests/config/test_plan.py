@@ -10,7 +10,9 @@ import qerl_verl.plugin  # noqa: F401  (as verl loads it; a run asks for that)
 from qerl_verl.cli.explain import compose, compose_with_keys
 from qerl_verl.cli.main import main
 from qerl_verl.config import callback
+from qerl_verl.config.draft import apply
 from qerl_verl.config.host import Host
+from qerl_verl.config.keys import VARIABLES, override_keys
 from qerl_verl.config.plan import Plan, plan
 from qerl_verl.config.publish import published
 
@@ -92,7 +94,8 @@ def test_a_ray_that_runs_already_is_joined_without_its_address_being_given(
     config = compose("gsm8k_grpo_8gpu", [f"actor_rollout_ref.model.path={bf16_checkpoint}"])
     made = plan(config, set(), Host(cpus=2, gpus=0, cpu_vllm=cpu_vllm))
     assert made.problems == [] and made.platform == expected and made.cluster.address == "10.0.0.1:6379"
-    assert config.ray_kwargs.ray_init.num_cpus is None and "num_gpus" not in config.ray_kwargs.ray_init
+    ray_init = made.config.ray_kwargs.ray_init
+    assert ray_init.num_cpus is None and "num_gpus" not in ray_init
     assert any(line.startswith("Ray: joins the cluster at 10.0.0.1:6379 (a Ray that runs") for line in made.lines)
 
     for step in ("_use_cpu_in_this_process", "_check_that_verl_loaded_the_plugin", "start_watch"):
@@ -102,8 +105,25 @@ def test_a_ray_that_runs_already_is_joined_without_its_address_being_given(
     monkeypatch.setattr(callback, "_replace_models", lambda *arguments: {callback.MODEL: bf16_checkpoint})
     for cluster in (made.cluster, None):
         monkeypatch.setattr(
-            callback, "plan", lambda *arguments, cluster=cluster: Plan(platform="cuda", cluster=cluster)
+            callback,
+            "plan",
+            lambda *arguments, cluster=cluster: Plan(made.changes, platform="cuda", cluster=cluster),
         )
         OmegaConf.update(config, "qerl.source_models", {"actor": "someone/model"}, force_add=True)
         callback.prepare(config, set())
         assert bool(given) is (cluster is None) and published(config).sources == {"actor": "someone/model"}
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda"])
+@pytest.mark.parametrize("arm", ["nvfp4", "bf16"])
+def test_a_plan_leaves_the_configuration_as_it_is_and_its_changes_lead_to_what_it_checked(arm, platform):
+    overrides = [f"+qerl={arm}", "algorithm.adv_estimator=gae", "qerl.base=separate"]
+    config = compose("ppo_trainer", overrides)
+    before = OmegaConf.to_container(config)
+    plans = [plan(config, override_keys(overrides), HOST, platform, here=False) for _ in range(2)]
+    assert OmegaConf.to_container(config) == before
+    assert plans[0] == plans[1] and plans[0].changes
+    apply(config, plans[0].changes)
+    assert OmegaConf.to_container(config) == OmegaConf.to_container(plans[0].config) != before
+    said = [str(change) for change in plans[0].changes if change.key != VARIABLES]
+    assert [line for line in plans[0].lines if line in said] == said

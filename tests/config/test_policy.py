@@ -22,7 +22,7 @@ def configuration(model, *overrides):
         overrides.append("algorithm.adv_estimator=grpo")
     config = compose("ppo_trainer", overrides)
     made = plan(config, {o.lstrip("+").partition("=")[0] for o in overrides}, HOST)
-    return config, made
+    return made.config, made
 
 
 def problems_of(model, *overrides):

@@ -12,6 +12,7 @@ import qerl_verl.plugin  # noqa: F401  (makes Hydra find the group, as `import v
 from qerl_verl.cli.explain import recipes
 from qerl_verl.config import rules
 from qerl_verl.config.checks import arms, recipe
+from qerl_verl.config.draft import Draft
 from qerl_verl.config.settings import QeRLSettings
 from qerl_verl.recipes.study.runs import ARMS
 
@@ -51,7 +52,7 @@ def prepare(name, on_cpu):
     """Returns the configuration and problems after the rules of the switch."""
     config = load(name)
     QeRLSettings.from_mapping(OmegaConf.to_container(config.qerl, resolve=True))
-    rules.apply_rules(config, set(), on_cpu=on_cpu, notify=lambda line: None)
+    rules.apply_rules(Draft(config), set(), on_cpu=on_cpu)
     return config, recipe.find_problems(config) + arms.find_problems(
         config, {}, installed=lambda package: {"vllm": "0.24.0"}.get(package, "0.50")
     )
@@ -87,7 +88,7 @@ def test_the_gpus_of_a_node_can_be_divided_between_actor_and_rollout():
     head = (RECIPES / "gsm8k_grpo_8gpu.yaml").read_text().partition("defaults:")[0]
     overrides = [word for word in head.partition("Four GPUs")[2].split() if "=" in word]
     config = load("gsm8k_grpo_8gpu", *overrides)
-    rules.apply_rules(config, set(), on_cpu=False, notify=lambda line: None)
+    rules.apply_rules(Draft(config), set(), on_cpu=False)
     assert recipe.find_problems(config) == [] and config.trainer.v1.trainer_mode == "qerl_separate_async"
     rollout = config.actor_rollout_ref.rollout
     assert config.trainer.n_gpus_per_node == rollout.n_gpus_per_node * rollout.nnodes == 4

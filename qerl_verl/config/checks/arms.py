@@ -29,7 +29,7 @@ def find_problems(
     """What keeps a run from working in its arm, one sentence each with the key and the fix.
 
     Args:
-        config: the configuration after :func:`~qerl_verl.config.rules.apply_rules`.
+        config: the configuration after the rules (:mod:`qerl_verl.config.rules`).
         environment: environment variables of the driver.
         installed: distribution name to version; raises PackageNotFoundError for a missing one.
     """

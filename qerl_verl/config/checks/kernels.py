@@ -30,7 +30,7 @@ def find_problems(config: DictConfig, folder: Path) -> list[str]:
     setting.
 
     Args:
-        config: the configuration after :func:`~qerl_verl.config.rules.apply_rules`.
+        config: the configuration after the rules (:mod:`qerl_verl.config.rules`).
         folder: the model, quantized or not.
 
     Raises:

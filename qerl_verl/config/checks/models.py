@@ -59,7 +59,7 @@ def find_problems(config: DictConfig, adapters: Mapping[str, dict] | None = None
     """What keeps the local models of a run from being quantized or used, one sentence each.
 
     Args:
-        config: the configuration after :func:`~qerl_verl.config.rules.apply_rules`.
+        config: the configuration after the rules (:mod:`qerl_verl.config.rules`).
         adapters: see :class:`~qerl_verl.config.plan.Plan`.
     """
     from qerl_verl.nvfp4.checkpoint import check_checkpoint, check_method, check_source

@@ -1,5 +1,5 @@
 """Settings that cannot work with QeRL, alone or together, looked at after
-:func:`~qerl_verl.config.rules.apply_rules`.
+the rules (:mod:`qerl_verl.config.rules`).
 
 :data:`REFUSED` and :data:`REFUSED_OF_A_MODEL` are tables: a new refusal is a new row.
 """
@@ -147,7 +147,7 @@ def find_problems(config: DictConfig, keys: Collection[str] = ()) -> list[str]:
     well.
 
     Args:
-        config: the configuration after :func:`~qerl_verl.config.rules.apply_rules`.
+        config: the configuration after the rules (:mod:`qerl_verl.config.rules`).
         keys: dotted keys that the user wrote.
     """
     get, models = partial(get_value, config), trained_models(config)

@@ -15,7 +15,7 @@ def find_problems(config: DictConfig, adapters: Mapping[str, dict] | None = None
     """What keeps a run from going on from its checkpoint, one sentence each.
 
     Args:
-        config: the configuration after :func:`~qerl_verl.config.rules.apply_rules`.
+        config: the configuration after the rules (:mod:`qerl_verl.config.rules`).
         adapters: see :class:`~qerl_verl.config.plan.Plan`.
     """
     mode = get_value(config, "trainer.resume_mode")

@@ -40,7 +40,7 @@ def find_problems(config: DictConfig, folder: Path) -> list[str]:
     """What keeps a local model from running on images, or on data that has some, one sentence each.
 
     Args:
-        config: the configuration after :func:`~qerl_verl.config.rules.apply_rules`.
+        config: the configuration after the rules (:mod:`qerl_verl.config.rules`).
         folder: the actor's model.
 
     Raises:

@@ -5,6 +5,7 @@ import inspect
 import pytest
 
 from qerl_verl.config.checks import resources
+from qerl_verl.config.draft import Draft
 from qerl_verl.config.host import Host
 from qerl_verl.config.reserved import reserved
 from qerl_verl.config.rules import apply_rules
@@ -23,7 +24,7 @@ SEPARATE = (
 
 def problems_of(composed, host, overrides, cluster=None, on_cpu=False):
     config = composed("algorithm.adv_estimator=grpo", *overrides)
-    apply_rules(config, set(), on_cpu=on_cpu, notify=lambda line: None, starts_ray=cluster is None)
+    apply_rules(Draft(config), set(), on_cpu=on_cpu, starts_ray=cluster is None)
     return resources.find_problems(config, host, cluster)
 
 
