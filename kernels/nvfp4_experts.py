@@ -60,7 +60,10 @@ class ExpertAdapter:
     def zeros(cls, count: int, hidden: int, inner: int, rank: int, scaling: float, dtype, device) -> ExpertAdapter:
         """For ``count`` experts."""
         shapes = (2 * rank, hidden), (2 * inner, rank), (rank, inner), (hidden, rank)
-        return cls(*(torch.zeros(count, *shape, dtype=dtype, device=device) for shape in shapes), scaling)
+        gate_up_a, gate_up_b, down_a, down_b = (
+            torch.zeros(count, *shape, dtype=dtype, device=device) for shape in shapes
+        )
+        return cls(gate_up_a, gate_up_b, down_a, down_b, scaling)
 
 
 def expert_alphas(gate_up: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

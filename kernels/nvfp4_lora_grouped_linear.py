@@ -154,6 +154,6 @@ def nvfp4_lora_grouped_linear(
             part.add_(grouped_dense_mm(u_, b_, groups))
         return y
 
-    inputs = (x, row_weights, weights.packed, weights.scale, weights.alpha, groups.experts, groups.ends)
-    inputs = (*inputs, lora_a, lora_b, a, b, u, scaling, weights.backend)
+    base = (x, row_weights, weights.packed, weights.scale, weights.alpha, groups.experts, groups.ends)
+    inputs = (*base, lora_a, lora_b, a, b, u, scaling, weights.backend)
     return differentiable(_NVFP4LoraGroupedLinear, inputs, compute)

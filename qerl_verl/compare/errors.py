@@ -1,5 +1,5 @@
-"""What the user of ``qerl compare`` can put right."""
+"""Defines the error of comparisons, which the user can fix."""
 
 
 class CompareError(ValueError):
-    """The runs cannot be read, or cannot be compared; the message says which and what to do."""
+    """The runs cannot be read or compared. The message names them and the fix."""

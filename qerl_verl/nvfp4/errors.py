@@ -1,4 +1,4 @@
-"""The one exception of checkpoint handling."""
+"""Defines the error of checkpoint handling."""
 
 
 class CheckpointError(ValueError):

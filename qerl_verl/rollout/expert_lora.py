@@ -45,7 +45,8 @@ def expert_adapter(layer: torch.nn.Module) -> ExpertAdapter | None:
     """The adapter in a layer; None where it has no room for one."""
     if getattr(layer, "qerl_lora_experts", None) is None:
         return None
-    return ExpertAdapter(*(getattr(layer, f"{_PREFIX}{buffer}") for buffer in _BUFFERS), layer.qerl_lora_scaling)
+    buffers = {buffer: getattr(layer, f"{_PREFIX}{buffer}") for buffer in _BUFFERS}
+    return ExpertAdapter(**buffers, scaling=layer.qerl_lora_scaling)
 
 
 def cut_expert_adapter(
@@ -63,6 +64,7 @@ def cut_expert_adapter(
         ValueError: a part is missing, has another shape, or a rank beyond the buffers'.
     """
     room = expert_adapter(layer)
+    assert room is not None, "the layer has no buffers"
     new = {buffer: torch.zeros_like(getattr(room, buffer)) for buffer in _BUFFERS}
     if not parts:
         return new

@@ -186,8 +186,8 @@ class AdapterStore:
         """
         found: dict[str, dict[tuple[int | None, str], torch.Tensor]] = {}
         of_experts: dict[str, dict[tuple[str, str], torch.Tensor]] = {}
-        tensors = dict(tensors)
-        for name, tensor in stack_experts(tensors).items():
+        given = dict(tensors)
+        for name, tensor in stack_experts(given).items():
             if parsed := parse_stacked(name):
                 module, part, stack = parsed
                 of_experts.setdefault(self._locate_experts(name, module), {})[stack, part] = tensor
@@ -196,9 +196,9 @@ class AdapterStore:
                 found.setdefault(layer, {})[index, part] = tensor
         for name, parts in of_experts.items():
             self._cut(name, parts, scaling)
-        for name, parts in found.items():
+        for name in found:
             try:
-                found[name] = split_fused(parts, projection_rows(self.layers[name]))
+                found[name] = split_fused(found[name], projection_rows(self.layers[name]))
             except ValueError as error:
                 raise ValueError(f"the adapter's {name} does not fit the rollout model: {error}") from error
             self._check(name, found[name])
@@ -206,7 +206,7 @@ class AdapterStore:
             self._write(layer, found.get(name, {}), scaling)
         for name, layer in self.experts.items():
             write_expert_adapter(layer, self._cut(name, of_experts.get(name, {}), scaling))
-        return len(tensors)
+        return len(given)
 
     def _cut(self, name: str, parts: dict[tuple[str, str], torch.Tensor], scaling: float) -> dict[str, torch.Tensor]:
         try:

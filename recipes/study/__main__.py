@@ -1,5 +1,6 @@
-"""``python -m qerl_verl.recipes.study prepare | run``: the study's data, start and runs. See
-docs/study.md."""
+"""Prepares and runs the study: ``python -m qerl_verl.recipes.study prepare | run``, see
+docs/study.md.
+"""
 
 from __future__ import annotations
 

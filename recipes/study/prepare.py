@@ -1,11 +1,11 @@
-"""Data and model of the study at SmolLM2's scale: a task that the model solves now and then, and a
-start that knows its form.
+"""Makes data and model of the study at SmolLM2's scale: a task that the model sometimes solves, and
+a start that knows its form.
 
 A problem is given with the beginning of its solution, so that at most ``remaining`` lines of it are
 left to write. GSM8K's training part is divided by row number. Even rows are for the supervised
 start and for GPTQ's calibration, odd rows for RL, so that RL trains on problems whose answers the
-model has not been shown. The first ``VALIDATION`` problems of the test part are the runs'
-validation, all of it is for the evaluation.
+model has not seen. The first ``VALIDATION`` problems of the test part are the runs' validation; all
+of it is for the evaluation.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ VALIDATION = 256
 
 
 def give_beginning(row: dict[str, Any], remaining: int) -> dict[str, Any]:
-    """A row of :func:`qerl_verl.data.gsm8k.rows` whose prompt holds the first lines of the
-    solution.
+    """Returns a row of :func:`qerl_verl.data.gsm8k.rows` with the first lines of the solution in
+    the prompt.
 
     Args:
         row: its ``extra_info.solution`` is the whole solution, with the line ``#### number``.
-        remaining: lines before that one that are left to write at most.
+        remaining: largest number of lines before that line that are left to write.
 
     Returns:
-        The row with the longer prompt and the rest of the solution; ``row`` itself where nothing is
-        given away.
+        The row with the longer prompt and the rest of the solution; ``row`` itself where no line is
+        given.
     """
     *lines, answer = row["extra_info"]["solution"].strip().split("\n")
     if len(lines) <= remaining:
@@ -46,7 +46,7 @@ def give_beginning(row: dict[str, Any], remaining: int) -> dict[str, Any]:
 
 
 def read_split(local_dir: Path | None, split: str) -> Iterator[dict[str, Any]]:
-    """Rows of verl's parquet, from ``local_dir/SPLIT.jsonl`` or the hub."""
+    """Yields the rows of verl's parquet, from ``local_dir/SPLIT.jsonl`` or the hub."""
     examples = read_jsonl(local_dir / f"{split}.jsonl") if local_dir else read_hub(DATA_SOURCE, "main", split)
     return rows(examples, split)
 
@@ -57,16 +57,16 @@ def _both_forms(row: dict[str, Any], remaining: int) -> list[dict[str, Any]]:
 
 
 def write_data(local_dir: Path | None, out: Path, remaining: int) -> dict[str, int]:
-    """Write start, train, validation and test.parquet into ``out``.
+    """Writes start, train, validation and test.parquet into ``out``.
 
     Args:
         local_dir: folder with GSM8K's train.jsonl and test.jsonl; None reads the hub.
         out: folder.
-        remaining: see :func:`give_beginning`. The supervised start sees each problem whole and so
+        remaining: see :func:`give_beginning`. The supervised start sees each problem whole and
             shortened.
 
     Returns:
-        File name -> rows.
+        File name -> number of rows.
     """
     train, test = list(read_split(local_dir, "train")), list(read_split(local_dir, "test"))
     shortened = [give_beginning(row, remaining) for row in test]
@@ -80,20 +80,20 @@ def write_data(local_dir: Path | None, out: Path, remaining: int) -> dict[str, i
 
 
 def train_start(model: str, data: Path, out: Path, epochs: float, lr: float, batch_size: int, seed: int = 0) -> dict:
-    """The supervised start: cross entropy of GSM8K's solutions after the prompt, in the chat
-    template, all weights.
+    """Trains the supervised start: cross entropy of GSM8K's solutions after the prompt, all
+    weights.
 
     Args:
         model: folder or name of the original model.
         data: ``start.parquet``.
-        out: where the model goes, in bfloat16, with its tokenizer.
+        out: folder for the model, in bfloat16, with its tokenizer.
         epochs: passes over the data.
         lr: peak learning rate of AdamW; warm-up over 3 % and cosine decay.
         batch_size: sequences of an update, divided over the GPUs of a ``torchrun``.
-        seed: of the order of the data.
+        seed: seed of the order of the data.
 
     Returns:
-        What was done, for the record; also written to ``out/start.json``.
+        A record of the training, which is also written to ``out/start.json``.
     """
     import pandas
     import torch

@@ -1,4 +1,4 @@
-"""Arms and seeds of the study as runs of ``verl.trainer.main_ppo``, several side by side."""
+"""Runs arms and seeds of the study with ``verl.trainer.main_ppo``, several side by side."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from qerl_verl.platform.signals import ends_on_signals
 
 HERE = Path(__file__).resolve().parent
 SHARED = ("common",)
-"""Files of this folder that are no arms."""
+"""Files of this folder that are not arms."""
 
 ARMS = tuple(sorted(file.stem for file in HERE.glob("*.yaml") if file.stem not in SHARED))
 SCALES = tuple(sorted(file.stem for file in (HERE / "scale").glob("*.yaml")))
 POLL_SECONDS = 2.0
 END_SECONDS = 60.0
-"""How long a run may take to end when it is told to."""
+"""Seconds that a run may take to end after it is told to."""
 HOST_GIB_PER_RUN = 10.5
 """Host memory of one run at SmolLM2's scale. Twelve runs reached 95 % of 125 GiB, where Ray
 begins to kill."""
@@ -36,15 +36,15 @@ class Run:
 
     @property
     def name(self) -> str:
-        """As the recipe's ``trainer.experiment_name``."""
+        """The recipe's ``trainer.experiment_name``."""
         return f"{self.arm}_s{self.seed}"
 
 
 def parse_arm(text: str) -> list[Run]:
-    """``nvfp4:1-3,7`` as runs; without seeds, seed 1.
+    """Parses text like ``nvfp4:1-3,7`` into runs; without seeds, seed 1.
 
     Raises:
-        SystemExit: an unknown arm, or seeds that are no numbers; the message says what there is.
+        SystemExit: an unknown arm, or seeds that are not numbers; the message lists the arms.
     """
     arm, _, seeds = text.partition(":")
     if arm not in ARMS:
@@ -59,17 +59,17 @@ def parse_arm(text: str) -> list[Run]:
 
 
 def metrics_file(out: Path, run: Run) -> Path:
-    """Where verl's file logger writes the run's metrics, one JSON object a step."""
+    """Returns the file of the run's metrics, with one JSON object for each step."""
     return out / "runs" / run.name / "metrics.jsonl"
 
 
 def is_finished(out: Path, run: Run) -> bool:
-    """Whether the run has ended by itself."""
+    """Returns whether the run has ended by itself."""
     return (out / "runs" / run.name / "finished.json").exists()
 
 
 def command(run: Run, out: Path, scale: str, overrides: Sequence[str]) -> list[str]:
-    """What a person would type for this run."""
+    """Returns the command that a person would type for this run."""
     return [
         sys.executable, "-m", "verl.trainer.main_ppo", "--config-path", "pkg://qerl_verl.recipes",
         "--config-name", f"study/{run.arm}", f"study/scale={scale}", f"study.out={out}", f"study.seed={run.seed}", *overrides,
@@ -85,23 +85,23 @@ def run_all(
     stagger: float,
     overrides: Sequence[str] = (),
 ) -> int:
-    """Run what has not finished yet, ``per_gpu`` side by side on each GPU, in the order given.
+    """Runs what has not finished, ``per_gpu`` side by side on each GPU, in the given order.
 
     Args:
         wanted: the runs.
         out: folder of the study.
         scale: a file of ``scale/``.
         gpus: names for ``CUDA_VISIBLE_DEVICES``; empty on a CPU.
-        per_gpu: runs side by side on one GPU.
+        per_gpu: number of runs side by side on one GPU.
         stagger: seconds between two starts.
         overrides: ``key=value`` for all runs.
 
     Returns:
-        0 if every run has finished, else 1. The log of a run is ``runs/NAME/log.txt``.
+        0 if every run has finished, otherwise 1. The log of a run is ``runs/NAME/log.txt``.
 
     Raises:
-        SystemExit: the host's memory does not take so many runs side by side; the message says how
-            many it takes.
+        SystemExit: the host's memory is too small for so many runs; the message gives the largest
+            number.
     """
     out = out.absolute()
     waiting = [run for run in wanted if not is_finished(out, run)]
@@ -150,10 +150,10 @@ def run_all(
 
 
 def most_side_by_side(available_gib: float, scale: str) -> int | None:
-    """How many runs the host's memory takes at once; None where it is not known for the scale.
+    """Returns how many runs fit into the host's memory; None where it is not known for the scale.
 
     Args:
-        available_gib: memory that is free, GiB.
+        available_gib: free memory in GiB.
         scale: a file of ``scale/``.
     """
     return max(1, int(available_gib / HOST_GIB_PER_RUN)) if scale == "smollm2" else None
@@ -173,7 +173,8 @@ def _check_host_memory(side_by_side: int, scale: str) -> None:
 
 
 def _end(running: Mapping[subprocess.Popen, tuple[Run, str | None, float]]) -> None:
-    """End what still runs, as SIGTERM ends a job with the switch: nothing of it stays behind."""
+    """Ends the remaining runs as SIGTERM ends a job with the switch, which leaves nothing
+    behind."""
     for process, (run, _, _) in running.items():
         print(f"{run.name}: ended with this command", flush=True)
         process.terminate()
