@@ -67,6 +67,18 @@ def test_a_broken_link_is_found(tmp_path):
     assert broken_links(page) == ["#none", "no.md"]
 
 
+GENERATED = re.compile(r"<!-- (\w+) -->.*?<!-- end of \1 -->", re.DOTALL)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_prose_keeps_the_rules_that_a_program_can_check(page):
+    """CONTRIBUTING.md, Prose: lines of 100 outside of tables, no sentence that opens with "Of"."""
+    lines = GENERATED.sub("", prose(page)).splitlines()
+    text = [line for line in lines if not re.match(r"\s*(\||!\[|<!--)", line)]
+    assert [line for line in text if len(line) > 100] == []
+    assert [line for line in lines if re.search(r"(^|[.:;!?|] |^\s*[-*] |\*\*)Of [a-z]", line)] == []
+
+
 TOPS = ("kernels", "qerl_verl", "tests", "benchmarks", "recipes", "docs", "requirements")
 PARTS = sorted(path.name for path in (ROOT / "qerl_verl").iterdir() if path.is_dir())
 
