@@ -43,6 +43,8 @@ def make_probe():
         import torch
         from vllm import ir
 
+        from qerl_verl.aqn.noise import Noise
+
         model = worker.model_runner.get_model()
         device = next(model.parameters()).device
         injector = worker._qerl_noise_injector()
@@ -71,13 +73,13 @@ def make_probe():
         changes = []
         with ir.enable_torch_wrap(path != "compiled"), torch.no_grad():
             for seed, name in enumerate(list(injector.targets)[:8]):
-                injector.set_noise(7, 1, sigma)
+                injector.set_noise(Noise(7, 1, sigma))
                 norm = model.get_submodule(name)
                 noised = slopes(norm, seed)
                 norm.qerl_weight.copy_(norm.weight)
                 changes.append(noised - slopes(norm, seed))
                 torch._dynamo.reset()
-        injector.set_noise(7, 1, 0.0)
+        injector.set_noise(Noise(7, 1, 0.0))
         first, second = torch.cat(changes, dim=1)
         both = (first + second) / 2
         # the covariance of the halves excludes what rounding the outputs adds to each

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from qerl_verl.config.settings import AQNSettings, Rounding, Unit
 from qerl_verl.nvfp4.architectures import Architecture
 
 
@@ -140,6 +141,33 @@ class NoiseTarget:
         return self.clean.detach().float().cpu() + self.offset
 
 
+@dataclass(frozen=True)
+class Noise:
+    """The noise of a training step, as the trainer tells it to the engines.
+
+    Attributes:
+        seed: ``qerl.aqn.seed``.
+        step: the training step that samples under it.
+        sigma: standard deviation, in ``unit``; 0 is no noise.
+        unit: ``absolute``, or ``relative`` to the root mean square of each norm's effective weight.
+        rounding: ``none``, or ``weight``: the noised weight is rounded to the dtype of the clean
+            one.
+        router: whether norms that feed a router of experts also receive noise.
+    """
+
+    seed: int
+    step: int
+    sigma: float
+    unit: Unit = "absolute"
+    rounding: Rounding = "none"
+    router: bool = False
+
+    @classmethod
+    def of(cls, settings: AQNSettings, step: int, sigma: float) -> Noise:
+        """Returns the noise of a step under a run's settings."""
+        return cls(settings.seed, step, sigma, settings.unit, settings.rounding, settings.router)
+
+
 class NoiseInjector:
     """Applies noise to norms and removes it, always starting from the clean weights.
 
@@ -153,48 +181,33 @@ class NoiseInjector:
         self._noised = dict(targets)  # targets of the last noise
 
     @torch.no_grad()
-    def set_noise(
-        self,
-        seed: int,
-        step: int,
-        sigma: float,
-        unit: str = "absolute",
-        rounding: str = "none",
-        router: bool = False,
-    ) -> None:
-        """Sets every live weight to the effective one plus the noise of ``step``.
+    def set_noise(self, noise: Noise) -> None:
+        """Sets every live weight to the effective one plus the noise of a step.
 
         With ``sigma`` 0 the result is exactly the effective weight. Live weights are changed in
         place, so captured CUDA graphs see the change.
-
-        Args:
-            seed: see :func:`draw_noise`.
-            step: see :func:`draw_noise`.
-            sigma: standard deviation, in ``unit``.
-            unit: ``absolute``, or ``relative`` to the root mean square of each norm's effective
-                weight.
-            rounding: ``none``, or ``weight``: the sum is rounded to the dtype of the clean weight.
-            router: whether norms that feed a router also receive noise.
 
         Raises:
             FloatingPointError: a noised weight, which the message names, is not finite. No target
                 has changed in that case.
         """
         values = {}
-        noised = {n: target for n, target in self.targets.items() if router or n not in self._router_norms}
+        noised = {n: target for n, target in self.targets.items() if noise.router or n not in self._router_norms}
         for name, target in self.targets.items():
             value = target.effective()
-            if sigma and name in noised:
-                scale = root_mean_square(value) if unit == "relative" else 1.0
-                value = value + draw_noise(seed, step, name, value.numel(), sigma * scale)
-                if rounding == "weight":
+            if noise.sigma and name in noised:
+                scale = root_mean_square(value) if noise.unit == "relative" else 1.0
+                value = value + draw_noise(noise.seed, noise.step, name, value.numel(), noise.sigma * scale)
+                if noise.rounding == "weight":
                     value = (value - target.offset).to(target.clean.dtype).float() + target.offset
                 if not torch.isfinite(value).all():
-                    raise FloatingPointError(f"the noise of step {step} makes {name}.weight non-finite (sigma {sigma})")
+                    raise FloatingPointError(
+                        f"the noise of step {noise.step} makes {name}.weight non-finite (sigma {noise.sigma})"
+                    )
             values[name] = value
         for name, target in self.targets.items():
             target.live.copy_(values[name])
-            target.switch(bool(sigma) and name in noised)
+            target.switch(bool(noise.sigma) and name in noised)
         self._noised = noised
 
     @torch.no_grad()

@@ -6,7 +6,7 @@ Importable without torch, verl or vLLM.
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -120,6 +120,6 @@ def _values(source: ConfigSource, path: str, package: str | None) -> dict[str, A
     return {key: value for key, value in flatten(content, package or "").items() if value != {}}
 
 
-def is_written(key: str, keys: set[str]) -> bool:
+def is_written(key: str, keys: Collection[str]) -> bool:
     """Whether ``key``, or a group that it lies in, is among the keys that the user wrote."""
     return any(key == written or key.startswith(f"{written}.") for written in keys)

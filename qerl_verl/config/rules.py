@@ -316,6 +316,14 @@ def _loads_from_disk(run: Run) -> bool:
     return run.get(f"{ROLLOUT}.load_format") == "dummy" or run.arm.load_format != "safetensors"
 
 
+def _has(key: str) -> When:
+    return lambda run: run.get(key) is not None
+
+
+def _trains_without_liger(model: str) -> When:
+    return lambda run: model in run.models and run.arm.name != "bf16"
+
+
 def _why_no_liger(run: Run) -> str:
     why = f"{run.arm.base} models run without Liger"
     if run.arm.container:
@@ -354,10 +362,10 @@ REQUIREMENTS = (
     Requirement(f"{ROLLOUT}.engine_kwargs.vllm.worker_extension_cls", _if_absent(WORKER_EXTENSION),
                 "the noise in the engine"),
     *(Requirement(f"{model}.use_liger", lambda now, run: False if now else now, _why_no_liger,
-                  lambda run, model=model: model in run.models and run.arm.name != "bf16")
+                  _trains_without_liger(model))
       for model in (MODEL, CRITIC)),
     *(Requirement(f"{checkpoint}.save_lora_only", _to(True), "the base is frozen",
-                  lambda run, checkpoint=checkpoint: run.get(checkpoint) is not None)
+                  _has(checkpoint))
       for checkpoint in (f"{ACTOR}.checkpoint", "critic.checkpoint")),
     *(Requirement(f"{checkpoint}.save_contents", _without_hf_model,
                   "a checkpoint holds no base to write a model from; `qerl export` writes one that is merged")

@@ -28,6 +28,8 @@ __all__ = [
 
 Format = Literal["nvfp4", "mxfp4", "bf16", "nf4"]
 Kernel = Literal["auto", "hopper", "triton", "pytorch"]
+Unit = Literal["absolute", "relative"]
+Rounding = Literal["none", "weight"]
 RolloutKernel = Literal["auto", "hopper", "triton", "pytorch", "marlin"]
 
 KERNELS: tuple[str, ...] = typing.get_args(Kernel)
@@ -77,17 +79,15 @@ class AQNSettings:
         "`adaptive` has no stages: sigma follows `target_kl` between the two bounds",
         defines_policy=True,
     )
-    seed: int = setting(
-        42, "determines the noise, together with the step and the layer", defines_policy=True
-    )
-    unit: Literal["absolute", "relative"] = setting(
+    seed: int = setting(42, "determines the noise, together with the step and the layer", defines_policy=True)
+    unit: Unit = setting(
         "absolute",
         "unit of sigma: `absolute`, as in the paper, or `relative` to the root mean square of each "
         "norm's weight, which differs by an order of magnitude between models. A line at the start "
         "of the run tells both",
         defines_policy=True,
     )
-    rounding: Literal["none", "weight"] = setting(
+    rounding: Rounding = setting(
         "none",
         "`none`: the noise acts in float32 as it is drawn. `weight`: the noised weight is rounded "
         "to the dtype of the norm's weight, as in implementations that write the noise into a "

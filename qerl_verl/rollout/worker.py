@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import torch
 from verl.utils.device import get_device_name
 from verl.workers.rollout.vllm_rollout.utils import VLLM_LORA_INT_ID, vLLMColocateWorkerExtension
 
-from qerl_verl.aqn.noise import NoiseInjector, find_noise_targets, find_router_norms
+from qerl_verl.aqn.noise import Noise, NoiseInjector, find_noise_targets, find_router_norms
 from qerl_verl.engine.finite import first_nonfinite
 from qerl_verl.lora.wire import take_config
 from qerl_verl.nvfp4.architectures import Architecture, get_architecture
@@ -130,25 +131,20 @@ class QeRLWorkerExtension(vLLMColocateWorkerExtension):
                 digest.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
-    def qerl_set_noise(
-        self,
-        seed: int,
-        step: int,
-        sigma: float,
-        unit: str = "absolute",
-        rounding: str = "none",
-        router: bool = False,
-    ) -> dict[str, float]:
+    def qerl_set_noise(self, *arguments: Any, **named: Any) -> dict[str, float]:
         """Applies the noise of a training step to the norms of this worker's part of the model.
 
         ``sigma`` 0 removes the noise. Every rank draws the same values, see
         :func:`qerl_verl.aqn.noise.draw_noise`. The engine must be awake.
 
+        Args:
+            arguments, named: those of :class:`qerl_verl.aqn.noise.Noise`.
+
         Returns:
             The noise in effect, see :meth:`qerl_verl.aqn.noise.NoiseInjector.measure`.
         """
         injector = self._qerl_noise_injector()
-        injector.set_noise(seed, step, sigma, unit, rounding, router)
+        injector.set_noise(Noise(*arguments, **named))
         return injector.measure()
 
     def qerl_norm_weights(self) -> dict[str, list[float]]:

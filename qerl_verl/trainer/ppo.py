@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from concurrent import futures
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import ray
@@ -26,7 +27,7 @@ from verl.utils.ray_utils import auto_await
 
 from qerl_verl.aqn.adaptive import AdaptiveSigma
 from qerl_verl.aqn.divergence import measure_samples, truncation_bounds
-from qerl_verl.aqn.noise import combine, describe_size
+from qerl_verl.aqn.noise import Noise, combine, describe_size
 from qerl_verl.aqn.schedule import AQNSchedule
 from qerl_verl.config.callback import say
 from qerl_verl.config.settings import ADAPTIVE, QeRLSettings
@@ -388,9 +389,7 @@ class AQNTrainerMixin(RunLengthMixin, RunRecordMixin, WholeCheckpointsMixin):
         if not self.qerl_settings.aqn.enable:
             return []
         servers = [replica.server_handle for replica in replicas]
-        aqn = self.qerl_settings.aqn
-        arguments = {"seed": aqn.seed, "step": step, "sigma": sigma, "unit": aqn.unit, "rounding": aqn.rounding}
-        arguments["router"] = aqn.router
+        arguments = asdict(Noise.of(self.qerl_settings.aqn, step, sigma))
         acting = ray.get([s.qerl_set_noise.remote(**arguments) for s in servers])
         ray.get([s.clear_kv_cache.remote() for s in servers])
         return [worker for server in acting for worker in server]

@@ -9,6 +9,7 @@ from tiny_families import make_config
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from qerl_verl.aqn.noise import (
+    Noise,
     NoiseInjector,
     NoiseTarget,
     combine,
@@ -17,6 +18,7 @@ from qerl_verl.aqn.noise import (
     find_noise_targets,
     find_router_norms,
 )
+from qerl_verl.config.settings import AQNSettings
 from qerl_verl.nvfp4.architectures import get_architecture
 
 CONFIG = dict(
@@ -109,7 +111,7 @@ def test_a_norm_that_feeds_a_router_has_noise_where_it_is_wanted():
     }
     injector = NoiseInjector(targets, routed)
     for router in (True, False):
-        injector.set_noise(seed=1, step=1, sigma=0.1, router=router)
+        injector.set_noise(Noise(seed=1, step=1, sigma=0.1, router=router))
         noised = {name for name, target in targets.items() if not torch.equal(target.live, target.clean)}
         assert noised == {name for name, on in switched.items() if on} == set(names) - (set() if router else routed)
         assert injector.measure()["absolute"] == pytest.approx(0.1, rel=0.1)
@@ -144,14 +146,14 @@ def test_noise_is_added_to_the_clean_weights_each_time_and_comes_off_bit_for_bit
     clean = {n: p.detach().float() for n, p in model.named_parameters()}
     targets, injector = targets_and_injector(model)
     for step in (1, 2, 3):
-        injector.set_noise(seed=9, step=step, sigma=0.1)
+        injector.set_noise(Noise(seed=9, step=step, sigma=0.1))
         for name, target in targets.items():
             expected = clean[f"{name}.weight"] + draw_noise(9, step, name, target.live.numel(), 0.1)
             assert torch.equal(target.live, expected), (step, name)
     for name, parameter in model.named_parameters():
         if name.removesuffix(".weight") not in targets:
             assert torch.equal(parameter, clean[name]), name
-    injector.set_noise(seed=9, step=3, sigma=0.0)
+    injector.set_noise(Noise(seed=9, step=3, sigma=0.0))
     assert all(torch.equal(p, clean[n]) for n, p in model.named_parameters())
 
 
@@ -163,7 +165,7 @@ def test_one_draw_serves_q_k_and_v_as_row_noise_of_their_weights(model):
     layer, x = model.model.layers[0], torch.randn(5, 64, dtype=torch.float64)
     w = layer.input_layernorm.weight.detach().clone()
     before = layer.input_layernorm(x).detach()
-    targets_and_injector(model)[1].set_noise(seed=1, step=1, sigma=0.05)
+    targets_and_injector(model)[1].set_noise(Noise(seed=1, step=1, sigma=0.05))
     z = draw_noise(1, 1, "model.layers.0.input_layernorm", 64, 0.05).double()
     for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
         noised = projection(layer.input_layernorm(x).double())
@@ -173,7 +175,7 @@ def test_one_draw_serves_q_k_and_v_as_row_noise_of_their_weights(model):
 def test_a_non_finite_result_is_refused_and_nothing_changes(model):
     targets, injector = targets_and_injector(model)
     with pytest.raises(FloatingPointError, match="step 4 makes model.layers.0.input_layernorm.weight non-finite"):
-        injector.set_noise(seed=1, step=4, sigma=float("inf"))
+        injector.set_noise(Noise(seed=1, step=4, sigma=float("inf")))
     assert all(torch.equal(t.live, t.clean.float()) for t in targets.values())
 
 
@@ -191,7 +193,7 @@ def make_targets(*sizes, hidden=2**16):
 def test_relative_noise_is_in_units_of_each_norms_own_weight():
     targets = make_targets(0.25, 4.0)
     injector = NoiseInjector(targets)
-    injector.set_noise(seed=3, step=2, sigma=0.01, unit="relative")
+    injector.set_noise(Noise(seed=3, step=2, sigma=0.01, unit="relative"))
     for name, size in (("norm0", 0.25), ("norm1", 4.0)):
         z = targets[name].live - size
         torch.testing.assert_close(z, draw_noise(3, 2, name, z.numel(), 0.01 * size), rtol=0, atol=2**-21)
@@ -206,7 +208,7 @@ def test_what_acts_is_read_from_the_live_weights():
     assert injector.measure() == {
         "absolute": 0.0, "relative": 0.0, "weight_min": 0.25, "weight_median": 1.0, "weight_max": 4.0,
     }  # fmt: skip
-    injector.set_noise(seed=3, step=2, sigma=0.01)
+    injector.set_noise(Noise(seed=3, step=2, sigma=0.01))
     assert injector.measure()["absolute"] == pytest.approx(0.01, rel=0.01)
     for target in targets.values():
         target.live.copy_(target.live.bfloat16())  # a 16-bit weight
@@ -216,11 +218,11 @@ def test_what_acts_is_read_from_the_live_weights():
 def test_rounding_to_the_weights_dtype_takes_small_noise_off():
     targets = make_targets(1.5, 3.0)
     injector = NoiseInjector(targets)
-    injector.set_noise(seed=3, step=2, sigma=5e-4, rounding="weight")
+    injector.set_noise(Noise(seed=3, step=2, sigma=5e-4, rounding="weight"))
     for target in targets.values():
         assert torch.equal(target.live, target.live.bfloat16().float())
     assert injector.measure()["absolute"] < 5e-5
-    injector.set_noise(seed=3, step=2, sigma=5e-4)
+    injector.set_noise(Noise(seed=3, step=2, sigma=5e-4))
     assert injector.measure()["absolute"] == pytest.approx(5e-4, rel=0.01)
 
 
@@ -228,7 +230,7 @@ def test_the_norm_is_told_whether_it_is_noised():
     told, weight = [], torch.ones(8)
     injector = NoiseInjector({"norm": NoiseTarget(clean=weight, live=weight.clone(), switch=told.append)})
     for sigma in (0.1, 0.0):
-        injector.set_noise(seed=1, step=1, sigma=sigma)
+        injector.set_noise(Noise(seed=1, step=1, sigma=sigma))
     assert told == [True, False]
 
 
@@ -260,6 +262,12 @@ def test_rounding_is_that_of_the_stored_weight():
     """A 16-bit norm that multiplies by 1 + weight rounds the weight, and not the sum."""
     clean = torch.full((64,), 0.01, dtype=torch.bfloat16)
     target = NoiseTarget(clean=clean, live=clean.float() + 1.0, offset=1.0)
-    NoiseInjector({"norm": target}).set_noise(seed=1, step=1, sigma=1e-3, rounding="weight")
+    NoiseInjector({"norm": target}).set_noise(Noise(seed=1, step=1, sigma=1e-3, rounding="weight"))
     noised = (clean.float() + draw_noise(1, 1, "norm", 64, 1e-3)).bfloat16().float()
     torch.testing.assert_close(target.live - 1.0, noised, rtol=0, atol=2**-23)
+
+
+def test_the_noise_of_a_step_follows_the_settings():
+    settings = AQNSettings(seed=7, unit="relative", rounding="weight", router=True)
+    assert Noise.of(settings, 3, 0.1) == Noise(7, 3, 0.1, "relative", "weight", True)
+    assert Noise.of(AQNSettings(), 1, 0.0) == Noise(42, 1, 0.0)

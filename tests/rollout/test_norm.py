@@ -8,7 +8,7 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.custom_op import op_registry_oot
 from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
 
-from qerl_verl.aqn.noise import NoiseInjector, draw_noise
+from qerl_verl.aqn.noise import Noise, NoiseInjector, draw_noise
 from qerl_verl.aqn.schedule import AQNSchedule
 from qerl_verl.config.settings import AQNSettings
 from qerl_verl.platform.compilers import missing_compiler
@@ -75,9 +75,9 @@ def acting_noise(norm, noise, **arguments):
 
     Rounding the outputs adds an independent error to each half, which their covariance excludes.
     """
-    noise.set_noise(**arguments | {"sigma": 0.0})
+    noise.set_noise(Noise(**arguments | {"sigma": 0.0}))
     clean = effective_weight(norm)
-    noise.set_noise(**arguments)
+    noise.set_noise(Noise(**arguments))
     first, second = effective_weight(norm) - clean
     both = (first + second) / 2
     variance = ((first - first.mean()) * (second - second.mean())).mean().item()
@@ -104,14 +104,14 @@ def test_every_norm_of_vllms_takes_noise_on_what_it_multiplies_by(stock):
     noise = injector(norm)
     for _ in range(2):
         assert torch.equal(outputs(norm), outputs(plain))
-        noise.set_noise(seed=1, step=1, sigma=0.1)
+        noise.set_noise(Noise(seed=1, step=1, sigma=0.1))
         effective = clean.double() + norm.qerl_offset + draw_noise(1, 1, next(iter(noise.targets)), 512, 0.1).double()
         expected = x.double() * (x.double().square().mean(-1, keepdim=True) + norm.variance_epsilon).rsqrt() * effective
         # a rounding to bfloat16
         torch.testing.assert_close(norm(x.clone()).double(), expected, rtol=2**-8, atol=0)
         assert noise.measure()["absolute"] == pytest.approx(0.1, rel=0.1)
-        noise.set_noise(seed=1, step=1, sigma=0.0)
-    noise.set_noise(seed=1, step=1, sigma=0.1)
+        noise.set_noise(Noise(seed=1, step=1, sigma=0.0))
+    noise.set_noise(Noise(seed=1, step=1, sigma=0.1))
     norm.qerl_reset()  # after the base was read from disk again
     assert torch.equal(outputs(norm), outputs(plain)) and torch.equal(norm.qerl_weight, live)
 
@@ -164,7 +164,7 @@ def test_every_stage_of_the_default_schedule_is_what_the_live_weight_holds():
     noise = injector(norm)
     for step in range(1, 11):
         sigma = schedule.sigma(step)
-        noise.set_noise(seed=42, step=step, sigma=sigma)
+        noise.set_noise(Noise(seed=42, step=step, sigma=sigma))
         assert noise.measure()["absolute"] == pytest.approx(sigma, rel=0.02)
         z = norm.qerl_weight - clean.float()
         assert abs(z.mean()) <= 3 * sigma / hidden**0.5
@@ -184,10 +184,10 @@ def test_without_noise_the_bits_are_vllms(dtype):
         assert torch.equal(norm(x.clone()), stock(x.clone()))
         both = zip(norm(x.clone(), residual.clone()), stock(x.clone(), residual.clone()), strict=True)
         assert all(torch.equal(a, b) for a, b in both)
-        noise.set_noise(seed=1, step=1, sigma=0.1)
+        noise.set_noise(Noise(seed=1, step=1, sigma=0.1))
         assert not torch.equal(norm(x.clone()), stock(x.clone()))
         assert torch.equal(norm.weight, clean)
-        noise.set_noise(seed=1, step=1, sigma=0.0)
+        noise.set_noise(Noise(seed=1, step=1, sigma=0.0))
 
 
 @SLOW
@@ -235,7 +235,7 @@ def test_on_a_gpu_vllms_batch_invariant_kernel_gets_the_float32_weight(monkeypat
     stock = [(torch.bfloat16, False), (torch.bfloat16, True)]
     assert seen == (stock if batch_invariant == "1" else [])
     seen.clear()
-    injector(norm).set_noise(seed=1, step=1, sigma=0.1)
+    injector(norm).set_noise(Noise(seed=1, step=1, sigma=0.1))
     assert torch.equal(norm.forward_cuda(x), norm.forward_native(x.clone()))
     y, total = norm.forward_cuda(x, residual)
     assert torch.equal(total, x + residual)
