@@ -45,8 +45,8 @@ def make_stacks(shape: dict, device: str) -> tuple[ExpertStack, ExpertStack]:
     for n, k in ((2 * shape["inner"], shape["hidden"]), (shape["hidden"], shape["inner"])):
         packed = torch.randint(0, 256, (count, n, k // 2), dtype=torch.uint8, device=device)
         scale = (torch.rand(count, n, k // 16, device=device) * 300 + 20).to(torch.float8_e4m3fn)
-        alpha = (torch.rand(count, device=device) + 0.5) / (400 * k**0.5)
-        stacks.append(ExpertStack(packed, scale, alpha))
+        factors = (torch.rand(count, device=device) + 0.5) / (400 * k**0.5)
+        stacks.append(ExpertStack(packed, scale, factors))
     return tuple(stacks)
 
 
@@ -55,7 +55,7 @@ def bf16(gate_up: ExpertStack, down: ExpertStack):
     from vllm.model_executor.layers.fused_moe.fused_moe import fused_experts
 
     decoded = [
-        torch.stack([s.block_values(e, torch.float32) * s.alpha[e] for e in range(len(s.packed))]).to(DTYPE)
+        torch.stack([s.block_values(e, torch.float32) * s.factors[e] for e in range(len(s.packed))]).to(DTYPE)
         for s in (gate_up, down)
     ]
     return lambda x, weights, chosen: fused_experts(x, *decoded, weights, chosen)
@@ -72,8 +72,8 @@ def marlin(gate_up: ExpertStack, down: ExpertStack):
         num_experts=count, hidden_size=hidden, intermediate_size_per_partition=2 * half, params_dtype=DTYPE
     )
     w13, s13, g13, w2, s2, g2 = prepare_nvfp4_moe_layer_for_marlin(
-        layer=layer, w13=gate_up.packed, w13_scale=gate_up.scale, w13_scale_2=gate_up.alpha,
-        w2=down.packed, w2_scale=down.scale, w2_scale_2=down.alpha, is_act_and_mul=True,
+        layer=layer, w13=gate_up.packed, w13_scale=gate_up.scale, w13_scale_2=gate_up.factors,
+        w2=down.packed, w2_scale=down.scale, w2_scale_2=down.factors, is_act_and_mul=True,
     )  # fmt: skip
     quant_type = scalar_types.float4_e2m1f.id
 

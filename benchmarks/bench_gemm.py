@@ -34,6 +34,7 @@ import torch
 from qerl_verl.kernels import hopper
 from qerl_verl.kernels.hopper import launch, tuning
 from qerl_verl.kernels.nvfp4_dequantize import block_values_nvfp4
+from qerl_verl.kernels.packed_weight import PackedWeight
 
 SHAPES = {
     "7B qkv": (4608, 3584), "7B o": (3584, 3584), "7B gate_up": (37888, 3584), "7B down": (3584, 18944),
@@ -59,7 +60,7 @@ ENDS = {
 RANK = 32
 TOKENS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 ROTATE_BYTES = 256 << 20
-ALPHA = 1 / 640.0
+GLOBAL_SCALE = 640.0
 
 
 def time_calls(call, copies: int, target_us: float, replays: int = 7) -> float:
@@ -89,7 +90,7 @@ def time_calls(call, copies: int, target_us: float, replays: int = 7) -> float:
 def make_weight(n: int, k: int):
     packed = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device="cuda")
     scale = (torch.rand(n, k // 16, device="cuda") * 300 + 20).to(torch.float8_e4m3fn).view(torch.uint8)
-    return packed, scale, *hopper.prepack(packed, scale)
+    return packed, scale, PackedWeight(*hopper.prepack(packed, scale), GLOBAL_SCALE)
 
 
 def reference_error(y, x, packed, scale, bias=None, rows: int = 4096, adapter=None) -> float:
@@ -101,7 +102,7 @@ def reference_error(y, x, packed, scale, bias=None, rows: int = 4096, adapter=No
         else torch.cat((torch.arange(rows // 2, device="cuda"), torch.arange(n - rows // 2, n, device="cuda")))
     )
     weight = block_values_nvfp4(packed[index], scale[index], torch.float64)
-    expected = x.double() @ weight.t() * ALPHA
+    expected = x.double() @ weight.t() / GLOBAL_SCALE
     if bias is not None:
         expected += bias[index].double()
     if adapter is not None:
@@ -150,7 +151,7 @@ def marlin_call(packed, scale, n: int, k: int):
     layer.output_size_per_partition, layer.input_size_per_partition, layer.params_dtype = n, k, torch.bfloat16
     layer.weight = torch.nn.Parameter(packed.clone(), requires_grad=False)
     layer.weight_scale = torch.nn.Parameter(scale.clone().view(torch.float8_e4m3fn), requires_grad=False)
-    layer.weight_global_scale = torch.nn.Parameter(torch.tensor(ALPHA, device="cuda"), requires_grad=False)
+    layer.weight_global_scale = torch.nn.Parameter(torch.tensor(1.0 / GLOBAL_SCALE, device="cuda"), requires_grad=False)
     prepare_fp4_layer_for_marlin(layer)
     return lambda x: apply_fp4_marlin_linear(
         x, layer.weight, layer.weight_scale, layer.weight_global_scale, layer.workspace, n, k
@@ -198,13 +199,14 @@ def measure_shape(name: str, args: argparse.Namespace, result: dict) -> None:
     """Adds the times of one weight shape to ``result`` and prints them."""
     n, k = SHAPES[name]
     sms = torch.cuda.get_device_properties(0).multi_processor_count
-    packed, scale, packed_p, scale_p = make_weight(n, k)
+    packed, scale, weight = make_weight(n, k)
     copies = max(2, math.ceil(ROTATE_BYTES / (n * k * 9 / 16)))
-    weights = [(packed_p, scale_p)] + [(packed_p.clone(), scale_p.clone()) for _ in range(copies - 1)]
+    more = range(copies - 1)
+    weights = [weight, *(PackedWeight(weight.packed.clone(), weight.scale.clone(), GLOBAL_SCALE) for _ in more)]
     dense_copies = max(2, math.ceil(ROTATE_BYTES / (n * k * 2)))
     dense = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) for _ in range(dense_copies)]
 
-    us = time_calls(lambda i: hopper.block_values(*weights[i]), copies, n * k * 2.56 / 4e6)
+    us = time_calls(lambda i: hopper.block_values(*weights[i][:2]), copies, n * k * 2.56 / 4e6)
     rate = n * k * (2 + 9 / 16) / us * 1e-6
     of_copy = rate / result["copy_TB_per_s"]
     result["dequantize"].append({"shape": name, "n": n, "k": k, "us": us, "TB_per_s": rate, "of_copy": of_copy})
@@ -214,10 +216,10 @@ def measure_shape(name: str, args: argparse.Namespace, result: dict) -> None:
         def product(i):
             if args.between:
                 x.mul_(1.0)
-            return launch.run_plan(x, *weights[i], ALPHA, None, plan, args.pdl, lora=lora, how=how)
+            return launch.run_plan(x, weights[i], None, plan, args.pdl, lora=lora, how=how)
 
         lora = adapter.lora if adapter else None
-        y = launch.run_plan(x, packed_p, scale_p, ALPHA, None, plan, args.pdl, lora=lora)
+        y = launch.run_plan(x, weight, None, plan, args.pdl, lora=lora)
         error = reference_error(y, x, packed, scale, rows=512 if args.sweep else 4096, adapter=adapter)
         us = time_calls(
             product,

@@ -276,6 +276,7 @@ def gemm_user(args) -> None:
     from vllm.device_allocator.cumem import CuMemAllocator
 
     from qerl_verl.kernels import hopper
+    from qerl_verl.kernels.packed_weight import PackedWeight
     from qerl_verl.sharing.channel import SharedBase
 
     wait_for("go")
@@ -295,12 +296,13 @@ def gemm_user(args) -> None:
     copies = [t.clone() for t in shared]
     x = torch.randn(m, k, device=device, dtype=torch.bfloat16)
 
-    def graph_of(weight):
-        hopper.gemm(x, *weight, 1e-4)
+    def graph_of(pair):
+        weight = PackedWeight(*pair, 1e4)
+        hopper.gemm(x, weight)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            y = hopper.gemm(x, *weight, 1e-4)
+            y = hopper.gemm(x, weight)
         return graph, y
 
     def microseconds(graph) -> float:

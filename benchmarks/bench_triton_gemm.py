@@ -16,8 +16,9 @@ import time
 from pathlib import Path
 
 import torch
-from bench_gemm import ALPHA, ROTATE_BYTES, SHAPES, environment, geomean, time_calls
+from bench_gemm import GLOBAL_SCALE, ROTATE_BYTES, SHAPES, environment, geomean, time_calls
 
+from qerl_verl.kernels.packed_weight import PackedWeight
 from qerl_verl.kernels.triton import tuning
 from qerl_verl.kernels.triton.nvfp4_gemm import run_plan
 
@@ -26,10 +27,10 @@ NAMES = ("7B qkv", "8B gate_up", "8B down")
 TOKENS = (1, 16, 32, 64, 128, 256, 512, 1024)
 
 
-def random_weight(n: int, k: int):
+def random_weight(n: int, k: int) -> PackedWeight:
     packed = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device=DEVICE)
     scale = (torch.rand(n, k // 16, device=DEVICE) * 300 + 20).to(torch.float8_e4m3fn).view(torch.uint8)
-    return packed, scale
+    return PackedWeight(packed, scale, GLOBAL_SCALE)
 
 
 def copies(nbytes: int) -> int:
@@ -47,7 +48,7 @@ def measure_plans(m: int, plans: dict, weights, dense) -> dict:
     x, about = torch.randn(m, k, device=DEVICE, dtype=torch.bfloat16), floor_us(m, n, k)
 
     def timed(plan) -> float:
-        return time_calls(lambda i: run_plan(x, *weights[i], ALPHA, None, None, None, plan), len(weights), about, 5)
+        return time_calls(lambda i: run_plan(x, weights[i], None, None, None, plan), len(weights), about, 5)
 
     cublas = time_calls(lambda i: torch.mm(x, dense[i].t()), len(dense), about, 5)
     return {"cublas": cublas} | {way: timed(plan) for way, plan in (plans | {"dequantize": tuning.DEQUANTIZE}).items()}

@@ -1,10 +1,9 @@
-"""Which kernels compute an NVFP4 linear layer: one decision for each layer, made when it is built,
-for actor and rollout alike.
+"""Which kernels compute an NVFP4 linear layer: one decision for each layer of actor and rollout.
 
-:func:`choose_backend` decides, and :class:`KernelCount` counts what was decided. A backend owns the
-layout of the weight: ``prepack`` turns the checkpoint's bytes into it, once and at the same size,
-and everything else takes what ``prepack`` gave. So a layer of the actor and one of the rollout
-engine could share a weight.
+:func:`choose_backend` decides when a layer is built, and :class:`KernelCount` counts the decisions.
+A backend owns the layout of the weight: ``prepack`` makes it of the checkpoint's bytes, once and at
+the same size, and all other methods take what ``prepack`` gave. A layer of the actor and one of the
+rollout engine can therefore share a weight.
 """
 
 from __future__ import annotations
@@ -20,10 +19,15 @@ from qerl_verl.kernels import triton as triton_kernels
 from qerl_verl.kernels.nvfp4_dequantize import block_values_nvfp4
 from qerl_verl.kernels.nvfp4_linear import nvfp4_linear_reference
 from qerl_verl.kernels.nvfp4_lora_linear import add_lora_reference
+from qerl_verl.kernels.packed_weight import PackedWeight
 
 
 class Candidate:
-    """What :func:`choose_backend` asks of anything that can compute an NVFP4 linear layer."""
+    """Something that can compute an NVFP4 linear layer, as :func:`choose_backend` sees it.
+
+    The methods ``unsupported_...`` ask whether it serves a device, a weight or an adapter. Each
+    gives a reason against it in one line, or None.
+    """
 
     name: str
     """As in the settings ``qerl.kernel`` and ``qerl.rollout.kernel``."""
@@ -33,28 +37,24 @@ class Candidate:
     lora_rank_multiple = 1
 
     takes_adapter = False
-    """Whether its kernel is meant to compute the adapter along with the base, so that whoever
-    insists on it insists on that."""
+    """Whether its kernel is meant to compute the adapter along with the base. A setting that names
+    this candidate then insists on that."""
 
     def padded_rank(self, rank: int) -> int:
-        """The rank that an adapter's buffers have: the next multiple of ``lora_rank_multiple``."""
+        """The rank of an adapter's buffers: the next multiple of ``lora_rank_multiple``."""
         return -(-rank // self.lora_rank_multiple) * self.lora_rank_multiple
 
     def unsupported_device(self, device: torch.device) -> str | None:
-        """Why nothing runs on ``device``, one line, or None. Compiles what has to be compiled."""
+        """Why nothing runs on ``device``, or None. Compiles what has to be compiled."""
         return None
 
     def unsupported_weight(self, n: int, k: int, dtype: torch.dtype) -> str | None:
-        """Why an ``[n, k]`` weight with ``dtype`` activations is not served, or None if it is."""
-        return None
-
-    def path(self, n: int, k: int) -> str | None:
-        """What was chosen for an ``[n, k]`` weight by measuring, for the line ``[qerl] kernel:``."""
+        """Why an ``[n, k]`` weight with ``dtype`` activations is not served, or None."""
         return None
 
     def unsupported_adapter(self, n: int, k: int, rank: int, ends: Sequence[int]) -> str | None:
-        """Why PyTorch adds the adapter of an ``[n, k]`` weight to the kernel's output, or None
-        where the kernel computes it.
+        """Why PyTorch adds the adapter of an ``[n, k]`` weight to the kernel's output, or None if
+        the kernel computes it.
 
         Args:
             rank: of each projection's adapter.
@@ -62,20 +62,25 @@ class Candidate:
         """
         return None
 
+    def path(self, n: int, k: int) -> str | None:
+        """What was chosen for an ``[n, k]`` weight by measuring, for the line ``[qerl] kernel:``."""
+        return None
+
 
 class Backend(Candidate):
-    """Plain PyTorch, on any device: the reference of the other backends and their base class.
+    """Plain PyTorch on any device: the reference and the base class of the other backends.
 
-    All weights are pairs ``(packed, scale)`` of uint8, ``[N, K / 2]`` and ``[N, K / 16]``, in this backend's layout;
-    ``alpha`` is 1 / ``weight_global_scale`` and applied to the accumulator. No method is differentiable.
+    ``packed`` and ``scale`` are uint8, ``[N, K / 2]`` and ``[N, K / 16]``, in this backend's layout,
+    also those of a :class:`~qerl_verl.kernels.packed_weight.PackedWeight`. No method is
+    differentiable.
     """
 
     name = "pytorch"
     description = "PyTorch (dequantize, matrix product)"
 
     fused_row_multiple = 1
-    """:meth:`prepack` of several projections stacked by rows is the stack of what it makes of each
-    one, where the rows of all but the last are a multiple of this."""
+    """:meth:`prepack` of several projections stacked by rows is the stack of their prepacked bytes
+    if the rows of all but the last are a multiple of this."""
 
     def prepack(self, packed: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """From the checkpoint's layout to this backend's; new tensors or the same ones."""
@@ -94,16 +99,18 @@ class Backend(Candidate):
         return b
 
     def block_values(self, packed: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """``e2m1 * scale``, ``[N, K]`` in ``dtype``."""
+        """``e2m1 * scale``, ``[N, K]`` in ``dtype``: the weight without its global scale."""
         return block_values_nvfp4(packed, scale, dtype)
 
-    def linear(self, x, packed, scale, alpha: float, bias=None) -> torch.Tensor:
-        """``alpha x (e2m1 * scale)^T + bias``: ``[..., K]`` to ``[..., N]``."""
-        return nvfp4_linear_reference(x, packed, scale, alpha, bias)
+    def linear(self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """``x (e2m1 * scale)^T / global_scale + bias``: ``[..., K]`` to ``[..., N]``."""
+        return nvfp4_linear_reference(x, weight, bias)
 
-    def add_linear(self, y, x, packed, scale, alpha: float) -> torch.Tensor:
-        """``y += alpha x (e2m1 * scale)^T`` in place, ``[M, N]`` and ``[M, K]``, with a temporary weight in ``x.dtype``."""
-        return y.addmm_(x, self.block_values(packed, scale, x.dtype).t(), alpha=alpha)
+    def add_linear(self, y: torch.Tensor, x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
+        """``y += x (e2m1 * scale)^T / global_scale`` in place, with a temporary weight in
+        ``x.dtype``; ``y`` is ``[M, N]`` and ``x`` is ``[M, K]``."""
+        values = self.block_values(weight.packed, weight.scale, x.dtype)
+        return y.addmm_(x, values.t(), alpha=1.0 / weight.global_scale)
 
     def dequantizes(self, tokens: int, n: int, k: int) -> bool:
         """Whether :meth:`linear` makes a 16-bit ``[n, k]`` weight for that many tokens and calls
@@ -122,19 +129,27 @@ class Backend(Candidate):
             rank: of the adapter.
 
         Returns:
-            A sentence for the log where something was measured or could not be, else None.
+            A sentence for the log if something was measured or could not be, else None.
         """
         return None
 
     def lora_linear(
-        self, x, packed, scale, alpha: float, bias, lora_a, lora_b, ends: Sequence[int], scaling: float
+        self,
+        x: torch.Tensor,
+        weight: PackedWeight,
+        bias: torch.Tensor | None,
+        lora_a: torch.Tensor,
+        lora_b: torch.Tensor,
+        ends: Sequence[int],
+        scaling: float,
     ) -> torch.Tensor:
-        """:meth:`linear` and the term of one adapter, see :func:`add_lora_reference`; ``lora_b`` is prepacked."""
-        return add_lora_reference(self.linear(x, packed, scale, alpha, bias), x, lora_a, lora_b, ends, scaling)
+        """:meth:`linear` plus the LoRA delta of one adapter, see :func:`add_lora_reference`;
+        ``lora_b`` is prepacked."""
+        return add_lora_reference(self.linear(x, weight, bias), x, lora_a, lora_b, ends, scaling)
 
 
 class HopperBackend(Backend):
-    """CUDA C++ for compute capability 9.0, see ``kernels/hopper``."""
+    """CUDA C++ for compute capability 9.0, see :mod:`qerl_verl.kernels.hopper`."""
 
     name = "hopper"
     description = "Hopper W4A16 (WGMMA, CUDA C++)"
@@ -166,8 +181,8 @@ class HopperBackend(Backend):
     def block_values(self, packed, scale, dtype):
         return hopper.block_values(packed, scale).to(dtype)
 
-    def linear(self, x, packed, scale, alpha, bias=None):
-        return hopper.gemm(x, packed, scale, alpha, bias)
+    def linear(self, x, weight, bias=None):
+        return hopper.gemm(x, weight, bias)
 
     def dequantizes(self, tokens, n, k):
         return hopper.dequantizes(tokens, n, k)
@@ -179,16 +194,17 @@ class HopperBackend(Backend):
             ends = None  # lora_linear then adds the LoRA delta to the output of the plain GEMM
         return hopper.tune(device, n, k, ends, rank)
 
-    def lora_linear(self, x, packed, scale, alpha, bias, lora_a, lora_b, ends, scaling):
-        n, k = packed.shape[0], packed.shape[1] * 2
+    def lora_linear(self, x, weight, bias, lora_a, lora_b, ends, scaling):
+        n, k = weight.packed.shape[0], weight.packed.shape[1] * 2
         if self.unsupported_adapter(n, k, lora_b.shape[1], ends) is None:
-            return hopper.lora_gemm(x, packed, scale, alpha, bias, lora_a, lora_b, ends, scaling)
-        y = hopper.gemm(x, packed, scale, alpha, bias)
+            return hopper.lora_gemm(x, weight, bias, lora_a, lora_b, ends, scaling)
+        y = hopper.gemm(x, weight, bias)
         return add_lora_reference(y, x, lora_a, hopper.unpack_lora_b(lora_b), ends, scaling)
 
 
 class TritonBackend(Backend):
-    """Triton, for every NVIDIA GPU, in the checkpoint's own layout, see ``kernels/triton``."""
+    """Triton for every NVIDIA GPU, in the checkpoint's own layout, see
+    :mod:`qerl_verl.kernels.triton`."""
 
     name = "triton"
     description = "Triton W4A16"
@@ -207,8 +223,8 @@ class TritonBackend(Backend):
             return super().block_values(packed, scale, dtype)
         return triton_kernels.block_values(packed, scale, dtype)
 
-    def linear(self, x, packed, scale, alpha, bias=None):
-        return triton_kernels.gemm(x, packed, scale, alpha, bias)
+    def linear(self, x, weight, bias=None):
+        return triton_kernels.gemm(x, weight, bias)
 
     def dequantizes(self, tokens, n, k):
         return triton_kernels.choose(tokens, n, k) == triton_kernels.tuning.DEQUANTIZE
@@ -220,11 +236,12 @@ class TritonBackend(Backend):
         up_to = triton_kernels.tuning.decoded_inside_up_to(n, k)
         return None if up_to is None else f"dequantized for more than {up_to} tokens"
 
-    def lora_linear(self, x, packed, scale, alpha, bias, lora_a, lora_b, ends, scaling):
-        if self.unsupported_adapter(packed.shape[0], packed.shape[1] * 2, lora_b.shape[1], ends):
-            return super().lora_linear(x, packed, scale, alpha, bias, lora_a, lora_b, ends, scaling)
+    def lora_linear(self, x, weight, bias, lora_a, lora_b, ends, scaling):
+        n, k = weight.packed.shape[0], weight.packed.shape[1] * 2
+        if self.unsupported_adapter(n, k, lora_b.shape[1], ends):
+            return super().lora_linear(x, weight, bias, lora_a, lora_b, ends, scaling)
         u = x @ lora_a.t()
-        return triton_kernels.gemm(x, packed, scale, alpha, bias, u if scaling == 1 else u * scaling, lora_b)
+        return triton_kernels.gemm(x, weight, bias, u if scaling == 1 else u * scaling, lora_b)
 
 
 def _needs_cuda(device: torch.device) -> str | None:
@@ -255,11 +272,11 @@ class Choice:
     """What computes a layer, and why.
 
     Attributes:
-        backend: what was chosen.
-        passed_over: of each better one, ``not NAME: reason``.
-        setting: that insists on ``backend``; None where ``auto`` chose.
-        adapter: why PyTorch adds the adapter to the kernel's output; None where the kernel computes
-            it or there is none.
+        backend: the candidate that was chosen.
+        passed_over: ``not NAME: reason`` for each better candidate.
+        setting: the setting that insists on ``backend``; None if ``auto`` chose it.
+        adapter: why PyTorch adds the adapter to the kernel's output; None if the kernel computes it
+            or there is no adapter.
         shape: ``(N, K)`` of the layer, if it was asked for.
     """
 
@@ -270,7 +287,7 @@ class Choice:
     shape: tuple[int, int] | None = None
 
     def sentence(self, device: torch.device) -> str:
-        """What runs where, and why nothing better does."""
+        """Says what runs where, and why nothing better does."""
         why = self.setting or "; ".join(self.passed_over)
         return f"{self.backend.description} on {_name_of(device)}" + (f" ({why})" if why else "")
 
@@ -295,15 +312,15 @@ def choose_backend(
         dtype: of its activations.
         wanted: ``auto`` takes the first of ``candidates`` that runs on the device and serves the
             layer; a name insists on it.
-        setting: where ``wanted`` comes from.
-        layer: its name, for messages.
-        adapter: the adapter in the layer, if one is.
+        setting: the setting that ``wanted`` comes from.
+        layer: the layer's name, for messages.
+        adapter: the adapter in the layer, or None.
         candidates: the best first; the last serves everything.
-        elsewhere: why a candidate, by its name, cannot run for others that share the layer's bytes.
+        elsewhere: name of a candidate -> why it cannot run for others that share the layer's bytes.
 
     Raises:
-        ValueError: an unknown name, or one that cannot run here, does not serve the layer, or is
-            meant to compute the adapter and cannot compute this one; with the reason.
+        ValueError: the name is unknown, or it cannot run here, does not serve the layer, or is
+            meant to compute the adapter and cannot compute this one; gives the reason.
     """
     names = [c.name for c in candidates]
     if wanted != "auto" and wanted not in names:
@@ -335,15 +352,15 @@ def choose_backend(
 
 
 class KernelCount:
-    """Which kernels compute how many layers, by the last part of their names (``down_proj``), and
-    why no better ones."""
+    """Counts the layers that each kernel computes, by the last part of their names (``down_proj``),
+    and says why no better kernel does."""
 
     def __init__(self) -> None:
         self._kinds: dict[tuple[str, str | None], Counter[str]] = {}
         self._choices: dict[tuple[str, str | None], dict[tuple[int, int], Candidate]] = {}
 
     def add(self, layer: str, choice: Choice, device: torch.device) -> None:
-        """``layer``: its full name."""
+        """Counts a layer; ``layer`` is its full name."""
         key = choice.sentence(device), choice.adapter
         self._kinds.setdefault(key, Counter())[layer.rpartition(".")[2]] += 1
         if choice.shape is not None:

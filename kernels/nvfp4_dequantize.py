@@ -5,7 +5,7 @@ nibble; one E4M3 scale per 16 consecutive input channels; one FP32 divisor per t
 
 An E2M1 value times an E4M3 scale needs at most 6 significant bits, so ``block_values_nvfp4`` is exact in bfloat16 (and in
 float16 up to its exponent range). The FP32 divisor is not, which is why a matrix product applies it to its
-accumulator (``alpha`` of :func:`qerl_verl.kernels.nvfp4_linear.nvfp4_linear`) and never to the weight.
+accumulator (:func:`qerl_verl.kernels.nvfp4_linear.nvfp4_linear`) and never to the weight.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ Plain PyTorch is the reference of any faster kernel and runs where there is none
 expert at a time is decoded, for the two GEMMs of that expert's tokens.
 
 A checkpoint has a global scale for each of gate, up and down. A grouped kernel takes one factor for
-the rows of gate and up together, as vLLM's do, so :func:`expert_alphas` moves what up's scale
+the rows of gate and up together, as vLLM's do, so :func:`expert_factors` moves what up's scale
 differs by from gate's into down's factor: up enters the result linearly, so this changes nothing
 but the place where it is multiplied.
 """
@@ -28,12 +28,12 @@ class ExpertStack:
     Attributes:
         packed: ``[E, N, K / 2]`` uint8, two E2M1 codes a byte, low nibble first.
         scale: ``[E, N, K / 16]`` float8_e4m3fn, or the same bytes as uint8.
-        alpha: ``[E]`` float32, by which the accumulator of each expert's GEMM is multiplied.
+        factors: ``[E]`` float32, by which the accumulator of each expert's GEMM is multiplied.
     """
 
     packed: torch.Tensor
     scale: torch.Tensor
-    alpha: torch.Tensor
+    factors: torch.Tensor
 
     def block_values(self, expert: int, dtype: torch.dtype) -> torch.Tensor:
         """``e2m1 * scale`` of one expert, ``[N, K]`` in ``dtype``."""
@@ -66,7 +66,7 @@ class ExpertAdapter:
         return cls(gate_up_a, gate_up_b, down_a, down_b, scaling)
 
 
-def expert_alphas(gate_up: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def expert_factors(gate_up: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The factors of :class:`ExpertStack` from a checkpoint's global scales.
 
     Args:
@@ -74,7 +74,7 @@ def expert_alphas(gate_up: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tens
         down: ``[E]`` float32.
 
     Returns:
-        ``alpha`` of gate and up, and of down, ``[E]`` each. The second is a pure reciprocal where
+        ``factors`` of gate and up, and of down, ``[E]`` each. The second is a pure reciprocal where
         gate and up share a scale.
     """
     gate, up = gate_up.unbind(1)
@@ -121,19 +121,19 @@ def nvfp4_experts_reference(
         on the host which experts have tokens, so no CUDA graph can hold it.
     """
     out = x.new_zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32))
-    alphas = gate_up.alpha.tolist(), down.alpha.tolist()
+    factors = gate_up.factors.tolist(), down.factors.tolist()
     for expert in chosen.unique().tolist():
         if expert < 0:
             continue
         tokens, places = torch.where(chosen == expert)
-        both = scaled_mm(x[tokens], gate_up.block_values(expert, x.dtype).t(), alphas[0][expert], None)
+        both = scaled_mm(x[tokens], gate_up.block_values(expert, x.dtype).t(), factors[0][expert], None)
         gate, up = both.chunk(2, dim=-1)
         if adapter is not None:
             a, b = adapter.gate_up_a[expert], adapter.gate_up_b[expert]
             for part, u, b_ in zip((gate, up), (x[tokens] @ a.t()).chunk(2, -1), b.chunk(2), strict=True):
                 part.addmm_(u, b_.t(), alpha=adapter.scaling)
         inner = F.silu(gate) * up
-        y = scaled_mm(inner, down.block_values(expert, x.dtype).t(), alphas[1][expert], None)
+        y = scaled_mm(inner, down.block_values(expert, x.dtype).t(), factors[1][expert], None)
         if adapter is not None:
             y = y.addmm_(inner @ adapter.down_a[expert].t(), adapter.down_b[expert].t(), alpha=adapter.scaling)
         out.index_add_(0, tokens, y.to(out.dtype) * weights[tokens, places, None].to(out.dtype))

@@ -43,25 +43,25 @@ class ExpertWeights:
     Args:
         packed: ``[E * N, K / 2]`` uint8 in the backend's layout.
         scale: ``[E * N, K / 16]`` uint8, likewise.
-        alpha: ``[E, P]`` float64, 1 / ``weight_global_scale`` of each of the P projections whose
+        inverse_scales: ``[E, P]`` float64, 1 / ``weight_global_scale`` of each of the P projections whose
             N / P rows each lie behind each other in an expert.
         backend: of :mod:`qerl_verl.kernels.backends`.
     """
 
-    def __init__(self, packed: torch.Tensor, scale: torch.Tensor, alpha: torch.Tensor, backend):
-        self.packed, self.scale, self.alpha, self.backend = packed, scale, alpha, backend
-        self.count = len(alpha)
+    def __init__(self, packed: torch.Tensor, scale: torch.Tensor, inverse_scales: torch.Tensor, backend):
+        self.packed, self.scale, self.inverse_scales, self.backend = packed, scale, inverse_scales, backend
+        self.count = len(inverse_scales)
         self.n, self.k = packed.shape[0] // self.count, packed.shape[1] * 2
 
     def factors(self, dtype: torch.dtype) -> torch.Tensor:
-        """``[E, P]``, what a GEMM's output is multiplied by: ``alpha``, or 1 in float16, whose range
+        """``[E, P]``, what a GEMM's output is multiplied by: ``inverse_scales``, or 1 in float16, whose range
         the products of unscaled weights would leave."""
-        return torch.ones_like(self.alpha) if dtype == torch.float16 else self.alpha
+        return torch.ones_like(self.inverse_scales) if dtype == torch.float16 else self.inverse_scales
 
     def decode(self, dtype: torch.dtype) -> torch.Tensor:
         """``e2m1 * scale`` of all experts, ``[E, N, K]``; in float16 the weights themselves."""
         values = self.backend.block_values(self.packed, self.scale, dtype).view(self.count, self.n, self.k)
-        return self._apply_alpha(values, self.alpha) if dtype == torch.float16 else values
+        return self._apply_inverse_scales(values, self.inverse_scales) if dtype == torch.float16 else values
 
     def decode_one(self, expert: int, dtype: torch.dtype) -> torch.Tensor:
         """The same of one expert, ``[N, K]``."""
@@ -71,12 +71,12 @@ class ExpertWeights:
         values = self.backend.block_values(self.packed[rows], self.scale[rows], dtype)
         if dtype != torch.float16:
             return values
-        return self._apply_alpha(values.unsqueeze(0), self.alpha[expert : expert + 1])[0]
+        return self._apply_inverse_scales(values.unsqueeze(0), self.inverse_scales[expert : expert + 1])[0]
 
     @staticmethod
-    def _apply_alpha(values: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
-        parts = values.view(len(values), alpha.shape[1], -1, values.shape[-1])
-        return (parts * alpha.float()[..., None, None]).to(values.dtype).view(values.shape)
+    def _apply_inverse_scales(values: torch.Tensor, inverse_scales: torch.Tensor) -> torch.Tensor:
+        parts = values.view(len(values), inverse_scales.shape[1], -1, values.shape[-1])
+        return (parts * inverse_scales.float()[..., None, None]).to(values.dtype).view(values.shape)
 
 
 def uses_grouped_mm(x: torch.Tensor, n: int, k: int) -> bool:
@@ -139,21 +139,21 @@ class _NVFP4GroupedLinear(torch.autograd.Function):
     """The node of :func:`nvfp4_grouped_linear`. Saves the packed weights, and x where the row
     weights need it; nothing of the base in 16 bits.
 
-    The gradient of a row weight needs no output: with u = W^T (alpha grad) it is <u, x>, and that
+    The gradient of a row weight needs no output: with u = W^T (grad / global_scale) it is <u, x>, and that
     of x is the row weight times u.
     """
 
     @staticmethod
-    def forward(ctx, x, row_weights, packed, scale, alpha, experts, ends, backend):
+    def forward(ctx, x, row_weights, packed, scale, inverse_scales, experts, ends, backend):
         saved = (None, None) if row_weights is None else (x, row_weights)
-        ctx.save_for_backward(*saved, packed, scale, alpha, experts, ends)
+        ctx.save_for_backward(*saved, packed, scale, inverse_scales, experts, ends)
         ctx.backend = backend
-        return placeholder(x, packed.shape[0] // len(alpha))
+        return placeholder(x, packed.shape[0] // len(inverse_scales))
 
     @staticmethod
     def backward(ctx, grad):
-        x, row_weights, packed, scale, alpha, experts, ends = ctx.saved_tensors
-        weights, groups = ExpertWeights(packed, scale, alpha, ctx.backend), Groups(experts, ends)
+        x, row_weights, packed, scale, inverse_scales, experts, ends = ctx.saved_tensors
+        weights, groups = ExpertWeights(packed, scale, inverse_scales, ctx.backend), Groups(experts, ends)
         grad = _scaled(grad.contiguous(), weights.factors(grad.dtype).to(_wide(grad.dtype))[experts])
         grad_x = grouped_mm(grad, weights, groups, transposed=True)
         grad_weights = None
@@ -168,7 +168,7 @@ class _NVFP4GroupedLinear(torch.autograd.Function):
 def nvfp4_grouped_linear(
     x: torch.Tensor, weights: ExpertWeights, groups: Groups, row_weights: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """``y_s = row_weights_s * alpha_e(s) * W_e(s) x_s``, differentiable in ``x`` and ``row_weights``.
+    """``y_s = row_weights_s / global_scale_e(s) * W_e(s) x_s``, differentiable in ``x`` and ``row_weights``.
 
     Args:
         x: ``[S, K]`` bfloat16, float16, float32 or float64, sorted by expert.
@@ -187,7 +187,7 @@ def nvfp4_grouped_linear(
             factors = factors * row_weights.to(factors.dtype).unsqueeze(-1)
         return _scaled(y, factors, out=y)
 
-    inputs = (x, row_weights, weights.packed, weights.scale, weights.alpha, *(groups.experts, groups.ends))
+    inputs = (x, row_weights, weights.packed, weights.scale, weights.inverse_scales, *(groups.experts, groups.ends))
     return differentiable(_NVFP4GroupedLinear, (*inputs, weights.backend), compute)
 
 

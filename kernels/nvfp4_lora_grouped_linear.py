@@ -79,15 +79,21 @@ class _NVFP4LoraGroupedLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, row_weights, packed, scale, alpha, experts, ends, lora_a, lora_b, a, b, u, scaling, backend):
-        ctx.save_for_backward(x, row_weights, packed, scale, alpha, experts, ends, a, b, u)
+    def forward(
+        ctx, x, row_weights, packed, scale, inverse_scales, experts, ends, lora_a, lora_b, a, b, u, scaling, backend
+    ):
+        ctx.save_for_backward(x, row_weights, packed, scale, inverse_scales, experts, ends, a, b, u)
         ctx.scaling, ctx.backend, ctx.dtypes = scaling, backend, (lora_a.dtype, lora_b.dtype)
-        return placeholder(x, packed.shape[0] // len(alpha))
+        return placeholder(x, packed.shape[0] // len(inverse_scales))
 
     @staticmethod
     def backward(ctx, grad):
-        x, row_weights, packed, scale, alpha, experts, ends, a, b, u = ctx.saved_tensors
-        weights, groups, parts = ExpertWeights(packed, scale, alpha, ctx.backend), Groups(experts, ends), alpha.shape[1]
+        x, row_weights, packed, scale, inverse_scales, experts, ends, a, b, u = ctx.saved_tensors
+        weights, groups, parts = (
+            ExpertWeights(packed, scale, inverse_scales, ctx.backend),
+            Groups(experts, ends),
+            inverse_scales.shape[1],
+        )
         grad = grad.contiguous()
         grads, bs, us = (_parts(t, parts, dim) for t, dim in ((grad, 1), (b, 1), (u, 1)))
         grad_u = torch.cat([grouped_dense_mm(g, b_, groups, True) for g, b_ in zip(grads, bs, strict=True)], 1)
@@ -120,7 +126,7 @@ def nvfp4_lora_grouped_linear(
     scaling: float,
     row_weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``y_s = p_s (alpha_e W_e x_s + scaling B_e A_e x_s)``, differentiable in ``x``, ``lora_a``,
+    """``y_s = p_s (W_e x_s / global_scale_e + scaling B_e A_e x_s)``, differentiable in ``x``, ``lora_a``,
     ``lora_b`` and ``row_weights``.
 
     The P projections of a weight have an A and a B each; their rows lie behind each other.
@@ -137,7 +143,7 @@ def nvfp4_lora_grouped_linear(
     Returns:
         ``[S, N]`` in ``x.dtype``.
     """
-    parts = weights.alpha.shape[1]
+    parts = weights.inverse_scales.shape[1]
     with torch.no_grad():
         a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
         u = grouped_dense_mm(x, a, groups).mul_(scaling)
@@ -154,6 +160,6 @@ def nvfp4_lora_grouped_linear(
             part.add_(grouped_dense_mm(u_, b_, groups))
         return y
 
-    base = (x, row_weights, weights.packed, weights.scale, weights.alpha, groups.experts, groups.ends)
+    base = (x, row_weights, weights.packed, weights.scale, weights.inverse_scales, groups.experts, groups.ends)
     inputs = (*base, lora_a, lora_b, a, b, u, scaling, weights.backend)
     return differentiable(_NVFP4LoraGroupedLinear, inputs, compute)

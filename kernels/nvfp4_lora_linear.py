@@ -1,10 +1,10 @@
-"""An NVFP4 linear layer with one LoRA adapter: y = alpha x W^T + b + scaling (x A^T) B^T.
+"""An NVFP4 linear layer with one LoRA adapter: ``y = x W^T + b + scaling (x A^T) B^T``.
 
-Two forms of the same thing:
+There are two forms:
 
-* :func:`add_lora_reference`, the term of the adapter for fused projections, as the rollout engine has them (an A and a B for
-  each of q, k and v on one weight);
-* :func:`nvfp4_lora_linear`, forward and backward as one autograd function, for training.
+* :func:`add_lora_reference` adds the LoRA delta of fused projections, as the rollout engine has
+  them: an A and a B for each of q, k and v on one weight;
+* :func:`nvfp4_lora_linear` is forward and backward as one autograd function, for training.
 """
 
 from __future__ import annotations
@@ -13,20 +13,23 @@ from collections.abc import Sequence
 
 import torch
 
+from qerl_verl.kernels.packed_weight import PackedWeight
 from qerl_verl.kernels.recompute import differentiable, placeholder
 
 
 def add_lora_reference(
     y: torch.Tensor, x: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, ends: Sequence[int], scaling: float
 ) -> torch.Tensor:
-    """``y`` plus, for the rows of each fused projection ``i``, ``scaling (x A_i^T) B_i^T``; ``y`` is overwritten.
+    """Adds ``scaling (x A_i^T) B_i^T`` to the columns of ``y`` that belong to fused projection
+    ``i``; overwrites ``y``.
 
     Args:
         y: ``[..., N]``.
         x: ``[..., K]``, of the same dtype.
         lora_a: ``[projections * rank, K]``, the A of each projection in turn.
         lora_b: ``[N, rank]``, the B of each projection in turn.
-        ends: the row at which each projection ends; the last is N.
+        ends: the row of the weight at which each projection ends; the last is N.
+        scaling: lora_alpha / rank.
     """
     rank = lora_b.shape[1]
     rows = y.view(-1, y.shape[-1])
@@ -39,18 +42,21 @@ def add_lora_reference(
 
 
 def scaled(t: torch.Tensor, factor: float) -> torch.Tensor:
-    """``factor * t`` in place; no kernel is launched for a factor of 1."""
+    """``factor * t`` in place; launches no kernel for a factor of 1."""
     return t if factor == 1 else t.mul_(factor)
 
 
 class _NVFP4LoraLinear(torch.autograd.Function):
-    """The node of :func:`nvfp4_lora_linear`. Saves x, the packed weight, A and B in x's dtype, and
-    u = scaling x A^T; nothing of the base in 16 bits."""
+    """The autograd node of :func:`nvfp4_lora_linear`.
+
+    Saves x, the packed weight, A and B in x's dtype, and u = scaling x A^T; nothing of the base in
+    16 bits.
+    """
 
     @staticmethod
-    def forward(ctx, x, packed, scale, alpha, bias, lora_a, lora_b, a, b, u, scaling, backend):
+    def forward(ctx, x, packed, scale, global_scale, bias, lora_a, lora_b, a, b, u, scaling, backend):
         ctx.save_for_backward(x, packed, scale, a, b, u)
-        ctx.alpha, ctx.scaling, ctx.backend = alpha, scaling, backend
+        ctx.global_scale, ctx.scaling, ctx.backend = global_scale, scaling, backend
         ctx.dtypes = lora_a.dtype, lora_b.dtype
         return placeholder(x, packed.shape[0])
 
@@ -62,7 +68,7 @@ class _NVFP4LoraLinear(torch.autograd.Function):
         grad_x = grad_a = grad_b = None
         if ctx.needs_input_grad[0]:
             weight = ctx.backend.block_values(packed, scale, grad.dtype)
-            grad_x = (grad_u @ a).addmm_(grad, weight, alpha=ctx.alpha).view(x.shape)
+            grad_x = (grad_u @ a).addmm_(grad, weight, alpha=1.0 / ctx.global_scale).view(x.shape)
         if ctx.needs_input_grad[5]:
             grad_a = (grad_u.t() @ x.reshape(-1, x.shape[-1])).to(ctx.dtypes[0])
         if ctx.needs_input_grad[6]:
@@ -73,24 +79,24 @@ class _NVFP4LoraLinear(torch.autograd.Function):
 
 def nvfp4_lora_linear(
     x: torch.Tensor,
-    packed: torch.Tensor,
-    scale: torch.Tensor,
-    alpha: float,
+    weight: PackedWeight,
     bias: torch.Tensor | None,
     lora_a: torch.Tensor,
     lora_b: torch.Tensor,
     scaling: float,
     backend,
 ) -> torch.Tensor:
-    """``alpha x W^T + bias + scaling (x A^T) B^T``, differentiable in ``x``, ``bias``, ``lora_a`` and ``lora_b``.
+    """``x W^T + bias + scaling (x A^T) B^T``, differentiable in ``x``, ``bias``, ``lora_a`` and
+    ``lora_b``.
 
     Args:
         x: ``[..., K]``.
-        packed, scale, alpha, bias: as for :func:`qerl_verl.kernels.nvfp4_linear.nvfp4_linear`.
+        weight: ``[N, K]``, in the layout of ``backend``.
+        bias: ``[N]`` or None.
         lora_a: ``[rank, K]``; cast to ``x.dtype``, its gradient comes in its own dtype.
         lora_b: ``[N, rank]``, likewise.
         scaling: lora_alpha / rank.
-        backend: of :mod:`qerl_verl.kernels.backends`, whose layout the weight is in.
+        backend: of :mod:`qerl_verl.kernels.backends`.
 
     Returns:
         ``[..., N]`` in ``x.dtype``.
@@ -102,12 +108,12 @@ def nvfp4_lora_linear(
         u = scaled(rows @ a.t(), scaling)
 
     def compute() -> torch.Tensor:
-        n, k = packed.shape[0], rows.shape[1]
+        n, k = weight.packed.shape[0], rows.shape[1]
         if not backend.dequantizes(len(rows), n, k):
-            return backend.linear(rows, packed, scale, alpha, bias).addmm_(u, b.t()).view(*x.shape[:-1], n)
-        # the adapter's term first: the large product then adds to it while it computes, and no pass over y is left
+            return backend.linear(rows, weight, bias).addmm_(u, b.t()).view(*x.shape[:-1], n)
+        # The LoRA delta comes first: the large GEMM adds to it while it computes, which saves a pass over y.
         y = u @ b.t() if bias is None else torch.addmm(bias, u, b.t())
-        return backend.add_linear(y, rows, packed, scale, alpha).view(*x.shape[:-1], n)
+        return backend.add_linear(y, rows, weight).view(*x.shape[:-1], n)
 
-    inputs = (x, packed, scale, alpha, bias, lora_a, lora_b, a, b, u, scaling, backend)
+    inputs = (x, *weight, bias, lora_a, lora_b, a, b, u, scaling, backend)
     return differentiable(_NVFP4LoraLinear, inputs, compute)

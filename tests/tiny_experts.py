@@ -7,7 +7,7 @@ import copy
 import torch
 
 from qerl_verl.kernels.nvfp4_dequantize import dequantize_nvfp4
-from qerl_verl.kernels.nvfp4_experts import ExpertStack, expert_alphas
+from qerl_verl.kernels.nvfp4_experts import ExpertStack, expert_factors
 from qerl_verl.kernels.nvfp4_quantize import nvfp4_global_scale, quantize_nvfp4
 
 LINEARS = ("gate_proj", "up_proj", "down_proj")
@@ -62,8 +62,8 @@ class TinyExperts:
     def weights(self) -> tuple[ExpertStack, ExpertStack]:
         """Returns the weights for the kernels, with factors in float64."""
         gate_up, down = self.stacked("gate_proj", "up_proj"), self.stacked("down_proj")
-        alphas = expert_alphas(gate_up[2].double(), down[2][:, 0].double())
-        return ExpertStack(*gate_up[:2], alphas[0]), ExpertStack(*down[:2], alphas[1])
+        factors = expert_factors(gate_up[2].double(), down[2][:, 0].double())
+        return ExpertStack(*gate_up[:2], factors[0]), ExpertStack(*down[:2], factors[1])
 
     def adapted(self, tensors: dict[str, torch.Tensor], prefix: str, scaling: float) -> TinyExperts:
         """A copy whose exact weights have the deltas of an adapter, which names the linears as a file does."""

@@ -17,18 +17,18 @@ ERROR = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.
 def make_weights(parts=2, n=N, k=K, device="cpu", backend="pytorch"):
     """Packed experts and the same matrices in float64, ``[E, N, K]``. No two projections have the same global scale."""
     generator = torch.Generator().manual_seed(0)
-    packed, scale, alpha, plain = [], [], [], []
+    packed, scale, inverse_scales, plain = [], [], [], []
     for i in range(COUNT * parts):
         weight = torch.randn(n // parts, k, generator=generator) * 0.02 * (1 + i)
         divisor = nvfp4_global_scale(weight.abs().max())
         p, s = quantize_nvfp4(weight, divisor)
         packed.append(p)
         scale.append(s.view(torch.uint8))
-        alpha.append(1.0 / divisor.double())
+        inverse_scales.append(1.0 / divisor.double())
         plain.append(dequantize_nvfp4(p, s, divisor, torch.float64))
     backend = get_backend(backend)
     pair = backend.prepack(torch.cat(packed).to(device), torch.cat(scale).to(device))
-    weights = ExpertWeights(*pair, torch.stack(alpha).view(COUNT, parts).to(device), backend)
+    weights = ExpertWeights(*pair, torch.stack(inverse_scales).view(COUNT, parts).to(device), backend)
     return weights, torch.cat(plain).view(COUNT, n, k).to(device)
 
 

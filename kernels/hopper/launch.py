@@ -11,6 +11,7 @@ from qerl_verl.kernels.hopper.build import load_library
 from qerl_verl.kernels.hopper.layout import unpack_lora_b
 from qerl_verl.kernels.hopper.support import prepare
 from qerl_verl.kernels.nvfp4_lora_linear import add_lora_reference
+from qerl_verl.kernels.packed_weight import PackedWeight
 
 FRAGMENT_UNIT = 128.0
 """The kernel's accumulator is that of weights times 1 / 128 (``kFragmentUnit`` of
@@ -52,14 +53,13 @@ def shrink(
 
 
 def run_plan(
-    x, packed_p, scale_p, alpha, bias, plan: tuning.Plan, pdl: int = 1, out=None, lora=None, how=None
+    x, weight: PackedWeight, bias, plan: tuning.Plan, pdl: int = 1, out=None, lora=None, how=None
 ) -> torch.Tensor:
     """The GEMM of :func:`~qerl_verl.kernels.hopper.ops.gemm` with an explicit plan.
 
     Args:
         x: ``[M, K]`` bfloat16, contiguous, on a 16-byte boundary.
-        packed_p, scale_p: from :func:`~qerl_verl.kernels.hopper.layout.prepack`.
-        alpha: 1 / ``weight_global_scale``.
+        weight: ``[N, K]``, from :func:`~qerl_verl.kernels.hopper.layout.prepack`.
         bias: ``[N]`` bfloat16 or None.
         plan: launch configuration.
         pdl: 1 launches with programmatic dependent launch: a kernel sets up and fetches its first
@@ -76,14 +76,15 @@ def run_plan(
     Raises:
         RuntimeError: the launch failed.
     """
-    n, k = packed_p.shape[0], packed_p.shape[1] * 2
+    packed, scale, alpha = weight.packed, weight.scale, 1.0 / weight.global_scale
+    n, k = packed.shape[0], packed.shape[1] * 2
     m = x.shape[0]
     if plan.config < 0:
-        weight = write_block_values(packed_p, scale_p)
+        values = write_block_values(packed, scale)
         if bias is None:
-            y = torch.addmm(x.new_empty(n), x, weight.t(), beta=0, alpha=alpha)
+            y = torch.addmm(x.new_empty(n), x, values.t(), beta=0, alpha=alpha)
         else:
-            y = torch.addmm(bias, x, weight.t(), alpha=alpha)
+            y = torch.addmm(bias, x, values.t(), alpha=alpha)
         if lora is None:
             return y
         lora_a, lora_b_p, ends, scaling = lora
@@ -103,7 +104,7 @@ def run_plan(
         ends = (*all_ends[:-1], 0, 0)[:2]
     workspace = torch.empty(plan.workspace, dtype=torch.uint8, device=x.device) if plan.workspace else None
     error = library.qerl_nvfp4_gemm(
-        x.data_ptr(), packed_p.data_ptr(), scale_p.data_ptr(), alpha, None if bias is None else bias.data_ptr(), y.data_ptr(),
+        x.data_ptr(), packed.data_ptr(), scale.data_ptr(), alpha, None if bias is None else bias.data_ptr(), y.data_ptr(),
         None if u is None else u.data_ptr(), None if lora_b is None else lora_b.data_ptr(), rank, shards, *ends,
         flag, m, n, k, plan.config, plan.blocks, plan.cluster, None if workspace is None else workspace.data_ptr(), slot, pdl, stream,
     )  # fmt: skip
@@ -112,13 +113,13 @@ def run_plan(
     return y
 
 
-def write_block_values(packed_p: torch.Tensor, scale_p: torch.Tensor) -> torch.Tensor:
+def write_block_values(packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """``e2m1 * scale``, ``[N, K]`` bfloat16, of a prepacked weight."""
-    n, k = packed_p.shape[0], packed_p.shape[1] * 2
-    out = torch.empty((n, k), dtype=torch.bfloat16, device=packed_p.device)
-    stream = torch.cuda.current_stream(packed_p.device).cuda_stream
-    prepare(packed_p.device.index)
-    error = load_library().qerl_nvfp4_dequantize(packed_p.data_ptr(), scale_p.data_ptr(), out.data_ptr(), n, k, stream)
+    n, k = packed.shape[0], packed.shape[1] * 2
+    out = torch.empty((n, k), dtype=torch.bfloat16, device=packed.device)
+    stream = torch.cuda.current_stream(packed.device).cuda_stream
+    prepare(packed.device.index)
+    error = load_library().qerl_nvfp4_dequantize(packed.data_ptr(), scale.data_ptr(), out.data_ptr(), n, k, stream)
     if error:
         raise RuntimeError(f"the NVFP4 kernel that decodes failed with CUDA error {error} for N, K = {n}, {k}")
     return out

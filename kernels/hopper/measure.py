@@ -13,6 +13,7 @@ from qerl_verl.kernels.hopper.launch import run_plan
 from qerl_verl.kernels.hopper.layout import UNIT, prepack_lora_b
 from qerl_verl.kernels.hopper.support import prepare
 from qerl_verl.kernels.hopper.tuning import DEQUANTIZE, DEQUANTIZE_FROM, Plan, Shrink, Tuned
+from qerl_verl.kernels.packed_weight import PackedWeight
 
 LIMITS = (8, 16, 32, 64, 128, 256, 384, 512, 768, 1024, 2048, 4096, 6144)
 """Numbers of tokens that are measured; each choice serves the numbers between the limit before and this one."""
@@ -85,9 +86,10 @@ class _Problem:
         size, options = n * k, {"device": "cuda", "generator": generator}
         self.copies = autotune.copies_of(size * 9 // 16)
         self.weights = [
-            (
+            PackedWeight(
                 torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, **options),
                 torch.randint(0x50, 0x70, (n, k // 16), dtype=torch.uint8, **options),
+                1.0,
             )
             for _ in range(self.copies)
         ]
@@ -104,7 +106,7 @@ class _Problem:
         def run(copy: int) -> None:
             if self.lora is not None:
                 x.mul_(1.0)
-            run_plan(x, *self.weights[copy], 1.0, None, plan, lora=self.lora, how=how)
+            run_plan(x, self.weights[copy], None, plan, lora=self.lora, how=how)
 
         return run
 

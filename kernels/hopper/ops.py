@@ -19,30 +19,27 @@ from qerl_verl.kernels.device_guard import on_tensors_device
 from qerl_verl.kernels.hopper import tuning
 from qerl_verl.kernels.hopper.launch import run_plan, write_block_values
 from qerl_verl.kernels.hopper.support import prepare, unsupported_adapter
+from qerl_verl.kernels.packed_weight import PackedWeight
 
 
-def gemm(
-    x: torch.Tensor, packed_p: torch.Tensor, scale_p: torch.Tensor, alpha: float, bias: torch.Tensor | None = None
-) -> torch.Tensor:
-    """``alpha * x (e2m1 * scale)^T + bias``.
+def gemm(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """``x (e2m1 * scale)^T / global_scale + bias``.
 
     Args:
         x: ``[..., K]`` bfloat16.
-        packed_p, scale_p: from :func:`~qerl_verl.kernels.hopper.layout.prepack`.
-        alpha: 1 / ``weight_global_scale``, applied to the float32 accumulator.
+        weight: ``[N, K]``, from :func:`~qerl_verl.kernels.hopper.layout.prepack`. Its global scale
+            divides the float32 accumulator.
         bias: ``[N]`` or None.
 
     Returns:
         ``[..., N]`` bfloat16.
     """
-    return torch.ops.qerl_hopper.nvfp4_gemm(x, packed_p, scale_p, alpha, bias)
+    return torch.ops.qerl_hopper.nvfp4_gemm(x, *weight, bias)
 
 
 def lora_gemm(
     x: torch.Tensor,
-    packed_p: torch.Tensor,
-    scale_p: torch.Tensor,
-    alpha: float,
+    weight: PackedWeight,
     bias: torch.Tensor | None,
     lora_a: torch.Tensor,
     lora_b_p: torch.Tensor,
@@ -53,7 +50,7 @@ def lora_gemm(
     projection ``i``.
 
     Args:
-        x, packed_p, scale_p, alpha, bias: as for :func:`gemm`.
+        x, weight, bias: as for :func:`gemm`.
         lora_a: ``[projections * rank, K]`` bfloat16, the A of each projection in turn.
         lora_b_p: ``[N, rank]`` bfloat16, the B of each projection in turn, from
             :func:`~qerl_verl.kernels.hopper.layout.prepack_lora_b`.
@@ -67,15 +64,13 @@ def lora_gemm(
         ValueError: shapes that :func:`~qerl_verl.kernels.hopper.support.unsupported_adapter`
             reports.
     """
-    return torch.ops.qerl_hopper.nvfp4_lora_gemm(
-        x, packed_p, scale_p, alpha, bias, lora_a, lora_b_p, list(ends), scaling
-    )
+    return torch.ops.qerl_hopper.nvfp4_lora_gemm(x, *weight, bias, lora_a, lora_b_p, list(ends), scaling)
 
 
-def block_values(packed_p: torch.Tensor, scale_p: torch.Tensor) -> torch.Tensor:
+def block_values(packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """``e2m1 * scale``, exactly, ``[N, K]`` bfloat16, from the tensors of
     :func:`~qerl_verl.kernels.hopper.layout.prepack`."""
-    return torch.ops.qerl_hopper.nvfp4_block_values(packed_p, scale_p)
+    return torch.ops.qerl_hopper.nvfp4_block_values(packed, scale)
 
 
 def dequantizes(tokens: int, n: int, k: int) -> bool:
@@ -98,18 +93,18 @@ def _rows_of(x: torch.Tensor, k: int) -> torch.Tensor:
     return rows.clone() if rows.data_ptr() % 16 else rows
 
 
-def _gemm(x, packed_p, scale_p, alpha, bias=None):
-    n, k = packed_p.shape[0], packed_p.shape[1] * 2
+def _gemm(x, packed, scale, global_scale, bias=None):
+    n, k = packed.shape[0], packed.shape[1] * 2
     rows = _rows_of(x, k)
     if rows.shape[0] == 0:
         return x.new_empty((*x.shape[:-1], n))
     bias = None if bias is None else bias.to(x.dtype).contiguous()
     plan = tuning.choose(rows.shape[0], n, k, prepare(x.device.index))
-    return run_plan(rows, packed_p, scale_p, alpha, bias, plan).view(*x.shape[:-1], n)
+    return run_plan(rows, PackedWeight(packed, scale, global_scale), bias, plan).view(*x.shape[:-1], n)
 
 
-def _lora_gemm(x, packed_p, scale_p, alpha, bias, lora_a, lora_b_p, ends, scaling):
-    n, k = packed_p.shape[0], packed_p.shape[1] * 2
+def _lora_gemm(x, packed, scale, global_scale, bias, lora_a, lora_b_p, ends, scaling):
+    n, k = packed.shape[0], packed.shape[1] * 2
     rows = _rows_of(x, k)
     if rows.shape[0] == 0:
         return x.new_empty((*x.shape[:-1], n))
@@ -125,19 +120,21 @@ def _lora_gemm(x, packed_p, scale_p, alpha, bias, lora_a, lora_b_p, ends, scalin
     sms = prepare(x.device.index)
     plan = tuning.choose(rows.shape[0], n, k, sms, align)
     how = tuning.choose_shrink(rows.shape[0], n, k, lora_a.shape[0], sms, align)
+    weight = PackedWeight(packed, scale, global_scale)
     lora = (lora_a.contiguous(), lora_b_p.contiguous(), tuple(ends), scaling)
-    return run_plan(rows, packed_p, scale_p, alpha, bias, plan, lora=lora, how=how).view(*x.shape[:-1], n)
+    return run_plan(rows, weight, bias, plan, lora=lora, how=how).view(*x.shape[:-1], n)
 
 
 library.define(
-    "qerl_hopper::nvfp4_gemm", "(Tensor x, Tensor packed_p, Tensor scale_p, float alpha, Tensor? bias=None) -> Tensor"
+    "qerl_hopper::nvfp4_gemm",
+    "(Tensor x, Tensor packed, Tensor scale, float global_scale, Tensor? bias=None) -> Tensor",
 )
 library.define(
     "qerl_hopper::nvfp4_lora_gemm",
-    "(Tensor x, Tensor packed_p, Tensor scale_p, float alpha, Tensor? bias, Tensor lora_a, Tensor lora_b_p, int[] ends, "
-    "float scaling) -> Tensor",
+    "(Tensor x, Tensor packed, Tensor scale, float global_scale, Tensor? bias, Tensor lora_a, Tensor lora_b_p, "
+    "int[] ends, float scaling) -> Tensor",
 )
-library.define("qerl_hopper::nvfp4_block_values", "(Tensor packed_p, Tensor scale_p) -> Tensor")
+library.define("qerl_hopper::nvfp4_block_values", "(Tensor packed, Tensor scale) -> Tensor")
 OPERATORS = {
     "nvfp4_gemm": on_tensors_device(_gemm),
     "nvfp4_lora_gemm": on_tensors_device(_lora_gemm),
@@ -150,15 +147,15 @@ for _name, _function in OPERATORS.items():
 
 
 @library.register_fake("qerl_hopper::nvfp4_gemm")
-def _(x, packed_p, scale_p, alpha, bias=None):
-    return x.new_empty((*x.shape[:-1], packed_p.shape[0]))
+def _(x, packed, scale, global_scale, bias=None):
+    return x.new_empty((*x.shape[:-1], packed.shape[0]))
 
 
 @library.register_fake("qerl_hopper::nvfp4_lora_gemm")
-def _(x, packed_p, scale_p, alpha, bias, lora_a, lora_b_p, ends, scaling):
-    return x.new_empty((*x.shape[:-1], packed_p.shape[0]))
+def _(x, packed, scale, global_scale, bias, lora_a, lora_b_p, ends, scaling):
+    return x.new_empty((*x.shape[:-1], packed.shape[0]))
 
 
 @library.register_fake("qerl_hopper::nvfp4_block_values")
-def _(packed_p, scale_p):
-    return packed_p.new_empty((packed_p.shape[0], packed_p.shape[1] * 2), dtype=torch.bfloat16)
+def _(packed, scale):
+    return packed.new_empty((packed.shape[0], packed.shape[1] * 2), dtype=torch.bfloat16)

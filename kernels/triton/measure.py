@@ -11,6 +11,7 @@ import triton
 from triton.errors import TritonError
 
 from qerl_verl.kernels import autotune
+from qerl_verl.kernels.packed_weight import PackedWeight
 from qerl_verl.kernels.triton import tuning
 from qerl_verl.kernels.triton.nvfp4_gemm import run_plan
 from qerl_verl.kernels.triton.tuning import Plan, Tuned
@@ -54,9 +55,8 @@ def _measure(device: int, n: int, k: int) -> list[Tuned]:
         options = {"dtype": torch.uint8, "device": "cuda", "generator": generator}
         copies = autotune.copies_of(n * k * 9 // 16)
         weights = [
-            (
-                torch.randint(0, 256, (n, k // 2), **options),
-                torch.randint(0x50, 0x70, (n, k // 16), **options),
+            PackedWeight(
+                torch.randint(0, 256, (n, k // 2), **options), torch.randint(0x50, 0x70, (n, k // 16), **options), 1.0
             )
             for _ in range(copies)
         ]
@@ -81,9 +81,9 @@ def best(plans: Iterable[Plan], call_of: Callable[[Plan], Callable[[int], None]]
     return autotune.fastest({plan: _without_triton_errors(call_of(plan)) for plan in plans}, copies, time_call)[0]
 
 
-def _call(x: torch.Tensor, weights: list[tuple[torch.Tensor, torch.Tensor]], plan: Plan) -> Callable[[int], None]:
+def _call(x: torch.Tensor, weights: list[PackedWeight], plan: Plan) -> Callable[[int], None]:
     def run(copy: int) -> None:
-        run_plan(x, *weights[copy], 1.0, None, None, None, plan)
+        run_plan(x, weights[copy], None, None, None, plan)
 
     return run
 

@@ -257,7 +257,7 @@ def nvfp4_experts(
             )  # fmt: skip
         grid = (triton.cdiv(n, block_n), count, triton.cdiv(tokens, block_m))
         grouped_gemm_kernel[grid](
-            source, stack.packed, stack.scale.view(torch.uint8), stack.alpha, order, bounds, weights, u, lora_b, out, n,
+            source, stack.packed, stack.scale.view(torch.uint8), stack.factors, order, bounds, weights, u, lora_b, out, n,
             k // 64, top_k, GATED=is_gated, BLOCK_M=block_m, BLOCK_N=block_n,
             BLOCK_K=block_k if k % block_k == 0 else 64, DOT=dot, RANK=rank, BLOCK_R=min(rank or 16, RANK_BLOCK),
             num_warps=warps, num_stages=stages,

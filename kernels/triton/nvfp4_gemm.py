@@ -1,4 +1,6 @@
-"""``y = alpha x (e2m1 * scale)^T + bias + u lora_b^T`` with an NVFP4 weight. Reference: ``kernels/nvfp4_linear.py``.
+"""``y = alpha x (e2m1 * scale)^T + bias + u lora_b^T``, alpha = 1 / global_scale, with an NVFP4 weight.
+
+The reference is ``kernels/nvfp4_linear.py``.
 
 The weight is decoded in registers, scaled and rounded to nothing: ``e2m1 * scale`` is exact in bfloat16 and float16.
 A byte holds two neighbouring input channels, so the kernel multiplies the even and the odd columns of a tile
@@ -14,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from qerl_verl.kernels.packed_weight import PackedWeight
 from qerl_verl.kernels.triton import tuning
 from qerl_verl.kernels.triton.nvfp4_block_values import nvfp4_block_values
 from qerl_verl.kernels.triton.nvfp4_format import (
@@ -104,15 +107,17 @@ def nvfp4_gemm_reduce_kernel(parts, bias, out, n, count, SPLIT: tl.constexpr, BL
     tl.store(out + index, acc.to(out.dtype.element_ty), mask=inside)
 
 
-def run_plan(x, packed, scale, alpha, bias, u, lora_b, plan: tuning.Plan) -> torch.Tensor:
-    """The product with ``x`` [M, K], ``u`` [M, R] or None, all contiguous, ``scale`` in bytes, and an explicit plan."""
+def run_plan(x, weight: PackedWeight, bias, u, lora_b, plan: tuning.Plan) -> torch.Tensor:
+    """The GEMM with an explicit plan. ``x`` is ``[M, K]``, ``u`` is ``[M, R]`` or None, all tensors
+    are contiguous, and the weight's scales are uint8."""
+    packed, scale, alpha = weight.packed, weight.scale, 1.0 / weight.global_scale
     m, k = x.shape
     n = packed.shape[0]
     if plan.path == "dequantize":
         factor = FLOAT16_FACTOR if x.dtype == torch.float16 else 1.0
-        weight = nvfp4_block_values(packed, scale, x.dtype, factor=factor).t()
+        values = nvfp4_block_values(packed, scale, x.dtype, factor=factor).t()
         start = x.new_empty(n) if bias is None else bias
-        y = torch.addmm(start, x, weight, beta=0 if bias is None else 1, alpha=alpha / factor)
+        y = torch.addmm(start, x, values, beta=0 if bias is None else 1, alpha=alpha / factor)
         return y if u is None else y.addmm_(u, lora_b.t())
 
     # The interpreter has no bfloat16 arithmetic and its cast to bfloat16 truncates: float32 there.
@@ -149,9 +154,9 @@ def _aligned(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.clone() if tensor.data_ptr() % 16 else tensor
 
 
-def nvfp4_gemm(x, packed, scale, alpha, bias=None, u=None, lora_b=None) -> torch.Tensor:
+def nvfp4_gemm(x, weight: PackedWeight, bias=None, u=None, lora_b=None) -> torch.Tensor:
     """The arguments and results are those of :func:`qerl_verl.kernels.triton.gemm`."""
-    n, k = packed.shape[0], packed.shape[1] * 2
+    n, k = weight.packed.shape[0], weight.packed.shape[1] * 2
     rows = _aligned(x.reshape(-1, k))
     m = rows.shape[0]
     if m == 0 or n == 0:
@@ -161,5 +166,6 @@ def nvfp4_gemm(x, packed, scale, alpha, bias=None, u=None, lora_b=None) -> torch
     if bias is not None:
         bias = bias.to(x.dtype).contiguous()
     plan = tuning.choose(m, n, k, _multiprocessors(x.device))
-    y = run_plan(rows, _aligned(packed), _aligned(scale.view(torch.uint8)), alpha, bias, u, lora_b, plan)
+    packed, scale = _aligned(weight.packed), _aligned(weight.scale.view(torch.uint8))
+    y = run_plan(rows, PackedWeight(packed, scale, weight.global_scale), bias, u, lora_b, plan)
     return y.view(*x.shape[:-1], n)

@@ -17,6 +17,7 @@ from torch import library
 from qerl_verl.kernels.device_guard import on_tensors_device
 from qerl_verl.kernels.nvfp4_dequantize import BLOCK_SIZE
 from qerl_verl.kernels.nvfp4_experts import ExpertAdapter, ExpertStack
+from qerl_verl.kernels.packed_weight import PackedWeight
 from qerl_verl.kernels.triton.support import (
     LORA_UNIT,
     padded_expert_rank,
@@ -46,14 +47,12 @@ def block_values(packed: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype =
 
 def gemm(
     x: torch.Tensor,
-    packed: torch.Tensor,
-    scale: torch.Tensor,
-    alpha: float,
+    weight: PackedWeight,
     bias: torch.Tensor | None = None,
     u: torch.Tensor | None = None,
     lora_b: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``alpha * x (e2m1 * scale)^T + bias + u lora_b^T``, summed in float32.
+    """``x (e2m1 * scale)^T / global_scale + bias + u lora_b^T``, summed in float32.
 
     :func:`~qerl_verl.kernels.triton.tuning.choose` tells the path. For many tokens it is a
     temporary weight in 16 bits and torch.addmm; the LoRA delta is then added to a result that is
@@ -62,9 +61,8 @@ def gemm(
 
     Args:
         x: ``[..., K]`` bfloat16 or float16, K a multiple of 64.
-        packed: ``[N, K / 2]`` uint8.
-        scale: ``[N, K / 16]`` float8_e4m3fn, or the same bytes as uint8; finite, of either sign.
-        alpha: 1 / ``weight_global_scale``, applied to the float32 accumulator of the base's GEMM.
+        weight: ``[N, K]``, in the checkpoint's layout. Its scales are finite and of either sign;
+            its global scale divides the float32 accumulator of the base's GEMM.
         bias: ``[N]`` or None; taken in ``x.dtype``.
         u: ``[..., R]`` in ``x.dtype`` or None: ``x`` times the transposed LoRA A, with LoRA's
             scaling in it. R is a multiple of 16.
@@ -77,7 +75,7 @@ def gemm(
         ValueError: shapes or dtypes other than the above, or tensors on several devices.
         RuntimeError: the kernels cannot run here, or the tensors are not on a CUDA device.
     """
-    return torch.ops.qerl_triton.nvfp4_gemm(x, packed, scale, alpha, bias, u, lora_b)
+    return torch.ops.qerl_triton.nvfp4_gemm(x, *weight, bias, u, lora_b)
 
 
 def experts(
@@ -120,7 +118,7 @@ def experts(
         )
     count = len(down.packed)
     for stack, n, k in ((gate_up, 2 * inner, hidden), (down, hidden, inner)):
-        shapes = tuple(stack.packed.shape), tuple(stack.scale.shape), tuple(stack.alpha.shape)
+        shapes = tuple(stack.packed.shape), tuple(stack.scale.shape), tuple(stack.factors.shape)
         if shapes != ((count, n, k // 2), (count, n, k // BLOCK_SIZE), (count,)):
             raise ValueError(f"{count} experts of {n} x {k} need other shapes than {shapes}")
         if not (stack.packed.is_contiguous() and stack.scale.is_contiguous()):
@@ -129,7 +127,7 @@ def experts(
     require(x)
     if len(x) == 0:
         return x.new_empty(x.shape)
-    parts = [(s.packed, s.scale, s.alpha.float()) for s in (gate_up, down)]
+    parts = [(s.packed, s.scale, s.factors.float()) for s in (gate_up, down)]
     return _experts(x, weights, chosen, *parts[0], *parts[1], *factors)
 
 
@@ -185,7 +183,7 @@ def _block_values(packed, scale, dtype):
     return nvfp4_block_values(packed, scale, dtype)
 
 
-def _gemm(x, packed, scale, alpha, bias=None, u=None, lora_b=None):
+def _gemm(x, packed, scale, global_scale, bias=None, u=None, lora_b=None):
     _check_weight(packed, scale)
     n, k = packed.shape[0], packed.shape[1] * 2
     if reason := unsupported_weight(n, k, x.dtype):
@@ -208,7 +206,7 @@ def _gemm(x, packed, scale, alpha, bias=None, u=None, lora_b=None):
     require(x)
     from qerl_verl.kernels.triton.nvfp4_gemm import nvfp4_gemm
 
-    return nvfp4_gemm(x, packed, scale, alpha, bias, u, lora_b)
+    return nvfp4_gemm(x, PackedWeight(packed, scale, global_scale), bias, u, lora_b)
 
 
 @on_tensors_device
@@ -222,7 +220,8 @@ def _experts(x, weights, chosen, *parts):
 library.define("qerl_triton::nvfp4_block_values", "(Tensor packed, Tensor scale, ScalarType dtype) -> Tensor")
 library.define(
     "qerl_triton::nvfp4_gemm",
-    "(Tensor x, Tensor packed, Tensor scale, float alpha, Tensor? bias=None, Tensor? u=None, Tensor? lora_b=None) -> Tensor",
+    "(Tensor x, Tensor packed, Tensor scale, float global_scale, Tensor? bias=None, Tensor? u=None, "
+    "Tensor? lora_b=None) -> Tensor",
 )
 OPERATORS = {
     "nvfp4_block_values": on_tensors_device(_block_values),
@@ -240,5 +239,5 @@ def _(packed, scale, dtype):
 
 
 @library.register_fake("qerl_triton::nvfp4_gemm")
-def _(x, packed, scale, alpha, bias=None, u=None, lora_b=None):
+def _(x, packed, scale, global_scale, bias=None, u=None, lora_b=None):
     return x.new_empty((*x.shape[:-1], packed.shape[0]))

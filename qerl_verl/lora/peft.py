@@ -52,8 +52,7 @@ class NVFP4LoraLinear(Linear):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
         scaling = self.scaling[adapter]
-        packed, scale = base.weight_bytes()
-        return nvfp4_lora_linear(x, packed, scale, base.alpha, base.bias, a, b, scaling, base.backend)
+        return nvfp4_lora_linear(x, base.packed_weight, base.bias, a, b, scaling, base.backend)
 
     def _plain_adapter(self) -> str | None:
         """Returns the active adapter if the layer computes exactly base + scaling B A x."""

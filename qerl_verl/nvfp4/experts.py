@@ -148,8 +148,8 @@ class NVFP4Experts(nn.Module):
     def _weights(self, stack: str) -> ExpertWeights:
         columns = [PROJECTIONS.index(projection) for projection in STACKS[stack]]
         divisors = self.weight_global_scale[:, columns[0] : columns[-1] + 1]
-        alpha = 1.0 / divisors.to(self.weight_joined.device).double()
-        return ExpertWeights(*self.weight_bytes(stack), alpha, self.backends[stack])
+        inverse_scales = 1.0 / divisors.to(self.weight_joined.device).double()
+        return ExpertWeights(*self.weight_bytes(stack), inverse_scales, self.backends[stack])
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor

@@ -11,6 +11,7 @@ from torch import nn
 from qerl_verl.kernels.backends import Backend, Choice, choose_backend, get_backend
 from qerl_verl.kernels.nvfp4_dequantize import BLOCK_SIZE, dequantize_nvfp4
 from qerl_verl.kernels.nvfp4_linear import nvfp4_linear
+from qerl_verl.kernels.packed_weight import PackedWeight
 
 
 class NVFP4Linear(nn.Module):
@@ -70,16 +71,16 @@ class NVFP4Linear(nn.Module):
         self.weight_joined = frozen(size // storage_dtype.itemsize, storage_dtype)
         self.register_buffer("weight_global_scale", torch.empty(1, dtype=torch.float32, device=device))
         self.bias = frozen(out_features, dtype) if bias else None
-        self._alpha: float | None = None
+        self._global_scale: float | None = None
         self._placed: tuple[torch.Tensor, torch.Tensor] | None = None
         self.backend: Backend = get_backend("pytorch")
 
     @property
-    def alpha(self) -> float:
-        """1 / ``weight_global_scale`` on the host, read from the device once."""
-        if self._alpha is None:
-            self._alpha = 1.0 / self.weight_global_scale.item()
-        return self._alpha
+    def packed_weight(self) -> PackedWeight:
+        """The weight in the backend's layout; the first call reads the global scale from the device."""
+        if self._global_scale is None:
+            self._global_scale = self.weight_global_scale.item()
+        return PackedWeight(*self.weight_bytes(), self._global_scale)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Returns ``[..., out_features]`` in autocast's dtype, or in the dtype of ``x``.
@@ -89,7 +90,7 @@ class NVFP4Linear(nn.Module):
         """
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        return nvfp4_linear(x, *self.weight_bytes(), self.alpha, self.bias, self.backend)
+        return nvfp4_linear(x, self.packed_weight, self.bias, self.backend)
 
     def use_backend(
         self,

@@ -87,7 +87,7 @@ def cut_expert_adapter(
         t[own].to(device).float() for t in (*gate_up_a.chunk(2, 1), gate_b, up_b, down_a, down_b)
     )
     # The kernel takes gate's factor for up as well and corrects that in down's
-    # (qerl_verl.kernels.nvfp4_experts.expert_alphas), so what it holds as up is larger by this.
+    # (qerl_verl.kernels.nvfp4_experts.expert_factors), so what it holds as up is larger by this.
     gate_scale, up_scale = layer.w13_weight_global_scale.data.float().to(device).unbind(1)
     larger = (up_scale / gate_scale)[:, None, None]
     factor = scaling / layer.qerl_lora_scaling  # that one is part of captured graphs

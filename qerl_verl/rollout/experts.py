@@ -24,7 +24,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 
 from qerl_verl.kernels.backends import Choice, choose_backend
 from qerl_verl.kernels.nvfp4_dequantize import BLOCK_SIZE
-from qerl_verl.kernels.nvfp4_experts import ExpertAdapter, ExpertStack, expert_alphas, route_softmax
+from qerl_verl.kernels.nvfp4_experts import ExpertAdapter, ExpertStack, expert_factors, route_softmax
 from qerl_verl.rollout.candidates import ExpertsKernel, VLLMKernel, expert_candidates
 from qerl_verl.rollout.expert_lora import attach_expert_adapter, expert_adapter
 from qerl_verl.rollout.lora import LoraSettings
@@ -203,9 +203,9 @@ class QeRLExpertsMethod(_NVFP4Experts):
         """None: there is no kernel of vLLM's to configure."""
 
     def _prepare(self, layer: RoutedExperts) -> None:
-        alphas = expert_alphas(layer.w13_weight_global_scale.data, layer.w2_weight_global_scale.data)
-        for name, alpha in zip(("w13", "w2"), alphas, strict=True):
-            layer.register_parameter(f"qerl_{name}_alpha", Parameter(alpha, requires_grad=False))
+        factors = expert_factors(layer.w13_weight_global_scale.data, layer.w2_weight_global_scale.data)
+        for name, factor in zip(("w13", "w2"), factors, strict=True):
+            layer.register_parameter(f"qerl_{name}_factors", Parameter(factor, requires_grad=False))
         adapter = expert_adapter(layer)
         self._kernel().warm_up(*self._stacks(layer), layer.top_k, layer.params_dtype, adapter)
 
@@ -215,8 +215,8 @@ class QeRLExpertsMethod(_NVFP4Experts):
     @staticmethod
     def _stacks(layer: RoutedExperts) -> tuple[ExpertStack, ExpertStack]:
         return (
-            ExpertStack(layer.w13_weight_packed, layer.w13_weight_scale, layer.qerl_w13_alpha),
-            ExpertStack(layer.w2_weight_packed, layer.w2_weight_scale, layer.qerl_w2_alpha),
+            ExpertStack(layer.w13_weight_packed, layer.w13_weight_scale, layer.qerl_w13_factors),
+            ExpertStack(layer.w2_weight_packed, layer.w2_weight_scale, layer.qerl_w2_factors),
         )
 
     def apply(

@@ -15,6 +15,7 @@ from vllm.model_executor.parameter import GroupQuantScaleParameter, ModelWeightP
 from qerl_verl.kernels.backends import Adapter, Backend, Choice, KernelCount, choose_backend, get_backend
 from qerl_verl.kernels.nvfp4_dequantize import BLOCK_SIZE
 from qerl_verl.kernels.nvfp4_lora_linear import add_lora_reference
+from qerl_verl.kernels.packed_weight import PackedWeight
 from qerl_verl.rollout.candidates import CANDIDATES, VLLMKernel
 from qerl_verl.rollout.lora import LoraSettings, attach_adapter
 from qerl_verl.rollout.shared_base import shared_weights
@@ -236,7 +237,7 @@ class QeRLNVFP4Scheme(CompressedTensorsScheme):
             layer.weight_scale = Parameter(scale, requires_grad=False)
             layer.weight_global_scale = Parameter(layer.weight_global_scale.data, requires_grad=False)
         scales = layer.weight_global_scale.tolist()
-        layer.qerl_alpha = 1.0 / scales[0]
+        layer.qerl_global_scale = scales[0]
         _register_row_factor(layer, scales, scales[0])
         if self.lora is not None:
             attach_adapter(layer, self.lora, self.backend, layer.qerl_dtype, packed.device)
@@ -253,18 +254,19 @@ class QeRLNVFP4Scheme(CompressedTensorsScheme):
             print(f"[qerl] kernel: rollout, {said}", flush=True)
 
     def apply_weights(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        backend, weight, alpha = self.backend, (layer.weight_packed, layer.weight_scale), layer.qerl_alpha
+        backend = self.backend
+        weight = PackedWeight(layer.weight_packed, layer.weight_scale, layer.qerl_global_scale)
         if layer.qerl_row_factor is not None:
-            y = (backend.linear(x, *weight, alpha) * layer.qerl_row_factor).to(x.dtype)
+            y = (backend.linear(x, weight) * layer.qerl_row_factor).to(x.dtype)
             y = y if bias is None else y + bias
             if self.lora is None:
                 return y
             b = backend.unpack_lora_b(layer.qerl_lora_b)
             return add_lora_reference(y, x, layer.qerl_lora_a, b, layer.qerl_lora_ends, layer.qerl_lora_scaling)
         if self.lora is None:
-            return backend.linear(x, *weight, alpha, bias)
+            return backend.linear(x, weight, bias)
         return backend.lora_linear(
-            x, *weight, alpha, bias, layer.qerl_lora_a, layer.qerl_lora_b, layer.qerl_lora_ends, layer.qerl_lora_scaling
+            x, weight, bias, layer.qerl_lora_a, layer.qerl_lora_b, layer.qerl_lora_ends, layer.qerl_lora_scaling
         )
 
 

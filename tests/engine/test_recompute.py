@@ -10,6 +10,7 @@ from qerl_verl.engine.recompute import Recompute
 from qerl_verl.kernels.backends import Backend
 from qerl_verl.kernels.nvfp4_linear import nvfp4_linear
 from qerl_verl.kernels.nvfp4_quantize import quantize_nvfp4
+from qerl_verl.kernels.packed_weight import PackedWeight
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 ROWS, WIDTH, LAYERS = 8, 16, 6
@@ -47,12 +48,12 @@ def micro_batch(policy, rows=ROWS):
     """
     backend = Counting()
     torch.manual_seed(0)
-    packed, scale = quantize_nvfp4(torch.randn(WIDTH, WIDTH), torch.tensor([300.0]))
+    weight = PackedWeight(*quantize_nvfp4(torch.randn(WIDTH, WIDTH), torch.tensor([300.0])), 300.0)
     x = torch.randn(rows, WIDTH).requires_grad_()
 
     def layer(x):
-        h = nn.functional.silu(nvfp4_linear(x, packed, scale, 1 / 300, None, backend))
-        return x + nvfp4_linear(h, packed, scale, 1 / 300, None, backend)
+        h = nn.functional.silu(nvfp4_linear(x, weight, None, backend))
+        return x + nvfp4_linear(h, weight, None, backend)
 
     policy.begin()
     y = x
@@ -136,6 +137,7 @@ def test_on_a_gpu_the_peak_stays_below_what_was_free():
     """Not all outputs fit: some layers keep theirs, and the memory suffices."""
     device, rows, width = torch.device("cuda", 0), 1 << 14, 4096
     packed, scale = (t.to(device) for t in quantize_nvfp4(torch.randn(width, width), torch.tensor([300.0])))
+    weight = PackedWeight(packed, scale, 1e4)
     product = rows * width * 2
     free, _ = torch.cuda.mem_get_info(device)
     ballast = torch.empty(free - 30 * product, dtype=torch.uint8, device=device)
@@ -143,8 +145,8 @@ def test_on_a_gpu_the_peak_stays_below_what_was_free():
     policy = Recompute("auto", device, said.append)
 
     def layer(x):
-        h = nn.functional.silu(nvfp4_linear(x, packed, scale, 1e-4))
-        return x + nvfp4_linear(h, packed, scale, 1e-4)
+        h = nn.functional.silu(nvfp4_linear(x, weight))
+        return x + nvfp4_linear(h, weight)
 
     gradients = []
     for _ in range(3):

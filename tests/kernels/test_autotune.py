@@ -173,6 +173,7 @@ def test_a_choice_of_another_shape_changes_nothing(no_choices):
 def test_measured_launches_compute_the_same(no_choices, tmp_path, monkeypatch, ends):
     from qerl_verl.kernels.nvfp4_dequantize import block_values_nvfp4
     from qerl_verl.kernels.nvfp4_lora_linear import add_lora_reference
+    from qerl_verl.kernels.packed_weight import PackedWeight
 
     monkeypatch.setenv("QERL_KERNEL_CACHE", str(tmp_path))
     n, k, rank, device = 640, 512, 32, torch.device("cuda", torch.cuda.current_device())
@@ -181,16 +182,17 @@ def test_measured_launches_compute_the_same(no_choices, tmp_path, monkeypatch, e
     torch.manual_seed(0)
     packed = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device=device)
     scale = torch.randint(0x28, 0x40, (n, k // 16), dtype=torch.uint8, device=device)
-    weight, prepacked = block_values_nvfp4(packed, scale, torch.float64), hopper.prepack(packed, scale)
+    weight = block_values_nvfp4(packed, scale, torch.float64)
+    prepacked = PackedWeight(*hopper.prepack(packed, scale), 1.0)
     for m in (1, 8, 33, 64, 100, 200, 256, 700, 1000, 4000):
         x = torch.randn(m, k, device=device, dtype=torch.bfloat16)
         expected = x.double() @ weight.t()
         if ends is None:
-            y = hopper.gemm(x, *prepacked, 1.0)
+            y = hopper.gemm(x, prepacked)
         else:
             a = torch.randn(len(ends) * rank, k, device=device, dtype=torch.bfloat16) / k**0.5
             b = torch.randn(n, rank, device=device, dtype=torch.bfloat16)
-            y = hopper.lora_gemm(x, *prepacked, 1.0, None, a, hopper.prepack_lora_b(b), ends, 1.0)
+            y = hopper.lora_gemm(x, prepacked, None, a, hopper.prepack_lora_b(b), ends, 1.0)
             expected = add_lora_reference(expected, x.double(), a.double(), b.double(), ends, 1.0)
         assert (y.double() - expected).norm() / expected.norm() < 4 * torch.finfo(torch.bfloat16).eps
     tuning._tuned.clear()

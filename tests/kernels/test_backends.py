@@ -19,6 +19,7 @@ from qerl_verl.kernels.backends import (
     get_backend,
 )
 from qerl_verl.kernels.nvfp4_dequantize import block_values_nvfp4
+from qerl_verl.kernels.packed_weight import PackedWeight
 
 CPU = torch.device("cpu")
 N, K = 320, 192  # one whole group of the Hopper layout and a rest
@@ -198,12 +199,15 @@ def test_an_adapter_that_the_hopper_kernel_does_not_serve_is_added_beside_it(mon
     monkeypatch.setattr(
         backends.hopper,
         "gemm",
-        lambda x, packed, scale, alpha, bias: reference.linear(x, *hopper.unpack(packed, scale), alpha, bias),
+        lambda x, weight, bias: reference.linear(
+            x, PackedWeight(*hopper.unpack(*weight[:2]), weight.global_scale), bias
+        ),
     )
     x, bias = torch.randn(5, K), torch.randn(N)
     a, b, ends = torch.randn(2 * 16, K), torch.randn(N, 16), (192, N)
-    got = hopper.lora_linear(x, *hopper.prepack(*weight), 1e-3, bias, a, hopper.prepack_lora_b(b), ends, 0.5)
-    assert torch.equal(got, reference.lora_linear(x, *weight, 1e-3, bias, a, b, ends, 0.5))
+    prepacked = PackedWeight(*hopper.prepack(*weight), 1e3)
+    got = hopper.lora_linear(x, prepacked, bias, a, hopper.prepack_lora_b(b), ends, 0.5)
+    assert torch.equal(got, reference.lora_linear(x, PackedWeight(*weight, 1e3), bias, a, b, ends, 0.5))
 
 
 def test_the_reference_multiplies_by_the_block_values(weight):
@@ -211,7 +215,7 @@ def test_the_reference_multiplies_by_the_block_values(weight):
     backend, x, bias = get_backend("pytorch"), torch.randn(2, 3, K), torch.randn(N)
     values = backend.block_values(*weight, torch.float32)
     assert torch.equal(values, block_values_nvfp4(*weight, torch.float32))
-    torch.testing.assert_close(backend.linear(x, *weight, 1e-3, bias), x @ values.t() * 1e-3 + bias)
+    torch.testing.assert_close(backend.linear(x, PackedWeight(*weight, 1e3), bias), x @ values.t() * 1e-3 + bias)
 
 
 @pytest.mark.parametrize("tokens", [1, 512, 513, 6144, 6145, 12288])

@@ -15,6 +15,7 @@ from qerl_verl.kernels.nvfp4_dequantize import block_values_nvfp4
 from qerl_verl.kernels.nvfp4_experts import ExpertStack, nvfp4_experts_reference, route_softmax
 from qerl_verl.kernels.nvfp4_lora_linear import add_lora_reference
 from qerl_verl.kernels.nvfp4_quantize import nvfp4_global_scale, quantize_nvfp4
+from qerl_verl.kernels.packed_weight import PackedWeight
 
 NAMESPACES = {"qerl_hopper": hopper.OPERATORS, "qerl_triton": triton_kernels.OPERATORS}
 
@@ -71,7 +72,7 @@ def test_every_operator_is_guarded(namespace):
     assert all(f.__code__ is guard and f.__wrapped__.__code__ is not guard for f in NAMESPACES[namespace].values())
 
 
-N, K, RANK, TOKENS, ALPHA = 128, 128, 16, 5, 1 / 640
+N, K, RANK, TOKENS, GLOBAL_SCALE = 128, 128, 16, 5, 640.0
 ROUNDING = 2**-7
 """Relative to the largest output: sums in float32, rounded to bfloat16."""
 
@@ -85,7 +86,7 @@ def problem() -> SimpleNamespace:
     t.a, t.b = torch.randn(RANK, K).bfloat16(), torch.randn(N, RANK).bfloat16()
     tokens, logits = make_tokens(torch.bfloat16, TOKENS, 64, 4)
     t.routed = (tokens, *route_softmax(logits, 2, True))
-    t.experts = tuple(ExpertStack(s.packed, s.scale, s.alpha.float()) for s in TinyExperts(4, 64, 64).weights())
+    t.experts = tuple(ExpertStack(s.packed, s.scale, s.factors.float()) for s in TinyExperts(4, 64, 64).weights())
     return t
 
 
@@ -102,11 +103,11 @@ def on_device(value, device: str):
 
 def linear(t) -> torch.Tensor:
     weight = block_values_nvfp4(t.packed, t.scale, torch.float32).double()
-    return ALPHA * t.x.double() @ weight.t() + t.bias.double()
+    return t.x.double() @ weight.t() / GLOBAL_SCALE + t.bias.double()
 
 
-def prepacked(t) -> tuple[torch.Tensor, torch.Tensor]:
-    return hopper.prepack(t.packed, t.scale.view(torch.uint8))
+def prepacked(t) -> PackedWeight:
+    return PackedWeight(*hopper.prepack(t.packed, t.scale.view(torch.uint8)), GLOBAL_SCALE)
 
 
 VALUES = {
@@ -116,7 +117,7 @@ VALUES = {
         0,
     ),
     "qerl_triton::nvfp4_gemm": (
-        lambda t: triton_kernels.gemm(t.x, t.packed, t.scale, ALPHA, t.bias),
+        lambda t: triton_kernels.gemm(t.x, PackedWeight(t.packed, t.scale, GLOBAL_SCALE), t.bias),
         linear,
         ROUNDING,
     ),
@@ -126,17 +127,17 @@ VALUES = {
         4 * ROUNDING,  # rounded after each GEMM, after the activation and at the end
     ),
     "qerl_hopper::nvfp4_block_values": (
-        lambda t: hopper.block_values(*prepacked(t)),
+        lambda t: hopper.block_values(*prepacked(t)[:2]),
         lambda t: block_values_nvfp4(t.packed, t.scale, torch.bfloat16),
         0,
     ),
     "qerl_hopper::nvfp4_gemm": (
-        lambda t: hopper.gemm(t.x, *prepacked(t), ALPHA, t.bias),
+        lambda t: hopper.gemm(t.x, prepacked(t), t.bias),
         linear,
         ROUNDING,
     ),
     "qerl_hopper::nvfp4_lora_gemm": (
-        lambda t: hopper.lora_gemm(t.x, *prepacked(t), ALPHA, t.bias, t.a, hopper.prepack_lora_b(t.b), [N], 0.5),
+        lambda t: hopper.lora_gemm(t.x, prepacked(t), t.bias, t.a, hopper.prepack_lora_b(t.b), [N], 0.5),
         lambda t: add_lora_reference(linear(t), t.x.double(), t.a.double(), t.b.double(), [N], 0.5),
         2 * ROUNDING,  # x A^T is rounded as well
     ),

@@ -10,10 +10,11 @@ import torch
 from qerl_verl.kernels import hopper
 from qerl_verl.kernels.hopper import build, launch, layout, tuning
 from qerl_verl.kernels.nvfp4_dequantize import E2M1_VALUES, block_values_nvfp4
+from qerl_verl.kernels.packed_weight import PackedWeight
 
 UNAVAILABLE = hopper.unsupported_device()
 on_hopper = [pytest.mark.gpu, pytest.mark.skipif(UNAVAILABLE is not None, reason=str(UNAVAILABLE))]
-ALPHA = 1 / 640.0
+GLOBAL_SCALE = 640.0
 MAX_ERROR = 2.6e-3
 
 
@@ -130,7 +131,7 @@ def test_prepack_lora_b_and_back():
         hopper.prepack_lora_b(torch.zeros(64, 8))
 
 
-def test_check_lora():
+def test_unsupported_adapter():
     assert hopper.unsupported_adapter(1152, 896, 32, [896, 1024, 1152]) is None
     assert hopper.unsupported_adapter(64, 64, 16, [64]) is None
     assert "multiple of 16" in hopper.unsupported_adapter(256, 64, 8, [256])
@@ -157,10 +158,10 @@ class TestOnHopper:
         packed, scale = random_weight(n, k, "cuda", scales=(0x20, 0x7F))
         x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
         b = torch.randn(n, device="cuda", dtype=torch.bfloat16) if bias else None
-        expected = x.double() @ block_values_nvfp4(packed, scale, torch.float64).t() * ALPHA
+        expected = x.double() @ block_values_nvfp4(packed, scale, torch.float64).t() / GLOBAL_SCALE
         if bias:
             expected += b.double()
-        return x, *hopper.prepack(packed, scale), b, expected
+        return x, PackedWeight(*hopper.prepack(packed, scale), GLOBAL_SCALE), b, expected
 
     @staticmethod
     def error(got, expected):
@@ -178,7 +179,7 @@ class TestOnHopper:
             assert tuple(out) == tuple(config)
 
     @pytest.mark.parametrize("n,k", [(64, 64), (192, 1024), (4608, 3584)])
-    def test_dequantize_is_exact(self, n, k):
+    def test_block_values_are_exact(self, n, k):
         packed, scale = random_weight(n, k, "cuda")
         got = hopper.block_values(*hopper.prepack(packed, scale))
         assert torch.equal(got, block_values_nvfp4(packed, scale, torch.bfloat16))
@@ -188,11 +189,11 @@ class TestOnHopper:
     def test_every_configuration(self, config, blocks):
         n, k = 64 * 11, 256 * 5  # rows that fill no tile of several units
         for m in (1, 13, 200):
-            x, packed_p, scale_p, bias, expected = self.case(m, n, k, bias=True)
+            x, weight, bias, expected = self.case(m, n, k, bias=True)
             plan = tuning.plan(config, blocks, m, n, k)
             for _ in range(2):  # the second finds the counters as the first left them
                 out = torch.full((m, n), float("nan"), dtype=torch.bfloat16, device="cuda")
-                y = launch.run_plan(x, packed_p, scale_p, ALPHA, bias, plan, out=out)
+                y = launch.run_plan(x, weight, bias, plan, out=out)
                 assert self.error(y, expected) < MAX_ERROR
 
     @pytest.mark.parametrize("config", range(len(tuning.CONFIGS)))
@@ -200,16 +201,16 @@ class TestOnHopper:
     def test_every_configuration_with_clusters(self, config, cluster):
         n, k = 64 * 11, 256 * 9
         for m in (1, 13, 200):
-            x, packed_p, scale_p, bias, expected = self.case(m, n, k, bias=True)
+            x, weight, bias, expected = self.case(m, n, k, bias=True)
             plan = tuning.plan(config, 0, m, n, k, cluster)
             out = torch.full((m, n), float("nan"), dtype=torch.bfloat16, device="cuda")
-            y = launch.run_plan(x, packed_p, scale_p, ALPHA, bias, plan, out=out)
+            y = launch.run_plan(x, weight, bias, plan, out=out)
             assert self.error(y, expected) < MAX_ERROR
 
     @pytest.mark.parametrize("m", [1, 3, 8, 16, 24, 32, 64, 100, 128, 256, 384, 640, 1024])
     def test_chosen_kernel(self, m):
-        x, packed_p, scale_p, bias, expected = self.case(m, 1152, 1792, bias=m % 2 == 1)
-        assert self.error(hopper.gemm(x, packed_p, scale_p, ALPHA, bias), expected) < MAX_ERROR
+        x, weight, bias, expected = self.case(m, 1152, 1792, bias=m % 2 == 1)
+        assert self.error(hopper.gemm(x, weight, bias), expected) < MAX_ERROR
 
     @staticmethod
     def lora_case(m, n, k, rank, ends, seed=3):
@@ -234,12 +235,12 @@ class TestOnHopper:
         n, k, ends = 64 * 12, 256 * 9, (256, 512, 768)
         a, b_p, term = self.lora_case(1, n, k, rank, ends)
         for m in (1, 13, 200):
-            x, packed_p, scale_p, bias, expected = self.case(m, n, k, bias=True)
+            x, weight, bias, expected = self.case(m, n, k, bias=True)
             expected = expected + term(x, 0.5)
             plan = tuning.plan(config, blocks, m, n, k, cluster)
             for pdl in (1, 0):
                 out = torch.full((m, n), float("nan"), dtype=torch.bfloat16, device="cuda")
-                y = launch.run_plan(x, packed_p, scale_p, ALPHA, bias, plan, pdl, out=out, lora=(a, b_p, ends, 0.5))
+                y = launch.run_plan(x, weight, bias, plan, pdl, out=out, lora=(a, b_p, ends, 0.5))
                 assert self.error(y, expected) < MAX_ERROR
 
     @pytest.mark.parametrize(
@@ -249,27 +250,28 @@ class TestOnHopper:
     @pytest.mark.parametrize("m", [1, 8, 33, 128, 300, 1500])
     def test_chosen_kernel_with_an_adapter(self, n, k, ends, m):
         a, b_p, term = self.lora_case(m, n, k, 32, ends)
-        x, packed_p, scale_p, bias, expected = self.case(m, n, k, bias=True)
-        got = hopper.lora_gemm(x.view(1, m, k), packed_p, scale_p, ALPHA, bias, a, b_p, ends, 2.0)
+        x, weight, bias, expected = self.case(m, n, k, bias=True)
+        got = hopper.lora_gemm(x.view(1, m, k), weight, bias, a, b_p, ends, 2.0)
         assert got.shape == (1, m, n)
         assert self.error(got[0], expected + term(x, 2.0)) < MAX_ERROR
 
     def test_an_adapter_of_zeros_changes_nothing(self):
         a, b_p, _ = self.lora_case(40, 1024, 1024, 32, (1024,))
-        x, packed_p, scale_p, bias, _ = self.case(40, 1024, 1024, bias=True)
-        got = hopper.lora_gemm(x, packed_p, scale_p, ALPHA, bias, a, torch.zeros_like(b_p), (1024,), 1.0)
-        assert torch.equal(got, hopper.gemm(x, packed_p, scale_p, ALPHA, bias))
+        x, weight, bias, _ = self.case(40, 1024, 1024, bias=True)
+        got = hopper.lora_gemm(x, weight, bias, a, torch.zeros_like(b_p), (1024,), 1.0)
+        assert torch.equal(got, hopper.gemm(x, weight, bias))
 
     @pytest.mark.parametrize("m", [4, 64, 200])
     def test_a_chain_with_adapters_in_a_cuda_graph(self, m):
         """Shrink and product overlap with each other and with the neighbours; the adapter is overwritten in place."""
         n = 3584
         a, b_p, _ = self.lora_case(m, n, n, 32, (n,))
-        x, packed_p, scale_p, _, _ = self.case(m, n, n, seed=1)
+        x, weight, _, _ = self.case(m, n, n, seed=1)
+        weight = weight._replace(global_scale=32768.0)
 
         def chain(x, synchronize=False):
             for _ in range(6):
-                x = hopper.lora_gemm(x, packed_p, scale_p, 1 / 32768, None, a, b_p, (n,), 0.1)
+                x = hopper.lora_gemm(x, weight, None, a, b_p, (n,), 0.1)
                 if synchronize:
                     torch.cuda.synchronize()
             return x
@@ -291,43 +293,44 @@ class TestOnHopper:
 
     def test_an_adapter_that_does_not_fit_is_refused(self):
         a, b_p, _ = self.lora_case(1, 256, 128, 32, (128, 256))
-        x, packed_p, scale_p, _, _ = self.case(1, 256, 128)
+        x, weight, _, _ = self.case(1, 256, 128)
         with pytest.raises(ValueError, match="multiples of 128"):
-            hopper.lora_gemm(x, packed_p, scale_p, ALPHA, None, a, b_p, (64, 256), 1.0)
+            hopper.lora_gemm(x, weight, None, a, b_p, (64, 256), 1.0)
         with pytest.raises(ValueError, match="does not fit"):
-            hopper.lora_gemm(x, packed_p, scale_p, ALPHA, None, a[:, :64], b_p, (128, 256), 1.0)
+            hopper.lora_gemm(x, weight, None, a[:, :64], b_p, (128, 256), 1.0)
 
     def test_small_activations_keep_their_precision(self):
-        x, packed_p, scale_p, _, expected = self.case(16, 512, 1024)
-        got = hopper.gemm(x * 2.0**-60, packed_p, scale_p, ALPHA)
+        x, weight, _, expected = self.case(16, 512, 1024)
+        got = hopper.gemm(x * 2.0**-60, weight)
         assert self.error(got.double() * 2.0**60, expected) < MAX_ERROR
 
     def test_result_does_not_depend_on_timing(self):
         for m in (8, 64, 128):
-            x, packed_p, scale_p, _, _ = self.case(m, 3584, 3584)
-            first = hopper.gemm(x, packed_p, scale_p, ALPHA)
+            x, weight, _, _ = self.case(m, 3584, 3584)
+            first = hopper.gemm(x, weight)
             for _ in range(20):
-                assert torch.equal(hopper.gemm(x, packed_p, scale_p, ALPHA), first)
+                assert torch.equal(hopper.gemm(x, weight), first)
 
     def test_leading_dimensions_strides_and_no_tokens(self):
-        x, packed_p, scale_p, _, expected = self.case(12, 256, 512)
-        got = hopper.gemm(x.view(3, 4, -1), packed_p, scale_p, ALPHA)
+        x, weight, _, expected = self.case(12, 256, 512)
+        got = hopper.gemm(x.view(3, 4, -1), weight)
         assert got.shape == (3, 4, 256) and self.error(got.view(12, -1), expected) < MAX_ERROR
         wide = torch.zeros(12, 520, device="cuda", dtype=torch.bfloat16)
         wide[:, 3:515] = x
-        assert torch.equal(hopper.gemm(wide[:, 3:515], packed_p, scale_p, ALPHA), got.view(12, -1))
-        assert hopper.gemm(x[:0], packed_p, scale_p, ALPHA).shape == (0, 256)
+        assert torch.equal(hopper.gemm(wide[:, 3:515], weight), got.view(12, -1))
+        assert hopper.gemm(x[:0], weight).shape == (0, 256)
 
     @pytest.mark.parametrize("m", [4, 64, 200])
     def test_a_launch_waits_for_the_one_before(self, m):
         """Launches overlap (programmatic dependent launch); a chain of products still sees finished inputs."""
         n = 3584
-        x, first_p, first_s, _, _ = self.case(m, n, n, seed=1)
-        _, second_p, second_s, _, _ = self.case(m, n, n, seed=2)
+        x, first, _, _ = self.case(m, n, n, seed=1)
+        _, second, _, _ = self.case(m, n, n, seed=2)
+        weights = [weight._replace(global_scale=32768.0) for weight in (first, second)]
 
         def chain(x, synchronize=False):
-            for weight in ((first_p, first_s), (second_p, second_s)) * 4:
-                x = hopper.gemm(x, *weight, 1 / 32768)
+            for weight in weights * 4:
+                x = hopper.gemm(x, weight)
                 if synchronize:
                     torch.cuda.synchronize()
             return x
@@ -344,12 +347,12 @@ class TestOnHopper:
             assert torch.equal(y, expected)
 
     def test_cuda_graph(self):
-        x, packed_p, scale_p, _, expected = self.case(16, 3584, 3584)
+        x, weight, _, expected = self.case(16, 3584, 3584)
         graph = torch.cuda.CUDAGraph()
         static, copy = torch.zeros_like(x), torch.zeros_like(x)
         with torch.cuda.graph(graph):
             copy.copy_(static)
-            y = hopper.gemm(copy, packed_p, scale_p, ALPHA)
+            y = hopper.gemm(copy, weight)
         for factor in (1.0, -2.0):
             static.copy_(x * factor)
             graph.replay()

@@ -7,6 +7,7 @@ from qerl_verl.kernels.backends import Backend, get_backend
 from qerl_verl.kernels.nvfp4_dequantize import dequantize_nvfp4
 from qerl_verl.kernels.nvfp4_lora_linear import add_lora_reference, nvfp4_lora_linear
 from qerl_verl.kernels.nvfp4_quantize import quantize_nvfp4
+from qerl_verl.kernels.packed_weight import PackedWeight
 
 N, K, RANK, SCALING = 48, 160, 4, 2.5
 PYTORCH = get_backend("pytorch")
@@ -46,13 +47,13 @@ def problem(dtype, leading=(7,), bias=True, master=None):
     lora_a = (torch.randn(RANK, K) * 0.1).to(master or dtype).requires_grad_()
     lora_b = (torch.randn(N, RANK) * 0.1).to(master or dtype).requires_grad_()
     weight = dequantize_nvfp4(packed, scale, global_scale.double(), torch.float64)
-    alpha = (1 / global_scale.double()).item()
-    return (x, packed, scale.view(torch.uint8), alpha, b, lora_a, lora_b, SCALING, PYTORCH), weight
+    packed_weight = PackedWeight(packed, scale.view(torch.uint8), global_scale.item())
+    return (x, packed_weight, b, lora_a, lora_b, SCALING, PYTORCH), weight
 
 
 def reference(arguments, weight, upstream):
     """Output and gradients of x, bias, A and B in float64, with A and B rounded to x's dtype as the layer does."""
-    x, _, _, _, bias, a, b, scaling, _ = arguments
+    x, _, bias, a, b, scaling, _ = arguments
     cast = [t.detach().to(x.dtype).double().requires_grad_() for t in (x, a, b)]
     bias = None if bias is None else bias.detach().double().requires_grad_()
     x, a, b = cast
@@ -80,7 +81,7 @@ def error(found, expected):
 def test_output_and_every_gradient(dtype, master, tolerance, leading, bias, backend):
     arguments, weight = problem(dtype, leading, bias, master)
     arguments = (*arguments[:-1], backend)
-    leaves = [t for i, t in enumerate(arguments[:7]) if i not in (1, 2, 3) and t is not None]
+    leaves = [t for i, t in enumerate(arguments[:5]) if i != 1 and t is not None]
     y = nvfp4_lora_linear(*arguments)
     upstream = torch.randn_like(y)
     expected, expected_grads = reference(arguments, weight, upstream)
@@ -90,12 +91,12 @@ def test_output_and_every_gradient(dtype, master, tolerance, leading, bias, back
 
 
 def test_gradcheck():
-    (x, packed, scale, alpha, bias, a, b, scaling, backend), _ = problem(torch.float64, (2,))
+    (x, weight, bias, a, b, scaling, backend), _ = problem(torch.float64, (2,))
     x, a = (t.detach()[:, :32].requires_grad_() for t in (x, a))
     bias, b = (t.detach()[:8].requires_grad_() for t in (bias, b))
-    packed, scale = packed[:8, :16], scale[:8, :2]
+    weight = PackedWeight(weight.packed[:8, :16], weight.scale[:8, :2], weight.global_scale)
     assert torch.autograd.gradcheck(
-        lambda x, bias, a, b: nvfp4_lora_linear(x, packed, scale, alpha, bias, a, b, scaling, backend), (x, bias, a, b)
+        lambda x, bias, a, b: nvfp4_lora_linear(x, weight, bias, a, b, scaling, backend), (x, bias, a, b)
     )
 
 
@@ -105,8 +106,8 @@ def test_no_copy_of_the_weight_is_saved_for_backward(dtype):
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         y = nvfp4_lora_linear(*arguments)
-    x, packed, scale, _, _, a, b, _, _ = arguments
-    given = {t.data_ptr() for t in (x, packed, scale, a, b)}
+    x, weight, _, a, b, _, _ = arguments
+    given = {t.data_ptr() for t in (x, weight.packed, weight.scale, a, b)}
     (extra,) = (t for t in saved if t.data_ptr() not in given)
     assert extra.shape == (7, RANK) and len(saved) == 6  # x A^T
     y.sum().backward()
@@ -119,7 +120,7 @@ def test_no_gradient_that_nobody_wants(monkeypatch):
     y = nvfp4_lora_linear(x.detach(), *rest)
     monkeypatch.setattr(Backend, "block_values", lambda *args: pytest.fail("the weight was unpacked"))
     y.sum().backward()
-    assert x.grad is None and all(t.grad is not None for t in (rest[3], rest[4], rest[5]))
+    assert x.grad is None and all(t.grad is not None for t in rest[1:4])
 
 
 def test_the_output_may_be_changed_in_place():

@@ -11,6 +11,7 @@ from qerl_verl.kernels.backends import Backend
 from qerl_verl.kernels.nvfp4_linear import nvfp4_linear
 from qerl_verl.kernels.nvfp4_lora_linear import nvfp4_lora_linear
 from qerl_verl.kernels.nvfp4_quantize import quantize_nvfp4
+from qerl_verl.kernels.packed_weight import PackedWeight
 from qerl_verl.kernels.recompute import KeptProducts
 
 WIDTH, RANK = 32, 4
@@ -36,18 +37,17 @@ class Layer(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.backend, self.changed = backend, changed
-        self.alpha = 1 / 300.0
-        self.weights = [quantize_nvfp4(torch.randn(WIDTH, WIDTH), torch.tensor([300.0])) for _ in range(2)]
+        made = [quantize_nvfp4(torch.randn(WIDTH, WIDTH), torch.tensor([300.0])) for _ in range(2)]
+        self.weights = [PackedWeight(*pair, 300.0) for pair in made]
         self.adapters = nn.ParameterList(torch.randn(shape) * 0.2 for shape in 2 * [(RANK, WIDTH), (WIDTH, RANK)])
         self.bias = nn.Parameter(torch.randn(WIDTH), requires_grad=not lora)
         self.lora = lora
 
     def linear(self, x, i):
-        packed, scale = self.weights[i]
         if not self.lora:
-            return nvfp4_linear(x, packed, scale, self.alpha, self.bias, self.backend)
+            return nvfp4_linear(x, self.weights[i], self.bias, self.backend)
         a, b = self.adapters[2 * i : 2 * i + 2]
-        return nvfp4_lora_linear(x, packed, scale, self.alpha, self.bias, a, b, 2.0, self.backend)
+        return nvfp4_lora_linear(x, self.weights[i], self.bias, a, b, 2.0, self.backend)
 
     def forward(self, x):
         h = self.linear(x, 0)

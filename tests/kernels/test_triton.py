@@ -18,6 +18,7 @@ import torch
 from qerl_verl.kernels import triton as triton_kernels
 from qerl_verl.kernels.backends import Choice, KernelCount, get_backend
 from qerl_verl.kernels.nvfp4_dequantize import block_values_nvfp4
+from qerl_verl.kernels.packed_weight import PackedWeight
 from qerl_verl.kernels.triton import tuning
 
 CASES = Path(__file__).with_name("triton_cases.py")
@@ -73,13 +74,14 @@ import torch
 from qerl_verl.kernels import triton as triton_kernels
 from qerl_verl.kernels.backends import Choice, KernelCount, get_backend
 from qerl_verl.kernels.nvfp4_dequantize import block_values_nvfp4
+from qerl_verl.kernels.packed_weight import PackedWeight
 from qerl_verl.kernels.triton import tuning
 assert ("triton" in sys.modules) == ({without!r} == "triton")
 reason = triton_kernels.unsupported_device()
 assert ("Triton cannot be imported" if {without!r} == "triton" else "no CUDA device") in reason, reason
 packed, scale = torch.zeros(64, 32, dtype=torch.uint8), torch.zeros(64, 4, dtype=torch.uint8)
 for call in (
-    lambda: triton_kernels.gemm(torch.zeros(1, 64).bfloat16(), packed, scale, 1.0),
+    lambda: triton_kernels.gemm(torch.zeros(1, 64).bfloat16(), PackedWeight(packed, scale, 1.0)),
     lambda: triton_kernels.block_values(packed, scale),
 ):
     try:
@@ -211,7 +213,7 @@ def test_measured_launches_compute_the_same(no_choices, tmp_path, monkeypatch):
     for m in (1, 8, 33, 64, 100, 200, 256, 700, 1000, 4000):
         x = torch.randn(m, k, device=device, dtype=torch.bfloat16)
         expected = x.double() @ weight.t()
-        error = (triton_kernels.gemm(x, packed, scale, 1.0).double() - expected).norm()
+        error = (triton_kernels.gemm(x, PackedWeight(packed, scale, 1.0)).double() - expected).norm()
         assert error < 4 * torch.finfo(torch.bfloat16).eps * expected.norm()
     chosen = [triton_kernels.choose(m, n, k) for m in (1, 100, 1000)]
     tuning._tuned.clear()

@@ -16,6 +16,7 @@ from torch import library
 from qerl_verl.kernels import triton as triton_kernels
 from qerl_verl.kernels.nvfp4_dequantize import block_values_nvfp4
 from qerl_verl.kernels.nvfp4_experts import ExpertAdapter, ExpertStack
+from qerl_verl.kernels.packed_weight import PackedWeight
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:
@@ -33,7 +34,7 @@ if INTERPRETED:
     interpreter._patch_lang_tensor = _patch_with_index
 DEVICE = "cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda"
 DTYPES = [torch.bfloat16, torch.float16]
-ALPHA = 1 / 640.0
+GLOBAL_SCALE = 640.0
 
 
 @pytest.fixture(autouse=True)
@@ -108,8 +109,8 @@ def check_product(x, packed, scale, bias, u, lora_b, y):
     """Against float64: half a step of the output, and float32 sums. More where a 16-bit result is added to."""
     assert y.dtype == x.dtype and y.shape == (*x.shape[:-1], packed.shape[0])
     weight = block_values_nvfp4(packed, scale, torch.float64)
-    expected = ALPHA * (x.double() @ weight.t())
-    size = ALPHA * (x.double().abs() @ weight.abs().t())
+    expected = x.double() @ weight.t() / GLOBAL_SCALE
+    size = x.double().abs() @ weight.abs().t() / GLOBAL_SCALE
     if u is not None:
         expected = expected + u.double() @ lora_b.double().t()
         size = size + u.double().abs() @ lora_b.double().abs().t()
@@ -131,7 +132,7 @@ def arguments(m, n, k, dtype, bias=True, rank=32, scales=(1, 127)):
 
 def call(x, packed, scale, bias, u, lora_b):
     x, packed, scale, bias, u, lora_b = on_device(x, packed, scale, bias, u, lora_b)
-    return triton_kernels.gemm(x, packed, scale, ALPHA, bias, u, lora_b)
+    return triton_kernels.gemm(x, PackedWeight(packed, scale, GLOBAL_SCALE), bias, u, lora_b)
 
 
 class TestGemm:
@@ -155,7 +156,7 @@ class TestGemm:
     def test_every_code_and_scale(self, dtype):
         """The product with the identity is the weight itself."""
         packed, scale = every_value(64)
-        y = triton_kernels.gemm(torch.eye(64, dtype=dtype, device=DEVICE), *on_device(packed, scale), 1.0)
+        y = triton_kernels.gemm(torch.eye(64, dtype=dtype, device=DEVICE), PackedWeight(*on_device(packed, scale), 1.0))
         assert torch.equal(y.cpu(), block_values_nvfp4(packed, scale, dtype).t())
 
     def test_every_input_channel(self):
@@ -163,8 +164,7 @@ class TestGemm:
         for plan_k in (64, 320):  # one tile, and several
             y = triton_kernels.gemm(
                 torch.eye(320, dtype=torch.bfloat16, device=DEVICE)[:, :plan_k],
-                *on_device(packed[:, : plan_k // 2], scale[:, : plan_k // 16]),
-                1.0,
+                PackedWeight(*on_device(packed[:, : plan_k // 2], scale[:, : plan_k // 16]), 1.0),
             )
             expected = block_values_nvfp4(packed, scale, torch.bfloat16).t()
             assert torch.equal(y.cpu()[:plan_k], expected[:plan_k])
@@ -178,9 +178,10 @@ class TestGemm:
         args = arguments(5, 67, 512, dtype, rank=16)
         x, packed, scale, bias, u, lora_b = on_device(*args)
         plan = triton_kernels.Plan("fused", 16, 64, 64, split, 4, 3)
-        y = run_plan(x, packed, scale, ALPHA, bias, u, lora_b, plan)
+        weight = PackedWeight(packed, scale, GLOBAL_SCALE)
+        y = run_plan(x, weight, bias, u, lora_b, plan)
         check_product(*args, y)
-        assert torch.equal(y, run_plan(x, packed, scale, ALPHA, bias, u, lora_b, plan))
+        assert torch.equal(y, run_plan(x, weight, bias, u, lora_b, plan))
 
     @pytest.mark.parametrize("m", [1, 20, 40, 70])
     def test_every_tile(self, m):
@@ -196,7 +197,8 @@ class TestGemm:
         for tile in tuning.MORE_TILES:
             block_m, block_n, block_k, warps, stages = tile
             plan = triton_kernels.Plan("fused", block_m, block_n, block_k, 2, warps, stages)
-            check_product(*args, run_plan(*on_device(*args[:3]), ALPHA, *on_device(*args[3:]), plan))
+            x, packed, scale, *rest = on_device(*args)
+            check_product(*args, run_plan(x, PackedWeight(packed, scale, GLOBAL_SCALE), *rest, plan))
 
     def test_chosen_split(self):
         args = arguments(4, 40, 2048, torch.bfloat16)
@@ -229,8 +231,8 @@ def make_experts(count, hidden, inner):
     stacks = []
     for n, k in ((2 * inner, hidden), (hidden, inner)):
         packed, scale = random_weight(count * n, k, (0x28, 0x40))
-        alpha = torch.rand(count) * 0.05 / k**0.5 + 0.01
-        stacks.append(ExpertStack(packed.view(count, n, -1), scale.view(count, n, -1), alpha))
+        factors = torch.rand(count) * 0.05 / k**0.5 + 0.01
+        stacks.append(ExpertStack(packed.view(count, n, -1), scale.view(count, n, -1), factors))
     return stacks
 
 
@@ -259,7 +261,7 @@ class TestExperts:
         exact = nvfp4_experts_reference(x.double(), weights, chosen, *stacks, wide)
         without = nvfp4_experts_reference(x.double(), weights, chosen, *stacks)
         assert (exact - without).norm() > 0.1 * exact.norm()
-        stacks = [ExpertStack(*on_device(s.packed, s.scale, s.alpha)) for s in stacks]
+        stacks = [ExpertStack(*on_device(s.packed, s.scale, s.factors)) for s in stacks]
         adapter = replace(adapter, **{f: on_device(getattr(adapter, f))[0] for f in ADAPTER_TENSORS})
         got = triton_kernels.experts(*on_device(x, weights, chosen), *stacks, adapter)
         error = (got.cpu().double() - exact).norm() / exact.norm()
@@ -295,7 +297,7 @@ class TestExperts:
         if other_ranks:
             chosen[::2, 0] = -1
         exact = nvfp4_experts_reference(x.double(), weights, chosen, gate_up, down)
-        place = lambda s: ExpertStack(*on_device(s.packed, s.scale, s.alpha))  # noqa: E731
+        place = lambda s: ExpertStack(*on_device(s.packed, s.scale, s.factors))  # noqa: E731
         got = triton_kernels.experts(*on_device(x, weights, chosen), place(gate_up), place(down))
         assert got.dtype == dtype and got.shape == x.shape
         error = (got.cpu().double() - exact).norm() / exact.norm()
@@ -308,7 +310,7 @@ class TestExperts:
         """The same within roundings, whatever the tile; what is warmed up is what is launched."""
         from qerl_verl.kernels.triton.nvfp4_experts import TILES, choose_tile, nvfp4_experts
 
-        stacks = [ExpertStack(*on_device(s.packed, s.scale, s.alpha)) for s in make_experts(3, 128, 128)]
+        stacks = [ExpertStack(*on_device(s.packed, s.scale, s.factors)) for s in make_experts(3, 128, 128)]
         x = torch.randn(19, 128, device=DEVICE).to(dtype)
         weights, chosen = torch.randn(19, 3, device=DEVICE).softmax(-1).topk(2)
         triton_kernels.warm_up_experts(*stacks, 2, dtype)
@@ -316,16 +318,16 @@ class TestExperts:
         for other in found[1:]:
             assert (other - found[0]).norm() < torch.finfo(dtype).eps * found[0].norm()
         limits = [limit for limit, *_ in TILES]
-        assert [choose_tile(rows * 4, 4) for rows in (limits[0], limits[1], limits[1] + 1)] == [t for _, *t in TILES]
+        assert [choose_tile(rows * 4, 4) for rows in (limits[0], limits[1], limits[1] + 1)] == [tuple(t) for _, *t in TILES]
 
     def test_no_tokens(self):
-        stacks = [ExpertStack(*on_device(s.packed, s.scale, s.alpha)) for s in make_experts(2, 64, 64)]
+        stacks = [ExpertStack(*on_device(s.packed, s.scale, s.factors)) for s in make_experts(2, 64, 64)]
         empty = torch.zeros(0, 2, device=DEVICE)
         out = triton_kernels.experts(torch.zeros(0, 64, device=DEVICE).bfloat16(), empty, empty.int(), *stacks)
         assert out.shape == (0, 64)
 
     def test_refuses(self):
-        gate_up, down = (ExpertStack(*on_device(s.packed, s.scale, s.alpha)) for s in make_experts(2, 64, 64))
+        gate_up, down = (ExpertStack(*on_device(s.packed, s.scale, s.factors)) for s in make_experts(2, 64, 64))
         x, weights = torch.zeros(3, 64, device=DEVICE).bfloat16(), torch.zeros(3, 1, device=DEVICE)
         chosen, apart = weights.int(), torch.stack([down.packed, down.packed], -1)[..., 0]
         adapter = lambda rank, dtype: ExpertAdapter.zeros(2, 64, 64, rank, 1.0, dtype, DEVICE)  # noqa: E731
@@ -339,7 +341,9 @@ class TestExperts:
             ("need other shapes", lambda: triton_kernels.experts(x, weights, chosen, down, down)),
             (
                 "have to be contiguous",
-                lambda: triton_kernels.experts(x, weights, chosen, gate_up, ExpertStack(apart, down.scale, down.alpha)),
+                lambda: triton_kernels.experts(
+                    x, weights, chosen, gate_up, ExpertStack(apart, down.scale, down.factors)
+                ),
             ),
         ]
         for message, attempt in cases:
@@ -357,8 +361,8 @@ class TestOps:
         x, packed, scale, bias, u, lora_b = on_device(*arguments(3, 33, 64, torch.bfloat16, rank=16))
         ops, checks = torch.ops.qerl_triton, ("test_schema", "test_faketensor")
         last = (bias, u, lora_b) if lora else ()
-        library.opcheck(ops.nvfp4_gemm, (x, packed, scale, ALPHA, *last), test_utils=checks)
-        library.opcheck(ops.nvfp4_gemm, (x.view(1, 3, 64), packed, scale, ALPHA), test_utils=checks)
+        library.opcheck(ops.nvfp4_gemm, (x, packed, scale, GLOBAL_SCALE, *last), test_utils=checks)
+        library.opcheck(ops.nvfp4_gemm, (x.view(1, 3, 64), packed, scale, GLOBAL_SCALE), test_utils=checks)
         library.opcheck(ops.nvfp4_block_values, (packed, scale, torch.float16), test_utils=checks)
 
     def test_compiled(self):
@@ -366,7 +370,7 @@ class TestOps:
         x, packed, scale, bias, u, lora_b = on_device(*arguments(6, 33, 64, torch.bfloat16, rank=16))
 
         def layer(x, u):
-            return triton_kernels.gemm(x * 2, packed, scale, ALPHA, bias, u, lora_b) + 1
+            return triton_kernels.gemm(x * 2, PackedWeight(packed, scale, GLOBAL_SCALE), bias, u, lora_b) + 1
 
         compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
         for m in (6, 2):
@@ -376,25 +380,29 @@ class TestOps:
     def test_cuda_graph(self):
         for m in (3, 600):
             x, packed, scale, bias, u, lora_b = on_device(*arguments(m, 40, 2048, torch.bfloat16))
-            expected = triton_kernels.gemm(x, packed, scale, ALPHA, bias, u, lora_b)
+            expected = triton_kernels.gemm(x, PackedWeight(packed, scale, GLOBAL_SCALE), bias, u, lora_b)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                y = triton_kernels.gemm(x, packed, scale, ALPHA, bias, u, lora_b)
+                y = triton_kernels.gemm(x, PackedWeight(packed, scale, GLOBAL_SCALE), bias, u, lora_b)
             y.zero_()
             graph.replay()
             assert torch.equal(y, expected)
 
     def test_refuses(self):
         x, packed, scale, bias, u, lora_b = on_device(*arguments(3, 32, 64, torch.bfloat16, rank=16))
+        weight = PackedWeight(packed, scale, GLOBAL_SCALE)
         cases = [
-            ("bfloat16 or float16", lambda: triton_kernels.gemm(x.float(), packed, scale, ALPHA)),
-            (r"\[\.\.\., 64\]", lambda: triton_kernels.gemm(x[:, :32], packed, scale, ALPHA)),
-            ("multiple of 64", lambda: triton_kernels.gemm(x[:, :32], packed[:, :16], scale[:, :2], ALPHA)),
-            ("need scales of shape", lambda: triton_kernels.gemm(x, packed, scale[:-1], ALPHA)),
-            ("bias has to be", lambda: triton_kernels.gemm(x, packed, scale, ALPHA, bias[:-1])),
-            ("together", lambda: triton_kernels.gemm(x, packed, scale, ALPHA, bias, u)),
-            ("multiple of 16", lambda: triton_kernels.gemm(x, packed, scale, ALPHA, None, u[:, :8], lora_b[:, :8])),
-            ("as x is", lambda: triton_kernels.gemm(x, packed, scale, ALPHA, None, u.half(), lora_b)),
+            ("bfloat16 or float16", lambda: triton_kernels.gemm(x.float(), weight)),
+            (r"\[\.\.\., 64\]", lambda: triton_kernels.gemm(x[:, :32], weight)),
+            (
+                "multiple of 64",
+                lambda: triton_kernels.gemm(x[:, :32], PackedWeight(packed[:, :16], scale[:, :2], GLOBAL_SCALE)),
+            ),
+            ("need scales of shape", lambda: triton_kernels.gemm(x, weight._replace(scale=scale[:-1]))),
+            ("bias has to be", lambda: triton_kernels.gemm(x, weight, bias[:-1])),
+            ("together", lambda: triton_kernels.gemm(x, weight, bias, u)),
+            ("multiple of 16", lambda: triton_kernels.gemm(x, weight, None, u[:, :8], lora_b[:, :8])),
+            ("as x is", lambda: triton_kernels.gemm(x, weight, None, u.half(), lora_b)),
             ("uint8", lambda: triton_kernels.block_values(packed.int(), scale)),
             ("same bytes", lambda: triton_kernels.block_values(packed, scale.float())),
             ("bfloat16 or float16", lambda: triton_kernels.block_values(packed, scale, torch.float32)),

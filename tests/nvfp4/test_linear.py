@@ -7,6 +7,7 @@ from torch import nn
 
 from qerl_verl.kernels import backends
 from qerl_verl.kernels.nvfp4_quantize import nvfp4_global_scale, quantize_nvfp4
+from qerl_verl.kernels.packed_weight import PackedWeight
 from qerl_verl.nvfp4.linear import NVFP4Linear
 from qerl_verl.nvfp4.loading import prepack_linears
 
@@ -72,9 +73,10 @@ def test_the_forward_pass_calls_the_backend_with_its_own_layout(hopper_is_there,
     made.use_backend(CPU, "hopper")
     reference, seen = backends.get_backend("pytorch"), []
 
-    def gemm(x, packed, scale, alpha, bias):
-        seen.append(packed)
-        return reference.linear(x, *made.backend.unpack(packed, scale), alpha, bias)
+    def gemm(x, weight, bias):
+        seen.append(weight.packed)
+        unpacked = made.backend.unpack(weight.packed, weight.scale)
+        return reference.linear(x, PackedWeight(*unpacked, weight.global_scale), bias)
 
     monkeypatch.setattr(backends.hopper, "gemm", gemm)
     assert torch.equal(made(x), expected)

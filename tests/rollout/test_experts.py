@@ -251,7 +251,7 @@ def test_tritons_kernel_is_compiled_when_the_layer_is_loaded(monkeypatch, capsys
     ((gate_up, down, top_k, dtype, adapter),) = warmed
     assert adapter is None
     assert (gate_up.packed.shape[0], top_k, dtype) == (EXPERTS, TOP_K, torch.bfloat16)
-    assert down.alpha.data_ptr() == layer.qerl_w2_alpha.data_ptr()
+    assert down.factors.data_ptr() == layer.qerl_w2_factors.data_ptr()
     x, logits = make_tokens(torch.bfloat16, TOKENS, HIDDEN, EXPERTS)
     check([run(layer, x, logits)], experts, x, logits, relative=3e-2)
     assert f"Triton W4A16, grouped by expert on cpu ({SETTING}): 1 layer (experts 1)" in capsys.readouterr().out
