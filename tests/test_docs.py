@@ -67,6 +67,19 @@ def test_a_broken_link_is_found(tmp_path):
     assert broken_links(page) == ["#none", "no.md"]
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_blocks_in_lists_are_indented_for_the_site_too(page):
+    """Python-Markdown wants four spaces for a list, table, code block or paragraph inside of a list; code hosts take fewer."""
+    lines = page.read_text(encoding="utf-8").splitlines()
+    fence, wrong = False, []
+    for before, line in zip(["", *lines], lines):
+        shallow = 0 < len(line) - len(line.lstrip()) < 4
+        opens = re.match(r" +(```|\||[-*] |\d+\. )", line) or not before.strip()
+        wrong += [line] if shallow and opens and not fence else []
+        fence ^= bool(re.match(r" *```", line))
+    assert wrong == []
+
+
 GENERATED = re.compile(r"<!-- (\w+) -->.*?<!-- end of \1 -->", re.DOTALL)
 
 
