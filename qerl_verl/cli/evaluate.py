@@ -74,7 +74,7 @@ def add_eval(subparsers, common: argparse.ArgumentParser) -> None:
         "--responses",
         type=Path,
         metavar="FILE",
-        help="JSONL of all responses, from which an interrupted evaluation goes on (default: NAME.responses.jsonl beside "
+        help="JSONL of all responses, from which an interrupted evaluation continues (default: NAME.responses.jsonl beside "
         f"--json NAME.json, else {DEFAULT_RESPONSES})",
     )
     _add_quantization(parser)
@@ -198,7 +198,7 @@ def _run(arguments: argparse.Namespace) -> int:
         results = evaluate(plan)
     except KeyboardInterrupt:
         print(
-            f"\nqerl: the responses so far are in {plan.settings.responses}; the same command goes on", file=sys.stderr
+            f"\nqerl: the responses so far are in {plan.settings.responses}; the same command continues", file=sys.stderr
         )
         raise
     print(format_table(results))

@@ -55,7 +55,7 @@ def show_plan(name: str, overrides: list[str], config_path: str | None, gpu_memo
     config = made.config
     if not get_arm(config).container:
         raise ExplainError(
-            f"plan: the memory of +qerl={get_arm(config).name} is not worked out, that of nvfp4 and mxfp4 is"
+            f"plan: the memory of +qerl={get_arm(config).name} cannot be estimated; that of nvfp4 and mxfp4 can"
         )
     total = int(_gpu_gib(gpu_memory) * GIB)
     try:

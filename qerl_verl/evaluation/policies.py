@@ -147,7 +147,7 @@ def check_bases(adapters: Sequence[Adapter], model: Model) -> None:
     problems = [
         f"--adapter {adapter.name}: it was trained on other weights than those of {model.folder}: its checkpoint records "
         f"the fingerprint {adapter.base_fingerprint}, this model has {model.fingerprint}. Give the base of its run "
-        f"({adapter.base_model}, with the --quantize of that run), or --other-base to evaluate it on this one all the same"
+        f"({adapter.base_model}, with the --quantize of that run), or --other-base to evaluate it on this one anyway"
         for adapter in adapters
         if adapter.base_fingerprint not in (None, model.fingerprint)
     ]

@@ -123,7 +123,7 @@ def _from_hub(
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise EvaluationError(
-            f"{where}: {hub} cannot be had from the Hugging Face hub ({reason}). Give its JSONL file with --data {name}=FILE"
+            f"{where}: {hub} cannot be fetched from the Hugging Face hub ({reason}). Give its JSONL file with --data {name}=FILE"
         ) from error
 
 

@@ -272,7 +272,7 @@ def _tokenize(
         except Exception as error:  # from jinja, or from the template's own raise_exception
             raise EvaluationError(
                 f"--data {name}, row {problem.index}: the chat template fails on its prompt: "
-                f"{' '.join(str(error).split())[:200]}; mend the prompt, or give another with --chat-template FILE"
+                f"{' '.join(str(error).split())[:200]}; fix the prompt, or give another with --chat-template FILE"
             ) from error
     return prompts, str(tokenizer.chat_template)
 

@@ -420,7 +420,7 @@ def fetch_model(model: str) -> Path:
     except Exception as error:
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else ""
         raise CheckpointError(
-            f"{model}: no such folder, and it cannot be had from the Hugging Face hub{offline}: {error}"
+            f"{model}: no such folder, and it cannot be fetched from the Hugging Face hub{offline}: {error}"
         ) from error
 
 

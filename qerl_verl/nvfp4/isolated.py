@@ -48,7 +48,7 @@ def quantize_in_a_process(
         result = json.loads(answer[0])
     except (IndexError, ValueError):
         raise CheckpointError(
-            f"{dst}: the process that quantizes ended with code {done.returncode}; stderr says more."
+            f"{dst}: the process that quantizes ended with code {done.returncode}; see stderr."
         ) from None
     if "error" in result:
         raise CheckpointError(result["error"])

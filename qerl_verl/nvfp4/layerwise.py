@@ -67,7 +67,7 @@ class FinishedLayers:
     @property
     def kept(self) -> str:
         """Clause for a message: where the finished layers are, and that they are reused."""
-        return f"; the layers that were finished are kept in {self.folder}, and the same command goes on with them"
+        return f"; the layers that were finished are kept in {self.folder}, and the same command continues from them"
 
     def _file(self, index: int) -> Path:
         return self.folder / f"layer-{index:05d}.safetensors"

@@ -145,7 +145,7 @@ class NoisyNorm:
         """
         if self.qerl_weight is None:
             raise ValueError(
-                "the engine's norms are vLLM's own, whose 16-bit weights round noise off: it needs "
+                "the engine's norms are vLLM's own, whose 16-bit weights round the noise away: it needs "
                 "additional_config={'qerl': {'noise': True}}, which qerl.aqn.enable=True sets"
             )
         return NoiseTarget(clean=self.weight, live=self.qerl_weight, switch=self._switch, offset=self.qerl_offset)

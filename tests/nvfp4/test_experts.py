@@ -192,8 +192,8 @@ def test_on_a_gpu(backend):
 
 
 INCOMPLETE = [
-    ("3.up_proj", "packs 11 linears of 4 experts; model.layers.0.mlp.experts.3.up_proj is amiss"),
-    ("0.gate_proj", "model.layers.0.mlp.experts.0.gate_proj is amiss"),
+    ("3.up_proj", "packs 11 linears of 4 experts; model.layers.0.mlp.experts.3.up_proj is missing or extra"),
+    ("0.gate_proj", "model.layers.0.mlp.experts.0.gate_proj is missing or extra"),
 ]
 
 
