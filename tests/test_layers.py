@@ -16,7 +16,7 @@ FORBIDDEN = {
     "qerl_verl/memory": {"verl", "vllm", "ray", *ABOVE},
     "qerl_verl/export": {"verl", "vllm", "ray", *ABOVE, "qerl_verl.config"},
     "qerl_verl/compare": {"torch", "verl", "vllm", "ray", *ABOVE, "qerl_verl.config", "qerl_verl.nvfp4"},
-    "qerl_verl/config": {"vllm", "qerl_verl.engine", "qerl_verl.cli", "qerl_verl.evaluation"},
+    "qerl_verl/config": {"vllm", "qerl_verl.engine", "qerl_verl.rollout", "qerl_verl.cli", "qerl_verl.evaluation"},
 }
 """Folder -> what no file in it imports."""
 

@@ -15,8 +15,8 @@ from verl.workers.config import HFModelConfig
 from qerl_verl.engine.finite import gather_first
 from qerl_verl.job import Job, find_job
 from qerl_verl.nvfp4.architectures import get_architecture
+from qerl_verl.nvfp4.candidates import CANDIDATES
 from qerl_verl.nvfp4.loading import packed_linear_names, swap_linears
-from qerl_verl.rollout.candidates import CANDIDATES
 from qerl_verl.sharing.base import OtherSide, attach, load_base, plan_layout
 from qerl_verl.sharing.channel import BaseOwner
 from qerl_verl.sharing.errors import SharingError

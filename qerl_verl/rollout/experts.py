@@ -25,7 +25,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 from qerl_verl.kernels.backends import Choice, choose_backend
 from qerl_verl.kernels.nvfp4_dequantize import BLOCK_SIZE
 from qerl_verl.kernels.nvfp4_experts import ExpertAdapter, ExpertStack, expert_factors, route_softmax
-from qerl_verl.rollout.candidates import ExpertsKernel, VLLMKernel, expert_candidates
+from qerl_verl.nvfp4.candidates import ExpertsKernel, VLLMKernel, expert_candidates
 from qerl_verl.rollout.expert_lora import attach_expert_adapter, expert_adapter
 from qerl_verl.rollout.lora import LoraSettings
 from qerl_verl.rollout.scheme import SETTING, KernelReport
@@ -170,7 +170,7 @@ class QeRLExpertsMethod(_NVFP4Experts):
 
     Args:
         experts: what was decided; its backend is one of ours
-            (:class:`~qerl_verl.rollout.candidates.ExpertsKernel`).
+            (:class:`~qerl_verl.nvfp4.candidates.ExpertsKernel`).
         moe: vLLM's configuration of the layer.
     """
 

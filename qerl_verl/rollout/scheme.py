@@ -16,7 +16,7 @@ from qerl_verl.kernels.backends import Adapter, Backend, Choice, KernelCount, ch
 from qerl_verl.kernels.nvfp4_dequantize import BLOCK_SIZE
 from qerl_verl.kernels.nvfp4_lora_linear import add_lora_reference
 from qerl_verl.kernels.packed_weight import PackedWeight
-from qerl_verl.rollout.candidates import CANDIDATES, VLLMKernel
+from qerl_verl.nvfp4.candidates import CANDIDATES, VLLMKernel
 from qerl_verl.rollout.lora import LoraSettings, attach_adapter
 from qerl_verl.rollout.shared_base import shared_weights
 

@@ -224,8 +224,8 @@ def actors_base(nvfp4_checkpoint, monkeypatch):
     from transformers import AutoConfig
 
     from qerl_verl.nvfp4.architectures import get_architecture
+    from qerl_verl.nvfp4.candidates import CANDIDATES
     from qerl_verl.nvfp4.loading import packed_linear_names, swap_linears
-    from qerl_verl.rollout.candidates import CANDIDATES
     from qerl_verl.sharing.base import OtherSide, load_base, plan_layout
     from qerl_verl.sharing.channel import BaseOwner
     from qerl_verl.sharing.memory import SharedMemory

@@ -89,7 +89,7 @@ def _experts_refusal(
     kernel: str | None, architecture: Architecture, hf_config: Any, divided: int, dtype: str | None
 ) -> str | None:
     """The same of the experts in the rollout, whose kernels are others than the linears'."""
-    from qerl_verl.rollout.candidates import expert_candidates
+    from qerl_verl.nvfp4.candidates import expert_candidates
 
     experts = architecture.experts
     if experts is None or not any(architecture.has_experts(hf_config, i) for i in range(hf_config.num_hidden_layers)):

@@ -1,6 +1,8 @@
 """Lists the kernels that can compute an NVFP4 layer of the rollout engine.
 
-Importable without vLLM, because the actor also asks whether both would use the same layout.
+Rollout, actor and the checks of the configuration ask the same list: the actor whether both would
+use one layout, the checks whether a named kernel serves a model's layers. So vLLM's own kernels are
+described here and vLLM is not imported.
 """
 
 from __future__ import annotations
