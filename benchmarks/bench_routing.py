@@ -13,7 +13,9 @@ model the result has:
 - ``tokens_differ``: fraction of the tokens with another set of experts in at least one layer;
 - ``experts_differ``: fraction of the rollout's chosen experts that the actor does not choose;
 - ``k3``: mean of exp(r) - 1 - r over the sampled tokens, with r as the difference of their
-  log-probabilities.
+  log-probabilities;
+- ``k3_replayed``: k3 with the rollout's choices replayed in the actor, as
+  ``enable_rollout_routing_replay`` does.
 
 A mixture in NVFP4 is measured beside the same weights in bfloat16 and beside a dense model in both,
 by default with random weights and few layers. More than three times the dense model's k3 would be a
@@ -110,6 +112,8 @@ def compare(folder: Path, quantized: bool, found: dict, args: argparse.Namespace
     """Returns the quantities of the module's docstring."""
     import torch
 
+    from qerl_verl.engine.routing import RoutingReplay
+
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = build_actor(folder, quantized, getattr(torch, args.dtype), device)
     top_k, seen = getattr(model.config, "num_experts_per_tok", 0), {}
@@ -118,14 +122,21 @@ def compare(folder: Path, quantized: bool, found: dict, args: argparse.Namespace
             module.register_forward_hook(
                 lambda module, inputs, output, name=name: seen.__setitem__(name, output[0].float().cpu())
             )
-    ratios, missed = [], []
-    for tokens, values, routers in zip(
-        *(found[key] for key in ("tokens", "log_probabilities", "routers")), strict=True
-    ):
+    ratios, missed, replayed = [], [], []
+    replay = (
+        RoutingReplay(model, tuple(n for n, _ in model.named_modules() if n.endswith(".mlp.gate"))) if top_k else None
+    )
+
+    def log_ratios(tokens, values):
         with torch.no_grad():
             logits = model(torch.tensor([tokens], device=device), use_cache=False).logits[0, :-1]
         ours = logits.float().log_softmax(-1).gather(-1, torch.tensor(tokens[1:], device=device)[:, None])[:, 0]
-        ratios.append(ours[-len(values) :].double().cpu() - values)
+        return ours[-len(values) :].double().cpu() - values
+
+    for tokens, values, routers in zip(
+        *(found[key] for key in ("tokens", "log_probabilities", "routers")), strict=True
+    ):
+        ratios.append(log_ratios(tokens, values))
         assert seen.keys() == routers.keys(), f"routers of the actor {list(seen)}, of the rollout {list(routers)}"
         if routers:
             theirs, mine = (
@@ -134,6 +145,11 @@ def compare(folder: Path, quantized: bool, found: dict, args: argparse.Namespace
             )
             # [T - 1, layers]
             missed.append((theirs[..., :, None] != mine[..., None, :]).all(-1).sum(-1))
+            # the last token was sampled and not computed; layers without experts have no choices
+            recorded = torch.zeros(len(tokens), model.config.num_hidden_layers, top_k, dtype=torch.int64)
+            recorded[:-1, list(replay.layers)] = theirs
+            with replay.replaying(recorded.to(device)):
+                replayed.append(log_ratios(tokens, values))
     r = torch.cat(ratios)
     out = {"k3": (r.exp() - 1 - r).mean().item(), "tokens": len(r), "mean_abs_difference": r.abs().mean().item()}
     if missed:
@@ -144,6 +160,8 @@ def compare(folder: Path, quantized: bool, found: dict, args: argparse.Namespace
             "experts_differ": number.double().mean().item() / top_k,
             "layers": number.shape[1],
         }
+        r = torch.cat(replayed)
+        out["k3_replayed"] = (r.exp() - 1 - r).mean().item()
     return out
 
 

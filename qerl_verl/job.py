@@ -120,6 +120,8 @@ class Job:
         sharing: where actor and rollout use one copy of the base; None where each has its own.
         sources: role (actor, critic) -> name or path of the model as the user gave it, for the
             adapters that training workers save.
+        replay: ``actor_rollout_ref.rollout.enable_rollout_routing_replay``: whether the actor sends
+            tokens to the experts that the rollout chose.
     """
 
     settings: QeRLSettings = field(default_factory=QeRLSettings)
@@ -127,6 +129,7 @@ class Job:
     dtype: str = "bfloat16"
     sharing: BaseSharing | None = None
     sources: Mapping[str, str] = field(default_factory=dict)
+    replay: bool = False
 
     @property
     def layers(self) -> RolloutLayers:

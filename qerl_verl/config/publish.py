@@ -31,7 +31,8 @@ def make_job(config: DictConfig) -> Job:
     if get_arm(config).container and settings.rollout.lora == "inline":
         rank, alpha = (get_value(config, f"{MODEL}.{name}") for name in ("lora_rank", "lora_alpha"))
         lora = LoraSettings(rank, alpha, adapts_experts(_adapter_targets(config)))
-    return Job(settings, lora, get_value(config, f"{ROLLOUT}.dtype") or "bfloat16")
+    replay = bool(get_value(config, f"{ROLLOUT}.enable_rollout_routing_replay"))
+    return Job(settings, lora, get_value(config, f"{ROLLOUT}.dtype") or "bfloat16", replay=replay)
 
 
 def _adapter_targets(config: DictConfig) -> Any:

@@ -7,7 +7,7 @@ import math
 import os
 import socket
 import warnings
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 
 import torch
@@ -34,6 +34,7 @@ from verl.utils.model import convert_weight_keys
 from verl.utils.py_functional import convert_to_regular_types
 from verl.utils.torch_dtypes import PrecisionType
 from verl.utils.torch_functional import entropy_from_logits, entropy_from_logits_with_chunking
+from verl.utils.ulysses import slice_input_tensor
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead, FSDPEngineWithValueHead
 
 from qerl_verl.engine.attention import hand_on_positions
@@ -43,6 +44,7 @@ from qerl_verl.engine.finite import NonFiniteError, first_nonfinite, gather_firs
 from qerl_verl.engine.offload import wait_for_offload
 from qerl_verl.engine.output_layer import use_logprob_layer
 from qerl_verl.engine.recompute import Recompute
+from qerl_verl.engine.routing import FIELD, RoutingReplay, flatten
 from qerl_verl.engine.shared_base import causal_lm, use_shared_base
 from qerl_verl.job import this_job
 from qerl_verl.kernels.backends import BACKENDS
@@ -59,6 +61,7 @@ from qerl_verl.lora.peft import (
 )
 from qerl_verl.lora.targets import ALL_LINEAR, all_linear, without_tower
 from qerl_verl.lora.wire import CONFIG_TENSOR, pack_config
+from qerl_verl.nvfp4.architectures import get_architecture
 from qerl_verl.nvfp4.loading import load_tensors, packed_linear_names, prepack_linears, swap_linears
 
 logger = logging.getLogger(__name__)
@@ -279,6 +282,9 @@ class AdapterEngineMixin:
     _recompute: Recompute | None = None
     """With ``enable_gradient_checkpointing`` on an NVFP4 base."""
 
+    _replay: RoutingReplay | None = None
+    """Of an actor whose rollout returns the experts of each token."""
+
     def initialize(self):
         """verl's, on a base without dropout: the policy that samples has none, and neither may the
         one that is trained."""
@@ -312,6 +318,13 @@ class AdapterEngineMixin:
     def _build_lora_module(self, module: nn.Module) -> nn.Module:
         """PEFT's LoRA with float32 master weights, which are cast to 16 bits for the forward pass."""
         require_input_gradients(module)
+        if self.role == "actor" and this_job().replay:
+            self._replay = RoutingReplay(module, get_architecture(module.config).routers(module.config))
+            if self.rank == 0:
+                layers = len(self._replay.layers)
+                print(
+                    f"[qerl] routing: the actor replays the rollout's choice of experts in {layers} layers", flush=True
+                )
         hand_on_positions(module)
         adapter = self.model_config.lora_adapter_path
         if adapter is not None:
@@ -380,6 +393,34 @@ class AdapterEngineMixin:
         """
         scheduler = getattr(self, "lr_scheduler", None)
         return self.role if scheduler is None else f"{self.role}, step {scheduler.last_epoch + (not after)}"
+
+    def disable_adapter(self) -> AbstractContextManager:
+        """verl's. The reference policy also chooses its experts by itself."""
+        if self._replay is None:
+            return super().disable_adapter()
+        stack = ExitStack()
+        stack.enter_context(super().disable_adapter())
+        stack.enter_context(self._replay.paused())
+        return stack
+
+    def prepare_model_inputs(self, micro_batch):
+        """verl's, with the rollout's choice of experts brought into the same order.
+
+        Raises:
+            ValueError: the batch has none, or another model's.
+        """
+        inputs, args = super().prepare_model_inputs(micro_batch)
+        if self._replay is not None:
+            recorded, rows = micro_batch.get(FIELD, None), inputs["input_ids"]
+            if recorded is not None:
+                packed = inputs["attention_mask"] is None
+                recorded = flatten(recorded, None if packed else rows.shape[1])
+                if packed and (padding := args["pad_size"]):
+                    recorded = torch.cat([recorded, recorded.new_zeros(padding, *recorded.shape[1:])])
+                if packed and self.use_ulysses_sp:
+                    recorded = slice_input_tensor(recorded, dim=0, padding=False)
+            self._replay.begin(recorded, rows.numel())
+        return inputs, args
 
     def forward_step(self, micro_batch, loss_function, forward_only):
         """verl's forward pass of one micro-batch; a loss that is not finite ends the run.

@@ -16,7 +16,7 @@ from typing import cast
 
 import torch
 from torch.nn import Parameter
-from vllm.config import CUDAGraphMode, get_current_vllm_config
+from vllm.config import CUDAGraphMode, get_current_vllm_config, get_current_vllm_config_or_none
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, RoutedExperts
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe.compressed_tensors_moe_w4a4_nvfp4 import (  # noqa: E501
     CompressedTensorsW4A4Nvfp4MoEMethod,
@@ -179,7 +179,7 @@ class QeRLExpertsMethod(_NVFP4Experts):
 
     def __init__(self, experts: Experts, moe):
         FusedMoEMethodBase.__init__(self, moe)  # vLLM's constructor would choose a kernel of vLLM's
-        self.experts = experts
+        self.experts, self._runner = experts, None
 
     def create_weights(self, layer: RoutedExperts, *args, **kwargs) -> None:
         super().create_weights(layer, *args, **kwargs)
@@ -206,6 +206,7 @@ class QeRLExpertsMethod(_NVFP4Experts):
         factors = expert_factors(layer.w13_weight_global_scale.data, layer.w2_weight_global_scale.data)
         for name, factor in zip(("w13", "w2"), factors, strict=True):
             layer.register_parameter(f"qerl_{name}_factors", Parameter(factor, requires_grad=False))
+        self._offer_choices()
         adapter = expert_adapter(layer)
         self._kernel().warm_up(*self._stacks(layer), layer.top_k, layer.params_dtype, adapter)
 
@@ -245,7 +246,23 @@ class QeRLExpertsMethod(_NVFP4Experts):
     ) -> torch.Tensor:
         """:meth:`apply` of the experts that ``router_logits`` ``[T, E]`` choose."""
         weights, chosen = route_softmax(router_logits, layer.top_k, layer.renormalize)
+        capture = getattr(self._runner, "capture_fn", None)
+        if capture is not None:
+            capture(chosen)
         return self.apply(layer, x, weights, chosen)
+
+    def _offer_choices(self) -> None:
+        """Let vLLM record which experts this method chooses (``enable_return_routed_experts``).
+
+        vLLM asks the routers for them, and a method that routes only if its kernel is one of vLLM's
+        own. A module with a layer's number and a ``capture_fn`` reports by itself (fused_moe/
+        routed_experts_capturer.py, RoutedExpertsCaptureSource); the layer's runner becomes one.
+        """
+        config = get_current_vllm_config_or_none()
+        if self._runner is None and self.is_monolithic and config is not None:
+            self._runner = config.compilation_config.static_forward_context.get(self.experts.name)
+            if self._runner is not None:
+                self._runner.capture_fn = None
 
 
 class VLLMExpertsMethod(_NVFP4Experts):

@@ -62,7 +62,8 @@ def make_engine(**variant):
     get = {**settings, **variant}.get
     model_type = get("model_type", "language_model")
     job = this_job()
-    job = replace(job, settings=replace(job.settings, recompute=get("recompute", "full")))
+    settings_of = replace(job.settings, recompute=get("recompute", "full"))
+    job = replace(job, settings=settings_of, replay=get("replay", False))
     os.environ.update(job.environment())
     os.environ["TORCH_COMPILE_DISABLE"] = "1" if get("no_compiling") else "0"
     model = HFModelConfig(
@@ -161,7 +162,7 @@ def run_variant(name, variant):
         if variant.get("images"):
             data = image_batch(engine.module.get_base_model().model, *ranks, **how)
         else:
-            data = verl_batch(step, *ranks, **how)
+            data = verl_batch(step, *ranks, routing=variant.get("routing"), **how)
         with engine.train_mode():
             output = engine.train_batch(data, loss_function(settings.get("model_type")))
             engine.lr_scheduler_step()
@@ -205,7 +206,7 @@ def keep(tensors, name):
         torch.save(tensors, f"{out}.{name}.pt")
 
 
-def infer(engine, images=False, use_remove_padding=False, use_fused_kernels=False, **variant):
+def infer(engine, images=False, use_remove_padding=False, use_fused_kernels=False, routing=None, **variant):
     """Returns log-probabilities or values of step 0's batch as a flat list.
 
     The sequences have ``images`` if the variant computes with them.
@@ -215,7 +216,7 @@ def infer(engine, images=False, use_remove_padding=False, use_fused_kernels=Fals
         how |= {"use_remove_padding": use_remove_padding, "use_fused_kernels": use_fused_kernels}
         data = image_batch(engine.module.get_base_model().model, **how)
     else:
-        data = verl_batch(0, use_remove_padding=False, **how)
+        data = verl_batch(0, use_remove_padding=False, routing=routing, **how)
     with engine.eval_mode():
         output = engine.infer_batch(data)["model_output"]
     return output["values" if "values" in output else "log_probs"].values().float().tolist()

@@ -35,13 +35,15 @@ def randomize_adapters(engine, std: float = 0.05):
                 parameter.data.copy_(value)
 
 
-def verl_batch(step, dp_rank=0, dp_size=1, longer=1, vocabulary=200, **extra):
+def verl_batch(step, dp_rank=0, dp_size=1, longer=1, vocabulary=200, routing=None, **extra):
     """Returns a data-parallel rank's part of eight sequences of unequal length, as verl's trainer
     sends it.
 
     Args:
         longer: factor by which sequences exceed the shortest form of 10 to 17 tokens.
         vocabulary: token ids are below it.
+        routing: layers, experts, and experts of a token; the batch then has random choices, none for
+            the last token of a sequence.
         extra: verl's settings of a batch, such as ``use_remove_padding``.
     """
     from verl.utils import tensordict_utils as tu
@@ -71,6 +73,13 @@ def verl_batch(step, dp_rank=0, dp_size=1, longer=1, vocabulary=200, **extra):
         "values": drawn(),
         "old_log_probs": jagged(torch.randn(r, generator=generator) * 0.1 - 5 for r in responses),
     }
+    if routing:
+        layers, experts, top_k = routing
+        scores = [torch.rand(len(i), layers, experts, generator=generator) for i in ids]
+        chosen = [s.topk(top_k, -1).indices.to(torch.int16) for s in scores]
+        for rows in chosen:
+            rows[-1] = 0
+        tensors["routed_experts"] = jagged(chosen)
     return tu.get_tensordict(tensors, {"temperature": 1.0, "global_batch_size": 8, **extra})
 
 

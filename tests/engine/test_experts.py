@@ -18,6 +18,7 @@ FLOAT32 = {
     "steps": 3,
 }
 ADAPTED = FLOAT32 | {"target_modules": ["q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]}
+REPLAYED = FLOAT32 | {"replay": True, "routing": [2, 4, 2]}
 ONE = {
     "one": FLOAT32,
     "selective": FLOAT32 | {"recompute": "selective"},
@@ -50,11 +51,18 @@ def reports(run_engine, tmp_path_factory, folders):
         "adapted selective": ADAPTED | {"recompute": "selective"},
         "adapted stored": ADAPTED | {"gradient_checkpointing": False},
         "adapted offloaded": ADAPTED | {"param_offload": True, "layered_summon": True},
+        "replayed selective": REPLAYED | {"recompute": "selective"},
+        "replayed stored": REPLAYED | {"gradient_checkpointing": False},
+        "replayed padded": REPLAYED | {"use_remove_padding": False, "packed_attention": False},
+        "replayed": REPLAYED | {"steps": 1, "reference": True},
+        "unreplayed": FLOAT32 | {"steps": 1, "reference": True},
+        "replayed three": REPLAYED,
         "loaded": ADAPTED | {"steps": 1, "load": saved},
         "adopted": FLOAT32 | {"steps": 1, "lora_adapter_path": f"{saved}/lora_adapter"},
     }
     (first,) = run_engine(packed, out / "one", variants=one)
     counted = {"two": FLOAT32, "counted": {"steps": 1, "count": True}, "adapted two": ADAPTED}
+    counted["replayed two"] = REPLAYED
     return first, run_engine(packed, out / "two", world=2, variants=counted)
 
 
@@ -85,6 +93,25 @@ def test_adapters_on_the_experts_train_the_same(reports, name):
     assert one["adapted"]["grad_norm"] != one["one"]["grad_norm"] and len(set(one["adapted"]["loss"])) == 3
     if name != "adapted two":
         assert found["adapter"] == one["adapted"]["adapter"]
+
+
+@pytest.mark.parametrize("name", ["replayed selective", "replayed stored", "replayed padded", "replayed two"])
+def test_the_rollouts_routing_is_replayed_the_same(reports, name):
+    """However sequences are laid out, with layers that run twice, and on two ranks."""
+    one, two = reports
+    found, expected = one[name] if name in one else two[0][name], one["replayed three"]
+    tight = name in ("replayed selective", "replayed stored")
+    for what in ("loss", "grad_norm"):
+        assert found[what] == pytest.approx(expected[what], rel=0 if tight else 1e-4, abs=1e-6)
+    assert expected["grad_norm"][0] != pytest.approx(one["one"]["grad_norm"][0], rel=1e-3)
+
+
+def test_the_reference_chooses_its_experts_by_itself(reports):
+    """The policy that is trained follows the rollout; the base beneath it did not sample."""
+    one, _ = reports
+    assert one["replayed"]["without"] == one["unreplayed"]["without"]
+    difference = torch.tensor(one["replayed"]["with"]) - torch.tensor(one["unreplayed"]["with"])
+    assert difference.abs().max() > 1e-2
 
 
 def test_an_adapter_on_the_experts_is_saved_and_goes_on(reports):

@@ -111,7 +111,7 @@ def find_misfits(config: DictConfig, adapters: Mapping[str, dict] | None = None)
     out += tokenizers.find_problems(config) + fused_kernel_problems(config) + length_problems(config)
     out += head_size_problems(config)
     out += position_problems(config) + packing_problems(config) + critic_problems(config)
-    return out + vllm_lora_problems(config) + expert_problems(config)
+    return out + vllm_lora_problems(config) + expert_problems(config) + replay_problems(config)
 
 
 def _new_adapter_problems(config: DictConfig, model: str) -> list[str]:
@@ -307,6 +307,35 @@ def expert_problems(config: DictConfig) -> list[str]:
         f"{MODEL}.path={folder}: the arm nf4 does not serve {architecture.name}, because transformers gives bitsandbytes "
         "linear layers alone, and the experts would stay in 16 bits; use +qerl=nvfp4"
     ]
+
+
+def replay_problems(config: DictConfig) -> list[str]:
+    """Why the rollout's routing cannot be replayed in the actor."""
+    from qerl_verl.nvfp4.architectures import get_architecture
+    from qerl_verl.nvfp4.checkpoint import read_config
+    from qerl_verl.nvfp4.errors import CheckpointError
+
+    key = f"{ROLLOUT}.enable_rollout_routing_replay"
+    folder = local_folder(config, MODEL)
+    if folder is None or not get_value(config, key):
+        return []
+    try:
+        architecture = get_architecture(read_config(folder))
+    except CheckpointError:  # told elsewhere
+        return []
+    if architecture.experts is None:
+        return [f"{key}=True: {architecture.name} has no experts whose routing could be replayed; remove it"]
+    if _decoder_settings(folder).get(architecture.experts.chosen) == 1:
+        return [
+            f"{key}=True: the model sends a token to one expert, so a token without a recorded choice cannot be told from "
+            "one that goes to expert 0; remove it"
+        ]
+    if get_value(config, "trainer.device") == "cpu" and not get_arm(config).container:
+        return [
+            f"{key}=True: vLLM's CPU engine does not return the experts of the arm {get_arm(config).name}, because its "
+            "kernel chooses them itself; remove it, or use +qerl=nvfp4"
+        ]
+    return []
 
 
 def critic_problems(config: DictConfig) -> list[str]:

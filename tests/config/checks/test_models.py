@@ -231,6 +231,38 @@ def test_vllms_own_lora_path_does_not_serve_every_family(tmp_path, name, arm, pa
     assert not problems or re.search(expected, problems[0])
 
 
+REPLAYS = [
+    # model, its changes, arm, device, and the message
+    ("Qwen3MoeForCausalLM", {}, "nvfp4", "cpu", None),
+    ("Qwen3MoeForCausalLM", {}, "bf16", "cuda", None),
+    ("Qwen3MoeForCausalLM", {}, "bf16", "cpu", "vLLM's CPU engine does not return the experts of the arm bf16"),
+    ("Qwen3MoeForCausalLM", {"num_experts_per_tok": 1}, "nvfp4", "cuda", "the model sends a token to one expert"),
+    (
+        "Qwen3ForCausalLM",
+        {},
+        "nvfp4",
+        "cuda",
+        "Qwen3ForCausalLM has no experts whose routing could be replayed; remove it",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "changes", "arm", "device", "message"), REPLAYS)
+def test_where_the_rollouts_routing_can_be_replayed(tmp_path, name, changes, arm, device, message):
+    make_config(name, **changes).save_pretrained(tmp_path)
+    config = OmegaConf.create(
+        {
+            "qerl": {"arm": arm},
+            "trainer": {"device": device},
+            "actor_rollout_ref": {"model": {"path": str(tmp_path)}, "rollout": {"enable_rollout_routing_replay": True}},
+        }
+    )
+    problems = models.replay_problems(config)
+    assert len(problems) == (message is not None) and all(message in problem for problem in problems)
+    config.actor_rollout_ref.rollout.enable_rollout_routing_replay = False
+    assert models.replay_problems(config) == []
+
+
 def test_a_mixture_of_experts_has_no_problems(tmp_path):
     """In 16 bits and packed; an adapter goes to the attention, and by name to all linears of the experts."""
     build_tokenizer().save_pretrained(make_family("Qwen3MoeForCausalLM", tmp_path / "source"))
