@@ -162,6 +162,7 @@ def rollout(args) -> None:
     from vllm import LLM, SamplingParams
 
     import qerl_verl.rollout.worker  # noqa: F401  (vLLM's processes are forked, so they have it)
+    from qerl_verl.rollout.probes import base_digest
 
     wait_for("go")
     on_gpu = torch.cuda.is_available()
@@ -202,7 +203,7 @@ def rollout(args) -> None:
     begin = time.monotonic()
     outputs = generate()
     seconds = time.monotonic() - begin
-    say(start_s=start_s, generate_s=seconds, outputs=outputs, digest=llm.collective_rpc("qerl_base_digest"))
+    say(start_s=start_s, generate_s=seconds, outputs=outputs, digest=llm.collective_rpc(base_digest))
     while command := listen():
         if command == "memory":
             import psutil
@@ -221,7 +222,7 @@ def rollout(args) -> None:
             found = dict(sleep_s=slept, wake_s=time.monotonic() - begin, card_mib_asleep=card)
             say(asleep=asleep, awake=shared_checksum(llm) if asleep else None, **found)
         elif command == "again":
-            say(outputs=generate(), digest=llm.collective_rpc("qerl_base_digest"))
+            say(outputs=generate(), digest=llm.collective_rpc(base_digest))
 
 
 def memory_of(processes: list[int]) -> dict:

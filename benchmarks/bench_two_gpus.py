@@ -301,6 +301,9 @@ def run_shards(args: argparse.Namespace) -> None:
     from tensor_parallel import prompt_log_probabilities, sync
     from vllm import LLM
 
+    from qerl_verl.rollout.probes import adapter_digest, norm_weights
+
+    os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # functions are sent to the workers
     os.environ["VERL_RAY_JOB_ID"] = str(os.getpid())  # part of the name of verl's socket
     work = Path(args.work)
     adapter = work / f"{args.small}-adapter"
@@ -324,12 +327,12 @@ def run_shards(args: argparse.Namespace) -> None:
     begin = time.perf_counter()
     sync(llm, str(adapter), args.world)
     result["sync_s"] = time.perf_counter() - begin
-    digests = llm.collective_rpc("qerl_adapter_digest")
+    digests = llm.collective_rpc(adapter_digest)
     llm.collective_rpc("qerl_load_adapter_folder", args=(str(adapter),))
-    result["sync_is_load"] = digests == llm.collective_rpc("qerl_adapter_digest")
+    result["sync_is_load"] = digests == llm.collective_rpc(adapter_digest)
     result["clean"] = prompt_log_probabilities(llm, prompts)
     llm.collective_rpc("qerl_set_noise", args=(42, 3, 1e-2))
-    norms = llm.collective_rpc("qerl_norm_weights")
+    norms = llm.collective_rpc(norm_weights)
     result["norms_equal"] = all(n == norms[0] for n in norms)
     result["norms"] = {name: weights[:64] for name, weights in norms[0].items()}
     result["noised"] = prompt_log_probabilities(llm, prompts)

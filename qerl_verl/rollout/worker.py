@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
 import torch
@@ -122,15 +121,6 @@ class QeRLWorkerExtension(vLLMColocateWorkerExtension):
             if isinstance(module, NoisyNorm):
                 module.qerl_reset()
 
-    def qerl_adapter_digest(self) -> str:
-        """Returns the SHA-256 of the adapter in this worker's layers."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.model_runner.get_model().named_buffers()):
-            if "qerl_lora_" in name:
-                digest.update(name.encode())
-                digest.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
-
     def qerl_set_noise(self, *arguments: Any, **named: Any) -> dict[str, float]:
         """Applies the noise of a training step to the norms of this worker's part of the model.
 
@@ -146,17 +136,3 @@ class QeRLWorkerExtension(vLLMColocateWorkerExtension):
         injector = self._qerl_noise_injector()
         injector.set_noise(Noise(*arguments, **named))
         return injector.measure()
-
-    def qerl_norm_weights(self) -> dict[str, list[float]]:
-        """Returns full module name -> float32 weight of the norms that receive noise."""
-        return {name: t.live.cpu().tolist() for name, t in self._qerl_noise_injector().targets.items()}
-
-    def qerl_base_digest(self) -> str:
-        """Returns the SHA-256 of the names and bytes of the base's tensors, which exclude noise."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.model_runner.get_model().named_parameters()):
-            if "lora_" in name:
-                continue
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()

@@ -17,10 +17,12 @@ from verl.trainer.ppo.v1.replay_buffer import ReplayBufferAsync
 
 def look(worker, file: str, adapter: str) -> None:
     """Runs in a vLLM worker."""
-    found = {"norms": worker.qerl_norm_weights(), "adapter": worker.qerl_adapter_digest(), "checkpoint": None}
+    from qerl_verl.rollout.probes import adapter_digest, norm_weights
+
+    found = {"norms": norm_weights(worker), "adapter": adapter_digest(worker), "checkpoint": None}
     if os.path.isdir(adapter):
         worker.qerl_load_adapter_folder(adapter)
-        found["checkpoint"] = worker.qerl_adapter_digest()
+        found["checkpoint"] = adapter_digest(worker)
     Path(f"{file}-{os.environ['VERL_REPLICA_RANK']}.json").write_text(json.dumps(found))
 
 

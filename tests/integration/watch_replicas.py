@@ -17,16 +17,18 @@ UNDIVIDED = ("qkv_proj.qerl_lora_a", "gate_up_proj.qerl_lora_a", "o_proj.qerl_lo
 
 def report(worker, folder: str, step: int, sigma: float) -> None:
     """In a worker of vLLM: one more line in this worker's file."""
-    norms = hashlib.sha256(json.dumps(worker.qerl_norm_weights(), sort_keys=True).encode()).hexdigest()
+    from qerl_verl.rollout.probes import adapter_digest, base_digest, norm_weights
+
+    norms = hashlib.sha256(json.dumps(norm_weights(worker), sort_keys=True).encode()).hexdigest()
     undivided = hashlib.sha256()
     for name, tensor in sorted(worker.model_runner.get_model().named_buffers()):
         if name.endswith(UNDIVIDED):
             undivided.update(name.encode() + tensor.float().cpu().numpy().tobytes())
-    line = {"step": step, "sigma": sigma, "adapter": worker.qerl_adapter_digest(), "norms": norms}
+    line = {"step": step, "sigma": sigma, "adapter": adapter_digest(worker), "norms": norms}
     line["undivided"] = undivided.hexdigest()
     replica = os.environ.get("VERL_REPLICA_RANK", "0")
     with Path(folder, f"replica_{replica}_rank_{worker.rank}.jsonl").open("a") as file:
-        file.write(json.dumps(line | {"base": worker.qerl_base_digest()}) + "\n")
+        file.write(json.dumps(line | {"base": base_digest(worker)}) + "\n")
 
 
 def read(folder: str | Path) -> dict:

@@ -29,6 +29,7 @@ from transformers import AutoConfig  # noqa: E402
 from vllm import LLM, SamplingParams  # noqa: E402
 
 from qerl_verl.rollout.overrides import hf_overrides  # noqa: E402
+from qerl_verl.rollout.probes import norm_weights  # noqa: E402
 
 sys.path.append(str(Path(__file__).parents[1]))  # tiny_vision
 
@@ -106,7 +107,7 @@ def look_at(checkpoint, adapter, prompts, noise):
     seen["adapted"] = log_probabilities(engine, prompts)
     engine.collective_rpc("qerl_load_adapter", args=({}, LORA["alpha"] / LORA["rank"]))
     (seen["measured"],) = engine.collective_rpc("qerl_set_noise", kwargs=noise)
-    (seen["norms"],) = engine.collective_rpc("qerl_norm_weights")
+    (seen["norms"],) = engine.collective_rpc(norm_weights)
     seen["noised"] = log_probabilities(engine, prompts)
     engine.collective_rpc("qerl_set_noise", kwargs=noise | {"sigma": 0.0})
     seen["clean_again"] = log_probabilities(engine, prompts)

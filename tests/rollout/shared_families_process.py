@@ -25,6 +25,7 @@ from qerl_verl.job import Job
 from qerl_verl.nvfp4.architectures import get_architecture
 from qerl_verl.nvfp4.candidates import CANDIDATES
 from qerl_verl.nvfp4.loading import packed_linear_names, swap_linears
+from qerl_verl.rollout.probes import base_digest
 from qerl_verl.sharing.base import OtherSide, load_base, plan_layout
 from qerl_verl.sharing.channel import BaseOwner
 from qerl_verl.sharing.memory import SharedMemory
@@ -54,7 +55,7 @@ def own_base(checkpoint, dtype):
 
 def look_at(checkpoint, prompts, dtype, load_format):
     engine = start_engine(checkpoint, dtype, load_format=load_format)
-    seen = {"log_probs": log_probabilities(engine, prompts), "digest": engine.collective_rpc("qerl_base_digest")}
+    seen = {"log_probs": log_probabilities(engine, prompts), "digest": engine.collective_rpc(base_digest)}
     engine.llm_engine.engine_core.shutdown()
     return seen
 

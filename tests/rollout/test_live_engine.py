@@ -20,6 +20,7 @@ from qerl_verl.aqn.noise import draw_noise
 from qerl_verl.lora.peft import save_adapter
 from qerl_verl.lora.wire import CONFIG_TENSOR, pack_config
 from qerl_verl.nvfp4.checkpoint import adaptable_shapes, quantize_checkpoint
+from qerl_verl.rollout.probes import adapter_digest, base_digest, norm_weights
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -107,11 +108,11 @@ def load(engine, adapter=None):
 
 def digests(engine):
     """Returns the digests of the base and of the adapter."""
-    return engine.collective_rpc("qerl_base_digest"), engine.collective_rpc("qerl_adapter_digest")
+    return engine.collective_rpc(base_digest), engine.collective_rpc(adapter_digest)
 
 
 def norms(engine):
-    (weights,) = engine.collective_rpc("qerl_norm_weights")
+    (weights,) = engine.collective_rpc(norm_weights)
     return {name: np.array(w, dtype=np.float32) for name, w in weights.items()}
 
 
@@ -328,7 +329,7 @@ def test_noise_is_on_the_right_norms_drawn_from_seed_step_and_layer(engine, nvfp
     expected_names = {
         f"model.layers.{i}.{n}" for i in range(2) for n in ("input_layernorm", "post_attention_layernorm")
     }
-    digest = engine.collective_rpc("qerl_base_digest")
+    digest = engine.collective_rpc(base_digest)
     for step in (3, 4, 3):
         set_noise(engine, seed=5, step=step, sigma=0.02)
         live = norms(engine)
@@ -337,7 +338,7 @@ def test_noise_is_on_the_right_norms_drawn_from_seed_step_and_layer(engine, nvfp
             clean = checkpoint[f"{name}.weight"].float()
             expected = clean + draw_noise(5, step, name, clean.numel(), 0.02)
             np.testing.assert_array_equal(weight, expected.numpy(), err_msg=f"{name} at step {step}")
-    assert engine.collective_rpc("qerl_base_digest") == digest  # the checkpoint's norm weights, too
+    assert engine.collective_rpc(base_digest) == digest  # the checkpoint's norm weights, too
     set_noise(engine)
 
 
@@ -352,6 +353,8 @@ def make_probe():
     def probe(worker, rows, seed):
         import torch
 
+        from qerl_verl.rollout.probes import norm_weights
+
         def slopes(norm):
             generator, found = torch.Generator().manual_seed(seed), []
             for _ in range(2):
@@ -362,7 +365,7 @@ def make_probe():
             return torch.stack(found)
 
         out = {}
-        for name in worker.qerl_norm_weights():
+        for name in norm_weights(worker):
             norm = worker.model_runner.get_model().get_submodule(name)
             noised, live = slopes(norm), norm.qerl_weight.clone()
             norm.qerl_weight.copy_(norm.weight)
@@ -466,7 +469,7 @@ def test_weight_syncs_a_b_a_replace_the_adapter_and_leave_base_and_noise_alone(
     engine, adapters, cpu_platform, from_checkpoint_engine
 ):
     set_noise(engine, step=2, sigma=0.05)
-    digest, noised = engine.collective_rpc("qerl_base_digest"), norms(engine)
+    digest, noised = engine.collective_rpc(base_digest), norms(engine)
     results = []
     for adapter in (*adapters, adapters[0]):
         sync(engine, adapter, from_checkpoint_engine)
@@ -474,7 +477,7 @@ def test_weight_syncs_a_b_a_replace_the_adapter_and_leave_base_and_noise_alone(
     assert results[0] == results[2] and results[0][0] != results[1][0]
     load(engine, adapters[0])
     assert results[0] == (generate(engine), digests(engine))
-    assert engine.collective_rpc("qerl_base_digest") == digest
+    assert engine.collective_rpc(base_digest) == digest
     for name, weight in norms(engine).items():
         np.testing.assert_array_equal(weight, noised[name])
     set_noise(engine)
@@ -556,15 +559,15 @@ def run(engine, paths, ranks):
 
     out = {"base": prompt_log_probabilities(engine, PROMPTS)}
     sync_ranks(engine, paths[0], ranks)
-    out["first_digests"] = engine.collective_rpc("qerl_adapter_digest")
+    out["first_digests"] = engine.collective_rpc(adapter_digest)
     sync_ranks(engine, paths[1], ranks)
-    out["digests"] = engine.collective_rpc("qerl_adapter_digest")
+    out["digests"] = engine.collective_rpc(adapter_digest)
     engine.collective_rpc("qerl_load_adapter_folder", args=(paths[1],))
-    out["loaded_digests"] = engine.collective_rpc("qerl_adapter_digest")
+    out["loaded_digests"] = engine.collective_rpc(adapter_digest)
     out["adapter"] = prompt_log_probabilities(engine, PROMPTS)
     out["tokens"] = [tokens for tokens, _ in generate(engine)]
     set_noise(engine, step=2, sigma=0.05)
-    out["norms"] = engine.collective_rpc("qerl_norm_weights")
+    out["norms"] = engine.collective_rpc(norm_weights)
     out["noised"] = prompt_log_probabilities(engine, PROMPTS)
     set_noise(engine)
     out["buffers"] = engine.collective_rpc(buffers)
