@@ -20,7 +20,8 @@ def test_a_random_checkpoint_is_a_valid_one(tmp_path, shape):
     validate_nvfp4_checkpoint(folder)
     layers = range(shapes.SHAPES[shape]["num_hidden_layers"])
     adapted = {f"model.layers.{i}.{name}": s for i in layers for name, s in shapes.linears(shape).items()}
-    assert adaptable_shapes(folder) == adapted
+    found = adaptable_shapes(folder)
+    assert {name: found[name] for name in found if ".experts." not in name} == adapted
 
 
 def test_a_shape_may_have_fewer_layers():
