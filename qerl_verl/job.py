@@ -1,13 +1,14 @@
-"""What the processes of a run learn from its driver: one :class:`Job`, as JSON in ``QERL_JOB``.
+"""Defines what the processes of a run learn from its driver: one :class:`Job`, as JSON in
+``QERL_JOB``.
 
-The driver puts the variable into Ray's runtime environment, which reaches every actor of the run
-on every node, and their children inherit it: vLLM's engine processes among them. A process without
-it does not belong to a run with the switch.
+The driver puts the variable into Ray's runtime environment, which reaches every actor of the run on
+every node. Their children inherit it, vLLM's engine processes among them. A process without the
+variable does not belong to a run with the switch.
 
-An engine of vLLM has to be told apart from others in the same process tree (a reward model's), and
-vLLM names compiled graphs by a hash of its configuration. So the part of the document that decides
-how an engine computes, :class:`RolloutLayers`, is also the entry ``qerl`` of the engine's
-``additional_config``. The server refuses an entry that is not the document's.
+An engine of vLLM must be distinguished from others in the same process tree (a reward model's), and
+vLLM names compiled graphs by a hash of its configuration. The part of the document that decides how
+an engine computes, :class:`RolloutLayers`, is therefore also the entry ``qerl`` of the engine's
+``additional_config``. The server refuses an entry that differs from the document.
 
 Importable without torch, verl or vLLM.
 """
@@ -26,14 +27,14 @@ from qerl_verl import __version__
 from qerl_verl.config.settings import QeRLSettings, SettingsError
 
 JOB_ENV = "QERL_JOB"
-"""The environment variable with the document."""
+"""Name of the environment variable with the document."""
 
 ADDITIONAL_CONFIG = "qerl"
-"""The entry in vLLM's ``additional_config``."""
+"""Name of the entry in vLLM's ``additional_config``."""
 
 
 class JobError(RuntimeError):
-    """The document is absent, or not one that this installation can follow."""
+    """The document is absent, or this installation cannot follow it."""
 
 
 @dataclass(frozen=True)
@@ -72,12 +73,13 @@ class RolloutLayers:
     noise: bool = False
 
     def additional_config(self) -> dict[str, dict[str, Any]]:
-        """The entry for vLLM's ``additional_config``."""
+        """Returns the entry for vLLM's ``additional_config``."""
         return {ADDITIONAL_CONFIG: dataclasses.asdict(self)}
 
     @classmethod
     def of_engine(cls, additional_config: Mapping[str, Any] | None) -> RolloutLayers | None:
-        """From an engine's ``additional_config``; None for an engine that is not the rollout's.
+        """Reads an engine's ``additional_config``; returns None for an engine that is not the
+        rollout's.
 
         Raises:
             JobError: the entry has a key that this version does not know.
@@ -133,20 +135,20 @@ class Job:
 
     @property
     def layers(self) -> RolloutLayers:
-        """What the engines of the rollout are told."""
+        """Returns the settings for the rollout's engines."""
         rollout = self.settings.rollout
         return RolloutLayers(rollout.kernel, self.lora, rollout.sleep_level, self.settings.aqn.enable)
 
     def environment(self) -> dict[str, str]:
-        """The variable for the processes of the run."""
+        """Returns the environment variable for the processes of the run."""
         return {JOB_ENV: json.dumps({"version": __version__, **dataclasses.asdict(self)})}
 
     @classmethod
     def from_json(cls, text: str) -> Job:
-        """Read the document.
+        """Reads the document.
 
         Raises:
-            JobError: it is no such document, or another version of QeRL wrote it.
+            JobError: the text is not such a document, or another version of QeRL wrote it.
         """
         try:
             content = json.loads(text)
@@ -176,7 +178,7 @@ def _read(text: str) -> Job:
 
 
 def find_job() -> Job | None:
-    """The run that this process belongs to; None without the switch.
+    """Returns the run that this process belongs to, or None without the switch.
 
     Raises:
         JobError: see :meth:`Job.from_json`.
@@ -186,10 +188,10 @@ def find_job() -> Job | None:
 
 
 def this_job() -> Job:
-    """The run that this process belongs to.
+    """Returns the run that this process belongs to.
 
     Raises:
-        JobError: it belongs to none, or see :meth:`Job.from_json`.
+        JobError: the process belongs to no run, or see :meth:`Job.from_json`.
     """
     job = find_job()
     if job is None:

@@ -1,14 +1,14 @@
-"""Names of the adapters on the experts of a mixture: one for each linear, and stacked.
+"""Names the adapters on the experts of a mixture: one for each linear, and stacked.
 
 A file has a pair for each linear of each expert, as for any other layer:
-``{module}.{expert}.gate_proj.lora_A.weight`` ``[r, K]`` and ``lora_B.weight`` ``[N, r]``. PEFT takes
-such a file for its 3-D parameters (peft/utils/transformers_weight_conversion.py), and vLLM for its
-fused layer (vllm/lora/lora_weights.py, PackedLoRALayerWeights.pack_moe).
+``{module}.{expert}.gate_proj.lora_A.weight`` ``[r, K]`` and ``lora_B.weight`` ``[N, r]``. PEFT
+takes such a file for its 3-D parameters (peft/utils/transformers_weight_conversion.py), and vLLM
+for its fused layer (vllm/lora/lora_weights.py, PackedLoRALayerWeights.pack_moe).
 
 In the actor, and on the way to the rollout, the experts of a layer are four tensors:
 ``{module}.lora_A.gate_up_proj`` ``[E, 2 r, H]``, ``lora_B.gate_up_proj`` ``[E, 2 I, r]``,
-``lora_A.down_proj`` ``[E, r, I]`` and ``lora_B.down_proj`` ``[E, H, r]``. Rows of gate lie before
-rows of up.
+``lora_A.down_proj`` ``[E, r, I]`` and ``lora_B.down_proj`` ``[E, H, r]``. Rows of gate precede rows
+of up.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
 
 MODULE = "experts"
-"""The last name of the module that holds a layer's experts, which is what PEFT is told to adapt."""
+"""Last name of the module that holds a layer's experts, which PEFT is told to adapt."""
 
 _LINEAR = re.compile(rf"\.{MODULE}\.\d+\.(?:{'|'.join(PROJECTIONS)})$")
 _ONE = re.compile(
@@ -34,23 +34,26 @@ _STACKED = re.compile(rf"^(?P<module>.+\.{MODULE})\.lora_(?P<part>[AB])\.(?P<sta
 
 
 def is_of_experts(linear: str) -> bool:
-    """Whether the full name of a linear is that of an expert's."""
+    """Returns whether a linear belongs to an expert, by its full name."""
     return _LINEAR.search(linear) is not None
 
 
 def parse_stacked(name: str) -> tuple[str, str, str] | None:
-    """Module, ``A`` or ``B``, and stack of a stacked tensor's name; None for any other."""
+    """Returns module, ``A`` or ``B``, and stack of a stacked tensor's name, or None for other
+    names.
+    """
     match = _STACKED.match(name)
     return match and (match["module"], match["part"], match["stack"])
 
 
 def partial_problem(layers: Collection[str], adapted: Collection[str]) -> str | None:
-    """Why an adapter on some of the experts' linears is none that can be trained or loaded; None
-    where all have one, or none has.
+    """Returns why an adapter on only some of the experts' linears cannot be trained or loaded.
+
+    The result is None where all linears have an adapter, or none.
 
     Args:
         layers: full names of the linears that can have an adapter.
-        adapted: those of them that have one.
+        adapted: full names of the linears that have one.
     """
     every = {name for name in layers if is_of_experts(name)}
     found = every & set(adapted)
@@ -63,13 +66,13 @@ def partial_problem(layers: Collection[str], adapted: Collection[str]) -> str | 
 
 
 def stack_experts(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """An adapter with the tensors of each layer's experts stacked; the others stay as they are.
+    """Stacks an adapter's tensors of each layer's experts; other tensors stay as they are.
 
     Args:
-        tensors: by PEFT's names, with or without its prefix.
+        tensors: PEFT's name, with or without its prefix -> tensor.
 
     Raises:
-        ValueError: an expert lacks a tensor, or has one of another shape than the first.
+        ValueError: an expert lacks a tensor, or its shape differs from the first expert's.
     """
     import torch
 
@@ -99,7 +102,10 @@ def stack_experts(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor
 
 
 def split_experts(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The inverse of :func:`stack_experts`, in the order of the experts. Of the tensors no copy is made."""
+    """Splits stacked tensors in the order of the experts, as the inverse of :func:`stack_experts`.
+
+    The results are views.
+    """
     out: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
         if (parsed := parse_stacked(name)) is None:
@@ -113,20 +119,25 @@ def split_experts(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor
 
 
 def module_targets(targets: Any) -> Any:
-    """``target_modules`` as PEFT gets them in the actor: the module of the experts in place of the
-    names of their linears, which PEFT would take for transformers' 3-D parameters."""
+    """Returns ``target_modules`` for PEFT in the actor.
+
+    The module of the experts replaces the names of their linears, which PEFT would take for
+    transformers' 3-D parameters.
+    """
     if isinstance(targets, str) or not set(targets) & set(PROJECTIONS):
         return targets
     return sorted({name for name in targets if name not in PROJECTIONS} | {MODULE})
 
 
 def linear_targets(targets: Any) -> Any:
-    """The inverse of :func:`module_targets`, for a file and for the rollout."""
+    """Returns ``target_modules`` for a file and for the rollout, as the inverse of
+    :func:`module_targets`.
+    """
     if isinstance(targets, str) or MODULE not in targets:
         return targets
     return sorted({name for name in targets if name != MODULE} | set(PROJECTIONS))
 
 
 def adapts_experts(targets: Any) -> bool:
-    """Whether ``target_modules`` name linears of experts, in a model that has any."""
+    """Returns whether ``target_modules`` name linears of experts, in a model that has experts."""
     return isinstance(targets, Iterable) and not isinstance(targets, str) and bool(set(targets) & set(PROJECTIONS))

@@ -74,8 +74,11 @@ class NVFP4LoraLinear(Linear):
 
 
 class _ExpertFactors(nn.Module):
-    """A, or B, of the experts of a layer: ``[E, rows, columns]`` for each of
-    :data:`~qerl_verl.nvfp4.experts.STACKS`, float32 parameters."""
+    """Holds A or B of a layer's experts.
+
+    There is one float32 parameter ``[E, rows, columns]`` for each of
+    :data:`~qerl_verl.nvfp4.experts.STACKS`.
+    """
 
     def __init__(self, shapes: dict[str, tuple[int, int, int]], device: torch.device):
         super().__init__()
@@ -84,7 +87,7 @@ class _ExpertFactors(nn.Module):
 
 
 class NVFP4LoraExperts(nn.Module, LoraLayer):
-    """The experts of a layer with a frozen NVFP4 base and a LoRA adapter on each linear of each expert.
+    """Adds a LoRA adapter on each linear of each expert to the frozen NVFP4 experts of a layer.
 
     PEFT's own layer for experts (peft/tuners/lora/layer.py, ParamWrapper) adds B A to the weights,
     which are packed here. Names and shapes of the parameters are in :mod:`qerl_verl.lora.experts`.
@@ -117,7 +120,9 @@ class NVFP4LoraExperts(nn.Module, LoraLayer):
         return module.hidden_dim, module.hidden_dim
 
     def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool | str) -> None:
-        """As PEFT initializes a linear: each A by He's uniform distribution, or a Gaussian; B is zero."""
+        """Initializes the adapter as PEFT does for a linear: each A uniform (He) or Gaussian, each
+        B zero.
+        """
         if init_lora_weights is False:
             return
         for a in self.lora_A[adapter_name].parameters():
@@ -129,7 +134,9 @@ class NVFP4LoraExperts(nn.Module, LoraLayer):
             nn.init.zeros_(b)
 
     def forward(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor):
-        """As :meth:`NVFP4Experts.forward <qerl_verl.nvfp4.experts.NVFP4Experts.forward>`."""
+        """Computes :meth:`NVFP4Experts.forward <qerl_verl.nvfp4.experts.NVFP4Experts.forward>` with
+        the adapter.
+        """
         base, names = self.get_base_layer(), [name for name in self.active_adapters if name in self.lora_A]
         if self.disable_adapters or not names:
             return base(hidden_states, top_k_index, top_k_weights)
@@ -209,9 +216,9 @@ def register_nvfp4(config: LoraConfig, model: nn.Module | None = None) -> LoraCo
     """Registers the wrappers of NVFP4 layers in a LoRA configuration, and returns the same object.
 
     Args:
-        config: of an adapter.
-        model: that gets it; where it holds experts in NVFP4, their module takes the place of their
-            linears' names in the configuration, which :func:`published` turns back.
+        config: configuration of the adapter.
+        model: the model that gets the adapter. Where it holds experts in NVFP4, their module
+            replaces their linears' names in the configuration, which :func:`published` reverts.
     """
     config._register_custom_module({NVFP4Linear: NVFP4LoraLinear, NVFP4Experts: NVFP4LoraExperts})
     if model is not None and any(isinstance(module, NVFP4Experts) for module in model.modules()):
@@ -220,7 +227,7 @@ def register_nvfp4(config: LoraConfig, model: nn.Module | None = None) -> LoraCo
 
 
 def published(config: LoraConfig) -> LoraConfig:
-    """Returns a copy of a model's LoRA configuration as it goes into a file, with the names of the linears."""
+    """Returns a copy of a model's LoRA configuration for a file, with the names of the linears."""
     config = copy.copy(config)
     config.target_modules = linear_targets(config.target_modules)
     return config

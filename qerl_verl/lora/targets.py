@@ -17,7 +17,8 @@ def last_names(layers: Collection[str]) -> list[str]:
 
 
 def all_linear(layers: Collection[str]) -> list[str]:
-    """What ``all-linear`` stands for: the last names of all layers, but for those of experts."""
+    """Returns the meaning of ``all-linear``: the last names of all layers except those of
+    experts."""
     return last_names([name for name in layers if not is_of_experts(name)])
 
 

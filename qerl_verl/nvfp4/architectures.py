@@ -362,8 +362,8 @@ class Architecture:
         """Returns the packed linears that can have a LoRA adapter.
 
         These are all linears; in a model with experts those of the attention and of the experts.
-        There PEFT 0.21 takes gate_proj, up_proj and down_proj in ``target_modules`` for the experts'
-        3-D parameters, and leaves out the MLP of a layer without experts
+        There PEFT 0.21 takes gate_proj, up_proj and down_proj in ``target_modules`` for the
+        experts' 3-D parameters, and leaves out the MLP of a layer without experts
         (peft/utils/transformers_weight_conversion.py, _convert_peft_config_moe).
 
         Args:

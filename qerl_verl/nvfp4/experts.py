@@ -82,7 +82,9 @@ class NVFP4Experts(nn.Module):
         return self.num_experts * self.hidden_dim, self.intermediate_dim
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
-        """Name of each expert's linear, relative to this module -> (output, input features)."""
+        """Returns name of each expert's linear, relative to this module -> (output, input
+        features).
+        """
         hidden, inner = self.hidden_dim, self.intermediate_dim
         shapes = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
         return {f"{e}.{linear}": shapes[linear] for e in range(self.num_experts) for linear in PROJECTIONS}
@@ -174,11 +176,11 @@ class NVFP4Experts(nn.Module):
         adapter: Mapping[str, tuple[torch.Tensor, torch.Tensor]] | None = None,
         scaling: float = 1.0,
     ) -> torch.Tensor:
-        """:meth:`forward`, with an adapter on the experts.
+        """Computes :meth:`forward` with an adapter on the experts.
 
         Args:
-            adapter: stack -> A ``[E, P r, K]`` and B ``[E, N, r]``, the P projections of the stack
-                behind each other.
+            adapter: stack -> A ``[E, P r, K]`` and B ``[E, N, r]``, with the stack's P projections
+                concatenated.
             scaling: lora_alpha / r.
         """
         x = hidden_states

@@ -1,4 +1,4 @@
-"""GPTQ (arXiv 2210.17323) for NVFP4, which minimizes the error of a layer's outputs.
+"""Implements GPTQ (arXiv 2210.17323) for NVFP4, which minimizes the error of a layer's outputs.
 
 For inputs ``x`` with ``H = sum x x^T`` the output error of a linear is ``tr((W - Q) H (W - Q)^T)``.
 GPTQ rounds one input channel at a time and changes the remaining channels so that they compensate

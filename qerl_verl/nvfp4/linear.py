@@ -1,4 +1,4 @@
-"""A linear layer that holds its weight in NVFP4."""
+"""Holds the weight of a linear layer in NVFP4."""
 
 from __future__ import annotations
 
@@ -77,7 +77,8 @@ class NVFP4Linear(nn.Module):
 
     @property
     def packed_weight(self) -> PackedWeight:
-        """The weight in the backend's layout; the first call reads the global scale from the device."""
+        """The weight in the backend's layout; the first call reads the global scale from the
+        device."""
         if self._global_scale is None:
             self._global_scale = self.weight_global_scale.item()
         return PackedWeight(*self.weight_bytes(), self._global_scale)

@@ -1,8 +1,10 @@
-"""The adapter on the experts of a layer of vLLM's: static buffers, overwritten in place by a weight sync.
+"""Keeps the adapter on the experts of a vLLM layer in static buffers, which a weight sync
+overwrites.
 
-As in :mod:`qerl_verl.rollout.lora`, one policy has one adapter, and it is part of the layer.
-Tensor-parallel ranks have a part of each expert's intermediate channels (rows of B of gate and up,
-columns of A of down, whose partial results vLLM sums anyway), expert-parallel ranks whole experts.
+As in :mod:`qerl_verl.rollout.lora`, one policy has one adapter, and the adapter is part of the
+layer. Tensor-parallel ranks have a part of each expert's intermediate channels: rows of B of gate
+and up, and columns of A of down, whose partial results vLLM sums anyway. Expert-parallel ranks have
+whole experts.
 """
 
 from __future__ import annotations
@@ -25,16 +27,16 @@ _PARTS = {
 """Stack and part, as :func:`qerl_verl.lora.experts.parse_stacked` names them -> buffer."""
 
 Shard = Callable[[torch.Tensor, int, int], torch.Tensor]
-"""A full tensor, a dimension and its size on this rank -> this rank's part."""
+"""Takes a full tensor, a dimension and its size on this rank; returns this rank's part."""
 
 
 def attach_expert_adapter(layer: torch.nn.Module, name: str, adapter: ExpertAdapter) -> None:
-    """Give a layer the buffers of an adapter.
+    """Gives a layer the buffers of an adapter.
 
     Args:
         layer: vLLM's ``RoutedExperts``.
         name: its full name, without vLLM's own module inside it.
-        adapter: of this rank's experts, all zero.
+        adapter: adapter of this rank's experts, all zero.
     """
     for buffer in _BUFFERS:
         layer.register_buffer(f"{_PREFIX}{buffer}", getattr(adapter, buffer), persistent=False)
@@ -42,7 +44,7 @@ def attach_expert_adapter(layer: torch.nn.Module, name: str, adapter: ExpertAdap
 
 
 def expert_adapter(layer: torch.nn.Module) -> ExpertAdapter | None:
-    """The adapter in a layer; None where it has no room for one."""
+    """Returns the adapter in a layer, or None where the layer has no buffers."""
     if getattr(layer, "qerl_lora_experts", None) is None:
         return None
     buffers = {buffer: getattr(layer, f"{_PREFIX}{buffer}") for buffer in _BUFFERS}
@@ -52,16 +54,17 @@ def expert_adapter(layer: torch.nn.Module) -> ExpertAdapter | None:
 def cut_expert_adapter(
     layer: torch.nn.Module, parts: Mapping[tuple[str, str], torch.Tensor], scaling: float, shard: Shard
 ) -> dict[str, torch.Tensor]:
-    """What of an adapter goes into the buffers of a layer, by buffer, in their shapes.
+    """Returns buffer -> the part of an adapter for the buffer, in its shape.
 
     Args:
-        parts: ``(stack, "A")`` and ``(stack, "B")`` of all experts, or nothing for an adapter without
-            them, which gives zeros.
-        scaling: the adapter's own.
+        layer: vLLM's ``RoutedExperts``.
+        parts: ``(stack, "A")`` and ``(stack, "B")`` of all experts. An adapter without them gives
+            zeros.
+        scaling: the adapter's own scaling.
         shard: see :data:`Shard`.
 
     Raises:
-        ValueError: a part is missing, has another shape, or a rank beyond the buffers'.
+        ValueError: a part is missing, has another shape, or a rank beyond that of the buffers.
     """
     room = expert_adapter(layer)
     assert room is not None, "the layer has no buffers"
@@ -99,13 +102,13 @@ def cut_expert_adapter(
 
 
 def write_expert_adapter(layer: torch.nn.Module, new: Mapping[str, torch.Tensor]) -> None:
-    """Overwrite the buffers with what :func:`cut_expert_adapter` returned."""
+    """Overwrites the buffers with the result of :func:`cut_expert_adapter`."""
     for buffer, tensor in new.items():
         getattr(layer, f"{_PREFIX}{buffer}").copy_(tensor)
 
 
 def _own_experts(layer: torch.nn.Module, count: int) -> torch.Tensor:
-    """The numbers of this rank's experts, in their order here."""
+    """Returns the numbers of this rank's experts, in their order on this rank."""
     if layer.expert_map is None:
         return torch.arange(count)
     local = layer.expert_map.cpu()

@@ -1,12 +1,13 @@
-"""Experts of a mixture in vLLM, NVFP4 weights and 16-bit activations: vLLM's own kernel, or ours.
+"""Computes the experts of a mixture in vLLM, NVFP4 weights with 16-bit activations, by vLLM's
+kernel or ours.
 
-Loading is vLLM's in both cases: ``RoutedExperts`` fills the parameters that
+vLLM loads the weights in both cases: ``RoutedExperts`` fills the parameters that
 ``CompressedTensorsW4A4Nvfp4MoEMethod`` creates, divided among tensor- or expert-parallel ranks. Our
 methods are subclasses of that one, so names and layout of the parameters are vLLM's.
 
-An adapter on the experts is in the layer (:mod:`qerl_verl.rollout.expert_lora`) and takes a kernel
-of ours: vLLM's own LoRA path for experts (vllm/lora/layers/fused_moe.py) serves many adapters
-through LoRA requests, which this rollout has none of.
+An adapter on the experts is in the layer (:mod:`qerl_verl.rollout.expert_lora`) and takes one of
+our kernels. vLLM's own LoRA path for experts (vllm/lora/layers/fused_moe.py) serves many adapters
+through LoRA requests, which this rollout does not have.
 """
 
 from __future__ import annotations
@@ -40,21 +41,21 @@ _SERVED = {
     "e_score_correction_bias": None,
     "routed_scaling_factor": 1.0,
 }
-"""Attributes of vLLM's ``RoutedExperts``, and the one value of each that our kernels compute."""
+"""Attribute of vLLM's ``RoutedExperts`` -> the only value that our kernels compute."""
 
 
 @dataclass(frozen=True)
 class Experts:
-    """What was decided about the experts of one layer.
+    """The decisions about the experts of one layer.
 
     Attributes:
         name: full name of the layer in vLLM.
-        choice: what computes them.
-        device: where.
-        lora: of the adapter in the layers, or None.
+        choice: the chosen kernel.
+        device: where the experts compute.
+        lora: the adapter in the layers, or None.
         input_scales: whether the checkpoint has scales for quantized activations (W4A4), which are
             loaded and dropped.
-        report: of the engine.
+        report: report of the engine.
     """
 
     name: str
@@ -74,19 +75,21 @@ def experts_method(
     input_scales: bool,
     report: KernelReport,
 ) -> FusedMoEMethodBase:
-    """vLLM's ``quant_method`` for the experts of a layer, which it asks for while it builds them.
+    """Returns vLLM's ``quant_method`` for the experts of a layer, which vLLM requests while it
+    builds them.
 
     Args:
-        layer: under construction; its configuration and attributes are set.
+        layer: the layer under construction, with its configuration and attributes.
         name: its full name.
         device: where it computes.
         kernel: ``qerl.rollout.kernel``.
-        lora: of the adapter in the layers, or None.
+        lora: the adapter in the layers, or None.
         input_scales: whether the checkpoint is W4A4.
-        report: of the engine.
+        report: report of the engine.
 
     Raises:
-        ValueError: what the configuration asks for is not served; names the layer and the setting.
+        ValueError: the configuration asks for something that is not served; names the layer and the
+            setting.
     """
     moe = layer.moe_config
     inner = moe.intermediate_size_per_partition
@@ -134,22 +137,28 @@ def _refusal(layer: RoutedExperts) -> str | None:
 
 
 class _NVFP4Experts(CompressedTensorsW4A4Nvfp4MoEMethod):
-    """What both methods share: loading, and the line that counts layers."""
+    """Does what both methods share: loading, and the line that counts layers."""
 
     experts: Experts
 
     def create_weights(self, layer: RoutedExperts, *args, **kwargs) -> None:
-        """vLLM's. Scales of activations have a place where the checkpoint has some: vLLM's reload
-        counts what it has loaded of a layer's parameters, and holds back a layer that misses one."""
+        """Creates vLLM's parameters, with those for activation scales where the checkpoint has
+        some.
+
+        vLLM's reload counts the loaded parameters of a layer, and holds back a layer that misses
+        one.
+        """
         super().create_weights(layer, *args, **kwargs)
         if not self.experts.input_scales:
             self._drop_input_scales(layer)
         self.experts.report.built()
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
-        """At the start, and again after the base was read into the memory of an engine that slept
-        at level 2 (vllm/model_executor/model_loader/reload). vLLM then copies the new values of
-        the layer's parameters into the first ones, whose addresses CUDA graphs hold."""
+        """Prepares the loaded weights, at the start and after each reload of the base.
+
+        A reload follows a sleep at level 2 (vllm/model_executor/model_loader/reload). vLLM then
+        copies the new values into the first parameters, whose addresses CUDA graphs hold.
+        """
         self._prepare(layer)
         self._drop_input_scales(layer)
         experts = self.experts
@@ -166,11 +175,11 @@ class _NVFP4Experts(CompressedTensorsW4A4Nvfp4MoEMethod):
 
 
 class QeRLExpertsMethod(_NVFP4Experts):
-    """Experts on a kernel of ours, with the weights as the checkpoint has them.
+    """Computes experts on one of our kernels, with the weights as the checkpoint has them.
 
     Args:
-        experts: what was decided; its backend is one of ours
-            (:class:`~qerl_verl.nvfp4.candidates.ExpertsKernel`).
+        experts: the decisions, whose backend is one of ours
+            (:class:`~qerl_verl.rollout.candidates.ExpertsKernel`).
         moe: vLLM's configuration of the layer.
     """
 
@@ -196,11 +205,13 @@ class QeRLExpertsMethod(_NVFP4Experts):
 
     @property
     def is_monolithic(self) -> bool:
-        """Whether vLLM leaves the routing to this method. Its routers have kernels for GPUs alone."""
+        """Whether vLLM leaves the routing to this method. vLLM's routers have kernels for GPUs
+        only.
+        """
         return self.experts.device.type == "cpu"
 
     def get_fused_moe_quant_config(self, layer: RoutedExperts) -> None:
-        """None: there is no kernel of vLLM's to configure."""
+        """Returns None, because no kernel of vLLM is configured."""
 
     def _prepare(self, layer: RoutedExperts) -> None:
         factors = expert_factors(layer.w13_weight_global_scale.data, layer.w2_weight_global_scale.data)
@@ -229,9 +240,10 @@ class QeRLExpertsMethod(_NVFP4Experts):
         shared_experts=None,
         shared_experts_input: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """``[T, H]`` to ``[T, H]``; with tensor or expert parallelism a part of the sum over ranks.
+        """Maps ``[T, H]`` to ``[T, H]``; with tensor or expert parallelism, to a part of the sum
+        over ranks.
 
-        Shared experts are run by vLLM's runner, beside a method that has no ``moe_kernel``.
+        vLLM's runner runs shared experts beside a method that has no ``moe_kernel``.
         """
         if layer.expert_map is not None:
             topk_ids = layer.expert_map[topk_ids.long()]
@@ -244,7 +256,7 @@ class QeRLExpertsMethod(_NVFP4Experts):
         router_logits: torch.Tensor,
         input_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """:meth:`apply` of the experts that ``router_logits`` ``[T, E]`` choose."""
+        """Calls :meth:`apply` with the experts that ``router_logits`` ``[T, E]`` choose."""
         weights, chosen = route_softmax(router_logits, layer.top_k, layer.renormalize)
         capture = getattr(self._runner, "capture_fn", None)
         if capture is not None:
@@ -266,10 +278,10 @@ class QeRLExpertsMethod(_NVFP4Experts):
 
 
 class VLLMExpertsMethod(_NVFP4Experts):
-    """Experts on the kernel that vLLM chooses for 16-bit activations, Marlin.
+    """Computes experts on the kernel that vLLM chooses for 16-bit activations, Marlin.
 
     Args:
-        experts: what was decided.
+        experts: the decisions.
         moe: vLLM's configuration of the layer.
     """
 
@@ -278,12 +290,12 @@ class VLLMExpertsMethod(_NVFP4Experts):
         self.experts = replace(experts, choice=replace(experts.choice, backend=VLLMKernel(self.experts_cls.__name__)))
 
     def _prepare(self, layer: RoutedExperts) -> None:
-        """vLLM's, with three things mended.
+        """Prepares vLLM's kernel, with three fixes.
 
-        - It takes gate's global scale for up as well: what up's differs by goes into down's.
-        - vLLM 0.24 keeps the factors made of the global scales as plain attributes, which a reload
-          does not copy to where CUDA graphs read them.
-        - After a reload it would make a second kernel on the tensors of the reload, which are
+        - vLLM uses gate's global scale for up as well; the ratio of the two goes into down's.
+        - vLLM 0.24 keeps the factors of the global scales as plain attributes, which a reload does
+          not copy to where CUDA graphs read them.
+        - After a reload vLLM would make a second kernel on the tensors of the reload, which are
           copied into the first one's and would stay in memory beside them.
         """
         for name in _INPUT_SCALES:

@@ -1,9 +1,10 @@
-"""The adapter inside the NVFP4 linears of vLLM: static buffers of each layer, overwritten in place by a weight sync.
+"""Keeps the adapter inside the NVFP4 linears of vLLM, in static buffers that a weight sync
+overwrites.
 
-One policy has one adapter. vLLM's own LoRA path (punica) serves many at once and pays for it at every decoding step; here
-the adapter is part of the layer, captured by CUDA graphs, and needs no LoRA request. Tensor parallelism divides
-it like the weight: B by rows in column-parallel layers, A by columns in row-parallel layers, whose partial results vLLM
-sums anyway.
+One policy has one adapter. vLLM's own LoRA path (punica) serves many at once, at a cost in every
+decoding step. Here the adapter is part of the layer, captured by CUDA graphs, and needs no LoRA
+request. Tensor parallelism divides it like the weight: B by rows in column-parallel layers, A by
+columns in row-parallel layers, whose partial results vLLM sums anyway.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ FUSED = {
     "mlp.gate_proj": ("mlp.gate_up_proj", 0),
     "mlp.up_proj": ("mlp.gate_up_proj", 1),
 }
-"""Where vLLM's models put the linears of a checkpoint (packed_modules_mapping of vllm/model_executor/models/qwen2.py)."""
+"""Linear of a checkpoint -> its place in vLLM's models (packed_modules_mapping of
+vllm/model_executor/models/qwen2.py).
+"""
 
 _NAME = re.compile(r"^(?P<module>.+)\.lora_(?P<part>[AB])(?:\.default)?\.weight$")
 
@@ -34,7 +37,10 @@ _ROUTER = re.compile(r"\.mlp\.gate\.")
 
 
 def lora_settings(additional_config) -> LoraSettings | None:
-    """From vLLM's ``additional_config``; None when the adapter is served by vLLM's own path or there is none."""
+    """Returns the adapter in vLLM's ``additional_config``, or None.
+
+    It is None where vLLM's own path serves the adapter, or there is none.
+    """
     layers = RolloutLayers.of_engine(additional_config)
     return layers.lora if layers else None
 
@@ -42,10 +48,11 @@ def lora_settings(additional_config) -> LoraSettings | None:
 def attach_adapter(
     layer: torch.nn.Module, settings: LoraSettings, backend: Backend, dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Give a layer the buffers ``qerl_lora_a`` [projections * rank, K] and ``qerl_lora_b`` [N, rank], all zero.
+    """Gives a layer the buffers ``qerl_lora_a`` ``[projections * rank, K]`` and ``qerl_lora_b``
+    ``[N, rank]``, all zero.
 
     Args:
-        layer: with vLLM's ``logical_widths`` (the rows of each fused projection on this rank) and
+        layer: has vLLM's ``logical_widths`` (the rows of each fused projection on this rank) and
             ``input_size_per_partition``.
     """
     rank = backend.padded_rank(settings.rank)
@@ -60,11 +67,11 @@ def attach_adapter(
 
 
 def shard(tensor: torch.Tensor, dim: int, size: int, tp_rank: int, tp_size: int) -> torch.Tensor:
-    """This rank's part of a full tensor, which has ``size`` entries along ``dim``.
+    """Returns this rank's part of a full tensor, with ``size`` entries along ``dim``.
 
-    A dimension that is not divided stays whole; one divided into fewer parts than ranks (the few key and value heads of
-    grouped-query attention) is repeated, neighbours sharing a part (vllm/model_executor/layers/linear.py,
-    QKVParallelLinear).
+    A dimension that is not divided stays whole. One that is divided into fewer parts than ranks
+    (the few key and value heads of grouped-query attention) is repeated, and neighbours share a
+    part (vllm/model_executor/layers/linear.py, QKVParallelLinear).
     """
     parts = tensor.shape[dim] // size
     if parts * size != tensor.shape[dim] or (parts > 1 and tp_size % parts):
@@ -77,22 +84,25 @@ def shard(tensor: torch.Tensor, dim: int, size: int, tp_rank: int, tp_size: int)
 
 
 def projection_rows(layer: torch.nn.Module) -> list[int]:
-    """Rows of each projection of a layer over all tensor-parallel ranks; of key and value heads that
-    vLLM repeats on several ranks, once (vllm/model_executor/layers/linear.py, QKVParallelLinear)."""
+    """Returns the rows of each projection of a layer over all tensor-parallel ranks.
+
+    Key and value heads that vLLM repeats on several ranks count once
+    (vllm/model_executor/layers/linear.py, QKVParallelLinear).
+    """
     sizes = list(getattr(layer, "output_sizes", None) or layer.logical_widths)
     replicas = getattr(layer, "num_kv_head_replicas", 1)
     return [size // replicas if index else size for index, size in enumerate(sizes)]
 
 
 def split_fused(parts: dict[tuple[int | None, str], torch.Tensor], rows: list[int]) -> dict:
-    """An adapter of a linear that the checkpoint holds fused, as one for each of its projections.
+    """Splits the adapter of a linear that the checkpoint holds fused into one for each projection.
 
-    They share A; B is divided by rows.
+    The projections share A; B is divided by rows.
 
     Args:
         parts: ``(None, "A")`` ``[rank, K]`` and ``(None, "B")`` ``[N, rank]``, or tensors of single
             projections, which stay as they are.
-        rows: of each projection.
+        rows: rows of each projection.
 
     Raises:
         ValueError: B has another number of rows.
@@ -111,7 +121,9 @@ class AdapterStore:
     """Writes adapters into the layers of one worker's model.
 
     Args:
-        renamed: how the decoder's names begin in transformers' model, and in vLLM's.
+        model: vLLM's model on this rank.
+        tp_rank, tp_size: this rank, and the number of tensor-parallel ranks.
+        renamed: prefix of the decoder's names in transformers' model, and in vLLM's.
     """
 
     def __init__(self, model: torch.nn.Module, tp_rank: int, tp_size: int, renamed: tuple[str, str] = ("", "")):
@@ -121,8 +133,9 @@ class AdapterStore:
         self.tp_rank, self.tp_size = tp_rank, tp_size
 
     def locate(self, name: str) -> tuple[str, int | None, str]:
-        """Of an adapter's tensor: the layer's name in vLLM, which of its projections (None: all of
-        them), and ``A`` or ``B``.
+        """Finds the place of an adapter's tensor: layer in vLLM, projection, and ``A`` or ``B``.
+
+        The projection is None where the tensor belongs to all of them.
 
         Raises:
             ValueError: no layer of the model takes the tensor.
@@ -153,7 +166,7 @@ class AdapterStore:
         )
 
     def _candidates(self, module: str) -> tuple[str, ...]:
-        """Names that a module of transformers' may have in vLLM's model."""
+        """Returns the names that a module of transformers may have in vLLM's model."""
         module, (theirs, ours) = module.removeprefix("base_model.model."), self.renamed
         if theirs != ours and module.startswith(theirs):
             module = ours + module.removeprefix(theirs)
@@ -170,19 +183,19 @@ class AdapterStore:
 
     @torch.no_grad()
     def load(self, tensors: Iterable[tuple[str, torch.Tensor]], scaling: float) -> int:
-        """Overwrite the buffers of every layer; what the adapter does not have becomes zero.
+        """Overwrites the buffers of every layer; parts that the adapter does not have become zero.
 
         Args:
-            tensors: full tensors, names as PEFT gives them; of experts one by one or stacked
+            tensors: full tensors, with PEFT's names; those of experts one by one or stacked
                 (:mod:`qerl_verl.lora.experts`).
             scaling: the adapter's own lora_alpha / rank (or over its root, for rsLoRA).
 
         Returns:
-            How many tensors were taken.
+            The number of tensors.
 
         Raises:
-            ValueError: a tensor without a place or of a shape that does not fit, a rank above the buffers', or an A without
-                its B. Nothing has been written then.
+            ValueError: a tensor has no place or a shape that does not fit, its rank exceeds that of
+                the buffers, or an A has no B. Nothing has been written in that case.
         """
         found: dict[str, dict[tuple[int | None, str], torch.Tensor]] = {}
         of_experts: dict[str, dict[tuple[str, str], torch.Tensor]] = {}
@@ -257,10 +270,11 @@ class AdapterStore:
 
 
 def adapter_scaling(peft_config) -> float:
-    """lora_alpha / rank of a PEFT configuration (object or mapping), or over the root of the rank for rsLoRA.
+    """Returns lora_alpha / rank of a PEFT configuration (object or mapping), or lora_alpha /
+    sqrt(rank) for rsLoRA.
 
     Raises:
-        ValueError: ranks or alphas that differ from layer to layer.
+        ValueError: ranks or alphas differ from layer to layer.
     """
     get = (
         peft_config.get if hasattr(peft_config, "get") else lambda key, default=None: getattr(peft_config, key, default)

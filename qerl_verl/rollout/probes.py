@@ -1,7 +1,7 @@
 """Looks into a rollout worker, for tests and benchmarks; a run does not call these functions.
 
-Each function takes the worker, so that ``LLM.collective_rpc(function)`` runs it in every worker. vLLM
-passes functions to its workers only with ``VLLM_ALLOW_INSECURE_SERIALIZATION=1``.
+Each function takes the worker, so that ``LLM.collective_rpc(function)`` runs it in every worker.
+vLLM passes functions to its workers only with ``VLLM_ALLOW_INSECURE_SERIALIZATION=1``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ def base_digest(worker: Any) -> str:
 
 
 def norm_weights(worker: Any) -> dict[str, list[float]]:
-    """Returns full module name in transformers' model -> float32 weight of norms that take noise."""
+    """Returns full module name in transformers' model -> float32 weight of norms that take
+    noise."""
     return {name: norm.live.cpu().tolist() for name, norm in worker._qerl_noise_injector().targets.items()}
 
 

@@ -1,4 +1,4 @@
-"""NVFP4 W4A16 layers of vLLM, on our kernels or on vLLM's, with the adapter inside."""
+"""Computes NVFP4 W4A16 layers of vLLM on our kernels or on vLLM's, with the adapter inside."""
 
 from __future__ import annotations
 
@@ -23,27 +23,33 @@ from qerl_verl.rollout.shared_base import shared_weights
 SETTING = "qerl.rollout.kernel"
 
 EXPERTS = ".experts"
-"""How the name of the experts of a layer ends in vLLM."""
+"""End of the name of a layer's experts in vLLM."""
 
 WEIGHTS = ("weight_packed", "weight_scale", "weight_global_scale")
 
 
 class KernelReport:
-    """Counts the layers of one engine and says once, when all that were built are loaded, what
-    computes how many."""
+    """Counts the layers of one engine and prints once which kernel computes how many.
+
+    It prints when all layers that were built are loaded.
+    """
 
     def __init__(self) -> None:
         self._count, self._built, self._experts = KernelCount(), 0, False
 
     def built(self) -> None:
-        """One layer more is to come."""
+        """Counts one more layer to be loaded."""
         self._built += 1
 
     def loaded(self, layer: str, choice: Choice, device: torch.device, lora: LoraSettings | None) -> None:
-        """A layer has its weights. A later load (after a sleep at level 2) counts nothing.
+        """Counts a layer that has its weights. A later load (after a sleep at level 2) counts
+        nothing.
 
         Args:
             layer: its full name.
+            choice: the chosen kernel.
+            device: where it computes.
+            lora: the adapter in the layers, or None.
         """
         if self._count.total == self._built:
             return
@@ -60,19 +66,19 @@ class KernelReport:
 
 
 class NVFP4Scheme(CompressedTensorsScheme):
-    """Decides what computes a layer when vLLM builds it, and hands everything on to the scheme for
-    that.
+    """Chooses the kernel of a layer when vLLM builds it, and passes all calls on to the scheme for
+    it.
 
     Args:
         device: where the layer computes.
-        kernel: ``auto``, or a name of :data:`CANDIDATES` to insist on.
-        lora: of the adapter that lives in the layer, or None.
+        kernel: ``auto``, or a name of :data:`CANDIDATES`.
+        lora: the adapter in the layer, or None.
         vllm_scheme: makes vLLM's own scheme for 16-bit activations.
-        report: of the engine.
+        report: report of the engine.
 
     Raises (from :meth:`create_weights`):
-        ValueError: a kernel that is insisted on cannot run here, or does not serve the layer or its
-            adapter; names the layer.
+        ValueError: a requested kernel cannot run here, or does not serve the layer or its adapter;
+        names the layer.
     """
 
     def __init__(
@@ -143,20 +149,24 @@ class NVFP4Scheme(CompressedTensorsScheme):
 
 
 def _register_input_scale(layer: torch.nn.Module, parts: int, weight_loader: Callable) -> None:
-    """A place for ``input_global_scale`` of llm-compressor's W4A4 checkpoints, which is loaded and
-    dropped: activations stay in 16 bits."""
+    """Registers a parameter for ``input_global_scale`` of llm-compressor's W4A4 checkpoints.
+
+    It is loaded and dropped, because activations stay in 16 bits.
+    """
     scale = PerTensorScaleParameter(data=torch.ones(parts, dtype=torch.float32), weight_loader=weight_loader)
     layer.register_parameter("input_global_scale", scale)
 
 
 def _register_row_factor(layer: torch.nn.Module, scales: list[float], applied: float) -> None:
-    """Give a layer the buffer ``qerl_row_factor`` ``[N]``: what its output is multiplied by where
-    its fused projections were quantized one by one, None where they share a scale.
+    """Gives a layer the buffer ``qerl_row_factor`` ``[N]``, which multiplies its output.
+
+    It is None where the fused projections share a scale, and needed where they were quantized one
+    by one.
 
     Args:
-        layer: with vLLM's ``logical_widths``.
+        layer: has vLLM's ``logical_widths``.
         scales: ``weight_global_scale`` of each projection.
-        applied: the one that the kernel divides by.
+        applied: the scale that the kernel divides by.
     """
     factor = None
     if any(s != applied for s in scales):
@@ -166,14 +176,14 @@ def _register_row_factor(layer: torch.nn.Module, scales: list[float], applied: f
 
 
 class QeRLNVFP4Scheme(CompressedTensorsScheme):
-    """16-bit activations, NVFP4 weight in the layout of a backend
+    """Computes 16-bit activations with an NVFP4 weight in the layout of a backend
     (:mod:`qerl_verl.kernels.backends`).
 
     Args:
-        backend: computes the layer.
-        lora: of the adapter that lives in the layer, or None.
+        backend: the kernels of the layer.
+        lora: the adapter in the layer, or None.
         shared: packed values, scales and global scales of a base that another process has loaded
-            and laid out; None where the layer has a weight of its own.
+            and laid out; None where the layer has its own weight.
     """
 
     def __init__(
@@ -244,8 +254,9 @@ class QeRLNVFP4Scheme(CompressedTensorsScheme):
         self._tune(layer, packed.device)
 
     def _tune(self, layer: torch.nn.Module, device: torch.device) -> None:
-        """Choose the launches of this layer's GEMM, before any of them is captured into a CUDA
-        graph."""
+        """Chooses the launches of this layer's GEMM, before any of them is captured into a CUDA
+        graph.
+        """
         ends, rank = None, 0
         if self.lora is not None and layer.qerl_row_factor is None:
             ends, rank = layer.qerl_lora_ends, layer.qerl_lora_b.shape[1]
@@ -271,8 +282,8 @@ class QeRLNVFP4Scheme(CompressedTensorsScheme):
 
 
 class VLLMScheme(CompressedTensorsScheme):
-    """A scheme of vLLM's for the base (Marlin); the adapter, if one is in the layer, is added by
-    two small GEMMs.
+    """Uses vLLM's scheme for the base (Marlin), and adds an adapter in the layer by two small
+    GEMMs.
 
     vLLM's scheme for 16-bit activations registers no ``input_global_scale``
     (compressed_tensors_w4a4_nvfp4.py, create_weights with ``use_a16``), and its loader fails on a
@@ -318,10 +329,10 @@ class VLLMScheme(CompressedTensorsScheme):
 
 
 class AdapterOnLinear(UnquantizedLinearMethod):
-    """vLLM's method for a linear that the checkpoint leaves in 16 bits, with the adapter in the layer.
+    """Adds the adapter in the layer to vLLM's method for a linear in 16 bits.
 
     Args:
-        lora: of the adapter.
+        lora: the adapter.
     """
 
     def __init__(self, lora: LoraSettings):

@@ -1,4 +1,4 @@
-"""verl's vLLM server for a rollout whose layers hold the adapter.
+"""Runs verl's vLLM server for a rollout whose layers hold the adapter.
 
 Such a server has no LoRA requests, and can sleep at either level. It is registered under verl's
 name ``vllm`` through the RolloutReplicaRegistry, in QeRL's jobs only. A server whose engine has no
@@ -80,7 +80,7 @@ class QeRLHttpServer(vLLMHttpServer):
         return super().get_master_address()
 
     def _layers(self) -> RolloutLayers | None:
-        """What our engine computes by; None for an engine that is not the rollout's."""
+        """Returns how QeRL's engine computes, or None for an engine that is not the rollout's."""
         engine = (self.config.get("engine_kwargs", {}) or {}).get("vllm", {}) or {}
         return RolloutLayers.of_engine(engine.get("additional_config"))
 

@@ -1,4 +1,4 @@
-"""A checkpoint engine of verl that sends adapters over TCP to rollout engines in other processes.
+"""Implements a checkpoint engine of verl that sends adapters over TCP to rollout engines.
 
 verl's own engines (nccl, nixl and others) are made for whole models and need GPUs. An adapter is
 small, and a socket carries it between any two hosts without a process group or a device. For each
