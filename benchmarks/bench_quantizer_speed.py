@@ -76,7 +76,7 @@ def run(folder: Path, destination: Path, method: str, tokens: int) -> dict:
     import transformers.models.qwen2.modeling_qwen2  # noqa: F401  (the import must not be timed)
 
     from qerl_verl.nvfp4.calibration import Calibration
-    from qerl_verl.nvfp4.checkpoint import quantize_checkpoint
+    from qerl_verl.nvfp4.quantize import quantize_checkpoint
 
     calibration = None
     if method == "gptq":

@@ -27,9 +27,11 @@ import torch
 
 from qerl_verl.nvfp4.architectures import get_architecture
 from qerl_verl.nvfp4.calibration import encode_row, load_tokenizer, read_calibration
-from qerl_verl.nvfp4.checkpoint import _hf_config, quantize_checkpoint, read_headers, split_experts
+from qerl_verl.nvfp4.checkpoint_files import load_hf_config, read_headers
 from qerl_verl.nvfp4.decoder import LayerwiseDecoder
 from qerl_verl.nvfp4.layerwise import load_packed_weights
+from qerl_verl.nvfp4.model_shapes import split_experts
+from qerl_verl.nvfp4.quantize import quantize_checkpoint
 from qerl_verl.nvfp4.quantizers import METHODS
 
 
@@ -50,7 +52,7 @@ def short(argument: str) -> str:
 def measure(model: Path, folders: dict[str, Path], sequences, device: torch.device) -> dict[str, dict[str, float]]:
     """Returns loss, KL divergence and entropy of NVFP4 folders, in one pass over the 16-bit
     layers."""
-    config = _hf_config(model)
+    config = load_hf_config(model)
     architecture = get_architecture(config)
     decoder = LayerwiseDecoder(config, split_experts(read_headers(model), architecture, config), device)
     headers = {name: read_headers(folder) for name, folder in folders.items()}

@@ -181,7 +181,7 @@ def run_part(args: argparse.Namespace) -> None:
 def prepare(args: argparse.Namespace) -> list[tuple[str, str, Path]]:
     """Returns kind, base and folder of each model to measure; random models are written first."""
     if args.model:
-        from qerl_verl.nvfp4.checkpoint import read_quantization
+        from qerl_verl.nvfp4.format import read_quantization
 
         folder = Path(args.model)
         return [("given", "nvfp4" if read_quantization(folder) == "nvfp4" else "bf16", folder)]

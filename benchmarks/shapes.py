@@ -102,7 +102,7 @@ def write_config(folder: Path, shape: str, quantized: bool) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     content = config(shape)
     if quantized:
-        from qerl_verl.nvfp4.checkpoint import QUANTIZATION_CONFIG
+        from qerl_verl.nvfp4.format import QUANTIZATION_CONFIG
 
         routers = ["re:.*mlp.gate$"] if has_experts(shape) else []
         content["quantization_config"] = {

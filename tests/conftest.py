@@ -123,7 +123,7 @@ def bf16_checkpoint(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def nvfp4_checkpoint(tmp_path_factory, bf16_checkpoint) -> Path:
     """Returns :func:`bf16_checkpoint`, quantized."""
-    from qerl_verl.nvfp4.checkpoint import quantize_checkpoint
+    from qerl_verl.nvfp4.quantize import quantize_checkpoint
 
     folder = tmp_path_factory.mktemp("nvfp4") / "model"
     quantize_checkpoint(bf16_checkpoint, folder, progress=False)

@@ -63,7 +63,7 @@ def read_calibration_files(arguments: argparse.Namespace, model: Path):
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from qerl_verl.nvfp4.checkpoint import quantize_checkpoint
+    from qerl_verl.nvfp4.quantize import quantize_checkpoint
     from qerl_verl.nvfp4.report import format_report, read_report
 
     if arguments.check is not None:

@@ -78,7 +78,7 @@ def adapter_problems(config: DictConfig, model: str, adapter: dict) -> list[str]
     """
     from qerl_verl.lora.adapter_files import AdapterError, map_names, read_tensors
     from qerl_verl.lora.targets import matched_layers
-    from qerl_verl.nvfp4.checkpoint import adaptable_shapes
+    from qerl_verl.nvfp4.model_shapes import adaptable_shapes
 
     get = lambda name: OmegaConf.select(config, f"{model}.{name}")  # noqa: E731
     folder, base = get("lora_adapter_path"), Path(os.path.expanduser(get("path")))
@@ -115,7 +115,7 @@ def target_problems(config: DictConfig, model: str) -> list[str]:
         config: ``{model}.path`` is a local folder, quantized or not.
         model: key of the model.
     """
-    from qerl_verl.nvfp4.checkpoint import adaptable_shapes
+    from qerl_verl.nvfp4.model_shapes import adaptable_shapes
 
     get = lambda name: OmegaConf.select(config, f"{model}.{name}")  # noqa: E731
     base = Path(os.path.expanduser(get("path")))
@@ -149,7 +149,8 @@ def value_head_shapes(base: Path) -> dict[str, tuple[int, ...]]:
 def _target_problems(base: Path, layers, targets: Any, exclude: Any, model: str) -> list[str]:
     from qerl_verl.lora.targets import find_problems
     from qerl_verl.nvfp4.architectures import get_architecture
-    from qerl_verl.nvfp4.checkpoint import read_config, tower_linears
+    from qerl_verl.nvfp4.checkpoint_files import read_config
+    from qerl_verl.nvfp4.model_shapes import tower_linears
 
     tower = tower_linears(base) if exclude else ()
     problems = find_problems(layers, targets, exclude, key=f"{model}.", tower=tower)
@@ -162,7 +163,7 @@ def adapted_layers(config: DictConfig, model: str, layers: Collection[str], adap
     """The layers of a model that have an adapter in a run.
 
     Args:
-        layers: full names, see :func:`~qerl_verl.nvfp4.checkpoint.adaptable_shapes`.
+        layers: full names, see :func:`~qerl_verl.nvfp4.model_shapes.adaptable_shapes`.
         adapter: what :func:`adopt_adapter` returned, None for a new one.
     """
     from qerl_verl.lora.targets import matched_layers

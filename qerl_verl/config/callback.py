@@ -291,8 +291,8 @@ def _resolve(key: str, path: str, settings: QeRLSettings, choice: Choice | None)
     from verl.utils.fs import copy_to_local
 
     from qerl_verl.nvfp4.cache import resolve_checkpoint, resolve_source
-    from qerl_verl.nvfp4.checkpoint import check_method
     from qerl_verl.nvfp4.errors import CheckpointError
+    from qerl_verl.nvfp4.validation import check_method
 
     arm = ARMS[settings.arm]
     local = copy_to_local(path) if "://" in path else os.path.expanduser(path)  # hdfs and the like: verl knows how

@@ -68,8 +68,8 @@ def _adapted_layers(config: DictConfig, model: str, adapter: dict | None) -> lis
     from qerl_verl.config.adapters import adapted_layers
     from qerl_verl.config.checks.models import local_folder
     from qerl_verl.lora.targets import last_names, matched_layers
-    from qerl_verl.nvfp4.checkpoint import adaptable_shapes
     from qerl_verl.nvfp4.errors import CheckpointError
+    from qerl_verl.nvfp4.model_shapes import adaptable_shapes
 
     folder = local_folder(config, model)
     try:

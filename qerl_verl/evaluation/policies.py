@@ -14,8 +14,9 @@ from qerl_verl.evaluation.errors import EvaluationError
 from qerl_verl.export.locate import find_adapter
 from qerl_verl.lora.adapter_files import AdapterError, map_names, read_adapter_config, read_tensors
 from qerl_verl.nvfp4.cache import Quantization, fetch_model, fingerprint, resolve_checkpoint
-from qerl_verl.nvfp4.checkpoint import adaptable_shapes, check_checkpoint
 from qerl_verl.nvfp4.errors import CheckpointError
+from qerl_verl.nvfp4.model_shapes import adaptable_shapes
+from qerl_verl.nvfp4.validation import check_checkpoint
 
 BASE = "base"
 """Name of the policy without an adapter."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from qerl_verl.lora.adapter_files import CONFIG_FILE as ADAPTER_CONFIG
 from qerl_verl.nvfp4.cache import default_cache_dir, fingerprint
-from qerl_verl.nvfp4.checkpoint import CONFIG_FILE
+from qerl_verl.nvfp4.checkpoint_files import CONFIG_FILE
 from qerl_verl.nvfp4.errors import CheckpointError
 
 RECORD_FILE = "qerl_checkpoint.json"

@@ -12,13 +12,27 @@ import torch
 
 from qerl_verl.kernels.nvfp4_dequantize import dequantize_nvfp4
 from qerl_verl.lora.adapter_files import PREFIX, AdapterError, map_names, read_adapter_config, read_tensors
-from qerl_verl.nvfp4 import checkpoint as files
 from qerl_verl.nvfp4.architectures import get_architecture
 from qerl_verl.nvfp4.atomic_folder import atomic_folder
+from qerl_verl.nvfp4.checkpoint_files import (
+    CONFIG_FILE,
+    check_space,
+    copy_file,
+    is_weight_file,
+    load_hf_config,
+    read_config,
+    read_headers,
+    source_files,
+    write_json,
+)
 from qerl_verl.nvfp4.errors import CheckpointError
+from qerl_verl.nvfp4.manifest import MANIFEST_FILE
+from qerl_verl.nvfp4.model_shapes import adaptable_shapes, linear_shapes, split_experts
+from qerl_verl.nvfp4.quantize import quantize_checkpoint
 from qerl_verl.nvfp4.report import REPORT_FILE
 from qerl_verl.nvfp4.safetensors_stream import TensorInfo, nbytes, read_tensor
 from qerl_verl.nvfp4.shards import write_shards
+from qerl_verl.nvfp4.validation import check_checkpoint
 
 Format = Literal["merged", "fp8", "nvfp4"]
 
@@ -88,7 +102,7 @@ def read_deltas(adapter: Path, base: Path) -> Deltas:
     Raises:
         CheckpointError: the adapter is not plain LoRA or does not fit the base, with the reason.
     """
-    layers = files.adaptable_shapes(base)
+    layers = adaptable_shapes(base)
     try:
         config = read_adapter_config(adapter)
         tensors = read_tensors(adapter)
@@ -108,11 +122,11 @@ class Base:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.packed = files.check_checkpoint(folder) == "nvfp4"
-        config = files._hf_config(folder)
+        self.packed = check_checkpoint(folder) == "nvfp4"
+        config = load_hf_config(folder)
         architecture = get_architecture(config)
-        self.tensors = files.split_experts(files.read_headers(folder), architecture, config)
-        self.linears = files.linear_shapes(folder)
+        self.tensors = split_experts(read_headers(folder), architecture, config)
+        self.linears = linear_shapes(folder)
         self.ignored = [*architecture.plain_modules, *architecture.routers(config)]
         self.dtype = "F16" if self.tensors[architecture.embeddings].dtype == "F16" else "BF16"
 
@@ -177,7 +191,7 @@ def export_merged(
     with atomic_folder(dst) as folder:
         merged = folder / "merged"
         _write(source, deltas, merged, "merged", where, progress, max_shard_bytes)
-        files.quantize_checkpoint(merged, folder / "nvfp4", progress=progress)
+        quantize_checkpoint(merged, folder / "nvfp4", progress=progress)
         shutil.rmtree(merged)
         for file in (folder / "nvfp4").iterdir():
             file.rename(folder / file.name)
@@ -205,11 +219,9 @@ def _write(
 ) -> None:
     units = [*_units(base, form)]
     total = sum(nbytes(*entry) for _, layout in units for entry in layout.values())
-    files._check_space(dst, total)
+    check_space(dst, total)
     config = {
-        k: v
-        for k, v in files.read_config(base.folder).items()
-        if k not in ("quantization_config", "compression_config")
+        k: v for k, v in read_config(base.folder).items() if k not in ("quantization_config", "compression_config")
     }
     if form == "fp8":
         config["quantization_config"] = FP8_CONFIG | {"ignore": base.ignored}
@@ -222,10 +234,10 @@ def _write(
             progress=progress,
             max_shard_bytes=max_shard_bytes,
         )
-        for name in files.source_files(base.folder):
-            if name not in (files.CONFIG_FILE, files.MANIFEST_FILE, REPORT_FILE) and not files._is_weight(name):
-                files._copy(base.folder / name, folder / name)
-        files._write_json(folder / files.CONFIG_FILE, config)
+        for name in source_files(base.folder):
+            if name not in (CONFIG_FILE, MANIFEST_FILE, REPORT_FILE) and not is_weight_file(name):
+                copy_file(base.folder / name, folder / name)
+        write_json(folder / CONFIG_FILE, config)
 
 
 def _units(base: Base, form: str) -> Iterator[tuple[str, dict[str, tuple[str, tuple[int, ...]]]]]:
@@ -287,5 +299,5 @@ def export_adapter(adapter: Path, base: Path | None, dst: Path) -> dict[str, Any
     with atomic_folder(dst) as folder:
         for file in sorted(adapter.iterdir()):
             if file.is_file() and not file.name.startswith("."):
-                files._copy(file, folder / file.name)
+                copy_file(file, folder / file.name)
     return {"adapted": adapted}

@@ -28,27 +28,23 @@ from filelock import FileLock, Timeout
 
 from qerl_verl.nvfp4.architectures import get_architecture
 from qerl_verl.nvfp4.calibration import Calibration
-from qerl_verl.nvfp4.checkpoint import (
+from qerl_verl.nvfp4.checkpoint_files import (
     CONFIG_FILE,
-    FORMAT,
-    FORMAT_VERSION,
-    MANIFEST_FILE,
     PICKLES,
     PICKLES_ALONE,
-    check_checkpoint,
-    check_source,
-    quantize_checkpoint,
     read_config,
-    read_quantization,
     source_files,
-    unused_settings,
 )
 from qerl_verl.nvfp4.convert import CONVERT_VERSION, convert_checkpoint
 from qerl_verl.nvfp4.errors import CheckpointError
+from qerl_verl.nvfp4.format import FORMAT, FORMAT_VERSION, read_quantization
 from qerl_verl.nvfp4.gptq import GPTQ_VERSION
 from qerl_verl.nvfp4.isolated import quantize_in_a_process
+from qerl_verl.nvfp4.manifest import MANIFEST_FILE, check_files
+from qerl_verl.nvfp4.quantize import quantize_checkpoint
 from qerl_verl.nvfp4.quantizers import NEEDS_CALIBRATION
 from qerl_verl.nvfp4.safetensors_stream import file_sha256
+from qerl_verl.nvfp4.validation import check_checkpoint, check_source, unused_settings
 from qerl_verl.ownership import host_name
 
 _DIGESTS_FILE = "digests.json"
@@ -70,7 +66,7 @@ class ResolvedCheckpoint:
     """``as_is``: the source is NVFP4. ``quantized``, ``converted``: ``path`` is a cache entry."""
     notes: tuple[str, ...] = ()
     """Settings of the source that a run does not use, see
-    :func:`~qerl_verl.nvfp4.checkpoint.unused_settings`."""
+    :func:`~qerl_verl.nvfp4.validation.unused_settings`."""
 
 
 def default_cache_dir() -> Path:
@@ -119,7 +115,7 @@ def resolve_checkpoint(
 
     Raises:
         UnsupportedArchitecture, CheckpointError: as
-            :func:`~qerl_verl.nvfp4.checkpoint.quantize_checkpoint`; or the model is neither a
+            :func:`~qerl_verl.nvfp4.quantize.quantize_checkpoint`; or the model is neither a
             folder nor available from the hub; or a cache entry is damaged.
     """
     source = str(model_path)
@@ -215,26 +211,14 @@ def _verify(entry: Path, cache: Path) -> None:
     Raises:
         CheckpointError: the entry is damaged.
     """
-
-    def damaged(what: str) -> CheckpointError:
-        return CheckpointError(
-            f"{what}. This cache entry is damaged. With the folder {entry} moved elsewhere, the next start quantizes the model anew."
-        )
-
-    try:
-        files = json.loads((entry / MANIFEST_FILE).read_text(encoding="utf-8"))["files"]
-        records = {name: (record["size"], record["sha256"]) for name, record in files.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise damaged(f"{entry / MANIFEST_FILE} is missing or unreadable") from None
     digests = _Digests(cache / _DIGESTS_FILE)
-    for name, (size, sha256) in records.items():
-        file = entry / name
-        if not file.exists():
-            raise damaged(f"{file} is missing")
-        if file.stat().st_size != size:
-            raise damaged(f"{file} is {file.stat().st_size} bytes long and should be {size}")
-        if name.endswith(".safetensors") and digests.of(file) != sha256:
-            raise damaged(f"{file} is not what was written")
+    try:
+        check_files(entry, hashed=lambda name: name.endswith(".safetensors"), sha256=digests.of)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error} This cache entry is damaged. With the folder {entry} moved elsewhere, the next start quantizes the "
+            "model anew."
+        ) from None
     digests.save()
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,12 +26,28 @@ import torch
 
 from qerl_verl.kernels.mxfp4_quantize import LARGEST_SCALE_EXPONENT, LARGEST_SPAN, MX_BLOCK_SIZE, container_scales
 from qerl_verl.kernels.nvfp4_dequantize import BLOCK_SIZE
-from qerl_verl.nvfp4 import checkpoint as files
 from qerl_verl.nvfp4.architectures import get_architecture
 from qerl_verl.nvfp4.atomic_folder import atomic_folder
+from qerl_verl.nvfp4.checkpoint_files import (
+    CONFIG_FILE,
+    check_space,
+    copy_file,
+    is_weight_file,
+    load_hf_config,
+    read_config,
+    read_headers,
+    read_json,
+    source_files,
+    write_json,
+)
 from qerl_verl.nvfp4.errors import CheckpointError
+from qerl_verl.nvfp4.format import QUANTIZATION_CONFIG, WEIGHT_DTYPES, packed_layout
+from qerl_verl.nvfp4.manifest import MANIFEST_FILE, write_manifest
+from qerl_verl.nvfp4.model_shapes import fused_linears, linear_shapes, name_group
+from qerl_verl.nvfp4.report import REPORT_FILE
 from qerl_verl.nvfp4.safetensors_stream import FileRecord, nbytes, read_tensor
 from qerl_verl.nvfp4.shards import write_shards
+from qerl_verl.nvfp4.tensor_checks import check_names, check_routers, check_tensors
 
 Foreign = Literal["modelopt", "mxfp4"]
 """A format that :func:`convert_checkpoint` reads."""
@@ -56,7 +72,7 @@ def foreign_format(path: Path) -> Foreign | None:
     Raises:
         CheckpointError: config.json is not readable; or ModelOpt used another algorithm than NVFP4.
     """
-    quantization = files.read_config(path).get("quantization_config") or {}
+    quantization = read_config(path).get("quantization_config") or {}
     if quantization.get("quant_method") == "compressed-tensors":
         return "mxfp4" if quantization.get("format") == MXFP4_FORMAT else None
     settings = modelopt_settings(path)
@@ -75,9 +91,9 @@ def modelopt_settings(path: Path) -> dict[str, Any] | None:
 
     Its keys are ``quant_algo``, ``group_size``, ``exclude_modules`` and ``kv_cache_quant_algo``.
     """
-    file, config = path / MODELOPT_FILE, files.read_config(path)
+    file, config = path / MODELOPT_FILE, read_config(path)
     if file.is_file():
-        return files._read_json(file, "Fetch it again.").get("quantization") or {}
+        return read_json(file, "Fetch it again.").get("quantization") or {}
     quantization = config.get("quantization_config") or {}
     if quantization.get("quant_method") != "modelopt" and "quant_algo" not in quantization:
         return None
@@ -118,17 +134,17 @@ class _Source:
         if kind is None:
             raise CheckpointError(f"{path} is neither ModelOpt's NVFP4 nor compressed-tensors' MXFP4.")
         self.kind: Foreign = kind
-        self.config = files.read_config(path)
+        self.config = read_config(path)
         self.architecture = get_architecture(self.config)
-        self.hf_config = files._hf_config(path)
-        self.tensors = {n: i for n, i in files.read_headers(path).items() if not _DROPPED.search(n)}
+        self.hf_config = load_hf_config(path)
+        self.tensors = {n: i for n, i in read_headers(path).items() if not _DROPPED.search(n)}
         shapes = self.architecture.tensor_shapes(self.hf_config)
-        linears = files.linear_shapes(path)
+        linears = linear_shapes(path)
         self.others = {name: shape for name, shape in shapes.items() if name.removesuffix(".weight") not in linears}
         self.linears = {n: self._look_at(n, *shape) for n, shape in linears.items()}
         self.routers = self.architecture.routers(self.hf_config)
-        files.check_routers(path, self.tensors, self.routers)
-        files._check_tensors(path, self.tensors, self.others, files.WEIGHT_DTYPES)
+        check_routers(path, self.tensors, self.routers)
+        check_tensors(path, self.tensors, self.others, WEIGHT_DTYPES)
         self._refuse_unknown()
         self._refuse_mixed_groups()
 
@@ -148,13 +164,13 @@ class _Source:
     def _look_at(self, linear: str, rows: int, columns: int) -> _Linear:
         codes, *scales = self._parts(linear)
         plain = f"{linear}.weight"
-        if plain in self.tensors and self.tensors[plain].dtype in files.WEIGHT_DTYPES:
-            files._check_tensors(self.path, self.tensors, {plain: (rows, columns)}, files.WEIGHT_DTYPES)
+        if plain in self.tensors and self.tensors[plain].dtype in WEIGHT_DTYPES:
+            check_tensors(self.path, self.tensors, {plain: (rows, columns)}, WEIGHT_DTYPES)
             return _Linear(linear, rows, columns, packed=False)
-        files._check_tensors(self.path, self.tensors, {codes: (rows, columns // 2)}, ("U8",))
+        check_tensors(self.path, self.tensors, {codes: (rows, columns // 2)}, ("U8",))
         block = BLOCK_SIZE if self.kind == "modelopt" else MX_BLOCK_SIZE
         dtype = ("F8_E4M3",) if self.kind == "modelopt" else ("U8",)
-        files._check_tensors(self.path, self.tensors, {scales[0]: (rows, columns // block)}, dtype)
+        check_tensors(self.path, self.tensors, {scales[0]: (rows, columns // block)}, dtype)
         if self.kind == "modelopt":
             info = self.tensors.get(scales[1])
             if info is None or info.dtype != "F32" or math.prod(info.shape) != 1:
@@ -176,13 +192,13 @@ class _Source:
         known = set(self.others)
         for linear in self.linears.values():
             known |= set(self._parts(linear.name)) if linear.packed else {f"{linear.name}.weight"}
-        files._check_names(self.path, self.tensors, known, self.architecture, self.hf_config.tie_word_embeddings)
+        check_names(self.path, self.tensors, known, self.architecture, self.hf_config.tie_word_embeddings)
 
     def _refuse_mixed_groups(self) -> None:
-        for group in files.fused_linears(self.architecture, self.hf_config):
+        for group in fused_linears(self.architecture, self.hf_config):
             if len({self.linears[name].packed for name in group}) > 1:
                 raise CheckpointError(
-                    f"{self.path}: of {files.name_group(group)} some are quantized and some are not, but vLLM fuses them. Exclude "
+                    f"{self.path}: of {name_group(group)} some are quantized and some are not, but vLLM fuses them. Exclude "
                     "all of them or none."
                 )
 
@@ -225,7 +241,7 @@ class _Source:
         layout = {}
         for linear in group:
             if linear.packed:
-                layout |= files._packed_layout(linear.name, linear.rows, linear.columns)
+                layout |= packed_layout(linear.name, linear.rows, linear.columns)
             else:
                 info = self.tensors[f"{linear.name}.weight"]
                 layout[f"{linear.name}.weight"] = ("BF16" if info.dtype == "F32" else info.dtype, info.shape)
@@ -308,13 +324,13 @@ def convert_checkpoint(
             units.append(({name: ("BF16" if info.dtype == "F32" else info.dtype, info.shape)}, name))
     units += [(source.layout(group), group) for group in source.groups()]
     total = sum(nbytes(*entry) for layout, _ in units for entry in layout.values())
-    files._check_space(dst, total)
+    check_space(dst, total)
 
-    ours = (files.CONFIG_FILE, files.MANIFEST_FILE, files.REPORT_FILE, MODELOPT_FILE)
+    ours = (CONFIG_FILE, MANIFEST_FILE, REPORT_FILE, MODELOPT_FILE)
     plain = [linear.name for linear in source.linears.values() if not linear.packed]
     config = {k: v for k, v in source.config.items() if k != "compression_config"}
     ignored = [*source.architecture.plain_modules, *source.routers, *plain]
-    config["quantization_config"] = files.QUANTIZATION_CONFIG | {"ignore": ignored}
+    config["quantization_config"] = QUANTIZATION_CONFIG | {"ignore": ignored}
     with atomic_folder(dst) as folder:
         records = write_shards(
             folder,
@@ -324,16 +340,9 @@ def convert_checkpoint(
             progress=progress,
             max_shard_bytes=max_shard_bytes,
         )
-        for name in files.source_files(src):
-            if name not in ours and not files._is_weight(name):
-                records[name] = files._copy(src / name, folder / name)
-        records[files.CONFIG_FILE] = files._write_json(folder / files.CONFIG_FILE, config)
-        manifest = {
-            "format": files.FORMAT,
-            "format_version": files.FORMAT_VERSION,
-            "method": f"converted from {source.kind}",
-            "source": str(src.resolve()),
-            "files": {name: asdict(record) for name, record in records.items()},
-        }
-        files._write_json(folder / files.MANIFEST_FILE, manifest)
+        for name in source_files(src):
+            if name not in ours and not is_weight_file(name):
+                records[name] = copy_file(src / name, folder / name)
+        records[CONFIG_FILE] = write_json(folder / CONFIG_FILE, config)
+        write_manifest(folder, src, f"converted from {source.kind}", records)
     return records

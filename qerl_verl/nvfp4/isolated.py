@@ -17,15 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from qerl_verl.nvfp4.calibration import Calibration
-from qerl_verl.nvfp4.checkpoint import quantize_checkpoint
 from qerl_verl.nvfp4.errors import CheckpointError
+from qerl_verl.nvfp4.quantize import quantize_checkpoint
 from qerl_verl.nvfp4.safetensors_stream import FileRecord
 
 
 def quantize_in_a_process(
     src: Path, dst: Path, *, method: str, calibration: Calibration | None, device: str | None, progress: bool
 ) -> dict[str, FileRecord]:
-    """Runs :func:`~qerl_verl.nvfp4.checkpoint.quantize_checkpoint` in a process of its own.
+    """Runs :func:`~qerl_verl.nvfp4.quantize.quantize_checkpoint` in a process of its own.
 
     That process has ended when this function returns. Its progress bar appears on this process's
     stderr.

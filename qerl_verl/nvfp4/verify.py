@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
@@ -10,15 +9,18 @@ import torch
 from tqdm import tqdm
 
 from qerl_verl.kernels.nvfp4_dequantize import dequantize_nvfp4
-from qerl_verl.nvfp4.checkpoint import MANIFEST_FILE, WEIGHT_DTYPES, read_headers, validate_nvfp4_checkpoint
+from qerl_verl.nvfp4.checkpoint_files import read_headers
 from qerl_verl.nvfp4.errors import CheckpointError
-from qerl_verl.nvfp4.safetensors_stream import TensorInfo, file_sha256, read_pieces, read_tensor
+from qerl_verl.nvfp4.format import WEIGHT_DTYPES
+from qerl_verl.nvfp4.manifest import MANIFEST_FILE, check_files
+from qerl_verl.nvfp4.safetensors_stream import TensorInfo, read_pieces, read_tensor
+from qerl_verl.nvfp4.validation import validate_nvfp4_checkpoint
 
 
 def verify_checkpoint(path: str | Path, *, progress: bool = True) -> dict[str, int]:
     """Checks an NVFP4 folder as thoroughly as is possible without its source model.
 
-    - :func:`~qerl_verl.nvfp4.checkpoint.validate_nvfp4_checkpoint` checks names, shapes, dtypes and
+    - :func:`~qerl_verl.nvfp4.validation.validate_nvfp4_checkpoint` checks names, shapes, dtypes and
       scales.
     - Each packed linear must decode to finite bfloat16 values, and no block may have a zero scale
       with codes that are not zero.
@@ -63,7 +65,7 @@ def verify_checkpoint(path: str | Path, *, progress: bool = True) -> dict[str, i
         "linears": len(linears),
         "weights": weights,
         "other tensors": len(others),
-        "files": _check_manifest(path, progress),
+        "files": check_files(path, progress=progress) if (path / MANIFEST_FILE).exists() else 0,
     }
 
 
@@ -82,23 +84,3 @@ def _check_decoded(
                 f"{info.file}: {linear} has {lost} blocks of 16 whose scale is zero and whose codes are not: their "
                 "weights are lost. Quantize the original checkpoint again."
             )
-
-
-def _check_manifest(path: Path, progress: bool) -> int:
-    """Checks the files that the manifest lists and returns their number; 0 without a manifest."""
-    if not (path / MANIFEST_FILE).exists():
-        return 0
-    try:
-        files = json.loads((path / MANIFEST_FILE).read_text(encoding="utf-8"))["files"]
-        records = {name: (record["size"], record["sha256"]) for name, record in files.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path / MANIFEST_FILE} is damaged: {error!r}.") from error
-    for name in tqdm(records, desc="Checking hashes", unit="file", disable=not progress):
-        file, (size, sha256) = path / name, records[name]
-        if not file.is_file():
-            raise CheckpointError(f"{file} is missing, but {MANIFEST_FILE} lists it.")
-        if file.stat().st_size != size:
-            raise CheckpointError(f"{file} is {file.stat().st_size} bytes long, {MANIFEST_FILE} says {size}.")
-        if file_sha256(file) != sha256:
-            raise CheckpointError(f"{file}: its content is not what `qerl quantize` wrote ({MANIFEST_FILE}).")
-    return len(records)

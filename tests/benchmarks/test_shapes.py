@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from qerl_verl.nvfp4.checkpoint import adaptable_shapes, validate_nvfp4_checkpoint
+from qerl_verl.nvfp4.model_shapes import adaptable_shapes
+from qerl_verl.nvfp4.validation import validate_nvfp4_checkpoint
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 

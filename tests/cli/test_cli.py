@@ -9,8 +9,9 @@ import sys
 import pytest
 
 from qerl_verl.cli.main import main
-from qerl_verl.nvfp4 import cache, checkpoint
-from qerl_verl.nvfp4.checkpoint import validate_nvfp4_checkpoint
+from qerl_verl.nvfp4 import cache, quantize
+from qerl_verl.nvfp4.errors import CheckpointError
+from qerl_verl.nvfp4.validation import validate_nvfp4_checkpoint
 
 
 @pytest.fixture
@@ -126,7 +127,7 @@ def test_operating_system_errors_are_one_line_too(src, tmp_path, capsys):
 
 
 def test_debug_shows_the_traceback(tmp_path):
-    with pytest.raises(checkpoint.CheckpointError):
+    with pytest.raises(CheckpointError):
         main(["quantize", str(tmp_path / "nowhere"), str(tmp_path / "dst"), "--debug"])
 
 
@@ -140,7 +141,7 @@ def test_interrupted(src, tmp_path, capsys, monkeypatch):
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "_write_weights", interrupt)
+    monkeypatch.setattr(quantize, "write_weights", interrupt)
     assert main(["quantize", str(src), str(tmp_path / "dst")]) == 130
     assert capsys.readouterr().err == "qerl: interrupted\n"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["src"]

@@ -7,7 +7,7 @@ import torch
 from tiny_families import make_family
 
 from qerl_verl.engine.compile import unavailable
-from qerl_verl.nvfp4.checkpoint import quantize_checkpoint
+from qerl_verl.nvfp4.quantize import quantize_checkpoint
 from qerl_verl.quickstart.tiny_model import build_tokenizer
 
 FLOAT32 = {

@@ -3,7 +3,7 @@
 import pytest
 from tiny_families import FAMILIES, TOWERS, make_family
 
-from qerl_verl.nvfp4.checkpoint import quantize_checkpoint
+from qerl_verl.nvfp4.quantize import quantize_checkpoint
 from qerl_verl.quickstart.tiny_model import build_tokenizer
 
 PACKED = {"use_remove_padding": True, "packed_attention": True}

@@ -177,7 +177,7 @@ def test_two_ranks_shard_the_bytes_and_train_the_same_adapter(run_engine, one_ra
 
 
 def test_building_never_holds_the_model_in_16_bits(run_engine, model_factory, tmp_path):
-    from qerl_verl.nvfp4.checkpoint import quantize_checkpoint
+    from qerl_verl.nvfp4.quantize import quantize_checkpoint
 
     shape = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=12, num_attention_heads=8)
     source = model_factory(tmp_path / "source", **shape)

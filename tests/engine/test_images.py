@@ -6,7 +6,7 @@ from tiny_families import TOWERS, Reference, make_family
 from tiny_vision import image_sequences
 from transformers import AutoConfig
 
-from qerl_verl.nvfp4.checkpoint import quantize_checkpoint
+from qerl_verl.nvfp4.quantize import quantize_checkpoint
 from qerl_verl.quickstart.tiny_model import build_tokenizer
 
 PACKED = {"use_remove_padding": True, "packed_attention": True}

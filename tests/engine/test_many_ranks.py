@@ -16,7 +16,7 @@ import torch
 
 from qerl_verl.engine.compile import unavailable
 from qerl_verl.engine.fsdp import CARRIER
-from qerl_verl.nvfp4.checkpoint import quantize_checkpoint
+from qerl_verl.nvfp4.quantize import quantize_checkpoint
 
 WORLD = int(os.environ.get("QERL_TEST_RANKS", "2"))
 FLOAT32 = {

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from qerl_verl.data.prompts import prompt_row
 from qerl_verl.lora.peft import save_adapter
-from qerl_verl.nvfp4.checkpoint import adaptable_shapes
+from qerl_verl.nvfp4.model_shapes import adaptable_shapes
 
 
 @pytest.fixture(scope="session")

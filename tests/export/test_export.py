@@ -14,8 +14,11 @@ from qerl_verl.cli.main import main
 from qerl_verl.export.locate import find_adapter, find_base
 from qerl_verl.export.merge import Base, delta_kept, export_merged, read_deltas
 from qerl_verl.nvfp4.cache import fingerprint
-from qerl_verl.nvfp4.checkpoint import adaptable_shapes, quantize_checkpoint, read_config, read_quantization
+from qerl_verl.nvfp4.checkpoint_files import read_config
 from qerl_verl.nvfp4.errors import CheckpointError
+from qerl_verl.nvfp4.format import read_quantization
+from qerl_verl.nvfp4.model_shapes import adaptable_shapes
+from qerl_verl.nvfp4.quantize import quantize_checkpoint
 
 TARGETS = ["q_proj", "o_proj", "down_proj"]
 

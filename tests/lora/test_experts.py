@@ -13,8 +13,9 @@ from qerl_verl.kernels.recompute import KeptProducts
 from qerl_verl.lora.adapter_files import AdapterError, map_names, read_adapter_config
 from qerl_verl.lora.experts import is_of_experts, linear_targets, module_targets, split_experts, stack_experts
 from qerl_verl.lora.peft import NVFP4LoraExperts, draw_adapter, published, register_nvfp4, save_adapter
-from qerl_verl.nvfp4.checkpoint import adaptable_shapes, quantize_checkpoint
 from qerl_verl.nvfp4.experts import PROJECTIONS, STACKS
+from qerl_verl.nvfp4.model_shapes import adaptable_shapes
+from qerl_verl.nvfp4.quantize import quantize_checkpoint
 
 PROMPTS = [list(range(3, 35)), [7, 7, 8, 9] * 9]
 TARGETS = ["q_proj", *PROJECTIONS]

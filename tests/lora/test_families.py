@@ -11,9 +11,10 @@ from qerl_verl.lora.adapter_files import check_loaded
 from qerl_verl.lora.experts import split_experts, stack_experts
 from qerl_verl.lora.peft import adaptable_layers, linear_names, published, register_nvfp4, tower_of
 from qerl_verl.lora.targets import all_linear, without_tower
-from qerl_verl.nvfp4.checkpoint import adaptable_shapes, quantize_checkpoint
 from qerl_verl.nvfp4.linear import NVFP4Linear
 from qerl_verl.nvfp4.loading import packed_linear_names
+from qerl_verl.nvfp4.model_shapes import adaptable_shapes
+from qerl_verl.nvfp4.quantize import quantize_checkpoint
 
 PROMPTS = [list(range(3, 35)), [7, 7, 8, 9] * 9]
 """Longer than the sliding windows of the tiny models."""

@@ -18,16 +18,13 @@ from qerl_verl.nvfp4.architectures import (
     logits_divisor,
     supported_architectures,
 )
-from qerl_verl.nvfp4.checkpoint import (
-    check_checkpoint,
-    is_ignored,
-    linear_shapes,
-    quantize_checkpoint,
-    read_headers,
-    read_ignore,
-)
+from qerl_verl.nvfp4.checkpoint_files import read_headers
 from qerl_verl.nvfp4.errors import CheckpointError
+from qerl_verl.nvfp4.format import is_ignored, read_ignore
 from qerl_verl.nvfp4.loading import iterate_tensors, packed_linear_names
+from qerl_verl.nvfp4.model_shapes import linear_shapes
+from qerl_verl.nvfp4.quantize import quantize_checkpoint
+from qerl_verl.nvfp4.validation import check_checkpoint
 
 VARIANTS = [
     *((name, {}) for name in FAMILIES),

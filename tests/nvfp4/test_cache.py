@@ -17,27 +17,28 @@ import huggingface_hub
 import pytest
 
 from qerl_verl.nvfp4 import cache as cache_module
-from qerl_verl.nvfp4 import checkpoint as checkpoint_module
+from qerl_verl.nvfp4 import quantize as quantize_module
 from qerl_verl.nvfp4.architectures import UnsupportedArchitecture
 from qerl_verl.nvfp4.cache import default_cache_dir, fingerprint, resolve_checkpoint
-from qerl_verl.nvfp4.checkpoint import quantize_checkpoint, validate_nvfp4_checkpoint
 from qerl_verl.nvfp4.errors import CheckpointError
+from qerl_verl.nvfp4.quantize import quantize_checkpoint
+from qerl_verl.nvfp4.validation import validate_nvfp4_checkpoint
 from qerl_verl.ownership import host_name
 
 # The program of another process: it prints "ready", resolves `model` into `cache`, and prints the
 # folder. While it quantizes, it prints "quantizing" and waits until the file `gate` appears.
 PROCESS = """
 import sys, time
-from qerl_verl.nvfp4 import cache as c, checkpoint
+from qerl_verl.nvfp4 import cache as c, packing
 sys.stderr = open(stderr, "w", buffering=1)
 c._REMARK_SECONDS = 0.2
-write = checkpoint._write_packed
+write = packing._write_packed
 def slow_write(*args):
     write(*args)
     say.send("quantizing")
     while not gate.exists():
         time.sleep(0.01)
-checkpoint._write_packed = slow_write
+packing._write_packed = slow_write
 say.send("ready")
 say.send(c.resolve_checkpoint(model, cache, progress=False).path)
 """
@@ -215,15 +216,15 @@ def test_another_node_was_faster(make_checkpoint, tmp_path, monkeypatch):
     """Without working locks two nodes quantize at once. The later rename fails, and the first entry
     is used."""
     src, cache = make_checkpoint(), tmp_path / "cache"
-    write = checkpoint_module._write_weights
+    write = quantize_module.write_weights
 
     def interrupted(*args):
-        monkeypatch.setattr(checkpoint_module, "_write_weights", write)
+        monkeypatch.setattr(quantize_module, "write_weights", write)
         (entry,) = entries(cache)
         quantize_checkpoint(src, cache / entry.name.partition(".tmp-")[0], progress=False)
         return write(*args)
 
-    monkeypatch.setattr(checkpoint_module, "_write_weights", interrupted)
+    monkeypatch.setattr(quantize_module, "write_weights", interrupted)
     resolved = resolve_checkpoint(src, cache, progress=False)
     assert entries(cache) == [resolved.path]
     validate_nvfp4_checkpoint(resolved.path)
@@ -257,7 +258,7 @@ def test_another_users_lock_file_is_no_end(make_checkpoint, tmp_path, monkeypatc
 
 def test_failure_leaves_nothing_and_can_be_repeated(make_checkpoint, tmp_path, monkeypatch):
     src, cache = make_checkpoint(), tmp_path / "cache"
-    monkeypatch.setattr(checkpoint_module, "_copy", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left")))
+    monkeypatch.setattr(quantize_module, "copy_file", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left")))
     with pytest.raises(CheckpointError, match="was full"):
         resolve_checkpoint(src, cache, progress=False)
     assert entries(cache) == []
@@ -342,7 +343,7 @@ def test_weights_of_an_entry_that_are_replaced_in_place_are_noticed(make_checkpo
     src, cache = make_checkpoint(), tmp_path / "cache"
     entry = resolve_checkpoint(src, cache, progress=False).path
     flip_last_byte(entry / "model.safetensors")
-    with pytest.raises(CheckpointError, match="model.safetensors is not what was written"):
+    with pytest.raises(CheckpointError, match="model.safetensors: its content is not what was written"):
         resolve_checkpoint(src, cache, progress=False)
 
 

@@ -15,18 +15,14 @@ from transformers import AutoModelForCausalLM
 from qerl_verl.export.merge import Base
 from qerl_verl.kernels.nvfp4_dequantize import E2M1_VALUES
 from qerl_verl.nvfp4.cache import resolve_checkpoint
-from qerl_verl.nvfp4.checkpoint import (
-    check_checkpoint,
-    linear_shapes,
-    quantize_checkpoint,
-    read_ignore,
-    unused_settings,
-    validate_nvfp4_checkpoint,
-)
 from qerl_verl.nvfp4.convert import convert_checkpoint, foreign_format
 from qerl_verl.nvfp4.errors import CheckpointError
+from qerl_verl.nvfp4.format import read_ignore
 from qerl_verl.nvfp4.loading import load_tensors, packed_linear_names, swap_linears
+from qerl_verl.nvfp4.model_shapes import linear_shapes
+from qerl_verl.nvfp4.quantize import quantize_checkpoint
 from qerl_verl.nvfp4.safetensors_stream import read_tensor
+from qerl_verl.nvfp4.validation import check_checkpoint, unused_settings, validate_nvfp4_checkpoint
 
 CPU = torch.device("cpu")
 LINEARS = [

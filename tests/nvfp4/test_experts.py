@@ -13,9 +13,9 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 from qerl_verl.kernels import nvfp4_grouped_linear as op
 from qerl_verl.kernels.backends import get_backend
 from qerl_verl.kernels.nvfp4_dequantize import dequantize_nvfp4
-from qerl_verl.nvfp4.checkpoint import quantize_checkpoint
 from qerl_verl.nvfp4.experts import STACKS, NVFP4Experts
 from qerl_verl.nvfp4.loading import load_tensors, packed_linear_names, prepack_linears, swap_linears
+from qerl_verl.nvfp4.quantize import quantize_checkpoint
 
 NAME = "Qwen3MoeForCausalLM"
 EXPERTS = "model.layers.0.mlp.experts"

@@ -8,8 +8,8 @@ import pytest
 from qerl_verl.nvfp4 import isolated
 from qerl_verl.nvfp4.cache import Quantization, resolve_checkpoint
 from qerl_verl.nvfp4.calibration import Calibration
-from qerl_verl.nvfp4.checkpoint import quantize_checkpoint
 from qerl_verl.nvfp4.errors import CheckpointError
+from qerl_verl.nvfp4.quantize import quantize_checkpoint
 
 
 def text(folder):

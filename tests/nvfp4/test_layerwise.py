@@ -16,10 +16,12 @@ from qerl_verl.nvfp4 import decoder as decoder_module
 from qerl_verl.nvfp4 import layerwise
 from qerl_verl.nvfp4.architectures import automatic_class, get_architecture, supported_architectures
 from qerl_verl.nvfp4.calibration import Calibration
-from qerl_verl.nvfp4.checkpoint import _hf_config, quantize_checkpoint, read_headers, validate_nvfp4_checkpoint
+from qerl_verl.nvfp4.checkpoint_files import load_hf_config, read_headers
 from qerl_verl.nvfp4.decoder import LayerwiseDecoder
 from qerl_verl.nvfp4.errors import CheckpointError
+from qerl_verl.nvfp4.quantize import quantize_checkpoint
 from qerl_verl.nvfp4.quantizers import round_weight
+from qerl_verl.nvfp4.validation import validate_nvfp4_checkpoint
 
 CPU = torch.device("cpu")
 
@@ -114,7 +116,7 @@ def contents(folder):
 def test_layer_by_layer_is_the_model(make_checkpoint, architecture, config):
     """Hidden states of padded batches after the last layer equal those of each sequence alone."""
     folder = make_checkpoint(architecture, **config)
-    decoder = LayerwiseDecoder(_hf_config(folder), read_headers(folder), CPU)
+    decoder = LayerwiseDecoder(load_hf_config(folder), read_headers(folder), CPU)
     sequences = [(list(range(3, 3 + length)), begin) for length, begin in ((9, 4), (30, 0), (17, 1), (30, 29))]
     batches = decoder.embed(sequences)
     for index in range(len(decoder)):
@@ -146,7 +148,7 @@ def test_layer_by_layer_is_the_model(make_checkpoint, architecture, config):
 
 def test_small_batches_give_the_same(make_checkpoint, monkeypatch):
     folder = make_checkpoint()
-    decoder = LayerwiseDecoder(_hf_config(folder), read_headers(folder), CPU)
+    decoder = LayerwiseDecoder(load_hf_config(folder), read_headers(folder), CPU)
     sequences = [(list(range(length)), 0) for length in (5, 40, 12, 33)]
     monkeypatch.setitem(decoder_module._BATCH_TOKENS, "cpu", 50)
     assert [a.tokens.shape for a in decoder.embed(sequences)] == [(1, 40), (1, 33), (2, 12)]
@@ -255,7 +257,7 @@ def test_gptq_goes_on_where_it_was_killed(undisturbed, tmp_path, monkeypatch, ki
     with monkeypatch.context() as patch:
         patch.setattr(layerwise, "_gptq_group", counted)
         if killed_at == "writing":
-            patch.setattr("qerl_verl.nvfp4.checkpoint._write_weights", no_writing)
+            patch.setattr("qerl_verl.nvfp4.quantize.write_weights", no_writing)
         with pytest.raises(Killed):
             quantize_checkpoint(folder, tmp_path / "dst", method="gptq", calibration=text, progress=False)
     assert not (tmp_path / "dst").exists()

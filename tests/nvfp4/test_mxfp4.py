@@ -12,13 +12,10 @@ from qerl_verl.config.quantization import choose_quantization
 from qerl_verl.config.settings import QeRLSettings, SettingsError
 from qerl_verl.kernels.mxfp4_quantize import mxfp4_exponents, mxfp4_global_scale, quantize_mxfp4
 from qerl_verl.kernels.nvfp4_dequantize import dequantize_nvfp4
-from qerl_verl.nvfp4.checkpoint import (
-    MANIFEST_FILE,
-    check_method,
-    quantize_checkpoint,
-    validate_nvfp4_checkpoint,
-)
 from qerl_verl.nvfp4.errors import CheckpointError
+from qerl_verl.nvfp4.manifest import MANIFEST_FILE
+from qerl_verl.nvfp4.quantize import quantize_checkpoint
+from qerl_verl.nvfp4.validation import check_method, validate_nvfp4_checkpoint
 from qerl_verl.nvfp4.verify import verify_checkpoint
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qerl_verl.nvfp4.checkpoint import quantize_checkpoint
 from qerl_verl.nvfp4.errors import CheckpointError
+from qerl_verl.nvfp4.quantize import quantize_checkpoint
 from qerl_verl.nvfp4.verify import verify_checkpoint
 
 O1 = "model.layers.1.self_attn.o_proj"

@@ -17,7 +17,7 @@ OTHER_CPU = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
 QUICK = [
     "platform/test_other_cpu.py::test_this_process_computes_as_it_was_asked_to",
     *("kernels/test_nvfp4_linear.py", "kernels/test_nvfp4_lora_linear.py", "kernels/test_backends.py", "lora", "aqn"),
-    "nvfp4/test_checkpoint.py::test_model_loaded_by_transformers",
+    "nvfp4/test_quantize.py::test_model_loaded_by_transformers",
     *("engine/test_batches.py", "rollout/test_scheme.py", "rollout/test_lora.py"),
 ]
 ONE_MODEL = ("-k", "not value_model")

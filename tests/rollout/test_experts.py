@@ -26,7 +26,7 @@ from qerl_verl.kernels.nvfp4_experts import ExpertStack, nvfp4_experts_reference
 from qerl_verl.lora.experts import stack_experts
 from qerl_verl.lora.peft import save_adapter
 from qerl_verl.nvfp4.candidates import PyTorchExperts, TritonExperts, VLLMExperts, VLLMKernel, expert_candidates
-from qerl_verl.nvfp4.checkpoint import QUANTIZATION_CONFIG
+from qerl_verl.nvfp4.format import QUANTIZATION_CONFIG
 from qerl_verl.rollout.experts import QeRLExpertsMethod, VLLMExpertsMethod
 from qerl_verl.rollout.lora import AdapterStore
 from qerl_verl.rollout.quantization import QeRLCompressedTensorsConfig

@@ -14,8 +14,10 @@ from tiny_vision import image_prompts, processed, vision_settings, write_process
 
 from qerl_verl.aqn.noise import draw_noise
 from qerl_verl.nvfp4.architectures import get_architecture
-from qerl_verl.nvfp4.checkpoint import adaptable_shapes, quantize_checkpoint, read_config
+from qerl_verl.nvfp4.checkpoint_files import read_config
 from qerl_verl.nvfp4.loading import iterate_tensors
+from qerl_verl.nvfp4.model_shapes import adaptable_shapes
+from qerl_verl.nvfp4.quantize import quantize_checkpoint
 
 pytestmark = [
     pytest.mark.engine,

@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM
 from qerl_verl.aqn.noise import draw_noise
 from qerl_verl.lora.peft import save_adapter
 from qerl_verl.lora.wire import CONFIG_TENSOR, pack_config
-from qerl_verl.nvfp4.checkpoint import adaptable_shapes, quantize_checkpoint
+from qerl_verl.nvfp4.model_shapes import adaptable_shapes
+from qerl_verl.nvfp4.quantize import quantize_checkpoint
 from qerl_verl.rollout.probes import adapter_digest, base_digest, norm_weights
 
 sys.path.insert(0, str(Path(__file__).parent))

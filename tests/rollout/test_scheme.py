@@ -284,7 +284,7 @@ def test_vllms_configuration_builds_the_layer_with_the_settings_of_the_engine(ca
     workers."""
     from vllm.config import VllmConfig, set_current_vllm_config
 
-    from qerl_verl.nvfp4.checkpoint import QUANTIZATION_CONFIG
+    from qerl_verl.nvfp4.format import QUANTIZATION_CONFIG
     from qerl_verl.rollout.quantization import QeRLCompressedTensorsConfig
 
     written = copy.deepcopy(QUANTIZATION_CONFIG)

@@ -12,7 +12,7 @@ import torch
 from tiny_families import make_family
 
 from qerl_verl.nvfp4.architectures import get_architecture, supported_architectures
-from qerl_verl.nvfp4.checkpoint import quantize_checkpoint
+from qerl_verl.nvfp4.quantize import quantize_checkpoint
 
 pytestmark = [
     pytest.mark.engine,

@@ -12,9 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from qerl_verl.kernels.backends import BACKENDS, NAMES, HopperBackend, get_backend
 from qerl_verl.nvfp4.architectures import get_architecture, supported_architectures
 from qerl_verl.nvfp4.candidates import CANDIDATES
-from qerl_verl.nvfp4.checkpoint import quantize_checkpoint
 from qerl_verl.nvfp4.linear import NVFP4Linear
 from qerl_verl.nvfp4.loading import load_tensors, packed_linear_names, swap_linears
+from qerl_verl.nvfp4.quantize import quantize_checkpoint
 from qerl_verl.sharing.base import OtherSide, attach, load_base, plan_layout
 from qerl_verl.sharing.errors import SharingError
 from qerl_verl.sharing.layout import Layout

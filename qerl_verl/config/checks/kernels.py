@@ -39,7 +39,7 @@ def find_problems(config: DictConfig, folder: Path) -> list[str]:
     from transformers import AutoConfig
 
     from qerl_verl.nvfp4.architectures import get_architecture
-    from qerl_verl.nvfp4.checkpoint import read_config
+    from qerl_verl.nvfp4.checkpoint_files import read_config
 
     actor, rollout = get_value(config, "qerl.kernel"), get_value(config, "qerl.rollout.kernel")
     if all(kernel in (None, "auto", "pytorch", "marlin") for kernel in (actor, rollout)):

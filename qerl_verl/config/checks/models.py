@@ -36,8 +36,8 @@ def remote_paths(config: DictConfig) -> list[str]:
 
 def find_unquantized(config: DictConfig) -> list[str]:
     """Paths of trained models that are not, or may not be, in four bits: what a run would quantize."""
-    from qerl_verl.nvfp4.checkpoint import read_quantization
     from qerl_verl.nvfp4.errors import CheckpointError
+    from qerl_verl.nvfp4.format import read_quantization
 
     found = []
     for model in trained_models(config):
@@ -62,8 +62,8 @@ def find_problems(config: DictConfig, adapters: Mapping[str, dict] | None = None
         config: the configuration after the rules (:mod:`qerl_verl.config.rules`).
         adapters: see :class:`~qerl_verl.config.plan.Plan`.
     """
-    from qerl_verl.nvfp4.checkpoint import check_checkpoint, check_method, check_source
     from qerl_verl.nvfp4.errors import CheckpointError
+    from qerl_verl.nvfp4.validation import check_checkpoint, check_method, check_source
 
     found: dict[str, str] = {}
     for model in trained_models(config):
@@ -241,7 +241,7 @@ def packing_problems(config: DictConfig) -> list[str]:
     no positions on (:attr:`~qerl_verl.nvfp4.architectures.Architecture.keeps_positions`), also in
     stock verl."""
     from qerl_verl.nvfp4.architectures import get_architecture
-    from qerl_verl.nvfp4.checkpoint import read_config
+    from qerl_verl.nvfp4.checkpoint_files import read_config
     from qerl_verl.nvfp4.errors import CheckpointError
 
     out = []
@@ -266,7 +266,7 @@ def packing_problems(config: DictConfig) -> list[str]:
 def vllm_lora_problems(config: DictConfig) -> list[str]:
     """vLLM's own LoRA path with a model whose adapters it does not take."""
     from qerl_verl.nvfp4.architectures import get_architecture
-    from qerl_verl.nvfp4.checkpoint import read_config
+    from qerl_verl.nvfp4.checkpoint_files import read_config
     from qerl_verl.nvfp4.errors import CheckpointError
 
     inline = get_arm(config).container and get_value(config, "qerl.rollout.lora") != "punica"
@@ -291,7 +291,7 @@ def vllm_lora_problems(config: DictConfig) -> list[str]:
 def expert_problems(config: DictConfig) -> list[str]:
     """A mixture of experts in an arm that would leave the experts in 16 bits."""
     from qerl_verl.nvfp4.architectures import get_architecture
-    from qerl_verl.nvfp4.checkpoint import read_config
+    from qerl_verl.nvfp4.checkpoint_files import read_config
     from qerl_verl.nvfp4.errors import CheckpointError
 
     folder = local_folder(config, MODEL)
@@ -312,7 +312,7 @@ def expert_problems(config: DictConfig) -> list[str]:
 def replay_problems(config: DictConfig) -> list[str]:
     """Why the rollout's routing cannot be replayed in the actor."""
     from qerl_verl.nvfp4.architectures import get_architecture
-    from qerl_verl.nvfp4.checkpoint import read_config
+    from qerl_verl.nvfp4.checkpoint_files import read_config
     from qerl_verl.nvfp4.errors import CheckpointError
 
     key = f"{ROLLOUT}.enable_rollout_routing_replay"

@@ -47,7 +47,7 @@ def find_problems(config: DictConfig, folder: Path) -> list[str]:
         CheckpointError: its config.json cannot be read, or is of a model that is not supported.
     """
     from qerl_verl.nvfp4.architectures import get_architecture
-    from qerl_verl.nvfp4.checkpoint import read_config
+    from qerl_verl.nvfp4.checkpoint_files import read_config
 
     content = read_config(folder)
     architecture, get = get_architecture(content), partial(get_value, config)

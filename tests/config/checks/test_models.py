@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from tiny_families import YARN, make_config, make_family
 
 from qerl_verl.config.checks import models
-from qerl_verl.nvfp4.checkpoint import quantize_checkpoint
+from qerl_verl.nvfp4.quantize import quantize_checkpoint
 from qerl_verl.quickstart.tiny_model import build_tokenizer
 
 

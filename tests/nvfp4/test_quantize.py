@@ -1,4 +1,4 @@
-"""Tests quantize_checkpoint, read_quantization and validate_nvfp4_checkpoint.
+"""Tests quantization, and the recognition and checks of NVFP4 checkpoints.
 
 The written checkpoint is compared with compressed-tensors: its configuration, its decompressor,
 and, through transformers, its loading of the whole model.
@@ -28,7 +28,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from qerl_verl.kernels.nvfp4_dequantize import dequantize_nvfp4
 from qerl_verl.kernels.nvfp4_quantize import nvfp4_global_scale, quantize_nvfp4, quantize_nvfp4_four_over_six
-from qerl_verl.nvfp4 import checkpoint as checkpoint_module
+from qerl_verl.nvfp4 import checkpoint_files
 from qerl_verl.nvfp4.architectures import (
     UnsupportedArchitecture,
     automatic_class,
@@ -36,18 +36,14 @@ from qerl_verl.nvfp4.architectures import (
     supported_architectures,
 )
 from qerl_verl.nvfp4.cache import resolve_checkpoint
-from qerl_verl.nvfp4.checkpoint import (
-    FORMAT,
-    QUANTIZATION_CONFIG,
-    check_checkpoint,
-    quantize_checkpoint,
-    read_config,
-    read_quantization,
-    validate_nvfp4_checkpoint,
-)
+from qerl_verl.nvfp4.checkpoint_files import read_config
 from qerl_verl.nvfp4.errors import CheckpointError
+from qerl_verl.nvfp4.format import FORMAT, QUANTIZATION_CONFIG, read_quantization
 from qerl_verl.nvfp4.loading import iterate_tensors
+from qerl_verl.nvfp4.model_shapes import linear_shapes, tower_linears
+from qerl_verl.nvfp4.quantize import quantize_checkpoint
 from qerl_verl.nvfp4.safetensors_stream import HashedFile
+from qerl_verl.nvfp4.validation import check_checkpoint, validate_nvfp4_checkpoint
 from qerl_verl.nvfp4.verify import verify_checkpoint
 
 Q0 = "model.layers.0.self_attn.q_proj"
@@ -308,9 +304,10 @@ def test_memory_is_that_of_a_layer(tmp_path):
     script = """if True:
         import re, sys
         from pathlib import Path
-        from qerl_verl.nvfp4.checkpoint import _hf_config, quantize_checkpoint
+        from qerl_verl.nvfp4.checkpoint_files import load_hf_config
+        from qerl_verl.nvfp4.quantize import quantize_checkpoint
         src, dst = map(Path, sys.argv[1:])
-        _hf_config(src)  # imports transformers
+        load_hf_config(src)  # imports transformers
         def kibibytes(key):  # not getrusage: its peak is inherited from the parent process
             return int(re.search(key + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
         before = kibibytes("VmRSS")
@@ -617,7 +614,7 @@ def test_disk_too_small(make_checkpoint, tmp_path, monkeypatch):
         asked.append(path)
         return usage(10**9, 0, total // 2)
 
-    monkeypatch.setattr(checkpoint_module.shutil, "disk_usage", disk_usage)
+    monkeypatch.setattr(checkpoint_files.shutil, "disk_usage", disk_usage)
     refused(src, tmp_path, "dst", "free", "GB")
     assert asked == [tmp_path]
 
@@ -644,7 +641,7 @@ def test_really_full_disk(make_checkpoint, tmp_path, monkeypatch):
     if os.getuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", disk], stderr=-3).returncode:
         pytest.skip("needs the right to mount a tmpfs")
     try:
-        monkeypatch.setattr(checkpoint_module, "_check_space", lambda dst, needed: None)
+        monkeypatch.setattr("qerl_verl.nvfp4.quantize.check_space", lambda dst, needed: None)
         with pytest.raises(CheckpointError, match="was full"):
             quantize_checkpoint(make_checkpoint(), disk / "dst", progress=False)
         assert list(disk.iterdir()) == []
@@ -846,7 +843,7 @@ def test_a_packed_checkpoint_with_published_names_and_one_flat_config(make_check
         "rope_theta": rope["rope_theta"],
         "rope_scaling": {"type": "mrope", "mrope_section": rope["mrope_section"]},
     }
-    tower = [published(name) for name in checkpoint_module.tower_linears(dst)]
+    tower = [published(name) for name in tower_linears(dst)]
     config["quantization_config"]["ignore"] = ["lm_head", *tower]
     unnamed = {key: value for key, value in decoder.items() if key not in ("model_type", "layer_types")}
     (dst / "config.json").write_text(json.dumps(config | unnamed))
@@ -854,7 +851,7 @@ def test_a_packed_checkpoint_with_published_names_and_one_flat_config(make_check
     assert set(load(dst)) != set(modules)
     assert check_checkpoint(dst) == "nvfp4"
     assert set(modules) == {name for name, _ in iterate_tensors(dst)}
-    assert checkpoint_module.linear_shapes(dst)[f"{row.layer_prefix}0.mlp.down_proj"] == (128, 112)
+    assert linear_shapes(dst)[f"{row.layer_prefix}0.mlp.down_proj"] == (128, 112)
     edit_config(
         dst, quantization_config=config["quantization_config"] | {"ignore": [*tower, "model.layers.0.mlp.up_proj"]}
     )
