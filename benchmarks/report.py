@@ -156,7 +156,7 @@ def other_shapes_section(results: Results) -> str:
         rows.append([names[name], *(f"{ratios[str(m)]['ratio']:.2f}" for m in tokens)])
         large = [r for r in data["gemm"] if r["n"] * r["k"] >= 16e6]
         worst = {m: min(r["ratio"] for r in large if r["m"] == m) for m in tokens}
-        rows.append([f"{names[name]}: worst weight of 16 million and more", *(f"{worst[m]:.2f}" for m in tokens)])
+        rows.append([f"{names[name]}: worst shape of at least 16 million weights", *(f"{worst[m]:.2f}" for m in tokens)])
         untuned = load(results, f"{name}_untuned")
         if untuned:
             shapes = sorted({r["shape"] for r in untuned["gemm"]})
@@ -315,7 +315,7 @@ def two_gpus_section(results: Results) -> str:
         keys = ("loss_difference", "grad_norm_relative", "first_gradient_relative", "adapter_of_the_way")
         rows = [[name, *(f"{run[k]:.1e}" for k in keys)] for name, run in equality["to_one_gpu"].items()]
         head = ["three updates against one GPU's", "loss", "gradient norm, relative", "first gradient, relative"]
-        out.append(table([*head, "adapter, of the way it went"], rows))
+        out.append(table([*head, "adapter, relative to its change"], rows))
     if rollout := data.get("rollout"):
         ratios = rollout.get("ratio_to_bf16_lora", {})
         sequences = sorted(map(int, next(r["decode"] for r in rollout["runs"] if "decode" in r)))
@@ -339,7 +339,7 @@ def two_gpus_section(results: Results) -> str:
         out.append(table(["log-probability, divided against one GPU", "mean difference", "largest"], rows))
     for arrangement, run in data.get("main_ppo", {}).items():
         seconds = ", ".join(f"{step['timing_s/step']:.1f}" for step in run["steps"].values())
-        facts = {"norms_equal": "norms equal", "undivided_equal": "what all hold of the adapter equal"}
+        facts = {"norms_equal": "norms equal", "undivided_equal": "adapter tensors that all ranks hold equal"}
         facts |= {"adapters_equal": "adapters equal"} if arrangement == "replicas" else {}
         facts |= {"base_constant": "base untouched"}
         said = ", ".join(f"{text}: {'yes' if run[key] else 'no'}" for key, text in facts.items())

@@ -92,7 +92,7 @@ def _worst(what: str, baseline: str, data: Mapping, more: float = 0.0) -> list[R
     large = [r["ratio"] for r in data["gemm"] if r["n"] * r["k"] >= LARGE_WEIGHT]
     return [
         Row(
-            f"{what}, worst case of 16 million weights and more",
+            f"{what}, worst shape of at least 16 million weights",
             baseline,
             [WORST + more],
             [min(large)],
