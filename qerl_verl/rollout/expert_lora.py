@@ -9,12 +9,13 @@ whole experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields
 
 import torch
 
 from qerl_verl.kernels.nvfp4_experts import ExpertAdapter
+from qerl_verl.rollout.linear_lora import Shard
 
 _BUFFERS = tuple(field.name for field in fields(ExpertAdapter) if field.name != "scaling")
 _PREFIX = "qerl_lora_"
@@ -25,9 +26,6 @@ _PARTS = {
     ("down_proj", "B"): "down_b",
 }
 """Stack and part, as :func:`qerl_verl.lora.experts.parse_stacked` names them -> buffer."""
-
-Shard = Callable[[torch.Tensor, int, int], torch.Tensor]
-"""Takes a full tensor, a dimension and its size on this rank; returns this rank's part."""
 
 
 def attach_expert_adapter(layer: torch.nn.Module, name: str, adapter: ExpertAdapter) -> None:
@@ -61,7 +59,7 @@ def cut_expert_adapter(
         parts: ``(stack, "A")`` and ``(stack, "B")`` of all experts. An adapter without them gives
             zeros.
         scaling: the adapter's own scaling.
-        shard: see :data:`Shard`.
+        shard: see :data:`qerl_verl.rollout.linear_lora.Shard`.
 
     Raises:
         ValueError: a part is missing, has another shape, or a rank beyond that of the buffers.

@@ -15,9 +15,9 @@ from collections.abc import Iterable
 import torch
 
 from qerl_verl.job import LoraSettings, RolloutLayers
-from qerl_verl.kernels.backends import Backend
 from qerl_verl.lora.experts import parse_stacked, stack_experts
 from qerl_verl.rollout.expert_lora import cut_expert_adapter, write_expert_adapter
+from qerl_verl.rollout.linear_lora import adapter_of
 
 FUSED = {
     "self_attn.q_proj": ("self_attn.qkv_proj", 0),
@@ -43,27 +43,6 @@ def lora_settings(additional_config) -> LoraSettings | None:
     """
     layers = RolloutLayers.of_engine(additional_config)
     return layers.lora if layers else None
-
-
-def attach_adapter(
-    layer: torch.nn.Module, settings: LoraSettings, backend: Backend, dtype: torch.dtype, device: torch.device
-) -> None:
-    """Gives a layer the buffers ``qerl_lora_a`` ``[projections * rank, K]`` and ``qerl_lora_b``
-    ``[N, rank]``, all zero.
-
-    Args:
-        layer: has vLLM's ``logical_widths`` (the rows of each fused projection on this rank) and
-            ``input_size_per_partition``.
-    """
-    rank = backend.padded_rank(settings.rank)
-    widths = list(layer.logical_widths)
-    a = torch.zeros(len(widths) * rank, layer.input_size_per_partition, dtype=dtype, device=device)
-    b = torch.zeros(sum(widths), rank, dtype=dtype, device=device)
-    layer.register_buffer("qerl_lora_a", a, persistent=False)
-    layer.register_buffer("qerl_lora_b", b, persistent=False)
-    layer.qerl_lora_ends = [sum(widths[: i + 1]) for i in range(len(widths))]
-    layer.qerl_lora_scaling = settings.scaling
-    layer.qerl_lora_backend = backend
 
 
 def shard(tensor: torch.Tensor, dim: int, size: int, tp_rank: int, tp_size: int) -> torch.Tensor:
@@ -128,7 +107,7 @@ class AdapterStore:
 
     def __init__(self, model: torch.nn.Module, tp_rank: int, tp_size: int, renamed: tuple[str, str] = ("", "")):
         self.renamed = renamed
-        self.layers = {n: m for n, m in model.named_modules() if hasattr(m, "qerl_lora_a")}
+        self.layers = {n: m for n, m in model.named_modules() if adapter_of(m) is not None}
         self.experts = {m.qerl_lora_experts: m for m in model.modules() if hasattr(m, "qerl_lora_experts")}
         self.tp_rank, self.tp_size = tp_rank, tp_size
 
@@ -144,7 +123,7 @@ class AdapterStore:
         if match:
             for candidate in self._candidates(match["module"]):
                 if candidate in self.layers:
-                    single = len(self.layers[candidate].qerl_lora_ends) == 1
+                    single = len(self.layers[candidate].qerl_adapter.ends) == 1
                     return candidate, 0 if single else None, match["part"]
                 for plain, (fused, index) in FUSED.items():
                     if candidate.endswith(plain) and candidate.removesuffix(plain) + fused in self.layers:
@@ -214,59 +193,21 @@ class AdapterStore:
                 found[name] = split_fused(found[name], projection_rows(self.layers[name]))
             except ValueError as error:
                 raise ValueError(f"the adapter's {name} does not fit the rollout model: {error}") from error
-            self._check(name, found[name])
+            self.layers[name].qerl_adapter.check(self.layers[name], name, found[name], self._shard)
         for name, layer in self.layers.items():
-            self._write(layer, found.get(name, {}), scaling)
+            layer.qerl_adapter.write(layer, found.get(name, {}), scaling, self._shard)
         for name, layer in self.experts.items():
             write_expert_adapter(layer, self._cut(name, of_experts.get(name, {}), scaling))
         return len(given)
 
     def _cut(self, name: str, parts: dict[tuple[str, str], torch.Tensor], scaling: float) -> dict[str, torch.Tensor]:
         try:
-            return cut_expert_adapter(
-                self.experts[name], parts, scaling, lambda t, dim, size: shard(t, dim, size, self.tp_rank, self.tp_size)
-            )
+            return cut_expert_adapter(self.experts[name], parts, scaling, self._shard)
         except ValueError as error:
             raise ValueError(f"the adapter of {name} does not fit the rollout model: {error}") from error
 
-    def _check(self, name: str, parts: dict) -> None:
-        layer = self.layers[name]
-        room, ends = layer.qerl_lora_b.shape[1], [0, *layer.qerl_lora_ends]
-        for index, _ in parts:
-            a, b = parts.get((index, "A")), parts.get((index, "B"))
-            if a is None or b is None:
-                raise ValueError(f"the adapter has one of A and B of {name}, projection {index}, but not the other")
-            if a.shape[0] != b.shape[1] or a.shape[0] > room:
-                raise ValueError(
-                    f"the adapter's {name} has A {tuple(a.shape)} and B {tuple(b.shape)}; the rollout has room for rank {room}: "
-                    "set actor_rollout_ref.model.lora_rank to the adapter's rank"
-                )
-            try:
-                shard(a, 1, layer.qerl_lora_a.shape[1], self.tp_rank, self.tp_size)
-                shard(b, 0, ends[index + 1] - ends[index], self.tp_rank, self.tp_size)
-            except ValueError as error:
-                raise ValueError(
-                    f"the adapter's {name}, projection {index}, does not fit the rollout model: {error}"
-                ) from error
-
-    def _write(self, layer: torch.nn.Module, parts: dict, scaling: float) -> None:
-        a_buffer, b_buffer = layer.qerl_lora_a, layer.qerl_lora_b
-        room = b_buffer.shape[1]
-        a_new, b_new = torch.zeros_like(a_buffer), torch.zeros_like(b_buffer)
-        begin = 0
-        for index, end in enumerate(layer.qerl_lora_ends):
-            if (index, "A") in parts:
-                a = parts[index, "A"].to(a_buffer.device)
-                b = parts[index, "B"].to(b_buffer.device)
-                a = shard(a, 1, a_buffer.shape[1], self.tp_rank, self.tp_size)
-                b = shard(b, 0, end - begin, self.tp_rank, self.tp_size)
-                if scaling != layer.qerl_lora_scaling:  # that one is part of captured graphs
-                    b = b.float() * (scaling / layer.qerl_lora_scaling)
-                a_new[index * room : index * room + a.shape[0]] = a
-                b_new[begin:end, : b.shape[1]] = b
-            begin = end
-        a_buffer.copy_(a_new)
-        b_buffer.copy_(layer.qerl_lora_backend.prepack_lora_b(b_new))
+    def _shard(self, tensor: torch.Tensor, dim: int, size: int) -> torch.Tensor:
+        return shard(tensor, dim, size, self.tp_rank, self.tp_size)
 
 
 def adapter_scaling(peft_config) -> float:

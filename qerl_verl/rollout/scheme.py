@@ -14,10 +14,10 @@ from vllm.model_executor.parameter import GroupQuantScaleParameter, ModelWeightP
 
 from qerl_verl.kernels.backends import Adapter, Backend, Choice, KernelCount, choose_backend, get_backend
 from qerl_verl.kernels.nvfp4_dequantize import BLOCK_SIZE
-from qerl_verl.kernels.nvfp4_lora_linear import add_lora_reference
 from qerl_verl.kernels.packed_weight import PackedWeight
 from qerl_verl.nvfp4.candidates import CANDIDATES, VLLMKernel
-from qerl_verl.rollout.lora import LoraSettings, attach_adapter
+from qerl_verl.rollout.linear_lora import attach_adapter
+from qerl_verl.rollout.lora import LoraSettings
 from qerl_verl.rollout.shared_base import shared_weights
 
 SETTING = "qerl.rollout.kernel"
@@ -216,7 +216,7 @@ class QeRLNVFP4Scheme(CompressedTensorsScheme):
         layer.logical_widths = output_partition_sizes
         layer.input_size_per_partition = columns
         layer.output_size_per_partition = rows
-        layer.qerl_dtype = params_dtype
+        self.dtype = params_dtype
         if self.shared is not None:
             for name, tensor in zip(WEIGHTS, self.shared, strict=True):
                 layer.register_parameter(name, Parameter(tensor, requires_grad=False))
@@ -247,10 +247,10 @@ class QeRLNVFP4Scheme(CompressedTensorsScheme):
             layer.weight_scale = Parameter(scale, requires_grad=False)
             layer.weight_global_scale = Parameter(layer.weight_global_scale.data, requires_grad=False)
         scales = layer.weight_global_scale.tolist()
-        layer.qerl_global_scale = scales[0]
+        self.global_scale = scales[0]
         _register_row_factor(layer, scales, scales[0])
         if self.lora is not None:
-            attach_adapter(layer, self.lora, self.backend, layer.qerl_dtype, packed.device)
+            attach_adapter(layer, self.lora, self.backend, self.dtype, packed.device)
         self._tune(layer, packed.device)
 
     def _tune(self, layer: torch.nn.Module, device: torch.device) -> None:
@@ -259,26 +259,20 @@ class QeRLNVFP4Scheme(CompressedTensorsScheme):
         """
         ends, rank = None, 0
         if self.lora is not None and layer.qerl_row_factor is None:
-            ends, rank = layer.qerl_lora_ends, layer.qerl_lora_b.shape[1]
+            ends, rank = layer.qerl_adapter.ends, layer.qerl_adapter.rank(layer)
         rows, columns = layer.output_size_per_partition, layer.input_size_per_partition
         if said := self.backend.tune(device, rows, columns, ends, rank):
             print(f"[qerl] kernel: rollout, {said}", flush=True)
 
     def apply_weights(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        backend = self.backend
-        weight = PackedWeight(layer.weight_packed, layer.weight_scale, layer.qerl_global_scale)
+        weight = PackedWeight(layer.weight_packed, layer.weight_scale, self.global_scale)
         if layer.qerl_row_factor is not None:
-            y = (backend.linear(x, weight) * layer.qerl_row_factor).to(x.dtype)
+            y = (self.backend.linear(x, weight) * layer.qerl_row_factor).to(x.dtype)
             y = y if bias is None else y + bias
-            if self.lora is None:
-                return y
-            b = backend.unpack_lora_b(layer.qerl_lora_b)
-            return add_lora_reference(y, x, layer.qerl_lora_a, b, layer.qerl_lora_ends, layer.qerl_lora_scaling)
+            return y if self.lora is None else layer.qerl_adapter.add(layer, y, x)
         if self.lora is None:
-            return backend.linear(x, weight, bias)
-        return backend.lora_linear(
-            x, weight, bias, layer.qerl_lora_a, layer.qerl_lora_b, layer.qerl_lora_ends, layer.qerl_lora_scaling
-        )
+            return self.backend.linear(x, weight, bias)
+        return layer.qerl_adapter.linear(layer, x, weight, bias)
 
 
 class VLLMScheme(CompressedTensorsScheme):
@@ -298,7 +292,7 @@ class VLLMScheme(CompressedTensorsScheme):
         return 75
 
     def create_weights(self, layer: torch.nn.Module, params_dtype: torch.dtype, **kwargs) -> None:
-        layer.qerl_dtype = params_dtype
+        self.dtype = params_dtype
         self.inner.create_weights(layer=layer, params_dtype=params_dtype, **kwargs)
         if not hasattr(layer, "input_global_scale"):
             _register_input_scale(layer, len(kwargs["output_partition_sizes"]), kwargs["weight_loader"])
@@ -313,7 +307,7 @@ class VLLMScheme(CompressedTensorsScheme):
         del layer.input_global_scale
         self.inner.process_weights_after_loading(layer)
         if self.lora is not None:
-            attach_adapter(layer, self.lora, get_backend("pytorch"), layer.qerl_dtype, device)
+            attach_adapter(layer, self.lora, get_backend("pytorch"), self.dtype, device)
 
     def apply_weights(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         if layer.qerl_row_factor is None:
@@ -321,11 +315,7 @@ class VLLMScheme(CompressedTensorsScheme):
         else:
             y = (self.inner.apply_weights(layer, x, bias=None) * layer.qerl_row_factor).to(x.dtype)
             y = y if bias is None else y + layer.qerl_bias
-        if self.lora is None:
-            return y
-        return add_lora_reference(
-            y, x, layer.qerl_lora_a, layer.qerl_lora_b, layer.qerl_lora_ends, layer.qerl_lora_scaling
-        )
+        return y if self.lora is None else layer.qerl_adapter.add(layer, y, x)
 
 
 class AdapterOnLinear(UnquantizedLinearMethod):
@@ -367,7 +357,4 @@ class AdapterOnLinear(UnquantizedLinearMethod):
         attach_adapter(layer, self.lora, get_backend("pytorch"), weight.dtype, weight.device)
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        y = super().apply(layer, x, bias)
-        return add_lora_reference(
-            y, x, layer.qerl_lora_a, layer.qerl_lora_b, layer.qerl_lora_ends, layer.qerl_lora_scaling
-        )
+        return layer.qerl_adapter.add(layer, super().apply(layer, x, bias), x)

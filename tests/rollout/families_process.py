@@ -50,7 +50,7 @@ def log_probabilities(engine, prompts):
 def adapter_shapes(worker):
     """Returns layer -> the rows at which its projections end."""
     modules = worker.model_runner.get_model().named_modules()
-    return {name: module.qerl_lora_ends for name, module in modules if hasattr(module, "qerl_lora_a")}
+    return {name: list(module.qerl_adapter.ends) for name, module in modules if hasattr(module, "qerl_adapter")}
 
 
 def with_images(engine, adapter):

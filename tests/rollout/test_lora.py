@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from qerl_verl.kernels.backends import get_backend
-from qerl_verl.kernels.nvfp4_lora_linear import add_lora_reference
-from qerl_verl.rollout.lora import AdapterStore, LoraSettings, adapter_scaling, attach_adapter, lora_settings, shard
+from qerl_verl.rollout.linear_lora import attach_adapter
+from qerl_verl.rollout.lora import AdapterStore, LoraSettings, adapter_scaling, lora_settings, shard
 
 HIDDEN, HEAD, HEADS, KV_HEADS, INNER, RANK = 256, 64, 4, 2, 512, 8
 SETTINGS = LoraSettings(rank=RANK, alpha=16)
@@ -31,9 +31,7 @@ class Layer(nn.Module):
 
     def forward(self, x):
         """Returns the LoRA delta alone, by projection."""
-        b = self.qerl_lora_backend.unpack_lora_b(self.qerl_lora_b)
-        y = x.new_zeros(*x.shape[:-1], sum(self.logical_widths))
-        add_lora_reference(y, x, self.qerl_lora_a, b, self.qerl_lora_ends, self.qerl_lora_scaling)
+        y = self.qerl_adapter.add(self, x.new_zeros(*x.shape[:-1], sum(self.logical_widths)), x)
         return y.split(self.logical_widths, dim=-1)
 
 
