@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from qerl_verl.config.arms import ARMS
 from qerl_verl.config.base import describe_cost
-from qerl_verl.config.checks import data, models, resume
+from qerl_verl.config.checks import models, prompts, resume
 from qerl_verl.config.checks.plugins import verl_policy_problem
 from qerl_verl.config.draft import Draft, apply
 from qerl_verl.config.host import Host
@@ -119,7 +119,7 @@ def prepare(config: DictConfig, keys: set[str]) -> None:
         say(f"base: {describe_cost(bases[MODEL], made.shares_base)}")
     local = _on_local_models(config, bases)  # what the hub has sent is looked at now
     problems = models.find_misfits(local, made.adapters) + resume.find_problems(local, made.adapters)
-    if problems := problems + (data.find_prompt_problems(local, bases[MODEL]) if remote else []):
+    if problems := problems + (prompts.find_problems(local, bases[MODEL]) if remote else []):
         raise SettingsError(problems)
     with open_dict(config):
         config.qerl.policy = describe_policy(local, made.adapters)

@@ -16,7 +16,7 @@ from qerl_verl.config import quantization
 from qerl_verl.config.adapters import adopt_adapter
 from qerl_verl.config.arms import get_arm
 from qerl_verl.config.base import choose_base, find_obstacle, share_base
-from qerl_verl.config.checks import arms, data, models, plugins, recipe, resources, resume
+from qerl_verl.config.checks import arms, data, models, plugins, prompts, recipe, resources, resume
 from qerl_verl.config.draft import Change, Draft
 from qerl_verl.config.host import Host, choose_platform
 from qerl_verl.config.quantization import Choice, choose_quantization
@@ -162,7 +162,7 @@ def _model_problems(config: DictConfig, adapters: dict[str, dict]) -> list[str]:
     """What keeps the run from using its models, as far as they lie on this machine, and their
     tokenizer on the data."""
     problems, folder = models.find_problems(config, adapters), models.local_folder(config, MODEL)
-    return problems or (data.find_prompt_problems(config, folder) if folder else [])
+    return problems or (prompts.find_problems(config, folder) if folder else [])
 
 
 def _other_program(config: DictConfig) -> str | None:

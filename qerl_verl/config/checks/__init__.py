@@ -4,6 +4,7 @@ files, before Ray starts.
 - :mod:`.recipe`: settings of verl's and the switch's, alone and together
 - :mod:`.arms`: what an arm cannot do, and what it needs installed
 - :mod:`.data`: the data files against batch size and steps
+- :mod:`.prompts`: the prompts against the model's tokenizer or processor
 - :mod:`.resources`: CPUs, GPUs and folders against what verl reserves
 - :mod:`.plugins`: installed versions, and whether verl and vLLM load QeRL
 - :mod:`.models`: model folders that lie on this machine, and what has to fit them

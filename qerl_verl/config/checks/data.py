@@ -1,4 +1,4 @@
-"""The data files against batch size, steps and tokenizer, before Ray starts.
+"""The data files against batch size and steps, before Ray starts.
 
 Only what verl's own data set class (verl/utils/dataset/rl_dataset.py) would read is looked at: with
 ``data.custom_cls`` the files are the user's business. A file on a remote file system is left to
@@ -9,20 +9,15 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from qerl_verl.config.keys import Get, get_value
-from qerl_verl.config.rules import MODEL
 from qerl_verl.data.steps import ends_early, epochs_for, reachable_steps
 
 FORMATS = (".parquet", ".json", ".jsonl")
-MOST_ROWS = 20_000
-"""Prompts that are tokenized at most to find a full batch of short ones."""
 
 
 @dataclass(frozen=True)
@@ -154,96 +149,3 @@ def _column_problem(get: Get, key: str, path: str) -> str | None:
     return (
         f"{key}={path}: no column {' and no column '.join(missing)}; it has {', '.join(columns)}" if missing else None
     )
-
-
-# --- the prompts, with the model's tokenizer ---------------------------------------------------------------------------
-
-
-def find_prompt_problems(config: DictConfig, folder: str | os.PathLike) -> list[str]:
-    """A tokenizer without a chat template, and prompts of which too few are short enough for one
-    batch.
-
-    Args:
-        config: the configuration after the rules.
-        folder: the actor's model, on this machine.
-    """
-    get = partial(get_value, config)
-    if get("data.custom_cls.path") or _has_own_agent_loop(get):
-        return []
-    tokenizer = _tokenizer(get, folder)
-    if tokenizer is None:
-        return []
-    if not (get(f"{MODEL}.custom_chat_template") or tokenizer.chat_template):
-        return [
-            f"{MODEL}.path={get(f'{MODEL}.path')}: its tokenizer has no chat template, which verl makes every prompt with; "
-            f"give one with {MODEL}.custom_chat_template"
-        ]
-    if custom := get(f"{MODEL}.custom_chat_template"):
-        tokenizer.chat_template = custom
-    train = look_at(get, "data.train_files")
-    if not train.paths or not all(path.endswith(".parquet") for path in train.paths):
-        return []
-    return _length_problems(get, tokenizer, train)
-
-
-def _has_own_agent_loop(get: Get) -> bool:
-    agent = "actor_rollout_ref.rollout.agent"
-    return bool(get(f"{agent}.agent_loop_config_path") or get(f"{agent}.agent_loop_manager_class"))
-
-
-def _tokenizer(get: Get, folder: str | os.PathLike) -> Any | None:
-    """The run's tokenizer; None where there is none, which the check of the model's folder
-    reports."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(
-            get(f"{MODEL}.tokenizer_path") or str(folder), trust_remote_code=bool(get(f"{MODEL}.trust_remote_code"))
-        )
-    except Exception:  # whatever code of the hub's or a broken file raises
-        return None
-
-
-def _length_problems(get: Get, tokenizer: Any, train: Files) -> list[str]:
-    """Fails on the first prompt, or too few prompts within ``max_prompt_length``. Reading ends with
-    the first full batch."""
-    longest, batch = get("data.max_prompt_length"), get("data.train_batch_size")
-    arguments = get("data.apply_chat_template_kwargs")
-    arguments = OmegaConf.to_container(arguments, resolve=True) if arguments else {}
-    for name in ("tokenize", "return_dict", "return_tensors"):
-        arguments.pop(name, None)
-    fitting = seen = 0
-    for prompt in _prompts(train, get("data.prompt_key") or "prompt"):
-        try:
-            text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False, **arguments)
-        except Exception as error:  # jinja, or a template's own raise_exception
-            if seen == 0:
-                reason = " ".join(str(error).split())[:200]
-                return [
-                    f"{train.key}={get(train.key)}: the chat template of {get(f'{MODEL}.path')} fails on the first prompt: "
-                    f"{reason}; mend the prompts, or give another with {MODEL}.custom_chat_template"
-                ]
-            text = None
-        seen += 1
-        if text is not None:
-            fitting += len(tokenizer(text, add_special_tokens=False)["input_ids"]) <= longest
-        if fitting >= batch or seen >= MOST_ROWS or not get("data.filter_overlong_prompts"):
-            return []
-    if not seen:
-        return []
-    return [
-        f"data.max_prompt_length={longest} with filter_overlong_prompts=True leaves {fitting} of {seen} prompts, fewer than "
-        f"data.train_batch_size={batch}; raise the length or lower the batch size"
-    ]
-
-
-def _prompts(files: Files, column: str) -> Iterator[Any]:
-    from pyarrow.parquet import ParquetFile
-
-    left = files.rows or 0
-    for path in files.paths:
-        for batch in ParquetFile(path).iter_batches(batch_size=256, columns=[column]):
-            yield from batch.column(0).to_pylist()[:left]
-            left -= batch.num_rows
-            if left <= 0:
-                return

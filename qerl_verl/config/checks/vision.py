@@ -54,11 +54,7 @@ def find_problems(config: DictConfig, folder: Path) -> list[str]:
     if not architecture.vision:
         return [problem] if (problem := _row_problem(get, architecture.name, tower=False)) else []
     where = f"{MODEL}.path={folder}"
-    found = [
-        f"{where}: {architecture.name} needs {name}: {why}"
-        for name, why in PACKAGES.items()
-        if importlib.util.find_spec(name) is None
-    ]
+    found = [f"{where}: {architecture.name} needs {name}: {PACKAGES[name]}" for name in missing_packages()]
     if not found and (reason := _processor_problem(get, folder)):
         found.append(
             f"{where}: no image processor can be loaded from this folder ({reason}), and verl would go on without images. "
@@ -80,6 +76,11 @@ def find_problems(config: DictConfig, folder: Path) -> list[str]:
     if problem := _row_problem(get, architecture.name):
         found.append(problem)
     return found
+
+
+def missing_packages() -> list[str]:
+    """Those of :data:`PACKAGES` that are not installed."""
+    return [name for name in PACKAGES if importlib.util.find_spec(name) is None]
 
 
 def _arm_problems(get: Get, name: str) -> list[str]:
