@@ -288,7 +288,7 @@ def test_in_the_middle_of_an_update_the_checkpoint_before_is_there_untouched(fir
 def test_a_kill_in_the_middle_of_a_save_ends_the_job_and_leaves_the_checkpoint_before(first):
     checkpoints, metrics, _, end, _ = first
     half = checkpoints / f"global_step_{STEPS}"
-    assert end["ended"].endswith("code 1") and end["outlived"] == []
+    assert end["ended"].endswith("code 1") and end["outlived"] == [] and "WorkerDict" in end["named"]
     assert 0 < end["files"] < 10 and list((half / "actor").glob("optim_*"))
     assert find_damage(half) is not None
     assert find_resumable(checkpoints, print) == checkpoints / f"global_step_{SAVED}"
@@ -316,6 +316,11 @@ def test_resuming_restores_adapter_optimizer_scheduler_data_and_noise(common, fi
         assert {int(s["step"]) for s in optimizer["state"].values()} == {2 * step}  # two mini-batches a step
         extra = torch.load(actor / "extra_state_world_size_1_rank_0.pt", weights_only=False)
         assert extra["lr_scheduler"]["last_epoch"] == updates
+
+
+def test_actors_that_verl_ends_are_not_called_lost(resumed):
+    """``separate_async`` has the most of them."""
+    assert "[qerl] resuming from" in resumed[2] and "lost a process" not in resumed[2]
 
 
 def test_a_half_checkpoint_is_passed_over(resumed):
