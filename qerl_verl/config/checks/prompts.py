@@ -101,7 +101,7 @@ def _has_tower(folder: str | os.PathLike) -> bool:
     from qerl_verl.nvfp4.errors import CheckpointError
 
     try:
-        return get_architecture(read_config(Path(folder))).vision
+        return bool(get_architecture(read_config(Path(folder))).vision)
     except CheckpointError:  # reported with the model
         return False
 
