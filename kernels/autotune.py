@@ -1,8 +1,9 @@
 """Choose launch configurations by measuring them, once for each GPU model and weight shape.
 
-A kernel package (:mod:`qerl_verl.kernels.hopper`, :mod:`qerl_verl.kernels.triton`) lists candidates and provides a
-call for each. This module times the calls, and keeps the choice in a file, so that every later process on the
-same kind of GPU, a resumed run included, launches the same kernels and sums in the same order.
+A kernel package (:mod:`qerl_verl.kernels.hopper`, :mod:`qerl_verl.kernels.triton`) lists candidates
+and provides a call for each. This module times the calls, and keeps the choice in a file, so that
+every later process on the same kind of GPU, a resumed run included, launches the same kernels and
+sums in the same order.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from filelock import FileLock
 Candidate = TypeVar("Candidate", bound=Hashable)
 
 ROTATE_BYTES = 96 << 20
-"""Calls rotate through copies of a weight of this size together, so that none is read from the L2 cache."""
+"""Calls rotate through copies of a weight of this size together, so that none is read from the
+L2 cache."""
 
 MOST_COPIES = 64
 """Weights so small that more copies were needed are measured from the L2 cache."""
@@ -39,21 +41,22 @@ SWITCH = "QERL_KERNEL_TUNING"
 
 
 def enabled() -> bool:
-    """Whether launch configurations are measured on this machine."""
+    """Returns whether launch configurations are measured on this machine."""
     return os.environ.get(SWITCH, "on").lower() not in ("off", "0", "false", "no")
 
 
 def cache_folder() -> Path:
-    """``$QERL_KERNEL_CACHE``, or ``~/.cache/qerl_verl/kernels``: compiled kernels and measured choices."""
+    """Returns ``$QERL_KERNEL_CACHE``, or ``~/.cache/qerl_verl/kernels``: compiled kernels and
+    measured choices."""
     return Path(os.environ.get("QERL_KERNEL_CACHE") or Path.home() / ".cache" / "qerl_verl" / "kernels")
 
 
 def recall(kind: str, device: int, version: str, problem: str, measure: Callable[[], list]) -> list:
-    """The choices for one problem: from the cache, else measured now and kept.
+    """Returns the choices for one problem: from the cache, else measured now and kept.
 
-    Processes that ask for the same problem at the same time measure once: the others wait for the first.
-    All of them return what the file holds, so the ranks of a job agree. Where the cache cannot be
-    locked or written to, each process measures for itself.
+    Processes that ask for the same problem at the same time measure once: the others wait for the
+    first. All of them return what the file holds, so the ranks of a job agree. Where the cache
+    cannot be locked or written to, each process measures for itself.
 
     Args:
         kind: names the kernels, e.g. ``hopper``.
@@ -116,7 +119,7 @@ def _read(file: Path) -> list | None:
 
 
 def _write_first(file: Path, choices: list) -> None:
-    """Put the file in place unless another process did so first."""
+    """Puts the file in place unless another process did so first."""
     staging = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     with contextlib.suppress(OSError):
         staging.write_text(json.dumps(choices) + "\n")
@@ -142,11 +145,11 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def in_thread(function: Callable[[], Any]) -> Any:
-    """Run ``function`` in a thread of its own and return its result.
+    """Runs ``function`` in a thread of its own and returns its result.
 
-    An inference engine loads weights inside a memory pool that belongs to the loading thread (vLLM's
-    ``CuMemAllocator``), which would keep what a measurement allocates. Another thread allocates from
-    PyTorch's ordinary pool.
+    An inference engine loads weights inside a memory pool that belongs to the loading thread
+    (vLLM's ``CuMemAllocator``), which would keep what a measurement allocates. Another thread
+    allocates from PyTorch's ordinary pool.
     """
     outcome: dict[str, Any] = {}
 
@@ -165,14 +168,14 @@ def in_thread(function: Callable[[], Any]) -> Any:
 
 
 def copies_of(nbytes: int) -> int:
-    """How many copies of a weight of ``nbytes`` bytes a measurement rotates through."""
+    """Returns how many copies of a weight of ``nbytes`` bytes a measurement rotates through."""
     return min(MOST_COPIES, max(2, math.ceil(ROTATE_BYTES / nbytes)))
 
 
 def fastest(
     calls: Mapping[Candidate, Callable[[int], Any]], copies: int, time_call: Callable[..., float] | None = None
 ) -> tuple[Candidate, dict[Candidate, float]]:
-    """The candidate whose call takes the least time.
+    """Returns the candidate whose call takes the least time.
 
     Args:
         calls: candidate to a call that takes the number of a weight copy. A call that raises a
@@ -206,7 +209,8 @@ def fastest(
 
 
 def graph_time(call: Callable[[int], Any], copies: int, replays: int) -> float:
-    """Median time of ``call(copy)`` in microseconds, from replays of a CUDA graph of many calls.
+    """Returns the median time of ``call(copy)`` in microseconds, from replays of a CUDA graph of
+    many calls.
 
     Args:
         call: launches kernels on the current stream, and never synchronizes.
@@ -240,7 +244,8 @@ def graph_time(call: Callable[[int], Any], copies: int, replays: int) -> float:
 
 
 def warm_up(seconds: float = 0.1) -> None:
-    """Raise the GPU's clocks, which are low while it is idle, by matrix products for about ``seconds``."""
+    """Raises the GPU's clocks, which are low while it is idle, by matrix products for about
+    ``seconds``."""
     x = torch.randn(2048, 2048, device="cuda", dtype=torch.bfloat16)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
@@ -254,7 +259,7 @@ def warm_up(seconds: float = 0.1) -> None:
 
 
 def content_version(*parts: Sequence | str | bytes) -> str:
-    """A short hash of what a choice depends on."""
+    """Returns a short hash of what a choice depends on."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part if isinstance(part, bytes) else repr(part).encode())

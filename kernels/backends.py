@@ -41,7 +41,7 @@ class Candidate:
     this candidate then insists on that."""
 
     def padded_rank(self, rank: int) -> int:
-        """The rank of an adapter's buffers: the next multiple of ``lora_rank_multiple``."""
+        """Returns the rank of an adapter's buffers: the next multiple of ``lora_rank_multiple``."""
         return -(-rank // self.lora_rank_multiple) * self.lora_rank_multiple
 
     def unsupported_device(self, device: torch.device) -> str | None:
@@ -63,15 +63,16 @@ class Candidate:
         return None
 
     def path(self, n: int, k: int) -> str | None:
-        """What was chosen for an ``[n, k]`` weight by measuring, for the line ``[qerl] kernel:``."""
+        """What was chosen for an ``[n, k]`` weight by measuring, for the line
+        ``[qerl] kernel:``."""
         return None
 
 
 class Backend(Candidate):
     """Plain PyTorch on any device: the reference and the base class of the other backends.
 
-    ``packed`` and ``scale`` are uint8, ``[N, K / 2]`` and ``[N, K / 16]``, in this backend's layout,
-    also those of a :class:`~qerl_verl.kernels.packed_weight.PackedWeight`. No method is
+    ``packed`` and ``scale`` are uint8, ``[N, K / 2]`` and ``[N, K / 16]``, in this backend's
+    layout, also those of a :class:`~qerl_verl.kernels.packed_weight.PackedWeight`. No method is
     differentiable.
     """
 
@@ -87,41 +88,43 @@ class Backend(Candidate):
         return packed, scale
 
     def unpack(self, packed: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The inverse of :meth:`prepack`."""
+        """Returns the inverse of :meth:`prepack`."""
         return packed, scale
 
     def prepack_lora_b(self, b: torch.Tensor) -> torch.Tensor:
-        """A LoRA B ``[N, rank]`` in the layout of :meth:`lora_linear`, of the same shape."""
+        """Returns a LoRA B ``[N, rank]`` in the layout of :meth:`lora_linear`, of the same
+        shape."""
         return b
 
     def unpack_lora_b(self, b: torch.Tensor) -> torch.Tensor:
-        """The inverse of :meth:`prepack_lora_b`."""
+        """Returns the inverse of :meth:`prepack_lora_b`."""
         return b
 
     def block_values(self, packed: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """``e2m1 * scale``, ``[N, K]`` in ``dtype``: the weight without its global scale."""
+        """Returns ``e2m1 * scale``, ``[N, K]`` in ``dtype``: the weight without its global
+        scale."""
         return block_values_nvfp4(packed, scale, dtype)
 
     def linear(self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """``x (e2m1 * scale)^T / global_scale + bias``: ``[..., K]`` to ``[..., N]``."""
+        """Returns ``x (e2m1 * scale)^T / global_scale + bias``: ``[..., K]`` to ``[..., N]``."""
         return nvfp4_linear_reference(x, weight, bias)
 
     def add_linear(self, y: torch.Tensor, x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
-        """``y += x (e2m1 * scale)^T / global_scale`` in place, with a temporary weight in
+        """Returns ``y += x (e2m1 * scale)^T / global_scale`` in place, with a temporary weight in
         ``x.dtype``; ``y`` is ``[M, N]`` and ``x`` is ``[M, K]``."""
         values = self.block_values(weight.packed, weight.scale, x.dtype)
         return y.addmm_(x, values.t(), alpha=1.0 / weight.global_scale)
 
     def dequantizes(self, tokens: int, n: int, k: int) -> bool:
-        """Whether :meth:`linear` makes a 16-bit ``[n, k]`` weight for that many tokens and calls
-        PyTorch's GEMM."""
+        """Returns whether :meth:`linear` makes a 16-bit ``[n, k]`` weight for that many tokens and
+        calls PyTorch's GEMM."""
         return True
 
     def tune(
         self, device: torch.device, n: int, k: int, ends: Sequence[int] | None = None, rank: int = 32
     ) -> str | None:
-        """Choose launch configurations for an ``[n, k]`` weight on ``device``, by measuring them or
-        from the cache.
+        """Chooses launch configurations for an ``[n, k]`` weight on ``device``, by measuring them
+        or from the cache.
 
         Args:
             ends: for :meth:`lora_linear`, the row at which each fused projection ends; None for
@@ -304,7 +307,7 @@ def choose_backend(
     candidates: Sequence[Candidate] = BACKENDS,
     elsewhere: Mapping[str, str] | None = None,
 ) -> Choice:
-    """Decide what computes a layer.
+    """Decides what computes a layer.
 
     Args:
         device: where the layer computes.
@@ -387,7 +390,7 @@ class KernelCount:
 
 
 def get_backend(name: str) -> Backend:
-    """A backend by name, whether or not it can run here."""
+    """Returns a backend by name, whether or not it can run here."""
     return next(b for b in BACKENDS if b.name == name)
 
 

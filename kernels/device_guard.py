@@ -13,7 +13,7 @@ import torch
 
 
 def on_tensors_device(operator: Callable) -> Callable:
-    """``operator`` with the device of its tensor arguments as the current one.
+    """Returns ``operator`` with the device of its tensor arguments as the current one.
 
     Raises (when called):
         ValueError: tensors on several devices.

@@ -4,8 +4,9 @@ With logits ``z = h W^T / temperature`` of a token and its label ``y``:
 
     log p = z_y - logsumexp(z)        entropy = logsumexp(z) - sum_v softmax(z)_v z_v
 
-:func:`linear_logprobs_reference` writes that down; :func:`linear_logprobs` computes it for some tokens at a time, forward and
-backward, and keeps nothing of the size of the vocabulary in between. The weight is frozen: it gets no gradient.
+:func:`linear_logprobs_reference` writes that down; :func:`linear_logprobs` computes it for some
+tokens at a time, forward and backward, and keeps nothing of the size of the vocabulary in between.
+The weight is frozen: it gets no gradient.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def linear_logprobs_reference(
 
 
 def chunk_size(vocabulary: int) -> int:
-    """Tokens whose logits are computed at a time."""
+    """Returns tokens whose logits are computed at a time."""
     return max(64, CHUNK_BYTES // (4 * vocabulary) // 64 * 64)
 
 
@@ -79,7 +80,8 @@ class _LinearLogprobs(torch.autograd.Function):
 def linear_logprobs(
     hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, temperature: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability of each label, and entropy of each distribution. Differentiable in ``hidden``.
+    """Log-probability of each label, and entropy of each distribution. Differentiable in
+    ``hidden``.
 
     Args:
         hidden: ``[..., hidden_size]``; the output of the model before its output layer.

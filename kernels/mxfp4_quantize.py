@@ -1,13 +1,15 @@
-"""Quantize a weight to MXFP4 (OCP Microscaling Formats v1.0), stored in the container of NVFP4 without loss.
+"""Quantize a weight to MXFP4 (OCP Microscaling Formats v1.0), stored in the container of NVFP4
+without loss.
 
 A block of 32 consecutive input channels shares one power of two, its values are E2M1:
 
     exponent = floor(log2(max|w|)) - 2                  of a block; 2 is the exponent of E2M1's largest value, 6
     code     = e2m1(w / 2^exponent)                     to nearest, ties to even; above 6 it is 6
 
-NVFP4 has an E4M3 scale for 16 values and a float32 divisor for the tensor, ``w = e2m1 * scale / global_scale``. With a power
-of two as the divisor, a block of 32 is two blocks of 16 with the scale ``2^exponent * global_scale``. E4M3 holds the powers
-of two from 2^-9 to 2^8, so that is exact where the exponents of a tensor span at most :data:`LARGEST_SPAN`.
+NVFP4 has an E4M3 scale for 16 values and a float32 divisor for the tensor,
+``w = e2m1 * scale / global_scale``. With a power of two as the divisor, a block of 32 is two blocks
+of 16 with the scale ``2^exponent * global_scale``. E4M3 holds the powers of two from 2^-9 to 2^8,
+so that is exact where the exponents of a tensor span at most :data:`LARGEST_SPAN`.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ _CHUNK_ELEMENTS = 1 << 20
 
 
 def mxfp4_exponents(weight: torch.Tensor) -> torch.Tensor:
-    """The shared exponents of a weight's blocks.
+    """Returns the shared exponents of a weight's blocks.
 
     Args:
         weight: ``[N, K]`` float32, bfloat16 or float16, finite, K a multiple of 32.
@@ -56,10 +58,11 @@ def mxfp4_exponents(weight: torch.Tensor) -> torch.Tensor:
 
 
 def mxfp4_global_scale(amax: torch.Tensor) -> torch.Tensor:
-    """The per-tensor divisor that puts the largest shared exponent at the top of E4M3.
+    """Returns the per-tensor divisor that puts the largest shared exponent at the top of E4M3.
 
     Args:
-        amax: one finite value >= 0, the largest magnitude of the weight or of all weights that share the divisor.
+        amax: one finite value >= 0, the largest magnitude of the weight or of all weights that
+            share the divisor.
 
     Returns:
         ``[1]`` float32, a power of two up to 2^126; 1 where ``amax`` is 0.
@@ -76,18 +79,20 @@ def mxfp4_global_scale(amax: torch.Tensor) -> torch.Tensor:
 
 
 def quantize_mxfp4(weight: torch.Tensor, global_scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round ``weight`` to MXFP4 under a given divisor of the container.
+    """Rounds ``weight`` to MXFP4 under a given divisor of the container.
 
     Args:
         weight: as for :func:`mxfp4_exponents`.
         global_scale: one float32, see :func:`mxfp4_global_scale`.
 
     Returns:
-        ``packed`` ``[N, K / 2]`` uint8, the even input channel in the low nibble, and ``scale`` ``[N, K / 16]``
-        float8_e4m3fn, whose entries are powers of two and equal in pairs. A block of zeros has the largest scale, 2^8.
+        ``packed`` ``[N, K / 2]`` uint8, the even input channel in the low nibble, and ``scale``
+        ``[N, K / 16]`` float8_e4m3fn, whose entries are powers of two and equal in pairs. A block
+        of zeros has the largest scale, 2^8.
 
     Raises:
-        ValueError: as :func:`mxfp4_exponents`; ``global_scale`` is not a power of two; or a block's scale is outside E4M3.
+        ValueError: as :func:`mxfp4_exponents`; ``global_scale`` is not a power of two; or a block's
+            scale is outside E4M3.
     """
     mantissa, shift = torch.frexp(global_scale.float().reshape(-1).cpu())
     if mantissa.tolist() != [0.5]:
@@ -111,11 +116,13 @@ def quantize_mxfp4(weight: torch.Tensor, global_scale: torch.Tensor) -> tuple[to
 
 
 def container_scales(exponents: torch.Tensor, top: int) -> torch.Tensor:
-    """The block scales of NVFP4 that stand for shared exponents: ``2^(exponent - top + 8)``, each for two blocks of 16.
+    """Returns the block scales of NVFP4 that stand for shared exponents:
+    ``2^(exponent - top + 8)``, each for two blocks of 16.
 
     Args:
         exponents: ``[N, K / 32]`` int32, from ``top - LARGEST_SPAN`` to ``top``.
-        top: the exponent that becomes E4M3's largest power of two. The divisor of the tensor is ``2^(8 - top)``.
+        top: the exponent that becomes E4M3's largest power of two. The divisor of the tensor is
+            ``2^(8 - top)``.
 
     Returns:
         ``[N, K / 16]`` float8_e4m3fn.

@@ -36,7 +36,7 @@ class ExpertStack:
     factors: torch.Tensor
 
     def block_values(self, expert: int, dtype: torch.dtype) -> torch.Tensor:
-        """``e2m1 * scale`` of one expert, ``[N, K]`` in ``dtype``."""
+        """Returns ``e2m1 * scale`` of one expert, ``[N, K]`` in ``dtype``."""
         return block_values_nvfp4(self.packed[expert], self.scale[expert], dtype)
 
 
@@ -67,7 +67,7 @@ class ExpertAdapter:
 
 
 def expert_factors(gate_up: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The factors of :class:`ExpertStack` from a checkpoint's global scales.
+    """Returns the factors of :class:`ExpertStack` from a checkpoint's global scales.
 
     Args:
         gate_up: ``[E, 2]`` float32, ``weight_global_scale`` of gate and up.
@@ -82,7 +82,7 @@ def expert_factors(gate_up: torch.Tensor, down: torch.Tensor) -> tuple[torch.Ten
 
 
 def route_softmax(logits: torch.Tensor, top_k: int, renormalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """The experts of each token: softmax in float32, the ``top_k`` largest.
+    """Returns the experts of each token: softmax in float32, the ``top_k`` largest.
 
     As transformers' Qwen3MoeTopKRouter and vLLM's ``topk_softmax`` kernel.
 
@@ -105,7 +105,7 @@ def nvfp4_experts_reference(
     down: ExpertStack,
     adapter: ExpertAdapter | None = None,
 ) -> torch.Tensor:
-    """What the chosen experts make of each token.
+    """Returns what the chosen experts make of each token.
 
     Args:
         x: ``[T, H]`` bfloat16, float16, float32 or float64.

@@ -43,8 +43,8 @@ class ExpertWeights:
     Args:
         packed: ``[E * N, K / 2]`` uint8 in the backend's layout.
         scale: ``[E * N, K / 16]`` uint8, likewise.
-        inverse_scales: ``[E, P]`` float64, 1 / ``weight_global_scale`` of each of the P projections whose
-            N / P rows each lie behind each other in an expert.
+        inverse_scales: ``[E, P]`` float64, 1 / ``weight_global_scale`` of each of the P projections
+            whose N / P rows each lie behind each other in an expert.
         backend: of :mod:`qerl_verl.kernels.backends`.
     """
 
@@ -54,17 +54,18 @@ class ExpertWeights:
         self.n, self.k = packed.shape[0] // self.count, packed.shape[1] * 2
 
     def factors(self, dtype: torch.dtype) -> torch.Tensor:
-        """``[E, P]``, what a GEMM's output is multiplied by: ``inverse_scales``, or 1 in float16, whose range
-        the products of unscaled weights would leave."""
+        """Returns ``[E, P]``, what a GEMM's output is multiplied by: ``inverse_scales``, or 1 in
+        float16, whose range the products of unscaled weights would leave."""
         return torch.ones_like(self.inverse_scales) if dtype == torch.float16 else self.inverse_scales
 
     def decode(self, dtype: torch.dtype) -> torch.Tensor:
-        """``e2m1 * scale`` of all experts, ``[E, N, K]``; in float16 the weights themselves."""
+        """Returns ``e2m1 * scale`` of all experts, ``[E, N, K]``; in float16 the weights
+        themselves."""
         values = self.backend.block_values(self.packed, self.scale, dtype).view(self.count, self.n, self.k)
         return self._apply_inverse_scales(values, self.inverse_scales) if dtype == torch.float16 else values
 
     def decode_one(self, expert: int, dtype: torch.dtype) -> torch.Tensor:
-        """The same of one expert, ``[N, K]``."""
+        """Returns the same of one expert, ``[N, K]``."""
         if self.n % self.backend.fused_row_multiple:  # its bytes do not lie together
             return self.decode(dtype)[expert]
         rows = slice(expert * self.n, (expert + 1) * self.n)
@@ -80,7 +81,7 @@ class ExpertWeights:
 
 
 def uses_grouped_mm(x: torch.Tensor, n: int, k: int) -> bool:
-    """Whether ``grouped_mm`` computes the rows of ``x``: bfloat16 on an NVIDIA GPU."""
+    """Returns whether ``grouped_mm`` computes the rows of ``x``: bfloat16 on an NVIDIA GPU."""
     return (
         x.is_cuda
         and x.dtype == torch.bfloat16
@@ -91,7 +92,8 @@ def uses_grouped_mm(x: torch.Tensor, n: int, k: int) -> bool:
 
 
 def grouped_mm(x: torch.Tensor, weights: ExpertWeights, groups: Groups, transposed: bool = False) -> torch.Tensor:
-    """``x_s W^T``, or ``x_s W``, with W as :meth:`ExpertWeights.decode` gives it for the row's expert.
+    """Returns ``x_s W^T``, or ``x_s W``, with W as :meth:`ExpertWeights.decode` gives it for the
+    row's expert.
 
     Args:
         x: ``[S, K]``, or with ``transposed`` ``[S, N]``.
@@ -123,8 +125,8 @@ def grouped_mm_reference(
 
 
 def _scaled(t: torch.Tensor, factors: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """``t`` ``[S, N]`` times ``factors`` ``[S, P]`` for each of P equal parts of its columns,
-    computed in float32 (float64 for float64) and rounded once."""
+    """Returns ``t`` ``[S, N]`` times ``factors`` ``[S, P]`` for each of P equal parts of its
+    columns, computed in float32 (float64 for float64) and rounded once."""
     shape = len(t), factors.shape[1], t.shape[1] // factors.shape[1]
     out = torch.empty_like(t) if out is None else out
     torch.mul(t.view(shape), factors.unsqueeze(-1), out=out.view(shape))
@@ -139,8 +141,8 @@ class _NVFP4GroupedLinear(torch.autograd.Function):
     """The node of :func:`nvfp4_grouped_linear`. Saves the packed weights, and x where the row
     weights need it; nothing of the base in 16 bits.
 
-    The gradient of a row weight needs no output: with u = W^T (grad / global_scale) it is <u, x>, and that
-    of x is the row weight times u.
+    The gradient of a row weight needs no output: with u = W^T (grad / global_scale) it is <u, x>,
+    and that of x is the row weight times u.
     """
 
     @staticmethod
@@ -168,7 +170,8 @@ class _NVFP4GroupedLinear(torch.autograd.Function):
 def nvfp4_grouped_linear(
     x: torch.Tensor, weights: ExpertWeights, groups: Groups, row_weights: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """``y_s = row_weights_s / global_scale_e(s) * W_e(s) x_s``, differentiable in ``x`` and ``row_weights``.
+    """Returns ``y_s = row_weights_s / global_scale_e(s) * W_e(s) x_s``, differentiable in ``x`` and
+    ``row_weights``.
 
     Args:
         x: ``[S, K]`` bfloat16, float16, float32 or float64, sorted by expert.
@@ -212,8 +215,8 @@ class Dispatch(torch.autograd.Function):
 class Combine(torch.autograd.Function):
     """The sum of each token's k rows: ``[T * k, H]`` sorted by expert to ``[T, H]``.
 
-    The order is an attribute and no saved tensor, for with activation checkpointing a layer's second
-    run goes on up to the last saved tensor, and would compute ``rows`` for this one.
+    The order is an attribute and no saved tensor, for with activation checkpointing a layer's
+    second run goes on up to the last saved tensor, and would compute ``rows`` for this one.
     """
 
     @staticmethod

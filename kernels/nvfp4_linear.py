@@ -37,22 +37,24 @@ class _NVFP4Linear(torch.autograd.Function):
 
 
 def scaled_mm(a: torch.Tensor, b: torch.Tensor, factor: float, bias: torch.Tensor | None) -> torch.Tensor:
-    """``factor * a @ b + bias``, with ``factor`` applied to the accumulator before the one rounding
-    of the output."""
+    """Returns ``factor * a @ b + bias``, with ``factor`` applied to the accumulator before the one
+    rounding of the output."""
     if bias is None:
         return torch.addmm(a.new_empty(b.shape[1]), a, b, beta=0, alpha=factor)  # beta 0: not read
     return torch.addmm(bias.to(a.dtype), a, b, alpha=factor)
 
 
 def nvfp4_linear_reference(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """The forward pass of :func:`nvfp4_linear` without autograd, in the checkpoint's layout."""
+    """Returns the forward pass of :func:`nvfp4_linear` without autograd, in the checkpoint's
+    layout."""
     values = block_values_nvfp4(weight.packed, weight.scale, x.dtype)
     y = scaled_mm(x.reshape(-1, x.shape[-1]), values.t(), 1.0 / weight.global_scale, bias)
     return y.view(*x.shape[:-1], values.shape[0])
 
 
 def nvfp4_linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None, backend=None) -> torch.Tensor:
-    """``y = x (e2m1 * scale)^T / global_scale + bias``, differentiable in ``x`` and ``bias``.
+    """Returns ``y = x (e2m1 * scale)^T / global_scale + bias``, differentiable in ``x`` and
+    ``bias``.
 
     Saves the packed values and scales for the backward pass, nothing in 16 bits.
 

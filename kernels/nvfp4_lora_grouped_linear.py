@@ -22,7 +22,7 @@ from qerl_verl.kernels.recompute import differentiable, placeholder
 
 
 def grouped_dense_mm(x: torch.Tensor, weight: torch.Tensor, groups: Groups, transposed: bool = False) -> torch.Tensor:
-    """``x_s W_e^T``, or with ``transposed`` ``x_s W_e``.
+    """Returns ``x_s W_e^T``, or with ``transposed`` ``x_s W_e``.
 
     Args:
         x: ``[S, K]``, or with ``transposed`` ``[S, N]``, sorted by expert.
@@ -44,7 +44,8 @@ def grouped_dense_mm(x: torch.Tensor, weight: torch.Tensor, groups: Groups, tran
 
 
 def grouped_outer(left: torch.Tensor, right: torch.Tensor, groups: Groups) -> torch.Tensor:
-    """``sum_s left_s^T right_s`` over the rows of each expert; zero for an expert without rows.
+    """Returns ``sum_s left_s^T right_s`` over the rows of each expert; zero for an expert without
+    rows.
 
     Args:
         left: ``[S, M]``, sorted by expert.
@@ -126,8 +127,8 @@ def nvfp4_lora_grouped_linear(
     scaling: float,
     row_weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``y_s = p_s (W_e x_s / global_scale_e + scaling B_e A_e x_s)``, differentiable in ``x``, ``lora_a``,
-    ``lora_b`` and ``row_weights``.
+    """Returns ``y_s = p_s (W_e x_s / global_scale_e + scaling B_e A_e x_s)``, differentiable in
+    ``x``, ``lora_a``, ``lora_b`` and ``row_weights``.
 
     The P projections of a weight have an A and a B each; their rows lie behind each other.
 

@@ -42,7 +42,7 @@ def add_lora_reference(
 
 
 def scaled(t: torch.Tensor, factor: float) -> torch.Tensor:
-    """``factor * t`` in place; launches no kernel for a factor of 1."""
+    """Returns ``factor * t`` in place; launches no kernel for a factor of 1."""
     return t if factor == 1 else t.mul_(factor)
 
 
@@ -86,8 +86,8 @@ def nvfp4_lora_linear(
     scaling: float,
     backend,
 ) -> torch.Tensor:
-    """``x W^T + bias + scaling (x A^T) B^T``, differentiable in ``x``, ``bias``, ``lora_a`` and
-    ``lora_b``.
+    """Returns ``x W^T + bias + scaling (x A^T) B^T``, differentiable in ``x``, ``bias``, ``lora_a``
+    and ``lora_b``.
 
     Args:
         x: ``[..., K]``.
@@ -111,7 +111,8 @@ def nvfp4_lora_linear(
         n, k = weight.packed.shape[0], rows.shape[1]
         if not backend.dequantizes(len(rows), n, k):
             return backend.linear(rows, weight, bias).addmm_(u, b.t()).view(*x.shape[:-1], n)
-        # The LoRA delta comes first: the large GEMM adds to it while it computes, which saves a pass over y.
+        # The LoRA delta comes first: the large GEMM adds to it while it computes, which saves a
+        # pass over y.
         y = u @ b.t() if bias is None else torch.addmm(bias, u, b.t())
         return backend.add_linear(y, rows, weight).view(*x.shape[:-1], n)
 

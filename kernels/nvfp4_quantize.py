@@ -1,15 +1,17 @@
 """Quantize a weight to NVFP4: ``w ~= e2m1 * block_scale / global_scale``.
 
-The convention, down to ties and zeros, is that of compressed-tensors 0.17 (``nvfp4-pack-quantized``), so that for
-the same global scale the bytes are the ones it writes:
+The convention, down to ties and zeros, is that of compressed-tensors 0.17
+(``nvfp4-pack-quantized``), so that for the same global scale the bytes are the ones it writes:
 
     global_scale = 448 * 6 / max|w|                      of the tensor, or of all tensors that are fused into one
     block_scale  = e4m3(global_scale * (max|w| / 6))     of 16 consecutive input channels; 0.125 where that is zero
     code         = e2m1(w / (block_scale / global_scale))
 
-Both roundings are to nearest, ties to even. A value that is negative and rounds to zero keeps its sign (code 8).
+Both roundings are to nearest, ties to even. A value that is negative and rounds to zero keeps its
+sign (code 8).
 
-"Four over six" (arXiv 2512.02010) writes the same format and leaves the largest E2M1 step (4 to 6) unused in the blocks
+"Four over six" (arXiv 2512.02010) writes the same format and leaves the largest E2M1 step (4 to 6)
+unused in the blocks
 where that lowers the squared error: see :func:`quantize_nvfp4_four_over_six`.
 """
 
@@ -24,25 +26,31 @@ from qerl_verl.kernels.nvfp4_dequantize import BLOCK_SIZE, E2M1_VALUES
 E2M1_MAX = E2M1_VALUES[-1]
 E4M3_MAX = torch.finfo(torch.float8_e4m3fn).max
 FOUR_OVER_SIX_SCALE_MAX = 256.0
-"""Largest block scale under "four over six" where 6 stands for the block's maximum; where 4 does, it is 384 <= 448."""
+"""Largest block scale under "four over six" where 6 stands for the block's maximum; where 4
+does, it is 384 <= 448."""
 ZERO_BLOCK_SCALE = torch.finfo(torch.float8_e4m3fn).eps
 """Scale of a block whose own scale rounds to zero."""
 
 _CHUNK_ELEMENTS = (1 << 18, 1 << 24)
-"""Weights at a time, on a CPU (temporaries stay in cache, enough work for eight threads) and on a GPU."""
+"""Weights at a time, on a CPU (temporaries stay in cache, enough work for eight threads) and on
+a GPU."""
 
 
 def nvfp4_global_scale(amax: torch.Tensor, largest_block_scale: float = E4M3_MAX) -> torch.Tensor:
-    """The per-tensor divisor, ``largest_block_scale * 6 / amax``.
+    """Returns the per-tensor divisor, ``largest_block_scale * 6 / amax``.
 
-    As ``generate_gparam`` in ``compressed_tensors/quantization/utils/helpers.py`` computes it from float32 ranges.
+    As ``generate_gparam`` in ``compressed_tensors/quantization/utils/helpers.py`` computes it from
+    float32 ranges.
 
     Args:
-        amax: one finite value >= 0, the largest magnitude of the weight or of all weights that share the scale.
-        largest_block_scale: what the scale of the block with the largest magnitude becomes; at most 448.
+        amax: one finite value >= 0, the largest magnitude of the weight or of all weights that
+            share the scale.
+        largest_block_scale: what the scale of the block with the largest magnitude becomes; at most
+            448.
 
     Returns:
-        ``[1]`` float32. 1.0 where ``amax`` is zero or so small that the quotient exceeds float32 (below 7.9e-36).
+        ``[1]`` float32. 1.0 where ``amax`` is zero or so small that the quotient exceeds float32
+        (below 7.9e-36).
 
     Raises:
         ValueError: ``amax`` is not one value, is negative, or is not finite.
@@ -55,11 +63,13 @@ def nvfp4_global_scale(amax: torch.Tensor, largest_block_scale: float = E4M3_MAX
 
 @torch.no_grad()
 def quantize_nvfp4(weight: torch.Tensor, global_scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round ``weight`` to NVFP4 under a given global scale.
+    """Rounds ``weight`` to NVFP4 under a given global scale.
 
-    As ``calculate_qparams`` (``quantization/utils/helpers.py``), ``quantize`` (``quantization/lifecycle/forward.py``)
-    and ``pack_fp4_to_uint8`` (``compressors/nvfp4/helpers.py``) of compressed-tensors do it on a CPU; the quotient
-    ``max|w| / 6`` is rounded to the dtype of the weight there, and so it is here. Temporaries take about 5 MiB.
+    As ``calculate_qparams`` (``quantization/utils/helpers.py``), ``quantize``
+    (``quantization/lifecycle/forward.py``) and ``pack_fp4_to_uint8``
+    (``compressors/nvfp4/helpers.py``) of compressed-tensors do it on a CPU; the quotient
+    ``max|w| / 6`` is rounded to the dtype of the weight there, and so it is here. Temporaries take
+    about 5 MiB.
 
     Args:
         weight: ``[N, K]`` float32, bfloat16 or float16, finite, K a multiple of 16.
@@ -83,10 +93,11 @@ def quantize_nvfp4(weight: torch.Tensor, global_scale: torch.Tensor) -> tuple[to
 
 @torch.no_grad()
 def quantize_nvfp4_four_over_six(weight: torch.Tensor, global_scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize with the better of two scales for each block (arXiv 2512.02010, section 3).
+    """Quantizes with the better of two scales for each block (arXiv 2512.02010, section 3).
 
-    The block's largest magnitude becomes 6, as in :func:`quantize_nvfp4`, or 4, which gives the values below it finer steps:
-    whichever has the smaller squared error; 6 where they are equal. The bytes are plain NVFP4.
+    The block's largest magnitude becomes 6, as in :func:`quantize_nvfp4`, or 4, which gives the
+    values below it finer steps: whichever has the smaller squared error; 6 where they are equal.
+    The bytes are plain NVFP4.
 
     Args:
         weight: as for :func:`quantize_nvfp4`.
@@ -120,7 +131,7 @@ def quantize_nvfp4_four_over_six(weight: torch.Tensor, global_scale: torch.Tenso
 
 
 def pack_e2m1(codes: torch.Tensor) -> torch.Tensor:
-    """Two codes a byte, the first in the low nibble: ``[N, K]`` uint8 to ``[N, K / 2]``."""
+    """Returns two codes a byte, the first in the low nibble: ``[N, K]`` uint8 to ``[N, K / 2]``."""
     return codes[..., ::2] | codes[..., 1::2] << 4
 
 
@@ -129,7 +140,8 @@ def _by_chunks(
     global_scale: torch.Tensor,
     quantize: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``packed`` and ``scale`` of a weight; ``quantize`` maps blocks ``[B, 16]`` to codes ``[B, 16]`` and scales ``[B]``."""
+    """Returns ``packed`` and ``scale`` of a weight; ``quantize`` maps blocks ``[B, 16]`` to
+    codes ``[B, 16]`` and scales ``[B]``."""
     if weight.ndim != 2 or weight.shape[1] % BLOCK_SIZE:
         raise ValueError(f"weight must be [N, K] with K a multiple of {BLOCK_SIZE}, got {tuple(weight.shape)}")
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -157,15 +169,16 @@ def _to_e4m3(scale: torch.Tensor) -> torch.Tensor:
 
 
 def e2m1_codes(x: torch.Tensor) -> torch.Tensor:
-    """The E2M1 codes nearest to float32 ``x``, ties to even, in uint8."""
+    """Returns the E2M1 codes nearest to float32 ``x``, ties to even, in uint8."""
     return e2m1_magnitude_codes(x.abs()).to(torch.uint8) | (x < 0).to(torch.uint8) << 3
 
 
 def e2m1_magnitude_codes(a: torch.Tensor) -> torch.Tensor:
-    """The codes nearest to float32 ``a`` >= 0, ties to even, in float32; overwrites its argument.
+    """Returns the codes nearest to float32 ``a`` >= 0, ties to even, in float32; overwrites its
+    argument.
 
-    The codes 0-4 are equidistant in a, with step 1/2; 4-6 have step 1; 6-7 have step 2. Each line below is the code as
-    if its step held everywhere, and the smallest is right.
+    The codes 0-4 are equidistant in a, with step 1/2; 4-6 have step 1; 6-7 have step 2. Each line
+    below is the code as if its step held everywhere, and the smallest is right.
     """
     a = a.clamp_(max=E2M1_MAX)
     code = torch.round(a * 2)
@@ -174,6 +187,7 @@ def e2m1_magnitude_codes(a: torch.Tensor) -> torch.Tensor:
 
 
 def e2m1_magnitudes(code: torch.Tensor) -> torch.Tensor:
-    """The values of the codes 0 to 7, float32 to float32: as for the codes, the largest of three lines is right."""
+    """Returns the values of the codes 0 to 7, float32 to float32: as for the codes, the largest
+    of three lines is right."""
     value = torch.maximum(code * 0.5, code - 2)
     return torch.maximum(value, code * 2 - 8, out=value)

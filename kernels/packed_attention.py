@@ -1,7 +1,9 @@
 """Causal attention over sequences that are packed one behind the other, without a mask.
 
-* :func:`packed_attention_reference` computes one sequence after the other with PyTorch's scaled dot product attention;
-* :func:`packed_attention` runs PyTorch's variable-length FlashAttention (``torch.nn.attention.varlen``) where it can.
+* :func:`packed_attention_reference` computes one sequence after the other with PyTorch's scaled dot
+  product attention;
+* :func:`packed_attention` runs PyTorch's variable-length FlashAttention
+  (``torch.nn.attention.varlen``) where it can.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ class Packing(NamedTuple):
     """Where the sequences of a packed row begin."""
 
     offsets: torch.Tensor
-    """``[sequences + 1]`` int32, on the device of the tokens: the first token of each sequence, and the number of tokens."""
+    """``[sequences + 1]`` int32, on the device of the tokens: the first token of each sequence,
+    and the number of tokens."""
     longest: int
     """Tokens of the longest sequence."""
     host_offsets: tuple[int, ...]
@@ -28,7 +31,8 @@ class Packing(NamedTuple):
 
 
 def packing_of(position_ids: torch.Tensor) -> Packing:
-    """The sequences of a packed row, each of which begins at position 0. Waits for the device.
+    """Returns the sequences of a packed row, each of which begins at position 0. Waits for the
+    device.
 
     Args:
         position_ids: ``[1, tokens]`` integers.
@@ -72,7 +76,8 @@ def packed_attention_reference(
 
 
 def unsupported(query: torch.Tensor) -> str | None:
-    """Why FlashAttention does not serve tensors like ``query`` ``[tokens, heads, head_dim]``, or None if it does."""
+    """Why FlashAttention does not serve tensors like ``query`` ``[tokens, heads, head_dim]``, or
+    None if it does."""
     if query.device.type != "cuda":
         return f"it runs on CUDA, not on {query.device.type}"
     if query.dtype not in (torch.bfloat16, torch.float16):
@@ -96,10 +101,12 @@ def packed_attention(
 
     Args:
         query: ``[tokens, heads, head_dim]``.
-        key, value: ``[tokens, key_value_heads, head_dim]``; ``heads`` is a multiple of ``key_value_heads``.
+        key, value: ``[tokens, key_value_heads, head_dim]``; ``heads`` is a multiple of
+            ``key_value_heads``.
         packing: from :func:`packing_of`.
         scale: of the scores; None is ``head_dim ** -0.5``.
-        window: each token attends to itself and the ``window - 1`` tokens before it; None to all before it.
+        window: each token attends to itself and the ``window - 1`` tokens before it; None to all
+            before it.
 
     Returns:
         ``[tokens, heads, head_dim]`` in ``query.dtype``.

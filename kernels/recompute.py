@@ -1,14 +1,17 @@
 """What activation checkpointing computes twice, and what it need not.
 
-With ``torch.utils.checkpoint`` (non-reentrant) a layer keeps its input alone, and its forward pass runs again in the backward
-pass, up to the last tensor that some node saves (early stop). Two things follow for the linear layers of a frozen base:
+With ``torch.utils.checkpoint`` (non-reentrant) a layer keeps its input alone, and its forward pass
+runs again in the backward pass, up to the last tensor that some node saves (early stop). Two things
+follow for the linear layers of a frozen base:
 
-* :func:`differentiable` lets the node that saves tensors run before the product, so a product that only the layer's output needs
-  (``down_proj`` of a decoder layer) is not computed again;
-* :class:`KeptProducts` hands the products of the first run to the second. They are what is dear to compute; what lies between
-  them (norms, activation function, rotary embedding, attention) runs again.
+* :func:`differentiable` lets the node that saves tensors run before the product, so a product that
+  only the layer's output needs (``down_proj`` of a decoder layer) is not computed again;
+* :class:`KeptProducts` hands the products of the first run to the second. They are what is dear to
+  compute; what lies between them (norms, activation function, rotary embedding, attention) runs
+  again.
 
-Neither changes a result: a product is computed once instead of twice, by the same kernel from the same input.
+Neither changes a result: a product is computed once instead of twice, by the same kernel from the
+same input.
 """
 
 from __future__ import annotations
@@ -42,11 +45,12 @@ class KeptProducts:
         return _Run(self, None)
 
     def replaying(self) -> AbstractContextManager:
-        """Around the second run of the layer; further runs find nothing kept and compute everything."""
+        """Around the second run of the layer; further runs find nothing kept and compute
+        everything."""
         return _Run(self, 0)
 
     def drop(self) -> None:
-        """Hold nothing; a second run then computes everything."""
+        """Holds nothing; a second run then computes everything."""
         self._kept, self.bytes = [], 0
 
     def _forget_the_last(self) -> None:
@@ -54,7 +58,8 @@ class KeptProducts:
             self.bytes -= last[0].nbytes
 
     def _recall(self) -> torch.Tensor | None:
-        """The output of the call that has come up, unless this is the first run or the layer has changed it in place."""
+        """Returns the output of the call that has come up, unless this is the first run or the
+        layer has changed it in place."""
         if self._next is None:
             return None
         call, self._next = self._next, self._next + 1
@@ -104,20 +109,23 @@ class _Attach(torch.autograd.Function):
 
 
 def placeholder(like: torch.Tensor, features: int) -> torch.Tensor:
-    """What the ``node`` of :func:`differentiable` returns: ``[..., features]`` for ``like`` ``[..., K]``, without memory."""
+    """Returns what the ``node`` of :func:`differentiable` returns: ``[..., features]`` for
+    ``like`` ``[..., K]``, without memory."""
     return like.new_empty(()).expand(*like.shape[:-1], features)
 
 
 def differentiable(
     node: type[torch.autograd.Function], inputs: tuple, compute: Callable[[], torch.Tensor]
 ) -> torch.Tensor:
-    """``compute()``, with the backward pass of ``node``, which saves what that needs before anything is computed.
+    """Returns ``compute()``, with the backward pass of ``node``, which saves what that needs before
+    anything is computed.
 
     Args:
-        node: its ``forward(ctx, *inputs)`` saves tensors and returns a :func:`placeholder`; its ``backward`` takes the
-            output's gradient.
+        node: its ``forward(ctx, *inputs)`` saves tensors and returns a :func:`placeholder`; its
+            ``backward`` takes the output's gradient.
         inputs: of ``node``.
-        compute: gives the output; called without autograd, and not at all where the output was kept.
+        compute: gives the output; called without autograd, and not at all where the output was
+            kept.
     """
     if not torch.is_grad_enabled():
         return compute()

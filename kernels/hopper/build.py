@@ -1,7 +1,7 @@
 """Compile the Hopper kernels at first use, into a cache folder, and load them through ctypes.
 
-The library has a plain C interface over raw pointers and the caller's stream, so it depends on no C++ ABI of PyTorch and
-compiles in seconds. ``QERL_KERNEL_CACHE`` names the cache folder (default
+The library has a plain C interface over raw pointers and the caller's stream, so it depends on no
+C++ ABI of PyTorch and compiles in seconds. ``QERL_KERNEL_CACHE`` names the cache folder (default
 ``~/.cache/qerl_verl/kernels``). Hosts of several kinds may share the folder: the name of a library
 holds what it was compiled from, for and with (:func:`library_path`).
 """
@@ -45,7 +45,7 @@ class BuildError(RuntimeError):
 
 
 def find_nvcc() -> str | None:
-    """``nvcc`` of ``CUDA_HOME``, of ``PATH``, or of the usual place, or None."""
+    """Returns ``nvcc`` of ``CUDA_HOME``, of ``PATH``, or of the usual place, or None."""
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
     candidates: list[str | None] = [os.path.join(home, "bin", "nvcc") for home in homes if home]
     candidates += [shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"]
@@ -71,8 +71,8 @@ def nvcc_version(nvcc: str) -> str:
 
 @functools.cache
 def host_compiler() -> str:
-    """Name and version of the C++ compiler that nvcc hands the host's code to (``NVCC_CCBIN``, or
-    g++); empty without one."""
+    """Returns the names and version of the C++ compiler that nvcc hands the host's code to
+    (``NVCC_CCBIN``, or g++); empty without one."""
     compiler = shutil.which(os.environ.get("NVCC_CCBIN") or "g++")
     if compiler is None:
         return ""
@@ -81,8 +81,8 @@ def host_compiler() -> str:
 
 
 def last_line(log: str) -> str:
-    """The last line of a compiler's output that reports an error, or else the last one that is not
-    empty."""
+    """Returns the last line of a compiler's output that reports an error, or else the last one that
+    is not empty."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     errors = [line for line in lines if re.search(r"\b(?:error|fatal)\b.*:", line)]
     return (errors or lines or ["it printed nothing"])[-1]
@@ -116,7 +116,7 @@ def library_path() -> Path:
 
 
 def compile_library(path: Path) -> None:
-    """Compile to ``path``. Processes that do so at the same time each write their own file and
+    """Compiles to ``path``. Processes that do so at the same time each write their own file and
     rename it.
 
     Raises:
@@ -157,8 +157,8 @@ def compile_library(path: Path) -> None:
 
 @functools.cache
 def problem() -> str | None:
-    """Compile the library if the cache does not have it, and load it; why that failed, one line, or
-    None.
+    """Compiles the library if the cache does not have it, and loads it; why that failed, one line,
+    or None.
 
     Tried once in a process: every layer asks.
     """
@@ -173,7 +173,7 @@ def problem() -> str | None:
 
 @functools.cache
 def load_library() -> ctypes.CDLL:
-    """The loaded library with typed functions; compiles it if the cache does not have it.
+    """Returns the loaded library with typed functions; compiles it if the cache does not have it.
 
     Raises:
         BuildError: see :func:`compile_library`.

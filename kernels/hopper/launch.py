@@ -25,7 +25,7 @@ _launches = itertools.count()
 def shrink(
     x, lora_a, n: int, factor: float, pdl: int = 1, flag: int | None = None, how: tuning.Shrink | None = None
 ) -> torch.Tensor:
-    """``factor x A^T`` ``[M, rows of A]``, through ``lora_shrink.cu`` for up to
+    """Returns ``factor x A^T`` ``[M, rows of A]``, through ``lora_shrink.cu`` for up to
     :data:`~qerl_verl.kernels.hopper.tuning.SHRINK_LIMIT` tokens and through cuBLAS beyond.
 
     Args:
@@ -55,7 +55,7 @@ def shrink(
 def run_plan(
     x, weight: PackedWeight, bias, plan: tuning.Plan, pdl: int = 1, out=None, lora=None, how=None
 ) -> torch.Tensor:
-    """The GEMM of :func:`~qerl_verl.kernels.hopper.ops.gemm` with an explicit plan.
+    """Returns the GEMM of :func:`~qerl_verl.kernels.hopper.ops.gemm` with an explicit plan.
 
     Args:
         x: ``[M, K]`` bfloat16, contiguous, on a 16-byte boundary.
@@ -114,7 +114,7 @@ def run_plan(
 
 
 def write_block_values(packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """``e2m1 * scale``, ``[N, K]`` bfloat16, of a prepacked weight."""
+    """Returns ``e2m1 * scale``, ``[N, K]`` bfloat16, of a prepacked weight."""
     n, k = packed.shape[0], packed.shape[1] * 2
     out = torch.empty((n, k), dtype=torch.bfloat16, device=packed.device)
     stream = torch.cuda.current_stream(packed.device).cuda_stream

@@ -1,11 +1,14 @@
-"""The prepacked weight layout of the Hopper kernels, in PyTorch; ``nvfp4_format.cuh`` is the same thing in CUDA.
+"""The prepacked weight layout of the Hopper kernels, in PyTorch; ``nvfp4_format.cuh`` is the same
+thing in CUDA.
 
-A permutation of the checkpoint's bits, done once, of the same size. Units of 64 x 64 weights; in a unit each lane of
-a warpgroup finds the 32 codes it holds as tensor core fragments in 16 consecutive bytes, and in each 32-bit word the four
-pairs of codes lie such that a rotation and a mask turn a pair into two bfloat16. A scale byte E4M3 becomes the same
-number with five exponent bits and no sign, so that moving it into bfloat16's place needs no case distinction:
+A permutation of the checkpoint's bits, done once, of the same size. Units of 64 x 64 weights; in a
+unit each lane of a warpgroup finds the 32 codes it holds as tensor core fragments in 16 consecutive
+bytes, and in each 32-bit word the four pairs of codes lie such that a rotation and a mask turn a
+pair into two bfloat16. A scale byte E4M3 becomes the same number with five exponent bits and no
+sign, so that moving it into bfloat16's place needs no case distinction:
 
-* a negative scale gives its sign to its 16 codes, and a scale of zero makes its 16 codes zero (the values stay the same);
+* a negative scale gives its sign to its 16 codes, and a scale of zero makes its 16 codes zero (the
+  values stay the same);
 * any other byte can be turned back, and ``unpack`` does so.
 """
 
@@ -16,7 +19,8 @@ import functools
 import torch
 
 UNIT = 64
-"""Both sides of a unit; N and K have to be multiples of it (K of 128 for every kernel configuration)."""
+"""Both sides of a unit; N and K have to be multiples of it (K of 128 for every kernel
+configuration)."""
 
 _PAIR_BITS = ("m", "e0", "e1", "s")
 _BF16_PLACE = {"m": 6, "e0": 7, "e1": 8, "s": 15}
@@ -34,7 +38,8 @@ GROUP = 4
 
 
 def _group(units: torch.Tensor) -> torch.Tensor:
-    """``[N / 64, K / 64, bytes]`` in row-major order of units to the order of groups, flat."""
+    """Returns ``[N / 64, K / 64, bytes]`` in row-major order of units to the order of groups,
+    flat."""
     full = units.shape[0] // GROUP * GROUP
     parts = [
         units[:full].unflatten(0, (-1, GROUP)).transpose(1, 2).reshape(-1),
@@ -53,7 +58,8 @@ def _ungroup(flat: torch.Tensor, n: int, k: int, unit_bytes: int) -> torch.Tenso
 
 @functools.cache
 def word_bits() -> tuple[tuple[int, int, int], ...]:
-    """For each bit of a word that holds code ``i = 2 * pair + half``: ``(i, bit of the code, bit of the word)``."""
+    """For each bit of a word that holds code ``i = 2 * pair + half``:
+    ``(i, bit of the code, bit of the word)``."""
     bits = []
     for pair in range(4):
         for half in range(2):
@@ -68,7 +74,8 @@ def word_bits() -> tuple[tuple[int, int, int], ...]:
 def _scale_tables() -> tuple[torch.Tensor, torch.Tensor]:
     """E4M3 byte (sign ignored) to the five-exponent-bit byte, and back, on the host.
 
-    Never kept on a device: an inference engine that sleeps takes its memory back, cached tensors included.
+    Never kept on a device: an inference engine that sleeps takes its memory back, cached tensors
+    included.
     """
     value = torch.arange(128, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
     mantissa, exponent = torch.frexp(value)  # value = mantissa * 2**exponent, mantissa in [0.5, 1)
@@ -139,7 +146,8 @@ def prepack(packed: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, to
 
 
 def unpack(packed_p: torch.Tensor, scale_p: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The inverse of :func:`prepack`: ``(packed, scale)`` as uint8 in the checkpoint's layout."""
+    """Returns the inverse of :func:`prepack`: ``(packed, scale)`` as uint8 in the checkpoint's
+    layout."""
     n, k = packed_p.shape[0], packed_p.shape[1] * 2
     words = _ungroup(packed_p.reshape(-1), n, k, 2048).reshape(-1).view(torch.int32)
     codes = torch.zeros((words.numel(), 8), dtype=torch.uint8, device=words.device)
@@ -164,7 +172,8 @@ LORA_UNIT = 16
 
 
 def prepack_lora_b(b: torch.Tensor) -> torch.Tensor:
-    """A LoRA B ``[N, rank]`` in the order in which the kernel reads it: fragments of 64 x 16, in groups like the weight's units.
+    """Returns a LoRA B ``[N, rank]`` in the order in which the kernel reads it: fragments of 64 x
+    16, in groups like the weight's units.
 
     Returns:
         A new tensor of the same shape and dtype; only its size means what the shape says.
@@ -181,7 +190,7 @@ def prepack_lora_b(b: torch.Tensor) -> torch.Tensor:
 
 
 def unpack_lora_b(b_p: torch.Tensor) -> torch.Tensor:
-    """The inverse of :func:`prepack_lora_b`."""
+    """Returns the inverse of :func:`prepack_lora_b`."""
     n, rank = b_p.shape
     units = _ungroup(b_p.reshape(-1), n, rank // LORA_UNIT * UNIT, UNIT * LORA_UNIT)
     units = units.view(-1, rank // LORA_UNIT, 4, 4, 2, 4, 2, 2, 2)  # unit, j, warp, g // 2, g % 2, t, hk, h, e

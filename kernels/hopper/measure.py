@@ -1,4 +1,5 @@
-"""Measure the launch configurations of the Hopper kernels for a weight shape, see :mod:`qerl_verl.kernels.autotune`."""
+"""Measure the launch configurations of the Hopper kernels for a weight shape, see
+:mod:`qerl_verl.kernels.autotune`."""
 
 from __future__ import annotations
 
@@ -16,13 +17,16 @@ from qerl_verl.kernels.hopper.tuning import DEQUANTIZE, DEQUANTIZE_FROM, Plan, S
 from qerl_verl.kernels.packed_weight import PackedWeight
 
 LIMITS = (8, 16, 32, 64, 128, 256, 384, 512, 768, 1024, 2048, 4096, 6144)
-"""Numbers of tokens that are measured; each choice serves the numbers between the limit before and this one."""
+"""Numbers of tokens that are measured; each choice serves the numbers between the limit before
+and this one."""
 
 LIMITS_WITH_ADAPTER = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
-"""The same for the rollout, which runs an adapter inside the GEMM: decoding batches and chunks of prefill."""
+"""The same for the rollout, which runs an adapter inside the GEMM: decoding batches and chunks
+of prefill."""
 
 DEQUANTIZE_CANDIDATE_ABOVE = 128
-"""Up to this many tokens a temporary 16-bit weight is not a candidate: it costs more traffic than it saves."""
+"""Up to this many tokens a temporary 16-bit weight is not a candidate: it costs more traffic
+than it saves."""
 
 SHRINKS = tuple(Shrink(shape, cluster) for shape in (0, 1) for cluster in (8, 4, 2))
 
@@ -33,8 +37,8 @@ def version() -> str:
 
 
 def tune(device: torch.device, n: int, k: int, ends: Sequence[int] | None = None, rank: int = 32) -> str | None:
-    """Measure the launch configurations of an ``[n, k]`` weight, unless the cache has them, and use
-    the fastest.
+    """Measures the launch configurations of an ``[n, k]`` weight, unless the cache has them, and
+    use the fastest.
 
     Args:
         device: a Hopper GPU.
@@ -101,7 +105,8 @@ class _Problem:
         autotune.warm_up()
 
     def call(self, x: torch.Tensor, plan: Plan, how: Shrink | None):
-        """One launch as a model makes it: with an adapter, another kernel writes ``x`` just before."""
+        """Returns one launch as a model makes it: with an adapter, another kernel writes ``x``
+        just before."""
 
         def run(copy: int) -> None:
             if self.lora is not None:
@@ -112,7 +117,8 @@ class _Problem:
 
 
 def _best(problem: _Problem, limit: int) -> Tuned:
-    """The fastest launch for ``limit`` tokens; with an adapter, first the GEMM's, then that of x A^T before it."""
+    """Returns the fastest launch for ``limit`` tokens; with an adapter, first the GEMM's, then
+    that of x A^T before it."""
     x = torch.randn(limit, problem.k, device="cuda", dtype=torch.bfloat16)
     plans = list(tuning.candidates(limit, problem.n, problem.k, problem.sms, problem.align))
     if limit > DEQUANTIZE_CANDIDATE_ABOVE:

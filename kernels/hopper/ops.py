@@ -23,7 +23,7 @@ from qerl_verl.kernels.packed_weight import PackedWeight
 
 
 def gemm(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """``x (e2m1 * scale)^T / global_scale + bias``.
+    """Returns ``x (e2m1 * scale)^T / global_scale + bias``.
 
     Args:
         x: ``[..., K]`` bfloat16.
@@ -68,13 +68,14 @@ def lora_gemm(
 
 
 def block_values(packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """``e2m1 * scale``, exactly, ``[N, K]`` bfloat16, from the tensors of
+    """Returns ``e2m1 * scale``, exactly, ``[N, K]`` bfloat16, from the tensors of
     :func:`~qerl_verl.kernels.hopper.layout.prepack`."""
     return torch.ops.qerl_hopper.nvfp4_block_values(packed, scale)
 
 
 def dequantizes(tokens: int, n: int, k: int) -> bool:
-    """Whether :func:`gemm` makes a bfloat16 weight for that many tokens and calls cuBLAS on it."""
+    """Returns whether :func:`gemm` makes a bfloat16 weight for that many tokens and calls cuBLAS
+    on it."""
     return tuning.choose(tokens, n, k, _multiprocessors()) == tuning.DEQUANTIZE
 
 

@@ -1,4 +1,5 @@
-"""Which kernel serves which product: the configurations of ``nvfp4_gemm.cu`` and the choice among them by shape."""
+"""Which kernel serves which product: the configurations of ``nvfp4_gemm.cu`` and the choice
+among them by shape."""
 
 from __future__ import annotations
 
@@ -56,7 +57,8 @@ DEQUANTIZE = Plan(-1, 0, 0, 0)
 
 
 def alignment(ends: Sequence[int] | None) -> int:
-    """``align`` of :func:`choose` for fused projections that end at these rows; 0 for None, no adapter."""
+    """Returns ``align`` of :func:`choose` for fused projections that end at these rows; 0 for
+    None, no adapter."""
     if ends is None:
         return 0
     return math.gcd(*(end // 64 for end in ends)) if len(ends) > 1 else ANY_ALIGNMENT
@@ -72,7 +74,8 @@ def steps(config: int, k: int) -> int:
 
 
 def plan(config: int, blocks: int, m: int, n: int, k: int, cluster: int = 0) -> Plan:
-    """The plan of a configuration with a number of thread blocks, or of blocks in a cluster for each tile."""
+    """Returns the plan of a configuration with a number of thread blocks, or of blocks in a
+    cluster for each tile."""
     count = tiles(config, m, n)
     if cluster:
         return Plan(config, count * cluster, cluster, 0)
@@ -82,8 +85,9 @@ def plan(config: int, blocks: int, m: int, n: int, k: int, cluster: int = 0) -> 
     return Plan(config, blocks, 0, 2 * blocks * 64 * c.row_units * c.tokens * 4 if cut else 0)
 
 
-# The fastest measured (configuration, thread blocks, cluster) on an H200 with 132 multiprocessors, by weight (N, K) and by
-# the number of tokens up to which it applies (TOKENS). benchmarks/bench_gemm.py --sweep measures all candidates.
+# The fastest measured (configuration, thread blocks, cluster) on an H200 with 132 multiprocessors,
+# by weight (N, K) and by the number of tokens up to which it applies (TOKENS).
+# benchmarks/bench_gemm.py --sweep measures all candidates.
 TOKENS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 MEASURED_MULTIPROCESSORS = 132
 # fmt: off
@@ -121,8 +125,8 @@ MEASURED = {
         (10, 120, 0), (10, 132, 0), (10, 132, 0), (8, 132, 0), (8, 132, 0),
     ),
 }
-# The same with an adapter of rank 32, for the first of TOKENS, and how x A^T is computed (shape and cluster of Shrink). Measured
-# with another kernel before each product, as in a model.
+# The same with an adapter of rank 32, for the first of TOKENS, and how x A^T is computed (shape and
+# cluster of Shrink). Measured with another kernel before each product, as in a model.
 MEASURED_WITH_ADAPTER = {
     (4608, 3584): (
         (0, 216, 0, 0, 4), (2, 216, 0, 0, 8), (5, 180, 5, 1, 4),
@@ -163,7 +167,8 @@ DEQUANTIZE_FROM = 6144
 
 
 def adapt(config: int, blocks: int, cluster: int, measured_tiles: int, m: int, n: int, k: int, sms: int) -> Plan:
-    """A measured choice carried over to another shape: the same configuration and way of dividing the work."""
+    """Returns a measured choice carried over to another shape: the same configuration and way of
+    dividing the work."""
     if k % (64 * CONFIGS[config].k_units):
         config, cluster = (11 if m <= 256 else 10), 0
     count, slots = tiles(config, m, n), sms * CONFIGS[config].blocks_per_sm
@@ -176,7 +181,8 @@ def adapt(config: int, blocks: int, cluster: int, measured_tiles: int, m: int, n
 
 
 class Tuned(NamedTuple):
-    """A choice measured on the machine at hand, for up to ``limit`` tokens, see ``hopper/autotune.py``."""
+    """A choice measured on the machine at hand, for up to ``limit`` tokens, see
+    ``hopper/autotune.py``."""
 
     limit: int
     config: int  # -1: dequantize and cuBLAS
@@ -190,7 +196,7 @@ _tuned: dict[tuple[int, int, int], tuple[Tuned, ...]] = {}
 
 
 def install(n: int, k: int, align: int, choices: Sequence[Tuned]) -> None:
-    """Use measured choices for an ``[n, k]`` weight from now on.
+    """Uses measured choices for an ``[n, k]`` weight from now on.
 
     Args:
         align: as for :func:`choose`.
@@ -201,7 +207,7 @@ def install(n: int, k: int, align: int, choices: Sequence[Tuned]) -> None:
 
 
 def installed(n: int, k: int, align: int) -> bool:
-    """Whether measured choices are in use for an ``[n, k]`` weight."""
+    """Returns whether measured choices are in use for an ``[n, k]`` weight."""
     return (n, k, align) in _tuned
 
 
@@ -211,7 +217,8 @@ def _tuned_choice(m: int, n: int, k: int, align: int) -> Tuned | None:
 
 
 def _near(tile: int, m: int) -> bool:
-    """Whether tiles of so many tokens may be the best for ``m``: neither mostly empty nor many."""
+    """Returns whether tiles of so many tokens may be the best for ``m``: neither mostly empty
+    nor many."""
     if m > 256:
         return tile >= 128
     return m <= tile <= max(8, 2 * m) or (m > 64 and m <= 2 * tile)
@@ -248,14 +255,15 @@ def candidates(m: int, n: int, k: int, sms: int, align: int = 0) -> Iterator[Pla
 
 @functools.lru_cache(maxsize=4096)
 def choose(m: int, n: int, k: int, sms: int, align: int = 0) -> Plan:
-    """The plan for ``m`` tokens.
+    """Returns the plan for ``m`` tokens.
 
-    It is the one measured on this machine where :func:`install` was called for the weight, else that of
-    MEASURED, else one adapted from the nearest shape in MEASURED.
+    It is the one measured on this machine where :func:`install` was called for the weight, else
+    that of MEASURED, else one adapted from the nearest shape in MEASURED.
 
     Args:
-        align: with an adapter, the 64-row units in which every border between fused projections can be counted; a tile
-            must not lie across one (``ANY_ALIGNMENT`` without borders). 0: no adapter.
+        align: with an adapter, the 64-row units in which every border between fused projections can
+            be counted; a tile must not lie across one (``ANY_ALIGNMENT`` without borders). 0: no
+            adapter.
     """
     if m > DEQUANTIZE_FROM and not align:
         return DEQUANTIZE
@@ -308,7 +316,8 @@ class Shrink(NamedTuple):
 
 
 def choose_shrink(m: int, n: int, k: int, rows: int, sms: int, align: int = ANY_ALIGNMENT) -> Shrink:
-    """For x A^T with ``m`` tokens, ``k`` columns and ``rows`` rows of A, in front of a product with ``n`` rows.
+    """For x A^T with ``m`` tokens, ``k`` columns and ``rows`` rows of A, in front of a product with
+    ``n`` rows.
 
     Args:
         align: as for :func:`choose`.

@@ -1,4 +1,5 @@
-"""Measure the launch configurations of the Triton kernels for a weight shape, see :mod:`qerl_verl.kernels.autotune`."""
+"""Measure the launch configurations of the Triton kernels for a weight shape, see
+:mod:`qerl_verl.kernels.autotune`."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ def version() -> str:
 
 
 def tune(n: int, k: int) -> str | None:
-    """Choose the launches of one weight shape on the current device, by measuring or from the cache.
+    """Chooses the launches of one weight shape on the current device, by measuring or from the
+    cache.
 
     Args:
         n: rows of the weight.
@@ -71,7 +73,7 @@ def _measure(device: int, n: int, k: int) -> list[Tuned]:
 
 
 def best(plans: Iterable[Plan], call_of: Callable[[Plan], Callable[[int], None]], copies: int, time_call=None) -> Plan:
-    """The fastest of ``plans``; of equal ones the first.
+    """Returns the fastest of ``plans``; of equal ones the first.
 
     Args:
         call_of: of a plan, a call that takes the number of a weight copy.
@@ -89,7 +91,8 @@ def _call(x: torch.Tensor, weights: list[PackedWeight], plan: Plan) -> Callable[
 
 
 def _without_triton_errors(call: Callable[[int], None]) -> Callable[[int], None]:
-    """``call`` with a RuntimeError in the place of Triton's, which say that a tile does not fit this GPU."""
+    """Returns ``call`` with a RuntimeError in the place of Triton's, which say that a tile does
+    not fit this GPU."""
 
     def run(copy: int) -> None:
         try:

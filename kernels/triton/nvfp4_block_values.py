@@ -46,7 +46,7 @@ def nvfp4_block_values_kernel(
 def nvfp4_block_values(
     packed: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, factor: float = 1.0
 ) -> torch.Tensor:
-    """``factor * e2m1 * scale``; arguments and results are those of
+    """Returns ``factor * e2m1 * scale``; arguments and results are those of
     :func:`qerl_verl.kernels.triton.block_values`.
 
     ``factor`` is a power of two for which ``dtype`` still holds the values exactly.

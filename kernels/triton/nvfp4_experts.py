@@ -36,7 +36,8 @@ SUM_BLOCK = 512
 SHRINK_BLOCKS = 16, 16, 64
 """BLOCK_M, BLOCK_R and BLOCK_K of the launch that multiplies by A."""
 RANK_BLOCK = 64
-"""B is multiplied in steps of so many columns, of an adapter whose rank is a power of two from 16 on."""
+"""B is multiplied in steps of so many columns, of an adapter whose rank is a power of two from
+16 on."""
 # (rows of an expert up to, BLOCK_M, BLOCK_N, BLOCK_K, warps, stages), rows on average
 TILES = (
     (16, 16, 32, 128, 4, 3),
@@ -74,7 +75,8 @@ def sort_choices_kernel(chosen, order, bounds, count, BLOCK: tl.constexpr):
 
 @triton.jit
 def _decode(packed_at, scale_at, DOT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """The even and the odd columns of a tile of ``e2m1 * scale``, ``[BLOCK_N, BLOCK_K / 2]`` each."""
+    """Returns the even and the odd columns of a tile of ``e2m1 * scale``,
+    ``[BLOCK_N, BLOCK_K / 2]`` each."""
     byte = tl.load(packed_at)
     s = (e4m3_to_float32(tl.load(scale_at)) * E2M1_FACTOR)[:, :, None]
     even = tl.reshape((e2m1_low_to_float32(byte) * s).to(DOT), (BLOCK_N, BLOCK_K // 2))
@@ -87,10 +89,11 @@ def shrink_kernel(
     x, lora_a, order, bounds, u, rank, k_64, top_k, scaling,
     GATHERED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """``u`` [S, rank] = scaling * x A^T of the rows of one expert, ``lora_a`` [E, rank, K], with rank a
-    multiple of BLOCK_R.
+    """``u`` [S, rank] = scaling * x A^T of the rows of one expert, ``lora_a`` [E, rank, K], with
+    rank a multiple of BLOCK_R.
 
-    GATHERED: row r of the sorted choices is token ``order[r] // top_k`` of ``x``. Otherwise row r is r's.
+    GATHERED: row r of the sorted choices is token ``order[r] // top_k`` of ``x``. Otherwise row r
+    is r's.
     """
     column = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     expert = tl.program_id(1)
@@ -114,7 +117,8 @@ def shrink_kernel(
 
 @triton.jit
 def _add_lora(acc, u_at, b_at, RANK: tl.constexpr, BLOCK_R: tl.constexpr, DOT: tl.constexpr):
-    """``acc`` [BLOCK_N, BLOCK_M] plus B u^T, from pointers to the first BLOCK_R columns of either."""
+    """Returns ``acc`` [BLOCK_N, BLOCK_M] plus B u^T, from pointers to the first BLOCK_R columns
+    of either."""
     for _ in range(0, RANK // BLOCK_R):
         acc = tl.dot(tl.load(b_at).to(DOT), tl.trans(tl.load(u_at).to(DOT)), acc)
         u_at += BLOCK_R
@@ -216,7 +220,7 @@ def choose_tile(choices: int, experts: int) -> tuple[int, int, int, int, int]:
 def warm_up(
     gate_up: ExpertStack, down: ExpertStack, top_k: int, dtype: torch.dtype, adapter: ExpertAdapter | None = None
 ) -> None:
-    """Compile every tile for these weights, with one token of zeros."""
+    """Compiles every tile for these weights, with one token of zeros."""
     device = down.packed.device
     x = torch.zeros(1, down.packed.shape[1], dtype=dtype, device=device)
     chosen = torch.arange(top_k, dtype=torch.int32, device=device).unsqueeze(0)
@@ -227,8 +231,8 @@ def warm_up(
 def nvfp4_experts(
     x, weights, chosen, gate_up: ExpertStack, down: ExpertStack, adapter: ExpertAdapter | None = None, tile=None
 ) -> torch.Tensor:
-    """The arguments and results are those of :func:`qerl_verl.kernels.triton.experts`; ``tile``
-    replaces what :func:`choose_tile` gives."""
+    """Takes the arguments and returns the results of :func:`qerl_verl.kernels.triton.experts`;
+    ``tile`` replaces what :func:`choose_tile` gives."""
     tokens, hidden = x.shape
     count, top_k, inner = len(down.packed), chosen.shape[1], down.packed.shape[2] * 2
     choices = tokens * top_k

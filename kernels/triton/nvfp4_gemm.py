@@ -1,10 +1,12 @@
-"""``y = alpha x (e2m1 * scale)^T + bias + u lora_b^T``, alpha = 1 / global_scale, with an NVFP4 weight.
+"""``y = alpha x (e2m1 * scale)^T + bias + u lora_b^T``, alpha = 1 / global_scale, with an NVFP4
+weight.
 
 The reference is ``kernels/nvfp4_linear.py``.
 
-The weight is decoded in registers, scaled and rounded to nothing: ``e2m1 * scale`` is exact in bfloat16 and float16.
-A byte holds two neighbouring input channels, so the kernel multiplies the even and the odd columns of a tile
-separately, which spares it from putting them back in order. The accumulator is float32 and has one output channel a
+The weight is decoded in registers, scaled and rounded to nothing: ``e2m1 * scale`` is exact in
+bfloat16 and float16. A byte holds two neighbouring input channels, so the kernel multiplies the
+even and the odd columns of a tile separately, which spares it from putting them back in order. The
+accumulator is float32 and has one output channel a
 row and one token a column: weights come first in the product, tokens, of which there are few, last.
 """
 
@@ -29,8 +31,8 @@ from qerl_verl.kernels.triton.nvfp4_format import (
 
 REDUCE_BLOCK = 1024
 FLOAT16_FACTOR = 2.0**-12
-"""The dequantized weight of a float16 product is made smaller by this, exactly, and alpha larger: cuBLAS may add partial
-sums in float16, where ``e2m1 * scale`` (up to 2688) would overflow."""
+"""The dequantized weight of a float16 product is made smaller by this, exactly, and alpha larger:
+cuBLAS may add partial sums in float16, where ``e2m1 * scale`` (up to 2688) would overflow."""
 
 
 @triton.jit(do_not_specialize=["m", "steps"])
@@ -38,11 +40,12 @@ def nvfp4_gemm_kernel(
     x, packed, scale, bias, u, lora_b, out, alpha, m, n, k, k_64, rank, steps,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """One program makes BLOCK_N output channels of BLOCK_M tokens from ``steps`` steps of BLOCK_K input channels.
+    """One program makes BLOCK_N output channels of BLOCK_M tokens from ``steps`` steps of BLOCK_K
+    input channels.
 
-    ``out`` is y [m, n], or a float32 workspace [parts, m, n] where K is divided; the first part then adds the LoRA
-    term, and the bias is left to the sum of the parts. DOT is the dtype of the operands of tl.dot. One compiled
-    kernel serves every number of tokens and of parts.
+    ``out`` is y [m, n], or a float32 workspace [parts, m, n] where K is divided; the first part
+    then adds the LoRA term, and the bias is left to the sum of the parts. DOT is the dtype of the
+    operands of tl.dot. One compiled kernel serves every number of tokens and of parts.
     """
     tiles_m = tl.cdiv(m, BLOCK_M)
     tile_n = tl.program_id(0) // tiles_m
@@ -54,7 +57,8 @@ def nvfp4_gemm_kernel(
     token_row = tl.minimum(token, m - 1)
     channel_row = tl.minimum(channel, n - 1)
 
-    # Computed from K / 64, so that the compiler knows them to be multiples of 32 and 4, and copies words, not bytes.
+    # Computed from K / 64, so that the compiler knows them to be multiples of 32 and 4, and copies
+    # words, not bytes.
     half_k, groups = k_64 * 32, k_64 * 4
     group = tl.arange(0, BLOCK_K // 16)
     pair = group[None, :, None] * 8 + tl.arange(0, 8)[None, None, :]
@@ -96,7 +100,8 @@ def nvfp4_gemm_kernel(
 
 @triton.jit
 def nvfp4_gemm_reduce_kernel(parts, bias, out, n, count, SPLIT: tl.constexpr, BLOCK: tl.constexpr):
-    """``out = parts[0] + ... + parts[SPLIT - 1] + bias``, in this order; ``count`` elements each."""
+    """``out = parts[0] + ... + parts[SPLIT - 1] + bias``, in this order; ``count`` elements
+    each."""
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = index < count
     acc = tl.load(parts + index, mask=inside, other=0.0)
@@ -108,8 +113,8 @@ def nvfp4_gemm_reduce_kernel(parts, bias, out, n, count, SPLIT: tl.constexpr, BL
 
 
 def run_plan(x, weight: PackedWeight, bias, u, lora_b, plan: tuning.Plan) -> torch.Tensor:
-    """The GEMM with an explicit plan. ``x`` is ``[M, K]``, ``u`` is ``[M, R]`` or None, all tensors
-    are contiguous, and the weight's scales are uint8."""
+    """Returns the GEMM with an explicit plan. ``x`` is ``[M, K]``, ``u`` is ``[M, R]`` or None, all
+    tensors are contiguous, and the weight's scales are uint8."""
     packed, scale, alpha = weight.packed, weight.scale, 1.0 / weight.global_scale
     m, k = x.shape
     n = packed.shape[0]
@@ -149,13 +154,14 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def _aligned(tensor: torch.Tensor) -> torch.Tensor:
-    """Contiguous, and on a 16-byte boundary: one compiled kernel, and wide loads, for views as well."""
+    """Contiguous, and on a 16-byte boundary: one compiled kernel, and wide loads, for views as
+    well."""
     tensor = tensor.contiguous()
     return tensor.clone() if tensor.data_ptr() % 16 else tensor
 
 
 def nvfp4_gemm(x, weight: PackedWeight, bias=None, u=None, lora_b=None) -> torch.Tensor:
-    """The arguments and results are those of :func:`qerl_verl.kernels.triton.gemm`."""
+    """Takes the arguments and returns the results of :func:`qerl_verl.kernels.triton.gemm`."""
     n, k = weight.packed.shape[0], weight.packed.shape[1] * 2
     rows = _aligned(x.reshape(-1, k))
     m = rows.shape[0]

@@ -28,7 +28,7 @@ from qerl_verl.kernels.triton.support import (
 
 
 def block_values(packed: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    """``e2m1 * scale``, exactly: the weight without its per-tensor divisor.
+    """Returns ``e2m1 * scale``, exactly: the weight without its per-tensor divisor.
 
     Args:
         packed: ``[N, K / 2]`` uint8, K a multiple of 16.
@@ -52,7 +52,7 @@ def gemm(
     u: torch.Tensor | None = None,
     lora_b: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``x (e2m1 * scale)^T / global_scale + bias + u lora_b^T``, summed in float32.
+    """Returns ``x (e2m1 * scale)^T / global_scale + bias + u lora_b^T``, summed in float32.
 
     :func:`~qerl_verl.kernels.triton.tuning.choose` tells the path. For many tokens it is a
     temporary weight in 16 bits and torch.addmm; the LoRA delta is then added to a result that is
@@ -86,7 +86,7 @@ def experts(
     down: ExpertStack,
     adapter: ExpertAdapter | None = None,
 ) -> torch.Tensor:
-    """The weighted sum of the chosen experts' outputs of each token, as
+    """Returns the weighted sum of the chosen experts' outputs of each token, as
     :func:`qerl_verl.kernels.nvfp4_experts.nvfp4_experts_reference` defines it.
 
     It is neither an operator nor differentiable: the rollout calls it behind an operator of the
@@ -148,7 +148,7 @@ def _adapter_factors(adapter: ExpertAdapter, count: int, hidden: int, inner: int
 def warm_up_experts(
     gate_up: ExpertStack, down: ExpertStack, top_k: int, dtype: torch.dtype, adapter: ExpertAdapter | None = None
 ) -> None:
-    """Compile what :func:`experts` launches for these weights, whatever the number of tokens.
+    """Compiles what :func:`experts` launches for these weights, whatever the number of tokens.
 
     Triton compiles nothing while a CUDA graph is captured. The arguments are those of
     :func:`experts`.

@@ -25,7 +25,8 @@ def _triton_problem() -> str | None:
 
 
 def interpreted() -> bool:
-    """Whether TRITON_INTERPRET is set, so that kernels run on a CPU in Triton's interpreter."""
+    """Returns whether TRITON_INTERPRET is set, so that kernels run on a CPU in Triton's
+    interpreter."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
@@ -45,7 +46,7 @@ def unsupported_device(device: int | None = None) -> str | None:
 
 
 def _unsupported_capability(device: int | None = None) -> str | None:
-    """The part of :func:`unsupported_device` that compiles nothing."""
+    """Returns the part of :func:`unsupported_device` that compiles nothing."""
     reason = _triton_problem()
     if reason or interpreted():
         return reason
@@ -112,5 +113,6 @@ def unsupported_experts(hidden: int, inner: int, dtype: torch.dtype = torch.bflo
 
 
 def padded_expert_rank(rank: int) -> int:
-    """The rank that the buffers of an adapter on experts have, padded with zeros: a power of two from 16 on."""
+    """Returns the rank that the buffers of an adapter on experts have, padded with zeros: a
+    power of two from 16 on."""
     return max(16, 1 << (rank - 1).bit_length())

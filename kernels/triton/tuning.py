@@ -1,4 +1,5 @@
-"""Which path serves which product, by its shape. No Triton in here, so that it can be asked anywhere."""
+"""Which path serves which product, by its shape. No Triton in here, so that it can be asked
+anywhere."""
 
 from __future__ import annotations
 
@@ -25,10 +26,10 @@ MIN_STEPS = 4
 class Plan(NamedTuple):
     """How a product is computed.
 
-    ``path`` "fused": one kernel decodes the weight on its way into the product. A program makes ``block_n`` output
-    channels of ``block_m`` tokens, ``block_k`` input channels a step; K is divided among ``split_k`` programs, whose
-    float32 partial sums a second kernel adds in a fixed order. ``path`` "dequantize": a temporary 16-bit weight and
-    torch.addmm; the other fields are 0.
+    ``path`` "fused": one kernel decodes the weight on its way into the product. A program makes
+    ``block_n`` output channels of ``block_m`` tokens, ``block_k`` input channels a step; K is
+    divided among ``split_k`` programs, whose float32 partial sums a second kernel adds in a fixed
+    order. ``path`` "dequantize": a temporary 16-bit weight and torch.addmm; the other fields are 0.
     """
 
     path: str
@@ -50,8 +51,8 @@ class Plan(NamedTuple):
 
 DEQUANTIZE = Plan("dequantize")
 
-# Small enough for 255 registers a thread and 99 KiB of shared memory (compute capability 8.6, 8.9 and 12.0).
-# (tokens up to, block_m, block_n, block_k, warps, stages)
+# Small enough for 255 registers a thread and 99 KiB of shared memory (compute capability 8.6, 8.9
+# and 12.0). (tokens up to, block_m, block_n, block_k, warps, stages)
 TILES = (
     (16, 16, 64, 128, 4, 3),
     (32, 32, 64, 128, 4, 3),
@@ -61,11 +62,12 @@ TILES = (
 """What is launched where nothing was measured."""
 
 LIMITS = (16, 32, 64, 128, 256, 512, 1024)
-"""Numbers of tokens that are measured; each choice serves the numbers between the limit before and this one.
-More tokens than the last are dequantized without a choice."""
+"""Numbers of tokens that are measured; each choice serves the numbers between the limit before and
+this one. More tokens than the last are dequantized without a choice."""
 
 DEQUANTIZE_CANDIDATE_FROM = 32
-"""For fewer tokens a temporary 16-bit weight is not a candidate: it costs more traffic than a GEMM."""
+"""For fewer tokens a temporary 16-bit weight is not a candidate: it costs more traffic than a
+GEMM."""
 
 # (block_m, block_n, block_k, warps, stages), beside those of TILES
 MORE_TILES = (
@@ -83,7 +85,8 @@ MORE_TILES = (
 
 
 class Tuned(NamedTuple):
-    """A plan measured on the machine at hand, for up to ``limit`` tokens, see ``triton/measure.py``."""
+    """A plan measured on the machine at hand, for up to ``limit`` tokens, see
+    ``triton/measure.py``."""
 
     limit: int
     plan: Plan
@@ -93,7 +96,7 @@ _tuned: dict[tuple[int, int], tuple[Tuned, ...]] = {}
 
 
 def install(n: int, k: int, choices: Sequence[Tuned]) -> None:
-    """Use measured choices for an ``[n, k]`` weight from now on.
+    """Uses measured choices for an ``[n, k]`` weight from now on.
 
     Args:
         choices: by ascending ``limit``; more tokens than the last limit are dequantized.
@@ -103,8 +106,8 @@ def install(n: int, k: int, choices: Sequence[Tuned]) -> None:
 
 
 def tune(device: torch.device, n: int, k: int) -> str | None:
-    """Measure the launch configurations of an ``[n, k]`` weight, unless the cache has them, and use
-    the fastest.
+    """Measures the launch configurations of an ``[n, k]`` weight, unless the cache has them, and
+    use the fastest.
 
     A temporary 16-bit weight and torch.addmm are among the candidates, so they are the choice where
     no kernel of ours is faster.
@@ -127,12 +130,12 @@ def tune(device: torch.device, n: int, k: int) -> str | None:
 
 
 def installed(n: int, k: int) -> bool:
-    """Whether measured choices are in use for an ``[n, k]`` weight."""
+    """Returns whether measured choices are in use for an ``[n, k]`` weight."""
     return (n, k) in _tuned
 
 
 def _plan(m: int, n: int, k: int, tile: tuple[int, ...], split: int) -> Plan:
-    """The plan of a tile with K in at most ``split`` parts, none of them empty."""
+    """Returns the plan of a tile with K in at most ``split`` parts, none of them empty."""
     block_m, block_n, block_k, warps, stages = tile
     steps = k // block_k
     split = max(1, min(split, steps // MIN_STEPS, MAX_SPLIT))
@@ -171,11 +174,12 @@ def candidates(m: int, n: int, k: int, multiprocessors: int = MULTIPROCESSORS) -
 
 @functools.lru_cache(maxsize=4096)
 def choose(m: int, n: int, k: int, multiprocessors: int = MULTIPROCESSORS) -> Plan:
-    """The plan for ``m`` tokens and an ``[n, k]`` weight, ``k`` a multiple of 64.
+    """Returns the plan for ``m`` tokens and an ``[n, k]`` weight, ``k`` a multiple of 64.
 
-    It is the one measured on this machine where :func:`install` was called for the weight, else that of TILES with
-    K split where there are fewer tiles than two for each multiprocessor. The plan, and with it the order of every
-    sum, depends on nothing but the arguments and what was installed.
+    It is the one measured on this machine where :func:`install` was called for the weight, else
+    that of TILES with K split where there are fewer tiles than two for each multiprocessor. The
+    plan, and with it the order of every sum, depends on nothing but the arguments and what was
+    installed.
     """
     if choices := _tuned.get((n, k)):
         return next((choice.plan for choice in choices if m <= choice.limit), DEQUANTIZE)
@@ -190,7 +194,8 @@ def _choose(m: int, n: int, k: int, multiprocessors: int) -> Plan:
 
 
 def decoded_inside_up_to(n: int, k: int) -> int | None:
-    """The most tokens for which the GEMM of an ``[n, k]`` weight decodes it itself; None if that was not measured.
+    """Returns the most tokens for which the GEMM of an ``[n, k]`` weight decodes it itself; None if
+    that was not measured.
 
     With more tokens the weight is dequantized and PyTorch multiplies. 0 where that is always so.
     """
