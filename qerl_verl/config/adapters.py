@@ -1,4 +1,5 @@
-"""Adapters that a run starts from (``lora_adapter_path``), and the layers that get a new one (``target_modules``)."""
+"""Adapters that a run starts from (``lora_adapter_path``), and the layers that get a new one
+(``target_modules``)."""
 
 from __future__ import annotations
 
@@ -17,11 +18,13 @@ _STOCK = {"lora_rank": 0, "lora_alpha": 16, "target_modules": "all-linear", "exc
 """verl's values of what an adapter brings with it."""
 
 _SAVED_HEADS = ("classifier", "score")
-"""What PEFT names ``modules_to_save`` of a token classification model, as which a critic is built."""
+"""What PEFT names ``modules_to_save`` of a token classification model, as which a critic is
+built."""
 
 
 def adopt_adapter(draft: Draft, keys: Collection[str], model: str = MODEL) -> dict | None:
-    """Take rank and alpha from the adapter that training goes on from: they size verl's and vLLM's buffers.
+    """Takes rank and alpha from the adapter that training goes on from: they size verl's and vLLM's
+    buffers.
 
     The path becomes absolute: the processes of a run have other working folders, and verl takes
     neither ``~`` nor a slash at the end (verl/utils/fs.py, copy_local_path_from_hdfs).
@@ -69,7 +72,8 @@ def adopt_adapter(draft: Draft, keys: Collection[str], model: str = MODEL) -> di
 
 
 def adapter_problems(config: DictConfig, model: str, adapter: dict) -> list[str]:
-    """What keeps an adapter from going on: other layers or shapes, tensors without a place, or too few.
+    """Returns what keeps an adapter from going on: other layers or shapes, tensors without a place,
+    or too few.
 
     Args:
         config: ``{model}.path`` is a local folder, quantized or not.
@@ -109,7 +113,7 @@ def adapter_problems(config: DictConfig, model: str, adapter: dict) -> list[str]
 
 
 def target_problems(config: DictConfig, model: str) -> list[str]:
-    """What keeps the layers that the user named from getting a new adapter.
+    """Returns what keeps the layers that the user named from getting a new adapter.
 
     Args:
         config: ``{model}.path`` is a local folder, quantized or not.
@@ -125,7 +129,7 @@ def target_problems(config: DictConfig, model: str) -> list[str]:
 
 
 def _experts_in_16_bits(config: DictConfig, adapted: Collection[str], model: str) -> list[str]:
-    """An adapter on experts whose base an arm leaves in 16 bits."""
+    """Returns an adapter on experts whose base an arm leaves in 16 bits."""
     from qerl_verl.config.arms import get_arm
     from qerl_verl.lora.experts import is_of_experts
 
@@ -139,7 +143,8 @@ def _experts_in_16_bits(config: DictConfig, adapted: Collection[str], model: str
 
 
 def value_head_shapes(base: Path) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of a critic's value head (engine/fsdp.py, NVFP4EngineWithValueHead)."""
+    """Returns names -> shape of a critic's value head (engine/fsdp.py,
+    NVFP4EngineWithValueHead)."""
     from transformers import AutoConfig
 
     hidden = AutoConfig.from_pretrained(base).get_text_config().hidden_size
@@ -160,7 +165,7 @@ def _target_problems(base: Path, layers, targets: Any, exclude: Any, model: str)
 
 
 def adapted_layers(config: DictConfig, model: str, layers: Collection[str], adapter: dict | None) -> set[str]:
-    """The layers of a model that have an adapter in a run.
+    """Returns the layers of a model that have an adapter in a run.
 
     Args:
         layers: full names, see :func:`~qerl_verl.nvfp4.model_shapes.adaptable_shapes`.

@@ -1,6 +1,7 @@
 """The arms of the comparison: in what form the frozen base is stored, in actor and rollout alike.
 
-Everything else is the same in every arm: trainer, noise, adapters and where they start from, data order and seeds.
+Everything else is the same in every arm: trainer, noise, adapters and where they start from, data
+order and seeds.
 
 | arm | base | actor | rollout |
 |---|---|---|---|
@@ -28,7 +29,8 @@ class Arm:
     Attributes:
         name: as in ``+qerl=``.
         base: the form of the base, for messages.
-        container: whether the base is a checkpoint in NVFP4's format, run by QeRL's engine and kernels.
+        container: whether the base is a checkpoint in NVFP4's format, run by QeRL's engine and
+            kernels.
         load_format: vLLM's ``load_format`` for the base.
         critic: whether the arm trains a critic.
     """
@@ -52,5 +54,6 @@ ARMS = {
 
 
 def get_arm(config: DictConfig) -> Arm:
-    """The arm of a composed configuration whose settings have been checked; nvfp4 where the node names none."""
+    """Returns the arm of a composed configuration whose settings have been checked; nvfp4 where
+    the node names none."""
     return ARMS[get_value(config, "qerl.arm") or "nvfp4"]

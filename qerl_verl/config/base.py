@@ -26,7 +26,8 @@ ENGINE = f"{ROLLOUT}.engine_kwargs.vllm"
 
 
 def find_obstacle(config: DictConfig, environment: Mapping[str, str]) -> str | None:
-    """Why actor and rollout of a run cannot use one copy of the base, as far as its configuration tells, or None."""
+    """Why actor and rollout of a run cannot use one copy of the base, as far as its
+    configuration tells, or None."""
     if (architecture := _architecture(config)) and not architecture.shares_base:
         return f"one copy of the base has not been tried with {architecture.name}"
     if is_separate(config):
@@ -63,7 +64,7 @@ def _architecture(config: DictConfig) -> Architecture | None:
 
 
 def choose_base(setting: str, obstacle: str | None, on_cpu: bool) -> tuple[bool, str]:
-    """Whether the base is shared, and why.
+    """Returns whether the base is shared, and why.
 
     Args:
         setting: ``qerl.base``.
@@ -82,7 +83,7 @@ def choose_base(setting: str, obstacle: str | None, on_cpu: bool) -> tuple[bool,
 
 
 def describe_cost(folder: Path, shared: bool) -> str:
-    """What the base takes of a device's memory in actor and rollout together.
+    """Returns what the base takes of a device's memory in actor and rollout together.
 
     Args:
         folder: the packed checkpoint.
@@ -94,7 +95,7 @@ def describe_cost(folder: Path, shared: bool) -> str:
 
 
 def share_base(draft: Draft) -> None:
-    """Set what one copy of the base needs. The callback adds the job's key and the checkpoint."""
+    """Sets what one copy of the base needs. The callback adds the job's key and the checkpoint."""
     for key in (f"{ROLLOUT}.load_format", f"{ENGINE}.load_format"):
         if key == f"{ROLLOUT}.load_format" or draft.get(key) is not None:
             draft.set(key, LOAD_FORMAT, "the rollout maps the actor's base")

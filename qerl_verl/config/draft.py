@@ -56,7 +56,7 @@ class Draft:
         return get_value(self.config, key)
 
     def set(self, key: str, value: Any, why: str) -> None:
-        """Set a dotted key, unless it has this value already. Environment variables, which may
+        """Sets a dotted key, unless it has this value already. Environment variables, which may
         hold credentials, are set without a line."""
         before = self.get(key)
         if before == value:
@@ -70,7 +70,7 @@ class Draft:
             self.say(str(change))
 
     def say(self, line: str) -> None:
-        """Add a remark to the lines."""
+        """Adds a remark to the lines."""
         self.lines.append(line)
 
 

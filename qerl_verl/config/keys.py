@@ -113,7 +113,7 @@ def _is_stock(source: ConfigSource) -> bool:
 
 
 def _values(source: ConfigSource, path: str, package: str | None) -> dict[str, Any]:
-    """What one file sets, by the dotted keys that it has in the whole; an empty group sets
+    """Returns what one file sets, by the dotted keys that it has in the whole; an empty group sets
     nothing."""
     content = OmegaConf.to_container(source.load_config(path).config, resolve=False)
     content = {key: value for key, value in content.items() if key not in ("defaults", "hydra")}
@@ -121,5 +121,6 @@ def _values(source: ConfigSource, path: str, package: str | None) -> dict[str, A
 
 
 def is_written(key: str, keys: Collection[str]) -> bool:
-    """Whether ``key``, or a group that it lies in, is among the keys that the user wrote."""
+    """Returns whether ``key``, or a group that it lies in, is among the keys that the user
+    wrote."""
     return any(key == written or key.startswith(f"{written}.") for written in keys)

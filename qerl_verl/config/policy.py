@@ -1,4 +1,5 @@
-"""What defines a run's policy beside its weights, and what of it changes between save and resume."""
+"""What defines a run's policy beside its weights, and what of it changes between save and
+resume."""
 
 from __future__ import annotations
 
@@ -15,8 +16,8 @@ NOISE = "qerl.aqn"
 
 
 def describe_policy(config: DictConfig, adapters: Mapping[str, dict] | None = None) -> dict[str, Any]:
-    """Setting -> value, as JSON has it: rank, alpha, rsLoRA and layers of each adapter, the noise, the base's
-    format and the sampling dtype.
+    """Setting -> value, as JSON has it: rank, alpha, rsLoRA and layers of each adapter, the noise,
+    the base's format and the sampling dtype.
 
     Args:
         config: the configuration after the rules (:mod:`qerl_verl.config.rules`).
@@ -42,7 +43,8 @@ def describe_policy(config: DictConfig, adapters: Mapping[str, dict] | None = No
 
 
 def find_changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs, one sentence each with both values and the fix. A setting that one of the two lacks is let through.
+    """Returns what differs, one sentence each with both values and the fix. A setting that one of
+    the two lacks is let through.
 
     Args:
         then: what a checkpoint recorded.
@@ -64,7 +66,8 @@ def find_changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def _adapted_layers(config: DictConfig, model: str, adapter: dict | None) -> list[str]:
-    """The layers with an adapter: their last names where those say it, else their full names; none if unknown."""
+    """Returns the layers with an adapter: their last names where those say it, else their full
+    names; none if unknown."""
     from qerl_verl.config.adapters import adapted_layers
     from qerl_verl.config.checks.models import local_folder
     from qerl_verl.lora.targets import last_names, matched_layers

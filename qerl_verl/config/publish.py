@@ -22,7 +22,7 @@ from qerl_verl.switch import ENGINE_VENDOR
 
 
 def make_job(config: DictConfig) -> Job:
-    """The document of a run, from its configuration after the rules.
+    """Returns the document of a run, from its configuration after the rules.
 
     Raises:
         SettingsError: the ``qerl`` node has a problem.
@@ -47,7 +47,7 @@ def _adapter_targets(config: DictConfig) -> Any:
 
 
 def publish(draft: Draft, job: Job) -> None:
-    """Write the document into Ray's runtime environment and into the rollout's engine settings.
+    """Writes the document into Ray's runtime environment and into the rollout's engine settings.
 
     Args:
         draft: the run's configuration.
@@ -62,7 +62,7 @@ def publish(draft: Draft, job: Job) -> None:
 
 
 def published(config: DictConfig) -> Job:
-    """The document that a configuration carries.
+    """Returns the document that a configuration carries.
 
     Raises:
         JobError: it carries none.
@@ -71,5 +71,5 @@ def published(config: DictConfig) -> Job:
 
 
 def republish(draft: Draft, **changes: Any) -> None:
-    """Replace attributes of the published :class:`~qerl_verl.job.Job`."""
+    """Replaces attributes of the published :class:`~qerl_verl.job.Job`."""
     publish(draft, dataclasses.replace(published(draft.config), **changes))

@@ -32,7 +32,8 @@ class Choice:
         files: what it calibrates with; empty for a method that needs no text.
         text_from: the key that names ``files``.
         device: ``cuda`` or ``cpu``.
-        samples, sample_tokens, prompt_key, chat_template: see :func:`qerl_verl.nvfp4.calibration.read_calibration`.
+        samples, sample_tokens, prompt_key, chat_template: see
+            :func:`qerl_verl.nvfp4.calibration.read_calibration`.
     """
 
     method: str = "four-over-six"
@@ -61,9 +62,11 @@ class Choice:
 
 
 def choose_quantization(config: DictConfig, settings: QeRLSettings, gpu: bool) -> Choice | None:
-    """The method of a run; None where nothing is quantized into a checkpoint (other arms than NVFP4).
+    """Returns the method of a run; None where nothing is quantized into a checkpoint (other arms
+    than NVFP4).
 
-    ``auto`` is GPTQ where the driver has a GPU and the run has text, which its training data are, else four-over-six.
+    ``auto`` is GPTQ where the driver has a GPU and the run has text, which its training data are,
+    else four-over-six.
 
     Args:
         config: verl's configuration.
@@ -98,7 +101,8 @@ def choose_quantization(config: DictConfig, settings: QeRLSettings, gpu: bool) -
 
 
 def find_problems(choice: Choice, here: bool = True) -> list[str]:
-    """What keeps the method from being used, one sentence each; training files have checks of their own.
+    """Returns what keeps the method from being used, one sentence each; training files have checks
+    of their own.
 
     Args:
         here: False where the run takes place on another machine, whose files are not looked at.

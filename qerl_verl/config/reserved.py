@@ -44,5 +44,5 @@ def reserved(get: Get) -> Reserved:
 
 
 def is_separate(get: Get) -> bool:
-    """Whether engines of their own sample, whoever has written the trainer's name."""
+    """Returns whether engines of their own sample, whoever has written the trainer's name."""
     return "separate_async" in str(get("trainer.v1.trainer_mode"))

@@ -105,7 +105,7 @@ class Run:
         return self.draft.get(key)
 
     def is_open(self, key: str, stock: Any) -> bool:
-        """Whether a key has verl's own value, and the user did not write it."""
+        """Returns whether a key has verl's own value, and the user did not write it."""
         return not is_written(key, self.keys) and self.get(key) == stock
 
     @functools.cached_property
@@ -183,7 +183,8 @@ class Requirement:
 
 
 def _keeps_rank(model: str) -> When:
-    """Whether the rank of a model is not the user's, so that alpha goes with the switch's."""
+    """Returns whether the rank of a model is not the user's, so that alpha goes with the
+    switch's."""
     return lambda run: model in run.models and run.is_open(f"{model}.lora_rank", 0)
 
 
@@ -200,8 +201,8 @@ def _attention(run: Run) -> str:
 
 
 def _has_logprob_layer(run: Run) -> bool:
-    """Whether the actor needs and has engine/output_layer.py: without flash-attn's cross entropy
-    verl computes log-probabilities one row after the other."""
+    """Returns whether the actor needs and has engine/output_layer.py: without flash-attn's cross
+    entropy verl computes log-probabilities one row after the other."""
     return not run.on_cpu and not run.has_flash_attention and run.arm.name != "nf4"
 
 
@@ -210,7 +211,7 @@ _POLICY_DTYPES = {f"{ROLLOUT}.dtype": "bfloat16", f"{ACTOR}.fsdp_config.mixed_pr
 
 
 def _in_float32(run: Run) -> bool:
-    """Whether the CPU has no bfloat16 arithmetic. With nf4, bitsandbytes' layers compute in
+    """Returns whether the CPU has no bfloat16 arithmetic. With nf4, bitsandbytes' layers compute in
     bfloat16 in the rollout all the same (vllm_bnb_plugin)."""
     return bool(run.missing_bfloat16) and run.arm.name != "nf4"
 
@@ -226,14 +227,14 @@ def _why_float32(run: Run) -> str:
 
 
 def _sequences(run: Run) -> int:
-    """Sequences of a step, 0 where they are not known."""
+    """Returns sequences of a step, 0 where they are not known."""
     return (run.get("data.train_batch_size") or 0) * (run.get(f"{ROLLOUT}.n") or 0)
 
 
 def _has_few_sequences(run: Run) -> bool:
-    """Whether the number of helper processes can follow that of the sequences. Each helper imports
-    verl before it can work, which takes 3 to 8 CPU seconds (docs/performance-start.md). Agents with
-    tools keep verl's number."""
+    """Returns whether the number of helper processes can follow that of the sequences. Each helper
+    imports verl before it can work, which takes 3 to 8 CPU seconds (docs/performance-start.md).
+    Agents with tools keep verl's number."""
     return not run.on_cpu and _sequences(run) > 0 and not run.get(f"{ROLLOUT}.multi_turn.enable")
 
 
@@ -387,7 +388,7 @@ def apply_rules(
     starts_ray: bool = True,
     environment: Mapping[str, str] = os.environ,
 ) -> None:
-    """Apply defaults and requirements, and publish the run's document (:mod:`qerl_verl.job`).
+    """Applies defaults and requirements, and publishes the run's document (:mod:`qerl_verl.job`).
 
     Args:
         draft: verl's configuration with the ``qerl`` node.
@@ -423,13 +424,14 @@ def trained_models(config: DictConfig) -> tuple[str, ...]:
 
 
 def is_separate(config: DictConfig) -> bool:
-    """Whether engines of their own sample, before or after the rules."""
+    """Returns whether engines of their own sample, before or after the rules."""
     mode = get_value(config, "trainer.v1.trainer_mode")
     return mode in ("separate_async", TRAINER_MODES["separate_async"])
 
 
 def has_flash_attention() -> bool:
-    """Whether flash_attention_2 can be used, as transformers decides it (is_flash_attn_2_available).
+    """Returns whether flash_attention_2 can be used, as transformers decides it
+    (is_flash_attn_2_available).
 
     transformers says no where no GPU is visible, for example on a login node or the head of a
     cluster. There the package alone decides, since the workers have the same; other packages bring

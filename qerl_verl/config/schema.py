@@ -1,4 +1,4 @@
-"""Settings as fields of frozen dataclasses: how one is declared, listed, and read from a mapping.
+"""Settings as fields of frozen dataclasses: how one is declared, listed, and reads from a mapping.
 
 A field's annotation is the setting's type, with :data:`typing.Literal` for a choice. Its default
 and a :class:`Setting` say the rest. The checks, the YAML file and the documentation are derived
@@ -63,7 +63,7 @@ class Setting:
 
 
 def setting(default: Any, text: str, **more: Any) -> Any:
-    """Declare a field of a settings class.
+    """Declares a field of a settings class.
 
     Args:
         default: its default.
@@ -74,7 +74,7 @@ def setting(default: Any, text: str, **more: Any) -> Any:
 
 
 def group(cls: type[T], text: str) -> T:
-    """Declare a field that holds a group of settings.
+    """Declares a field that holds a group of settings.
 
     Args:
         cls: the group's class.
@@ -110,7 +110,7 @@ class Row:
 
 
 def rows(cls: type, prefix: str) -> Iterator[Row]:
-    """The settings and groups of a settings class, in the order of their declaration.
+    """Yields the settings and groups of a settings class, in the order of their declaration.
 
     Args:
         prefix: the key of ``cls`` itself, e.g. ``qerl``.
@@ -125,7 +125,7 @@ def rows(cls: type, prefix: str) -> Iterator[Row]:
 
 
 def build(cls: type[T], values: Any, prefix: str, problems: list[str], root: type | None = None) -> T:
-    """An instance of a settings class from a mapping.
+    """Returns an instance of a settings class from a mapping.
 
     Args:
         values: the content of the node, nested like the classes.

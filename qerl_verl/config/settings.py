@@ -206,7 +206,8 @@ class QeRLSettings:
 
     @classmethod
     def of(cls, config: DictConfig) -> QeRLSettings:
-        """The settings of a composed configuration, without what the driver has recorded there.
+        """Returns the settings of a composed configuration, without what the driver has recorded
+        there.
 
         Raises:
             SettingsError: see :meth:`from_mapping`.
@@ -218,7 +219,7 @@ class QeRLSettings:
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> QeRLSettings:
-        """Build and check the settings.
+        """Builds and checks the settings.
 
         Args:
             values: the content of the ``qerl`` node.
@@ -245,7 +246,7 @@ def keys_of_scope(*scopes: str) -> list[str]:
 
 
 def find_contradictions(settings: QeRLSettings) -> list[str]:
-    """Settings that are each allowed but not together, one sentence each."""
+    """Returns settings that are each allowed but not together, one sentence each."""
     aqn, rollout, out = settings.aqn, settings.rollout, []
     if rollout.sleep_level == 2 and rollout.lora == "punica":
         out.append(

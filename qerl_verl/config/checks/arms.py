@@ -16,17 +16,19 @@ from qerl_verl.config.rules import ACTOR, CRITIC, MODEL, trained_models
 from qerl_verl.config.settings import SETTINGS, keys_of_scope
 
 BITSANDBYTES = "0.48.1"
-"""The lowest version that vLLM's bitsandbytes layers take (vllm-bnb-plugin 0.0.3, quantization/utils.py)."""
+"""The lowest version that vLLM's bitsandbytes layers take (vllm-bnb-plugin 0.0.3,
+quantization/utils.py)."""
 
 
 PLUGIN_END = "0.0.3"
-"""The first version of vllm-bnb-plugin that needs a newer vLLM than the versions that QeRL works with."""
+"""The first version of vllm-bnb-plugin that needs a newer vLLM than the versions that QeRL works
+with."""
 
 
 def find_problems(
     config: DictConfig, environment: Mapping[str, str] = os.environ, installed: Callable[[str], str] = version
 ) -> list[str]:
-    """What keeps a run from working in its arm, one sentence each with the key and the fix.
+    """Returns what keeps a run from working in its arm, one sentence each with the key and the fix.
 
     Args:
         config: the configuration after the rules (:mod:`qerl_verl.config.rules`).
@@ -66,8 +68,8 @@ def _foreign_setting(arm: Arm, key: str, get: Get) -> str | None:
 def missing_packages(
     arm: Arm, installed: Callable[[str], str] = version, environment: Mapping[str, str] = os.environ
 ) -> list[str]:
-    """What has to be installed for an arm and is not. The nf4 arm needs bitsandbytes, and vLLM's layers for it, which are a
-    plugin of vLLM's from its version 0.28 on."""
+    """Returns what has to be installed for an arm and is not. The nf4 arm needs bitsandbytes, and
+    vLLM's layers for it, which are a plugin of vLLM's from its version 0.28 on."""
     if arm.name != "nf4":
         return []
 

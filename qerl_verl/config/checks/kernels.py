@@ -26,7 +26,7 @@ _ROW_PARALLEL = ("o_proj", "down_proj")
 
 
 def find_problems(config: DictConfig, folder: Path) -> list[str]:
-    """What an insisted-on kernel does not serve of the actor's model, one sentence for each
+    """Returns what an insisted-on kernel does not serve of the actor's model, one sentence for each
     setting.
 
     Args:
@@ -68,8 +68,8 @@ def find_problems(config: DictConfig, folder: Path) -> list[str]:
 
 
 def _fused(group: dict[str, tuple[int, int]], divided: int, key_value_heads: int) -> tuple[tuple[int, int], tuple]:
-    """Projections that vLLM makes one layer of: its shape on one tensor-parallel rank, and the row at
-    which each of them ends."""
+    """Projections that vLLM makes one layer of: its shape on one tensor-parallel rank, and the row
+    at which each of them ends."""
     rows, columns = [], 0
     for linear, (n, k) in group.items():
         by_columns = linear.endswith(_ROW_PARALLEL)
@@ -88,7 +88,8 @@ def _actor_dtype(config: DictConfig) -> str:
 def _experts_refusal(
     kernel: str | None, architecture: Architecture, hf_config: Any, divided: int, dtype: str | None
 ) -> str | None:
-    """The same of the experts in the rollout, whose kernels are others than the linears'."""
+    """Returns the same of the experts in the rollout, whose kernels are others than the
+    linears'."""
     from qerl_verl.nvfp4.candidates import expert_candidates
 
     experts = architecture.experts

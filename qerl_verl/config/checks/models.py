@@ -29,13 +29,15 @@ def local_folder(config: DictConfig, model: str) -> Path | None:
 
 
 def remote_paths(config: DictConfig) -> list[str]:
-    """Models that are still to be downloaded: names on the hub, and paths on a remote file system."""
+    """Models that are still to be downloaded: names on the hub, and paths on a remote file
+    system."""
     paths = {str(get_value(config, f"{model}.path")): local_folder(config, model) for model in trained_models(config)}
     return [path for path, folder in paths.items() if folder is None and not _is_path(path)]
 
 
 def find_unquantized(config: DictConfig) -> list[str]:
-    """Paths of trained models that are not, or may not be, in four bits: what a run would quantize."""
+    """Paths of trained models that are not, or may not be, in four bits: what a run would
+    quantize."""
     from qerl_verl.nvfp4.errors import CheckpointError
     from qerl_verl.nvfp4.format import read_quantization
 
@@ -89,7 +91,8 @@ def find_misfits(config: DictConfig, adapters: Mapping[str, dict] | None = None)
     """What does not go together with local models: adapters, target modules, tokenizers, settings.
 
     Args:
-        config: see :func:`find_problems`. The models may be quantized or not; one that cannot be read is passed over.
+        config: see :func:`find_problems`. The models may be quantized or not; one that cannot be
+            read is passed over.
         adapters: see :func:`find_problems`.
     """
     from qerl_verl.nvfp4.errors import CheckpointError
@@ -161,7 +164,8 @@ CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 
 
 def head_size_problems(config: DictConfig) -> list[str]:
-    """A width of the attention heads that vLLM's CPU build has no kernel for; it says so with the first batch."""
+    """A width of the attention heads that vLLM's CPU build has no kernel for; it says so with
+    the first batch."""
     folder = local_folder(config, MODEL)
     if get_value(config, "trainer.device") != "cpu" or folder is None:
         return []
@@ -170,7 +174,8 @@ def head_size_problems(config: DictConfig) -> list[str]:
 
 
 def cpu_head_size_problem(folder: Path) -> str:
-    """Why vLLM's CPU build has no attention kernel for the model in ``folder``; empty where it has one."""
+    """Why vLLM's CPU build has no attention kernel for the model in ``folder``; empty where it
+    has one."""
     if not (folder / "config.json").is_file():
         return ""
     settings = _decoder_settings(folder)

@@ -9,7 +9,7 @@ from types import MappingProxyType
 def find_problems(
     environment: Mapping[str, str], job_environment: Mapping[str, str] = MappingProxyType({})
 ) -> list[str]:
-    """What keeps QeRL from being loaded, one sentence each.
+    """Returns what keeps QeRL from being loaded, one sentence each.
 
     Args:
         environment: environment variables of the driver, which a Ray that it starts hands on.
@@ -28,8 +28,8 @@ def find_problems(
 
 
 def verl_policy_problem(environment: Mapping[str, str]) -> str:
-    """Whether ``VERL_USE_EXTERNAL_PLUGINS`` leaves QeRL out, read as in ``verl/__init__.py``; empty
-    if not."""
+    """Returns whether ``VERL_USE_EXTERNAL_PLUGINS`` leaves QeRL out, read as in
+    ``verl/__init__.py``; empty if not."""
     policy = environment.get("VERL_USE_EXTERNAL_PLUGINS", "auto")
     wanted = policy.strip().lower()
     if wanted == "auto" or "qerl" in (name.strip() for name in wanted.split(",")):
@@ -40,7 +40,7 @@ def verl_policy_problem(environment: Mapping[str, str]) -> str:
 
 
 def vllm_policy_problem(environment: Mapping[str, str]) -> str:
-    """Whether ``VLLM_PLUGINS`` leaves QeRL out, read as in ``vllm/envs.py``; empty if not.
+    """Returns whether ``VLLM_PLUGINS`` leaves QeRL out, read as in ``vllm/envs.py``; empty if not.
 
     vLLM then serves the checkpoint with layers of its own, without the adapter in them, and says
     nothing.

@@ -47,7 +47,7 @@ class Refused:
     why: str
 
     def message(self, get: Get, prefix: str = "") -> str | None:
-        """The problem, or None."""
+        """Returns the problem, or None."""
         value = get(prefix + self.key)
         if not self.when(value, get):
             return None
@@ -71,7 +71,7 @@ def _is_adaptive(schedule: Any, get: Get) -> bool:
 
 
 def _is_on_vllms_path(get: Get) -> bool:
-    """Whether the rollout's adapter is on vLLM's own LoRA path."""
+    """Returns whether the rollout's adapter is on vLLM's own LoRA path."""
     return get("qerl.rollout.lora") == "punica" or get("qerl.arm") in ("bf16", "nf4")
 
 
@@ -143,8 +143,8 @@ reads."""
 
 
 def find_problems(config: DictConfig, keys: Collection[str] = ()) -> list[str]:
-    """Settings that cannot work, one sentence each with the key and the fix. Empty when all is
-    well.
+    """Returns settings that cannot work, one sentence each with the key and the fix. Empty when all
+    is well.
 
     Args:
         config: the configuration after the rules (:mod:`qerl_verl.config.rules`).
@@ -162,7 +162,7 @@ def find_problems(config: DictConfig, keys: Collection[str] = ()) -> list[str]:
 
 
 def find_remarks(config: DictConfig) -> list[str]:
-    """What can run but may not be meant, one line each."""
+    """Returns what can run but may not be meant, one line each."""
     get = partial(get_value, config)
     out = []
     correction = "algorithm.rollout_correction"
@@ -193,8 +193,9 @@ def _estimator_problem(get: Get) -> str | None:
 
 
 def _separate_problems(get: Get) -> list[str]:
-    """What engines of their own cannot do with QeRL, and what verl's trainer asserts when Ray and
-    the model's processes run already (verl/trainer/ppo/v1/trainer_separate_async.py, __init__)."""
+    """Returns what engines of their own cannot do with QeRL, and what verl's trainer asserts when
+    Ray and the model's processes run already (verl/trainer/ppo/v1/trainer_separate_async.py,
+    __init__)."""
     engine = f"{ROLLOUT}.checkpoint_engine.backend"
     backend, on_cpu = get(engine), get("trainer.device") == "cpu"
     batch, updates = get("data.train_batch_size"), get("trainer.v1.separate_async.parameter_sync_step")
@@ -220,8 +221,8 @@ def _separate_problems(get: Get) -> list[str]:
 
 
 def _megatron_lora_problems(get: Get, model: str, keys: Collection[str]) -> list[str]:
-    """Settings under ``model.lora`` that FSDP ignores, also where the user wrote the value that
-    they have anyway."""
+    """Returns settings under ``model.lora`` that FSDP ignores, also where the user wrote the value
+    that they have anyway."""
     prefix = f"{model}.lora."
     found = {key.removeprefix(prefix) for key in keys if key.startswith(prefix)} - {"merge"}
     if get(f"{prefix}rank"):

@@ -30,7 +30,7 @@ STARTED_ONLY = ("num_cpus", "num_gpus", "resources", "labels", "object_store_mem
 
 
 def find_problems(config: DictConfig, host: Host, cluster: RayCluster | None) -> list[str]:
-    """What Ray would wait for without end or fail with, one sentence each.
+    """Returns what Ray would wait for without end or fail with, one sentence each.
 
     Args:
         config: the configuration after the rules.
@@ -149,7 +149,7 @@ def _too_long(key: str, folder: str, added: str, whose: str) -> str | None:
 
 
 def find_remarks(config: DictConfig, cluster: RayCluster | None) -> list[str]:
-    """What the run joins and needs of it, in one line."""
+    """Returns what the run joins and needs of it, in one line."""
     if cluster is None:
         return []
     needed = reserved(partial(get_value, config))

@@ -1,4 +1,5 @@
-"""The checkpoint that a run resumes from, where this machine sees it. The trainer looks again, on its own node."""
+"""The checkpoint that a run resumes from, where this machine sees it. The trainer looks again,
+on its own node."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from qerl_verl.config.policy import describe_policy
 
 
 def find_problems(config: DictConfig, adapters: Mapping[str, dict] | None = None) -> list[str]:
-    """What keeps a run from going on from its checkpoint, one sentence each.
+    """Returns what keeps a run from going on from its checkpoint, one sentence each.
 
     Args:
         config: the configuration after the rules (:mod:`qerl_verl.config.rules`).

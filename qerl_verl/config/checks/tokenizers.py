@@ -12,7 +12,7 @@ from qerl_verl.config.rules import trained_models
 
 
 def find_problems(config: DictConfig) -> list[str]:
-    """What keeps the tokenizers in local folders from being used, one sentence each."""
+    """Returns what keeps the tokenizers in local folders from being used, one sentence each."""
     out: dict[str, str] = {}
     for model in trained_models(config):
         key = f"{model}.tokenizer_path" if get_value(config, f"{model}.tokenizer_path") else f"{model}.path"
@@ -24,7 +24,8 @@ def find_problems(config: DictConfig) -> list[str]:
 
 
 def folder_problem(folder: Path, where: str, trust_remote_code: bool = False) -> str:
-    """What keeps the tokenizer of a model's folder from being used, in one sentence; empty if nothing does.
+    """Returns what keeps the tokenizer of a model's folder from being used, in one sentence; empty
+    if nothing does.
 
     Args:
         where: what names the folder, with which the sentence begins.
