@@ -1,9 +1,11 @@
-"""Attention of packed sequences for transformers' models, registered under :data:`PACKED_ATTENTION`.
+"""Attention of packed sequences for transformers' models, registered under
+:data:`PACKED_ATTENTION`.
 
-verl packs a micro-batch into one row (``use_remove_padding``). transformers' SDPA then gets a dense mask of all tokens
-against all tokens; this function passes the borders of the sequences to FlashAttention of PyTorch instead, which
-needs no flash-attn. Under Ulysses sequence parallelism it exchanges heads as verl does in front of flash-attn
-(verl/models/transformers/monkey_patch.py, _ulysses_flash_attention_forward).
+verl packs a micro-batch into one row (``use_remove_padding``). transformers' SDPA then gets a dense
+mask of all tokens against all tokens; this function passes the borders of the sequences to
+FlashAttention of PyTorch instead, which needs no flash-attn. Under Ulysses sequence parallelism it
+exchanges heads as verl does in front of flash-attn (verl/models/transformers/monkey_patch.py,
+_ulysses_flash_attention_forward).
 """
 
 from __future__ import annotations
@@ -27,25 +29,28 @@ from qerl_verl.config.rules import PACKED_ATTENTION
 from qerl_verl.kernels.packed_attention import Packing, packed_attention, packing_of
 
 _packings: WeakIdKeyDictionary = WeakIdKeyDictionary()
-"""Packing of each ``position_ids`` that is alive: all layers of a forward pass, and its second run, share one."""
+"""Packing of each ``position_ids`` that is alive: all layers of a forward pass, and its second
+run, share one."""
 
 
 def register_attention() -> None:
-    """Make ``attn_implementation=qerl_packed`` known to transformers in this process. Idempotent."""
+    """Makes ``attn_implementation=qerl_packed`` known to transformers in this process.
+    Idempotent."""
     AttentionInterface.register(PACKED_ATTENTION, packed_attention_forward)
     AttentionMaskInterface.register(PACKED_ATTENTION, packed_attention_mask)
 
 
 def hand_on_positions(model: torch.nn.Module) -> None:
-    """Let :func:`packed_attention_forward` know the positions of layers that do not hand them on.
+    """Lets :func:`packed_attention_forward` know the positions of layers that do not hand them on.
 
     transformers' attention layers pass what they do not use to the attention function, and with it
-    ``position_ids``. Ministral 3's uses them and passes none (models/ministral3/modeling_ministral3.py,
-    Ministral3Attention.forward), so its sequences in one row would not be told apart.
+    ``position_ids``. Ministral 3's uses them and passes none
+    (models/ministral3/modeling_ministral3.py, Ministral3Attention.forward), so its sequences in one
+    row would not be told apart.
 
     Args:
-        model: each of its attention layers whose ``forward`` takes ``position_ids`` gets a hook that
-            notes them.
+        model: each of its attention layers whose ``forward`` takes ``position_ids`` gets a hook
+            that notes them.
     """
     for layer in model.modules():
         takes = "position_ids" in inspect.signature(type(layer).forward).parameters
@@ -82,15 +87,17 @@ def packed_attention_forward(
         query: ``[batch, heads, tokens, head_dim]``; under Ulysses, this rank's part of the tokens.
         key, value: ``[batch, key_value_heads, tokens, head_dim]``.
         attention_mask: from :func:`packed_attention_mask`; None means one packed row.
-        position_ids: ``[1, tokens]``; each sequence begins at 0. Without them, those of :func:`hand_on_positions`.
-        kwargs: with ``is_causal=False``, as of a vision tower, which calls for each image by itself, SDPA computes.
+        position_ids: ``[1, tokens]``; each sequence begins at 0. Without them, those of
+            :func:`hand_on_positions`.
+        kwargs: with ``is_causal=False``, as of a vision tower, which calls for each image by
+            itself, SDPA computes.
 
     Returns:
         ``[batch, tokens, heads, head_dim]``, and None for the weights of the attention.
 
     Raises:
-        ValueError: a packed row without position_ids, or with dropout or a softcap, which FlashAttention's variable-length
-            form does not have.
+        ValueError: a packed row without position_ids, or with dropout or a softcap, which
+            FlashAttention's variable-length form does not have.
     """
     if attention_mask is not None or query.shape[0] != 1 or kwargs.get("is_causal") is False:
         return sdpa_attention_forward(

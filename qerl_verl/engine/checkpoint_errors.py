@@ -1,4 +1,5 @@
-"""Wraps errors of saving and loading checkpoints with the folder and a fix; torch and the system name a byte."""
+"""Wraps errors of saving and loading checkpoints with the folder and a fix; torch and the system
+name a byte."""
 
 from __future__ import annotations
 
@@ -18,10 +19,12 @@ from qerl_verl.ownership import host_name
 
 _BROKEN = (EOFError, pickle.UnpicklingError, zipfile.BadZipFile, SafetensorError)
 _TORCH_READER = ("PytorchStreamReader", "failed finding central directory", "archive is corrupted")
-"""In the RuntimeError that ``torch.load`` raises for a file that is not what ``torch.save`` wrote (inline_container.cc)."""
+"""In the RuntimeError that ``torch.load`` raises for a file that is not what ``torch.save``
+wrote (inline_container.cc)."""
 
 _TORCH_WRITER = ("PytorchStreamWriter", "inline_container", "unexpected pos")
-"""In the RuntimeError that ``torch.save`` raises when it cannot write (caffe2/serialize/inline_container.cc)."""
+"""In the RuntimeError that ``torch.save`` raises when it cannot write
+(caffe2/serialize/inline_container.cc)."""
 
 
 @contextmanager
@@ -48,9 +51,10 @@ def reading(folder: str, who: str, world_size: int) -> Iterator[None]:
     """Around what loads a checkpoint.
 
     Raises:
-        CheckpointError: a file is missing, damaged, cannot be read, or does not fit this run. To move the checkpoint out of the
-            way is the advice for a missing or damaged file alone.
-        Exception: any other error as it is (out of memory, another rank's end), with a note that the checkpoint is not the cause.
+        CheckpointError: a file is missing, damaged, cannot be read, or does not fit this run. To
+            move the checkpoint out of the way is the advice for a missing or damaged file alone.
+        Exception: any other error as it is (out of memory, another rank's end), with a note that
+            the checkpoint is not the cause.
     """
     try:
         yield
@@ -66,7 +70,8 @@ def reading(folder: str, who: str, world_size: int) -> Iterator[None]:
 
 
 def _fix(error: Exception, folder: str, world_size: int) -> str | None:
-    """What the user can do about an error of loading; None if it does not come from the checkpoint."""
+    """Returns what the user can do about an error of loading; None if it does not come from the
+    checkpoint."""
     ranks = saved_ranks(folder)
     if isinstance(error, FileNotFoundError) and ranks and world_size not in ranks:
         return (
@@ -98,7 +103,7 @@ def _fix(error: Exception, folder: str, world_size: int) -> str | None:
 
 
 def _is_broken(error: Exception) -> bool:
-    """Whether a file of the checkpoint is not what was written."""
+    """Returns whether a file of the checkpoint is not what was written."""
     reader = isinstance(error, RuntimeError) and any(text in str(error) for text in _TORCH_READER)
     return isinstance(error, _BROKEN) or reader
 
@@ -112,7 +117,7 @@ def add_note(error: Exception, text: str) -> None:
 
 
 def saved_ranks(folder: str) -> list[int]:
-    """The numbers of ranks that have a model file there."""
+    """Returns the numbers of ranks that have a model file there."""
     found = set()
     for path in Path(folder).glob("model_world_size_*_rank_*.pt"):
         number = path.name.removeprefix("model_world_size_").partition("_")[0]

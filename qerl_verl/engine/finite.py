@@ -1,4 +1,5 @@
-"""Stop a run at the first NaN or Inf, by name, before it reaches the weights, a checkpoint or the rollout."""
+"""Stop a run at the first NaN or Inf, by name, before it reaches the weights, a checkpoint or
+the rollout."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ from torch.distributed.tensor import DTensor
 
 
 class NonFiniteError(FloatingPointError):
-    """A loss, a gradient or an adapter tensor is NaN or Inf. The message names the role, the step and the tensor."""
+    """A loss, a gradient or an adapter tensor is NaN or Inf. The message names the role, the
+    step and the tensor."""
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
@@ -19,10 +21,12 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def first_nonfinite(tensors: Iterable[tuple[str, Any]]) -> str | None:
-    """Name of the first floating-point tensor with a NaN or an Inf in it (of a DTensor: in this rank's part).
+    """Returns the names of the first floating-point tensor with a NaN or an Inf in it (of a
+    DTensor: in this rank's part).
 
     Args:
-        tensors: names and values; a value that is no floating-point tensor is passed over, of a jagged one the values count.
+        tensors: names and values; a value that is no floating-point tensor is passed over, of a
+            jagged one the values count.
     """
     checked = []
     for name, value in tensors:
@@ -30,7 +34,8 @@ def first_nonfinite(tensors: Iterable[tuple[str, Any]]) -> str | None:
             value = local(value.values() if value.is_nested else value)
             if value.numel():
                 checked.append((name, value))
-    # A NaN or an Inf makes the sum NaN or Inf: one pass over the memory, and one wait for each device.
+    # A NaN or an Inf makes the sum NaN or Inf: one pass over the memory, and one wait for each
+    # device.
     sums: dict[torch.device, list[torch.Tensor]] = {}
     for _, value in checked:
         sums.setdefault(value.device, []).append(
@@ -42,7 +47,8 @@ def first_nonfinite(tensors: Iterable[tuple[str, Any]]) -> str | None:
 
 
 def gradient_norms(module: torch.nn.Module) -> tuple[list[str], torch.Tensor | None]:
-    """Names of the parameters with a gradient, and the norms of this rank's parts, ``[names]`` float32 on their device.
+    """Returns the names of the parameters with a gradient, and the norms of this rank's parts,
+    ``[names]`` float32 on their device.
 
     Nothing is copied to the host. None instead of the norms where this rank holds no gradient.
     """
@@ -55,14 +61,14 @@ def gradient_norms(module: torch.nn.Module) -> tuple[list[str], torch.Tensor | N
 
 
 def gather_first(name: str | None, group=None) -> str | None:
-    """The first name that any rank of a group found. A collective call."""
+    """Returns the first name that any rank of a group found. A collective call."""
     names: list[str | None] = [None] * torch.distributed.get_world_size(group)
     torch.distributed.all_gather_object(names, name, group=group)
     return next((n for n in names if n is not None), None)
 
 
 def named_tensors(*groups: tuple[str, Mapping[str, Any]]) -> Iterable[tuple[str, Any]]:
-    """``("batch", {"returns": t})`` gives ``("batch.returns", t)``."""
+    """Flattens nested values: ``("batch", {"returns": t})`` gives ``("batch.returns", t)``."""
     for prefix, group in groups:
         for name in group.keys():
             yield f"{prefix}.{name}", group[name]

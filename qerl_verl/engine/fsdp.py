@@ -1,4 +1,5 @@
-"""FSDP2 engines of verl with an NVFP4 base and LoRA adapters (verl/workers/engine/fsdp/transformer_impl.py)."""
+"""FSDP2 engines of verl with an NVFP4 base and LoRA adapters
+(verl/workers/engine/fsdp/transformer_impl.py)."""
 
 from __future__ import annotations
 
@@ -68,13 +69,15 @@ logger = logging.getLogger(__name__)
 logger.setLevel(os.getenv("VERL_LOGGING_LEVEL", "INFO"))
 
 CARRIER = torch.float32
-"""The dtype as which FSDP2 holds and gathers the packed bytes. Up to PyTorch 2.11 it takes no integer parameters
-(torch/distributed/fsdp/_fully_shard/_fsdp_param.py, _init_sharded_param). 16-bit floating-point types will not do: the
-``torch._foreach_copy_`` in front of the all-gather (_fsdp_collectives.py, all_gather_copy_in) takes their values through float32 on
-a GPU, and where the bytes look like a NaN it writes another NaN."""
+"""The dtype as which FSDP2 holds and gathers the packed bytes. Up to PyTorch 2.11 it takes no
+integer parameters (torch/distributed/fsdp/_fully_shard/_fsdp_param.py, _init_sharded_param). 16-bit
+floating-point types will not do: the ``torch._foreach_copy_`` in front of the all-gather
+(_fsdp_collectives.py, all_gather_copy_in) takes their values through float32 on a GPU, and where
+the bytes look like a NaN it writes another NaN."""
 
 ADAPTER_FOLDER = "lora_adapter"
-"""Folder of a checkpoint's ``actor`` or ``critic`` folder that holds the adapter in PEFT's format."""
+"""Folder of a checkpoint's ``actor`` or ``critic`` folder that holds the adapter in PEFT's
+format."""
 
 CHECKPOINT_README = """\
 This checkpoint holds a LoRA adapter with its optimizer, scheduler and random state. It does not hold the base model.
@@ -93,12 +96,13 @@ For a merged model, `qerl export` adds the adapter to the base that it was train
 """What is written beside an actor's or a critic's adapter, for whoever wants a model of it."""
 
 VALUE_HEAD = "score"
-"""The value head's name in transformers' token classification models (transformers/modeling_layers.py,
-GenericForTokenClassification): ``[1, hidden_size]`` and a bias."""
+"""The value head's name in transformers' token classification models
+(transformers/modeling_layers.py, GenericForTokenClassification): ``[1, hidden_size]`` and a
+bias."""
 
 
 def remove_dropout(config) -> dict[str, float]:
-    """Set a model's dropout to 0 before it is built.
+    """Sets a model's dropout to 0 before it is built.
 
     Args:
         config: transformers' configuration; changed in place.
@@ -120,7 +124,8 @@ def remove_dropout(config) -> dict[str, float]:
 
 
 def require_input_gradients(module: nn.Module) -> None:
-    """Let gradients flow through layers that are run again in the backward pass, from the decoder's embeddings on.
+    """Lets gradients flow through layers that are run again in the backward pass, from the
+    decoder's embeddings on.
 
     transformers' own method would also let them flow into a vision tower, where nothing trains.
     """
@@ -135,9 +140,11 @@ def require_input_gradients(module: nn.Module) -> None:
 
 
 def unavailable_elsewhere(device: torch.device) -> dict[str, str]:
-    """Why a backend that runs on ``device`` does not on another rank's, by its name; a collective call.
+    """Why a backend that runs on ``device`` does not on another rank's, by its name; a collective
+    call.
 
-    FSDP2 gathers the bytes as rank 0 has laid them out, so every rank has to compute with the same backend.
+    FSDP2 gathers the bytes as rank 0 has laid them out, so every rank has to compute with the same
+    backend.
     """
     own = {backend.name: backend.unsupported_device(device) for backend in BACKENDS}
     if not torch.distributed.is_initialized():
@@ -155,18 +162,21 @@ def unavailable_elsewhere(device: torch.device) -> dict[str, str]:
 class NVFP4EngineMixin:
     """The NVFP4 base of actor and critic: frozen, sharded as bytes.
 
-    Stands in front of :class:`AdapterEngineMixin`. The model path must be a folder in the format ``nvfp4-pack-quantized``;
-    the switch sees to that.
+    Stands in front of :class:`AdapterEngineMixin`. The model path must be a folder in the format
+    ``nvfp4-pack-quantized``; the switch sees to that.
     """
 
     def _empty_module(self, config, dtype: torch.dtype) -> nn.Module:
-        """The model in ``dtype`` on the meta device. ``new_modules`` are real on rank 0. Each engine defines its own."""
+        """The model in ``dtype`` on the meta device. ``new_modules`` are real on rank 0. Each
+        engine defines its own."""
         raise NotImplementedError(type(self).__name__)
 
     def _build_module(self) -> nn.Module:
-        """The base on the CPU of the mesh's first rank and on the meta device of the others, as verl does it.
+        """Returns the base on the CPU of the mesh's first rank and on the meta device of the
+        others, as verl does it.
 
-        What is not packed (embeddings, norms, output layer, biases) is in 16 bits: nothing of it is trained.
+        What is not packed (embeddings, norms, output layer, biases) is in 16 bits: nothing of it is
+        trained.
         """
         config, path = self.model_config.hf_config, self.model_config.local_path
         compute_dtype = self._dtypes()[0]
@@ -217,16 +227,20 @@ class NVFP4EngineMixin:
             print(f"[qerl] recompute: {self.role}, {text}", flush=True)
 
     def _draws_random_numbers(self, config) -> bool:
-        """Whether a layer's second run has to draw what its first run drew: dropout in the base, or in an adapter of the user's."""
+        """Returns whether a layer's second run has to draw what its first run drew: dropout in
+        the base, or in an adapter of the user's."""
         settings = config.to_dict() | config.get_text_config().to_dict()
         dropout = any(value for name, value in settings.items() if "dropout" in name)
         return dropout or self.model_config.lora_adapter_path is not None
 
     def _build_fsdp_module(self, module: nn.Module) -> nn.Module:
-        """FSDP2 around a base whose packed bytes are parameters of dtype :data:`CARRIER`; in place of verl's own method.
+        """FSDP2 around a base whose packed bytes are parameters of dtype :data:`CARRIER`; in place
+        of verl's own method.
 
-        verl has FSDP2 cast parameters to ``mixed_precision.param_dtype`` before the all-gather, which would destroy the bytes.
-        Here it casts none in 16 bits: what is frozen has that dtype already, and the layers cast their float32 adapters.
+        verl has FSDP2 cast parameters to ``mixed_precision.param_dtype`` before the all-gather,
+        which would destroy the bytes.
+        Here it casts none in 16 bits: what is frozen has that dtype already, and the layers cast
+        their float32 adapters.
         """
         compute_dtype, reduce_dtype = self._dtypes()
         self._autocast_dtype = compute_dtype
@@ -260,14 +274,16 @@ class NVFP4EngineMixin:
 
 
 class AdapterEngineMixin:
-    """What trains, whatever the base is: LoRA adapters in float32 whose initial values come from the engine's seed.
+    """What trains, whatever the base is: LoRA adapters in float32 whose initial values come from
+    the engine's seed.
 
-    Stands in front of one of verl's FSDP engines, behind the class that builds the base. Every arm has it, so runs of two
-    arms with the same seed start from the same adapter.
+    Stands in front of one of verl's FSDP engines, behind the class that builds the base. Every arm
+    has it, so runs of two arms with the same seed start from the same adapter.
 
     Raises:
-        NonFiniteError: a NaN or Inf in a loss (:meth:`forward_step`), in a gradient norm (:meth:`optimizer_step`) or in an
-            adapter that is about to be sent or saved (:meth:`get_per_tensor_param`, :meth:`save_checkpoint`).
+        NonFiniteError: a NaN or Inf in a loss (:meth:`forward_step`), in a gradient norm
+            (:meth:`optimizer_step`) or in an adapter that is about to be sent or saved
+            (:meth:`get_per_tensor_param`, :meth:`save_checkpoint`).
     """
 
     role: str
@@ -295,7 +311,8 @@ class AdapterEngineMixin:
         return super().initialize()
 
     def _dtypes(self) -> tuple[torch.dtype, torch.dtype]:
-        """Of computation and of gradient reduction, read as verl reads them (_build_fsdp_module)."""
+        """Of computation and of gradient reduction, read as verl reads them
+        (_build_fsdp_module)."""
         settings = self.engine_config.mixed_precision or {}
         names = settings.get("param_dtype", "bf16"), settings.get("reduce_dtype", "fp32")
         return tuple(PrecisionType.to_dtype(name) for name in names)
@@ -303,8 +320,9 @@ class AdapterEngineMixin:
     def _patch_forward(self, module: nn.Module, use_fused_kernels: bool) -> None:
         """verl's own changes to a model's forward pass, as its engine makes them (_build_module).
 
-        What verl changes for packed rows is for flash-attn: among it, the attention layers of Qwen2.5-VL, which would
-        call flash-attn whatever the attention is (verl/models/transformers/qwen2_vl.py, qwen2_vl_attn_forward).
+        What verl changes for packed rows is for flash-attn: among it, the attention layers of
+        Qwen2.5-VL, which would call flash-attn whatever the attention is
+        (verl/models/transformers/qwen2_vl.py, qwen2_vl_attn_forward).
         """
         attention = self.model_config.hf_config.get_text_config()._attn_implementation or ""
         apply_monkey_patch(
@@ -316,7 +334,8 @@ class AdapterEngineMixin:
         )
 
     def _build_lora_module(self, module: nn.Module) -> nn.Module:
-        """PEFT's LoRA with float32 master weights, which are cast to 16 bits for the forward pass."""
+        """Returns PEFT's LoRA with float32 master weights, which are cast to 16 bits for the
+        forward pass."""
         require_input_gradients(module)
         if self.role == "actor" and this_job().replay:
             self._replay = RoutingReplay(module, get_architecture(module.config).routers(module.config))
@@ -352,10 +371,11 @@ class AdapterEngineMixin:
         return module
 
     def _load_adapter(self, module: nn.Module, folder: str) -> PeftModel:
-        """The model with the adapter of a folder in PEFT's format, all of it.
+        """Returns the model with the adapter of a folder in PEFT's format, all of it.
 
         Raises:
-            AdapterError: the folder's adapter is not plain LoRA, is not one of this model, or has not all been taken.
+            AdapterError: the folder's adapter is not plain LoRA, is not one of this model, or has
+                not all been taken.
         """
         content = read_adapter_config(folder, heads=("classifier", *self.new_modules) if self.new_modules else ())
         layers = {n: shape for n, shape in adaptable_layers(module).items() if n not in self.new_modules}
@@ -370,7 +390,8 @@ class AdapterEngineMixin:
             config.target_modules = set(all_linear(layers))
         # PEFT adds the modules that the task trains, to those that the folder names once more
         config.task_type, config.modules_to_save = self.task_type, None
-        # PEFT looks at the base's config.json at every sync, and on the hub for it if the name is none of a folder
+        # PEFT looks at the base's config.json at every sync, and on the hub for it if the name is
+        # none of a folder
         config.base_model_name_or_path = self.model_config.path
         module = get_peft_model(module, register_nvfp4(config, module))
         tensors = stack_experts(tensors)
@@ -379,14 +400,16 @@ class AdapterEngineMixin:
         return module
 
     def _build_optimizer(self, module: nn.Module):
-        """The optimizer sees what trains alone: neither its state nor its checkpoint knows the base."""
+        """Builds the optimizer of what trains alone: neither its state nor its checkpoint
+        knows the base."""
         from verl.workers.config.optimizer import build_optimizer
 
         return build_optimizer([p for p in module.parameters() if p.requires_grad], self.optimizer_config)
 
     def _at_step(self, after: bool = False) -> str:
-        """For messages. verl advances the scheduler once per training step, at its end, and restores it on resume; with
-        ``separate_async`` once per update, so those are what is counted then.
+        """For messages. verl advances the scheduler once per training step, at its end, and
+        restores it on resume; with ``separate_async`` once per update, so those are what is counted
+        then.
 
         Args:
             after: the step's updates are over.
@@ -426,7 +449,8 @@ class AdapterEngineMixin:
         """verl's forward pass of one micro-batch; a loss that is not finite ends the run.
 
         Raises:
-            NonFiniteError: naming the loss and the first tensor with a NaN or Inf among the model's output and its input.
+            NonFiniteError: naming the loss and the first tensor with a NaN or Inf among the model's
+                output and its input.
         """
         if self._recompute and not forward_only:
             self._recompute.begin()
@@ -459,7 +483,8 @@ class AdapterEngineMixin:
         return output
 
     def optimizer_step(self) -> float:
-        """verl's clipping and update; where verl skips an update whose gradient norm is not finite, the run ends.
+        """verl's clipping and update; where verl skips an update whose gradient norm is not finite,
+        the run ends.
 
         With float16's loss scaling, such updates are part of the method and are skipped as in verl.
 
@@ -467,8 +492,8 @@ class AdapterEngineMixin:
             The norm of the gradients before clipping.
 
         Raises:
-            NonFiniteError: on every rank, naming the first parameter whose gradient norm is not finite. Parameters are as
-                they were before the step.
+            NonFiniteError: on every rank, naming the first parameter whose gradient norm is not
+                finite. Parameters are as they were before the step.
         """
         names, norms = gradient_norms(self.module)
         grad_norm = super().optimizer_step()
@@ -482,14 +507,16 @@ class AdapterEngineMixin:
         return grad_norm
 
     def get_per_tensor_param(self, layered_summon: bool = False, base_sync_done: bool = False, **kwargs):
-        """The adapter for the rollout, full float32 tensors, and its configuration. The base is never sent.
+        """Returns the adapter for the rollout, full float32 tensors, and its configuration. The
+        base is never sent.
 
         Of experts each layer has four tensors, see :mod:`qerl_verl.lora.experts`.
 
         Args:
-            base_sync_done: False where verl wants a whole model for one of its checkpoint engines and drops the
-                configuration (verl/workers/engine_workers.py, update_weights). The last tensor is the configuration then,
-                see :mod:`qerl_verl.lora.wire`, and all are on the engine's device; else they may be on the host.
+            base_sync_done: False where verl wants a whole model for one of its checkpoint engines
+                and drops the configuration (verl/workers/engine_workers.py, update_weights). The
+                last tensor is the configuration then, see :mod:`qerl_verl.lora.wire`, and all are
+                on the engine's device; else they may be on the host.
 
         Raises:
             NonFiniteError: naming the first tensor of the adapter with a NaN or Inf.
@@ -513,7 +540,8 @@ class AdapterEngineMixin:
         return tensors, config
 
     def save_checkpoint(self, local_path: str, hdfs_path=None, global_step: int = 0, max_ckpt_to_keep=None, **kwargs):
-        """verl's checkpoint (adapter, optimizer, scheduler, random state), and the adapter in PEFT's format beside it.
+        """verl's checkpoint (adapter, optimizer, scheduler, random state), and the adapter in
+        PEFT's format beside it.
 
         Raises:
             NonFiniteError: nothing is written then.
@@ -541,7 +569,8 @@ class AdapterEngineMixin:
 
 
 class NVFP4EngineWithLMHead(NVFP4EngineMixin, AdapterEngineMixin, FSDPEngineWithLMHead):
-    """Actor, and with the adapter off the reference policy (verl/workers/engine/fsdp/transformer_impl.py)."""
+    """Actor, and with the adapter off the reference policy
+    (verl/workers/engine/fsdp/transformer_impl.py)."""
 
     role = "actor"
     task_type = TaskType.CAUSAL_LM
@@ -553,10 +582,11 @@ class NVFP4EngineWithLMHead(NVFP4EngineMixin, AdapterEngineMixin, FSDPEngineWith
 class NVFP4EngineWithValueHead(NVFP4EngineMixin, AdapterEngineMixin, FSDPEngineWithValueHead):
     """Critic (verl/workers/engine/fsdp/transformer_impl.py, FSDPEngineWithValueHead).
 
-    transformers' token classification model with one label, as verl builds it (verl/utils/model.py, load_valuehead_model).
-    The value head is in float32 and trains beside the adapters as one of PEFT's ``modules_to_save``, so it is part of the
-    adapter that is saved. verl's ``save_lora_only`` knows LoRA tensors alone, so the head has a file of its own in a
-    checkpoint, one a rank like verl's.
+    transformers' token classification model with one label, as verl builds it (verl/utils/model.py,
+    load_valuehead_model). The value head is in float32 and trains beside the adapters as one of
+    PEFT's ``modules_to_save``, so it is part of the adapter that is saved. verl's
+    ``save_lora_only`` knows LoRA tensors alone, so the head has a file of its own in a checkpoint,
+    one a rank like verl's.
     """
 
     role = "critic"
@@ -580,9 +610,9 @@ class NVFP4EngineWithValueHead(NVFP4EngineMixin, AdapterEngineMixin, FSDPEngineW
         return module
 
     def disable_adapter(self) -> AbstractContextManager:
-        """Nothing: a critic has no reference. verl's trainer leaves the reference policy's ``no_lora_adapter`` in the batch
-        (verl/trainer/ppo/v1/trainer_base.py, _compute_ref_log_prob), and values without adapter and trained head would
-        be the result."""
+        """Nothing: a critic has no reference. verl's trainer leaves the reference policy's
+        ``no_lora_adapter`` in the batch (verl/trainer/ppo/v1/trainer_base.py,
+        _compute_ref_log_prob), and values without adapter and trained head would be the result."""
         return nullcontext()
 
     def _head_file(self, folder: str) -> str:
@@ -594,7 +624,8 @@ class NVFP4EngineWithValueHead(NVFP4EngineMixin, AdapterEngineMixin, FSDPEngineW
             load_fsdp_model_to_gpu(self.module)
 
     def save_checkpoint(self, local_path: str, hdfs_path=None, global_step: int = 0, max_ckpt_to_keep=None, **kwargs):
-        """As the actor's, and ``value_head_world_size_W_rank_R.pt``: this rank's shards, float32."""
+        """As the actor's, and ``value_head_world_size_W_rank_R.pt``: this rank's shards,
+        float32."""
         super().save_checkpoint(local_path, hdfs_path, global_step, max_ckpt_to_keep, **kwargs)
         if self.checkpoint_manager.should_save_model:
             trained = {n for n, p in self.module.named_parameters() if p.requires_grad and "lora_" not in n}

@@ -1,9 +1,11 @@
-"""verl's FSDP2 engine on an NF4 base (QLoRA, arXiv 2305.14314), quantized by bitsandbytes through transformers.
+"""verl's FSDP2 engine on an NF4 base (QLoRA, arXiv 2305.14314), quantized by bitsandbytes through
+transformers.
 
-Each rank quantizes the 16-bit checkpoint when it loads it, in blocks of 64 weights with double quantization, as vLLM's
-bitsandbytes loader does for the rollout. The packed weights stay whole on every rank: bitsandbytes keeps their scales as
-attributes of the parameter, which FSDP2 would lose when it replaces the parameter by a shard. FSDP2 shards the rest, which
-is what trains, embeddings, norms and the output layer.
+Each rank quantizes the 16-bit checkpoint when it loads it, in blocks of 64 weights with double
+quantization, as vLLM's bitsandbytes loader does for the rollout. The packed weights stay whole on
+every rank: bitsandbytes keeps their scales as attributes of the parameter, which FSDP2 would lose
+when it replaces the parameter by a shard. FSDP2 shards the rest, which is what trains, embeddings,
+norms and the output layer.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ class NF4EngineWithLMHead(AdapterEngineMixin, FSDPEngineWithLMHead):
     task_type = TaskType.CAUSAL_LM
 
     def _build_module(self) -> nn.Module:
-        """The base on this rank's device: linears of the decoder layers in NF4, everything else in 16 bits."""
+        """Returns the base on this rank's device: linears of the decoder layers in NF4,
+        everything else in 16 bits."""
         compute_dtype = self._dtypes()[0]
         dtype = torch.float16 if compute_dtype == torch.float16 else torch.bfloat16
         quantization = BitsAndBytesConfig(
@@ -53,8 +56,9 @@ class NF4EngineWithLMHead(AdapterEngineMixin, FSDPEngineWithLMHead):
             )
         layers = [layer for layer in module.modules() if isinstance(layer, bitsandbytes.nn.Linear4bit)]
         for layer in layers:
-            # On a CPU with AVX512-BF16, a forward pass without gradients would repack the weight for good into a layout
-            # that has no backward pass (bitsandbytes/nn/modules.py, Linear4bit.forward).
+            # On a CPU with AVX512-BF16, a forward pass without gradients would repack the weight
+            # for good into a layout that has no backward pass (bitsandbytes/nn/modules.py,
+            # Linear4bit.forward).
             layer.support_avx512bf16_for_cpu = False
         if self.rank == 0:
             version = bitsandbytes.__version__
@@ -67,7 +71,8 @@ class NF4EngineWithLMHead(AdapterEngineMixin, FSDPEngineWithLMHead):
     def _build_fsdp_module(self, module: nn.Module) -> nn.Module:
         """FSDP2 around all but the packed weights; in place of verl's own method.
 
-        Every rank has read the whole base and drawn the same adapter, so nothing is sent from rank 0.
+        Every rank has read the whole base and drawn the same adapter, so nothing is sent from rank
+        0.
         """
         compute_dtype, reduce_dtype = self._dtypes()
         self._autocast_dtype = compute_dtype

@@ -1,8 +1,10 @@
-"""An output layer that returns log-probabilities and entropies instead of logits (verl's ``use_fused_kernels``).
+"""An output layer that returns log-probabilities and entropies instead of logits (verl's
+``use_fused_kernels``).
 
-verl's own fused kernels read the output layer's weight without calling the layer, so FSDP2 does not gather one that is
-sharded by itself (verl/utils/fsdp_utils.py, _select_fsdp2_wrap_targets; verl/models/transformers/dense_common.py),
-and they compute a gradient of the weight, which is frozen here. This layer is called, and computes none.
+verl's own fused kernels read the output layer's weight without calling the layer, so FSDP2 does not
+gather one that is sharded by itself (verl/utils/fsdp_utils.py, _select_fsdp2_wrap_targets;
+verl/models/transformers/dense_common.py), and they compute a gradient of the weight, which is
+frozen here. This layer is called, and computes none.
 """
 
 from __future__ import annotations
@@ -18,23 +20,28 @@ from qerl_verl.nvfp4.architectures import logits_divisor
 
 
 class LogprobLinear(nn.Linear):
-    """A frozen output layer without bias; with labels it returns log-probabilities and entropies."""
+    """A frozen output layer without bias; with labels it returns log-probabilities and
+    entropies."""
 
     def forward(self, hidden: torch.Tensor, labels: torch.Tensor | None = None, temperature: float = 1.0):
-        """Logits ``[..., vocabulary]``; with ``labels`` ``[...]``, see :func:`~.linear_logprobs.linear_logprobs`."""
+        """Logits ``[..., vocabulary]``; with ``labels`` ``[...]``, see
+        :func:`~.linear_logprobs.linear_logprobs`."""
         if labels is None:
             return super().forward(hidden)
         return linear_logprobs(hidden.to(self.weight.dtype), self.weight, labels, temperature)
 
 
 def use_logprob_layer(model: nn.Module) -> None:
-    """Give a causal language model an output layer that verl's ``use_fused_kernels`` path can call.
+    """Gives a causal language model an output layer that verl's ``use_fused_kernels`` path can
+    call.
 
     Args:
-        model: a transformers model whose ``model`` is the decoder and whose ``lm_head`` is a linear without bias.
+        model: a transformers model whose ``model`` is the decoder and whose ``lm_head`` is a linear
+            without bias.
 
     Raises:
-        ValueError: the model has no such output layer, or does more with its logits than to divide them.
+        ValueError: the model has no such output layer, or does more with its logits than to divide
+            them.
     """
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear or head.bias is not None or head is not getattr(model, "lm_head", None):
@@ -51,9 +58,10 @@ def use_logprob_layer(model: nn.Module) -> None:
     stock = model.forward
 
     def forward(self, *args, temperature: float | None = None, shift_labels: torch.Tensor | None = None, **kwargs):
-        """The model's own forward pass, or with ``temperature``, as verl calls it, log-probabilities and entropies
-        (verl/workers/engine/fsdp/transformer_impl.py, prepare_model_inputs). Without ``shift_labels`` ``[batch, tokens]`` each
-        token's label is the next of ``input_ids``."""
+        """Returns the model's own forward pass, or with ``temperature``, as verl calls it,
+        log-probabilities and entropies (verl/workers/engine/fsdp/transformer_impl.py,
+        prepare_model_inputs). Without ``shift_labels`` ``[batch, tokens]`` each token's label is
+        the next of ``input_ids``."""
         if temperature is None:
             return stock(*args, **kwargs)
         kwargs.pop("return_dict", None)

@@ -1,4 +1,5 @@
-"""Which layers of a training step keep the products of their linears, and which compute them again (``qerl.recompute``)."""
+"""Which layers of a training step keep the products of their linears, and which compute them
+again (``qerl.recompute``)."""
 
 from __future__ import annotations
 
@@ -17,12 +18,14 @@ MARGIN = 0.1
 class Recompute:
     """Activation checkpointing that spends free device memory on computing less twice.
 
-    With ``auto`` the first micro-batch keeps nothing and shows what it needs. From the second on, layer after layer keeps its
-    products while they fit beside that need and a margin. What is free is asked of the device for each micro-batch, so memory
-    that another process holds (a rollout engine that does not sleep) is left to it. Each rank decides for itself.
+    With ``auto`` the first micro-batch keeps nothing and shows what it needs. From the second on,
+    layer after layer keeps its products while they fit beside that need and a margin. What is free
+    is asked of the device for each micro-batch, so memory that another process holds (a rollout
+    engine that does not sleep) is left to it. Each rank decides for itself.
 
     Args:
-        how: ``auto``, ``full`` (every layer computes everything again) or ``selective`` (every layer keeps its products).
+        how: ``auto``, ``full`` (every layer computes everything again) or ``selective`` (every
+            layer keeps its products).
         device: where the model is. ``auto`` is ``full`` on a CPU.
         announce: takes a sentence about what is kept, once it is known.
     """
@@ -52,7 +55,8 @@ class Recompute:
         self._left = None
 
     def observe(self) -> None:
-        """After the backward pass of a micro-batch: it needed no more than the process ever had, without what it kept."""
+        """After the backward pass of a micro-batch: it needed no more than the process ever had,
+        without what it kept."""
         if self.how != "auto" or not self._rows:
             return
         bound = (torch.cuda.max_memory_allocated(self._device) - self._start - self._kept) / self._rows
@@ -90,7 +94,8 @@ class Recompute:
         self._kept_layers += 1
 
     def _room(self, held: int) -> float:
-        """Bytes that products may take in this micro-batch, ``held`` of them already."""
+        """Returns the bytes that products may take in this micro-batch, ``held`` of them
+        already."""
         if self._need_per_row is None:
             return -1.0
         free, _ = torch.cuda.mem_get_info(self._device)

@@ -1,4 +1,5 @@
-"""Put the engines into verl's registry, under our vendor name. Called when verl imports ``verl.workers.engine``."""
+"""Put the engines into verl's registry, under our vendor name. Called when verl imports
+``verl.workers.engine``."""
 
 from importlib import import_module
 
@@ -16,7 +17,7 @@ ENGINES = {
 
 
 def engine_class(arm: str | None, model_type: str) -> type | None:
-    """The engine of an arm for one of verl's model types; None where the arm has none."""
+    """Returns the engine of an arm for one of verl's model types; None where the arm has none."""
     place = ENGINES["nvfp4" if arm == "mxfp4" else str(arm)].get(model_type)
     if place is None:
         return None
@@ -25,7 +26,8 @@ def engine_class(arm: str | None, model_type: str) -> type | None:
 
 
 def register_engines(engine_package=None) -> None:
-    """Register the arm's actor and critic for every backend name that the switch accepts and both devices. Idempotent.
+    """Registers the arm's actor and critic for every backend name that the switch accepts and both
+    devices. Idempotent.
 
     Args:
         engine_package: the module ``verl.workers.engine`` (wrapt's post-import hook passes it).

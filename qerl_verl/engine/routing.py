@@ -1,9 +1,11 @@
-"""Replays the rollout's routing in the actor: each token goes to the experts that the rollout chose.
+"""Replays the rollout's routing in the actor: each token goes to the experts that the rollout
+chose.
 
 Rollout and actor compute the router's input with other kernels, so tokens near a tie go to other
 experts. vLLM returns the experts of each token (``enable_return_routed_experts``), and verl carries
-them to the engine as ``routed_experts`` where ``actor_rollout_ref.rollout.enable_rollout_routing_replay``
-is set (verl/experimental/agent_loop/agent_loop.py). verl's FSDP engine does not look at them.
+them to the engine as ``routed_experts`` where
+``actor_rollout_ref.rollout.enable_rollout_routing_replay`` is set
+(verl/experimental/agent_loop/agent_loop.py). verl's FSDP engine does not look at them.
 """
 
 from __future__ import annotations
@@ -22,12 +24,14 @@ SETTING = "actor_rollout_ref.rollout.enable_rollout_routing_replay"
 
 
 class RoutingReplay:
-    """Replaces the choices of a model's routers, and keeps what the actor's own numbers make of them.
+    """Replaces the choices of a model's routers, and keeps what the actor's own numbers make of
+    them.
 
-    The weights of the chosen experts are still the router's own softmax, as differentiable as before.
-    A token without a recorded choice is routed by the model: the last one of each sequence, which the
-    rollout has sampled and not computed, and padding. The choices stay until the next micro-batch, so
-    a layer's second run under activation checkpointing finds them.
+    The weights of the chosen experts are still the router's own softmax, as differentiable as
+    before.
+    A token without a recorded choice is routed by the model: the last one of each sequence, which
+    the rollout has sampled and not computed, and padding. The choices stay until the next
+    micro-batch, so a layer's second run under activation checkpointing finds them.
 
     Args:
         module: transformers' model. Its routers return logits ``[T, E]``, weights ``[T, k]`` and
@@ -91,7 +95,8 @@ class RoutingReplay:
 
     @contextmanager
     def replaying(self, recorded: torch.Tensor) -> Iterator[None]:
-        """A forward pass with the choices ``recorded``, as for :meth:`begin`; none stay behind it."""
+        """Yields a forward pass with the choices ``recorded``, as for :meth:`begin`; none stay
+        behind it."""
         self.begin(recorded, len(recorded))
         try:
             yield
@@ -113,14 +118,15 @@ class RoutingReplay:
 
 
 def flatten(recorded: torch.Tensor, tokens_a_row: int | None) -> torch.Tensor:
-    """A micro-batch's choices in the order of the model's input.
+    """Returns a micro-batch's choices in the order of the model's input.
 
     Args:
         recorded: jagged ``[B, j, layers, k]``.
         tokens_a_row: of padded rows; None for sequences in one row.
 
     Returns:
-        ``[tokens, layers, k]``, or ``[B * tokens_a_row, layers, k]`` with zeros behind each sequence.
+        ``[tokens, layers, k]``, or ``[B * tokens_a_row, layers, k]`` with zeros behind each
+        sequence.
     """
     values = recorded.values()
     if tokens_a_row is None:

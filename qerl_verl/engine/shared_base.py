@@ -1,4 +1,5 @@
-"""The actor's side of one copy of the base: loaded once in a process, for actor, critic and rollout."""
+"""The actor's side of one copy of the base: loaded once in a process, for actor, critic and
+rollout."""
 
 from __future__ import annotations
 
@@ -40,14 +41,15 @@ class Base:
 
 
 _bases: dict[tuple, Base | str] = {}
-"""Of this process, by checkpoint and what it was laid out for; in place of a base, why there is none."""
+"""Of this process, by checkpoint and what it was laid out for; in place of a base, why there is
+none."""
 
 _owners: dict[str, BaseOwner] = {}
 """By the job's key; they live as long as the process."""
 
 
 def causal_lm(model: HFModelConfig, dtype: torch.dtype) -> nn.Module:
-    """A causal language model without weights, in ``dtype`` on the meta device."""
+    """Returns a causal language model without weights, in ``dtype`` on the meta device."""
     with init_empty_weights(include_buffers=False), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return get_hf_auto_model_class(hf_config=model.hf_config).from_config(
@@ -64,7 +66,8 @@ def use_shared_base(
     kernel: str,
     serves: bool,
 ) -> str | None:
-    """Let a model use the base that actor, critic and rollout share (``qerl.base``). A collective call.
+    """Lets a model use the base that actor, critic and rollout share (``qerl.base``). A collective
+    call.
 
     Args:
         module: the model with empty NVFP4 layers.
@@ -76,8 +79,8 @@ def use_shared_base(
         serves: whether this is the actor's model, whose base the rollout maps.
 
     Returns:
-        What computes the layers, as from :func:`~qerl_verl.nvfp4.loading.prepack_linears`; None where the
-        model has to load a base of its own.
+        What computes the layers, as from :func:`~qerl_verl.nvfp4.loading.prepack_linears`; None
+        where the model has to load a base of its own.
 
     Raises:
         SharingError: with ``qerl.base=shared``, why the base cannot be shared.
@@ -118,7 +121,7 @@ def _load(
     kernel: str,
     job: Job,
 ) -> Base | str:
-    """The base, or why it cannot be shared, on every rank alike."""
+    """Returns the base, or why it cannot be shared, on every rank alike."""
     rank = job.lora.rank if job.lora else None
     wanted = job.settings.rollout.kernel
     other = OtherSide(wanted, CANDIDATES, rank, PrecisionType.to_dtype(job.dtype))
