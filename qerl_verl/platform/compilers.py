@@ -1,4 +1,5 @@
-"""Whether what torch.compile writes can be compiled on this machine. Importable without torch, verl or vLLM."""
+"""Whether what torch.compile writes can be compiled on this machine. Importable without torch,
+verl or vLLM."""
 
 from __future__ import annotations
 
@@ -7,10 +8,11 @@ import shutil
 
 
 def missing_compiler(device_type: str) -> str | None:
-    """What torch.compile lacks on a machine that computes on ``device_type``, and the cure; None if nothing.
+    """Returns what torch.compile lacks on a machine that computes on ``device_type``, and the cure;
+    None if nothing.
 
-    On a GPU Triton compiles its launchers with a C compiler (triton/runtime/build.py), on a CPU TorchInductor its kernels with a
-    C++ compiler (torch/_inductor/config.py, ``cpp.cxx``).
+    On a GPU Triton compiles its launchers with a C compiler (triton/runtime/build.py), on a CPU
+    TorchInductor its kernels with a C++ compiler (torch/_inductor/config.py, ``cpp.cxx``).
     """
     variable, names, language = ("CC", ("gcc", "clang"), "C") if device_type == "cuda" else ("CXX", ("g++",), "C++")
     if os.environ.get(variable) or any(map(shutil.which, names)):

@@ -1,6 +1,8 @@
-"""verl platform ``cpu``: everything on the host, collectives through gloo (interface: verl/plugin/platform/platform_base.py).
+"""verl platform ``cpu``: everything on the host, collectives through gloo (interface:
+verl/plugin/platform/platform_base.py).
 
-verl places workers by an accelerator resource of Ray's. On this platform a "GPU" is a slot for a training worker and its
+verl places workers by an accelerator resource of Ray's. On this platform a "GPU" is a slot for a
+training worker and its
 rollout engine: the switch declares as many of them to Ray as the run asks for.
 """
 
@@ -17,7 +19,8 @@ from verl.plugin.platform.platform_base import PlatformBase
 
 
 class _CPUDeviceModule(ModuleType):
-    """``torch.cpu`` with the memory and random-state functions of ``torch.cuda`` that verl calls."""
+    """``torch.cpu`` with the memory and random-state functions of ``torch.cuda`` that verl
+    calls."""
 
     def __init__(self):
         super().__init__("qerl_verl.platform.cpu.device")
@@ -106,8 +109,8 @@ def _peak_resident_bytes() -> int:
 
 
 def _interface_between_nodes() -> str | None:
-    """The network interface that has the node's address in the Ray cluster, where the ranks are on
-    several nodes.
+    """Returns the network interface that has the node's address in the Ray cluster, where the ranks
+    are on several nodes.
 
     gloo takes the address that the host's own name stands for, which is a loopback address on many
     hosts (Debian's 127.0.1.1): other nodes cannot connect to it. None where there is one node,
@@ -147,7 +150,8 @@ class PlatformCPU(PlatformBase):
         return False
 
     def current_device(self) -> torch.device:
-        # verl passes this to Tensor.to() and to device_map-like arguments, where an index would mean an accelerator
+        # verl passes this to Tensor.to() and to device_map-like arguments, where an index would
+        # mean an accelerator
         return torch.device("cpu")
 
     def device_count(self) -> int:
@@ -175,10 +179,11 @@ class PlatformCPU(PlatformBase):
         return None, None
 
     def communication_backend_name(self) -> str:
-        """``gloo``; brings the process group up first.
+        """Returns ``gloo``; brings the process group up first.
 
-        verl builds ``f"cpu:gloo,{device}:{backend}"`` (verl/utils/distributed.py, initialize_global_process_group_ray), here
-        ``cpu:gloo,cpu:gloo``, which torch rejects, but calls ``init_process_group`` with it only if there is no group yet.
+        verl builds ``f"cpu:gloo,{device}:{backend}"`` (verl/utils/distributed.py,
+        initialize_global_process_group_ray), here ``cpu:gloo,cpu:gloo``, which torch rejects, but
+        calls ``init_process_group`` with it only if there is no group yet.
         """
         if "WORLD_SIZE" in os.environ and "RANK" in os.environ and not torch.distributed.is_initialized():
             if interface := _interface_between_nodes():

@@ -1,13 +1,17 @@
-"""A folder for what one job leaves behind on this host; it goes when the job ends, and with it what the job left in shared memory.
+"""A folder for what one job leaves behind on this host; it goes when the job ends, and with it what
+the job left in shared memory.
 
-Ray ends a job's processes without giving them time to clean up: each run of stock verl leaves vLLM's sockets and verl's lock files
-in the folder for temporary files, and vLLM's message queues in ``/dev/shm``. Here the former lie in a folder of the job's own
-(``TMPDIR`` of its processes), and the rollout's workers note in it the names of the latter, at each weight sync.
+Ray ends a job's processes without giving them time to clean up: each run of stock verl leaves
+vLLM's sockets and verl's lock files in the folder for temporary files, and vLLM's message queues in
+``/dev/shm``. Here the former lie in a folder of the job's own (``TMPDIR`` of its processes), and
+the rollout's workers note in it the names of the latter, at each weight sync.
 
-For jobs that start Ray themselves, on this host. What is left by a driver that could not clean up either (kill -9) is removed
-by the next one, if that one can tell that the driver is dead (:mod:`qerl_verl.ownership`).
+For jobs that start Ray themselves, on this host. What is left by a driver that could not clean up
+either (kill -9) is removed by the next one, if that one can tell that the driver is dead
+(:mod:`qerl_verl.ownership`).
 
-All of this is housekeeping: a full disk or a folder that may not be written to costs a warning, never the run.
+All of this is housekeeping: a full disk or a folder that may not be written to costs a warning,
+never the run.
 """
 
 from __future__ import annotations
@@ -33,8 +37,8 @@ PREFIX = "qerl-job-"
 OWNER, SEGMENTS = "owner", "segments"
 SHARED_MEMORY = Path("/dev/shm")
 SEGMENT_NAMES = ("psm_", "sem.mp-", "vllm", "verl_weights_")
-"""How Python's SharedMemory, its semaphores, vLLM and verl's weight transfer (vllm_rollout/bucketed_weight_transfer.py) name what
-they put there."""
+"""How Python's SharedMemory, its semaphores, vLLM and verl's weight transfer
+(vllm_rollout/bucketed_weight_transfer.py) name what they put there."""
 
 END_SECONDS = 20.0
 """How long the processes of an ended job may take to go."""
@@ -49,7 +53,8 @@ def _housekeeping(what: str) -> Iterator[None]:
 
 
 def open_job_folder() -> Path:
-    """Make the folder, to be removed when this process ends, and remove those of drivers that are dead.
+    """Makes the folder, to be removed when this process ends, and remove those of drivers that are
+    dead.
 
     Raises:
         OSError: the folder cannot be made.
@@ -71,8 +76,9 @@ def open_job_folder() -> Path:
 
 
 def _link_compilers_cache(folder: Path) -> None:
-    """TorchInductor keeps the C++ headers that it compiles beside its default cache, in ``TMPDIR``, whatever
-    ``TORCHINDUCTOR_CACHE_DIR`` says (torch/_inductor/codecache.py, _HEADER_DIR). Compiling them takes five seconds, so
+    """TorchInductor keeps the C++ headers that it compiles beside its default cache, in ``TMPDIR``,
+    whatever ``TORCHINDUCTOR_CACHE_DIR`` says (torch/_inductor/codecache.py, _HEADER_DIR). Compiling
+    them takes five seconds, so
     they outlive the job: the default cache of its processes is the driver's."""
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
@@ -82,8 +88,8 @@ def _link_compilers_cache(folder: Path) -> None:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """For the job's processes. What follows TMPDIR, but has to outlive the job or to be found by others, stays where it was:
-    TorchInductor's cache and Ray's own files."""
+    """For the job's processes. What follows TMPDIR, but has to outlive the job or to be found by
+    others, stays where it was: TorchInductor's cache and Ray's own files."""
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
     cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default_cache_dir()
@@ -97,7 +103,8 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 def note_segments() -> None:
-    """In a process of the job: write down the segments of all of its processes on this host, for when they are gone."""
+    """In a process of the job: write down the segments of all of its processes on this host, for
+    when they are gone."""
     folder = os.environ.get(JOB_FOLDER_ENV)
     if folder and Path(folder, SEGMENTS).is_dir():
         with _housekeeping("the job's shared memory could not be noted"):
@@ -105,7 +112,8 @@ def note_segments() -> None:
 
 
 def _note(folder: Path) -> None:
-    """Names and inodes, a line each: a segment that another job makes under the same name is another one."""
+    """Names and inodes, a line each: a segment that another job makes under the same name is
+    another one."""
     mark = f"{JOB_FOLDER_ENV}={folder}".encode()
     mapped = {inode for process in _processes() if mark in _environment(process) for inode in _mapped(process)}
     segments = (entry for entry in os.scandir(SHARED_MEMORY) if entry.name.startswith(SEGMENT_NAMES))
@@ -114,7 +122,7 @@ def _note(folder: Path) -> None:
 
 
 def _noted(folder: Path) -> set[Path]:
-    """What the job's processes noted and is still what they noted."""
+    """Returns what the job's processes noted and is still what they noted."""
     noted = set()
     for file in folder.glob(f"{SEGMENTS}/*"):
         for name, _, inode in (line.partition(" ") for line in file.read_text(errors="replace").splitlines()):
@@ -131,8 +139,8 @@ def segments_in_use(segments: set[Path]) -> set[Path]:
 
 
 def close_job_folder(folder: Path, patience: float = END_SECONDS) -> None:
-    """Remove the folder and the segments noted in it, once nothing uses these or ``patience`` seconds have gone by; what is in use
-    stays."""
+    """Removes the folder and the segments noted in it, once nothing uses these or ``patience``
+    seconds have gone by; what is in use stays."""
     with _housekeeping(f"what {folder} notes of shared memory could not be removed"):
         segments = _noted(folder)
         end = time.monotonic() + patience
@@ -155,7 +163,7 @@ def _end(folder: Path, owner: int) -> None:
 
 
 def _is_dead(folder: Path) -> bool:
-    """Whether this user made the folder and its driver is dead."""
+    """Returns whether this user made the folder and its driver is dead."""
     try:
         return folder.lstat().st_uid == os.getuid() and state_of(folder / OWNER) == "dead"
     except OSError:  # just gone
@@ -182,8 +190,9 @@ def _inode(path: Path) -> int | None:
 
 
 def _mapped(process: int) -> set[int]:
-    """Inodes that a process has mapped of shared memory (proc(5)); empty if it is gone or another user's. A semaphore's creator shows
-    another name for it, which the C library has removed again."""
+    """Inodes that a process has mapped of shared memory (proc(5)); empty if it is gone or another
+    user's. A semaphore's creator shows another name for it, which the C library has removed
+    again."""
     try:
         text = Path(f"/proc/{process}/maps").read_text()
     except OSError:

@@ -62,8 +62,9 @@ class NodeWatch:
 
 
 def watch_nodes() -> NodeWatch | None:
-    """A watch that begins when this process has started or joined Ray; None where this version of
-    Ray calls no hooks after ``ray.init`` (ray/_private/worker.py, ``_post_init_hooks``)."""
+    """Returns a watch that begins when this process has started or joined Ray; None where this
+    version of Ray calls no hooks after ``ray.init`` (ray/_private/worker.py,
+    ``_post_init_hooks``)."""
     import ray
     from ray._private import worker
 

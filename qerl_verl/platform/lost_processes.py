@@ -70,7 +70,8 @@ class LostProcess:
 
 
 def read_actor(actor, of_the_run: Iterable[str] = OF_THE_RUN) -> LostProcess | None:
-    """What Ray's record of a dead actor says; None where it was ended on purpose or is the user's.
+    """Returns what Ray's record of a dead actor says; None where it was ended on purpose or is the
+    user's.
 
     Args:
         actor: ``ActorTableData`` of gcs.proto.
@@ -115,7 +116,8 @@ def _say_death(message: str) -> str:
 
 
 def _say_memory(message: str) -> str:
-    """The first sentences and the largest processes of Ray's message of several thousand characters."""
+    """Returns the first sentences and the largest processes of Ray's message of several thousand
+    characters."""
     first = _one_line(message.partition("\n")[0])
     _, _, table = message.partition("COMMAND\n")
     largest = []
@@ -199,7 +201,7 @@ class ProcessWatch:
             return list(self.lost)
 
     def end(self, failed: bool) -> list[LostProcess]:
-        """The run is over: no look comes after this one.
+        """Returns the run is over: no look comes after this one.
 
         Args:
             failed: whether it ended with an error, which a loss may be the reason of.
@@ -214,8 +216,9 @@ class ProcessWatch:
 
 
 def watch_processes(say: Callable[[str], None]) -> ProcessWatch | None:
-    """A watch that begins when this process has started or joined Ray; None where this version of
-    Ray calls no hooks after ``ray.init`` (ray/_private/worker.py, ``_post_init_hooks``)."""
+    """Returns a watch that begins when this process has started or joined Ray; None where this
+    version of Ray calls no hooks after ``ray.init`` (ray/_private/worker.py,
+    ``_post_init_hooks``)."""
     from ray._private import worker
 
     hooks = getattr(worker, "_post_init_hooks", None)
@@ -228,7 +231,8 @@ def watch_processes(say: Callable[[str], None]) -> ProcessWatch | None:
 
 def _actors(state: str) -> list:
     """Records of this job's actors in a state. From the control store itself: ``ray.util.state``
-    asks the dashboard, which may not run, and ``ray.state.actors`` leaves the class's module out."""
+    asks the dashboard, which may not run, and ``ray.state.actors`` leaves the class's module
+    out."""
     from ray._private.state import state as global_state
     from ray._private.worker import global_worker
     from ray.core.generated.gcs_pb2 import ActorTableData

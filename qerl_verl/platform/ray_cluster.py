@@ -29,7 +29,8 @@ class RayCluster:
 
 
 def find_cluster(ray_init: Mapping, environment: Mapping[str, str] = os.environ) -> RayCluster | None:
-    """The cluster that ``ray.init(**ray_init)`` joins, None where it starts one on this machine.
+    """Returns the cluster that ``ray.init(**ray_init)`` joins, None where it starts one on this
+    machine.
 
     Follows ``ray/_private/services.py``, ``canonicalize_bootstrap_address``: an address in the
     call, unless it is ``auto``; then ``RAY_ADDRESS``; then the file that ``ray start`` writes
@@ -63,8 +64,8 @@ def find_cluster(ray_init: Mapping, environment: Mapping[str, str] = os.environ)
 
 
 def answers(address: str, seconds: float = 5.0) -> bool:
-    """Whether something listens at an address of :class:`RayCluster`. The file of a Ray that
-    crashed names one where nothing does."""
+    """Returns whether something listens at an address of :class:`RayCluster`. The file of a Ray
+    that crashed names one where nothing does."""
     host, _, port = address.rpartition("://")[2].partition("/")[0].rpartition(":")
     if not port.isdigit():
         return address != "auto"

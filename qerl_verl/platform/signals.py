@@ -1,4 +1,5 @@
-"""Signals that end a run (``scancel``, the end of a pod, a closed terminal): one line, a clean end, exit code 128 + number."""
+"""Signals that end a run (``scancel``, the end of a pod, a closed terminal): one line, a clean
+end, exit code 128 + number."""
 
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ def _install() -> None:
 
 @contextmanager
 def ends_on_signals() -> Iterator[None]:
-    """Within the block a signal of :data:`ENDING` raises SystemExit(128 + number), so that ``finally`` and exit handlers run."""
+    """Within the block a signal of :data:`ENDING` raises SystemExit(128 + number), so that
+    ``finally`` and exit handlers run."""
     before = {number: signal.getsignal(number) for number in ENDING}
     _install()
     try:
@@ -51,14 +53,17 @@ def ends_on_signals() -> Iterator[None]:
 
 
 def end_driver_on_signals() -> bool:
-    """The same for the rest of a process that starts or joins Ray. Call it before anything that is to clean up at exit.
+    """Returns the same for the rest of a process that starts or joins Ray. Call it before anything
+    that is to clean up at exit.
 
-    Ray's core worker takes SIGTERM when it starts, writes a trace of addresses and aborts the process (exit code 134); and where
-    a signal's exception comes in the middle of ``ray.get``, Ray turns it into exit code 1. So the handlers are installed again
-    when Ray is up, and the last exit handler sets the code.
+    Ray's core worker takes SIGTERM when it starts, writes a trace of addresses and aborts the
+    process (exit code 134); and where a signal's exception comes in the middle of ``ray.get``, Ray
+    turns it into exit code 1. So the handlers are installed again when Ray is up, and the last exit
+    handler sets the code.
 
     Returns:
-        False where this version of Ray does not call hooks after ``ray.init`` (ray/_private/worker.py, ``_post_init_hooks``).
+        False where this version of Ray does not call hooks after ``ray.init``
+        (ray/_private/worker.py, ``_post_init_hooks``).
     """
     _install()
     atexit.register(_set_exit_code)

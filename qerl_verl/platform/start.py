@@ -24,7 +24,8 @@ FOLDER = "bytecode"
 
 
 def set_ray_environment(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Set :data:`RAY_ENVIRONMENT` in the driver, before it starts Ray. What is set already stays."""
+    """Sets :data:`RAY_ENVIRONMENT` in the driver, before it starts Ray. What is set already
+    stays."""
     for name, value in RAY_ENVIRONMENT.items():
         environment.setdefault(name, value)
 
@@ -41,7 +42,8 @@ def find_uncompiled() -> list[str]:
 
 
 def _compiled(source: Path) -> Path:
-    """The compiled form of a module beside its source, whatever ``PYTHONPYCACHEPREFIX`` says."""
+    """Returns the compiled form of a module beside its source, whatever ``PYTHONPYCACHEPREFIX``
+    says."""
     return source.parent / "__pycache__" / Path(cache_from_source(str(source))).name
 
 

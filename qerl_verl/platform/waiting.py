@@ -24,7 +24,7 @@ workers are placed."""
 
 
 def start_watch(gpus: int, cpus: int, say: Callable[[str], None]) -> threading.Thread:
-    """Watch the run of this process from the moment at which Ray is up.
+    """Watches the run of this process from the moment at which Ray is up.
 
     Args:
         gpus, cpus: what the run reserves.
@@ -73,7 +73,7 @@ def _groups() -> list[dict]:
 def describe(
     gpus: int, cpus: int, total: Mapping[str, float], free: Mapping[str, float], groups: Sequence[Mapping]
 ) -> str:
-    """What the run waits for, in one line; empty where it waits for nothing.
+    """Returns what the run waits for, in one line; empty where it waits for nothing.
 
     Args:
         gpus, cpus: what the run reserves.
