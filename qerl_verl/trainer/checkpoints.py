@@ -1,14 +1,16 @@
 """Whole checkpoints and halves of them: which folder a run may go on from.
 
-verl writes ``global_step_N/`` file by file and then overwrites ``latest_checkpointed_iteration.txt`` in place
-(verl/trainer/ppo/v1/trainer_base.py, _save_checkpoint). A run that dies meanwhile leaves a folder that looks like a
-checkpoint, or an empty tracker. After everything else the trainer therefore writes ``qerl_checkpoint.json`` into the folder:
-name and size of each file, what base the adapter was trained on, and what else defines the policy. A folder without it, or that does not match it, is not
-resumed from by itself.
+verl writes ``global_step_N/`` file by file and then overwrites
+``latest_checkpointed_iteration.txt`` in place (verl/trainer/ppo/v1/trainer_base.py,
+_save_checkpoint). A run that dies meanwhile leaves a folder that looks like a checkpoint, or an
+empty tracker. After everything else the trainer therefore writes ``qerl_checkpoint.json`` into the
+folder: name and size of each file, what base the adapter was trained on, and what else defines the
+policy. A folder without it, or that does not match it, is not resumed from by itself.
 
-Before everything else it writes ``qerl_run``, the identifier of the run, which a restart with ``resume_mode=auto`` goes on with.
-Only what carries this run's identifier is pruned, and of it only files that the record lists. A checkpoint of another run that
-stands where this one saves moves aside.
+Before everything else it writes ``qerl_run``, the identifier of the run, which a restart with
+``resume_mode=auto`` goes on with. Only what carries this run's identifier is pruned, and of it only
+files that the record lists. A checkpoint of another run that stands where this one saves moves
+aside.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ _PREFIX = "global_step_"
 def write_record(
     folder: str | Path, base: dict[str, str], policy: dict[str, Any] | None = None, steps: int | None = None
 ) -> None:
-    """Declare a checkpoint whole. Its files are on the disk when this returns.
+    """Declares a checkpoint whole. Its files are on the disk when this returns.
 
     Args:
         folder: ``global_step_N``.
@@ -64,7 +66,7 @@ def _sync(path: Path) -> None:
 
 
 def read_record(folder: str | Path, file: str = RECORD_FILE) -> dict | None:
-    """The record of a checkpoint, None where there is none to read."""
+    """Returns the record of a checkpoint, None where there is none to read."""
     try:
         record = json.loads((Path(folder) / file).read_text())
         return record if isinstance(record["files"], dict) and isinstance(record["base"], dict) else None
@@ -96,21 +98,23 @@ def checkpoint_step(folder: str | Path) -> int:
 
 
 def list_checkpoints(root: str | Path) -> list[Path]:
-    """All ``global_step_N`` under ``root``, whole or not, the newest first."""
+    """Returns all ``global_step_N`` under ``root``, whole or not, the newest first."""
     root = Path(root)
     found = [p for p in root.glob(f"{_PREFIX}*") if p.name.removeprefix(_PREFIX).isdigit() and p.is_dir()]
     return sorted(found, key=checkpoint_step, reverse=True)
 
 
 def find_resumable(root: str | Path, notify) -> Path | None:
-    """What ``trainer.resume_mode=auto`` goes on from: the checkpoint that verl's tracker names, or the newest whole one before it.
+    """Returns what ``trainer.resume_mode=auto`` goes on from: the checkpoint that verl's tracker
+    names, or the newest whole one before it.
 
     Args:
         root: ``trainer.default_local_dir``.
         notify: called with one line for each folder that is passed over.
 
     Returns:
-        A whole ``global_step_N``; None to start from scratch, where nothing was ever saved to its end.
+        A whole ``global_step_N``; None to start from scratch, where nothing was ever saved to its
+        end.
 
     Raises:
         CheckpointError: something had been saved, but nothing of it is whole.
@@ -147,7 +151,8 @@ def find_resumable(root: str | Path, notify) -> Path | None:
 
 
 def check_policy(folder: str | Path, policy: dict[str, Any]) -> None:
-    """Refuse to go on with another policy than the one that was trained: the adapter at another scale, other noise.
+    """Refuses to go on with another policy than the one that was trained: the adapter at another
+    scale, other noise.
 
     Args:
         folder: a checkpoint; what it has not recorded is let through.
@@ -166,13 +171,14 @@ def check_policy(folder: str | Path, policy: dict[str, Any]) -> None:
 
 
 def other_length(folder: str | Path, steps: int | None) -> int | None:
-    """How many steps the run was to have that saved a checkpoint, if that is another number than ``steps``."""
+    """Returns how many steps the run was to have that saved a checkpoint, if that is another
+    number than ``steps``."""
     then = (read_record(folder) or {}).get("total_training_steps")
     return then if then is not None and steps is not None and then != steps else None
 
 
 def check_base(folder: str | Path, base: dict[str, str]) -> None:
-    """Refuse to put an adapter on a base that it was not trained on.
+    """Refuses to put an adapter on a base that it was not trained on.
 
     Args:
         folder: a checkpoint; one without a record is let through.
@@ -194,12 +200,12 @@ def check_base(folder: str | Path, base: dict[str, str]) -> None:
 
 
 def new_run() -> str:
-    """An identifier that no other run has."""
+    """Returns an identifier that no other run has."""
     return uuid.uuid4().hex
 
 
 def read_run(folder: Path) -> str | None:
-    """The run that saved a checkpoint, None where it does not say."""
+    """Returns the run that saved a checkpoint, None where it does not say."""
     try:
         return (folder / RUN_FILE).read_text().strip() or None
     except (OSError, UnicodeDecodeError):
@@ -207,7 +213,8 @@ def read_run(folder: Path) -> str | None:
 
 
 def claim(folder: Path, run: str, notify: Callable[[str], None]) -> None:
-    """Make ``global_step_N`` this run's before it saves there; what another run saved there moves aside.
+    """Makes ``global_step_N`` this run's before it saves there; what another run saved there moves
+    aside.
 
     A save of ours that did not come to its end, of whichever run, is overwritten.
 
@@ -230,9 +237,11 @@ def claim(folder: Path, run: str, notify: Callable[[str], None]) -> None:
 
 
 def prune(saved: list[Path], role: str, keep: int | None, run: str) -> None:
-    """Remove ``role``'s part of old checkpoints, as verl does it, but after the newest is whole, not before.
+    """Removes ``role``'s part of old checkpoints, as verl does it, but after the newest is whole,
+    not before.
 
-    What is removed are files that ``run`` wrote: those that the record lists, in folders that carry its identifier.
+    What is removed are files that ``run`` wrote: those that the record lists, in folders that carry
+    its identifier.
 
     Args:
         saved: the checkpoints of this run in the order of their steps, the newest last.

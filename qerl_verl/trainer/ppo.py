@@ -1,4 +1,5 @@
-"""verl's built-in trainers, each with the noise schedule around its weight syncs and validations."""
+"""verl's built-in trainers, each with the noise schedule around its weight syncs and
+validations."""
 
 from __future__ import annotations
 
@@ -65,10 +66,12 @@ def _check_engines(replicas: list) -> None:
 
 
 class _NoisyCheckpointManager:
-    """verl's CheckpointEngineManager, followed by the noise: every weight sync ends with the sigma of the step to come.
+    """verl's CheckpointEngineManager, followed by the noise: every weight sync ends with the sigma
+    of the step to come.
 
-    For engines that share the actor's GPU. Everything else is passed through. Standing here, and not in ``on_step_end``, the
-    noise is in place before a trainer resumes generation, whichever its mode.
+    For engines that share the actor's GPU. Everything else is passed through. Standing here, and
+    not in ``on_step_end``, the noise is in place before a trainer resumes generation, whichever its
+    mode.
 
     Args:
         after_sync: called with the replicas and the sync's ``global_steps``.
@@ -84,8 +87,9 @@ class _NoisyCheckpointManager:
     def update_weights(self, global_steps: int | None = None):
         """verl's, with an eye on the engines meanwhile.
 
-        The actor waits without limit for the engine's worker to take a bucket (vllm_rollout/bucketed_weight_transfer.py,
-        async_send_weights): when that dies, the job would stand still for ever.
+        The actor waits without limit for the engine's worker to take a bucket
+        (vllm_rollout/bucketed_weight_transfer.py, async_send_weights): when that dies, the job
+        would stand still for ever.
         """
         manager = self._manager
         pending = manager.actor_wg.update_weights(global_steps=global_steps, mode=manager.backend)
@@ -99,7 +103,8 @@ class _NoisyCheckpointManager:
 
 
 class _StandaloneCheckpointManager(CheckpointEngineManager):
-    """The same for engines of their own: verl's sync ends with resuming their generation, so the noise comes right before.
+    """The same for engines of their own: verl's sync ends with resuming their generation, so the
+    noise comes right before.
 
     Args:
         manager: verl's, which this one takes the place of.
@@ -111,7 +116,8 @@ class _StandaloneCheckpointManager(CheckpointEngineManager):
         self._global_steps: int | None = None
 
     def update_weights(self, global_steps: int | None = None) -> dict:
-        """verl's, in a thread, with an eye on the engines; the thread is left behind when one has died, as the job ends."""
+        """verl's, in a thread, with an eye on the engines; the thread is left behind when one
+        has died, as the job ends."""
         self._global_steps = global_steps
         sync, result = super().update_weights, futures.Future()
 
@@ -133,9 +139,11 @@ class _StandaloneCheckpointManager(CheckpointEngineManager):
 
 
 class _RecordingCallback:
-    """verl's checkpoint callback (verl/trainer/ppo/checkpoint_callback.py), after the record that makes a checkpoint whole.
+    """verl's checkpoint callback (verl/trainer/ppo/checkpoint_callback.py), after the record that
+    makes a checkpoint whole.
 
-    verl calls it when everything of a save is written, so the user's own callback finds the record in the folder.
+    verl calls it when everything of a save is written, so the user's own callback finds the record
+    in the folder.
     """
 
     def __init__(self, callback, after_save):
@@ -166,7 +174,8 @@ class WholeCheckpointsMixin:
         """verl's, from the checkpoint that is chosen here.
 
         Raises:
-            CheckpointError: none is whole, or the base or what else defines the policy has changed since.
+            CheckpointError: none is whole, or the base or what else defines the policy has changed
+                since.
         """
         trainer = self.config.trainer
         if trainer.resume_mode == "auto":
@@ -228,7 +237,7 @@ class WholeCheckpointsMixin:
 
     @contextmanager
     def _trainer_setting(self, **values):
-        """``trainer.*`` with other values for a while."""
+        """Yields ``trainer.*`` with other values for a while."""
         before = {name: self.config.trainer.get(name) for name in values}
         with open_dict(self.config):
             self.config.trainer.update(values)
@@ -255,7 +264,8 @@ VERL_POLL_INTERVAL = 2.0
 
 
 def poll_interval(samples: int) -> float:
-    """Seconds between two looks for ``samples`` samples: 0.1, and above a thousand of them longer, since a look lists them all."""
+    """Seconds between two looks for ``samples`` samples: 0.1, and above a thousand of them
+    longer, since a look lists them all."""
     return min(VERL_POLL_INTERVAL, max(0.1, 1e-4 * samples))
 
 
@@ -279,7 +289,8 @@ class AQNTrainerMixin(RunLengthMixin, RunRecordMixin, WholeCheckpointsMixin):
     """
 
     verl_mode: str
-    """The built-in mode that this trainer is; verl branches on ``trainer.v1.trainer_mode`` in many places."""
+    """The built-in mode that this trainer is; verl branches on ``trainer.v1.trainer_mode`` in
+    many places."""
 
     def __init__(self, config: DictConfig):
         with open_dict(config):
@@ -292,10 +303,12 @@ class AQNTrainerMixin(RunLengthMixin, RunRecordMixin, WholeCheckpointsMixin):
         super().__init__(config)
 
     def _build_replay_buffer(self):
-        """verl's, or the user's own sampler, which looks for finished samples more often than every two seconds.
+        """verl's, or the user's own sampler, which looks for finished samples more often than every
+        two seconds.
 
-        A step waits until the next look (verl/trainer/ppo/v1/replay_buffer.py, _wait_for_next_poll): a second on average, where a
-        rollout takes a few. ``separate_async`` also measures by that interval whether samples are scarce, so there it stays.
+        A step waits until the next look (verl/trainer/ppo/v1/replay_buffer.py,
+        _wait_for_next_poll): a second on average, where a rollout takes a few. ``separate_async``
+        also measures by that interval whether samples are scarce, so there it stays.
         """
         buffer = super()._build_replay_buffer()
         if self.verl_mode != "separate_async" and getattr(buffer, "poll_interval", None) == VERL_POLL_INTERVAL:
@@ -305,8 +318,9 @@ class AQNTrainerMixin(RunLengthMixin, RunRecordMixin, WholeCheckpointsMixin):
         return buffer
 
     def _init_resource_pool_mgr(self):
-        """verl's, the last step before the workers. From here on this process waits for others, while the rollout's servers
-        can be started; ``separate_async`` has servers of two kinds, which verl starts."""
+        """verl's, the last step before the workers. From here on this process waits for others,
+        while the rollout's servers can be started; ``separate_async`` has servers of two kinds,
+        which verl starts."""
         super()._init_resource_pool_mgr()
         if self.verl_mode != "separate_async":
             AHEAD.start(self.config)
@@ -338,7 +352,7 @@ class AQNTrainerMixin(RunLengthMixin, RunRecordMixin, WholeCheckpointsMixin):
         return AdaptiveSigma(aqn) if aqn.schedule == ADAPTIVE else AQNSchedule(aqn, self.total_training_steps)
 
     def _resume_own_state(self, folder: Path) -> None:
-        """Take the adaptive noise level up where the checkpoint left it.
+        """Takes the adaptive noise level up where the checkpoint left it.
 
         Raises:
             CheckpointError: its file is damaged.
@@ -379,8 +393,8 @@ class AQNTrainerMixin(RunLengthMixin, RunRecordMixin, WholeCheckpointsMixin):
             self._acting = {s: a for s, a in self._acting.items() if s >= step - 1} | {step: found}
 
     def _push(self, replicas: list, step: int, sigma: float) -> list[dict[str, float]]:
-        """Tell the replicas' engines, wait until all of them have it, and drop what was cached under
-        other weights.
+        """Tells the replicas' engines, waits until all of them have it, and drop what was cached
+        under other weights.
 
         Returns:
             What acts in each worker now, see :meth:`qerl_verl.aqn.noise.NoiseInjector.measure`;
@@ -411,11 +425,12 @@ class AQNTrainerMixin(RunLengthMixin, RunRecordMixin, WholeCheckpointsMixin):
         super().on_validate_end()
 
     def _generating(self) -> list:
-        """The replicas that validation runs on."""
+        """Returns the replicas that validation runs on."""
         return self.checkpoint_manager.replicas
 
     def _wait_for_samples_in_flight(self) -> None:
-        """Until nothing is being sampled for training: validation takes the noise off for all that the engines generate."""
+        """Until nothing is being sampled for training: validation takes the noise off for all
+        that the engines generate."""
 
     def step(self, metrics: dict, timing_raw: dict):
         batch = super().step(metrics, timing_raw)
@@ -466,7 +481,8 @@ class AQNTrainerMixin(RunLengthMixin, RunRecordMixin, WholeCheckpointsMixin):
         return {SAMPLE_METRICS[name]: value for name, value in found.items()}
 
     def _sigmas_of_samples(self, tags: list[dict]) -> list[float]:
-        """Sigma at a sample's first and at its last token; the samples' versions count the syncs, see :meth:`_after_sync`."""
+        """Sigma at a sample's first and at its last token; the samples' versions count the
+        syncs, see :meth:`_after_sync`."""
         versions = [
             tag[key]
             for tag in tags
@@ -506,8 +522,9 @@ class QeRLTrainerColocateAsync(AQNTrainerMixin, PPOTrainerColocateAsync):
 class QeRLTrainerSeparateAsync(AQNTrainerMixin, PPOTrainerSeparateAsync):
     """verl's asynchronous trainer whose engines have GPUs of their own, with AQN.
 
-    Beside those, replicas on the actor's GPUs help while it does not train (``actor_rollout_ref.hybrid_engine``); they sleep
-    otherwise, and a sleeping engine is told nothing.
+    Beside those, replicas on the actor's GPUs help while it does not train
+    (``actor_rollout_ref.hybrid_engine``); they sleep otherwise, and a sleeping engine is told
+    nothing.
     """
 
     verl_mode = "separate_async"
@@ -527,8 +544,9 @@ class QeRLTrainerSeparateAsync(AQNTrainerMixin, PPOTrainerSeparateAsync):
 
     @contextmanager
     def _without_the_line_that_fails(self):
-        """verl's _setup ends with a line of its log that ``logging`` raises a TypeError for (trainer_separate_async.py,
-        ``flush=True``), with ``hybrid_engine=False`` only. Below WARNING its logger is silent meanwhile."""
+        """verl's _setup ends with a line of its log that ``logging`` raises a TypeError for
+        (trainer_separate_async.py, ``flush=True``), with ``hybrid_engine=False`` only. Below
+        WARNING its logger is silent meanwhile."""
         log = verl_separate_async.logger
         level = log.level
         if not self._enable_hybrid_replicas:

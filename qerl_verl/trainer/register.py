@@ -2,5 +2,6 @@
 
 
 def register_trainers(trainer_package=None) -> None:
-    """Import the module whose decorators register ``qerl_sync`` and the asynchronous ones. Idempotent."""
+    """Imports the module whose decorators register ``qerl_sync`` and the asynchronous ones.
+    Idempotent."""
     import qerl_verl.trainer.ppo  # noqa: F401

@@ -41,7 +41,7 @@ def metrics_file(config: DictConfig) -> Path | None:
 
 
 def keep_earlier_metrics(path: Path) -> Path | None:
-    """Move the metrics of the run's earlier start aside before verl opens the file anew.
+    """Moves the metrics of the run's earlier start aside before verl opens the file anew.
 
     Returns:
         Where they are now; None where there are none.
@@ -66,9 +66,7 @@ def describe_run(config: DictConfig) -> dict[str, Any]:
     settings = {key: value for key, value in settings.items() if not _PRIVATE.search(key)}
     for key in _CONTENTS:
         if (value := settings.get(key)) is not None:
-            hashes = [
-                _hash(Path(str(file))) for file in ([value] if isinstance(value, str) else value)
-            ]
+            hashes = [_hash(Path(str(file))) for file in ([value] if isinstance(value, str) else value)]
             settings[f"{key}{CONTENT}"] = None if None in hashes else hashes
     return settings
 
@@ -87,7 +85,7 @@ def _hash(path: Path) -> str | None:
 
 
 def write_record(path: Path, settings: dict[str, Any]) -> None:
-    """Write the record of the run whose metrics are in ``path``.
+    """Writes the record of the run whose metrics are in ``path``.
 
     Args:
         settings: see :func:`describe_run`.
@@ -114,10 +112,7 @@ class RunRecordMixin:
         if path is not None:
             try:
                 if getattr(self, "global_steps", 0) > 0 and (part := keep_earlier_metrics(path)):
-                    say(
-                        f"the metrics of the steps before are in {part} from now on; qerl compare "
-                        "reads both"
-                    )
+                    say(f"the metrics of the steps before are in {part} from now on; qerl compare reads both")
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_record(path, self._settings)
             except OSError as error:
