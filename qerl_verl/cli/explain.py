@@ -1,7 +1,8 @@
-"""``qerl explain NAME [key=value ...]``: the configuration that a run would have, without starting anything.
+"""``qerl explain NAME [key=value ...]``: the configuration that a run would have, without starting
+anything.
 
-Composes a recipe as verl's ``main_ppo`` would and applies the rules of the switch. Nothing is downloaded, quantized or
-written, and no GPU is needed.
+Composes a recipe as verl's ``main_ppo`` would and applies the rules of the switch. Nothing is
+downloaded, quantized or written, and no GPU is needed.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class ExplainError(ValueError):
 
 
 def add_explain(subparsers, common: argparse.ArgumentParser) -> None:
-    """Declare the subcommand."""
+    """Declares the subcommand."""
     parser = subparsers.add_parser(
         "explain",
         parents=[common],
@@ -56,7 +57,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def split_words(words: list[str], command: str) -> tuple[str, list[str]]:
-    """The recipe's name among the words of a command line, and the overrides.
+    """Returns the recipe's name among the words of a command line, and the overrides.
 
     Raises:
         ExplainError: no word is a name.
@@ -69,12 +70,12 @@ def split_words(words: list[str], command: str) -> tuple[str, list[str]]:
 
 
 def compose(name: str, overrides: list[str], config_path: str | None = None) -> DictConfig:
-    """The composed configuration, see :func:`compose_with_keys`."""
+    """Returns the composed configuration, see :func:`compose_with_keys`."""
     return _compose(name, overrides, config_path, lambda config: None)[0]
 
 
 def compose_with_keys(name: str, overrides: list[str], config_path: str | None = None) -> tuple[DictConfig, set[str]]:
-    """The composed configuration, and the dotted keys in it that the user wrote.
+    """Returns the composed configuration, and the dotted keys in it that the user wrote.
 
     Args:
         name, overrides, config_path: as for :func:`_compose`.
@@ -88,13 +89,14 @@ def compose_with_keys(name: str, overrides: list[str], config_path: str | None =
 def _compose(
     name: str, overrides: list[str], config_path: str | None, ask: Callable[[DictConfig], T]
 ) -> tuple[DictConfig, T]:
-    """The composed configuration, and what ``ask`` says about it while it still has Hydra's own node.
+    """Returns the composed configuration, and what ``ask`` says about it while it still has Hydra's
+    own node.
 
     Args:
         name: a recipe, as in ``--config-name``.
         overrides: as on verl's command line.
-        config_path: folder, or ``pkg://package``, in which the recipe lies; None looks in QeRL's recipes and then among
-            verl's own configurations.
+        config_path: folder, or ``pkg://package``, in which the recipe lies; None looks in QeRL's
+            recipes and then among verl's own configurations.
 
     Raises:
         ExplainError: no such recipe, or Hydra refuses it.
@@ -135,7 +137,8 @@ def _compose(
 
 
 def recipes() -> list[str]:
-    """Names of the recipes that come with QeRL, those of a subfolder as ``FOLDER/NAME``."""
+    """Yields the names of the recipes that come with QeRL, those of a subfolder as
+    ``FOLDER/NAME``."""
     from importlib.resources import files
 
     def names(folder, prefix: str = "") -> Iterator[str]:
@@ -155,7 +158,8 @@ def _is_recipe(name: str) -> bool:
 def explain(
     name: str, overrides: list[str], config_path: str | None = None, platform: str = "cuda", here: bool = True
 ) -> int:
-    """Print what the recipe sets, what the switch sets and what cannot run; exit code 2 if something cannot.
+    """Prints what the recipe sets, what the switch sets and what cannot run; exit code 2 if
+    something cannot.
 
     Args:
         name, overrides, config_path: as for :func:`compose_with_keys`.

@@ -264,7 +264,7 @@ class QeRLExpertsMethod(_NVFP4Experts):
         return self.apply(layer, x, weights, chosen)
 
     def _offer_choices(self) -> None:
-        """Let vLLM record which experts this method chooses (``enable_return_routed_experts``).
+        """Lets vLLM record which experts this method chooses (``enable_return_routed_experts``).
 
         vLLM asks the routers for them, and a method that routes only if its kernel is one of vLLM's
         own. A module with a layer's number and a ``capture_fn`` reports by itself (fused_moe/

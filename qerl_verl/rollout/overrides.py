@@ -23,7 +23,7 @@ def hf_overrides(hf_config: Any, on_cpu: bool) -> dict[str, dict[str, Any]]:
 
 
 def decoder_overrides(architectures: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Names the class of Qwen3-VL's decoder.
+    """Returns the names the class of Qwen3-VL's decoder.
 
     vLLM builds that decoder from ``text_config`` alone (model_executor/models/qwen3_vl.py,
     Qwen3VLForConditionalGeneration), and its CPU platform then reads the class from it
