@@ -216,6 +216,7 @@ NO_REFUSALS = (
     "Put the tokenizer's files there",  # behind the two messages about tokenizers
     "Ray: joins the cluster at",  # a line about the run
     "null stays, as you wrote it",  # the same
+    "use +qerl=nvfp4, whose layers hold the adapter",  # the fix of a message about vLLM's LoRA path
 )
 """Beginnings or parts of long strings in the checks that are no messages by themselves."""
 
@@ -223,7 +224,7 @@ NO_REFUSALS = (
 def test_the_page_explains_every_refusal_before_a_run():
     """A refusal is a sentence: it is long, and a colon or semicolon stands between what, why and
     the fix."""
-    refusals = {text for text in messages("qerl_verl/config/checks") if len(text) > 60 and re.search(r"[:;,] ", text)}
+    refusals = {text for text in messages("qerl_verl/config/checks") if len(text) > 40 and re.search(r"[:;,] ", text)}
     refusals -= {text for text in refusals if any(part in text for part in NO_REFUSALS)}
     patterns = explained()
     assert len(refusals) > 50
