@@ -46,8 +46,8 @@ from pathlib import Path
 from qerl_verl.job import JOB_ENV, Job
 
 HERE = Path(__file__).resolve().parent
-TESTS = HERE.parent / "tests"
-sys.path[:0] = [str(HERE), str(TESTS / "engine"), str(TESTS / "rollout"), str(TESTS / "integration")]
+ROOT = HERE.parent
+sys.path[:0] = [str(HERE), str(ROOT)]
 
 PARTS = ("training", "equality", "rollout", "shards", "main_ppo")
 ARRANGEMENTS = ("divided", "replicas", "separate", "separate_nccl")
@@ -170,7 +170,8 @@ def everywhere(value) -> list:
 
 def measure_training(name: str, device: str, args: argparse.Namespace) -> dict:
     import torch
-    from many_ranks import bytes_per_weight, count_all_gathers, randomize_adapters
+
+    from tests.engine.many_ranks import bytes_per_weight, count_all_gathers, randomize_adapters
 
     gpu = device == "cuda"
     begin = time.perf_counter()
@@ -235,8 +236,16 @@ def measure_training(name: str, device: str, args: argparse.Namespace) -> dict:
 
 def measure_equality(name: str, device: str, args: argparse.Namespace) -> dict:
     import torch
-    from many_ranks import changed_bytes, full, loss_function, randomize_adapters, use_packed_attention, verl_batch
     from shapes import SHAPES
+
+    from tests.engine.many_ranks import (
+        changed_bytes,
+        full,
+        loss_function,
+        randomize_adapters,
+        use_packed_attention,
+        verl_batch,
+    )
 
     stock = name.startswith("bf16")
     folder = Path(args.work) / f"{args.small}-{'bf16' if stock else 'nvfp4'}"
@@ -298,10 +307,10 @@ def run_shards(args: argparse.Namespace) -> None:
     """Computes log-probabilities of given tokens on ``world`` GPUs, clean and with noise."""
     import torch
     from shapes import DEVICE, RANK, SHAPES
-    from tensor_parallel import prompt_log_probabilities, sync
     from vllm import LLM
 
     from qerl_verl.rollout.probes import adapter_digest, norm_weights
+    from tests.rollout.tensor_parallel import prompt_log_probabilities, sync
 
     os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # functions are sent to the workers
     os.environ["VERL_RAY_JOB_ID"] = str(os.getpid())  # part of the name of verl's socket
@@ -503,14 +512,13 @@ def measure_main_ppo(arrangement: str, args: argparse.Namespace) -> dict:
     """Runs four steps, two without and two with noise."""
     import torch
     from bench_grpo_step import command, metrics_of
-    from watch_replicas import read
+
+    from tests.integration.watch_replicas import read
 
     work = args.work / "ppo" / args.ppo_shape
     work.mkdir(parents=True, exist_ok=True)
     environment = environment_of(False, VERL_LOGGING_LEVEL="WARNING", VLLM_ALLOW_INSECURE_SERIALIZATION="1")
-    environment["PYTHONPATH"] = os.pathsep.join(
-        filter(None, [str(TESTS / "integration"), environment.get("PYTHONPATH")])
-    )
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
     environment["QERL_TEST_WATCH"] = str(work / f"watched-{arrangement}")
     prepared = [sys.executable, str(HERE / "bench_grpo_step.py"), "--prepare", "--shape", args.ppo_shape]
     subprocess.run([*prepared, "--work", str(work.parent)], env=environment, check=True)
@@ -526,7 +534,7 @@ def measure_main_ppo(arrangement: str, args: argparse.Namespace) -> dict:
         "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=8",
         "qerl.aqn.num_stages=2",
         "qerl.aqn.sigma_end=1e-2",
-        "trainer.v1.sampler.custom_sampler.path=pkg://watch_replicas",
+        "trainer.v1.sampler.custom_sampler.path=pkg://tests.integration.watch_replicas",
         "trainer.v1.sampler.custom_sampler.name=WatchedReplayBuffer",
         f"qerl.cache_dir={work / 'cache'}",
         f"{rollout}.agent.num_workers=2",

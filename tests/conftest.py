@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent))  # tiny_families.py
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -14,7 +11,9 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import pytest
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2ForCausalLM
+
+from tests.helpers.tiny_model import make_model
 
 ONE_THREAD = "QERL_TEST_ONE_THREAD"
 """Set by tests that start pytest beside other workers."""
@@ -76,41 +75,9 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(skip)
 
 
-def make_model(folder: Path, **overrides) -> Path:
-    """Writes a random tiny Qwen2 checkpoint in bfloat16 with the quickstart's tokenizer.
-
-    Returns:
-        The folder.
-    """
-    from qerl_verl.quickstart.tiny_model import build_tokenizer
-
-    tokenizer = build_tokenizer()
-    settings = dict(
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=len(tokenizer),
-        tie_word_embeddings=True,
-        max_position_embeddings=512,
-        initializer_range=0.08,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    torch.manual_seed(0)
-    model = Qwen2ForCausalLM(Qwen2Config(**{**settings, **overrides})).to(torch.bfloat16)
-    for name, parameter in model.named_parameters():
-        if name.endswith("proj.bias"):
-            torch.nn.init.normal_(parameter, std=0.1)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="session")
 def model_factory():
-    """Provides :func:`make_model`, for tests that need another shape."""
+    """Provides :func:`~tests.helpers.tiny_model.make_model`, for tests that need another shape."""
     return make_model
 
 

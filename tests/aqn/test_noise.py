@@ -5,7 +5,6 @@ import sys
 
 import pytest
 import torch
-from tiny_families import make_config
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from qerl_verl.aqn.noise import (
@@ -20,6 +19,7 @@ from qerl_verl.aqn.noise import (
 )
 from qerl_verl.config.settings import AQNSettings
 from qerl_verl.nvfp4.architectures import get_architecture
+from tests.helpers.tiny_families import make_config
 
 CONFIG = dict(
     hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1, head_dim=32,

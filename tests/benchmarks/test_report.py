@@ -1,15 +1,11 @@
 """Tests that the summary and tables of docs/performance.md are what the result files say."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
-import report  # noqa: E402
-from summary import ROWS, Row  # noqa: E402
+import report
+from summary import ROWS, Row
 
 RESULTS = Path(report.__file__).parent / "results"
 

@@ -3,17 +3,13 @@ handled."""
 
 import json
 import re
-import sys
 import time
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
-import run_all  # noqa: E402
-from run_all import EXTRA, PARTS, Part  # noqa: E402
-from summary import ROWS  # noqa: E402
+import run_all
+from run_all import EXTRA, PARTS, Part
+from summary import ROWS
 
 BENCH = """
 import json, pathlib, sys, time

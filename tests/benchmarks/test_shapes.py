@@ -1,18 +1,12 @@
 """Tests the random models of the benchmarks, and the verdict of the benchmark of a mixture on
 its speed."""
 
-import sys
-from pathlib import Path
-
+import bench_moe
 import pytest
+import shapes
 
 from qerl_verl.nvfp4.model_shapes import adaptable_shapes
 from qerl_verl.nvfp4.validation import validate_nvfp4_checkpoint
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
-import bench_moe  # noqa: E402
-import shapes  # noqa: E402
 
 
 @pytest.mark.parametrize("shape", ["tiny", "tiny-moe"])

@@ -5,8 +5,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from fork_server import ForkServer
 from safetensors.torch import load_file, save_file
+
+from tests.helpers.fork_server import ForkServer
 
 HERE = Path(__file__).parent
 
@@ -14,7 +15,7 @@ HERE = Path(__file__).parent
 @pytest.fixture(scope="session")
 def engine_server(tmp_path_factory):
     """Starts a process of ``engine_server.py``."""
-    with ForkServer([HERE / "engine_server.py"], tmp_path_factory.mktemp("engine_server") / "log") as server:
+    with ForkServer(["-m", "tests.engine.engine_server"], tmp_path_factory.mktemp("engine_server") / "log") as server:
         yield server
 
 

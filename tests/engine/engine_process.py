@@ -23,16 +23,6 @@ os.environ |= {"MASTER_PORT": port, "VERL_PLATFORM": "cpu", "VERL_ENGINE_VENDOR"
 
 import torch  # noqa: E402
 import verl  # noqa: E402, F401  (loads the plugin)
-from many_ranks import (  # noqa: E402
-    bytes_per_weight,
-    changed_bytes,
-    count_all_gathers,
-    full,
-    image_batch,
-    loss_function,
-    randomize_adapters,
-    verl_batch,
-)
 from torch.distributed.tensor import DTensor  # noqa: E402
 from verl.trainer.config import CheckpointConfig  # noqa: E402
 from verl.utils.distributed import initialize_global_process_group_ray  # noqa: E402
@@ -49,6 +39,16 @@ from qerl_verl.engine.compile import CompiledMLP  # noqa: E402
 from qerl_verl.engine.register import engine_class  # noqa: E402
 from qerl_verl.job import this_job  # noqa: E402
 from qerl_verl.lora.wire import CONFIG_TENSOR, pack_config  # noqa: E402
+from tests.engine.many_ranks import (  # noqa: E402
+    bytes_per_weight,
+    changed_bytes,
+    count_all_gathers,
+    full,
+    image_batch,
+    loss_function,
+    randomize_adapters,
+    verl_batch,
+)
 
 initialize_global_process_group_ray()
 torch.manual_seed(0)

@@ -1,17 +1,12 @@
 """Runs ``engine_process.py`` in forks of one process that has verl imported, see
-``tests/fork_server.py``."""
+``tests/helpers/fork_server.py``."""
 
 from __future__ import annotations
 
 import os
-import sys
-from pathlib import Path
 
-sys.path.insert(1, str(Path(__file__).parents[1]))
-
-from fork_server import serve  # noqa: E402
-
-from qerl_verl.job import Job  # noqa: E402
+from qerl_verl.job import Job
+from tests.helpers.fork_server import serve
 
 
 def import_what_the_ranks_import() -> None:
@@ -19,12 +14,12 @@ def import_what_the_ranks_import() -> None:
     is set first.
     """
     os.environ |= Job().environment() | {"VERL_PLATFORM": "cpu", "VERL_ENGINE_VENDOR": "qerl"}
-    import many_ranks  # noqa: F401
     import verl.utils.distributed
     import verl.workers.config
     import verl.workers.engine.fsdp  # noqa: F401
 
     import qerl_verl.engine.fsdp  # noqa: F401
+    from tests.engine import many_ranks  # noqa: F401
 
 
 if __name__ == "__main__":

@@ -5,9 +5,7 @@ It makes the same batch for any number of ranks, and counts what ranks exchange.
 
 from __future__ import annotations
 
-import sys
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -92,10 +90,9 @@ def image_batch(model, dp_rank=0, dp_size=1, **extra):
         extra: verl's settings of a batch.
     """
     from tensordict.tensorclass import NonTensorData, NonTensorStack
-
-    sys.path.append(str(Path(__file__).parents[1]))
-    from tiny_vision import image_sequences
     from verl.utils import tensordict_utils as tu
+
+    from tests.helpers.tiny_vision import image_sequences
 
     generator = torch.Generator().manual_seed(300)
     mine = slice(dp_rank * 8 // dp_size, (dp_rank + 1) * 8 // dp_size)

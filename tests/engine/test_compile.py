@@ -5,7 +5,6 @@ import contextvars
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny_families import FAMILIES, make_config
 from torch import nn
 from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
@@ -19,6 +18,7 @@ from qerl_verl.nvfp4.architectures import automatic_class, get_architecture
 from qerl_verl.nvfp4.linear import NVFP4Linear
 from qerl_verl.nvfp4.loading import prepack_linears, swap_linears
 from qerl_verl.platform import compilers
+from tests.helpers.tiny_families import FAMILIES, make_config
 
 CPU, VOCABULARY = torch.device("cpu"), 128
 ROUNDING = 10 * torch.finfo(torch.bfloat16).eps

@@ -5,12 +5,12 @@ import shutil
 
 import pytest
 import torch
-from jobs import sharing_job
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForTokenClassification
 
 from qerl_verl.job import Job
+from tests.helpers.jobs import sharing_job
 
 HEAD = {"base_model.model.score.weight", "base_model.model.score.bias"}
 

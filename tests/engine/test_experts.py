@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
-from tiny_families import make_family
 
 from qerl_verl.engine.compile import unavailable
 from qerl_verl.nvfp4.quantize import quantize_checkpoint
 from qerl_verl.quickstart.tiny_model import build_tokenizer
+from tests.helpers.tiny_families import make_family
 
 FLOAT32 = {
     "use_remove_padding": True,

@@ -1,10 +1,10 @@
 """Tests a training step of every family in verl's FSDP2 engine, for each layout of sequences."""
 
 import pytest
-from tiny_families import FAMILIES, TOWERS, make_family
 
 from qerl_verl.nvfp4.quantize import quantize_checkpoint
 from qerl_verl.quickstart.tiny_model import build_tokenizer
+from tests.helpers.tiny_families import FAMILIES, TOWERS, make_family
 
 PACKED = {"use_remove_padding": True, "packed_attention": True}
 VARIANTS = {"padded": {}, "packed": PACKED, "chunks": PACKED | {"use_fused_kernels": True}}

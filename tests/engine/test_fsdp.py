@@ -8,9 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from jobs import sharing_job
 from safetensors.torch import load_file
-from tiny_families import make_config
 from transformers import Qwen2Config
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngine
 
@@ -18,6 +16,8 @@ from qerl_verl.engine.fsdp import AdapterEngineMixin, NVFP4EngineMixin, remove_d
 from qerl_verl.engine.recompute import Recompute
 from qerl_verl.job import Job
 from qerl_verl.nvfp4.architectures import automatic_class, get_architecture
+from tests.helpers.jobs import sharing_job
+from tests.helpers.tiny_families import make_config
 
 ROUNDING = torch.finfo(torch.bfloat16).eps
 """Ranks add in another order, in bfloat16; ``test_many_ranks.py`` compares them in float32."""

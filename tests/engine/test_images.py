@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from tiny_families import TOWERS, Reference, make_family
-from tiny_vision import image_sequences
 from transformers import AutoConfig
 
 from qerl_verl.nvfp4.quantize import quantize_checkpoint
 from qerl_verl.quickstart.tiny_model import build_tokenizer
+from tests.helpers.tiny_families import TOWERS, Reference, make_family
+from tests.helpers.tiny_vision import image_sequences
 
 PACKED = {"use_remove_padding": True, "packed_attention": True}
 VARIANTS = {"padded": {}, "packed": PACKED, "chunks": PACKED | {"use_fused_kernels": True}}

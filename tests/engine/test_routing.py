@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tiny_families import make_model
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
 from qerl_verl.engine.routing import RoutingReplay, flatten
+from tests.helpers.tiny_families import make_model
 
 TOKENS, EXPERTS, TOP_K, HIDDEN = 7, 6, 2, 16
 NAME = "layers.1.mlp.gate"

@@ -1,11 +1,11 @@
 """Tests what an evaluation asks of vLLM, without starting it."""
 
 import pytest
-from tiny_families import make_config
 
 from qerl_verl.evaluation.engine import Engine, EngineSettings
 from qerl_verl.evaluation.policies import Model
 from qerl_verl.rollout.rope import rope_overrides
+from tests.helpers.tiny_families import make_config
 
 
 @pytest.mark.parametrize("form", ["nvfp4", "bf16"])

@@ -6,8 +6,6 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny_families import TOWERS, Reference, log_probabilities, make_family
-from tiny_families import make_adapter as families_adapter
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from qerl_verl.cli.main import main
@@ -19,6 +17,8 @@ from qerl_verl.nvfp4.errors import CheckpointError
 from qerl_verl.nvfp4.format import read_quantization
 from qerl_verl.nvfp4.model_shapes import adaptable_shapes
 from qerl_verl.nvfp4.quantize import quantize_checkpoint
+from tests.helpers.tiny_families import TOWERS, Reference, log_probabilities, make_family
+from tests.helpers.tiny_families import make_adapter as families_adapter
 
 TARGETS = ["q_proj", "o_proj", "down_proj"]
 

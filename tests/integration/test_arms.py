@@ -5,16 +5,11 @@ sampling and training probabilities, which without it is rounding.
 """
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))
-
-from tiny_job import Job, make_inputs  # noqa: E402
+from tests.integration.tiny_job import Job, make_inputs
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -1,21 +1,16 @@
-"""A job whose processes are killed goes on bit for bit: some cases of ``crash_table.py``, about two minutes each; and a signal to
+"""A job whose processes are killed goes on bit for bit: some cases of ``killed_job.py``, about two minutes each; and a signal to
 the driver.
 
 ``test_main_ppo.py`` has a kill in the middle of a save.
 """
 
 import signal
-import sys
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from crash_table import START_SECONDS, overrides, run  # noqa: E402
-from tiny_job import Job, make_inputs, traces  # noqa: E402
-
-from qerl_verl.trainer.checkpoints import find_resumable  # noqa: E402
+from qerl_verl.trainer.checkpoints import find_resumable
+from tests.integration.killed_job import START_SECONDS, overrides, run
+from tests.integration.tiny_job import Job, make_inputs, traces
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(3600)]
 CASES = {

@@ -1,17 +1,12 @@
 """A mixture of experts through main_ppo: verl, Ray, vLLM, with the experts in NVFP4 on both sides."""
 
 import re
-import sys
-from pathlib import Path
 
 import pytest
-from tiny_families import make_family
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from tiny_job import Job, make_inputs  # noqa: E402
 
 from qerl_verl.quickstart.tiny_model import build_tokenizer
+from tests.helpers.tiny_families import make_family
+from tests.integration.tiny_job import Job, make_inputs
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(1800)]
 

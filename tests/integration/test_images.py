@@ -6,22 +6,18 @@ The decoder is in NVFP4 with the adapter and the noise, the vision tower in 16 b
 import importlib.util
 import io
 import json
-import sys
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from tiny_families import make_family
-from tiny_vision import draw_image, vision_settings, write_processor
+
+from qerl_verl.cli.main import main as qerl
+from qerl_verl.data.prompts import prompt_row, write_parquet
+from tests.helpers.tiny_families import make_family
+from tests.helpers.tiny_vision import draw_image, vision_settings, write_processor
+from tests.integration.tiny_job import Job
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))
-
-from tiny_job import Job  # noqa: E402
-
-from qerl_verl.cli.main import main as qerl  # noqa: E402
-from qerl_verl.data.prompts import prompt_row, write_parquet  # noqa: E402
-
 pytestmark = [
     pytest.mark.integration,
     pytest.mark.slow,

@@ -3,9 +3,7 @@
 Ray and gloo alone, in 1 GB; ``test_two_nodes.py`` does the same to a whole training run.
 """
 
-import os
 import re
-import secrets
 import shutil
 import subprocess
 import sys
@@ -14,27 +12,11 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from two_nodes import BIN, DASHBOARD, TwoNodes  # noqa: E402
+from tests.integration.two_nodes import BIN, DASHBOARD, TwoNodes, cluster_environment
 
 pytestmark = [pytest.mark.slow, pytest.mark.integration, pytest.mark.timeout(900)]
 
-ROOT = Path(__file__).parents[2]
 BEGIN_SECONDS, END_SECONDS = 240, 200
-
-
-def cluster_environment() -> dict[str, str]:
-    """Of a cluster that takes nobody without its token."""
-    environment = os.environ | {
-        "PYTHONPATH": f"{ROOT}:{Path(__file__).parent}",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),
-    }
-    return {name: value for name, value in environment.items() if name not in ("RAY_ADDRESS", "TMPDIR")}
 
 
 def test_the_driver_names_the_node_that_is_gone(tmp_path):

@@ -20,11 +20,6 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from crash_table import START_SECONDS, kill_at  # noqa: E402
-from tiny_job import Job, checkpoint_differences  # noqa: E402
-
 from qerl_verl.aqn.schedule import AQNSchedule
 from qerl_verl.compare.runs import Run
 from qerl_verl.compare.settings import compare_settings, read_settings
@@ -32,6 +27,8 @@ from qerl_verl.config.settings import AQNSettings
 from qerl_verl.data.prompts import write_parquet
 from qerl_verl.quickstart.arithmetic import rows, split
 from qerl_verl.trainer.checkpoints import find_damage, find_resumable, list_checkpoints
+from tests.integration.killed_job import START_SECONDS, kill_at
+from tests.integration.tiny_job import Job, checkpoint_differences
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(3600)]
 

@@ -17,14 +17,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from test_lost_node import cluster_environment  # noqa: E402
-from tiny_job import make_inputs, title  # noqa: E402
-from two_nodes import BIN, DASHBOARD, Node, TwoNodes  # noqa: E402
-
-from qerl_verl.trainer.checkpoints import find_damage  # noqa: E402
-from qerl_verl.trainer.ppo import NOISE_FILE  # noqa: E402
+from qerl_verl.trainer.checkpoints import find_damage
+from qerl_verl.trainer.ppo import NOISE_FILE
+from tests.integration.tiny_job import make_inputs, title
+from tests.integration.two_nodes import BIN, DASHBOARD, Node, TwoNodes, cluster_environment
 
 pytestmark = [pytest.mark.slow, pytest.mark.integration, pytest.mark.timeout(2400)]
 

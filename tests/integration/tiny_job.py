@@ -20,6 +20,7 @@ import psutil
 import torch
 
 HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
 VICTIMS = {
     "driver": "verl.trainer.main_ppo",
     "trainer": "ray::TaskRunner",
@@ -89,9 +90,9 @@ REPEATABLE = [
     "actor_rollout_ref.rollout.enable_prefix_caching=False",
     f"actor_rollout_ref.rollout.agent.agent_loop_config_path={HERE / 'repeatable_agent.yaml'}",
     "actor_rollout_ref.rollout.agent.default_agent_loop=repeatable",
-    "trainer.v1.sampler.custom_sampler.path=pkg://repeatable",
+    "trainer.v1.sampler.custom_sampler.path=pkg://tests.integration.repeatable",
     "trainer.v1.sampler.custom_sampler.name=RepeatableReplayBuffer",
-    "actor_rollout_ref.model.external_lib=repeatable",
+    "actor_rollout_ref.model.external_lib=tests.integration.repeatable",
 ]
 
 
@@ -115,7 +116,7 @@ class Job:
         environment = os.environ | {
             "VERL_FILE_LOGGER_PATH": str(self.folder / "metrics.jsonl"),
             "HYDRA_FULL_ERROR": "1",
-            "PYTHONPATH": f"{HERE}:{os.environ.get('PYTHONPATH', '')}".rstrip(":"),
+            "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}".rstrip(":"),
         }
         if self.hold_folder:
             self.hold_folder.mkdir(exist_ok=True)

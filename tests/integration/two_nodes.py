@@ -10,6 +10,7 @@ files of their own.
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -22,6 +23,7 @@ from pathlib import Path
 
 import psutil
 
+ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 PORT, DASHBOARD = 6399, 8299
 START_SECONDS = 240
@@ -41,6 +43,19 @@ mount --rbind "$folder/tmp" /tmp
 mount -t tmpfs -o size=4g tmpfs /dev/shm
 exec "$@"
 """
+
+
+def cluster_environment() -> dict[str, str]:
+    """Of a cluster that takes nobody without its token."""
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+    }
+    return {name: value for name, value in environment.items() if name not in ("RAY_ADDRESS", "TMPDIR")}
 
 
 def missing_isolation() -> str | None:
@@ -157,7 +172,7 @@ class TwoNodes:
     nodes: list[Node] = field(default_factory=list)
 
     def __enter__(self) -> TwoNodes:
-        visible = (self.shared, Path(__file__).parents[2], Path(sys.prefix))
+        visible = (self.shared, ROOT, Path(sys.prefix))
         if self.isolated:
             self._connect()
         for i in (1, 2):

@@ -1,6 +1,6 @@
 """Lets every rollout worker of a main_ppo say, after each weight sync and its noise, which adapter and which norms it has.
 
-Plugged in as ``trainer.v1.sampler.custom_sampler`` (``pkg://watch_replicas``, ``WatchedReplayBuffer``, verl's own under another
+Plugged in as ``trainer.v1.sampler.custom_sampler`` (``pkg://tests.integration.watch_replicas``, ``WatchedReplayBuffer``, verl's own under another
 name), with the folder in ``QERL_TEST_WATCH`` and ``VLLM_ALLOW_INSECURE_SERIALIZATION=1``: a function goes to vLLM's workers.
 """
 

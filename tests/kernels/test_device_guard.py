@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_experts import TinyExperts, make_tokens
 
 from qerl_verl.kernels import hopper
 from qerl_verl.kernels import triton as triton_kernels
@@ -16,6 +15,7 @@ from qerl_verl.kernels.nvfp4_experts import ExpertStack, nvfp4_experts_reference
 from qerl_verl.kernels.nvfp4_lora_linear import add_lora_reference
 from qerl_verl.kernels.nvfp4_quantize import nvfp4_global_scale, quantize_nvfp4
 from qerl_verl.kernels.packed_weight import PackedWeight
+from tests.helpers.tiny_experts import TinyExperts, make_tokens
 
 NAMESPACES = {"qerl_hopper": hopper.OPERATORS, "qerl_triton": triton_kernels.OPERATORS}
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from tiny_experts import TinyExperts, make_tokens
 
 from qerl_verl.kernels.nvfp4_experts import nvfp4_experts_reference, route_softmax
+from tests.helpers.tiny_experts import TinyExperts, make_tokens
 
 EXPERTS, HIDDEN, INNER, TOP_K, TOKENS = 6, 64, 48, 2, 11
 TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 4e-3, torch.float32: 2e-6, torch.float64: 1e-12}

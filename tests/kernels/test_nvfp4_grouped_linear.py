@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from tiny_groups import COUNT, ERROR, K, N, make_rows, make_weights, relative
 
 from qerl_verl.kernels.backends import get_backend
 from qerl_verl.kernels.nvfp4_grouped_linear import (
@@ -13,6 +12,7 @@ from qerl_verl.kernels.nvfp4_grouped_linear import (
     grouped_mm_reference,
     nvfp4_grouped_linear,
 )
+from tests.helpers.tiny_groups import COUNT, ERROR, K, N, make_rows, make_weights, relative
 
 
 def test_groups_end_where_the_experts_rows_do():

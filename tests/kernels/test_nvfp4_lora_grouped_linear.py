@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tiny_groups import COUNT, ERROR, K, N, make_rows, make_weights, relative
 
 from qerl_verl.kernels.nvfp4_grouped_linear import Groups, nvfp4_grouped_linear
 from qerl_verl.kernels.nvfp4_lora_grouped_linear import grouped_dense_mm, grouped_outer, nvfp4_lora_grouped_linear
+from tests.helpers.tiny_groups import COUNT, ERROR, K, N, make_rows, make_weights, relative
 
 RANK, SCALING = 4, 0.5
 

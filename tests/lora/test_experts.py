@@ -7,7 +7,6 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
-from tiny_families import ALPHA, RANK, Reference, actor, log_probabilities, make_adapter, make_family
 
 from qerl_verl.kernels.recompute import KeptProducts
 from qerl_verl.lora.adapter_files import AdapterError, map_names, read_adapter_config
@@ -16,6 +15,7 @@ from qerl_verl.lora.peft import NVFP4LoraExperts, draw_adapter, published, regis
 from qerl_verl.nvfp4.experts import PROJECTIONS, STACKS
 from qerl_verl.nvfp4.model_shapes import adaptable_shapes
 from qerl_verl.nvfp4.quantize import quantize_checkpoint
+from tests.helpers.tiny_families import ALPHA, RANK, Reference, actor, log_probabilities, make_adapter, make_family
 
 PROMPTS = [list(range(3, 35)), [7, 7, 8, 9] * 9]
 TARGETS = ["q_proj", *PROJECTIONS]

@@ -4,7 +4,6 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
-from tiny_families import FAMILIES, Reference, actor, log_probabilities, make_adapter, make_family
 
 from qerl_verl.engine.output_layer import use_logprob_layer
 from qerl_verl.lora.adapter_files import check_loaded
@@ -15,6 +14,7 @@ from qerl_verl.nvfp4.linear import NVFP4Linear
 from qerl_verl.nvfp4.loading import packed_linear_names
 from qerl_verl.nvfp4.model_shapes import adaptable_shapes
 from qerl_verl.nvfp4.quantize import quantize_checkpoint
+from tests.helpers.tiny_families import FAMILIES, Reference, actor, log_probabilities, make_adapter, make_family
 
 PROMPTS = [list(range(3, 35)), [7, 7, 8, 9] * 9]
 """Longer than the sliding windows of the tiny models."""

@@ -4,9 +4,9 @@ import shutil
 
 import pytest
 import torch
-from tiny_families import make_config
 
 from qerl_verl.nvfp4.architectures import automatic_class, get_architecture
+from tests.helpers.tiny_families import make_config
 
 
 @pytest.fixture(scope="session")

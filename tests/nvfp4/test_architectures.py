@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors import safe_open
-from tiny_families import FAMILIES, TOWERS, make_config, make_family, make_model
 from transformers import AttentionInterface
 
 from qerl_verl.nvfp4.architectures import (
@@ -25,6 +24,7 @@ from qerl_verl.nvfp4.loading import iterate_tensors, packed_linear_names
 from qerl_verl.nvfp4.model_shapes import linear_shapes
 from qerl_verl.nvfp4.quantize import quantize_checkpoint
 from qerl_verl.nvfp4.validation import check_checkpoint
+from tests.helpers.tiny_families import FAMILIES, TOWERS, make_config, make_family, make_model
 
 VARIANTS = [
     *((name, {}) for name in FAMILIES),

@@ -9,7 +9,6 @@ from accelerate import init_empty_weights
 from compressed_tensors.compressors.mxfp4 import MXFP4PackedCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from safetensors.torch import load_file, save_file
-from tiny_families import make_family
 from transformers import AutoModelForCausalLM
 
 from qerl_verl.export.merge import Base
@@ -23,6 +22,7 @@ from qerl_verl.nvfp4.model_shapes import linear_shapes
 from qerl_verl.nvfp4.quantize import quantize_checkpoint
 from qerl_verl.nvfp4.safetensors_stream import read_tensor
 from qerl_verl.nvfp4.validation import check_checkpoint, unused_settings, validate_nvfp4_checkpoint
+from tests.helpers.tiny_families import make_family
 
 CPU = torch.device("cpu")
 LINEARS = [

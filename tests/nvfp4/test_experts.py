@@ -6,7 +6,6 @@ import pytest
 import torch
 from accelerate import init_empty_weights
 from safetensors.torch import load_file, save_file
-from tiny_families import make_family
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
@@ -16,6 +15,7 @@ from qerl_verl.kernels.nvfp4_dequantize import dequantize_nvfp4
 from qerl_verl.nvfp4.experts import STACKS, NVFP4Experts
 from qerl_verl.nvfp4.loading import load_tensors, packed_linear_names, prepack_linears, swap_linears
 from qerl_verl.nvfp4.quantize import quantize_checkpoint
+from tests.helpers.tiny_families import make_family
 
 NAME = "Qwen3MoeForCausalLM"
 EXPERTS = "model.layers.0.mlp.experts"

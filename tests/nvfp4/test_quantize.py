@@ -23,7 +23,6 @@ from compressed_tensors.quantization import QuantizationConfig, QuantizationStat
 from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_families import TOWERS
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from qerl_verl.kernels.nvfp4_dequantize import dequantize_nvfp4
@@ -45,6 +44,7 @@ from qerl_verl.nvfp4.quantize import quantize_checkpoint
 from qerl_verl.nvfp4.safetensors_stream import HashedFile
 from qerl_verl.nvfp4.validation import check_checkpoint, validate_nvfp4_checkpoint
 from qerl_verl.nvfp4.verify import verify_checkpoint
+from tests.helpers.tiny_families import TOWERS
 
 Q0 = "model.layers.0.self_attn.q_proj"
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))

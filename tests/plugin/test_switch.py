@@ -1,7 +1,7 @@
 """Tests the switch from outside: real processes of `python -m verl.trainer.main_ppo`.
 
 They stop before Ray or only print. Most are forked from a process that has imported the packages
-that verl and vLLM import, but neither of the two (``tests/fork_server.py``).
+that verl and vLLM import, but neither of the two (``tests/helpers/fork_server.py``).
 """
 
 import os
@@ -9,10 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import fork_server
 import pytest
 
 from qerl_verl.job import Job
+from tests.helpers import fork_server
 
 MAIN = [sys.executable, "-m", "verl.trainer.main_ppo"]
 STATE = """
@@ -50,7 +50,7 @@ IMPORTED = ("torch", "transformers", "peft", "ray", "hydra", "tensordict", "data
 def server(tmp_path_factory):
     """Provides a process without verl, vLLM and QeRL, from which others are forked."""
     log = tmp_path_factory.mktemp("server") / "log"
-    with fork_server.ForkServer([fork_server.__file__, *IMPORTED], log) as running:
+    with fork_server.ForkServer(["-m", "tests.helpers.fork_server", *IMPORTED], log) as running:
         yield running
 
 

@@ -31,8 +31,6 @@ from vllm import LLM, SamplingParams  # noqa: E402
 from qerl_verl.rollout.overrides import hf_overrides  # noqa: E402
 from qerl_verl.rollout.probes import norm_weights  # noqa: E402
 
-sys.path.append(str(Path(__file__).parents[1]))  # tiny_vision
-
 LORA = {"rank": 4, "alpha": 8, "experts": True}
 
 
@@ -57,7 +55,7 @@ def with_images(engine, adapter):
     """Returns log-probabilities of :func:`image_prompts` without and with an adapter, and vLLM's
     tokens.
     """
-    from tiny_vision import image_prompts
+    from tests.helpers.tiny_vision import image_prompts
 
     prompts = [{"prompt_token_ids": ids, "multi_modal_data": {"image": image}} for ids, image in image_prompts()]
     seen = {}

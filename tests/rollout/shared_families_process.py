@@ -12,12 +12,11 @@ import sys
 import traceback
 
 # sets the environment, first of all
-from families_process import LORA, log_probabilities, start_engine
+from tests.rollout.families_process import LORA, log_probabilities, start_engine
 
 # isort: split
 import torch
 from accelerate import init_empty_weights
-from jobs import sharing_job
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qerl_verl.config.base import LOAD_FORMAT
@@ -29,6 +28,7 @@ from qerl_verl.rollout.probes import base_digest
 from qerl_verl.sharing.base import OtherSide, load_base, plan_layout
 from qerl_verl.sharing.channel import BaseOwner
 from qerl_verl.sharing.memory import SharedMemory
+from tests.helpers.jobs import sharing_job
 
 CPU = torch.device("cpu")
 OWNERS = []

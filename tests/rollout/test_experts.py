@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig
-from tiny_experts import LINEARS, TinyExperts, make_adapter, make_tokens
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.lora_weights import PackedLoRALayerWeights
@@ -31,6 +30,7 @@ from qerl_verl.rollout.experts import QeRLExpertsMethod, VLLMExpertsMethod
 from qerl_verl.rollout.lora import AdapterStore
 from qerl_verl.rollout.quantization import QeRLCompressedTensorsConfig
 from qerl_verl.rollout.scheme import SETTING
+from tests.helpers.tiny_experts import LINEARS, TinyExperts, make_adapter, make_tokens
 
 EXPERTS, HIDDEN, INNER, TOP_K, TOKENS = 6, 64, 64, 2, 11
 NAME = "model.layers.0.mlp.experts"

@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_families import FAMILIES, TOWERS, Reference, make_adapter, make_family
-from tiny_vision import image_prompts, processed, vision_settings, write_processor
 
 from qerl_verl.aqn.noise import draw_noise
 from qerl_verl.nvfp4.architectures import get_architecture
@@ -18,13 +16,16 @@ from qerl_verl.nvfp4.checkpoint_files import read_config
 from qerl_verl.nvfp4.loading import iterate_tensors
 from qerl_verl.nvfp4.model_shapes import adaptable_shapes
 from qerl_verl.nvfp4.quantize import quantize_checkpoint
+from tests.helpers.tiny_families import FAMILIES, TOWERS, Reference, make_adapter, make_family
+from tests.helpers.tiny_vision import image_prompts, processed, vision_settings, write_processor
 
 pytestmark = [
     pytest.mark.engine,
     pytest.mark.skipif(torch.cuda.is_available(), reason="drives vLLM's CPU engine"),
 ]
 
-SCRIPT = Path(__file__).parent / "families_process.py"
+PROGRAM = ["-m", "tests.rollout.families_process"]
+ROOT = Path(__file__).parents[2]
 QUICK = ("Gemma3ForCausalLM", "Phi3ForCausalLM", "SmolLM3ForCausalLM", "Qwen3MoeForCausalLM")
 """Norms of their own, linears that the checkpoint fuses, a model that vLLM runs through
 transformers' code, a mixture of experts."""
@@ -55,10 +56,11 @@ def look_at(names, folder):
     environment = {k: v for k, v in os.environ.items() if not k.startswith("OMP_")}
     with log.open("w") as file:
         subprocess.run(
-            [sys.executable, SCRIPT, out, *arguments],
+            [sys.executable, *PROGRAM, out, *arguments],
             stdout=file,
             stderr=subprocess.STDOUT,
             env=environment,
+            cwd=ROOT,
             check=False,
         )
     assert out.exists(), log.read_text()[-4000:]

@@ -6,30 +6,24 @@ import json
 import os
 import re
 import shutil
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_families
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from qerl_verl.aqn.noise import draw_noise
+from qerl_verl.job import JOB_ENV, Job
 from qerl_verl.lora.peft import save_adapter
 from qerl_verl.lora.wire import CONFIG_TENSOR, pack_config
 from qerl_verl.nvfp4.model_shapes import adaptable_shapes
 from qerl_verl.nvfp4.quantize import quantize_checkpoint
 from qerl_verl.rollout.probes import adapter_digest, base_digest, norm_weights
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from jobs import sharing_job  # noqa: E402
-from tensor_parallel import expected_shards, prompt_log_probabilities  # noqa: E402
-from tensor_parallel import sync as sync_ranks  # noqa: E402
-
-from qerl_verl.job import JOB_ENV, Job  # noqa: E402
+from tests.helpers import tiny_families
+from tests.helpers.jobs import sharing_job
+from tests.rollout.tensor_parallel import expected_shards, prompt_log_probabilities
+from tests.rollout.tensor_parallel import sync as sync_ranks
 
 pytestmark = [
     pytest.mark.engine,

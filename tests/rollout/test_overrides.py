@@ -1,10 +1,10 @@
 """Tests what a rollout engine is told about a model beside its config.json."""
 
 import pytest
-from tiny_families import FAMILIES, make_config
 
 from qerl_verl.rollout.overrides import decoder_overrides, hf_overrides
 from qerl_verl.rollout.rope import rope_overrides
+from tests.helpers.tiny_families import FAMILIES, make_config
 
 QWEN3_VL = "Qwen3VLForConditionalGeneration"
 

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from tiny_families import FAMILIES, YARN, make_config
 from transformers import AutoModelForCausalLM
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.rotary_embedding import get_rope
 
 from qerl_verl.rollout.rope import rope_overrides
+from tests.helpers.tiny_families import FAMILIES, YARN, make_config
 
 MSCALE = YARN | dict(mscale=1.0, mscale_all_dim=1.0)
 CASES = [

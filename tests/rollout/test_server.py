@@ -7,9 +7,7 @@ import inspect
 from types import SimpleNamespace
 
 import pytest
-from jobs import sharing_job
 from omegaconf import DictConfig
-from tiny_families import make_config
 from verl.workers.config import HFModelConfig
 from verl.workers.rollout.replica import RolloutMode
 from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer
@@ -18,6 +16,8 @@ from qerl_verl.job import Job, JobError, LoraSettings, RolloutLayers
 from qerl_verl.rollout import server as rollout_server
 from qerl_verl.rollout.rope import rope_overrides
 from qerl_verl.rollout.server import QeRLHttpServer, QeRLReplica
+from tests.helpers.jobs import sharing_job
+from tests.helpers.tiny_families import make_config
 
 PATHS = {
     "inline": {"additional_config": {"qerl": {"lora": {"rank": 8, "alpha": 16}, "sleep_level": 1}, "theirs": 1}},

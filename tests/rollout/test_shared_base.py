@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from jobs import sharing_job
 from torch import nn
 from vllm.config.load import LoadConfig
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
@@ -19,6 +18,7 @@ from qerl_verl.rollout.shared_base import SharedBaseLoader, SharedEmbedding, sha
 from qerl_verl.sharing.channel import BaseOwner, SharedBase
 from qerl_verl.sharing.errors import SharingError
 from qerl_verl.sharing.layout import LayoutBuilder
+from tests.helpers.jobs import sharing_job
 
 CPU = torch.device("cpu")
 QKV = [f"model.layers.0.self_attn.{part}_proj" for part in "qkv"]

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_families import make_family
 
 from qerl_verl.nvfp4.architectures import get_architecture, supported_architectures
 from qerl_verl.nvfp4.quantize import quantize_checkpoint
+from tests.helpers.tiny_families import make_family
 
 pytestmark = [
     pytest.mark.engine,
@@ -20,7 +20,8 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="drives vLLM's CPU engine"),
 ]
 
-SCRIPT = Path(__file__).parent / "shared_families_process.py"
+PROGRAM = ["-m", "tests.rollout.shared_families_process"]
+ROOT = Path(__file__).parents[2]
 PROMPTS = [list(range(3, 35)), [7, 7, 8, 9] * 9]
 FAMILIES = [name for name in supported_architectures() if get_architecture({"architectures": [name]}).shares_base]
 
@@ -36,9 +37,9 @@ def seen(request, tmp_path_factory):
         quantize_checkpoint(folder / name / "source", places[name], progress=False)
     out, log = folder / "seen.json", folder / "log"
     environment = {k: v for k, v in os.environ.items() if not k.startswith("OMP_")}
-    command = [sys.executable, SCRIPT, out, json.dumps(PROMPTS), request.param, *map(str, places.values())]
+    command = [sys.executable, *PROGRAM, out, json.dumps(PROMPTS), request.param, *map(str, places.values())]
     with log.open("w") as file:
-        subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment, check=False)
+        subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=ROOT, check=False)
     assert out.exists(), log.read_text()[-4000:]
     found = json.loads(out.read_text())
     return request.param, {name: found[str(place)] for name, place in places.items()}

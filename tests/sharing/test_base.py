@@ -6,7 +6,6 @@ import pytest
 import torch
 from accelerate import init_empty_weights
 from safetensors.torch import load_file
-from tiny_families import make_family
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qerl_verl.kernels.backends import BACKENDS, NAMES, HopperBackend, get_backend
@@ -19,6 +18,7 @@ from qerl_verl.sharing.base import OtherSide, attach, load_base, plan_layout
 from qerl_verl.sharing.errors import SharingError
 from qerl_verl.sharing.layout import Layout
 from qerl_verl.sharing.memory import SharedMemory
+from tests.helpers.tiny_families import make_family
 
 SHARING = [name for name in supported_architectures() if get_architecture({"architectures": [name]}).shares_base]
 CPU, BF16 = torch.device("cpu"), torch.bfloat16

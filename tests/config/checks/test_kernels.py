@@ -4,9 +4,9 @@ import re
 
 import pytest
 from omegaconf import OmegaConf
-from tiny_families import make_config
 
 from qerl_verl.config.checks.kernels import find_problems
+from tests.helpers.tiny_families import make_config
 
 
 def settings(actor="auto", rollout="auto", dtype="bfloat16", param_dtype=None, parallel=1, lora="inline", rank=32):

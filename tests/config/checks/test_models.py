@@ -6,11 +6,11 @@ import shutil
 
 import pytest
 from omegaconf import OmegaConf
-from tiny_families import YARN, make_config, make_family
 
 from qerl_verl.config.checks import models
 from qerl_verl.nvfp4.quantize import quantize_checkpoint
 from qerl_verl.quickstart.tiny_model import build_tokenizer
+from tests.helpers.tiny_families import YARN, make_config, make_family
 
 
 @pytest.mark.parametrize(

@@ -46,10 +46,7 @@ def test_prompts_are_read_until_one_batch_is_full(configured, files, bf16_checkp
     taken = []
     read = prompts._rows
     monkeypatch.setattr(prompts, "_rows", lambda *a: (taken.append(p) or p for p in read(*a)))
-    assert (
-        prompts.find_problems(configured({**SHORT, "data.max_prompt_length": 64}), bf16_checkpoint)
-        == []
-    )
+    assert prompts.find_problems(configured({**SHORT, "data.max_prompt_length": 64}), bf16_checkpoint) == []
     assert len(taken) == 8
 
 
@@ -77,11 +74,7 @@ class Processor:
         return {"input_ids": list(text)}
 
     def apply_chat_template(self, messages, add_generation_prompt, tokenize):
-        parts = [
-            part
-            for m in messages
-            for part in ([m["content"]] if isinstance(m["content"], str) else m["content"])
-        ]
+        parts = [part for m in messages for part in ([m["content"]] if isinstance(m["content"], str) else m["content"])]
         return "".join(part if isinstance(part, str) else part.get("text", "") for part in parts)
 
     def __call__(self, text, images, videos, **arguments):
@@ -109,9 +102,7 @@ def images(tmp_path, monkeypatch, write_prompts):
         prompt=asked,
         images=[[picture()] * (i % 2) for i in range(16)],
     )
-    (tmp_path / "config.json").write_text(
-        json.dumps({"architectures": ["Qwen3VLForConditionalGeneration"]})
-    )
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["Qwen3VLForConditionalGeneration"]}))
     monkeypatch.chdir(tmp_path)
     tokenizer = SimpleNamespace(chat_template="{{ messages }}")
     monkeypatch.setattr(
@@ -122,13 +113,7 @@ def images(tmp_path, monkeypatch, write_prompts):
     monkeypatch.setattr(vision, "PACKAGES", {})
 
     def find_images(messages, image_patch_size, config):
-        found = [
-            p
-            for m in messages
-            if isinstance(m["content"], list)
-            for p in m["content"]
-            if p["type"] == "image"
-        ]
+        found = [p for m in messages if isinstance(m["content"], list) for p in m["content"] if p["type"] == "image"]
         return found or None, None, None
 
     monkeypatch.setattr(RLHFDataset, "_process_multi_modal_info", staticmethod(find_images))
@@ -155,9 +140,7 @@ def test_the_tokens_of_images_count(configured, images, longest, batch, expected
     assert len(problems) == (expected is not None) and (expected is None or expected in problems[0])
 
 
-def test_an_image_that_cannot_be_read_is_named_with_the_processor(
-    configured, images, write_prompts
-):
+def test_an_image_that_cannot_be_read_is_named_with_the_processor(configured, images, write_prompts):
     asked = [[{"role": "user", "content": "<image>what?"}]]
     write_prompts(
         images / "images.parquet",
@@ -167,16 +150,11 @@ def test_an_image_that_cannot_be_read_is_named_with_the_processor(
     )
     settings = {"data.train_files": "images.parquet", "data.filter_overlong_prompts": True}
     (problem,) = prompts.find_problems(configured(settings), images)
-    assert (
-        "the processor of" in problem
-        and "fails on the first prompt: cannot identify image file" in problem
-    )
+    assert "the processor of" in problem and "fails on the first prompt: cannot identify image file" in problem
 
 
 @pytest.mark.parametrize("missing", [{"a_package_that_nobody_has": "why"}, {}])
-def test_without_what_reads_images_the_check_of_the_model_speaks(
-    configured, images, monkeypatch, missing
-):
+def test_without_what_reads_images_the_check_of_the_model_speaks(configured, images, monkeypatch, missing):
     monkeypatch.setattr(vision, "PACKAGES", missing)
     if not missing:
         tokenizer = SimpleNamespace(chat_template="{{ messages }}")
@@ -193,16 +171,15 @@ def test_without_what_reads_images_the_check_of_the_model_speaks(
     assert prompts.find_problems(configured(settings), images) == []
 
 
-@pytest.mark.parametrize(
-    "name", ["Qwen2_5_VLForConditionalGeneration", "Qwen3VLForConditionalGeneration"]
-)
+@pytest.mark.parametrize("name", ["Qwen2_5_VLForConditionalGeneration", "Qwen3VLForConditionalGeneration"])
 def test_the_count_is_that_of_verls_filter(configured, tmp_path, monkeypatch, write_prompts, name):
     """On rows with and without images of two sizes, for every length."""
     pytest.importorskip("torchvision")
     pytest.importorskip("qwen_vl_utils")
-    import tiny_vision
     from transformers import AutoProcessor
     from verl.utils.dataset.rl_dataset import RLHFDataset
+
+    from tests.helpers import tiny_vision
 
     tiny_vision.write_processor(tmp_path / "model", name)
     (tmp_path / "model" / "config.json").write_text(json.dumps({"architectures": [name]}))
@@ -212,13 +189,8 @@ def test_the_count_is_that_of_verls_filter(configured, tmp_path, monkeypatch, wr
         tiny_vision.draw_image(i, columns=4 + 2 * (i % 3 == 0)).save(file, "PNG")
         return {"bytes": file.getvalue(), "path": "a.png"}
 
-    asked = [
-        [{"role": "user", "content": "<image>" * (i % 2) + "what?" * (1 + i % 3)}]
-        for i in range(12)
-    ]
-    write_prompts(
-        tmp_path / "i.parquet", 12, prompt=asked, images=[[image(i)] * (i % 2) for i in range(12)]
-    )
+    asked = [[{"role": "user", "content": "<image>" * (i % 2) + "what?" * (1 + i % 3)}] for i in range(12)]
+    write_prompts(tmp_path / "i.parquet", 12, prompt=asked, images=[[image(i)] * (i % 2) for i in range(12)])
     settings = {
         "data.filter_overlong_prompts": True,
         "data.train_files": str(tmp_path / "i.parquet"),
@@ -226,9 +198,7 @@ def test_the_count_is_that_of_verls_filter(configured, tmp_path, monkeypatch, wr
     processor = AutoProcessor.from_pretrained(tmp_path / "model")
     kept = []
     for longest in (1, *range(20, 60, 6), 500):
-        config = configured(
-            {**settings, "data.max_prompt_length": longest, "data.train_batch_size": 13}
-        )
+        config = configured({**settings, "data.max_prompt_length": longest, "data.train_batch_size": 13})
         with monkeypatch.context() as changed:
             changed.setattr(
                 prompts,
@@ -238,12 +208,6 @@ def test_the_count_is_that_of_verls_filter(configured, tmp_path, monkeypatch, wr
             (problem,) = prompts.find_problems(config, tmp_path / "model")
         OmegaConf.update(config, "data.filter_overlong_prompts_workers", None, force_add=True)
         OmegaConf.update(config, "data.cache_dir", str(tmp_path / "cache"), force_add=True)
-        kept.append(
-            len(
-                RLHFDataset(
-                    str(tmp_path / "i.parquet"), processor.tokenizer, config.data, processor
-                )
-            )
-        )
+        kept.append(len(RLHFDataset(str(tmp_path / "i.parquet"), processor.tokenizer, config.data, processor)))
         assert f"leaves {kept[-1]} of 12 prompts" in problem
     assert kept[0] == 0 and kept[-1] == 12 and len(set(kept)) > 3

@@ -8,9 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from omegaconf import OmegaConf
-from tiny_families import YARN, make_config
 
 from qerl_verl.config.checks import vision
+from tests.helpers.tiny_families import YARN, make_config
 
 QWEN2_5, QWEN3 = "Qwen2_5_VLForConditionalGeneration", "Qwen3VLForConditionalGeneration"
 MROPE = {"rope_theta": 1e4, "mrope_section": [6, 5, 5], "mrope_interleaved": True}

@@ -1,6 +1,6 @@
 """Runs main_ppo with ``separate_async`` on the tiny model and looks into the engines while it trains. By hand, not in CI.
 
-    python tests/integration/separate_async.py [--out FOLDER] [--hybrid]
+    python -m tools.separate_async [--out FOLDER] [--hybrid]
 
 Four steps of two updates each, validated and saved; then the same command once more from the checkpoint of step 2. ``--hybrid``:
 with a second replica on the actor's slot, verl's default. Checked at every step: the rollout has the adapter that the actor
@@ -14,22 +14,17 @@ import argparse
 import json
 import os
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
-
-from conftest import make_model  # noqa: E402
-from tiny_job import Job, make_inputs  # noqa: E402
-
-from qerl_verl.aqn.noise import draw_noise  # noqa: E402
-from qerl_verl.aqn.schedule import AQNSchedule  # noqa: E402
-from qerl_verl.config.settings import AQNSettings  # noqa: E402
+from qerl_verl.aqn.noise import draw_noise
+from qerl_verl.aqn.schedule import AQNSchedule
+from qerl_verl.config.settings import AQNSettings
+from tests.helpers.tiny_model import make_model
+from tests.integration.tiny_job import Job, make_inputs
 
 STEPS, UPDATES, SEED = 4, 2, 42
 SCHEDULE = AQNSchedule(AQNSettings(sigma_start=0.05, sigma_end=0.005, num_stages=STEPS), STEPS)
@@ -41,7 +36,7 @@ OVERRIDES = [
     "data.max_response_length=32",
     "actor_rollout_ref.rollout.max_model_len=96",
     "actor_rollout_ref.rollout.max_num_seqs=1",
-    "trainer.v1.sampler.custom_sampler.path=pkg://spy",
+    "trainer.v1.sampler.custom_sampler.path=pkg://tools.spy",
     "trainer.v1.sampler.custom_sampler.name=SpyReplayBuffer",
     "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=16",
     f"qerl.aqn.num_stages={STEPS}",

@@ -1,6 +1,6 @@
 """Runs Python programs in forks of one process that has imported what they import.
 
-    python tests/fork_server.py MODULE ...
+    python -m tests.helpers.fork_server MODULE ...
 
 Reads a request a line from standard input, a list of programs that start together::
 
@@ -22,6 +22,9 @@ import subprocess
 import sys
 import traceback
 from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+"""Where a server starts: ``python -m`` finds the modules of the tests there."""
 
 SECONDS = 900
 """What a program may take before it is killed."""
@@ -95,7 +98,7 @@ class ForkServer:
     def __enter__(self) -> ForkServer:
         with self._log.open("w") as file:
             self._server = subprocess.Popen(
-                self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file, text=True
+                self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file, text=True, cwd=ROOT
             )
         return self
 
@@ -108,7 +111,7 @@ class ForkServer:
         """Runs programs side by side and returns their exit codes."""
         print(json.dumps(programs), file=self._server.stdin, flush=True)
         answer = self._server.stdout.readline()
-        assert answer, f"{self._command[1]} ended:\n{self._log.read_text()[-4000:]}"
+        assert answer, f"{' '.join(self._command[1:3])} ended:\n{self._log.read_text()[-4000:]}"
         return json.loads(answer)
 
 

@@ -1,6 +1,6 @@
 """A long run of the tiny setup: does memory, or the number of handles, grow? And what is left behind when a run ends?
 
-    python tests/integration/long_run.py [--steps 300] [--out FOLDER]
+    python -m tools.long_run [--steps 300] [--out FOLDER]
 
 Every ten steps: resident memory, open file handles and segments of shared memory of each process of the job, as a table of
 the first, the middle and the last of them and a slope. Then three short runs, one that ends, one that is interrupted with Ctrl-C
@@ -22,10 +22,7 @@ from pathlib import Path
 
 import psutil
 
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
-
-from tiny_job import Job, make_inputs, title, traces  # noqa: E402
+from tests.integration.tiny_job import Job, make_inputs, title, traces
 
 EVERY = 10
 ORIGINS = (

@@ -1,41 +1,27 @@
-"""Kills a process of a run at each phase of a step, resumes, and compares with a run that nobody killed.
+"""Kills a process of a run at a phase of a step, resumes, and compares with a run that nobody killed.
 
-    python tests/integration/crash_table.py [--cases job:update driver:save ...] [--out FOLDER]
-
-One folder of checkpoints goes through all cases: the run is killed, the same command is started again and takes three more steps,
-which have to be those of the unbroken run bit for bit (adapter, optimizer, scheduler, data position, noise, metrics); then the
-next kill. Prints a table. On two cores a case takes about two minutes.
+One folder of checkpoints goes through all cases. The run is killed, the same command is started
+again and takes three more steps, which have to be those of the unbroken run bit for bit (adapter,
+optimizer, scheduler, data position, noise, metrics). Then the next process is killed.
 """
 
 from __future__ import annotations
 
-import argparse
-import itertools
 import logging
 import re
-import shutil
-import sys
-import tempfile
 import time
 from pathlib import Path
 
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
-
-from long_run import by_origin  # noqa: E402
-from repeatable import PHASES  # noqa: E402
-from tiny_job import (  # noqa: E402
+from tests.helpers.tiny_model import make_model
+from tests.integration.tiny_job import (
     REPEATABLE,
-    VICTIMS,
     Job,
     checkpoint_differences,
     make_inputs,
     metric_differences,
-    traces,
 )
 
 STEPS = 400  # the horizon of the noise schedule; no run goes that far
-TRACKER = "latest_checkpointed_iteration.txt"
 END_SECONDS = 60.0  # how long a job may go on after one of its processes was killed
 START_SECONDS = 1200.0
 
@@ -119,7 +105,7 @@ def run(cases: list[tuple[str, str]], out: Path, report) -> list[dict]:
         report: called with each row as soon as it is complete.
     """
     logging.getLogger("torch.distributed.device_mesh").setLevel(logging.ERROR)
-    inputs = make_inputs(out, model(out))
+    inputs = make_inputs(out, make_model(out / "model"))
     unbroken = make_unbroken(out / "unbroken", inputs, steps=4 + 5 * len(cases))
     job = Job(out / "killed", overrides(inputs, out / "killed" / "checkpoints"), hold_folder=out / "hold").start()
     rows = []
@@ -135,49 +121,3 @@ def run(cases: list[tuple[str, str]], out: Path, report) -> list[dict]:
     job.kill("job")
     job.end()
     return rows
-
-
-def model(out: Path) -> Path:
-    from conftest import make_model
-
-    return make_model(out / "model")
-
-
-def line(row: dict) -> str:
-    same = (
-        "bit for bit" if not row["differences"] else f"{len(row['differences'])} differences: {row['differences'][0]}"
-    )
-    return (
-        f"| {row['victim']} | {row['phase']} | {row['step']} | {row['ended']} | {', '.join(row['named']) or '-'} | {', '.join(row['outlived']) or '-'} | "
-        f"{row['files']} | {row['lost']} | {same} |"
-    )
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default = [f"{v}:{p}" for p, v in itertools.product(PHASES, ("job", *VICTIMS))]
-    parser.add_argument("--cases", nargs="+", default=default, help="VICTIM:PHASE, e.g. job:update")
-    parser.add_argument("--out", type=Path, help="kept; a temporary folder otherwise")
-    arguments = parser.parse_args()
-    cases = [(v.replace("_", " "), p) for v, _, p in (case.partition(":") for case in arguments.cases)]
-    out = arguments.out.resolve() if arguments.out else Path(tempfile.mkdtemp(prefix="crash_table_"))
-    out.mkdir(parents=True, exist_ok=True)
-    before = traces()
-    print(
-        "| killed | phase | step | job ended | named as lost | outlived it | files in the half checkpoint | steps lost | three steps after |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|", flush=True)
-
-    def report(row: dict) -> None:
-        print(line(row), flush=True)
-        print(f"  {row['message'][:300]}", file=sys.stderr, flush=True)
-
-    rows = run(cases, out, report)
-    print("left behind:", by_origin(traces() - before - {out}))
-    if not arguments.out:
-        shutil.rmtree(out)
-    return int(any(row["differences"] for row in rows))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
