@@ -31,13 +31,13 @@ ROTATE_BYTES = 96 << 20
 L2 cache."""
 
 MOST_COPIES = 64
-"""Weights so small that more copies were needed are measured from the L2 cache."""
+"""The largest number of copies. Smaller weights would need more and are read from the L2 cache."""
 
 FINALISTS = 3
-"""The fastest candidates of a first, short measurement, which are measured again."""
+"""How many of the fastest candidates of a first, short measurement are measured again."""
 
 SWITCH = "QERL_KERNEL_TUNING"
-"""Environment variable; ``off`` keeps the built-in table of launch configurations."""
+"""Environment variable. ``off`` keeps the built-in table of launch configurations."""
 
 
 def enabled() -> bool:
@@ -59,14 +59,15 @@ def recall(kind: str, device: int, version: str, problem: str, measure: Callable
     cannot be locked or written to, each process measures for itself.
 
     Args:
-        kind: names the kernels, e.g. ``hopper``.
-        device: CUDA device number; the name and multiprocessors of the GPU are part of the key.
-        version: changes whenever kernels or candidates do.
-        problem: shape and whatever else the choice depends on; becomes part of a file name.
+        kind: name of the kernels, for example ``hopper``.
+        device: CUDA device number. The GPU's name and number of multiprocessors are part of the
+            key.
+        version: text that changes whenever kernels or candidates do.
+        problem: the shape and everything else that the choice depends on; part of a file name.
         measure: returns the choices as JSON-serializable lists.
 
     Returns:
-        What ``measure`` returned, here or in another process.
+        The result of ``measure``, here or in another process.
     """
     properties = torch.cuda.get_device_properties(device)
     key = json.dumps([kind, properties.name, properties.multi_processor_count, version])
@@ -92,8 +93,8 @@ def choices(
         kind, device, version, problem, measure: see :func:`recall`.
 
     Returns:
-        The choices, and a sentence where something was measured. Where there is no memory to
-        measure in, None and a sentence that says so.
+        The choices, and a sentence if something was measured. If there is no memory to measure in,
+        None and a sentence that says so.
     """
     seconds = []
 
@@ -178,17 +179,18 @@ def fastest(
     """Returns the candidate whose call takes the least time.
 
     Args:
-        calls: candidate to a call that takes the number of a weight copy. A call that raises a
-            RuntimeError is no candidate.
-        copies: of the weight.
-        time_call: in place of :func:`graph_time`, for tests.
+        calls: candidate -> a call that takes the number of a weight copy. A candidate whose call
+            raises a RuntimeError is left out.
+        copies: number of copies of the weight.
+        time_call: replaces :func:`graph_time` in tests.
 
     Returns:
-        The candidate, and the time of each one in microseconds. Of equal times the first one wins.
+        The candidate, and the time of each candidate in microseconds. The first of equally fast
+        candidates wins.
 
     Raises:
         torch.OutOfMemoryError: there is no memory to measure in.
-        RuntimeError: every call failed; chained to the last failure.
+        RuntimeError: every call failed. It is chained to the last failure.
     """
     time_call = time_call or graph_time
     times: dict[Candidate, float] = {}

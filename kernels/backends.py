@@ -77,7 +77,7 @@ class Backend(Candidate):
     """
 
     name = "pytorch"
-    description = "PyTorch (dequantize, matrix product)"
+    description = "PyTorch (dequantize, GEMM)"
 
     fused_row_multiple = 1
     """:meth:`prepack` of several projections stacked by rows is the stack of their prepacked bytes
@@ -253,8 +253,6 @@ def _needs_cuda(device: torch.device) -> str | None:
 
 BACKENDS: tuple[Backend, ...] = (HopperBackend(), TritonBackend(), Backend())
 """The best first."""
-
-NAMES = tuple(b.name for b in BACKENDS)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
-"""Operators run on the device of their tensors, whichever device is current.
+"""Runs operators on the device of their tensors, whichever device is current.
 
 A kernel is launched on the current device's stream. With tensors of another device it would read
-foreign memory or fail.
+memory of the wrong device or fail.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ def on_tensors_device(operator: Callable) -> Callable:
     """Returns ``operator`` with the device of its tensor arguments as the current one.
 
     Raises (when called):
-        ValueError: tensors on several devices.
+        ValueError: the tensors are on several devices.
     """
 
     @functools.wraps(operator)

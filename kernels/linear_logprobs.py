@@ -1,6 +1,6 @@
-"""Log-probabilities and entropies of an output layer, without the logits of all tokens at once.
+"""Log-probabilities and entropies of an output layer, without all tokens' logits at once.
 
-With logits ``z = h W^T / temperature`` of a token and its label ``y``:
+With the logits ``z = h W^T / temperature`` of a token and its label ``y``:
 
     log p = z_y - logsumexp(z)        entropy = logsumexp(z) - sum_v softmax(z)_v z_v
 
@@ -14,13 +14,13 @@ from __future__ import annotations
 import torch
 
 CHUNK_BYTES = 512 << 20
-"""Size of the float32 logits that exist at a time."""
+"""Size in bytes of the float32 logits that exist at a time."""
 
 
 def linear_logprobs_reference(
     hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, temperature: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As :func:`linear_logprobs`, with the logits of all tokens in float32."""
+    """Computes :func:`linear_logprobs` with the logits of all tokens in float32."""
     logits = (hidden @ weight.t()).float() / temperature
     log_p = logits.log_softmax(-1)
     chosen = log_p.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
@@ -33,7 +33,7 @@ def chunk_size(vocabulary: int) -> int:
 
 
 class _LinearLogprobs(torch.autograd.Function):
-    """Saves ``hidden``, the weight, the labels and two numbers a token."""
+    """Saves ``hidden``, the weight, the labels and two numbers per token."""
 
     @staticmethod
     def forward(ctx, hidden, weight, labels, temperature):
@@ -84,7 +84,7 @@ def linear_logprobs(
     ``hidden``.
 
     Args:
-        hidden: ``[..., hidden_size]``; the output of the model before its output layer.
+        hidden: ``[..., hidden_size]``, the input of the output layer.
         weight: ``[vocabulary, hidden_size]`` in ``hidden.dtype``, frozen.
         labels: ``[...]`` integers.
         temperature: above 0.
@@ -93,7 +93,7 @@ def linear_logprobs(
         Two tensors ``[...]`` in float32, entropy in nats.
 
     Raises:
-        ValueError: shapes that do not fit, or a weight that is to be trained.
+        ValueError: the shapes do not fit together, or the weight requires a gradient.
     """
     if labels.shape != hidden.shape[:-1] or weight.shape[1:] != hidden.shape[-1:]:
         raise ValueError(

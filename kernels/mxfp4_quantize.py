@@ -3,8 +3,8 @@ without loss.
 
 A block of 32 consecutive input channels shares one power of two, its values are E2M1:
 
-    exponent = floor(log2(max|w|)) - 2                  of a block; 2 is the exponent of E2M1's largest value, 6
-    code     = e2m1(w / 2^exponent)                     to nearest, ties to even; above 6 it is 6
+    exponent = floor(log2(max|w|)) - 2          of a block; 2 is the exponent of E2M1's largest, 6
+    code     = e2m1(w / 2^exponent)             to nearest, ties to even; above 6 it is 6
 
 NVFP4 has an E4M3 scale for 16 values and a float32 divisor for the tensor,
 ``w = e2m1 * scale / global_scale``. With a power of two as the divisor, a block of 32 is two blocks
@@ -21,17 +21,17 @@ from qerl_verl.kernels.nvfp4_quantize import e2m1_codes, pack_e2m1
 
 MX_BLOCK_SIZE = 32
 E2M1_EXPONENT = 2
-"""Of E2M1's largest value, 6 = 1.5 * 2^2."""
+"""The exponent of E2M1's largest value, 6 = 1.5 * 2^2."""
 
 NO_EXPONENT = torch.iinfo(torch.int32).min
-"""In the place of a shared exponent, for a block of zeros."""
+"""Stands for the shared exponent of a block of zeros."""
 
 _LOWEST = -9
 LARGEST_SCALE_EXPONENT = 8
-"""E4M3 holds the powers of two from 2^-9, its smallest subnormal number, to 2^8."""
+"""The exponent of E4M3's largest power of two. The smallest is 2^-9, a subnormal number."""
 
 LARGEST_SPAN = LARGEST_SCALE_EXPONENT - _LOWEST
-"""Between the shared exponents of a tensor, so that the block scales of NVFP4 hold them all."""
+"""The largest difference between a tensor's shared exponents that NVFP4's block scales hold."""
 
 _CHUNK_ELEMENTS = 1 << 20
 
@@ -98,7 +98,8 @@ def quantize_mxfp4(weight: torch.Tensor, global_scale: torch.Tensor) -> tuple[to
     if mantissa.tolist() != [0.5]:
         raise ValueError(f"global_scale must be one power of two, got {global_scale.tolist()}")
     exponents = mxfp4_exponents(weight)
-    top = LARGEST_SCALE_EXPONENT - (shift.item() - 1)  # the shared exponent whose scale is the largest
+    # The shared exponent that gets the largest scale.
+    top = LARGEST_SCALE_EXPONENT - (shift.item() - 1)
     exponents = torch.where(exponents == NO_EXPONENT, top, exponents)
     if exponents.numel() and not (top - LARGEST_SPAN <= exponents.min() and exponents.max() <= top):
         raise ValueError(

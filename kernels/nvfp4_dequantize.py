@@ -5,7 +5,7 @@ in the low nibble; one E4M3 scale per 16 consecutive input channels; one FP32 di
 
 An E2M1 value times an E4M3 scale needs at most 6 significant bits, so ``block_values_nvfp4`` is
 exact in bfloat16 (and in float16 up to its exponent range). The FP32 divisor is not, which is why a
-matrix product applies it to its accumulator (:func:`qerl_verl.kernels.nvfp4_linear.nvfp4_linear`)
+GEMM applies it to its accumulator (:func:`qerl_verl.kernels.nvfp4_linear.nvfp4_linear`)
 and never to the weight.
 """
 
@@ -19,7 +19,7 @@ BLOCK_SIZE = 16
 """Input channels that share one E4M3 scale."""
 
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-"""Magnitudes of the eight E2M1 codes; bit 3 of a code is the sign."""
+"""Magnitudes of the eight E2M1 codes. Bit 3 of a code is the sign."""
 
 
 @functools.cache
@@ -43,7 +43,7 @@ def block_values_nvfp4(packed: torch.Tensor, scale: torch.Tensor, dtype: torch.d
         ``[N, K]`` in ``dtype``.
 
     Raises:
-        ValueError: shapes that do not belong together.
+        ValueError: the shapes do not belong together.
     """
     n, half_k = packed.shape
     if scale.shape != (n, half_k * 2 // BLOCK_SIZE) or half_k * 2 % BLOCK_SIZE:

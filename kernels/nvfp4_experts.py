@@ -105,7 +105,7 @@ def nvfp4_experts_reference(
     down: ExpertStack,
     adapter: ExpertAdapter | None = None,
 ) -> torch.Tensor:
-    """Returns what the chosen experts make of each token.
+    """Returns the weighted sum of the chosen experts' outputs of each token.
 
     Args:
         x: ``[T, H]`` bfloat16, float16, float32 or float64.

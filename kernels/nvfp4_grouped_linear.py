@@ -55,7 +55,7 @@ class ExpertWeights:
 
     def factors(self, dtype: torch.dtype) -> torch.Tensor:
         """Returns ``[E, P]``, what a GEMM's output is multiplied by: ``inverse_scales``, or 1 in
-        float16, whose range the products of unscaled weights would leave."""
+        float16, whose range the outputs of unscaled weights would leave."""
         return torch.ones_like(self.inverse_scales) if dtype == torch.float16 else self.inverse_scales
 
     def decode(self, dtype: torch.dtype) -> torch.Tensor:
@@ -97,8 +97,8 @@ def grouped_mm(x: torch.Tensor, weights: ExpertWeights, groups: Groups, transpos
 
     Args:
         x: ``[S, K]``, or with ``transposed`` ``[S, N]``.
-        weights: of the experts.
-        groups: of the rows.
+        weights: the experts' weights.
+        groups: the rows of each expert.
         transposed: multiply by W and not by its transpose.
 
     Returns:
@@ -175,8 +175,8 @@ def nvfp4_grouped_linear(
 
     Args:
         x: ``[S, K]`` bfloat16, float16, float32 or float64, sorted by expert.
-        weights: of the experts.
-        groups: of the rows.
+        weights: the experts' weights.
+        groups: the rows of each expert.
         row_weights: ``[S]`` floating point, or None for ones.
 
     Returns:

@@ -3,8 +3,8 @@
 The convention, down to ties and zeros, is that of compressed-tensors 0.17
 (``nvfp4-pack-quantized``), so that for the same global scale the bytes are the ones it writes:
 
-    global_scale = 448 * 6 / max|w|                      of the tensor, or of all tensors that are fused into one
-    block_scale  = e4m3(global_scale * (max|w| / 6))     of 16 consecutive input channels; 0.125 where that is zero
+    global_scale = 448 * 6 / max|w|                    of the tensor, or of all fused tensors
+    block_scale  = e4m3(global_scale * (max|w| / 6))   of 16 input channels; 0.125 if this is zero
     code         = e2m1(w / (block_scale / global_scale))
 
 Both roundings are to nearest, ties to even. A value that is negative and rounds to zero keeps its
@@ -29,7 +29,7 @@ FOUR_OVER_SIX_SCALE_MAX = 256.0
 """Largest block scale under "four over six" where 6 stands for the block's maximum; where 4
 does, it is 384 <= 448."""
 ZERO_BLOCK_SCALE = torch.finfo(torch.float8_e4m3fn).eps
-"""Scale of a block whose own scale rounds to zero."""
+"""The scale of a block whose own scale rounds to zero."""
 
 _CHUNK_ELEMENTS = (1 << 18, 1 << 24)
 """Weights at a time, on a CPU (temporaries stay in cache, enough work for eight threads) and on
@@ -104,10 +104,10 @@ def quantize_nvfp4_four_over_six(weight: torch.Tensor, global_scale: torch.Tenso
         global_scale: one float32, ``nvfp4_global_scale(amax, FOUR_OVER_SIX_SCALE_MAX)``.
 
     Returns:
-        ``packed`` and ``scale``, as :func:`quantize_nvfp4` returns them.
+        ``packed`` and ``scale``, as for :func:`quantize_nvfp4`.
 
     Raises:
-        ValueError: as :func:`quantize_nvfp4`.
+        ValueError: as for :func:`quantize_nvfp4`.
     """
 
     def candidate(blocks, amax, largest, global_scale):
@@ -162,7 +162,7 @@ def _by_chunks(
 
 
 def _to_e4m3(scale: torch.Tensor) -> torch.Tensor:
-    """Float32 block scales >= 0 rounded to E4M3, in float32; overwrites its argument."""
+    """Rounds float32 block scales >= 0 to E4M3, in float32; overwrites its argument."""
     scale = scale.clamp_(max=E4M3_MAX).to(torch.float8_e4m3fn).float()
     scale[scale == 0] = ZERO_BLOCK_SCALE
     return scale

@@ -15,7 +15,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 MAX_HEAD_DIM = 256
-"""FlashAttention 2's limit (aten/src/ATen/native/transformers/cuda/flash_attn)."""
+"""The limit of FlashAttention 2 (aten/src/ATen/native/transformers/cuda/flash_attn)."""
 
 
 class Packing(NamedTuple):
@@ -25,7 +25,7 @@ class Packing(NamedTuple):
     """``[sequences + 1]`` int32, on the device of the tokens: the first token of each sequence,
     and the number of tokens."""
     longest: int
-    """Tokens of the longest sequence."""
+    """The number of tokens of the longest sequence."""
     host_offsets: tuple[int, ...]
     """``offsets`` on the host."""
 
@@ -38,7 +38,7 @@ def packing_of(position_ids: torch.Tensor) -> Packing:
         position_ids: ``[1, tokens]`` integers.
 
     Raises:
-        ValueError: another shape, or the first token is not at position 0.
+        ValueError: the shape differs, or the first token is not at position 0.
     """
     if position_ids.ndim != 2 or position_ids.shape[0] != 1 or position_ids.shape[1] == 0:
         raise ValueError(f"position_ids of packed sequences have to be [1, tokens], got {list(position_ids.shape)}")
@@ -97,7 +97,7 @@ def packed_attention(
     scale: float | None = None,
     window: int | None = None,
 ) -> torch.Tensor:
-    """Causal attention within each sequence of a packed row. Differentiable.
+    """Causal attention within each sequence of a packed row; differentiable.
 
     Args:
         query: ``[tokens, heads, head_dim]``.
@@ -116,7 +116,8 @@ def packed_attention(
     from torch.nn.attention.varlen import varlen_attn
 
     options = {"window_size": (-1 if window is None else window - 1, 0), "scale": scale}
-    if "enable_gqa" in inspect.signature(varlen_attn).parameters:  # PyTorch 2.12 and later ask for it
+    # PyTorch 2.12 and later require it.
+    if "enable_gqa" in inspect.signature(varlen_attn).parameters:
         options["enable_gqa"] = query.shape[1] != key.shape[1]
     offsets, longest = packing.offsets, packing.longest
     return varlen_attn(query, key, value, offsets, offsets, longest, longest, **options)

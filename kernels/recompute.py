@@ -1,17 +1,17 @@
-"""What activation checkpointing computes twice, and what it need not.
+"""Keeps the outputs of NVFP4 linears from being computed twice under activation checkpointing.
 
-With ``torch.utils.checkpoint`` (non-reentrant) a layer keeps its input alone, and its forward pass
-runs again in the backward pass, up to the last tensor that some node saves (early stop). Two things
+With ``torch.utils.checkpoint`` (non-reentrant) a layer keeps its input alone. Its forward pass runs
+again in the backward pass, up to the last tensor that some node saves (early stop). Two things
 follow for the linear layers of a frozen base:
 
-* :func:`differentiable` lets the node that saves tensors run before the product, so a product that
-  only the layer's output needs (``down_proj`` of a decoder layer) is not computed again;
-* :class:`KeptProducts` hands the products of the first run to the second. They are what is dear to
-  compute; what lies between them (norms, activation function, rotary embedding, attention) runs
+* :func:`differentiable` lets the node that saves tensors run before the GEMM. A GEMM that only the
+  layer's output needs (``down_proj`` of a decoder layer) is then not computed again.
+* :class:`KeptOutputs` hands the outputs of the first run to the second. The GEMMs dominate the
+  cost; everything between them (norms, activation function, rotary embedding, attention) runs
   again.
 
-Neither changes a result: a product is computed once instead of twice, by the same kernel from the
-same input.
+Neither changes a result: the same kernel computes an output from the same input, once instead of
+twice.
 """
 
 from __future__ import annotations
@@ -22,35 +22,37 @@ from contextlib import AbstractContextManager
 
 import torch
 
-_thread = threading.local()  # the second run takes place in a thread of autograd's
+_thread = threading.local()  # the second run takes place in a thread of autograd
 
 
-class KeptProducts:
+class KeptOutputs:
     """Outputs of the NVFP4 linears in one run of a checkpointed layer, in the order of their calls.
 
     The last one is not kept: the second run ends before it, see :func:`differentiable`.
 
     Attributes:
-        bytes: what is held, in bytes.
-        rows: tokens of the run.
+        bytes: size of the kept outputs.
+        rows: number of tokens of the run.
     """
 
     def __init__(self) -> None:
         self.bytes, self.rows = 0, 0
         self._kept: list[tuple[torch.Tensor, int] | None] = []
-        self._next: int | None = None  # of the second run; None in the first
+        self._next: int | None = None  # the next call of the second run; None in the first run
 
     def recording(self) -> AbstractContextManager:
-        """Around the first run of the layer."""
+        """Returns a context for the first run of the layer."""
         return _Run(self, None)
 
     def replaying(self) -> AbstractContextManager:
-        """Around the second run of the layer; further runs find nothing kept and compute
-        everything."""
+        """Returns a context for the second run of the layer.
+
+        Further runs find nothing kept and compute everything.
+        """
         return _Run(self, 0)
 
     def drop(self) -> None:
-        """Holds nothing; a second run then computes everything."""
+        """Drops all outputs; a second run then computes everything."""
         self._kept, self.bytes = [], 0
 
     def _forget_the_last(self) -> None:
@@ -79,24 +81,24 @@ class KeptProducts:
 
 
 class _Run(AbstractContextManager):
-    """Tells the linears of this thread whose products they are; may be entered again."""
+    """Tells the linears of this thread where their outputs are kept; may be entered again."""
 
-    def __init__(self, products: KeptProducts, start: int | None):
-        self.products, self.start = products, start
+    def __init__(self, outputs: KeptOutputs, start: int | None):
+        self.outputs, self.start = outputs, start
 
-    def __enter__(self) -> KeptProducts:
-        self.products._next = self.start
-        self.before, _thread.products = getattr(_thread, "products", None), self.products
-        return self.products
+    def __enter__(self) -> KeptOutputs:
+        self.outputs._next = self.start
+        self.before, _thread.outputs = getattr(_thread, "outputs", None), self.outputs
+        return self.outputs
 
     def __exit__(self, *exception) -> None:
-        _thread.products = self.before
+        _thread.outputs = self.before
         if self.start is None:
-            self.products._forget_the_last()
+            self.outputs._forget_the_last()
 
 
 class _Attach(torch.autograd.Function):
-    """``y`` as the output of the node behind ``placeholder``. Saves nothing."""
+    """Makes ``y`` the output of the node behind ``placeholder``; saves nothing."""
 
     @staticmethod
     def forward(ctx, placeholder, y):
@@ -109,33 +111,33 @@ class _Attach(torch.autograd.Function):
 
 
 def placeholder(like: torch.Tensor, features: int) -> torch.Tensor:
-    """Returns what the ``node`` of :func:`differentiable` returns: ``[..., features]`` for
-    ``like`` ``[..., K]``, without memory."""
+    """Returns a tensor without memory, ``[..., features]`` for ``like`` ``[..., K]``, that the
+    ``node`` of :func:`differentiable` returns."""
     return like.new_empty(()).expand(*like.shape[:-1], features)
 
 
 def differentiable(
     node: type[torch.autograd.Function], inputs: tuple, compute: Callable[[], torch.Tensor]
 ) -> torch.Tensor:
-    """Returns ``compute()``, with the backward pass of ``node``, which saves what that needs before
+    """Returns ``compute()`` with the backward pass of ``node``, which saves its tensors before
     anything is computed.
 
     Args:
         node: its ``forward(ctx, *inputs)`` saves tensors and returns a :func:`placeholder`; its
             ``backward`` takes the output's gradient.
-        inputs: of ``node``.
-        compute: gives the output; called without autograd, and not at all where the output was
+        inputs: the arguments of ``node``.
+        compute: returns the output. It is called without autograd, and not at all if the output was
             kept.
     """
     if not torch.is_grad_enabled():
         return compute()
-    products = getattr(_thread, "products", None)
+    outputs = getattr(_thread, "outputs", None)
     held = node.apply(*inputs)
     with torch.no_grad():
-        y = None if products is None else products._recall()
+        y = None if outputs is None else outputs._recall()
         if y is None:
             y = compute()
     y = _Attach.apply(held, y)
-    if products is not None:
-        products._keep(y)
+    if outputs is not None:
+        outputs._keep(y)
     return y

@@ -1,8 +1,8 @@
 """NVFP4 kernels in CUDA C++ for Hopper GPUs: GEMM with and without a LoRA adapter, block values.
 
 The kernels compute ``y = x (e2m1 * scale)^T / global_scale + bias``, with the LoRA delta of one
-adapter if there is one, for any number of tokens. The weight is permuted once (:func:`prepack`, same size) and
-then serves decoding, prefill and training:
+adapter if there is one, for any number of tokens. The weight is permuted once (:func:`prepack`,
+same size) and then serves decoding, prefill and training:
 
 * :func:`gemm` decodes it on its way to the tensor cores, or, for many tokens, into a temporary
   bfloat16 weight for cuBLAS;

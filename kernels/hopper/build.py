@@ -2,8 +2,8 @@
 
 The library has a plain C interface over raw pointers and the caller's stream, so it depends on no
 C++ ABI of PyTorch and compiles in seconds. ``QERL_KERNEL_CACHE`` names the cache folder (default
-``~/.cache/qerl_verl/kernels``). Hosts of several kinds may share the folder: the name of a library
-holds what it was compiled from, for and with (:func:`library_path`).
+``~/.cache/qerl_verl/kernels``). Hosts of several kinds may share the folder, because the name
+of a library tells its sources, its host and its compilers (:func:`library_path`).
 """
 
 from __future__ import annotations

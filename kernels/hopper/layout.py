@@ -1,11 +1,11 @@
 """The prepacked weight layout of the Hopper kernels, in PyTorch; ``nvfp4_format.cuh`` is the same
 thing in CUDA.
 
-A permutation of the checkpoint's bits, done once, of the same size. Units of 64 x 64 weights; in a
-unit each lane of a warpgroup finds the 32 codes it holds as tensor core fragments in 16 consecutive
-bytes, and in each 32-bit word the four pairs of codes lie such that a rotation and a mask turn a
-pair into two bfloat16. A scale byte E4M3 becomes the same number with five exponent bits and no
-sign, so that moving it into bfloat16's place needs no case distinction:
+The layout is a permutation of the checkpoint's bits and has the same size. Its units are 64 x 64
+weights. In a unit each lane of a warpgroup finds the 32 codes that it holds as tensor core
+fragments in 16 consecutive bytes. The four pairs of codes in a 32-bit word lie such that a rotation
+and a mask turn a pair into two bfloat16. An E4M3 scale byte becomes the same number with five
+exponent bits and no sign, so that its bits fit into bfloat16 without a case distinction:
 
 * a negative scale gives its sign to its 16 codes, and a scale of zero makes its 16 codes zero (the
   values stay the same);
@@ -19,8 +19,8 @@ import functools
 import torch
 
 UNIT = 64
-"""Both sides of a unit; N and K have to be multiples of it (K of 128 for every kernel
-configuration)."""
+"""Rows and columns of a unit. N and K have to be multiples of it, and K of 128 for every kernel
+configuration to fit."""
 
 _PAIR_BITS = ("m", "e0", "e1", "s")
 _BF16_PLACE = {"m": 6, "e0": 7, "e1": 8, "s": 15}
@@ -168,7 +168,7 @@ def unpack(packed_p: torch.Tensor, scale_p: torch.Tensor) -> tuple[torch.Tensor,
 
 
 LORA_UNIT = 16
-"""Columns of a LoRA B in one tensor core step; a rank has to be a multiple."""
+"""Columns of a LoRA B in one tensor core step. A rank has to be a multiple of it."""
 
 
 def prepack_lora_b(b: torch.Tensor) -> torch.Tensor:

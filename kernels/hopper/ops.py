@@ -81,7 +81,7 @@ def dequantizes(tokens: int, n: int, k: int) -> bool:
 
 @functools.cache
 def _multiprocessors() -> int:
-    """Of the current device; those of an H100 or H200 where there is none."""
+    """Returns the multiprocessors of the current device, or those of an H100 if there is none."""
     if not torch.cuda.is_available():
         return tuning.MEASURED_MULTIPROCESSORS
     return torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count

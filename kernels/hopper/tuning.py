@@ -1,5 +1,4 @@
-"""Which kernel serves which product: the configurations of ``nvfp4_gemm.cu`` and the choice
-among them by shape."""
+"""Chooses how a GEMM is launched by its shape, among the configurations of ``nvfp4_gemm.cu``."""
 
 from __future__ import annotations
 
@@ -42,7 +41,7 @@ CONFIGS = (
 
 
 class Plan(NamedTuple):
-    """``config`` -1: dequantize and cuBLAS."""
+    """How a GEMM is launched. With ``config`` -1 the weight is decoded to bfloat16 for cuBLAS."""
 
     config: int
     blocks: int
@@ -52,7 +51,7 @@ class Plan(NamedTuple):
     workspace: int  # bytes
 
 
-ANY_ALIGNMENT = 1 << 10  # 64-row units: no border between projections to respect
+ANY_ALIGNMENT = 1 << 10  # 64-row units: there is no border between projections
 DEQUANTIZE = Plan(-1, 0, 0, 0)
 
 
@@ -126,7 +125,7 @@ MEASURED = {
     ),
 }
 # The same with an adapter of rank 32, for the first of TOKENS, and how x A^T is computed (shape and
-# cluster of Shrink). Measured with another kernel before each product, as in a model.
+# cluster of Shrink). Measured with another kernel before each GEMM, as in a model.
 MEASURED_WITH_ADAPTER = {
     (4608, 3584): (
         (0, 216, 0, 0, 4), (2, 216, 0, 0, 8), (5, 180, 5, 1, 4),
@@ -163,7 +162,7 @@ MEASURED_WITH_ADAPTER = {
 }
 # fmt: on
 DEQUANTIZE_FROM = 6144
-"""More tokens than this: dequantize once and leave the product to cuBLAS."""
+"""For more tokens than this, without an adapter, the weight is decoded to bfloat16 for cuBLAS."""
 
 
 def adapt(config: int, blocks: int, cluster: int, measured_tiles: int, m: int, n: int, k: int, sms: int) -> Plan:
@@ -182,10 +181,10 @@ def adapt(config: int, blocks: int, cluster: int, measured_tiles: int, m: int, n
 
 class Tuned(NamedTuple):
     """A choice measured on the machine at hand, for up to ``limit`` tokens, see
-    ``hopper/autotune.py``."""
+    ``hopper/measure.py``."""
 
     limit: int
-    config: int  # -1: dequantize and cuBLAS
+    config: int  # -1: decode to bfloat16 for cuBLAS
     blocks: int
     cluster: int
     shrink: int  # with an adapter, the fields of Shrink
@@ -288,7 +287,7 @@ def choose(m: int, n: int, k: int, sms: int, align: int = 0) -> Plan:
 
 
 def _measured(m: int, n: int, k: int, with_adapter: bool) -> tuple[tuple[int, int], int, tuple[int, ...]]:
-    """Of the nearest measured shape: the shape, the index into TOKENS, and the entry."""
+    """Returns the nearest measured shape, the index into TOKENS, and the entry."""
     shape = min(MEASURED, key=lambda s: abs(math.log(s[0] / n)) + abs(math.log(s[1] / k)))
     column = next((i for i, limit in enumerate(TOKENS) if m <= limit), len(TOKENS) - 1)
     row = MEASURED_WITH_ADAPTER[shape] if with_adapter else ()
@@ -305,7 +304,7 @@ def _choose(m: int, n: int, k: int, sms: int, with_adapter: bool) -> Plan:
 
 
 SHRINK_LIMIT = 1024
-"""Up to this many tokens ``lora_shrink.cu`` computes x A^T, beyond it cuBLAS."""
+"""For more tokens than this cuBLAS computes x A^T, not ``lora_shrink.cu``."""
 
 
 class Shrink(NamedTuple):
@@ -316,8 +315,8 @@ class Shrink(NamedTuple):
 
 
 def choose_shrink(m: int, n: int, k: int, rows: int, sms: int, align: int = ANY_ALIGNMENT) -> Shrink:
-    """For x A^T with ``m`` tokens, ``k`` columns and ``rows`` rows of A, in front of a product with
-    ``n`` rows.
+    """Returns the launch of x A^T with ``m`` tokens, ``k`` columns and ``rows`` rows of A, in front
+    of a GEMM with ``n`` rows.
 
     Args:
         align: as for :func:`choose`.

@@ -1,19 +1,19 @@
-"""The experts of a mixture with NVFP4 weights. Reference: ``kernels/nvfp4_experts.py``.
+"""Computes the experts of a mixture with NVFP4 weights.
 
-Four launches, none of which depends on a value that the host would have to read, so a CUDA graph
+The reference is ``kernels/nvfp4_experts.py``. There are four launches. None depends on a value that the host would have to read, so a CUDA graph
 can hold them:
 
-1. the choices ``[T, k]`` are sorted by expert;
-2. gate and up of every choice, and their gated product;
-3. down, times the weight of the choice;
-4. the sum over the choices of each token.
+1. sort the choices ``[T, k]`` by expert;
+2. compute gate and up of every choice, and ``silu(gate) * up``;
+3. compute down, times the weight of the choice;
+4. add up the choices of each token.
 
-An adapter on the experts adds a launch in front of the second and of the third: u = scaling A x of
-every choice, which the grouped GEMM multiplies by B where it adds up a tile.
+An adapter on the experts adds a launch in front of the second and of the third. It computes
+u = scaling A x of every choice, which the grouped GEMM multiplies by B while it adds up a tile.
 
-The second and third are grouped GEMMs. A program makes BLOCK_N output channels of BLOCK_M rows of
-one expert; the grid has room for all tokens in each expert, and a program without rows ends at
-once. No sum depends on the order in which programs run.
+The second and third launches are grouped GEMMs. A program makes BLOCK_N output channels of BLOCK_M
+rows of one expert. The grid has room for all tokens in each expert, and a program without rows ends
+at once. No sum depends on the order in which programs run.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ TILES = (
     (32, 32, 64, 64, 4, 3),
     (None, 64, 64, 64, 4, 3),
 )
-"""What is launched. Small enough for the shared memory of every GPU that Triton serves."""
+"""The tiles that are launched. They fit into the shared memory of every GPU that Triton serves."""
 
 
 @triton.jit(do_not_specialize=["count"])

@@ -1,10 +1,9 @@
-"""Decoding of E2M1 and E4M3 by their bits, for Triton kernels on any GPU.
+"""Decodes E2M1 and E4M3 by their bits, for Triton kernels on any GPU.
 
-Neither goes through an 8-bit floating-point type, which GPUs before Hopper and Triton's interpreter
-lack, nor through a table. The bits are moved to where float16 keeps sign, exponent and mantissa.
-float16 has another exponent bias, so
-the result is off by a power of two, and that is right for subnormal numbers too: float16 has those
-as well. The powers of two are multiplied back in float32.
+Decoding uses no table and no 8-bit floating-point type, which GPUs before Hopper and Triton's
+interpreter lack. It moves the bits to the places of float16's sign, exponent and mantissa. float16
+has another exponent bias, so the result is off by a power of two, also for subnormal numbers, which
+float16 has as well. The powers of two are multiplied back in float32.
 """
 
 from __future__ import annotations
@@ -13,8 +12,8 @@ import triton
 import triton.language as tl
 
 E2M1_FACTOR = tl.constexpr(16384.0)
-"""What the two functions for E2M1 leave out: 2**(15 - 1), the difference of the biases of
-float16 and E2M1."""
+"""The factor that the two functions for E2M1 leave out: 2**(15 - 1), from the biases of float16 and
+E2M1."""
 
 
 @triton.jit

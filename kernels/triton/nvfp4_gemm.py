@@ -1,13 +1,12 @@
-"""``y = alpha x (e2m1 * scale)^T + bias + u lora_b^T``, alpha = 1 / global_scale, with an NVFP4
-weight.
+"""``y = alpha x (e2m1 * scale)^T + bias + u lora_b^T``, with an NVFP4 weight.
 
-The reference is ``kernels/nvfp4_linear.py``.
+alpha is 1 / global_scale. The reference is ``kernels/nvfp4_linear.py``.
 
-The weight is decoded in registers, scaled and rounded to nothing: ``e2m1 * scale`` is exact in
-bfloat16 and float16. A byte holds two neighbouring input channels, so the kernel multiplies the
-even and the odd columns of a tile separately, which spares it from putting them back in order. The
-accumulator is float32 and has one output channel a
-row and one token a column: weights come first in the product, tokens, of which there are few, last.
+The weight is decoded in registers without rounding: ``e2m1 * scale`` is exact in bfloat16 and
+float16. A byte holds two neighbouring input channels. The kernel multiplies the even and the odd
+columns of a tile separately, so that it need not interleave them. The accumulator is float32, with
+an output channel in each row and a token in each column: the weight is the first operand, and the
+tokens, of which there are few, are the second.
 """
 
 from __future__ import annotations
@@ -31,8 +30,8 @@ from qerl_verl.kernels.triton.nvfp4_format import (
 
 REDUCE_BLOCK = 1024
 FLOAT16_FACTOR = 2.0**-12
-"""The dequantized weight of a float16 product is made smaller by this, exactly, and alpha larger:
-cuBLAS may add partial sums in float16, where ``e2m1 * scale`` (up to 2688) would overflow."""
+"""Multiplies the decoded weight of a float16 GEMM, exactly, and divides alpha. cuBLAS may add
+partial sums in float16, where ``e2m1 * scale`` (up to 2688) would overflow."""
 
 
 @triton.jit(do_not_specialize=["m", "steps"])

@@ -1,5 +1,4 @@
-"""Which path serves which product, by its shape. No Triton in here, so that it can be asked
-anywhere."""
+"""Chooses how a GEMM is launched by its shape. This module works without Triton."""
 
 from __future__ import annotations
 
@@ -13,23 +12,24 @@ from qerl_verl.kernels import autotune
 from qerl_verl.kernels.triton.support import interpreted
 
 DEQUANTIZE_ABOVE = 512
-"""More tokens than this: unpack the weight once and leave the product to the GPU's library."""
+"""For more tokens than this the weight is decoded to 16 bits, and the GPU's library multiplies."""
 
 MULTIPROCESSORS = 108
-"""Assumed where no device is asked (an A100's)."""
+"""The number assumed without a device, that of an A100."""
 
 MAX_SPLIT = 16
 MIN_STEPS = 4
-"""Steps along K that a part of a split product has at least."""
+"""The least number of steps along K in a part of a split GEMM."""
 
 
 class Plan(NamedTuple):
-    """How a product is computed.
+    """How a GEMM is computed.
 
-    ``path`` "fused": one kernel decodes the weight on its way into the product. A program makes
-    ``block_n`` output channels of ``block_m`` tokens, ``block_k`` input channels a step; K is
+    With ``path`` "fused" one kernel decodes the weight on its way to the tensor cores. A program
+    makes ``block_n`` output channels of ``block_m`` tokens, ``block_k`` input channels a step. K is
     divided among ``split_k`` programs, whose float32 partial sums a second kernel adds in a fixed
-    order. ``path`` "dequantize": a temporary 16-bit weight and torch.addmm; the other fields are 0.
+    order. ``path`` "dequantize" is a temporary 16-bit weight and torch.addmm; the other fields are
+    0 then.
     """
 
     path: str
@@ -176,10 +176,9 @@ def candidates(m: int, n: int, k: int, multiprocessors: int = MULTIPROCESSORS) -
 def choose(m: int, n: int, k: int, multiprocessors: int = MULTIPROCESSORS) -> Plan:
     """Returns the plan for ``m`` tokens and an ``[n, k]`` weight, ``k`` a multiple of 64.
 
-    It is the one measured on this machine where :func:`install` was called for the weight, else
-    that of TILES with K split where there are fewer tiles than two for each multiprocessor. The
-    plan, and with it the order of every sum, depends on nothing but the arguments and what was
-    installed.
+    It is the one measured on this machine if :func:`install` was called for the weight, else that
+    of TILES, with K split if there are fewer tiles than two for each multiprocessor. The plan, and
+    with it the order of every sum, depends on the arguments and the installed choices alone.
     """
     if choices := _tuned.get((n, k)):
         return next((choice.plan for choice in choices if m <= choice.limit), DEQUANTIZE)
@@ -197,7 +196,8 @@ def decoded_inside_up_to(n: int, k: int) -> int | None:
     """Returns the most tokens for which the GEMM of an ``[n, k]`` weight decodes it itself; None if
     that was not measured.
 
-    With more tokens the weight is dequantized and PyTorch multiplies. 0 where that is always so.
+    With more tokens the weight is decoded to 16 bits first and PyTorch multiplies; 0 means that
+    this is always so.
     """
     if not installed(n, k):
         return None

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-from qerl_verl.kernels.recompute import KeptProducts
+from qerl_verl.kernels.recompute import KeptOutputs
 
 GIB = 2**30
 MARGIN = 0.1
@@ -72,7 +72,7 @@ class Recompute:
 
     def context_fn(self) -> tuple[AbstractContextManager, AbstractContextManager]:
         """For ``torch.utils.checkpoint``: the contexts of a layer's first run and of its second."""
-        products = KeptProducts()
+        products = KeptOutputs()
         if self.how == "selective":
             return products.recording(), products.replaying()
         self._layers += 1
@@ -80,7 +80,7 @@ class Recompute:
             return nullcontext(), nullcontext()
         return _FirstRun(self, products), products.replaying()
 
-    def _ran(self, products: KeptProducts) -> None:
+    def _ran(self, products: KeptOutputs) -> None:
         """A layer has run and holds its products."""
         if self._left is None:
             self._rows = products.rows
@@ -106,7 +106,7 @@ class Recompute:
 class _FirstRun(AbstractContextManager):
     """Records a layer's products, then lets the policy decide whether they stay."""
 
-    def __init__(self, policy: Recompute, products: KeptProducts):
+    def __init__(self, policy: Recompute, products: KeptOutputs):
         self.policy, self.products, self.recording = policy, products, products.recording()
 
     def __enter__(self) -> None:

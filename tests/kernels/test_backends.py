@@ -10,7 +10,6 @@ from qerl_verl.kernels import backends, hopper
 from qerl_verl.kernels import triton as triton_kernels
 from qerl_verl.kernels.backends import (
     BACKENDS,
-    NAMES,
     Adapter,
     HopperBackend,
     KernelCount,
@@ -39,14 +38,14 @@ def every_backend_runs(monkeypatch):
 
 
 def test_the_setting_names_the_backends():
-    assert KERNELS == ("auto", *NAMES)
+    assert KERNELS == ("auto", *(backend.name for backend in BACKENDS))
 
 
 def test_auto_on_the_cpu_is_pytorch_and_says_why():
     choice = choose_backend(CPU)
     assert choice.backend is get_backend("pytorch")
     assert choice.sentence(CPU) == (
-        "PyTorch (dequantize, matrix product) on cpu (not hopper: it runs on CUDA, not on cpu; "
+        "PyTorch (dequantize, GEMM) on cpu (not hopper: it runs on CUDA, not on cpu; "
         "not triton: it runs on CUDA, not on cpu)"
     )
 
@@ -170,12 +169,12 @@ def test_the_count_names_what_runs_where_by_kind_of_layer(every_backend_runs):
         "Hopper W4A16 (WGMMA, CUDA C++) on cpu: 4 layers (o_proj 3, head 1); "
         "Hopper W4A16 (WGMMA, CUDA C++) on cpu: 3 layers (qkv_proj 3), their adapter in PyTorch "
         "(projections have to end at multiples of 128 rows, got [832, 1152]); "
-        "PyTorch (dequantize, matrix product) on cpu (not hopper: N and K have to be multiples of 64, got 896 x 80; "
+        "PyTorch (dequantize, GEMM) on cpu (not hopper: N and K have to be multiples of 64, got 896 x 80; "
         "not triton: K has to be a multiple of 64, got 80): 3 layers (down_proj 3)"
     )
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [backend.name for backend in BACKENDS])
 def test_prepack_keeps_the_size_and_unpack_brings_the_bytes_back(name, weight):
     backend = get_backend(name)
     packed, scale = backend.prepack(*weight)
@@ -184,7 +183,7 @@ def test_prepack_keeps_the_size_and_unpack_brings_the_bytes_back(name, weight):
     assert all(torch.equal(t, w) for t, w in zip(backend.unpack(packed, scale), weight, strict=True))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [backend.name for backend in BACKENDS])
 def test_prepack_lora_b_and_back(name):
     backend = get_backend(name)
     b = torch.randn(N, 2 * backend.lora_rank_multiple)

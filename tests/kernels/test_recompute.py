@@ -12,7 +12,7 @@ from qerl_verl.kernels.nvfp4_linear import nvfp4_linear
 from qerl_verl.kernels.nvfp4_lora_linear import nvfp4_lora_linear
 from qerl_verl.kernels.nvfp4_quantize import quantize_nvfp4
 from qerl_verl.kernels.packed_weight import PackedWeight
-from qerl_verl.kernels.recompute import KeptProducts
+from qerl_verl.kernels.recompute import KeptOutputs
 
 WIDTH, RANK = 32, 4
 
@@ -73,7 +73,7 @@ def gradients(lora=True, changed=False, contexts=None, checkpointed=True):
 
 def keeping(made=None):
     def contexts():
-        products = KeptProducts()
+        products = KeptOutputs()
         if made is not None:
             made.append(products)
         return products.recording(), products.replaying()
@@ -101,7 +101,7 @@ def test_kept_products_are_not_computed_again_and_nothing_is_held_in_the_end(lor
 
 
 def test_a_recorded_run_holds_all_products_but_the_last():
-    products, layer = KeptProducts(), Layer(Backend())
+    products, layer = KeptOutputs(), Layer(Backend())
     with products.recording():
         layer(torch.randn(7, WIDTH))
     assert (products.bytes, products.rows) == (7 * WIDTH * 4, 7)
@@ -118,7 +118,7 @@ def test_a_product_that_the_layer_writes_into_is_computed_again():
 
 def test_dropped_products_are_computed_again():
     def contexts():
-        products = KeptProducts()
+        products = KeptOutputs()
         products.drop()
         return nullcontext(), products.replaying()
 
@@ -139,7 +139,7 @@ def test_a_second_backward_pass_computes_what_the_first_has_used_up():
 
 
 def test_outside_a_checkpointed_layer_nothing_is_kept():
-    products, layer = KeptProducts(), Layer(Backend())
+    products, layer = KeptOutputs(), Layer(Backend())
     layer(torch.randn(7, WIDTH))
     with products.recording(), torch.no_grad():
         layer(torch.randn(7, WIDTH))

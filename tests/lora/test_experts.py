@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 
-from qerl_verl.kernels.recompute import KeptProducts
+from qerl_verl.kernels.recompute import KeptOutputs
 from qerl_verl.lora.adapter_files import AdapterError, map_names, read_adapter_config
 from qerl_verl.lora.experts import is_of_experts, linear_targets, module_targets, split_experts, stack_experts
 from qerl_verl.lora.peft import NVFP4LoraExperts, draw_adapter, published, register_nvfp4, save_adapter
@@ -133,7 +133,7 @@ def test_checkpointing_changes_no_gradient(folders, kept):
     index[:, 1] = (index[:, 0] + 1) % 4
     for again in (False, True):
         leaf, weights = x.clone().requires_grad_(), torch.full((9, 2), 0.4, requires_grad=True)
-        products = KeptProducts()
+        products = KeptOutputs()
         contexts = {"context_fn": lambda p=products: (p.recording(), p.replaying())} if kept else {}
         y = (
             checkpoint(layer, leaf, index, weights, use_reentrant=False, **contexts)

@@ -8,7 +8,7 @@ from accelerate import init_empty_weights
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from qerl_verl.kernels.backends import BACKENDS, NAMES, HopperBackend, get_backend
+from qerl_verl.kernels.backends import BACKENDS, HopperBackend, get_backend
 from qerl_verl.nvfp4.architectures import get_architecture, supported_architectures
 from qerl_verl.nvfp4.candidates import CANDIDATES
 from qerl_verl.nvfp4.linear import NVFP4Linear
@@ -148,7 +148,7 @@ def test_a_fused_linear_that_is_half_in_16_bits_is_told(nvfp4_checkpoint):
         plan(model)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [backend.name for backend in BACKENDS])
 def test_the_stack_of_prepacked_projections_is_the_prepacked_stack(name):
     """One weight can therefore serve a fused layer and its projections."""
     backend = next(b for b in BACKENDS if b.name == name)
