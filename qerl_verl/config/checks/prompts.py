@@ -97,7 +97,7 @@ def _load(get: Get, folder: str | os.PathLike, auto_class: str) -> Any | None:
 def _has_tower(folder: str | os.PathLike) -> bool:
     """Whether the model computes images."""
     from qerl_verl.nvfp4.architectures import get_architecture
-    from qerl_verl.nvfp4.checkpoint import read_config
+    from qerl_verl.nvfp4.checkpoint_files import read_config
     from qerl_verl.nvfp4.errors import CheckpointError
 
     try:
