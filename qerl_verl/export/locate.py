@@ -50,8 +50,8 @@ def find_adapter(checkpoint: Path) -> Source:
     base_model = _read_object(adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
     record = next((p / RECORD_FILE for p in (adapter, *adapter.parents[:2]) if (p / RECORD_FILE).is_file()), None)
     recorded = None if record is None else _read_object(record).get("base", {}).get("actor")
-    # a model that is used as it is has the arm's name before the hash (config/callback.py,
-    # _replace_models)
+    # a model that is used as it is has the arm's name before the hash (config/replace_models.py,
+    # replace_models)
     if recorded:
         recorded = recorded.rpartition("-")[2]
     return Source(adapter, base_model, recorded)

@@ -18,7 +18,7 @@ import ray
 from omegaconf import DictConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from qerl_verl.config.callback import say
+from qerl_verl.log_lines import say
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from omegaconf import OmegaConf, open_dict
 
-from qerl_verl.config.callback import say
 from qerl_verl.data.steps import ends_early, epochs_for, reachable_steps
+from qerl_verl.log_lines import say
 
 
 class RunLengthMixin:

@@ -18,8 +18,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from qerl_verl.compare.runs import RECORD_SUFFIX, SCORE, next_part
 from qerl_verl.compare.settings import CONTENT
-from qerl_verl.config.callback import say
 from qerl_verl.config.keys import flatten
+from qerl_verl.log_lines import say
 
 HASHED_BYTES = 1 << 30
 """Larger files are not read for their hash."""

@@ -4,12 +4,12 @@ import json
 
 import pytest
 
-from qerl_verl.config import callback
 from qerl_verl.config.base import choose_base, describe_cost, find_obstacle
 from qerl_verl.config.host import Host
 from qerl_verl.config.keys import override_keys
 from qerl_verl.config.plan import plan
 from qerl_verl.config.publish import published
+from qerl_verl.config.replace_models import publish_models
 from qerl_verl.job import BaseSharing
 
 ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
@@ -82,14 +82,14 @@ def test_a_shared_base_reaches_rollout_and_actor(composed):
     job = published(config)
     assert job.sharing == BaseSharing() and job.settings.base == "auto"
     assert job.lora.rank == 8 and job.dtype == config.actor_rollout_ref.rollout.dtype
-    callback._publish_models(config)
+    publish_models(config)
     assert published(config).sharing.model == "/cache/model" and len(published(config).sharing.key) == 32
 
 
 def test_each_job_has_a_key_of_its_own(composed):
     configs = [planned(composed)[0] for _ in range(2)]
     for config in configs:
-        callback._publish_models(config)
+        publish_models(config)
     assert len({published(config).sharing.key for config in configs}) == 2
 
 

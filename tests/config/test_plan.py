@@ -65,7 +65,7 @@ def test_a_run_says_what_explain_prints(monkeypatch, capsys, gsm8k_files, bf16_c
     start = lines.index("set by the switch:") + 1
     explained = [line.strip() for line in lines[start : lines.index("", start)]]
 
-    for step in ("_use_cpu_in_this_process", "_replace_models", "give_job_folder", "start_watch"):
+    for step in ("_use_cpu_in_this_process", "replace_models", "give_job_folder", "start_watch"):
         monkeypatch.setattr(callback, step, lambda *arguments: {})
     config, keys = compose_with_keys("ppo_trainer", overrides)
     callback.prepare(config, keys)
@@ -102,7 +102,7 @@ def test_a_ray_that_runs_already_is_joined_without_its_address_being_given(
         monkeypatch.setattr(callback, step, lambda *arguments: None)
     given = []
     monkeypatch.setattr(callback, "give_job_folder", given.append)
-    monkeypatch.setattr(callback, "_replace_models", lambda *arguments: {callback.MODEL: bf16_checkpoint})
+    monkeypatch.setattr(callback, "replace_models", lambda *arguments: {callback.MODEL: bf16_checkpoint})
     for cluster in (made.cluster, None):
         monkeypatch.setattr(
             callback,

@@ -5,7 +5,7 @@ from omegaconf import OmegaConf
 
 import qerl_verl.plugin  # noqa: F401  (as verl loads it; a run asks for that)
 from qerl_verl.cli.explain import compose
-from qerl_verl.config import callback
+from qerl_verl.config import replace_models
 from qerl_verl.config.host import Host
 from qerl_verl.config.plan import plan
 from qerl_verl.config.quantization import choose_quantization, find_problems
@@ -78,7 +78,7 @@ def test_the_cache_gets_what_was_chosen(monkeypatch, bf16_checkpoint, gsm8k_file
     settings = QeRLSettings.from_mapping({"cache_dir": str(tmp_path / "cache"), "quantization": {"method": "gptq"}})
     made = choose_quantization(OmegaConf.create(data), settings, gpu=False)
     with pytest.raises(ZeroDivisionError):
-        callback._resolve("model.path", str(bf16_checkpoint), settings, made)
+        replace_models.resolve("model.path", str(bf16_checkpoint), settings, made)
     (how,) = asked
     assert how["method"] == "gptq" and how["device"] == "cpu"
     assert how["calibration"].key == read_calibration("data/gsm8k/train.parquet", bf16_checkpoint).key
@@ -90,5 +90,5 @@ def test_text_that_cannot_be_used_names_the_setting(bf16_checkpoint, tmp_path):
     made = choose_quantization(
         OmegaConf.create({"data": {"train_files": str(tmp_path / "rows.jsonl")}}), settings, False
     )
-    with pytest.raises(callback.SettingsError, match="usable rows.*qerl.quantization.calibration"):
-        callback._resolve("model.path", str(bf16_checkpoint), settings, made)
+    with pytest.raises(replace_models.SettingsError, match="usable rows.*qerl.quantization.calibration"):
+        replace_models.resolve("model.path", str(bf16_checkpoint), settings, made)

@@ -7,7 +7,7 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
-from qerl_verl.config import callback
+from qerl_verl.config import replace_models
 from qerl_verl.config.quantization import choose_quantization
 from qerl_verl.config.settings import QeRLSettings, SettingsError
 from qerl_verl.kernels.mxfp4_quantize import mxfp4_exponents, mxfp4_global_scale, quantize_mxfp4
@@ -84,7 +84,7 @@ def test_input_channels_that_32_does_not_divide_are_refused(tmp_path, model_fact
 
 def resolve(path, arm, cache):
     settings = QeRLSettings(arm, cache_dir=str(cache))
-    return callback._resolve(
+    return replace_models.resolve(
         "model.path", str(path), settings, choose_quantization(OmegaConf.create(), settings, gpu=False)
     )
 
