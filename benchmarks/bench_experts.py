@@ -129,7 +129,7 @@ def tune(stacks, shape: dict, tokens: list[int], device: str) -> list[dict]:
             if tile[0] > max(16, 2 * number) or tile[0] < min(64, number * shape["top_k"] // shape["experts"] // 2):
                 continue
             try:
-                times.append((time_kernel(lambda *a, tile=tile: nvfp4_experts(*a, *stacks, tile), inputs), tile))
+                times.append((time_kernel(lambda *a, tile=tile: nvfp4_experts(*a, *stacks, tile=tile), inputs), tile))
             except Exception as error:  # too little shared memory or registers
                 print(f"  {tile}: {type(error).__name__}", flush=True)
         best = sorted(times)[:3]

@@ -139,7 +139,7 @@ def require_input_gradients(module: nn.Module) -> None:
             layer.gradient_checkpointing = False
 
 
-def unavailable_elsewhere(device: torch.device) -> dict[str, str]:
+def unsupported_elsewhere(device: torch.device) -> dict[str, str]:
     """Why a backend that runs on ``device`` does not on another rank's, by its name; a collective
     call.
 
@@ -196,7 +196,7 @@ class NVFP4EngineMixin:
                 load_tensors(module, path, dtype, new_modules=self.new_modules)
             else:
                 module.tie_weights()
-            kernel = prepack_linears(module, device, wanted, compute_dtype, unavailable_elsewhere(device))
+            kernel = prepack_linears(module, device, wanted, compute_dtype, unsupported_elsewhere(device))
         if self.rank == 0:
             print(
                 f"[qerl] kernel: {self.role} NVFP4 linear = {kernel}; attention {config._attn_implementation}",

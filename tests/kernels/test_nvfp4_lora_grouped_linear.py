@@ -94,7 +94,7 @@ def test_grouped_gemms_of_pytorch(backend, parts, weighted):
     """On a GPU the grouped GEMMs compute what the loop over the experts does."""
     from qerl_verl.kernels.backends import get_backend
 
-    if reason := get_backend(backend).unavailable(torch.device("cuda", 0)):
+    if reason := get_backend(backend).unsupported_device(torch.device("cuda", 0)):
         pytest.skip(reason)
     sizes = dict(n=256, k=128, rank=16, tokens=301)
     check(torch.bfloat16, parts, weighted, "cuda", backend=backend, bound=3e-2, **sizes)
