@@ -127,8 +127,8 @@ def _compose(
     except MissingConfigException as error:
         if error.missing_cfg_file != name.removesuffix(".yaml"):
             raise ExplainError(f"{name}: {error}") from error
-        cure = "" if config_path else f" QeRL's: {', '.join(recipes())}. Give --config-path for one of yours."
-        raise ExplainError(f"{name}: there is no such recipe in {path}.{cure}") from error
+        fix = "" if config_path else f" QeRL's: {', '.join(recipes())}. Give --config-path for one of yours."
+        raise ExplainError(f"{name}: there is no such recipe in {path}.{fix}") from error
     except (HydraException, OmegaConfBaseException) as error:
         cause = f": {error.__cause__}" if error.__cause__ else ""
         raise ExplainError(f"{name}: {error}{cause}") from error

@@ -34,7 +34,7 @@ run, share one."""
 
 
 def register_attention() -> None:
-    """Makes ``attn_implementation=qerl_packed`` known to transformers in this process.
+    """Registers ``attn_implementation=qerl_packed`` with transformers in this process.
     Idempotent."""
     AttentionInterface.register(PACKED_ATTENTION, packed_attention_forward)
     AttentionMaskInterface.register(PACKED_ATTENTION, packed_attention_mask)
@@ -63,7 +63,8 @@ def _note_positions(layer: torch.nn.Module, args: tuple, kwargs: dict) -> None:
 
 
 def packed_attention_mask(batch_size: int, *args, attention_mask: torch.Tensor | None = None, **kwargs):
-    """No mask for one row without padding; transformers' SDPA mask for everything else."""
+    """Returns None for one row without padding, and transformers' SDPA mask for every other
+    input."""
     if batch_size == 1 and attention_mask is None:
         return None
     return sdpa_mask(batch_size, *args, attention_mask=attention_mask, **kwargs)
@@ -81,23 +82,23 @@ def packed_attention_forward(
     position_ids: torch.Tensor | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of one layer, with the signature of transformers' attention interface.
+    """Computes the attention of one layer, with the signature of transformers' attention interface.
 
     Args:
-        query: ``[batch, heads, tokens, head_dim]``; under Ulysses, this rank's part of the tokens.
+        query: ``[batch, heads, tokens, head_dim]``; under Ulysses, this rank's slice of the tokens.
         key, value: ``[batch, key_value_heads, tokens, head_dim]``.
         attention_mask: from :func:`packed_attention_mask`; None means one packed row.
-        position_ids: ``[1, tokens]``; each sequence begins at 0. Without them, those of
-            :func:`hand_on_positions`.
-        kwargs: with ``is_causal=False``, as of a vision tower, which calls for each image by
-            itself, SDPA computes.
+        position_ids: ``[1, tokens]``; each sequence begins at 0. Defaults to the positions that
+            :func:`hand_on_positions` has noted.
+        kwargs: with ``is_causal=False``, SDPA computes the attention. A vision tower passes it and
+            calls once for each image.
 
     Returns:
-        ``[batch, tokens, heads, head_dim]``, and None for the weights of the attention.
+        ``[batch, tokens, heads, head_dim]``, and None for the attention weights.
 
     Raises:
         ValueError: a packed row without position_ids, or with dropout or a softcap, which
-            FlashAttention's variable-length form does not have.
+            FlashAttention's variable-length form does not support.
     """
     if attention_mask is not None or query.shape[0] != 1 or kwargs.get("is_causal") is False:
         return sdpa_attention_forward(
@@ -127,7 +128,8 @@ def packed_attention_forward(
 
 
 def _packing(position_ids: torch.Tensor, ranks: int) -> Packing:
-    """Of all tokens of the row, those of other Ulysses ranks included."""
+    """Returns the sequence borders of the whole row, including the tokens of other Ulysses
+    ranks."""
     packing = _packings.get(position_ids)
     if packing is None:
         whole = position_ids

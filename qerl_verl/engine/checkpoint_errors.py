@@ -1,5 +1,6 @@
-"""Wraps errors of saving and loading checkpoints with the folder and a fix; torch and the system
-name a byte."""
+"""Errors of saving and loading checkpoints, with the folder and a fix. The errors of torch and of
+the system name neither.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ _TORCH_WRITER = ("PytorchStreamWriter", "inline_container", "unexpected pos")
 
 @contextmanager
 def writing(folder: str, who: str) -> Iterator[None]:
-    """Around what writes a checkpoint.
+    """Wraps the errors of a block that writes a checkpoint.
 
     Raises:
         CheckpointError: the disk or the quota is full, or the folder cannot be written to.
@@ -48,13 +49,13 @@ def writing(folder: str, who: str) -> Iterator[None]:
 
 @contextmanager
 def reading(folder: str, who: str, world_size: int) -> Iterator[None]:
-    """Around what loads a checkpoint.
+    """Wraps the errors of a block that loads a checkpoint.
 
     Raises:
-        CheckpointError: a file is missing, damaged, cannot be read, or does not fit this run. To
-            move the checkpoint out of the way is the advice for a missing or damaged file alone.
-        Exception: any other error as it is (out of memory, another rank's end), with a note that
-            the checkpoint is not the cause.
+        CheckpointError: a file is missing, damaged, unreadable, or does not fit this run. The
+            message advises moving the checkpoint away only for a missing or damaged file.
+        Exception: any other error (out of memory, another rank's failure), unchanged except for a
+            note that the checkpoint is not the cause.
     """
     try:
         yield
@@ -103,7 +104,7 @@ def _fix(error: Exception, folder: str, world_size: int) -> str | None:
 
 
 def _is_broken(error: Exception) -> bool:
-    """Returns whether a file of the checkpoint is not what was written."""
+    """Returns whether the error shows that a file of the checkpoint is truncated or corrupted."""
     reader = isinstance(error, RuntimeError) and any(text in str(error) for text in _TORCH_READER)
     return isinstance(error, _BROKEN) or reader
 
@@ -117,7 +118,7 @@ def add_note(error: Exception, text: str) -> None:
 
 
 def saved_ranks(folder: str) -> list[int]:
-    """Returns the numbers of ranks that have a model file there."""
+    """Returns the world sizes for which the folder has a model file."""
     found = set()
     for path in Path(folder).glob("model_world_size_*_rank_*.pt"):
         number = path.name.removeprefix("model_world_size_").partition("_")[0]

@@ -16,18 +16,21 @@ from qerl_verl.nvfp4.experts import gated as plain_gated
 from qerl_verl.platform.compilers import missing_compiler
 
 RECOMPILE_LIMIT = 32
-"""Of one function, in place of PyTorch's 8: with and without autograd, with and without an adapter, batches or sequences of size 1
-(which PyTorch compiles for themselves), and this for every kind of norm that shares a ``forward``."""
+"""TorchDynamo's limit of recompilations for one function, in place of PyTorch's 8. A ``forward`` is
+compiled with and without autograd, with and without an adapter, and for batches or sequences of
+size 1, which PyTorch specializes; all kinds of norms that share it count together.
+"""
 
 GATED_MLPS = {
     *("LlamaMLP", "MistralMLP", "Ministral3MLP", "Qwen2MLP", "Qwen3MLP", "Qwen3MoeMLP"),
     *("Gemma3MLP", "GraniteMLP", "Olmo2MLP", "Olmo3MLP", "Qwen3VLTextMLP", "SmolLM3MLP"),
 }
-"""Classes of transformers that compute ``down_proj(act_fn(gate_proj(x)) * up_proj(x))`` and nothing else."""
+"""Classes of transformers that compute ``down_proj(act_fn(gate_proj(x)) * up_proj(x))`` and
+nothing else."""
 
 
 def unavailable(device: torch.device) -> str | None:
-    """Why TorchInductor cannot compile for ``device``, or None if it can."""
+    """Returns why TorchInductor cannot compile for ``device``, or None if it can."""
     if os.environ.get("TORCH_COMPILE_DISABLE") == "1":
         return "TORCH_COMPILE_DISABLE is set"
     if device.type == "cuda" and not has_triton():
@@ -36,10 +39,11 @@ def unavailable(device: torch.device) -> str | None:
 
 
 class CompiledMLP(nn.Module):
-    """``down_proj(act_fn(gate_proj(x)) * up_proj(x))``, as :data:`GATED_MLPS` compute it, with one kernel between the products.
+    """Computes ``down_proj(act_fn(gate_proj(x)) * up_proj(x))`` as :data:`GATED_MLPS` do, with one
+    fused kernel between the GEMMs.
 
     Args:
-        mlp: its parts are taken over under their names, so parameters keep theirs.
+        mlp: its submodules are adopted under their names, so parameters keep theirs.
         gated: :func:`qerl_verl.nvfp4.experts.gated`, compiled.
     """
 
@@ -50,24 +54,26 @@ class CompiledMLP(nn.Module):
         self._gated = gated
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Args: x: ``[..., hidden_size]``. Returns: of the same shape."""
+        """Returns the output of the MLP, ``[..., hidden_size]``, for ``x`` of the same shape."""
         return self.down_proj(self._gated(self.act_fn, self.gate_proj(x), self.up_proj(x)))
 
 
 def compile_layers(model: nn.Module, **options) -> str:
-    """Have the norms compiled, and what an MLP does between its products; each at its first call.
+    """Compiles the norms and the gated activation between an MLP's GEMMs, each at its first call.
 
-    transformers runs them one operation at a time, and each operation reads and writes the activations of all tokens and rounds
-    them to 16 bits. Compiled, several are one kernel that rounds its result alone, as in vLLM, where TorchInductor compiles the same
-    parts. Linears stay as they are, and so does attention, but for the norms in it: compiled with its rotary embedding, it takes more
-    than a minute at the first step (docs/performance.md).
+    transformers runs them one operation at a time. Each operation reads and writes the activations
+    of all tokens and rounds them to 16 bits. Compiled, several operations are one kernel that
+    rounds its result alone, as in vLLM, where TorchInductor compiles the same parts. Linears are
+    left as they are. Attention is too, except for the norms in it: compiling it with its rotary
+    embedding takes more than a minute at the first step (docs/performance.md).
 
     Args:
-        model: MLPs of other classes than :data:`GATED_MLPS` are left alone, and so is a vision tower.
+        model: MLPs of other classes than :data:`GATED_MLPS` are left alone, and so is a vision
+            tower.
         options: for ``torch.compile``.
 
     Returns:
-        What is compiled, in words.
+        A description of what is compiled.
     """
     if "recompile_limit" in inspect.signature(torch.compile).parameters:
         options["recompile_limit"] = RECOMPILE_LIMIT

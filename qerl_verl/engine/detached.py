@@ -1,4 +1,4 @@
-"""The actor's worker of verl's separate trainer, which puts a policy aside and brings it back."""
+"""The actor's worker of verl's separate trainer, which saves a policy and restores it later."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from qerl_verl.engine.offload import wait_for_offload
 
 
 class AdapterDetachWorker(DetachActorWorker):
-    """verl's, with copies of what trains alone.
+    """Saves and restores only the trained parameters.
 
-    Between two weight syncs verl computes old log-probabilities under the policy of the last one,
+    Between two weight syncs verl computes old log-probabilities under the policy of the last sync,
     so it copies the whole model to the host and back at each update (trainer_separate_async.py,
-    _compute_old_log_prob). The base is frozen; and verl's copy of a tensor that is on the host
-    already is that tensor itself (fsdp_utils.py, fsdp2_sharded_save_to_cpu), without a GPU and with
-    ``param_offload``.
+    _compute_old_log_prob). The base is frozen and needs no copy. Moreover, verl's copy of a tensor
+    on the host is that tensor itself (fsdp_utils.py, fsdp2_sharded_save_to_cpu), which matters
+    without a GPU and with ``param_offload``.
     """
 
     def _get_strategy_handlers(self):
@@ -24,8 +24,9 @@ class AdapterDetachWorker(DetachActorWorker):
 
 
 def save_trained(module: torch.nn.Module) -> tuple[dict[str, torch.Tensor], None]:
-    """Copies on the host of this rank's part of each parameter that trains, by name; verl wants
-    a pair."""
+    """Returns copies on the host of this rank's shards of all trained parameters, by name, as the
+    first item of the pair that verl expects.
+    """
     wait_for_offload()
     trained = {n: local(p).detach() for n, p in module.named_parameters() if p.requires_grad}
     return {n: p.to("cpu", copy=True) for n, p in trained.items()}, None
@@ -33,7 +34,7 @@ def save_trained(module: torch.nn.Module) -> tuple[dict[str, torch.Tensor], None
 
 @torch.no_grad()
 def restore_trained(module: torch.nn.Module, saved: dict[str, torch.Tensor], _: None) -> None:
-    """Puts the copies back in place, wherever the parameters are now."""
+    """Copies the saved shards into the parameters, on whichever device these are."""
     wait_for_offload()
     for name, parameter in module.named_parameters():
         if name in saved:

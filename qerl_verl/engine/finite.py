@@ -1,5 +1,6 @@
-"""Stop a run at the first NaN or Inf, by name, before it reaches the weights, a checkpoint or
-the rollout."""
+"""Checks that stop a run at the first NaN or Inf, and name the tensor, before the value reaches the
+weights, a checkpoint or the rollout.
+"""
 
 from __future__ import annotations
 
@@ -16,17 +17,17 @@ class NonFiniteError(FloatingPointError):
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a DTensor; any other tensor as it is."""
+    """Returns this rank's shard of a DTensor, and any other tensor unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def first_nonfinite(tensors: Iterable[tuple[str, Any]]) -> str | None:
-    """Returns the names of the first floating-point tensor with a NaN or an Inf in it (of a
-    DTensor: in this rank's part).
+    """Returns the name of the first floating-point tensor that holds a NaN or an Inf, or None. Only
+    this rank's shard of a DTensor is examined.
 
     Args:
-        tensors: names and values; a value that is no floating-point tensor is passed over, of a
-            jagged one the values count.
+        tensors: names and values. Values other than floating-point tensors are skipped; of a jagged
+            tensor the values are examined.
     """
     checked = []
     for name, value in tensors:
@@ -47,10 +48,10 @@ def first_nonfinite(tensors: Iterable[tuple[str, Any]]) -> str | None:
 
 
 def gradient_norms(module: torch.nn.Module) -> tuple[list[str], torch.Tensor | None]:
-    """Returns the names of the parameters with a gradient, and the norms of this rank's parts,
+    """Returns the names of the parameters with a gradient, and the norms of this rank's shards,
     ``[names]`` float32 on their device.
 
-    Nothing is copied to the host. None instead of the norms where this rank holds no gradient.
+    Nothing is copied to the host. The norms are None where this rank holds no gradient.
     """
     named = [(n, local(p.grad)) for n, p in module.named_parameters() if p.grad is not None]
     named = [(n, g) for n, g in named if g.numel()]
@@ -61,7 +62,7 @@ def gradient_norms(module: torch.nn.Module) -> tuple[list[str], torch.Tensor | N
 
 
 def gather_first(name: str | None, group=None) -> str | None:
-    """Returns the first name that any rank of a group found. A collective call."""
+    """Returns the first name that any rank of the group found. A collective call."""
     names: list[str | None] = [None] * torch.distributed.get_world_size(group)
     torch.distributed.all_gather_object(names, name, group=group)
     return next((n for n in names if n is not None), None)

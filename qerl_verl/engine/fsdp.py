@@ -1,5 +1,6 @@
-"""FSDP2 engines of verl with an NVFP4 base and LoRA adapters
-(verl/workers/engine/fsdp/transformer_impl.py)."""
+"""verl's FSDP2 engines with an NVFP4 base and LoRA adapters
+(verl/workers/engine/fsdp/transformer_impl.py).
+"""
 
 from __future__ import annotations
 
@@ -124,8 +125,8 @@ def remove_dropout(config) -> dict[str, float]:
 
 
 def require_input_gradients(module: nn.Module) -> None:
-    """Lets gradients flow through layers that are run again in the backward pass, from the
-    decoder's embeddings on.
+    """Makes the decoder's embeddings return tensors that require gradients, so that gradients flow
+    through checkpointed layers.
 
     transformers' own method would also let them flow into a vision tower, where nothing trains.
     """
@@ -140,10 +141,10 @@ def require_input_gradients(module: nn.Module) -> None:
 
 
 def unsupported_elsewhere(device: torch.device) -> dict[str, str]:
-    """Why a backend that runs on ``device`` does not on another rank's, by its name; a collective
-    call.
+    """Returns why a backend that runs on ``device`` does not run on another rank's device, or None.
+    A collective call.
 
-    FSDP2 gathers the bytes as rank 0 has laid them out, so every rank has to compute with the same
+    FSDP2 gathers the bytes in the layout of rank 0, so every rank has to compute with the same
     backend.
     """
     own = {backend.name: backend.unsupported_device(device) for backend in BACKENDS}
@@ -160,23 +161,24 @@ def unsupported_elsewhere(device: torch.device) -> dict[str, str]:
 
 
 class NVFP4EngineMixin:
-    """The NVFP4 base of actor and critic: frozen, sharded as bytes.
+    """Builds the NVFP4 base of actor and critic: frozen, and sharded as bytes.
 
-    Stands in front of :class:`AdapterEngineMixin`. The model path must be a folder in the format
-    ``nvfp4-pack-quantized``; the switch sees to that.
+    Stands in front of :class:`AdapterEngineMixin` in the bases of a class. The model path must be a
+    folder in the format ``nvfp4-pack-quantized``; the switch sees to that.
     """
 
     def _empty_module(self, config, dtype: torch.dtype) -> nn.Module:
-        """The model in ``dtype`` on the meta device. ``new_modules`` are real on rank 0. Each
-        engine defines its own."""
+        """Returns the model in ``dtype`` on the meta device, except for ``new_modules``, which are
+        real on rank 0. Each engine defines this method.
+        """
         raise NotImplementedError(type(self).__name__)
 
     def _build_module(self) -> nn.Module:
-        """Returns the base on the CPU of the mesh's first rank and on the meta device of the
-        others, as verl does it.
+        """Returns the base on the CPU of the mesh's first rank, and on the meta device of the other
+        ranks, as verl's method does.
 
-        What is not packed (embeddings, norms, output layer, biases) is in 16 bits: nothing of it is
-        trained.
+        All unpacked tensors (embeddings, norms, output layer, biases) are in 16 bits, since none of
+        them is trained.
         """
         config, path = self.model_config.hf_config, self.model_config.local_path
         compute_dtype = self._dtypes()[0]
@@ -227,20 +229,20 @@ class NVFP4EngineMixin:
             print(f"[qerl] recompute: {self.role}, {text}", flush=True)
 
     def _draws_random_numbers(self, config) -> bool:
-        """Returns whether a layer's second run has to draw what its first run drew: dropout in
-        the base, or in an adapter of the user's."""
+        """Returns whether the recomputation of a layer has to draw the same random numbers as its
+        first run, because the base or an adapter of the user's has dropout.
+        """
         settings = config.to_dict() | config.get_text_config().to_dict()
         dropout = any(value for name, value in settings.items() if "dropout" in name)
         return dropout or self.model_config.lora_adapter_path is not None
 
     def _build_fsdp_module(self, module: nn.Module) -> nn.Module:
-        """FSDP2 around a base whose packed bytes are parameters of dtype :data:`CARRIER`; in place
-        of verl's own method.
+        """Wraps a base whose packed bytes are parameters of dtype :data:`CARRIER` in FSDP2.
+        Replaces verl's method.
 
-        verl has FSDP2 cast parameters to ``mixed_precision.param_dtype`` before the all-gather,
-        which would destroy the bytes.
-        Here it casts none in 16 bits: what is frozen has that dtype already, and the layers cast
-        their float32 adapters.
+        verl lets FSDP2 cast parameters to ``mixed_precision.param_dtype`` before the all-gather,
+        which would destroy the bytes. In 16 bits this method has FSDP2 cast nothing: frozen
+        parameters have that dtype already, and the layers cast their float32 adapters.
         """
         compute_dtype, reduce_dtype = self._dtypes()
         self._autocast_dtype = compute_dtype
@@ -274,11 +276,11 @@ class NVFP4EngineMixin:
 
 
 class AdapterEngineMixin:
-    """What trains, whatever the base is: LoRA adapters in float32 whose initial values come from
-    the engine's seed.
+    """Adds the trained parameters to any base: LoRA adapters in float32 whose initial values come
+    from the engine's seed.
 
-    Stands in front of one of verl's FSDP engines, behind the class that builds the base. Every arm
-    has it, so runs of two arms with the same seed start from the same adapter.
+    Stands in front of one of verl's FSDP engines, and behind the class that builds the base. Every
+    arm uses it, so runs of two arms with the same seed start from the same adapter.
 
     Raises:
         NonFiniteError: a NaN or Inf in a loss (:meth:`forward_step`), in a gradient norm
@@ -299,11 +301,14 @@ class AdapterEngineMixin:
     """With ``enable_gradient_checkpointing`` on an NVFP4 base."""
 
     _replay: RoutingReplay | None = None
-    """Of an actor whose rollout returns the experts of each token."""
+    """The replay of the rollout's routing, for an actor whose rollout returns the experts of each
+    token.
+    """
 
     def initialize(self):
-        """verl's, on a base without dropout: the policy that samples has none, and neither may the
-        one that is trained."""
+        """Initializes verl's engine on a base without dropout, since the sampling policy has no
+        dropout either.
+        """
         if dropped := remove_dropout(self.model_config.hf_config):
             found = ", ".join(f"{name}={value}" for name, value in dropped.items())
             if self.rank == 0:
@@ -311,18 +316,19 @@ class AdapterEngineMixin:
         return super().initialize()
 
     def _dtypes(self) -> tuple[torch.dtype, torch.dtype]:
-        """Of computation and of gradient reduction, read as verl reads them
-        (_build_fsdp_module)."""
+        """Returns the dtypes of computation and of gradient reduction, read as verl reads them
+        (_build_fsdp_module).
+        """
         settings = self.engine_config.mixed_precision or {}
         names = settings.get("param_dtype", "bf16"), settings.get("reduce_dtype", "fp32")
         return tuple(PrecisionType.to_dtype(name) for name in names)
 
     def _patch_forward(self, module: nn.Module, use_fused_kernels: bool) -> None:
-        """verl's own changes to a model's forward pass, as its engine makes them (_build_module).
+        """Applies verl's changes to a model's forward pass, as verl's engine does (_build_module).
 
-        What verl changes for packed rows is for flash-attn: among it, the attention layers of
-        Qwen2.5-VL, which would call flash-attn whatever the attention is
-        (verl/models/transformers/qwen2_vl.py, qwen2_vl_attn_forward).
+        Its changes for packed rows require flash-attn and are left out. One of them replaces the
+        attention layers of Qwen2.5-VL by layers that call flash-attn whatever the attention
+        implementation is (verl/models/transformers/qwen2_vl.py, qwen2_vl_attn_forward).
         """
         attention = self.model_config.hf_config.get_text_config()._attn_implementation or ""
         apply_monkey_patch(
@@ -334,8 +340,9 @@ class AdapterEngineMixin:
         )
 
     def _build_lora_module(self, module: nn.Module) -> nn.Module:
-        """Returns PEFT's LoRA with float32 master weights, which are cast to 16 bits for the
-        forward pass."""
+        """Returns the model with PEFT's LoRA layers. Their float32 master weights are cast to 16
+        bits for the forward pass.
+        """
         require_input_gradients(module)
         if self.role == "actor" and this_job().replay:
             self._replay = RoutingReplay(module, get_architecture(module.config).routers(module.config))
@@ -371,11 +378,11 @@ class AdapterEngineMixin:
         return module
 
     def _load_adapter(self, module: nn.Module, folder: str) -> PeftModel:
-        """Returns the model with the adapter of a folder in PEFT's format, all of it.
+        """Returns the model with the complete adapter of a folder in PEFT's format.
 
         Raises:
-            AdapterError: the folder's adapter is not plain LoRA, is not one of this model, or has
-                not all been taken.
+            AdapterError: the adapter is not plain LoRA, belongs to another model, or has tensors
+                that could not be loaded.
         """
         content = read_adapter_config(folder, heads=("classifier", *self.new_modules) if self.new_modules else ())
         layers = {n: shape for n, shape in adaptable_layers(module).items() if n not in self.new_modules}
@@ -400,25 +407,29 @@ class AdapterEngineMixin:
         return module
 
     def _build_optimizer(self, module: nn.Module):
-        """Builds the optimizer of what trains alone: neither its state nor its checkpoint
-        knows the base."""
+        """Builds the optimizer of the trained parameters alone, so neither its state nor its
+        checkpoint contains the base.
+        """
         from verl.workers.config.optimizer import build_optimizer
 
         return build_optimizer([p for p in module.parameters() if p.requires_grad], self.optimizer_config)
 
     def _at_step(self, after: bool = False) -> str:
-        """For messages. verl advances the scheduler once per training step, at its end, and
-        restores it on resume; with ``separate_async`` once per update, so those are what is counted
-        then.
+        """Returns the role and the step, for messages.
+
+        verl advances the scheduler once per training step, at its end, and restores it on resume.
+        With ``separate_async`` verl advances it once per update, so the number counts updates.
 
         Args:
-            after: the step's updates are over.
+            after: whether the step's updates are over.
         """
         scheduler = getattr(self, "lr_scheduler", None)
         return self.role if scheduler is None else f"{self.role}, step {scheduler.last_epoch + (not after)}"
 
     def disable_adapter(self) -> AbstractContextManager:
-        """verl's. The reference policy also chooses its experts by itself."""
+        """Disables the adapter as verl does, and the replay of the routing too: the reference
+        policy chooses its experts by itself.
+        """
         if self._replay is None:
             return super().disable_adapter()
         stack = ExitStack()
@@ -427,10 +438,11 @@ class AdapterEngineMixin:
         return stack
 
     def prepare_model_inputs(self, micro_batch):
-        """verl's, with the rollout's choice of experts brought into the same order.
+        """Prepares the inputs as verl does, and brings the rollout's choices of experts into the
+        same order.
 
         Raises:
-            ValueError: the batch has none, or another model's.
+            ValueError: the batch has no choices of experts, or those of another model.
         """
         inputs, args = super().prepare_model_inputs(micro_batch)
         if self._replay is not None:
@@ -446,7 +458,8 @@ class AdapterEngineMixin:
         return inputs, args
 
     def forward_step(self, micro_batch, loss_function, forward_only):
-        """verl's forward pass of one micro-batch; a loss that is not finite ends the run.
+        """Runs verl's forward pass of one micro-batch, and ends the run at a loss that is not
+        finite.
 
         Raises:
             NonFiniteError: naming the loss and the first tensor with a NaN or Inf among the model's
@@ -463,7 +476,7 @@ class AdapterEngineMixin:
         return loss, output
 
     def forward_backward_batch(self, data, loss_function, forward_only=False):
-        """verl's.
+        """Runs verl's forward and backward passes of a batch.
 
         Raises:
             torch.OutOfMemoryError: with a note that names ``qerl.recompute``, where that can help.
@@ -483,8 +496,8 @@ class AdapterEngineMixin:
         return output
 
     def optimizer_step(self) -> float:
-        """verl's clipping and update; where verl skips an update whose gradient norm is not finite,
-        the run ends.
+        """Clips the gradients and updates the parameters as verl does. Where verl skips an update
+        whose gradient norm is not finite, the run ends.
 
         With float16's loss scaling, such updates are part of the method and are skipped as in verl.
 
@@ -507,16 +520,16 @@ class AdapterEngineMixin:
         return grad_norm
 
     def get_per_tensor_param(self, layered_summon: bool = False, base_sync_done: bool = False, **kwargs):
-        """Returns the adapter for the rollout, full float32 tensors, and its configuration. The
+        """Returns the adapter for the rollout, as full float32 tensors, and its configuration. The
         base is never sent.
 
-        Of experts each layer has four tensors, see :mod:`qerl_verl.lora.experts`.
+        The experts of a layer have four tensors, see :mod:`qerl_verl.lora.experts`.
 
         Args:
             base_sync_done: False where verl wants a whole model for one of its checkpoint engines
-                and drops the configuration (verl/workers/engine_workers.py, update_weights). The
-                last tensor is the configuration then, see :mod:`qerl_verl.lora.wire`, and all are
-                on the engine's device; else they may be on the host.
+                and drops the configuration (verl/workers/engine_workers.py, update_weights). Then
+                the last tensor is the configuration, see :mod:`qerl_verl.lora.wire`, and all
+                tensors are on the engine's device; otherwise they may be on the host.
 
         Raises:
             NonFiniteError: naming the first tensor of the adapter with a NaN or Inf.
@@ -540,12 +553,12 @@ class AdapterEngineMixin:
         return tensors, config
 
     def save_checkpoint(self, local_path: str, hdfs_path=None, global_step: int = 0, max_ckpt_to_keep=None, **kwargs):
-        """verl's checkpoint (adapter, optimizer, scheduler, random state), and the adapter in
-        PEFT's format beside it.
+        """Saves verl's checkpoint (adapter, optimizer, scheduler, random state), and beside it the
+        adapter in PEFT's format.
 
         Raises:
-            NonFiniteError: nothing is written then.
-            CheckpointError: the disk is full, or the like.
+            NonFiniteError: the adapter holds a NaN or Inf; nothing is written.
+            CheckpointError: the disk is full, or the folder cannot be written to.
         """
         tensors, _ = self.get_per_tensor_param(base_sync_done=True)
         wait_for_offload()  # what is saved of an offloaded optimizer is read on the host
@@ -559,18 +572,17 @@ class AdapterEngineMixin:
         torch.distributed.barrier()
 
     def load_checkpoint(self, local_path: str, hdfs_path=None, del_local_after_load: bool = True, **kwargs):
-        """verl's.
+        """Loads verl's checkpoint.
 
         Raises:
-            CheckpointError: a file is missing, damaged, or another number of ranks saved it.
+            CheckpointError: a file is missing or damaged, or another number of ranks saved it.
         """
         with reading(local_path, self.role, torch.distributed.get_world_size()):
             super().load_checkpoint(local_path, hdfs_path, del_local_after_load, **kwargs)
 
 
 class NVFP4EngineWithLMHead(NVFP4EngineMixin, AdapterEngineMixin, FSDPEngineWithLMHead):
-    """Actor, and with the adapter off the reference policy
-    (verl/workers/engine/fsdp/transformer_impl.py)."""
+    """The engine of the actor and, with the adapter disabled, of the reference policy."""
 
     role = "actor"
     task_type = TaskType.CAUSAL_LM
@@ -580,13 +592,14 @@ class NVFP4EngineWithLMHead(NVFP4EngineMixin, AdapterEngineMixin, FSDPEngineWith
 
 
 class NVFP4EngineWithValueHead(NVFP4EngineMixin, AdapterEngineMixin, FSDPEngineWithValueHead):
-    """Critic (verl/workers/engine/fsdp/transformer_impl.py, FSDPEngineWithValueHead).
+    """The engine of the critic (verl/workers/engine/fsdp/transformer_impl.py,
+    FSDPEngineWithValueHead).
 
-    transformers' token classification model with one label, as verl builds it (verl/utils/model.py,
-    load_valuehead_model). The value head is in float32 and trains beside the adapters as one of
-    PEFT's ``modules_to_save``, so it is part of the adapter that is saved. verl's
-    ``save_lora_only`` knows LoRA tensors alone, so the head has a file of its own in a checkpoint,
-    one a rank like verl's.
+    The model is transformers' token classification model with one label, as verl builds it
+    (verl/utils/model.py, load_valuehead_model). The value head is in float32 and trains beside the
+    adapters as one of PEFT's ``modules_to_save``, so it is part of the saved adapter. verl's
+    ``save_lora_only`` knows only LoRA tensors, so in a checkpoint each rank writes its shard of the
+    head to a file of its own.
     """
 
     role = "critic"
@@ -610,9 +623,11 @@ class NVFP4EngineWithValueHead(NVFP4EngineMixin, AdapterEngineMixin, FSDPEngineW
         return module
 
     def disable_adapter(self) -> AbstractContextManager:
-        """Nothing: a critic has no reference. verl's trainer leaves the reference policy's
-        ``no_lora_adapter`` in the batch (verl/trainer/ppo/v1/trainer_base.py,
-        _compute_ref_log_prob), and values without adapter and trained head would be the result."""
+        """Returns a context that does nothing, since a critic has no reference. verl's trainer
+        leaves the reference policy's ``no_lora_adapter`` in the batch
+        (verl/trainer/ppo/v1/trainer_base.py, _compute_ref_log_prob), which would otherwise give
+        values without adapter and trained head.
+        """
         return nullcontext()
 
     def _head_file(self, folder: str) -> str:
@@ -624,8 +639,9 @@ class NVFP4EngineWithValueHead(NVFP4EngineMixin, AdapterEngineMixin, FSDPEngineW
             load_fsdp_model_to_gpu(self.module)
 
     def save_checkpoint(self, local_path: str, hdfs_path=None, global_step: int = 0, max_ckpt_to_keep=None, **kwargs):
-        """As the actor's, and ``value_head_world_size_W_rank_R.pt``: this rank's shards,
-        float32."""
+        """Saves the actor's files, and ``value_head_world_size_W_rank_R.pt``, this rank's float32
+        shards.
+        """
         super().save_checkpoint(local_path, hdfs_path, global_step, max_ckpt_to_keep, **kwargs)
         if self.checkpoint_manager.should_save_model:
             trained = {n for n, p in self.module.named_parameters() if p.requires_grad and "lora_" not in n}
@@ -637,10 +653,10 @@ class NVFP4EngineWithValueHead(NVFP4EngineMixin, AdapterEngineMixin, FSDPEngineW
         torch.distributed.barrier()
 
     def load_checkpoint(self, local_path: str, hdfs_path=None, del_local_after_load: bool = True, **kwargs):
-        """verl's, and the value head.
+        """Loads verl's checkpoint and the value head.
 
         Raises:
-            CheckpointError: as the actor's, or a head that is not this model's.
+            CheckpointError: as for the actor, or the head does not fit this model.
         """
         if self.checkpoint_manager.should_load_model and local_path is not None:
             self._on_device()

@@ -2,10 +2,10 @@
 transformers.
 
 Each rank quantizes the 16-bit checkpoint when it loads it, in blocks of 64 weights with double
-quantization, as vLLM's bitsandbytes loader does for the rollout. The packed weights stay whole on
-every rank: bitsandbytes keeps their scales as attributes of the parameter, which FSDP2 would lose
-when it replaces the parameter by a shard. FSDP2 shards the rest, which is what trains, embeddings,
-norms and the output layer.
+quantization, as vLLM's bitsandbytes loader does for the rollout. The packed weights are replicated
+on every rank: bitsandbytes keeps their scales as attributes of the parameter, which FSDP2 would
+lose when it replaces the parameter by a shard. FSDP2 shards everything else: trained parameters,
+embeddings, norms and the output layer.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from qerl_verl.engine.fsdp import AdapterEngineMixin
 
 
 class NF4EngineWithLMHead(AdapterEngineMixin, FSDPEngineWithLMHead):
-    """Actor, and with the adapter off the reference policy."""
+    """The engine of the actor and, with the adapter disabled, of the reference policy."""
 
     role = "actor"
     task_type = TaskType.CAUSAL_LM
@@ -69,10 +69,10 @@ class NF4EngineWithLMHead(AdapterEngineMixin, FSDPEngineWithLMHead):
         return module
 
     def _build_fsdp_module(self, module: nn.Module) -> nn.Module:
-        """FSDP2 around all but the packed weights; in place of verl's own method.
+        """Wraps everything but the packed weights in FSDP2. Replaces verl's method.
 
-        Every rank has read the whole base and drawn the same adapter, so nothing is sent from rank
-        0.
+        Every rank has read the whole base and initialized the same adapter, so rank 0 sends
+        nothing.
         """
         compute_dtype, reduce_dtype = self._dtypes()
         self._autocast_dtype = compute_dtype

@@ -1,4 +1,4 @@
-"""verl's copies to the host, which it does not wait for."""
+"""Waiting for verl's asynchronous copies to the host."""
 
 from __future__ import annotations
 

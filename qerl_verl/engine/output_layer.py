@@ -24,8 +24,9 @@ class LogprobLinear(nn.Linear):
     entropies."""
 
     def forward(self, hidden: torch.Tensor, labels: torch.Tensor | None = None, temperature: float = 1.0):
-        """Logits ``[..., vocabulary]``; with ``labels`` ``[...]``, see
-        :func:`~.linear_logprobs.linear_logprobs`."""
+        """Returns logits ``[..., vocabulary]``; with ``labels`` ``[...]``, see
+        :func:`~.linear_logprobs.linear_logprobs`.
+        """
         if labels is None:
             return super().forward(hidden)
         return linear_logprobs(hidden.to(self.weight.dtype), self.weight, labels, temperature)
@@ -58,10 +59,11 @@ def use_logprob_layer(model: nn.Module) -> None:
     stock = model.forward
 
     def forward(self, *args, temperature: float | None = None, shift_labels: torch.Tensor | None = None, **kwargs):
-        """Returns the model's own forward pass, or with ``temperature``, as verl calls it,
+        """Runs the model's own forward pass. With ``temperature``, as verl calls it, returns
         log-probabilities and entropies (verl/workers/engine/fsdp/transformer_impl.py,
-        prepare_model_inputs). Without ``shift_labels`` ``[batch, tokens]`` each token's label is
-        the next of ``input_ids``."""
+        prepare_model_inputs). Without ``shift_labels`` ``[batch, tokens]``, the label of each token
+        is the next of ``input_ids``.
+        """
         if temperature is None:
             return stock(*args, **kwargs)
         kwargs.pop("return_dict", None)

@@ -1,5 +1,6 @@
-"""Which layers of a training step keep the products of their linears, and which compute them
-again (``qerl.recompute``)."""
+"""Selective activation checkpointing: which layers of a training step keep the outputs of their
+linears, and which recompute them (``qerl.recompute``).
+"""
 
 from __future__ import annotations
 
@@ -12,22 +13,25 @@ from qerl_verl.kernels.recompute import KeptOutputs
 
 GIB = 2**30
 MARGIN = 0.1
-"""Of what a micro-batch needs beside what is kept, and of what would be free after that."""
+"""The share that stays free: of the memory that a micro-batch needs beside the kept outputs, and of
+the memory that would be free after that.
+"""
 
 
 class Recompute:
-    """Activation checkpointing that spends free device memory on computing less twice.
+    """Activation checkpointing that uses free device memory to avoid recomputation.
 
-    With ``auto`` the first micro-batch keeps nothing and shows what it needs. From the second on,
-    layer after layer keeps its products while they fit beside that need and a margin. What is free
-    is asked of the device for each micro-batch, so memory that another process holds (a rollout
-    engine that does not sleep) is left to it. Each rank decides for itself.
+    With ``auto``, the first micro-batch keeps nothing and shows how much memory it needs. From the
+    second on, layer after layer keeps the outputs of its linears while they fit beside that need
+    and a margin. The free memory is queried from the device for each micro-batch, so memory that
+    another process holds (a rollout engine that does not sleep) is not used. Each rank decides for
+    itself.
 
     Args:
-        how: ``auto``, ``full`` (every layer computes everything again) or ``selective`` (every
-            layer keeps its products).
-        device: where the model is. ``auto`` is ``full`` on a CPU.
-        announce: takes a sentence about what is kept, once it is known.
+        how: ``auto``, ``full`` (every layer recomputes everything) or ``selective`` (every layer
+            keeps the outputs of its linears).
+        device: the model's device. ``auto`` is ``full`` on a CPU.
+        announce: called with a sentence about what is kept, once it is known.
     """
 
     def __init__(self, how: str, device: torch.device, announce: Callable[[str], None] = lambda text: None):
@@ -42,11 +46,11 @@ class Recompute:
 
     @property
     def keeps(self) -> bool:
-        """Whether the micro-batch at hand has kept anything."""
+        """Whether the current micro-batch has kept anything."""
         return self.how == "selective" or self._kept > 0
 
     def begin(self) -> None:
-        """Before the forward pass of a micro-batch."""
+        """Prepares for a micro-batch; called before its forward pass."""
         if self.how != "auto":
             return
         self.observe()
@@ -55,8 +59,9 @@ class Recompute:
         self._left = None
 
     def observe(self) -> None:
-        """After the backward pass of a micro-batch: it needed no more than the process ever had,
-        without what it kept."""
+        """Derives the need of a micro-batch from the peak memory of the process, without the kept
+        outputs; called after the backward pass.
+        """
         if self.how != "auto" or not self._rows:
             return
         bound = (torch.cuda.max_memory_allocated(self._device) - self._start - self._kept) / self._rows
@@ -71,7 +76,9 @@ class Recompute:
         self._rows = 0
 
     def context_fn(self) -> tuple[AbstractContextManager, AbstractContextManager]:
-        """For ``torch.utils.checkpoint``: the contexts of a layer's first run and of its second."""
+        """Returns the contexts of a layer's first run and of its recomputation, for
+        ``torch.utils.checkpoint``.
+        """
         products = KeptOutputs()
         if self.how == "selective":
             return products.recording(), products.replaying()
@@ -81,7 +88,7 @@ class Recompute:
         return _FirstRun(self, products), products.replaying()
 
     def _ran(self, products: KeptOutputs) -> None:
-        """A layer has run and holds its products."""
+        """Decides whether the layer that has just run keeps its outputs."""
         if self._left is None:
             self._rows = products.rows
             self._left = self._room(products.bytes)
@@ -94,8 +101,9 @@ class Recompute:
         self._kept_layers += 1
 
     def _room(self, held: int) -> float:
-        """Returns the bytes that products may take in this micro-batch, ``held`` of them
-        already."""
+        """Returns how many bytes kept outputs may take in this micro-batch, including the ``held``
+        bytes that are kept already.
+        """
         if self._need_per_row is None:
             return -1.0
         free, _ = torch.cuda.mem_get_info(self._device)
@@ -104,7 +112,8 @@ class Recompute:
 
 
 class _FirstRun(AbstractContextManager):
-    """Records a layer's products, then lets the policy decide whether they stay."""
+    """Records the outputs of a layer's linears, then lets the policy decide whether they are
+    kept."""
 
     def __init__(self, policy: Recompute, products: KeptOutputs):
         self.policy, self.products, self.recording = policy, products, products.recording()

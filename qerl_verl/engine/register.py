@@ -1,5 +1,6 @@
-"""Put the engines into verl's registry, under our vendor name. Called when verl imports
-``verl.workers.engine``."""
+"""Registration of the engines with verl, under QeRL's vendor name. Called when verl imports
+``verl.workers.engine``.
+"""
 
 from importlib import import_module
 

@@ -1,11 +1,10 @@
-"""Replays the rollout's routing in the actor: each token goes to the experts that the rollout
-chose.
+"""Routing replay in the actor: each token goes to the experts that the rollout chose.
 
-Rollout and actor compute the router's input with other kernels, so tokens near a tie go to other
-experts. vLLM returns the experts of each token (``enable_return_routed_experts``), and verl carries
-them to the engine as ``routed_experts`` where
+Rollout and actor compute the router's input with different kernels, so a token near a tie may be
+routed to other experts. vLLM returns the experts of each token (``enable_return_routed_experts``),
+and verl passes them to the engine as ``routed_experts`` if
 ``actor_rollout_ref.rollout.enable_rollout_routing_replay`` is set
-(verl/experimental/agent_loop/agent_loop.py). verl's FSDP engine does not look at them.
+(verl/experimental/agent_loop/agent_loop.py). verl's FSDP engine does not read them.
 """
 
 from __future__ import annotations
@@ -18,20 +17,20 @@ import torch
 from torch import nn
 
 FIELD = "routed_experts"
-"""Of a batch: ``[tokens, layers, k]`` for each sequence, zeros where nothing was recorded."""
+"""The batch's field with the recorded experts: integers ``[tokens, layers, k]`` for each sequence,
+zeros where nothing was recorded.
+"""
 
 SETTING = "actor_rollout_ref.rollout.enable_rollout_routing_replay"
 
 
 class RoutingReplay:
-    """Replaces the choices of a model's routers, and keeps what the actor's own numbers make of
-    them.
+    """Replaces the choices of a model's routers, and keeps the weights that the actor computes.
 
-    The weights of the chosen experts are still the router's own softmax, as differentiable as
-    before.
-    A token without a recorded choice is routed by the model: the last one of each sequence, which
-    the rollout has sampled and not computed, and padding. The choices stay until the next
-    micro-batch, so a layer's second run under activation checkpointing finds them.
+    The weights of the chosen experts remain the router's own softmax and remain differentiable. A
+    token without a recorded choice is routed by the model: padding, and the last token of each
+    sequence, which the rollout has sampled but not computed. The choices stay until the next
+    micro-batch, so recomputation under activation checkpointing finds them.
 
     Args:
         module: transformers' model. Its routers return logits ``[T, E]``, weights ``[T, k]`` and
@@ -59,7 +58,9 @@ class RoutingReplay:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """For a policy that did not sample, the reference: it chooses by itself."""
+        """Disables the replay within the block, for a policy that did not sample, such as the
+        reference.
+        """
         before, self._paused = self._paused, True
         try:
             yield
@@ -67,12 +68,12 @@ class RoutingReplay:
             self._paused = before
 
     def begin(self, recorded: torch.Tensor | None, tokens: int) -> None:
-        """Before the forward pass of a micro-batch.
+        """Sets the choices of a micro-batch; called before its forward pass.
 
         Args:
             recorded: ``[tokens, layers, k]`` integers in the order of the model's input, or None
                 where the batch has none.
-            tokens: of the model's input on this rank.
+            tokens: number of tokens of the model's input on this rank.
 
         Raises:
             ValueError: the batch has no choices, or choices of another model or of other tokens.
@@ -95,8 +96,9 @@ class RoutingReplay:
 
     @contextmanager
     def replaying(self, recorded: torch.Tensor) -> Iterator[None]:
-        """Yields a forward pass with the choices ``recorded``, as for :meth:`begin`; none stay
-        behind it."""
+        """Replays the choices ``recorded`` within the block, see :meth:`begin`, and removes them
+        after it.
+        """
         self.begin(recorded, len(recorded))
         try:
             yield

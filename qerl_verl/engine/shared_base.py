@@ -1,5 +1,4 @@
-"""The actor's side of one copy of the base: loaded once in a process, for actor, critic and
-rollout."""
+"""The actor's side of the shared base, which a process loads once for actor, critic and rollout."""
 
 from __future__ import annotations
 
@@ -30,9 +29,9 @@ class Base:
     """A base in memory that other processes may map.
 
     Attributes:
-        memory: with everything in it.
-        layout: of it.
-        kernels: what computes its layers, for the line ``[qerl] kernel:``.
+        memory: the memory that holds all tensors.
+        layout: where each tensor lies in it.
+        kernels: the backends that compute its layers, for the line ``[qerl] kernel:``.
     """
 
     memory: SharedMemory
@@ -41,8 +40,9 @@ class Base:
 
 
 _bases: dict[tuple, Base | str] = {}
-"""Of this process, by checkpoint and what it was laid out for; in place of a base, why there is
-none."""
+"""The bases of this process, by checkpoint and layout; a string in place of a base is the reason
+why there is none.
+"""
 
 _owners: dict[str, BaseOwner] = {}
 """By the job's key; they live as long as the process."""
@@ -66,15 +66,15 @@ def use_shared_base(
     kernel: str,
     serves: bool,
 ) -> str | None:
-    """Lets a model use the base that actor, critic and rollout share (``qerl.base``). A collective
+    """Gives a model the base that actor, critic and rollout share (``qerl.base``). A collective
     call.
 
     Args:
         module: the model with empty NVFP4 layers.
         model: its configuration.
-        device: where it computes.
-        dtype: of what is not packed.
-        compute_dtype: of the activations.
+        device: the device that computes.
+        dtype: dtype of unpacked tensors.
+        compute_dtype: dtype of the activations.
         kernel: ``qerl.kernel``.
         serves: whether this is the actor's model, whose base the rollout maps.
 
@@ -121,7 +121,7 @@ def _load(
     kernel: str,
     job: Job,
 ) -> Base | str:
-    """Returns the base, or why it cannot be shared, on every rank alike."""
+    """Returns the base, or the reason why it cannot be shared, the same on every rank."""
     rank = job.lora.rank if job.lora else None
     wanted = job.settings.rollout.kernel
     other = OtherSide(wanted, CANDIDATES, rank, PrecisionType.to_dtype(job.dtype))
