@@ -1,5 +1,6 @@
-"""Adapters that a run starts from (``lora_adapter_path``), and the layers that get a new one
-(``target_modules``)."""
+"""The adapters that a run starts from (``lora_adapter_path``), and the layers of a new adapter
+(``target_modules``).
+"""
 
 from __future__ import annotations
 
@@ -23,10 +24,10 @@ built."""
 
 
 def adopt_adapter(draft: Draft, keys: Collection[str], model: str = MODEL) -> dict | None:
-    """Takes rank and alpha from the adapter that training goes on from: they size verl's and vLLM's
-    buffers.
+    """Sets rank and alpha to those of the adapter that the run starts from, since they size verl's
+    and vLLM's buffers.
 
-    The path becomes absolute: the processes of a run have other working folders, and verl takes
+    The path becomes absolute: the processes of a run have other working folders, and verl accepts
     neither ``~`` nor a slash at the end (verl/utils/fs.py, copy_local_path_from_hdfs).
 
     Args:
@@ -35,12 +36,12 @@ def adopt_adapter(draft: Draft, keys: Collection[str], model: str = MODEL) -> di
         model: key of the model, actor's or critic's.
 
     Returns:
-        The content of adapter_config.json and, under ``wanted``, what the user set; None where
-        there is no adapter to read.
+        The content of adapter_config.json and, under ``wanted``, what the user set; None if there
+        is no adapter to read.
 
     Raises:
-        SettingsError: no adapter there, one that is not plain LoRA, or one of another rank or alpha
-            than the user set.
+        SettingsError: the folder has no adapter, one that is not plain LoRA, or one of another rank
+            or alpha than the user set.
     """
     from qerl_verl.lora.adapter_files import AdapterError, read_adapter_config
 
@@ -72,13 +73,13 @@ def adopt_adapter(draft: Draft, keys: Collection[str], model: str = MODEL) -> di
 
 
 def adapter_problems(config: DictConfig, model: str, adapter: dict) -> list[str]:
-    """Returns what keeps an adapter from going on: other layers or shapes, tensors without a place,
-    or too few.
+    """Returns why a run cannot start from an adapter: other layers or shapes, tensors without a
+    layer in the model, or missing tensors.
 
     Args:
         config: ``{model}.path`` is a local folder, quantized or not.
         model: key of the model.
-        adapter: what :func:`adopt_adapter` returned.
+        adapter: the result of :func:`adopt_adapter`.
     """
     from qerl_verl.lora.adapter_files import AdapterError, map_names, read_tensors
     from qerl_verl.lora.targets import matched_layers
@@ -113,7 +114,7 @@ def adapter_problems(config: DictConfig, model: str, adapter: dict) -> list[str]
 
 
 def target_problems(config: DictConfig, model: str) -> list[str]:
-    """Returns what keeps the layers that the user named from getting a new adapter.
+    """Returns why the layers that the user named cannot have a new adapter.
 
     Args:
         config: ``{model}.path`` is a local folder, quantized or not.
@@ -129,7 +130,7 @@ def target_problems(config: DictConfig, model: str) -> list[str]:
 
 
 def _experts_in_16_bits(config: DictConfig, adapted: Collection[str], model: str) -> list[str]:
-    """Returns an adapter on experts whose base an arm leaves in 16 bits."""
+    """Returns the problem of an adapter on experts whose base stays in 16 bits in the run's arm."""
     from qerl_verl.config.arms import get_arm
     from qerl_verl.lora.experts import is_of_experts
 
@@ -143,8 +144,9 @@ def _experts_in_16_bits(config: DictConfig, adapted: Collection[str], model: str
 
 
 def value_head_shapes(base: Path) -> dict[str, tuple[int, ...]]:
-    """Returns names -> shape of a critic's value head (engine/fsdp.py,
-    NVFP4EngineWithValueHead)."""
+    """Returns name -> shape of the tensors of a critic's value head (engine/fsdp.py,
+    NVFP4EngineWithValueHead).
+    """
     from transformers import AutoConfig
 
     hidden = AutoConfig.from_pretrained(base).get_text_config().hidden_size
@@ -169,7 +171,7 @@ def adapted_layers(config: DictConfig, model: str, layers: Collection[str], adap
 
     Args:
         layers: full names, see :func:`~qerl_verl.nvfp4.model_shapes.adaptable_shapes`.
-        adapter: what :func:`adopt_adapter` returned, None for a new one.
+        adapter: the result of :func:`adopt_adapter`, None for a new adapter.
     """
     from qerl_verl.lora.targets import matched_layers
 

@@ -54,6 +54,7 @@ ARMS = {
 
 
 def get_arm(config: DictConfig) -> Arm:
-    """Returns the arm of a composed configuration whose settings have been checked; nvfp4 where
-    the node names none."""
+    """Returns the arm of a composed configuration whose settings have been checked; nvfp4 if the
+    ``qerl`` node names none.
+    """
     return ARMS[get_value(config, "qerl.arm") or "nvfp4"]

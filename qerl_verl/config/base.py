@@ -26,8 +26,9 @@ ENGINE = f"{ROLLOUT}.engine_kwargs.vllm"
 
 
 def find_obstacle(config: DictConfig, environment: Mapping[str, str]) -> str | None:
-    """Why actor and rollout of a run cannot use one copy of the base, as far as its
-    configuration tells, or None."""
+    """Returns why actor and rollout of a run cannot use one copy of the base, as far as its
+    configuration tells, or None.
+    """
     if (architecture := _architecture(config)) and not architecture.shares_base:
         return f"one copy of the base has not been tried with {architecture.name}"
     if is_separate(config):
@@ -55,7 +56,9 @@ def find_obstacle(config: DictConfig, environment: Mapping[str, str]) -> str | N
 
 
 def _architecture(config: DictConfig) -> Architecture | None:
-    """Of the actor's model, where it is on this machine and known."""
+    """Returns the architecture of the actor's model, or None if the model is not on this machine or
+    is not supported.
+    """
     folder = local_folder(config, MODEL)
     try:
         return get_architecture(json.loads((folder / "config.json").read_text(encoding="utf-8"))) if folder else None
@@ -83,7 +86,7 @@ def choose_base(setting: str, obstacle: str | None, on_cpu: bool) -> tuple[bool,
 
 
 def describe_cost(folder: Path, shared: bool) -> str:
-    """Returns what the base takes of a device's memory in actor and rollout together.
+    """Returns a sentence on the device memory that the base takes in actor and rollout together.
 
     Args:
         folder: the packed checkpoint.
@@ -95,7 +98,9 @@ def describe_cost(folder: Path, shared: bool) -> str:
 
 
 def share_base(draft: Draft) -> None:
-    """Sets what one copy of the base needs. The callback adds the job's key and the checkpoint."""
+    """Changes the settings that one copy of the base requires. The callback adds the job's key and
+    the checkpoint.
+    """
     for key in (f"{ROLLOUT}.load_format", f"{ENGINE}.load_format"):
         if key == f"{ROLLOUT}.load_format" or draft.get(key) is not None:
             draft.set(key, LOAD_FORMAT, "the rollout maps the actor's base")

@@ -45,7 +45,7 @@ def stop(problems: list[str]) -> NoReturn:
 
 
 class QeRLCallback(Callback):
-    """Runs once per job, on the composed configuration."""
+    """Checks and prepares a run, once per job, on the composed configuration."""
 
     _nodes: NodeWatch | None = None
     _processes: ProcessWatch | None = None
@@ -56,14 +56,10 @@ class QeRLCallback(Callback):
         from qerl_verl.platform.signals import end_driver_on_signals
 
         if not end_driver_on_signals():
-            say(
-                "this version of Ray keeps SIGTERM for itself: a run that it ends has exit code 134"
-            )
+            say("this version of Ray keeps SIGTERM for itself: a run that it ends has exit code 134")
         self._nodes, self._processes = watch_nodes(), watch_processes(say)
         if self._processes is None:
-            say(
-                "this version of Ray calls no hooks: a run that loses a process may wait without end"
-            )
+            say("this version of Ray calls no hooks: a run that loses a process may wait without end")
         try:
             prepare(config, written_keys(config))
         except SettingsError as error:
@@ -114,9 +110,7 @@ def prepare(config: DictConfig, keys: set[str]) -> None:
     if MODEL in bases and ARMS[made.settings.arm].container:
         say(f"base: {describe_cost(bases[MODEL], made.shares_base)}")
     local = on_local_models(config, bases)  # with what the hub has sent meanwhile
-    problems = models.find_misfits(local, made.adapters) + resume.find_problems(
-        local, made.adapters
-    )
+    problems = models.find_misfits(local, made.adapters) + resume.find_problems(local, made.adapters)
     if problems := problems + (prompts.find_problems(local, bases[MODEL]) if remote else []):
         raise SettingsError(problems)
     with open_dict(config):
@@ -135,15 +129,11 @@ def say_losses(config: DictConfig, nodes: list[str], processes: list[LostProcess
         nodes: those that are gone, each with Ray's reason.
         processes: those that are gone, in the order of their ends.
     """
-    processes = [
-        process for process in processes if process.started
-    ]  # a new start meets the same error
+    processes = [process for process in processes if process.started]  # a new start meets the same error
     for node in nodes:
         say(f"the run has ended because a node is gone: {node}")
     if processes and not nodes:
-        say(
-            f"the run has ended because a process is gone: {processes[0].name}; the lines above say why"
-        )
+        say(f"the run has ended because a process is gone: {processes[0].name}; the lines above say why")
     if nodes or processes:
         when = "when the cluster has its nodes again" if nodes else "when the reason is mended"
         say(
@@ -180,9 +170,7 @@ def give_job_folder(config: DictConfig) -> None:
     try:
         folder = open_job_folder()
     except OSError as error:
-        say(
-            f"the job has no folder of its own for temporary files ({error}): what it leaves there stays after its end"
-        )
+        say(f"the job has no folder of its own for temporary files ({error}): what it leaves there stays after its end")
         return
     _add_job_variables(config, environment(folder))
 
@@ -191,9 +179,7 @@ def _check_that_verl_loaded_the_plugin() -> None:
     """Raises SettingsError where verl did not load it although nothing keeps verl from it."""
     if "qerl_verl.plugin" not in sys.modules and not verl_policy_problem(os.environ):
         raise SettingsError(
-            [
-                "verl did not load the plugin qerl; reinstall qerl-verl (`qerl doctor` checks the installation)"
-            ]
+            ["verl did not load the plugin qerl; reinstall qerl-verl (`qerl doctor` checks the installation)"]
         )
 
 

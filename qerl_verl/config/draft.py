@@ -41,9 +41,9 @@ class Draft:
         config: changed in place.
 
     Attributes:
-        config: as it is now.
-        changes: what was set so far, in order.
-        lines: what the user reads: the changes with their reasons, and remarks between them.
+        config: the configuration in its current state.
+        changes: changes so far, in order.
+        lines: lines for the user: the changes with their reasons, and remarks between them.
     """
 
     def __init__(self, config: DictConfig):
@@ -52,12 +52,13 @@ class Draft:
         self.lines: list[str] = []
 
     def get(self, key: str) -> Any:
-        """Value of a dotted key; None where it is absent or still ``???``."""
+        """Returns the value of a dotted key; None if it is absent or still ``???``."""
         return get_value(self.config, key)
 
     def set(self, key: str, value: Any, why: str) -> None:
         """Sets a dotted key, unless it has this value already. Environment variables, which may
-        hold credentials, are set without a line."""
+        hold credentials, are set without a line for the user.
+        """
         before = self.get(key)
         if before == value:
             return
@@ -75,7 +76,7 @@ class Draft:
 
 
 def apply(config: DictConfig, changes: Iterable[Change]) -> None:
-    """Carry changes out, in place."""
+    """Applies changes in place."""
     with open_dict(config):
         for change in changes:
             OmegaConf.update(config, change.key, change.value, force_add=True)

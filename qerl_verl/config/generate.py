@@ -1,4 +1,4 @@
-"""Writes what follows from the declarations in :mod:`qerl_verl.config.settings`.
+"""Generates text from the declarations in :mod:`qerl_verl.config.settings`.
 
 ``python -m qerl_verl.config.generate`` rewrites, in a checkout of the repository,
 
@@ -45,7 +45,9 @@ def yaml_node() -> str:
 
 
 def markdown_table() -> str:
-    """Key, default, allowed values and meaning of every setting that the user writes."""
+    """Returns the table of every setting that the user writes: key, default, allowed values and
+    meaning.
+    """
     out = ["| key | default | values | meaning |", "|---|---|---|---|"]
     for row in SETTINGS.values():
         if not row.setting.chosen_by_group:
@@ -79,7 +81,7 @@ def render(text: str, name: str) -> str:
 
 
 def outdated(root: Path = ROOT) -> dict[Path, str]:
-    """File -> the content that it should have, for each file that is out of date."""
+    """Returns file -> expected content for each file that is out of date."""
     out = {}
     for name in PARTS:
         text = (root / name).read_text(encoding="utf-8")
@@ -89,8 +91,7 @@ def outdated(root: Path = ROOT) -> dict[Path, str]:
 
 
 def _comments(row: Row) -> list[str]:
-    """Returns what stands above a setting in the YAML file: its text, and the values that it may
-    have."""
+    """Returns the comment above a setting in the YAML file: its text and its allowed values."""
     text = re.sub(r"\[([^\]]+)\]\([^)]+\)", r"docs/\1", row.setting.text).replace("`", "")
     return [text, " | ".join(map(str, row.choices))] if row.choices else [text]
 

@@ -1,5 +1,4 @@
-"""What the checks know of the machine that the driver runs on. Tests build a :class:`Host` of their
-own."""
+"""What the checks know of the driver's machine. Tests build a :class:`Host` of their own."""
 
 from __future__ import annotations
 
@@ -31,7 +30,7 @@ class Host:
 
     @classmethod
     def here(cls) -> Host:
-        """This machine."""
+        """Returns the description of this machine."""
         import torch
         from ray._private.utils import get_num_cpus
 
@@ -57,12 +56,12 @@ def is_cpu_build() -> bool:
 
 
 def choose_platform(setting: str, host: Host, joins: bool) -> tuple[str, str]:
-    """Returns ``cuda`` or ``cpu``, and why.
+    """Returns ``cuda`` or ``cpu``, and the reason.
 
     Args:
         setting: ``qerl.platform``.
-        joins: whether the run joins a Ray cluster, whose nodes may have GPUs that this machine has
-            not.
+        joins: whether the run joins a Ray cluster, whose nodes may have GPUs even if this machine
+            has none.
 
     Raises:
         SettingsError: the installed vLLM does not run on the platform.

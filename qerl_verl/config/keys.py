@@ -29,7 +29,7 @@ Get = Callable[[str], Any]
 
 
 def get_value(config: DictConfig, key: str) -> Any:
-    """Value of ``key``; None where it is absent or still ``???``."""
+    """Returns the value of ``key``; None if it is absent or still ``???``."""
     if OmegaConf.is_missing(_parent(config, key), key.rpartition(".")[2]):
         return None
     return OmegaConf.select(config, key)
@@ -41,7 +41,8 @@ def _parent(config: DictConfig, key: str) -> Any:
 
 
 def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted keys of a configuration and their values, interpolations as they are written."""
+    """Returns the dotted keys of a configuration and their values. Interpolations are not
+    resolved."""
     if isinstance(node, DictConfig):
         node = OmegaConf.to_container(node, resolve=False)
     if not isinstance(node, dict) or not node:
@@ -53,7 +54,9 @@ def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def override_keys(overrides: list[str]) -> set[str]:
-    """Dotted keys of command line overrides: ``["+a.b=1", "~c"]`` gives ``{"a.b", "c"}``."""
+    """Returns the dotted keys of command line overrides: ``["+a.b=1", "~c"]`` gives ``{"a.b",
+    "c"}``.
+    """
     return {o.lstrip("+~").partition("=")[0] for o in overrides}
 
 
@@ -63,13 +66,13 @@ _STOCK_PACKAGES = ("verl", "qerl_verl.config", "hydra")
 
 
 def written_keys(config: DictConfig) -> set[str]:
-    """Dotted keys that the user wrote: on the command line, or in a file that is neither verl's nor
-    the switch's.
+    """Returns the dotted keys that the user wrote, on the command line or in a file that is neither
+    verl's nor the switch's.
 
-    A value that a recipe writes has to stay also where it is verl's default, and the composed
-    configuration does not tell the two apart. So the files of Hydra's defaults list are read once
-    more, each from its source. Of a file with the name of one of verl's, a copy that the user has
-    edited, the keys count whose values differ from verl's.
+    A value that a recipe writes has to stay even if it equals verl's default, and the composed
+    configuration does not tell the two apart. So the files of Hydra's defaults list are read again,
+    each from its source. If a file has the name of one of verl's (a copy that the user has edited),
+    the keys count whose values differ from verl's.
 
     Args:
         config: composed by Hydra, with the node ``hydra``, while Hydra is initialized.
@@ -113,8 +116,9 @@ def _is_stock(source: ConfigSource) -> bool:
 
 
 def _values(source: ConfigSource, path: str, package: str | None) -> dict[str, Any]:
-    """Returns what one file sets, by the dotted keys that it has in the whole; an empty group sets
-    nothing."""
+    """Returns the values that one file sets, by their dotted keys in the composed configuration; an
+    empty group sets nothing.
+    """
     content = OmegaConf.to_container(source.load_config(path).config, resolve=False)
     content = {key: value for key, value in content.items() if key not in ("defaults", "hydra")}
     return {key: value for key, value in flatten(content, package or "").items() if value != {}}

@@ -1,6 +1,6 @@
-"""What a run would do: a pure function of the configuration, the user's keys and the machine.
+"""The plan of a run: a pure function of the configuration, the user's keys and the machine.
 
-Nothing is started, downloaded, quantized or written, and the configuration stays as it is. The
+Nothing is started, downloaded, quantized or written, and the configuration is not changed. The
 Hydra callback carries a plan out and ``qerl explain`` prints it, so both say the same.
 """
 
@@ -28,21 +28,21 @@ from qerl_verl.versions import untested_versions
 
 @dataclass
 class Plan:
-    """A run that has not begun.
+    """The plan of a run that has not begun.
 
     Attributes:
-        changes: what the switch sets in the configuration, in order.
-        problems: what cannot work, one sentence each with the key and the fix. With any, the run is
-            not started.
-        lines: what the user reads: each change with its reason, and what else there is to know.
+        changes: values that the switch sets in the configuration, in order.
+        problems: why the run cannot work, one sentence each with the key and the fix. A run with
+            problems is not started.
+        lines: lines for the user: each change with its reason, and remarks.
         platform: ``cuda`` or ``cpu``.
         settings: everything under ``qerl.*``.
         config: a copy of the configuration with the changes.
-        cluster: the Ray cluster that is joined, None where the run starts Ray.
-        unseen: what a run would look at too and was left out, one line each.
-        adapters: of each trained model that goes on from an adapter, see
+        cluster: the Ray cluster that is joined, None if the run starts Ray.
+        unseen: checks of a run that were left out, one line each.
+        adapters: for each trained model that starts from an adapter, the result of
             :func:`~.adapters.adopt_adapter`.
-        quantization: how a model is quantized that is not yet; None where the arm does not.
+        quantization: how an unquantized model is quantized; None if the arm does not quantize.
         shares_base: whether actor and rollout are to use one copy of the base.
     """
 
@@ -66,15 +66,15 @@ def plan(
     platform: str | None = None,
     here: bool = True,
 ) -> Plan:
-    """Check a composed configuration, and work out what QeRL changes in it.
+    """Checks a composed configuration, and determines what QeRL changes in it.
 
     Args:
         config: verl's configuration with the ``qerl`` node. It is not changed.
         keys: dotted keys that the user wrote, on the command line or in files of their own.
         host: the driver's machine.
         platform: ``cuda`` or ``cpu`` for a run on another machine; None chooses by ``host``.
-        here: False where the run takes place on another machine: this one's files, CPUs, GPUs and
-            Ray say nothing then.
+        here: False if the run takes place on another machine, for which this machine's files,
+            CPUs, GPUs and Ray say nothing.
     """
     draft = Draft(copy.deepcopy(config))
     made = Plan(config=draft.config, changes=draft.changes, lines=draft.lines)
@@ -121,7 +121,7 @@ def plan(
 
 
 def _check(made: Plan, keys: Collection[str], host: Host, here: bool) -> None:
-    """Look at the changed configuration, and with ``here`` at the files that it names."""
+    """Checks the changed configuration, and with ``here`` the files that it names."""
     config = made.config
     made.lines += recipe.find_remarks(config)
     made.problems += recipe.find_problems(config, keys)
@@ -132,13 +132,13 @@ def _check(made: Plan, keys: Collection[str], host: Host, here: bool) -> None:
     made.lines += data.find_remarks(config)
     made.problems += data.find_problems(config) + _model_problems(config, made.adapters)
     made.problems += resume.find_problems(config, made.adapters)
-    made.unseen += [
-        f"{path}, which is not on this machine yet" for path in models.remote_paths(config)
-    ]
+    made.unseen += [f"{path}, which is not on this machine yet" for path in models.remote_paths(config)]
 
 
 def _plan_base(made: Plan, draft: Draft, host: Host) -> None:
-    """Decide whether actor and rollout share the base, and set what that needs."""
+    """Decides whether actor and rollout share the base, and makes the changes that sharing
+    requires.
+    """
     if not get_arm(draft.config).container:
         return
     setting, obstacle = made.settings.base, find_obstacle(draft.config, host.environment)
@@ -146,11 +146,7 @@ def _plan_base(made: Plan, draft: Draft, host: Host) -> None:
     if setting == "shared" and obstacle:
         made.problems.append(f"qerl.base=shared: {obstacle}; use qerl.base=auto or separate")
     else:
-        how = (
-            "one copy for actor and rollout"
-            if made.shares_base
-            else "a copy each in actor and rollout"
-        )
+        how = "one copy for actor and rollout" if made.shares_base else "a copy each in actor and rollout"
         draft.say(f"base: {how} ({reason})")
     if made.shares_base:
         if made.settings.rollout.sleep_level == 2:
@@ -159,22 +155,18 @@ def _plan_base(made: Plan, draft: Draft, host: Host) -> None:
 
 
 def _model_problems(config: DictConfig, adapters: dict[str, dict]) -> list[str]:
-    """What keeps the run from using its models, as far as they lie on this machine, and their
-    tokenizer on the data."""
+    """Returns why the run cannot use those of its models that lie on this machine, or their
+    tokenizer on the data.
+    """
     problems, folder = models.find_problems(config, adapters), models.local_folder(config, MODEL)
     return problems or (prompts.find_problems(config, folder) if folder else [])
 
 
 def _other_program(config: DictConfig) -> str | None:
     if "qerl" not in config:
-        return (
-            "the switch is off: add +qerl=nvfp4, or `- qerl: nvfp4` to the recipe's defaults list"
-        )
+        return "the switch is off: add +qerl=nvfp4, or `- qerl: nvfp4` to the recipe's defaults list"
     if OmegaConf.select(config, "actor_rollout_ref") is None:
-        return (
-            "qerl is a switch for `python -m verl.trainer.main_ppo`; this is another program's "
-            "configuration"
-        )
+        return "qerl is a switch for `python -m verl.trainer.main_ppo`; this is another program's configuration"
     return None
 
 

@@ -1,5 +1,6 @@
-"""What defines a run's policy beside its weights, and what of it changes between save and
-resume."""
+"""The settings that define a run's policy beside its weights, and their changes between save and
+resume.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +17,13 @@ NOISE = "qerl.aqn"
 
 
 def describe_policy(config: DictConfig, adapters: Mapping[str, dict] | None = None) -> dict[str, Any]:
-    """Setting -> value, as JSON has it: rank, alpha, rsLoRA and layers of each adapter, the noise,
-    the base's format and the sampling dtype.
+    """Returns setting -> value, in JSON's types: rank, alpha, rsLoRA and layers of each adapter,
+    the noise, the base's format and the sampling dtype. Unknown values are left out, for example
+    the layers of a model that has not been downloaded.
 
     Args:
         config: the configuration after the rules (:mod:`qerl_verl.config.rules`).
         adapters: see :class:`~qerl_verl.config.plan.Plan`.
-
-    Returns:
-        What is not known, as the layers of a model that has not been downloaded, is left out.
     """
     out: dict[str, Any] = {}
     for model in trained_models(config):
@@ -43,12 +42,12 @@ def describe_policy(config: DictConfig, adapters: Mapping[str, dict] | None = No
 
 
 def find_changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Returns what differs, one sentence each with both values and the fix. A setting that one of
-    the two lacks is let through.
+    """Returns the differences, one sentence each with both values and the fix. A setting that is
+    missing on either side is not compared.
 
     Args:
-        then: what a checkpoint recorded.
-        now: what :func:`describe_policy` returns for the run that resumes from it.
+        then: the settings that a checkpoint recorded.
+        now: the result of :func:`describe_policy` for the run that resumes from it.
     """
     noiseless = then.get(f"{NOISE}.enable") is False and now.get(f"{NOISE}.enable") is False
     out = []
@@ -66,8 +65,9 @@ def find_changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def _adapted_layers(config: DictConfig, model: str, adapter: dict | None) -> list[str]:
-    """Returns the layers with an adapter: their last names where those say it, else their full
-    names; none if unknown."""
+    """Returns the layers with an adapter: their last names if these identify them, else their full
+    names; empty if unknown.
+    """
     from qerl_verl.config.adapters import adapted_layers
     from qerl_verl.config.checks.models import local_folder
     from qerl_verl.lora.targets import last_names, matched_layers

@@ -65,7 +65,7 @@ def published(config: DictConfig) -> Job:
     """Returns the document that a configuration carries.
 
     Raises:
-        JobError: it carries none.
+        JobError: the configuration carries none.
     """
     return Job.from_json((get_value(config, VARIABLES) or {}).get(JOB_ENV) or "")
 

@@ -1,4 +1,4 @@
-"""How a run quantizes a model that is not NVFP4 yet: by which method, and with which text."""
+"""How a run quantizes an unquantized model: the method and its calibration text."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _QUICK = f"{KEY}.method=four-over-six takes seconds"
 
 @dataclass(frozen=True)
 class Choice:
-    """A method and what it needs.
+    """A method and its inputs.
 
     Attributes:
         method: see :data:`qerl_verl.nvfp4.quantizers.Method`.
-        reason: why this one.
-        files: what it calibrates with; empty for a method that needs no text.
+        reason: why it was chosen.
+        files: calibration text; empty for a method that needs none.
         text_from: the key that names ``files``.
         device: ``cuda`` or ``cpu``.
         samples, sample_tokens, prompt_key, chat_template: see
@@ -48,7 +48,7 @@ class Choice:
 
     @property
     def line(self) -> str:
-        """For the user, before it begins."""
+        """Returns a line for the user, printed before the quantization begins."""
         if self.method == "gptq":
             how = f"gptq with {self.samples} rows of {self.text_from} ({self.reason}); takes minutes, {_GAIN}; {_QUICK}"
         elif self.method == "four-over-six":
@@ -62,15 +62,15 @@ class Choice:
 
 
 def choose_quantization(config: DictConfig, settings: QeRLSettings, gpu: bool) -> Choice | None:
-    """Returns the method of a run; None where nothing is quantized into a checkpoint (other arms
-    than NVFP4).
+    """Returns the method of a run; None if the run's arm stores no quantized checkpoint (all arms
+    but NVFP4).
 
-    ``auto`` is GPTQ where the driver has a GPU and the run has text, which its training data are,
-    else four-over-six.
+    ``auto`` is GPTQ if the driver has a GPU and the run has text, which its training data are, else
+    four-over-six.
 
     Args:
         config: verl's configuration.
-        settings: of the run.
+        settings: settings of the run.
         gpu: whether the driver has a GPU.
     """
     if not ARMS[settings.arm].container:
@@ -101,11 +101,11 @@ def choose_quantization(config: DictConfig, settings: QeRLSettings, gpu: bool) -
 
 
 def find_problems(choice: Choice, here: bool = True) -> list[str]:
-    """Returns what keeps the method from being used, one sentence each; training files have checks
-    of their own.
+    """Returns why the method cannot be used, one sentence each; training files have checks of their
+    own.
 
     Args:
-        here: False where the run takes place on another machine, whose files are not looked at.
+        here: False if the run takes place on another machine, whose files cannot be checked.
     """
     if choice.method != "gptq":
         return []

@@ -1,4 +1,4 @@
-"""What a run takes of Ray's resources."""
+"""The resources that a run takes from Ray."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from qerl_verl.config.keys import Get
 
 @dataclass(frozen=True)
 class Reserved:
-    """What the processes of a run hold of Ray's resources.
+    """The resources that the processes of a run hold.
 
     Attributes:
         gpus: GPUs, or slots on the CPU platform.
         cpus: logical CPUs.
-        parts: who holds the CPUs, in words.
+        parts: which processes hold the CPUs, in words.
     """
 
     gpus: int
@@ -23,9 +23,10 @@ class Reserved:
 
 
 def reserved(get: Get) -> Reserved:
-    """Count what verl reserves (verl/single_controller/ray/base.py: 3 CPUs for each GPU of a
-    resource pool, 2 for one of rollout engines of their own; transfer_queue: 1 for its controller
-    and 1 for each storage unit)."""
+    """Counts the resources that verl reserves (verl/single_controller/ray/base.py: 3 CPUs for each
+    GPU of a resource pool, 2 for one of rollout engines of their own; transfer_queue: 1 for its
+    controller and 1 for each storage unit).
+    """
     training = get("trainer.n_gpus_per_node") * get("trainer.nnodes")
     if get("reward.reward_model.enable_resource_pool"):
         training += get("reward.reward_model.n_gpus_per_node") * get("reward.reward_model.nnodes")
@@ -44,5 +45,5 @@ def reserved(get: Get) -> Reserved:
 
 
 def is_separate(get: Get) -> bool:
-    """Returns whether engines of their own sample, whoever has written the trainer's name."""
+    """Returns whether separate engines sample, in a trainer name of verl's or of QeRL's."""
     return "separate_async" in str(get("trainer.v1.trainer_mode"))

@@ -1,4 +1,5 @@
-"""What the switch sets in verl's configuration. :mod:`qerl_verl.config.checks` has what it refuses.
+"""The values that the switch sets in verl's configuration. :mod:`qerl_verl.config.checks` has what
+it refuses.
 
 Two tables, applied in the driver before Ray starts:
 
@@ -83,13 +84,13 @@ OLDEST_FLASH_ATTENTION = Version("2.3.3")
 
 @dataclass
 class Run:
-    """What the rules depend on.
+    """The state that the rules depend on.
 
     Attributes:
-        draft: the configuration, with what the rules have set so far.
+        draft: the configuration, with the changes so far.
         keys: dotted keys that the user wrote.
         on_cpu: whether the run takes place on the CPU platform.
-        starts_ray: whether the run starts Ray; False where it joins a cluster, which has declared
+        starts_ray: whether the run starts Ray; False if it joins a cluster, which has declared
             its own resources.
         environment: the driver's environment variables.
     """
@@ -101,7 +102,7 @@ class Run:
     environment: Mapping[str, str] = field(default_factory=dict)
 
     def get(self, key: str) -> Any:
-        """Value of a dotted key; None where it is absent."""
+        """Returns the value of a dotted key; None if it is absent."""
         return self.draft.get(key)
 
     def is_open(self, key: str, stock: Any) -> bool:
@@ -128,7 +129,7 @@ class Run:
 
     @functools.cached_property
     def missing_bfloat16(self) -> str | None:
-        """Why float32 is faster on this CPU, or None."""
+        """Why float32 is faster on this CPU, or None if it is not."""
         return missing_bfloat16(self.environment) if self.on_cpu else None
 
 
@@ -145,14 +146,14 @@ def _on_cpu(run: Run) -> bool:
 
 @dataclass(frozen=True)
 class Default:
-    """``key`` becomes ``value`` where it still has verl's ``stock`` value.
+    """Sets ``key`` to ``value`` if it still has verl's ``stock`` value.
 
     Attributes:
         key: dotted key in verl's configuration.
         stock: verl's own value; None also stands for a key that is absent.
-        value: the value, or what works it out.
-        why: the reason, or what words it.
-        when: the runs that the row is for. Asked before any row is applied.
+        value: the value, or a function that computes it.
+        why: the reason, or a function that words it.
+        when: the runs that the row is for, evaluated before any row is applied.
     """
 
     key: str
@@ -164,13 +165,13 @@ class Default:
 
 @dataclass(frozen=True)
 class Requirement:
-    """What ``key`` has to be, whoever set it before.
+    """Sets ``key`` to the value that QeRL requires, whoever set it before.
 
     Attributes:
         key: dotted key in verl's configuration.
-        value: works out the value from the one that is there, which it returns to leave it.
-        why: the reason, or what words it.
-        when: the runs that the row is for. Asked when the rows before it have been applied.
+        value: computes the value from the current one, which it returns to leave it.
+        why: the reason, or a function that words it.
+        when: the runs that the row is for, evaluated after the rows before it were applied.
     """
 
     key: str
@@ -183,8 +184,9 @@ class Requirement:
 
 
 def _keeps_rank(model: str) -> When:
-    """Returns whether the rank of a model is not the user's, so that alpha goes with the
-    switch's."""
+    """Returns whether the user left the rank of a model open, so that the switch sets alpha with
+    it.
+    """
     return lambda run: model in run.models and run.is_open(f"{model}.lora_rank", 0)
 
 
@@ -201,8 +203,9 @@ def _attention(run: Run) -> str:
 
 
 def _has_logprob_layer(run: Run) -> bool:
-    """Returns whether the actor needs and has engine/output_layer.py: without flash-attn's cross
-    entropy verl computes log-probabilities one row after the other."""
+    """Returns whether the actor needs engine/output_layer.py and its model supports it. Without
+    flash-attn's cross entropy, verl computes log-probabilities one row after the other.
+    """
     return not run.on_cpu and not run.has_flash_attention and run.arm.name != "nf4"
 
 
@@ -211,14 +214,16 @@ _POLICY_DTYPES = {f"{ROLLOUT}.dtype": "bfloat16", f"{ACTOR}.fsdp_config.mixed_pr
 
 
 def _in_float32(run: Run) -> bool:
-    """Returns whether the CPU has no bfloat16 arithmetic. With nf4, bitsandbytes' layers compute in
-    bfloat16 in the rollout all the same (vllm_bnb_plugin)."""
+    """Returns whether the run computes in float32 because the CPU has no bfloat16 arithmetic. With
+    nf4, bitsandbytes' layers in the rollout compute in bfloat16 anyway (vllm_bnb_plugin).
+    """
     return bool(run.missing_bfloat16) and run.arm.name != "nf4"
 
 
 def _policy_in_float32(run: Run) -> bool:
-    """As :func:`_in_float32`, in rollout and actor alike, so that both compute one policy: where
-    the user chose the dtype of either, both are left alone."""
+    """Returns whether rollout and actor both compute in float32, so that both compute one policy.
+    If the user chose the dtype of either, both are left unchanged.
+    """
     return _in_float32(run) and all(run.is_open(*row) for row in _POLICY_DTYPES.items())
 
 
@@ -227,14 +232,15 @@ def _why_float32(run: Run) -> str:
 
 
 def _sequences(run: Run) -> int:
-    """Returns sequences of a step, 0 where they are not known."""
+    """Returns the number of sequences of a step, 0 if it is unknown."""
     return (run.get("data.train_batch_size") or 0) * (run.get(f"{ROLLOUT}.n") or 0)
 
 
 def _has_few_sequences(run: Run) -> bool:
-    """Returns whether the number of helper processes can follow that of the sequences. Each helper
-    imports verl before it can work, which takes 3 to 8 CPU seconds (docs/performance-start.md).
-    Agents with tools keep verl's number."""
+    """Returns whether the number of helper processes can be reduced to that of the sequences. Each
+    helper imports verl before it can work, which takes 3 to 8 CPU seconds
+    (docs/performance-start.md). Agents with tools keep verl's number.
+    """
     return not run.on_cpu and _sequences(run) > 0 and not run.get(f"{ROLLOUT}.multi_turn.enable")
 
 
@@ -337,7 +343,7 @@ def _without_hf_model(now: Any, run: Run) -> Any:
 
 
 def _slots(run: Run) -> int:
-    """Slots that stand for GPUs on the CPU platform."""
+    """Returns the number of slots that stand for GPUs on the CPU platform."""
     slots = run.get("trainer.n_gpus_per_node")
     if run.separate:
         slots += run.get(f"{ROLLOUT}.nnodes") * run.get(f"{ROLLOUT}.n_gpus_per_node")
@@ -415,8 +421,9 @@ def _worded(why: str | Callable[[Run], str], run: Run) -> str:
 
 
 def trained_models(config: DictConfig) -> tuple[str, ...]:
-    """Keys of the models that a run trains: the actor's, and the critic's where there is one
-    (verl/trainer/ppo/utils.py, need_critic)."""
+    """Returns the keys of the models that a run trains: the actor's, and the critic's if there is
+    one (verl/trainer/ppo/utils.py, need_critic).
+    """
     critic = get_value(config, "critic.enable")
     if critic is None:
         critic = get_value(config, "algorithm.adv_estimator") == "gae"
@@ -424,7 +431,7 @@ def trained_models(config: DictConfig) -> tuple[str, ...]:
 
 
 def is_separate(config: DictConfig) -> bool:
-    """Returns whether engines of their own sample, before or after the rules."""
+    """Returns whether separate engines sample, before or after the rules."""
     mode = get_value(config, "trainer.v1.trainer_mode")
     return mode in ("separate_async", TRAINER_MODES["separate_async"])
 
@@ -433,9 +440,9 @@ def has_flash_attention() -> bool:
     """Returns whether flash_attention_2 can be used, as transformers decides it
     (is_flash_attn_2_available).
 
-    transformers says no where no GPU is visible, for example on a login node or the head of a
-    cluster. There the package alone decides, since the workers have the same; other packages bring
-    a folder ``flash_attn`` too.
+    transformers returns False if no GPU is visible, for example on a login node or the head of a
+    cluster. In that case the package alone decides, since the workers have the same one. The folder
+    ``flash_attn`` is no evidence, since other packages install one too.
     """
     import torch
     from transformers.utils import import_utils
@@ -450,10 +457,10 @@ def has_flash_attention() -> bool:
 
 
 def cpu_environment(environment: Mapping[str, str], notify: Callable[[str], None]) -> dict[str, str]:
-    """Environment variables of the processes that run vLLM's CPU engine.
+    """Returns the environment variables of the processes that run vLLM's CPU engine.
 
     Args:
-        environment: the caller's; what it sets stays, as far as vLLM can run with it.
+        environment: the caller's; its variables stay, as far as vLLM can run with them.
         notify: called with one line for each variable that changes how the engine computes.
     """
     variables = {name: environment.get(name, value) for name, value in CPU_ENVIRONMENT.items()}

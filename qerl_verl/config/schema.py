@@ -105,7 +105,7 @@ class Row:
 
     @property
     def choices(self) -> tuple[Any, ...]:
-        """The values that are allowed; empty where the type alone says so."""
+        """The allowed values; empty if only the type restricts them."""
         return typing.get_args(self.kind) if typing.get_origin(self.kind) is Literal else ()
 
 
@@ -125,16 +125,14 @@ def rows(cls: type, prefix: str) -> Iterator[Row]:
 
 
 def build(cls: type[T], values: Any, prefix: str, problems: list[str], root: type | None = None) -> T:
-    """Returns an instance of a settings class from a mapping.
+    """Returns an instance of a settings class from a mapping, with the default in place of each
+    value that has a problem.
 
     Args:
         values: the content of the node, nested like the classes.
         prefix: its dotted key, for messages.
         problems: gets one sentence for each unknown key, wrong type, and value that is not allowed.
         root: the class of the outermost group, whose keys are suggested for a misspelt one.
-
-    Returns:
-        With the default wherever there is a problem.
     """
     if not isinstance(values, Mapping):
         kind = type(values).__name__
@@ -168,7 +166,7 @@ def _unknown(key: str, prefix: str, root: type, top: str) -> str:
 
 
 def _value_problem(row: Row, value: Any) -> str | None:
-    """Why a value is not allowed, or None."""
+    """Returns why a value is not allowed, or None."""
     where, advice = f"{row.key}={value}", row.setting.advice
     if choices := row.choices:
         if any(value == choice and type(value) is type(choice) for choice in choices):

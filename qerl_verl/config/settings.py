@@ -206,8 +206,8 @@ class QeRLSettings:
 
     @classmethod
     def of(cls, config: DictConfig) -> QeRLSettings:
-        """Returns the settings of a composed configuration, without what the driver has recorded
-        there.
+        """Returns the settings of a composed configuration, without the values that the driver has
+        recorded there.
 
         Raises:
             SettingsError: see :meth:`from_mapping`.
@@ -240,13 +240,14 @@ SETTINGS: dict[str, Row] = {row.key: row for row in rows(QeRLSettings, "qerl") i
 
 
 def keys_of_scope(*scopes: str) -> list[str]:
-    """Dotted keys of the settings that concern one of these kinds of runs "
-    "(:class:`~.schema.Setting`)."""
+    """Returns the dotted keys of the settings that concern one of these kinds of runs
+    (:class:`~.schema.Setting`).
+    """
     return [key for key, row in SETTINGS.items() if row.setting.scope in scopes]
 
 
 def find_contradictions(settings: QeRLSettings) -> list[str]:
-    """Returns settings that are each allowed but not together, one sentence each."""
+    """Returns the contradictions between settings that are each allowed, one sentence each."""
     aqn, rollout, out = settings.aqn, settings.rollout, []
     if rollout.sleep_level == 2 and rollout.lora == "punica":
         out.append(

@@ -1,5 +1,5 @@
-"""What keeps a run from working, by area: known from the configuration, the machine and local
-files, before Ray starts.
+"""Checks of the configuration, the machine and local files for what keeps a run from working, by
+area, before Ray starts.
 
 - :mod:`.recipe`: settings of verl's and the switch's, alone and together
 - :mod:`.arms`: what an arm cannot do, and what it needs installed
@@ -7,7 +7,7 @@ files, before Ray starts.
 - :mod:`.prompts`: the prompts against the model's tokenizer or processor
 - :mod:`.resources`: CPUs, GPUs and folders against what verl reserves
 - :mod:`.plugins`: installed versions, and whether verl and vLLM load QeRL
-- :mod:`.models`: model folders that lie on this machine, and what has to fit them
+- :mod:`.models`: model folders on this machine, and the settings that have to fit them
 - :mod:`.tokenizers`: their tokenizers
 - :mod:`.resume`: the checkpoint that a run resumes from
 

@@ -1,4 +1,4 @@
-"""What an arm cannot do, and what it needs installed."""
+"""Checks of what an arm cannot do, and of the packages that it needs."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def find_problems(
 
 
 def _foreign_setting(arm: Arm, key: str, get: Get) -> str | None:
-    """Why a setting that was changed from its default has no effect in an arm, or None."""
+    """Returns why a setting that was changed from its default has no effect in an arm, or None."""
     row, value = SETTINGS[key], get(key)
     if value in (None, row.default):
         return None
@@ -68,8 +68,9 @@ def _foreign_setting(arm: Arm, key: str, get: Get) -> str | None:
 def missing_packages(
     arm: Arm, installed: Callable[[str], str] = version, environment: Mapping[str, str] = os.environ
 ) -> list[str]:
-    """Returns what has to be installed for an arm and is not. The nf4 arm needs bitsandbytes, and
-    vLLM's layers for it, which are a plugin of vLLM's from its version 0.28 on."""
+    """Returns the packages that an arm needs and that are not installed. The nf4 arm needs
+    bitsandbytes and vLLM's layers for it, which are a separate plugin since vLLM 0.28.
+    """
     if arm.name != "nf4":
         return []
 

@@ -1,8 +1,8 @@
-"""The data files against batch size and steps, before Ray starts.
+"""Checks of the data files against batch size and steps, before Ray starts.
 
-Only what verl's own data set class (verl/utils/dataset/rl_dataset.py) would read is looked at: with
-``data.custom_cls`` the files are the user's business. A file on a remote file system is left to
-verl.
+Only files that verl's own data set class (verl/utils/dataset/rl_dataset.py) would read are checked.
+With ``data.custom_cls`` the files are the user's responsibility. A file on a remote file system is
+left to verl.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class Files:
 
     Attributes:
         key: the setting.
-        paths: local files; empty where they are remote or there is a problem.
-        rows: prompts in them, as far as verl takes them; None where they are not counted.
+        paths: local files; empty if they are remote or there is a problem.
+        rows: number of prompts that verl takes from them; None if they are not counted.
         problems: what is wrong with them.
     """
 
@@ -38,7 +38,9 @@ class Files:
 
 
 def find_problems(config: DictConfig) -> list[str]:
-    """Files that do not exist or hold fewer prompts than a batch, one sentence each."""
+    """Returns the problems of files that do not exist or hold fewer prompts than a batch, one
+    sentence each.
+    """
     get = partial(get_value, config)
     if get("data.custom_cls.path"):
         return []
@@ -61,7 +63,7 @@ def find_problems(config: DictConfig) -> list[str]:
 
 
 def find_remarks(config: DictConfig) -> list[str]:
-    """A run that ends before the number of steps that the user asked for, in one line."""
+    """Returns a remark on a run that ends before the number of steps that the user asked for."""
     get = partial(get_value, config)
     wanted, epochs, batch = (
         get("trainer.total_training_steps"),
@@ -78,7 +80,7 @@ def find_remarks(config: DictConfig) -> list[str]:
 
 
 def look_at(get: Get, key: str) -> Files:
-    """Find and count the files of ``key``."""
+    """Finds and counts the files of ``key``."""
     value = get(key)
     named = [str(f) for f in (value if OmegaConf.is_list(value) or isinstance(value, list) else [value])]
     if value is None:
@@ -135,8 +137,9 @@ def _rows(path: str) -> int | None:
 
 
 def _column_problem(get: Get, key: str, path: str) -> str | None:
-    """A column that verl reads of every row and that is not there. Of a column for prompts that is
-    missing verl says nothing with ``filter_overlong_prompts``: it drops every row."""
+    """Returns the problem of a missing column that verl reads from every row. Without the column of
+    the prompts, verl drops every row under ``filter_overlong_prompts`` and reports nothing.
+    """
     if not path.endswith(".parquet"):
         return None
     from pyarrow.parquet import read_schema

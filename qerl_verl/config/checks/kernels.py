@@ -1,8 +1,8 @@
-"""Kernels that are insisted on (``qerl.kernel``, ``qerl.rollout.kernel``) against the layers of
-local models.
+"""Checks of explicitly chosen kernels (``qerl.kernel``, ``qerl.rollout.kernel``) against the layers
+of local models.
 
-The layers are asked again when they are built, for models that are on the hub and for devices; here
-the answer comes before Ray starts.
+The layers are checked again when they are built, for models on the hub and for the device's own
+restrictions. This check gives the answer before Ray starts.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _ROW_PARALLEL = ("o_proj", "down_proj")
 
 
 def find_problems(config: DictConfig, folder: Path) -> list[str]:
-    """Returns what an insisted-on kernel does not serve of the actor's model, one sentence for each
-    setting.
+    """Returns the layers of the actor's model that an explicitly chosen kernel does not support,
+    one sentence for each setting.
 
     Args:
         config: the configuration after the rules (:mod:`qerl_verl.config.rules`).
@@ -68,8 +68,9 @@ def find_problems(config: DictConfig, folder: Path) -> list[str]:
 
 
 def _fused(group: dict[str, tuple[int, int]], divided: int, key_value_heads: int) -> tuple[tuple[int, int], tuple]:
-    """Projections that vLLM makes one layer of: its shape on one tensor-parallel rank, and the row
-    at which each of them ends."""
+    """Returns the projections that vLLM fuses into one layer: the layer's shape on one
+    tensor-parallel rank, and the row at which each projection ends.
+    """
     rows, columns = [], 0
     for linear, (n, k) in group.items():
         by_columns = linear.endswith(_ROW_PARALLEL)
@@ -88,8 +89,8 @@ def _actor_dtype(config: DictConfig) -> str:
 def _experts_refusal(
     kernel: str | None, architecture: Architecture, hf_config: Any, divided: int, dtype: str | None
 ) -> str | None:
-    """Returns the same of the experts in the rollout, whose kernels are others than the
-    linears'."""
+    """Returns the same for the experts in the rollout, which have other kernels than the
+    linears."""
     from qerl_verl.nvfp4.candidates import expert_candidates
 
     experts = architecture.experts
@@ -103,7 +104,7 @@ def _experts_refusal(
 
 
 def _torch_dtype(name: str | None) -> torch.dtype:
-    """By the names that verl and vLLM take; bfloat16 where there is none."""
+    """Returns the dtype for a name that verl and vLLM accept; bfloat16 if there is none."""
     import torch
 
     short = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "half": "float16"}

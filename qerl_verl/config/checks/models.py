@@ -1,4 +1,6 @@
-"""Model folders on this machine. A name on the hub is looked at when it has been downloaded."""
+"""Checks of model folders on this machine. A model on the hub is checked when it has been
+downloaded.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ from qerl_verl.config.rules import CRITIC, MODEL, PACKED_ATTENTION, ROLLOUT, tra
 
 
 def local_folder(config: DictConfig, model: str) -> Path | None:
-    """The folder of a model, None where its path is a name on the hub or a remote file system's."""
+    """Returns the folder of a model, or None if its path is a name on the hub or a remote file
+    system's.
+    """
     path = get_value(config, f"{model}.path")
     if not isinstance(path, str) or "://" in path:
         return None
@@ -29,15 +33,17 @@ def local_folder(config: DictConfig, model: str) -> Path | None:
 
 
 def remote_paths(config: DictConfig) -> list[str]:
-    """Models that are still to be downloaded: names on the hub, and paths on a remote file
-    system."""
+    """Returns the models that are still to be downloaded: names on the hub, and paths on a remote
+    file system.
+    """
     paths = {str(get_value(config, f"{model}.path")): local_folder(config, model) for model in trained_models(config)}
     return [path for path, folder in paths.items() if folder is None and not _is_path(path)]
 
 
 def find_unquantized(config: DictConfig) -> list[str]:
-    """Paths of trained models that are not, or may not be, in four bits: what a run would
-    quantize."""
+    """Returns the paths of trained models that are not, or may not be, in four bits, and that a run
+    would quantize.
+    """
     from qerl_verl.nvfp4.errors import CheckpointError
     from qerl_verl.nvfp4.format import read_quantization
 
@@ -58,7 +64,7 @@ def _is_path(path: str) -> bool:
 
 
 def find_problems(config: DictConfig, adapters: Mapping[str, dict] | None = None) -> list[str]:
-    """What keeps the local models of a run from being quantized or used, one sentence each.
+    """Returns why the local models of a run cannot be quantized or used, one sentence each.
 
     Args:
         config: the configuration after the rules (:mod:`qerl_verl.config.rules`).
@@ -88,11 +94,12 @@ def find_problems(config: DictConfig, adapters: Mapping[str, dict] | None = None
 
 
 def find_misfits(config: DictConfig, adapters: Mapping[str, dict] | None = None) -> list[str]:
-    """What does not go together with local models: adapters, target modules, tokenizers, settings.
+    """Returns the settings that do not fit local models: adapters, target modules, tokenizers,
+    lengths.
 
     Args:
         config: see :func:`find_problems`. The models may be quantized or not; one that cannot be
-            read is passed over.
+            read is skipped.
         adapters: see :func:`find_problems`.
     """
     from qerl_verl.nvfp4.errors import CheckpointError
@@ -124,7 +131,9 @@ def _new_adapter_problems(config: DictConfig, model: str) -> list[str]:
 
 
 def fused_kernel_problems(config: DictConfig) -> list[str]:
-    """What the output layer of ``use_fused_kernels`` (engine/output_layer.py) cannot compute."""
+    """Returns why the output layer of ``use_fused_kernels`` (engine/output_layer.py) cannot serve a
+    model.
+    """
     folder = local_folder(config, MODEL)
     if not get_value(config, f"{MODEL}.use_fused_kernels") or folder is None or not (folder / "config.json").is_file():
         return []
@@ -138,15 +147,16 @@ def fused_kernel_problems(config: DictConfig) -> list[str]:
 
 
 def _decoder_settings(folder: Path) -> Mapping[str, Any]:
-    """What the config.json of a model says of its decoder."""
+    """Returns the settings of the decoder from a model's config.json."""
     from qerl_verl.nvfp4.architectures import text_settings
 
     return text_settings(json.loads((folder / "config.json").read_text()))
 
 
 def length_problems(config: DictConfig) -> list[str]:
-    """A length beyond the model's positions, which verl's server refuses when it starts
-    (verl/workers/rollout/vllm_rollout/vllm_async_server.py)."""
+    """Returns the problem of a length beyond the model's positions, which verl's server refuses
+    when it starts (verl/workers/rollout/vllm_rollout/vllm_async_server.py).
+    """
     folder = local_folder(config, MODEL)
     if folder is None or not (folder / "config.json").is_file():
         return []
@@ -164,8 +174,9 @@ CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 
 
 def head_size_problems(config: DictConfig) -> list[str]:
-    """A width of the attention heads that vLLM's CPU build has no kernel for; it says so with
-    the first batch."""
+    """Returns the problem of a head size for which vLLM's CPU build has no attention kernel; vLLM
+    reports it at the first batch.
+    """
     folder = local_folder(config, MODEL)
     if get_value(config, "trainer.device") != "cpu" or folder is None:
         return []
@@ -174,8 +185,9 @@ def head_size_problems(config: DictConfig) -> list[str]:
 
 
 def cpu_head_size_problem(folder: Path) -> str:
-    """Why vLLM's CPU build has no attention kernel for the model in ``folder``; empty where it
-    has one."""
+    """Returns why vLLM's CPU build has no attention kernel for the model in ``folder``; empty if it
+    has one.
+    """
     if not (folder / "config.json").is_file():
         return ""
     settings = _decoder_settings(folder)
@@ -190,8 +202,8 @@ def cpu_head_size_problem(folder: Path) -> str:
 
 
 def position_problems(config: DictConfig, installed: Callable[[str], str] = version) -> list[str]:
-    """Rotary embeddings, and lengths, for which vLLM and transformers rotate queries and keys in
-    different ways: actor and rollout would be two policies.
+    """Returns rotary embeddings and lengths for which vLLM and transformers rotate queries and keys
+    in different ways, so that actor and rollout would be two policies.
 
     Args:
         config: see :func:`find_problems`.
@@ -242,9 +254,11 @@ def position_problems(config: DictConfig, installed: Callable[[str], str] = vers
 
 
 def packing_problems(config: DictConfig) -> list[str]:
-    """Sequences of one row that would attend to each other, where a model's attention layer hands
-    no positions on (:attr:`~qerl_verl.nvfp4.architectures.Architecture.keeps_positions`), also in
-    stock verl."""
+    """Returns the problem of packed sequences that would attend to each other, because a model's
+    attention layer does not pass positions on
+    (:attr:`~qerl_verl.nvfp4.architectures.Architecture.keeps_positions`). Stock verl has the same
+    problem.
+    """
     from qerl_verl.nvfp4.architectures import get_architecture
     from qerl_verl.nvfp4.checkpoint_files import read_config
     from qerl_verl.nvfp4.errors import CheckpointError
@@ -269,7 +283,8 @@ def packing_problems(config: DictConfig) -> list[str]:
 
 
 def vllm_lora_problems(config: DictConfig) -> list[str]:
-    """vLLM's own LoRA path with a model whose adapters it does not take."""
+    """Returns the problem of vLLM's own LoRA path with a model whose adapters it does not
+    support."""
     from qerl_verl.nvfp4.architectures import get_architecture
     from qerl_verl.nvfp4.checkpoint_files import read_config
     from qerl_verl.nvfp4.errors import CheckpointError
@@ -294,7 +309,9 @@ def vllm_lora_problems(config: DictConfig) -> list[str]:
 
 
 def expert_problems(config: DictConfig) -> list[str]:
-    """A mixture of experts in an arm that would leave the experts in 16 bits."""
+    """Returns the problem of a mixture of experts in an arm that would leave the experts in 16
+    bits.
+    """
     from qerl_verl.nvfp4.architectures import get_architecture
     from qerl_verl.nvfp4.checkpoint_files import read_config
     from qerl_verl.nvfp4.errors import CheckpointError
@@ -315,7 +332,7 @@ def expert_problems(config: DictConfig) -> list[str]:
 
 
 def replay_problems(config: DictConfig) -> list[str]:
-    """Why the rollout's routing cannot be replayed in the actor."""
+    """Returns why the rollout's routing cannot be replayed in the actor."""
     from qerl_verl.nvfp4.architectures import get_architecture
     from qerl_verl.nvfp4.checkpoint_files import read_config
     from qerl_verl.nvfp4.errors import CheckpointError
@@ -344,8 +361,9 @@ def replay_problems(config: DictConfig) -> list[str]:
 
 
 def critic_problems(config: DictConfig) -> list[str]:
-    """A critic whose model type has no token classification in transformers, of which verl makes
-    critics (verl/utils/model.py, load_valuehead_model)."""
+    """Returns the problem of a critic whose model type has no token classification in transformers,
+    from which verl builds critics (verl/utils/model.py, load_valuehead_model).
+    """
     folder = local_folder(config, CRITIC) if CRITIC in trained_models(config) else None
     if folder is None or not get_arm(config).container:
         return []

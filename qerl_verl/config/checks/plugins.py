@@ -1,4 +1,4 @@
-"""Whether the installed versions fit, and whether verl and vLLM will load QeRL."""
+"""Checks of the installed versions, and of whether verl and vLLM will load QeRL."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from types import MappingProxyType
 def find_problems(
     environment: Mapping[str, str], job_environment: Mapping[str, str] = MappingProxyType({})
 ) -> list[str]:
-    """Returns what keeps QeRL from being loaded, one sentence each.
+    """Returns why QeRL would not be loaded, one sentence each.
 
     Args:
-        environment: environment variables of the driver, which a Ray that it starts hands on.
-        job_environment: what the job's processes get beside them
+        environment: environment variables of the driver, which a Ray that it starts passes on.
+        job_environment: additional variables of the job's processes
             (``ray_init.runtime_env.env_vars``).
     """
     from qerl_verl.versions import version_problems
@@ -28,8 +28,9 @@ def find_problems(
 
 
 def verl_policy_problem(environment: Mapping[str, str]) -> str:
-    """Returns whether ``VERL_USE_EXTERNAL_PLUGINS`` leaves QeRL out, read as in
-    ``verl/__init__.py``; empty if not."""
+    """Returns the problem of a ``VERL_USE_EXTERNAL_PLUGINS`` that excludes QeRL, read as in
+    ``verl/__init__.py``; empty if it does not.
+    """
     policy = environment.get("VERL_USE_EXTERNAL_PLUGINS", "auto")
     wanted = policy.strip().lower()
     if wanted == "auto" or "qerl" in (name.strip() for name in wanted.split(",")):
@@ -40,9 +41,10 @@ def verl_policy_problem(environment: Mapping[str, str]) -> str:
 
 
 def vllm_policy_problem(environment: Mapping[str, str]) -> str:
-    """Returns whether ``VLLM_PLUGINS`` leaves QeRL out, read as in ``vllm/envs.py``; empty if not.
+    """Returns the problem of a ``VLLM_PLUGINS`` that excludes QeRL, read as in ``vllm/envs.py``;
+    empty if it does not.
 
-    vLLM then serves the checkpoint with layers of its own, without the adapter in them, and says
+    vLLM would then serve the checkpoint with layers of its own, without the adapter, and report
     nothing.
     """
     names = environment.get("VLLM_PLUGINS")

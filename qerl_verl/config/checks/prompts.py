@@ -1,10 +1,11 @@
-"""The prompts of the training data with the model's tokenizer or processor, before Ray starts.
+"""Checks of the prompts of the training data with the model's tokenizer or processor, before Ray
+starts.
 
-verl drops prompts that are longer than ``data.max_prompt_length``, and says nothing more than a
+verl drops prompts that are longer than ``data.max_prompt_length``, and reports nothing more than a
 count. Their tokens are counted here as verl counts them (verl/utils/dataset/rl_dataset.py,
-maybe_filter_out_long_prompts): with the chat template, and for a row with images or videos with the
-processor, which puts as many tokens as an image takes in the place of its mark. Tool schemas are
-not counted, because loading them runs the user's code.
+maybe_filter_out_long_prompts): with the chat template and, for a row with images or videos, with
+the processor, which replaces the placeholder of an image by as many tokens as the image takes. Tool
+schemas are not counted, because loading them runs the user's code.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ Count = Callable[[Row], int]
 
 
 def find_problems(config: DictConfig, folder: str | os.PathLike) -> list[str]:
-    """A tokenizer without a chat template, and prompts of which too few are short enough for one
-    batch.
+    """Returns the problems of a tokenizer without a chat template, and of data with too few short
+    prompts for one batch.
 
     Args:
         config: the configuration after the rules.
@@ -62,9 +63,7 @@ def find_problems(config: DictConfig, folder: str | os.PathLike) -> list[str]:
         return []
     media = _media_columns(get, train) if _has_tower(folder) else []
     if not media:
-        return _length_problems(
-            get, train, _text_counter(get, tokenizer), media, "the chat template"
-        )
+        return _length_problems(get, train, _text_counter(get, tokenizer), media, "the chat template")
     if vision.missing_packages():  # reported with the model
         return []
     processor = _load(get, folder, "AutoProcessor")
@@ -83,7 +82,7 @@ def _has_own_agent_loop(get: Get) -> bool:
 
 
 def _load(get: Get, folder: str | os.PathLike, auto_class: str) -> Any | None:
-    """The run's tokenizer or processor; None where it cannot be loaded."""
+    """Returns the run's tokenizer or processor; None if it cannot be loaded."""
     import transformers
 
     path = get(f"{MODEL}.tokenizer_path") or str(folder)
@@ -95,7 +94,7 @@ def _load(get: Get, folder: str | os.PathLike, auto_class: str) -> Any | None:
 
 
 def _has_tower(folder: str | os.PathLike) -> bool:
-    """Whether the model computes images."""
+    """Returns whether the model processes images."""
     from qerl_verl.nvfp4.architectures import get_architecture
     from qerl_verl.nvfp4.checkpoint_files import read_config
     from qerl_verl.nvfp4.errors import CheckpointError
@@ -107,7 +106,7 @@ def _has_tower(folder: str | os.PathLike) -> bool:
 
 
 def _media_columns(get: Get, train: Files) -> list[str]:
-    """The columns of images, videos and audio that the data has."""
+    """Returns the columns of images, videos and audio that the data has."""
     from pyarrow.parquet import read_schema
 
     named = [get(f"data.{key}") or default for key, default in MEDIA.items()]
@@ -116,7 +115,9 @@ def _media_columns(get: Get, train: Files) -> list[str]:
 
 
 def _template_arguments(get: Get) -> dict[str, Any]:
-    """``data.apply_chat_template_kwargs``, without what decides the form of the result."""
+    """Returns ``data.apply_chat_template_kwargs`` without the arguments that decide the form of the
+    result.
+    """
     arguments = get("data.apply_chat_template_kwargs")
     arguments = OmegaConf.to_container(arguments, resolve=True) if arguments else {}
     decided = ("tokenize", "return_dict", "return_tensors")
@@ -127,16 +128,14 @@ def _text_counter(get: Get, tokenizer: Any) -> Count:
     column, arguments = get("data.prompt_key") or "prompt", _template_arguments(get)
 
     def count(row: Row) -> int:
-        text = tokenizer.apply_chat_template(
-            row[column], add_generation_prompt=True, tokenize=False, **arguments
-        )
+        text = tokenizer.apply_chat_template(row[column], add_generation_prompt=True, tokenize=False, **arguments)
         return len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     return count
 
 
 def _media_counter(config: DictConfig, tokenizer: Any, processor: Any) -> Count:
-    """Counts with verl's own data set, of which no file is read."""
+    """Returns a counter that uses verl's own data set, without reading its files."""
     from verl.utils.dataset.rl_dataset import RLHFDataset
     from verl.utils.tokenizer import build_multimodal_processor_inputs
 
@@ -150,12 +149,8 @@ def _media_counter(config: DictConfig, tokenizer: Any, processor: Any) -> Count:
 
     def count(row: Row) -> int:
         messages = dataset._build_messages(row, key=dataset.prompt_key)
-        text = processor.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=False, **arguments
-        )
-        images, videos, audios = dataset._process_multi_modal_info(
-            messages, dataset.image_patch_size, settings
-        )
+        text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **arguments)
+        images, videos, audios = dataset._process_multi_modal_info(messages, dataset.image_patch_size, settings)
         if images is None and videos is None and audios is None:
             return len(processor.tokenizer(text, add_special_tokens=False)["input_ids"])
         inputs = build_multimodal_processor_inputs(
@@ -171,11 +166,10 @@ def _media_counter(config: DictConfig, tokenizer: Any, processor: Any) -> Count:
     return count
 
 
-def _length_problems(
-    get: Get, train: Files, count: Count, media: list[str], counted_by: str
-) -> list[str]:
-    """A template or processor that fails on the first prompt, or too few prompts within
-    ``max_prompt_length``. Reading ends with the first full batch."""
+def _length_problems(get: Get, train: Files, count: Count, media: list[str], counted_by: str) -> list[str]:
+    """Returns the problem of a template or processor that fails on the first prompt, or of too few
+    prompts within ``max_prompt_length``. Stops reading at the first full batch.
+    """
     longest, batch = get("data.max_prompt_length"), get("data.train_batch_size")
     most = MOST_MEDIA_ROWS if media else MOST_ROWS
     fitting = seen = 0
@@ -204,7 +198,7 @@ def _length_problems(
 
 
 def _rows(files: Files, columns: list[str]) -> Iterator[Row]:
-    """The first rows of the files, as many as verl takes; a file may lack columns of media."""
+    """Yields the first rows of the files, as many as verl takes; a file may lack columns of media."""
     from pyarrow.parquet import ParquetFile
 
     left = files.rows or 0

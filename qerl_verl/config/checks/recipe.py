@@ -1,5 +1,5 @@
-"""Settings that cannot work with QeRL, alone or together, looked at after
-the rules (:mod:`qerl_verl.config.rules`).
+"""Checks for settings that cannot work with QeRL, alone or together, after the rules
+(:mod:`qerl_verl.config.rules`).
 
 :data:`REFUSED` and :data:`REFUSED_OF_A_MODEL` are tables: a new refusal is a new row.
 """
@@ -143,8 +143,8 @@ reads."""
 
 
 def find_problems(config: DictConfig, keys: Collection[str] = ()) -> list[str]:
-    """Returns settings that cannot work, one sentence each with the key and the fix. Empty when all
-    is well.
+    """Returns settings that cannot work, one sentence each with the key and the fix; empty if there
+    is no problem.
 
     Args:
         config: the configuration after the rules (:mod:`qerl_verl.config.rules`).
@@ -162,7 +162,7 @@ def find_problems(config: DictConfig, keys: Collection[str] = ()) -> list[str]:
 
 
 def find_remarks(config: DictConfig) -> list[str]:
-    """Returns what can run but may not be meant, one line each."""
+    """Returns settings that can run but may not be meant, one line each."""
     get = partial(get_value, config)
     out = []
     correction = "algorithm.rollout_correction"
@@ -193,9 +193,10 @@ def _estimator_problem(get: Get) -> str | None:
 
 
 def _separate_problems(get: Get) -> list[str]:
-    """Returns what engines of their own cannot do with QeRL, and what verl's trainer asserts when
-    Ray and the model's processes run already (verl/trainer/ppo/v1/trainer_separate_async.py,
-    __init__)."""
+    """Returns the settings that separate engines do not support with QeRL, or that verl's trainer
+    asserts only after Ray and the model's processes have started
+    (verl/trainer/ppo/v1/trainer_separate_async.py, __init__).
+    """
     engine = f"{ROLLOUT}.checkpoint_engine.backend"
     backend, on_cpu = get(engine), get("trainer.device") == "cpu"
     batch, updates = get("data.train_batch_size"), get("trainer.v1.separate_async.parameter_sync_step")
@@ -221,8 +222,9 @@ def _separate_problems(get: Get) -> list[str]:
 
 
 def _megatron_lora_problems(get: Get, model: str, keys: Collection[str]) -> list[str]:
-    """Returns settings under ``model.lora`` that FSDP ignores, also where the user wrote the value
-    that they have anyway."""
+    """Returns settings under ``model.lora`` that FSDP ignores, even if the user wrote the default
+    value.
+    """
     prefix = f"{model}.lora."
     found = {key.removeprefix(prefix) for key in keys if key.startswith(prefix)} - {"merge"}
     if get(f"{prefix}rank"):
@@ -236,7 +238,7 @@ def _megatron_lora_problems(get: Get, model: str, keys: Collection[str]) -> list
 
 
 def _model_problems(get: Get, model: str) -> list[str]:
-    """Combinations that hold for the actor's model and for the critic's alike."""
+    """Returns refused combinations that apply to the actor's model and to the critic's alike."""
     attention = get(f"{model}.override_config.attn_implementation")
     on_cpu = get("trainer.device") == "cpu"
     packed = get(f"{model}.use_remove_padding") and not on_cpu

@@ -1,6 +1,7 @@
-"""CPUs, GPUs and folders for temporary files against what verl and Ray need of them.
+"""Checks of CPUs, GPUs and folders for temporary files against what verl and Ray need.
 
-verl waits without a word for resources that Ray never gets, so what is known beforehand is refused.
+verl waits without a message for resources that Ray never gets, so a shortage that is known
+beforehand is refused.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ STARTED_ONLY = ("num_cpus", "num_gpus", "resources", "labels", "object_store_mem
 
 
 def find_problems(config: DictConfig, host: Host, cluster: RayCluster | None) -> list[str]:
-    """Returns what Ray would wait for without end or fail with, one sentence each.
+    """Returns the resources for which Ray would wait without end, or fail, one sentence each.
 
     Args:
         config: the configuration after the rules.
-        host: the driver's machine, where the run starts Ray.
-        cluster: the cluster that is joined, None where the run starts Ray.
+        host: the driver's machine, if the run starts Ray.
+        cluster: the cluster that is joined, None if the run starts Ray.
     """
     get = partial(get_value, config)
     out = _parallel_problems(get) + _attention_problems(config, host)
@@ -117,8 +118,8 @@ def _attention_problems(config: DictConfig, host: Host) -> list[str]:
 
 
 def folder_problems(host: Host, ray_folder: str | None = None) -> list[str]:
-    """Folders for temporary files whose sockets would have too long a path. Ray ends with "AF_UNIX
-    path length".
+    """Returns folders for temporary files whose sockets would have too long a path. Ray would end
+    with "AF_UNIX path length".
 
     Args:
         host: the driver's machine.
@@ -149,7 +150,7 @@ def _too_long(key: str, folder: str, added: str, whose: str) -> str | None:
 
 
 def find_remarks(config: DictConfig, cluster: RayCluster | None) -> list[str]:
-    """Returns what the run joins and needs of it, in one line."""
+    """Returns one line on the cluster that the run joins and the resources that it needs there."""
     if cluster is None:
         return []
     needed = reserved(partial(get_value, config))

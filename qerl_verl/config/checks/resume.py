@@ -1,5 +1,6 @@
-"""The checkpoint that a run resumes from, where this machine sees it. The trainer looks again,
-on its own node."""
+"""Checks of the checkpoint that a run resumes from, if this machine can read it. The trainer checks
+again on its own node.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from qerl_verl.config.policy import describe_policy
 
 
 def find_problems(config: DictConfig, adapters: Mapping[str, dict] | None = None) -> list[str]:
-    """Returns what keeps a run from going on from its checkpoint, one sentence each.
+    """Returns why a run cannot continue from its checkpoint, one sentence each.
 
     Args:
         config: the configuration after the rules (:mod:`qerl_verl.config.rules`).

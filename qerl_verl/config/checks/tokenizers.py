@@ -1,4 +1,4 @@
-"""The tokenizer of each trained model, loaded as verl will load it in every process."""
+"""Checks of the tokenizer of each trained model, loaded as verl will load it in every process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from qerl_verl.config.rules import trained_models
 
 
 def find_problems(config: DictConfig) -> list[str]:
-    """Returns what keeps the tokenizers in local folders from being used, one sentence each."""
+    """Returns why the tokenizers in local folders cannot be used, one sentence each."""
     out: dict[str, str] = {}
     for model in trained_models(config):
         key = f"{model}.tokenizer_path" if get_value(config, f"{model}.tokenizer_path") else f"{model}.path"
@@ -24,11 +24,11 @@ def find_problems(config: DictConfig) -> list[str]:
 
 
 def folder_problem(folder: Path, where: str, trust_remote_code: bool = False) -> str:
-    """Returns what keeps the tokenizer of a model's folder from being used, in one sentence; empty
-    if nothing does.
+    """Returns why the tokenizer of a model's folder cannot be used, in one sentence; empty if it
+    can.
 
     Args:
-        where: what names the folder, with which the sentence begins.
+        where: the name of the folder with which the sentence begins.
     """
     from transformers import AutoConfig, AutoTokenizer
 

@@ -1,5 +1,6 @@
-"""What a model with a vision tower needs beside what every model needs: packages, a processor, and rows
-that verl and the installed transformers can compute."""
+"""Checks of what a model with a vision tower needs beside what every model needs: packages, a
+processor, and rows that verl and the installed transformers can process.
+"""
 
 from __future__ import annotations
 
@@ -23,28 +24,28 @@ PACKAGES = {
 """What has to be importable, and why."""
 
 ALL_ROWS_NEED_IMAGES = ("Qwen2_5_VLForConditionalGeneration",)
-"""verl 0.9.1 runs the tower on a blank image where a micro-batch has none, and takes what transformers 5
-returns for a tensor (verl/models/transformers/qwen2_vl.py, _get_input_embeds)."""
+"""verl 0.9.1 runs the tower on a blank image where a micro-batch has none, and takes what
+transformers 5 returns for a tensor (verl/models/transformers/qwen2_vl.py, _get_input_embeds)."""
 LOOKED_AT = 2000
 """Rows of the training data whose images are counted. They are read with their bytes."""
 
 FLASH_ATTENTION_ALONE = ("Qwen2_5_VLForConditionalGeneration",)
-"""verl/models/transformers/monkey_patch.py, apply_monkey_patch. The engine of packed bases leaves that out
-(engine/fsdp.py, _patch_forward)."""
+"""verl/models/transformers/monkey_patch.py, apply_monkey_patch. The engine of packed bases leaves
+that out (engine/fsdp.py, _patch_forward)."""
 
 INTERLEAVED = ("Qwen3VLForConditionalGeneration",)
 """Models in which transformers interleaves the frequencies of an image's time, height and width."""
 
 
 def find_problems(config: DictConfig, folder: Path) -> list[str]:
-    """What keeps a local model from running on images, or on data that has some, one sentence each.
+    """Returns why a local model cannot run on images, or on data with images, one sentence each.
 
     Args:
         config: the configuration after the rules (:mod:`qerl_verl.config.rules`).
         folder: the actor's model.
 
     Raises:
-        CheckpointError: its config.json cannot be read, or is of a model that is not supported.
+        CheckpointError: its config.json cannot be read, or is that of an unsupported model.
     """
     from qerl_verl.nvfp4.architectures import get_architecture
     from qerl_verl.nvfp4.checkpoint_files import read_config
@@ -79,12 +80,14 @@ def find_problems(config: DictConfig, folder: Path) -> list[str]:
 
 
 def missing_packages() -> list[str]:
-    """Those of :data:`PACKAGES` that are not installed."""
+    """Returns those of :data:`PACKAGES` that are not installed."""
     return [name for name in PACKAGES if importlib.util.find_spec(name) is None]
 
 
 def _arm_problems(get: Get, name: str) -> list[str]:
-    """What the arms cannot do whose actor is built by verl or transformers, and what without flash-attn no arm can."""
+    """Returns what the arms cannot do whose actor is built by verl or transformers, and what no arm
+    can do without flash-attn.
+    """
     arm, attention = get("qerl.arm"), get(f"{MODEL}.override_config.attn_implementation") or "flash_attention_2"
     if arm == "nf4":
         return [f"+qerl=nf4 with {name}: bitsandbytes would quantize the vision tower too; use +qerl=nvfp4 or bf16"]
@@ -101,7 +104,8 @@ def _arm_problems(get: Get, name: str) -> list[str]:
 
 
 def _processor_problem(get: Get, folder: Path) -> str | None:
-    """Why verl would have no processor (verl/utils/tokenizer/tokenizer.py, hf_processor)."""
+    """Returns why verl would have no processor (verl/utils/tokenizer/tokenizer.py,
+    hf_processor)."""
     from transformers import AutoProcessor, PreTrainedTokenizerBase
 
     path = get(f"{MODEL}.tokenizer_path") or str(folder)
@@ -120,10 +124,11 @@ def _rope(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _row_problem(get: Get, name: str, tower: bool = True) -> str | None:
-    """The first row of the training data whose images and prompt do not go together, of :data:`LOOKED_AT`.
+    """Returns the problem of the first row of the training data, among :data:`LOOKED_AT` rows,
+    whose images and prompt do not match.
 
     Args:
-        name: of the architecture.
+        name: name of the architecture.
         tower: whether the model has a vision tower.
     """
     from pyarrow.parquet import read_schema
@@ -159,7 +164,9 @@ def _row_problem(get: Get, name: str, tower: bool = True) -> str | None:
 
 
 def _rows(paths: Iterable[str], prompt: str, columns: list[str]) -> Iterator[tuple[str, int, list[int]]]:
-    """Of each row its place, how often ``<image>`` is in its prompt, and how many entries each of the columns has."""
+    """Yields for each row its position, how often ``<image>`` is in its prompt, and the number of
+    entries of each column.
+    """
     import pyarrow.compute as pc
     from pyarrow.parquet import ParquetFile
 
