@@ -8,11 +8,11 @@ import shutil
 
 
 def missing_compiler(device_type: str) -> str | None:
-    """Returns what torch.compile lacks on a machine that computes on ``device_type``, and the cure;
-    None if nothing.
+    """Returns which compiler torch.compile lacks on a machine that computes on ``device_type``,
+    with the fix; None if it lacks none.
 
-    On a GPU Triton compiles its launchers with a C compiler (triton/runtime/build.py), on a CPU
-    TorchInductor its kernels with a C++ compiler (torch/_inductor/config.py, ``cpp.cxx``).
+    On a GPU, Triton compiles its launchers with a C compiler (triton/runtime/build.py). On a CPU,
+    TorchInductor compiles its kernels with a C++ compiler (torch/_inductor/config.py, ``cpp.cxx``).
     """
     variable, names, language = ("CC", ("gcc", "clang"), "C") if device_type == "cuda" else ("CXX", ("g++",), "C++")
     if os.environ.get(variable) or any(map(shutil.which, names)):

@@ -2,8 +2,8 @@
 verl/plugin/platform/platform_base.py).
 
 verl places workers by an accelerator resource of Ray's. On this platform a "GPU" is a slot for a
-training worker and its
-rollout engine: the switch declares as many of them to Ray as the run asks for.
+training worker and its rollout engine: the switch declares as many slots to Ray as the run asks
+for.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from verl.plugin.platform.platform_base import PlatformBase
 
 
 class _CPUDeviceModule(ModuleType):
-    """``torch.cpu`` with the memory and random-state functions of ``torch.cuda`` that verl
-    calls."""
+    """Extends ``torch.cpu`` by the memory and random-state functions of ``torch.cuda`` that verl
+    calls.
+    """
 
     def __init__(self):
         super().__init__("qerl_verl.platform.cpu.device")
@@ -109,12 +110,12 @@ def _peak_resident_bytes() -> int:
 
 
 def _interface_between_nodes() -> str | None:
-    """Returns the network interface that has the node's address in the Ray cluster, where the ranks
+    """Returns the network interface that has the node's address in the Ray cluster, if the ranks
     are on several nodes.
 
-    gloo takes the address that the host's own name stands for, which is a loopback address on many
-    hosts (Debian's 127.0.1.1): other nodes cannot connect to it. None where there is one node,
-    where the user has set ``GLOO_SOCKET_IFNAME``, or where no interface has the address.
+    gloo uses the address that the host's own name resolves to. On many hosts this is a loopback
+    address (Debian's 127.0.1.1), to which other nodes cannot connect. Returns None for a single
+    node, if the user has set ``GLOO_SOCKET_IFNAME``, or if no interface has the address.
     """
     world = os.environ["WORLD_SIZE"]
     if os.environ.get("RAY_LOCAL_WORLD_SIZE", world) == world or "GLOO_SOCKET_IFNAME" in os.environ:
@@ -127,7 +128,9 @@ def _interface_between_nodes() -> str | None:
 
 
 class PlatformCPU(PlatformBase):
-    """The host as verl's accelerator. Chosen by ``VERL_PLATFORM=cpu`` only, never detected."""
+    """Presents the host as verl's accelerator. Chosen by ``VERL_PLATFORM=cpu`` only, never
+    detected.
+    """
 
     _device_module = _CPUDeviceModule()
 
@@ -179,11 +182,11 @@ class PlatformCPU(PlatformBase):
         return None, None
 
     def communication_backend_name(self) -> str:
-        """Returns ``gloo``; brings the process group up first.
+        """Initializes the process group and returns ``gloo``.
 
         verl builds ``f"cpu:gloo,{device}:{backend}"`` (verl/utils/distributed.py,
-        initialize_global_process_group_ray), here ``cpu:gloo,cpu:gloo``, which torch rejects, but
-        calls ``init_process_group`` with it only if there is no group yet.
+        initialize_global_process_group_ray). Here that is ``cpu:gloo,cpu:gloo``, which torch
+        rejects, but verl calls ``init_process_group`` with it only if there is no group yet.
         """
         if "WORLD_SIZE" in os.environ and "RANK" in os.environ and not torch.distributed.is_initialized():
             if interface := _interface_between_nodes():

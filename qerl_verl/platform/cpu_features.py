@@ -12,18 +12,22 @@ BFLOAT16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 ISAS_WITHOUT_BFLOAT16 = frozenset(
     {"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI"}
 )
-"""Values of oneDNN's ``ONEDNN_MAX_CPU_ISA`` below the first instruction set with bfloat16 dot products."""
+"""Values of oneDNN's ``ONEDNN_MAX_CPU_ISA`` below the first instruction set with bfloat16 dot
+products."""
 
 
 def missing_bfloat16(environment: Mapping[str, str] = os.environ, cpuinfo: Path = Path("/proc/cpuinfo")) -> str | None:
-    """Why bfloat16 is slower than float32 on this CPU, or None where the CPU multiplies bfloat16 in hardware.
+    """Returns why bfloat16 is slower than float32 on this CPU, or None if the CPU multiplies
+    bfloat16 in hardware.
 
-    Without such instructions PyTorch's bfloat16 GEMM converts to float32 and back: with AVX-512 it then takes 2.4 times as
-    long as the float32 GEMM, with AVX2 4 to 5 times.
+    Without such instructions PyTorch's bfloat16 GEMM converts to float32 and back. With AVX-512 it
+    then takes 2.4 times as long as the float32 GEMM, with AVX2 4 to 5 times.
 
     Args:
-        environment: of the run; ``ONEDNN_MAX_CPU_ISA`` in it limits what PyTorch uses.
-        cpuinfo: the file that lists the CPU's flags. Where it cannot be read, the CPU counts as one that has bfloat16.
+        environment: environment variables of the run; ``ONEDNN_MAX_CPU_ISA`` limits what PyTorch
+            uses.
+        cpuinfo: the file that lists the CPU's flags. If it cannot be read, the CPU is assumed to
+            support bfloat16.
     """
     limit = environment.get("ONEDNN_MAX_CPU_ISA", environment.get("DNNL_MAX_CPU_ISA", "")).upper()
     if limit in ISAS_WITHOUT_BFLOAT16:

@@ -1,17 +1,18 @@
-"""A folder for what one job leaves behind on this host; it goes when the job ends, and with it what
-the job left in shared memory.
+"""A folder for the temporary files of one job on this host. It is removed when the job ends,
+together with the job's segments of shared memory.
 
-Ray ends a job's processes without giving them time to clean up: each run of stock verl leaves
-vLLM's sockets and verl's lock files in the folder for temporary files, and vLLM's message queues in
-``/dev/shm``. Here the former lie in a folder of the job's own (``TMPDIR`` of its processes), and
-the rollout's workers note in it the names of the latter, at each weight sync.
+Ray ends a job's processes without giving them time to clean up. Each run of stock verl therefore
+leaves vLLM's sockets and verl's lock files in the folder for temporary files, and vLLM's message
+queues in ``/dev/shm``. With a job folder, the sockets and lock files lie in the folder (``TMPDIR``
+of the job's processes), and the rollout's workers record the names of the queues in it at each
+weight sync.
 
-For jobs that start Ray themselves, on this host. What is left by a driver that could not clean up
-either (kill -9) is removed by the next one, if that one can tell that the driver is dead
+Only a job that starts Ray itself, on this host, has a folder. If its driver could not clean up
+(kill -9), the next driver removes the folder as soon as it can tell that the owner is dead
 (:mod:`qerl_verl.ownership`).
 
-All of this is housekeeping: a full disk or a folder that may not be written to costs a warning,
-never the run.
+All of this is housekeeping: a full disk or a folder that may not be written to causes a warning,
+never the end of the run.
 """
 
 from __future__ import annotations
@@ -37,11 +38,12 @@ PREFIX = "qerl-job-"
 OWNER, SEGMENTS = "owner", "segments"
 SHARED_MEMORY = Path("/dev/shm")
 SEGMENT_NAMES = ("psm_", "sem.mp-", "vllm", "verl_weights_")
-"""How Python's SharedMemory, its semaphores, vLLM and verl's weight transfer
-(vllm_rollout/bucketed_weight_transfer.py) name what they put there."""
+"""Prefixes of the names that Python's SharedMemory, its semaphores, vLLM and verl's weight transfer
+(vllm_rollout/bucketed_weight_transfer.py) use in shared memory.
+"""
 
 END_SECONDS = 20.0
-"""How long the processes of an ended job may take to go."""
+"""How long the processes of an ended job may take to exit."""
 
 
 @contextmanager
@@ -53,11 +55,11 @@ def _housekeeping(what: str) -> Iterator[None]:
 
 
 def open_job_folder() -> Path:
-    """Makes the folder, to be removed when this process ends, and remove those of drivers that are
-    dead.
+    """Creates the folder, arranges its removal at the end of this process, and removes the folders
+    of dead drivers.
 
     Raises:
-        OSError: the folder cannot be made.
+        OSError: the folder cannot be created.
     """
     for other in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
         if _is_dead(other):
@@ -76,10 +78,12 @@ def open_job_folder() -> Path:
 
 
 def _link_compilers_cache(folder: Path) -> None:
-    """TorchInductor keeps the C++ headers that it compiles beside its default cache, in ``TMPDIR``,
-    whatever ``TORCHINDUCTOR_CACHE_DIR`` says (torch/_inductor/codecache.py, _HEADER_DIR). Compiling
-    them takes five seconds, so
-    they outlive the job: the default cache of its processes is the driver's."""
+    """Links the cache of precompiled C++ headers of the job's processes to the driver's.
+
+    TorchInductor keeps these headers beside its default cache, in ``TMPDIR``, whatever
+    ``TORCHINDUCTOR_CACHE_DIR`` says (torch/_inductor/codecache.py, _HEADER_DIR). Compiling them
+    takes five seconds, so they outlive the job.
+    """
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
     cache = Path(default_cache_dir())
@@ -88,8 +92,11 @@ def _link_compilers_cache(folder: Path) -> None:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """For the job's processes. What follows TMPDIR, but has to outlive the job or to be found by
-    others, stays where it was: TorchInductor's cache and Ray's own files."""
+    """Returns the environment variables of the job's processes.
+
+    Two folders that follow TMPDIR by default keep their place, because they outlive the job or
+    others look for them: TorchInductor's cache and Ray's own files.
+    """
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
     cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default_cache_dir()
@@ -103,8 +110,9 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 def note_segments() -> None:
-    """In a process of the job: write down the segments of all of its processes on this host, for
-    when they are gone."""
+    """Records the segments of all of the job's processes on this host, for the removal after their
+    end. Called in a process of the job.
+    """
     folder = os.environ.get(JOB_FOLDER_ENV)
     if folder and Path(folder, SEGMENTS).is_dir():
         with _housekeeping("the job's shared memory could not be noted"):
@@ -112,8 +120,9 @@ def note_segments() -> None:
 
 
 def _note(folder: Path) -> None:
-    """Names and inodes, a line each: a segment that another job makes under the same name is
-    another one."""
+    """Writes names and inodes, one segment a line. A segment that another job creates later under
+    the same name has another inode.
+    """
     mark = f"{JOB_FOLDER_ENV}={folder}".encode()
     mapped = {inode for process in _processes() if mark in _environment(process) for inode in _mapped(process)}
     segments = (entry for entry in os.scandir(SHARED_MEMORY) if entry.name.startswith(SEGMENT_NAMES))
@@ -122,7 +131,7 @@ def _note(folder: Path) -> None:
 
 
 def _noted(folder: Path) -> set[Path]:
-    """Returns what the job's processes noted and is still what they noted."""
+    """Returns the recorded segments that still have the recorded inode."""
     noted = set()
     for file in folder.glob(f"{SEGMENTS}/*"):
         for name, _, inode in (line.partition(" ") for line in file.read_text(errors="replace").splitlines()):
@@ -133,14 +142,15 @@ def _noted(folder: Path) -> set[Path]:
 
 
 def segments_in_use(segments: set[Path]) -> set[Path]:
-    """Those of ``segments`` that a process of this host has mapped."""
+    """Returns those of ``segments`` that a process of this host has mapped."""
     mapped = {inode for process in _processes() for inode in _mapped(process)} if segments else set()
     return {path for path in segments if _inode(path) in mapped}
 
 
 def close_job_folder(folder: Path, patience: float = END_SECONDS) -> None:
-    """Removes the folder and the segments noted in it, once nothing uses these or ``patience``
-    seconds have gone by; what is in use stays."""
+    """Removes the folder and the segments recorded in it, once nothing uses the segments or
+    ``patience`` seconds have passed. Segments in use stay.
+    """
     with _housekeeping(f"what {folder} notes of shared memory could not be removed"):
         segments = _noted(folder)
         end = time.monotonic() + patience
@@ -152,7 +162,8 @@ def close_job_folder(folder: Path, patience: float = END_SECONDS) -> None:
 
 
 def _end(folder: Path, owner: int) -> None:
-    """Ray's own end comes after this one in atexit's order, but has to come first."""
+    """Shuts Ray down, then removes the folder. In atexit's order Ray's shutdown would come
+    second."""
     if os.getpid() != owner:
         return
     with _housekeeping("the job's shared memory could not be noted"):
@@ -175,7 +186,9 @@ def _processes() -> list[int]:
 
 
 def _environment(process: int) -> list[bytes]:
-    """As the process was started; empty if it is gone or another user's."""
+    """Returns the environment that the process was started with; empty if the process is gone or
+    another user's.
+    """
     try:
         return Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
     except OSError:
@@ -190,9 +203,10 @@ def _inode(path: Path) -> int | None:
 
 
 def _mapped(process: int) -> set[int]:
-    """Inodes that a process has mapped of shared memory (proc(5)); empty if it is gone or another
-    user's. A semaphore's creator shows another name for it, which the C library has removed
-    again."""
+    """Returns the inodes of shared memory that a process has mapped (proc(5)); empty if the process
+    is gone or another user's. The creator of a semaphore shows another name for it, which the C
+    library has already removed.
+    """
     try:
         text = Path(f"/proc/{process}/maps").read_text()
     except OSError:

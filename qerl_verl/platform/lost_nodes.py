@@ -1,8 +1,8 @@
-"""A run that ends because a node of the Ray cluster is gone says which one.
+"""Names the lost node when a run ends because a node of the Ray cluster is gone.
 
-What verl's driver shows then is whatever noticed first: an actor that died, or a rank whose peer
-closed the connection. Ray finds out later that the node is gone, so the report waits for that where
-the error is of such a kind.
+verl's driver shows whichever error came first: an actor that died, or a rank whose peer closed the
+connection. Ray detects the loss of the node later, so for errors of this kind the report waits for
+Ray.
 """
 
 from __future__ import annotations
@@ -24,32 +24,32 @@ _LOST_CONNECTION = re.compile(
 
 @dataclass
 class NodeWatch:
-    """The nodes that a run began with.
+    """Compares the nodes of the cluster with those that a run began with.
 
     Attributes:
         list_nodes: Ray's list of nodes (``ray.nodes``).
-        began_with: their ids; empty until Ray is up.
+        began_with: ids of the first nodes; empty until Ray has started.
     """
 
     list_nodes: Callable[[], list[dict]]
     began_with: set[str] = field(default_factory=set)
 
     def begin(self) -> None:
-        """Ray is up."""
+        """Records the nodes; called when Ray has started."""
         self.began_with = {node["NodeID"] for node in self.list_nodes() if node["Alive"]}
 
     def lost(self) -> list[str]:
-        """Those that are gone, with Ray's reason: ``node2 (10.0.0.2): health check failed``."""
+        """Returns the lost nodes with Ray's reason: ``node2 (10.0.0.2): health check failed``."""
         gone = [n for n in self.list_nodes() if not n["Alive"] and n["NodeID"] in self.began_with]
         return [_describe(node) for node in gone]
 
     def find_lost(self, error: BaseException, say: Callable[[str], None]) -> list[str]:
-        """:meth:`lost`; waits for Ray where ``error`` is what a lost node leads to and the run has
-        several.
+        """Returns :meth:`lost`. Waits for Ray's detection if ``error`` may result from a lost node
+        and the run has several nodes.
 
         Args:
-            error: what ended the run.
-            say: one line for the user.
+            error: the error that ended the run.
+            say: called with one line for the user.
         """
         lost = self.lost()
         if lost or len(self.began_with) < 2 or not _LOST_CONNECTION.search(f"{type(error).__name__}: {error}"):
@@ -62,9 +62,9 @@ class NodeWatch:
 
 
 def watch_nodes() -> NodeWatch | None:
-    """Returns a watch that begins when this process has started or joined Ray; None where this
-    version of Ray calls no hooks after ``ray.init`` (ray/_private/worker.py,
-    ``_post_init_hooks``)."""
+    """Returns a watch that begins when this process has started or joined Ray; None if this version
+    of Ray calls no hooks after ``ray.init`` (ray/_private/worker.py, ``_post_init_hooks``).
+    """
     import ray
     from ray._private import worker
 

@@ -1,12 +1,11 @@
-"""Ends a run that has lost one of its processes, and says which one and why.
+"""Ends a run that has lost one of its processes, and names the process and the reason.
 
-verl's trainers wait without limit for what such a process was to deliver: the replay buffer for
-samples of an agent loop that is gone (verl/trainer/ppo/v1/replay_buffer.py, ``sample`` and
-``wait_for_sampleable``), TransferQueue's clients for their controller (transfer_queue/client.py,
-whose socket pool has no timeout), a rank for its peers. A dead reward worker is worse than a wait:
-its samples fail, and the run goes on without them. All of these processes are Ray actors of the
-driver's job, so one thread of the driver asks Ray's control store (GCS) for dead actors. A look
-takes about a millisecond.
+verl's trainers wait without limit for the results of such a process: the replay buffer for samples
+of a dead agent loop (verl/trainer/ppo/v1/replay_buffer.py, ``sample`` and ``wait_for_sampleable``),
+TransferQueue's clients for their controller (transfer_queue/client.py, whose socket pool has no
+timeout), a rank for its peers. A dead reward worker is worse than a wait: its samples fail, and the
+run continues without them. All of these processes are Ray actors of the driver's job, so one thread
+of the driver asks Ray's control store (GCS) for dead actors. A request takes about a millisecond.
 """
 
 from __future__ import annotations
@@ -18,11 +17,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 LOOK_SECONDS = 2.0
-"""Between two looks."""
+"""Time between two requests."""
 
 FAILED_LOOKS = 30
-"""So many looks in a row without an answer end the watch: a minute, after which Ray's own processes
-end as well (``gcs_rpc_server_reconnect_timeout_s`` of ray_config_def.h)."""
+"""The watch ends after so many failed requests in a row: a minute, after which Ray's own processes
+end as well (``gcs_rpc_server_reconnect_timeout_s`` of ray_config_def.h).
+"""
 
 GRACE_SECONDS = 20.0
 """How long verl may take to end the run with an error of its own."""
@@ -38,25 +38,25 @@ MEMORY_ADVICE = (
 )
 
 _INTENDED = ("RAY_KILL", "OUT_OF_SCOPE", "REF_DELETED", "OWNER_DIED")
-"""Of Ray's reasons: verl has ended the actor, or it went with the one that made it."""
+"""Ray's reasons for an intended end: verl has ended the actor, or its owner has ended."""
 
 _INTENDED_EXIT = re.compile(r"exit type: INTENDED_")
-"""In Ray's message about a worker that ended by itself (``exit_actor``, exit code 0)."""
+"""Found in Ray's message about a worker that ended by itself (``exit_actor``, exit code 0)."""
 
 _ABRUPT = "connection error code"
-"""In Ray's message about a process whose connection broke off."""
+"""Found in Ray's message about a process whose connection broke off."""
 
 
 @dataclass(frozen=True)
 class LostProcess:
-    """An actor of the run that nobody ended on purpose.
+    """An actor of the run that ended without intent.
 
     Attributes:
         name: class, actor's name, process and address.
         reason: why it ended, as far as Ray knows.
         memory: whether Ray ended it because its node was short of memory.
-        started: whether it ended later than in its constructor.
-        ended: when, in milliseconds since 1970.
+        started: whether its constructor had returned before it ended.
+        ended: time of its end, in milliseconds since 1970.
     """
 
     name: str
@@ -70,8 +70,8 @@ class LostProcess:
 
 
 def read_actor(actor, of_the_run: Iterable[str] = OF_THE_RUN) -> LostProcess | None:
-    """Returns what Ray's record of a dead actor says; None where it was ended on purpose or is the
-    user's.
+    """Returns the loss that Ray's record of a dead actor describes; None if the actor was ended on
+    purpose or is the user's.
 
     Args:
         actor: ``ActorTableData`` of gcs.proto.
@@ -116,8 +116,9 @@ def _say_death(message: str) -> str:
 
 
 def _say_memory(message: str) -> str:
-    """Returns the first sentences and the largest processes of Ray's message of several thousand
-    characters."""
+    """Shortens Ray's message about memory, several thousand characters long, to its first sentences
+    and the largest processes.
+    """
     first = _one_line(message.partition("\n")[0])
     _, _, table = message.partition("COMMAND\n")
     largest = []
@@ -140,13 +141,13 @@ def _one_line(text: str, length: int = 400) -> str:
 
 @dataclass
 class ProcessWatch:
-    """Looks for lost processes from the moment at which Ray is up.
+    """Looks for lost processes, beginning when Ray has started.
 
     Attributes:
-        list_lost: those that are known now.
-        end_run: ends the actors that this process has made.
+        list_lost: returns the losses that Ray knows of.
+        end_run: ends the actors that this process has created.
         say: called with each line for the user.
-        lost: those found so far.
+        lost: losses found so far.
     """
 
     list_lost: Callable[[], list[LostProcess]]
@@ -157,7 +158,7 @@ class ProcessWatch:
     _over: threading.Event = field(default_factory=threading.Event)
 
     def begin(self) -> None:
-        """Ray is up."""
+        """Starts the thread; called when Ray has started."""
         atexit.register(self._over.set)  # comes before Ray's own end
         threading.Thread(target=self._run, name="qerl processes", daemon=True).start()
 
@@ -188,7 +189,9 @@ class ProcessWatch:
             )
 
     def look(self) -> list[LostProcess]:
-        """:attr:`lost`, after a look; each loss is said once, in the order in which they came."""
+        """Asks Ray, and returns :attr:`lost`. Reports each loss once, in the order in which they
+        happened.
+        """
         with self._lock:
             for process in sorted(self.list_lost(), key=lambda process: process.ended):
                 if process in self.lost:
@@ -201,10 +204,10 @@ class ProcessWatch:
             return list(self.lost)
 
     def end(self, failed: bool) -> list[LostProcess]:
-        """Returns the run is over: no look comes after this one.
+        """Stops the watch at the end of the run, and returns the losses.
 
         Args:
-            failed: whether it ended with an error, which a loss may be the reason of.
+            failed: whether the run ended with an error, which a loss may have caused.
         """
         self._over.set()
         if failed:
@@ -216,9 +219,9 @@ class ProcessWatch:
 
 
 def watch_processes(say: Callable[[str], None]) -> ProcessWatch | None:
-    """Returns a watch that begins when this process has started or joined Ray; None where this
-    version of Ray calls no hooks after ``ray.init`` (ray/_private/worker.py,
-    ``_post_init_hooks``)."""
+    """Returns a watch that begins when this process has started or joined Ray; None if this version
+    of Ray calls no hooks after ``ray.init`` (ray/_private/worker.py, ``_post_init_hooks``).
+    """
     from ray._private import worker
 
     hooks = getattr(worker, "_post_init_hooks", None)
@@ -230,9 +233,10 @@ def watch_processes(say: Callable[[str], None]) -> ProcessWatch | None:
 
 
 def _actors(state: str) -> list:
-    """Records of this job's actors in a state. From the control store itself: ``ray.util.state``
-    asks the dashboard, which may not run, and ``ray.state.actors`` leaves the class's module
-    out."""
+    """Returns the records of this job's actors in a state, from the control store.
+    ``ray.util.state`` asks the dashboard, which may not run, and ``ray.state.actors`` omits the
+    class's module.
+    """
     from ray._private.state import state as global_state
     from ray._private.worker import global_worker
     from ray.core.generated.gcs_pb2 import ActorTableData
@@ -247,8 +251,9 @@ def _list_lost() -> list[LostProcess]:
 
 
 def _end_own_actors() -> None:
-    """Those that this process has made: verl's driver makes one, which all the others end with. The
-    driver's ``ray.get`` then raises ActorDiedError."""
+    """Ends the actors that this process has created. verl's driver creates one, and all others end
+    with it. The driver's ``ray.get`` then raises ActorDiedError.
+    """
     import ray
     from ray._private.worker import global_worker
 

@@ -1,7 +1,7 @@
-"""Whether a run joins a Ray cluster that runs already, or starts Ray itself.
+"""Whether a run joins a running Ray cluster or starts Ray itself.
 
 The choice of the platform, the job's folder for temporary files and the resources that the switch
-declares to Ray all depend on it, and all ask :func:`find_cluster`.
+declares to Ray all depend on the answer of :func:`find_cluster`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class RayCluster:
 
     Attributes:
         address: ``host:port`` of its GCS, or ``ray://host:port`` for Ray's client.
-        found_by: where Ray learns of it: a setting, ``RAY_ADDRESS``, or the file of a ``ray
+        found_by: where Ray finds the address: a setting, ``RAY_ADDRESS``, or the file of a ``ray
             start``.
     """
 
@@ -64,8 +64,9 @@ def find_cluster(ray_init: Mapping, environment: Mapping[str, str] = os.environ)
 
 
 def answers(address: str, seconds: float = 5.0) -> bool:
-    """Returns whether something listens at an address of :class:`RayCluster`. The file of a Ray
-    that crashed names one where nothing does."""
+    """Returns whether a process listens at an address of :class:`RayCluster`. After a crash of Ray,
+    its file still names an address at which none does.
+    """
     host, _, port = address.rpartition("://")[2].partition("/")[0].rpartition(":")
     if not port.isdigit():
         return address != "auto"

@@ -1,5 +1,6 @@
-"""Signals that end a run (``scancel``, the end of a pod, a closed terminal): one line, a clean
-end, exit code 128 + number."""
+"""Signals that end a run (``scancel``, the end of a pod, a closed terminal): the process prints one
+line, cleans up, and exits with 128 + number.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +32,9 @@ def _end(number: int, frame: object) -> None:
 
 
 def _install() -> None:
-    """In the main thread alone, as Python has it. What is ignored (nohup) stays ignored."""
+    """Installs the handlers, in the main thread alone, as Python requires. Signals that are ignored
+    (nohup) stay ignored.
+    """
     if threading.current_thread() is threading.main_thread():
         for number in ENDING:
             if signal.getsignal(number) is not signal.SIG_IGN:
@@ -40,8 +43,9 @@ def _install() -> None:
 
 @contextmanager
 def ends_on_signals() -> Iterator[None]:
-    """Within the block a signal of :data:`ENDING` raises SystemExit(128 + number), so that
-    ``finally`` and exit handlers run."""
+    """Makes a signal of :data:`ENDING` raise SystemExit(128 + number) within the block, so that
+    ``finally`` and exit handlers run.
+    """
     before = {number: signal.getsignal(number) for number in ENDING}
     _install()
     try:
@@ -53,16 +57,16 @@ def ends_on_signals() -> Iterator[None]:
 
 
 def end_driver_on_signals() -> bool:
-    """Returns the same for the rest of a process that starts or joins Ray. Call it before anything
-    that is to clean up at exit.
+    """Installs the handlers of :func:`ends_on_signals` for the rest of a process that starts or
+    joins Ray. Call it before any code that cleans up at exit.
 
-    Ray's core worker takes SIGTERM when it starts, writes a trace of addresses and aborts the
-    process (exit code 134); and where a signal's exception comes in the middle of ``ray.get``, Ray
-    turns it into exit code 1. So the handlers are installed again when Ray is up, and the last exit
-    handler sets the code.
+    When Ray's core worker starts, it installs a handler of SIGTERM that writes a trace of addresses
+    and aborts the process (exit code 134). If a signal's exception arrives in the middle of
+    ``ray.get``, Ray turns it into exit code 1. So the handlers are installed again when Ray has
+    started, and the last exit handler sets the code.
 
     Returns:
-        False where this version of Ray does not call hooks after ``ray.init``
+        False if this version of Ray does not call hooks after ``ray.init``
         (ray/_private/worker.py, ``_post_init_hooks``).
     """
     _install()

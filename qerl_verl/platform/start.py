@@ -1,6 +1,7 @@
-"""What shortens the start of a job's processes, through Ray's settings and Python's own variables.
+"""Shortens the start of a job's processes, through Ray's settings and Python's environment
+variables.
 
-A run starts some ten processes one after the other, and each imports PyTorch, verl and vLLM anew
+A run starts about ten processes one after the other, and each imports PyTorch, verl and vLLM
 (docs/performance-start.md has the times). Nothing here changes what they compute.
 """
 
@@ -12,27 +13,32 @@ from importlib.util import cache_from_source, find_spec
 from pathlib import Path
 
 RAY_ENVIRONMENT = {"RAY_prestart_worker_first_driver": "0"}
-"""For Ray's own processes. Ray starts idle Python workers when the first driver connects, two on a
-machine of two cores. None of them is ever used: verl gives all of its processes a runtime
-environment, and Ray serves these with workers that were started with it alone."""
+"""Environment variables of Ray's own processes.
+
+Ray starts idle Python workers when the first driver connects, two on a machine of two cores. None
+of them is ever used: verl gives all of its processes a runtime environment, and Ray serves such
+processes only with workers that were started with the same environment.
+"""
 
 PACKAGES = ("torch", "transformers", "verl", "vllm")
-"""Whose modules take most of an import's time."""
+"""Packages whose modules take most of an import's time."""
 
 FOLDER = "bytecode"
-"""In the cache folder: the compiled modules of installations that have none."""
+"""Folder in the cache folder for the compiled modules of installations without any."""
 
 
 def set_ray_environment(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Sets :data:`RAY_ENVIRONMENT` in the driver, before it starts Ray. What is set already
-    stays."""
+    """Sets :data:`RAY_ENVIRONMENT` in the driver, before it starts Ray. Variables that are set
+    already stay.
+    """
     for name, value in RAY_ENVIRONMENT.items():
         environment.setdefault(name, value)
 
 
 def find_uncompiled() -> list[str]:
-    """Packages of :data:`PACKAGES` that were installed without compiled modules (``.pyc``), as some
-    installers and images leave them. Nothing is imported."""
+    """Returns the packages of :data:`PACKAGES` that were installed without compiled modules
+    (``.pyc``), as some installers and images do. Imports nothing.
+    """
     found = []
     for package in PACKAGES:
         spec = find_spec(package)
@@ -42,17 +48,20 @@ def find_uncompiled() -> list[str]:
 
 
 def _compiled(source: Path) -> Path:
-    """Returns the compiled form of a module beside its source, whatever ``PYTHONPYCACHEPREFIX``
-    says."""
+    """Returns the path of a module's compiled form beside its source, whatever
+    ``PYTHONPYCACHEPREFIX`` says.
+    """
     return source.parent / "__pycache__" / Path(cache_from_source(str(source))).name
 
 
 def bytecode_environment(
     cache: Path, environment: Mapping[str, str], uncompiled: list[str]
 ) -> tuple[dict[str, str], str]:
-    """Variables that make the job's processes keep compiled modules in a folder of ours, where the
-    installation has none and cannot get any: else each process compiles all of its modules again,
-    which doubles the time of an import.
+    """Returns environment variables that let the job's processes cache compiled modules in the
+    cache folder.
+
+    They are needed where the installation has no compiled modules and cannot be written to.
+    Otherwise each process compiles all of its modules, which doubles the time of an import.
 
     Args:
         cache: the cache folder.
@@ -60,7 +69,7 @@ def bytecode_environment(
         uncompiled: the result of :func:`find_uncompiled`.
 
     Returns:
-        The variables, and a line for the user; both empty where nothing is to be done.
+        The variables, and a line for the user; both empty if nothing is to be done.
     """
     if not uncompiled or environment.get("PYTHONPYCACHEPREFIX"):
         return {}, ""

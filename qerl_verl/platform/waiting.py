@@ -1,8 +1,8 @@
-"""Says what a run waits for, where Ray does not have what verl reserves.
+"""Reports what a run waits for while Ray lacks resources that verl reserves.
 
-verl and TransferQueue wait without limit and without a word for placement groups and actors that
-Ray cannot place. What a run reserves is known (:mod:`qerl_verl.config.reserved`), so a thread of
-the driver compares it with what the cluster has.
+verl and TransferQueue wait without limit and without a message for placement groups and actors that
+Ray cannot place. The resources that a run reserves are known (:mod:`qerl_verl.config.reserved`), so
+a thread of the driver compares them with those of the cluster.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ workers are placed."""
 
 
 def start_watch(gpus: int, cpus: int, say: Callable[[str], None]) -> threading.Thread:
-    """Watches the run of this process from the moment at which Ray is up.
+    """Starts to watch the run of this process when Ray has started.
 
     Args:
         gpus, cpus: what the run reserves.
@@ -73,7 +73,7 @@ def _groups() -> list[dict]:
 def describe(
     gpus: int, cpus: int, total: Mapping[str, float], free: Mapping[str, float], groups: Sequence[Mapping]
 ) -> str:
-    """Returns what the run waits for, in one line; empty where it waits for nothing.
+    """Returns one line that says what the run waits for; empty if it waits for nothing.
 
     Args:
         gpus, cpus: what the run reserves.
