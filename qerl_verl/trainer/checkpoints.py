@@ -1,15 +1,16 @@
-"""Whole checkpoints and halves of them: which folder a run may go on from.
+"""Complete and incomplete checkpoints: which folder a run may resume from.
 
 verl writes ``global_step_N/`` file by file and then overwrites
 ``latest_checkpointed_iteration.txt`` in place (verl/trainer/ppo/v1/trainer_base.py,
-_save_checkpoint). A run that dies meanwhile leaves a folder that looks like a checkpoint, or an
-empty tracker. After everything else the trainer therefore writes ``qerl_checkpoint.json`` into the
-folder: name and size of each file, what base the adapter was trained on, and what else defines the
-policy. A folder without it, or that does not match it, is not resumed from by itself.
+_save_checkpoint). A run that dies in between leaves a folder that looks like a checkpoint, or an
+empty tracker. As the last file the trainer therefore writes ``qerl_checkpoint.json`` into the
+folder: name and size of each file, the base that the adapter was trained on, and the other settings
+that define the policy. ``resume_mode=auto`` ignores a folder without this record, or one that does
+not match it.
 
-Before everything else it writes ``qerl_run``, the identifier of the run, which a restart with
-``resume_mode=auto`` goes on with. Only what carries this run's identifier is pruned, and of it only
-files that the record lists. A checkpoint of another run that stands where this one saves moves
+As the first file it writes ``qerl_run``, the identifier of the run, which a restart with
+``resume_mode=auto`` continues. Only folders with this run's identifier are pruned, and in them only
+files that the record lists. A checkpoint of another run that stands in the place of a new one moves
 aside.
 """
 
@@ -31,7 +32,7 @@ from qerl_verl.nvfp4.errors import CheckpointError
 
 RECORD_FILE = "qerl_checkpoint.json"
 PRUNED_FILE = "qerl_checkpoint.pruned.json"
-"""The record of a checkpoint that :func:`prune` has taken something from."""
+"""The record of a checkpoint from which :func:`prune` has removed files."""
 RUN_FILE = "qerl_run"
 _OURS = (RECORD_FILE, PRUNED_FILE, RUN_FILE)
 _PREFIX = "global_step_"
@@ -40,13 +41,14 @@ _PREFIX = "global_step_"
 def write_record(
     folder: str | Path, base: dict[str, str], policy: dict[str, Any] | None = None, steps: int | None = None
 ) -> None:
-    """Declares a checkpoint whole. Its files are on the disk when this returns.
+    """Declares a checkpoint complete. All of its files are on the disk when the function returns.
 
     Args:
         folder: ``global_step_N``.
         base: role -> fingerprint of the NVFP4 base, see :func:`qerl_verl.nvfp4.cache.fingerprint`.
-        policy: what else defines the policy, see :func:`qerl_verl.config.policy.describe_policy`.
-        steps: of the whole run, over which the noise schedule stretches.
+        policy: the other settings that define the policy, see
+            :func:`qerl_verl.config.policy.describe_policy`.
+        steps: number of steps of the whole run, over which the noise schedule stretches.
     """
     folder = Path(folder)
     files = {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*")) if p.is_file() and p.name not in _OURS}
@@ -66,7 +68,7 @@ def _sync(path: Path) -> None:
 
 
 def read_record(folder: str | Path, file: str = RECORD_FILE) -> dict | None:
-    """Returns the record of a checkpoint, None where there is none to read."""
+    """Returns the record of a checkpoint, or None if it has no readable one."""
     try:
         record = json.loads((Path(folder) / file).read_text())
         return record if isinstance(record["files"], dict) and isinstance(record["base"], dict) else None
@@ -75,7 +77,9 @@ def read_record(folder: str | Path, file: str = RECORD_FILE) -> dict | None:
 
 
 def find_damage(folder: str | Path) -> str | None:
-    """Why a checkpoint is not whole; None if it is. Reads sizes, not contents."""
+    """Returns why a checkpoint is incomplete, or None if it is complete. Compares sizes, not
+    contents.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         return "there is no such folder"
@@ -98,26 +102,25 @@ def checkpoint_step(folder: str | Path) -> int:
 
 
 def list_checkpoints(root: str | Path) -> list[Path]:
-    """Returns all ``global_step_N`` under ``root``, whole or not, the newest first."""
+    """Returns all ``global_step_N`` under ``root``, complete or not, the newest first."""
     root = Path(root)
     found = [p for p in root.glob(f"{_PREFIX}*") if p.name.removeprefix(_PREFIX).isdigit() and p.is_dir()]
     return sorted(found, key=checkpoint_step, reverse=True)
 
 
 def find_resumable(root: str | Path, notify) -> Path | None:
-    """Returns what ``trainer.resume_mode=auto`` goes on from: the checkpoint that verl's tracker
-    names, or the newest whole one before it.
+    """Returns the checkpoint that ``trainer.resume_mode=auto`` continues from: the one that verl's
+    tracker names, or the newest complete one before it.
 
     Args:
         root: ``trainer.default_local_dir``.
-        notify: called with one line for each folder that is passed over.
+        notify: called with one line for each folder that is skipped.
 
     Returns:
-        A whole ``global_step_N``; None to start from scratch, where nothing was ever saved to its
-        end.
+        A complete ``global_step_N``; None to start from scratch, if no save was ever completed.
 
     Raises:
-        CheckpointError: something had been saved, but nothing of it is whole.
+        CheckpointError: something was saved, but no checkpoint is complete.
     """
     root = Path(root)
     candidates = list_checkpoints(root)
@@ -151,11 +154,11 @@ def find_resumable(root: str | Path, notify) -> Path | None:
 
 
 def check_policy(folder: str | Path, policy: dict[str, Any]) -> None:
-    """Refuses to go on with another policy than the one that was trained: the adapter at another
-    scale, other noise.
+    """Refuses to resume with another policy than the one that was trained, for example with another
+    scale of the adapter or other noise.
 
     Args:
-        folder: a checkpoint; what it has not recorded is let through.
+        folder: a checkpoint; settings that it has not recorded are not compared.
         policy: of this run, see :func:`qerl_verl.config.policy.describe_policy`.
 
     Raises:
@@ -171,8 +174,9 @@ def check_policy(folder: str | Path, policy: dict[str, Any]) -> None:
 
 
 def other_length(folder: str | Path, steps: int | None) -> int | None:
-    """Returns how many steps the run was to have that saved a checkpoint, if that is another
-    number than ``steps``."""
+    """Returns the number of steps of the run that saved a checkpoint if it differs from ``steps``,
+    else None.
+    """
     then = (read_record(folder) or {}).get("total_training_steps")
     return then if then is not None and steps is not None and then != steps else None
 
@@ -181,7 +185,7 @@ def check_base(folder: str | Path, base: dict[str, str]) -> None:
     """Refuses to put an adapter on a base that it was not trained on.
 
     Args:
-        folder: a checkpoint; one without a record is let through.
+        folder: a checkpoint; one without a record is accepted.
         base: role -> fingerprint in this run.
 
     Raises:
@@ -200,12 +204,12 @@ def check_base(folder: str | Path, base: dict[str, str]) -> None:
 
 
 def new_run() -> str:
-    """Returns an identifier that no other run has."""
+    """Returns a unique identifier for a run."""
     return uuid.uuid4().hex
 
 
 def read_run(folder: Path) -> str | None:
-    """Returns the run that saved a checkpoint, None where it does not say."""
+    """Returns the identifier of the run that saved a checkpoint, or None if none is recorded."""
     try:
         return (folder / RUN_FILE).read_text().strip() or None
     except (OSError, UnicodeDecodeError):
@@ -213,10 +217,10 @@ def read_run(folder: Path) -> str | None:
 
 
 def claim(folder: Path, run: str, notify: Callable[[str], None]) -> None:
-    """Makes ``global_step_N`` this run's before it saves there; what another run saved there moves
-    aside.
+    """Marks ``global_step_N`` as this run's before the run saves there. A complete checkpoint of
+    another run, or a folder that QeRL did not write, moves aside.
 
-    A save of ours that did not come to its end, of whichever run, is overwritten.
+    An incomplete save of QeRL, of whichever run, is overwritten.
 
     Args:
         notify: called with one line for a folder that moves.
@@ -237,11 +241,11 @@ def claim(folder: Path, run: str, notify: Callable[[str], None]) -> None:
 
 
 def prune(saved: list[Path], role: str, keep: int | None, run: str) -> None:
-    """Removes ``role``'s part of old checkpoints, as verl does it, but after the newest is whole,
-    not before.
+    """Removes ``role``'s files from old checkpoints, as verl does, but only after the newest
+    checkpoint is complete.
 
-    What is removed are files that ``run`` wrote: those that the record lists, in folders that carry
-    its identifier.
+    Only files that ``run`` wrote are removed: those that the record lists, in folders with the
+    run's identifier.
 
     Args:
         saved: the checkpoints of this run in the order of their steps, the newest last.

@@ -57,21 +57,23 @@ logger = logging.getLogger(__name__)
 logger.setLevel(os.getenv("VERL_LOGGING_LEVEL", "INFO"))
 
 ENGINE_CHECK_SECONDS = 5.0
-"""How often a weight sync that is under way asks the rollout engines whether they live."""
+"""Interval at which a running weight sync checks that the rollout engines are alive."""
 
 
 def _check_engines(replicas: list) -> None:
-    """Raises: vLLM's EngineDeadError, if a replica's engine has ended."""
+    """Checks the replicas' engines.
+
+    Raises:
+        EngineDeadError: of vLLM; the engine of a replica has ended.
+    """
     ray.get([replica.server_handle.qerl_check_engine.remote() for replica in replicas])
 
 
 class _NoisyCheckpointManager:
-    """verl's CheckpointEngineManager, followed by the noise: every weight sync ends with the sigma
-    of the step to come.
+    """Wraps verl's CheckpointEngineManager: every weight sync ends with the noise of the next step.
 
-    For engines that share the actor's GPU. Everything else is passed through. Standing here, and
-    not in ``on_step_end``, the noise is in place before a trainer resumes generation, whichever its
-    mode.
+    For engines that share the actor's GPU. All other calls are forwarded. The noise is set here and
+    not in ``on_step_end``, so that it is in place before a trainer of any mode resumes generation.
 
     Args:
         after_sync: called with the replicas and the sync's ``global_steps``.
@@ -85,11 +87,11 @@ class _NoisyCheckpointManager:
         return getattr(self._manager, name)
 
     def update_weights(self, global_steps: int | None = None):
-        """verl's, with an eye on the engines meanwhile.
+        """Runs verl's weight sync while checking the engines.
 
         The actor waits without limit for the engine's worker to take a bucket
-        (vllm_rollout/bucketed_weight_transfer.py, async_send_weights): when that dies, the job
-        would stand still for ever.
+        (vllm_rollout/bucketed_weight_transfer.py, async_send_weights). Without the check, the job
+        would hang when the worker dies.
         """
         manager = self._manager
         pending = manager.actor_wg.update_weights(global_steps=global_steps, mode=manager.backend)
@@ -103,11 +105,11 @@ class _NoisyCheckpointManager:
 
 
 class _StandaloneCheckpointManager(CheckpointEngineManager):
-    """The same for engines of their own: verl's sync ends with resuming their generation, so the
-    noise comes right before.
+    """Sets the noise in weight syncs to engines with GPUs of their own. verl's sync ends with
+    resuming their generation, so the noise is set right before.
 
     Args:
-        manager: verl's, which this one takes the place of.
+        manager: verl's, which this one replaces.
     """
 
     def __init__(self, manager: CheckpointEngineManager, after_sync: Callable[[list, int | None], None]):
@@ -116,8 +118,9 @@ class _StandaloneCheckpointManager(CheckpointEngineManager):
         self._global_steps: int | None = None
 
     def update_weights(self, global_steps: int | None = None) -> dict:
-        """verl's, in a thread, with an eye on the engines; the thread is left behind when one
-        has died, as the job ends."""
+        """Runs verl's weight sync in a thread while checking the engines. When an engine has died,
+        the thread is abandoned, since the job ends.
+        """
         self._global_steps = global_steps
         sync, result = super().update_weights, futures.Future()
 
@@ -139,10 +142,10 @@ class _StandaloneCheckpointManager(CheckpointEngineManager):
 
 
 class _RecordingCallback:
-    """verl's checkpoint callback (verl/trainer/ppo/checkpoint_callback.py), after the record that
-    makes a checkpoint whole.
+    """Wraps verl's checkpoint callback (verl/trainer/ppo/checkpoint_callback.py), and first writes
+    the record that makes a checkpoint complete.
 
-    verl calls it when everything of a save is written, so the user's own callback finds the record
+    verl calls it when all files of a save are written, so the user's own callback finds the record
     in the folder.
     """
 
@@ -159,7 +162,7 @@ class _RecordingCallback:
 
 
 class WholeCheckpointsMixin:
-    """Resumes from whole checkpoints only, see :mod:`qerl_verl.trainer.checkpoints`."""
+    """Resumes only from complete checkpoints, see :mod:`qerl_verl.trainer.checkpoints`."""
 
     def __init__(self, config: DictConfig):
         super().__init__(config)
@@ -171,11 +174,11 @@ class WholeCheckpointsMixin:
         self.checkpoint_callback = _RecordingCallback(self.checkpoint_callback, self._after_save)
 
     def _load_checkpoint(self):
-        """verl's, from the checkpoint that is chosen here.
+        """Chooses a checkpoint and lets verl load it.
 
         Raises:
-            CheckpointError: none is whole, or the base or what else defines the policy has changed
-                since.
+            CheckpointError: none is complete, or the base or another setting that defines the
+                policy has changed.
         """
         trainer = self.config.trainer
         if trainer.resume_mode == "auto":
@@ -206,10 +209,12 @@ class WholeCheckpointsMixin:
             return super()._load_checkpoint()
 
     def _resume_own_state(self, folder: Path) -> None:
-        """Called with the checkpoint that training goes on from, before verl reads it."""
+        """Restores QeRL's own state from the checkpoint that training resumes from, before verl
+        reads it.
+        """
 
     def _save_checkpoint(self):
-        """verl's; old checkpoints go when the new one is whole.
+        """Saves verl's checkpoint, and removes old ones when the new one is complete.
 
         Raises:
             CheckpointError: the disk or the quota is full, or the folder cannot be written to.
@@ -237,7 +242,7 @@ class WholeCheckpointsMixin:
 
     @contextmanager
     def _trainer_setting(self, **values):
-        """Yields ``trainer.*`` with other values for a while."""
+        """Sets values of ``trainer.*`` within the block."""
         before = {name: self.config.trainer.get(name) for name in values}
         with open_dict(self.config):
             self.config.trainer.update(values)
@@ -260,37 +265,39 @@ SAMPLE_METRICS = {
 
 
 VERL_POLL_INTERVAL = 2.0
-"""Seconds between two looks for finished samples, for which verl has no setting."""
+"""Seconds between two polls for finished samples, for which verl has no setting."""
 
 
 def poll_interval(samples: int) -> float:
-    """Seconds between two looks for ``samples`` samples: 0.1, and above a thousand of them
-    longer, since a look lists them all."""
+    """Returns the seconds between two polls for ``samples`` samples: 0.1, and more above a thousand
+    samples, since each poll lists all of them.
+    """
     return min(VERL_POLL_INTERVAL, max(0.1, 1e-4 * samples))
 
 
 class AQNTrainerMixin(RunLengthMixin, RunRecordMixin, WholeCheckpointsMixin):
-    """Drives the noise of the rollout engines from the trainer's clock.
+    """Sets the noise of the rollout engines according to the trainer's step.
 
-    A sync at ``global_steps`` = s puts on the noise under which step s + 1 samples; so does the
-    first sync after a resume at s. Validation runs on the clean policy. With
-    ``qerl.aqn.enable=False`` the engines are told nothing. Metrics:
+    A sync at ``global_steps`` = s sets the noise under which step s + 1 samples; so does the first
+    sync after a resume at s. Validation runs on the clean policy. With ``qerl.aqn.enable=False``
+    the engines are sent nothing. Metrics:
 
-    - ``qerl/aqn_sigma`` and ``qerl/aqn_stage``: what the schedule asks for in the step
+    - ``qerl/aqn_sigma`` and ``qerl/aqn_stage``: the schedule's values for the step
       (``adaptive`` has no stages);
-    - ``qerl/aqn_sigma_effective``: the same, read back from the engines' live weights, in the unit
-      of ``qerl.aqn.unit``; with ``_absolute`` and ``_relative`` behind the name, in either unit;
-    - ``qerl/aqn_sigma_of_samples/*``: what the samples that the step trains on were drawn under. It
+    - ``qerl/aqn_sigma_effective``: the same, measured on the engines' weights, in the unit
+      of ``qerl.aqn.unit``; with the suffix ``_absolute`` or ``_relative``, in that unit;
+    - ``qerl/aqn_sigma_of_samples/*``: the sigma under which the samples of the step were drawn. It
       differs where an asynchronous trainer trains on samples of an earlier step;
     - ``qerl/sampling_entropy``, ``qerl/sampling_kl``, ``qerl/effective_sample_size`` and
-      ``qerl/truncated_weights``: of those samples, see
+      ``qerl/truncated_weights``: statistics of those samples, see
       :func:`qerl_verl.aqn.divergence.measure_samples`. verl's ``actor/entropy`` is the clean
       policy's.
     """
 
     verl_mode: str
-    """The built-in mode that this trainer is; verl branches on ``trainer.v1.trainer_mode`` in
-    many places."""
+    """The built-in mode that this trainer extends; verl branches on ``trainer.v1.trainer_mode`` in
+    many places.
+    """
 
     def __init__(self, config: DictConfig):
         with open_dict(config):
@@ -303,12 +310,12 @@ class AQNTrainerMixin(RunLengthMixin, RunRecordMixin, WholeCheckpointsMixin):
         super().__init__(config)
 
     def _build_replay_buffer(self):
-        """verl's, or the user's own sampler, which looks for finished samples more often than every
-        two seconds.
+        """Builds verl's replay buffer, or the user's own sampler, and shortens its polling interval
+        of two seconds.
 
-        A step waits until the next look (verl/trainer/ppo/v1/replay_buffer.py,
+        A step waits until the next poll (verl/trainer/ppo/v1/replay_buffer.py,
         _wait_for_next_poll): a second on average, where a rollout takes a few. ``separate_async``
-        also measures by that interval whether samples are scarce, so there it stays.
+        also uses the interval to measure whether samples are scarce, so there it is unchanged.
         """
         buffer = super()._build_replay_buffer()
         if self.verl_mode != "separate_async" and getattr(buffer, "poll_interval", None) == VERL_POLL_INTERVAL:
@@ -318,9 +325,10 @@ class AQNTrainerMixin(RunLengthMixin, RunRecordMixin, WholeCheckpointsMixin):
         return buffer
 
     def _init_resource_pool_mgr(self):
-        """verl's, the last step before the workers. From here on this process waits for others,
-        while the rollout's servers can be started; ``separate_async`` has servers of two kinds,
-        which verl starts."""
+        """Initializes verl's resource pools, the last step before the workers, and starts the
+        rollout's servers ahead of time: from here on this process waits for others.
+        ``separate_async`` has two kinds of servers, which verl starts.
+        """
         super()._init_resource_pool_mgr()
         if self.verl_mode != "separate_async":
             AHEAD.start(self.config)
@@ -347,12 +355,12 @@ class AQNTrainerMixin(RunLengthMixin, RunRecordMixin, WholeCheckpointsMixin):
 
     @functools.cached_property
     def aqn_schedule(self) -> AQNSchedule | AdaptiveSigma:
-        """The noise level by step; first asked for when verl has counted the training steps."""
+        """The schedule of the noise level; first used when verl has counted the training steps."""
         aqn = self.qerl_settings.aqn
         return AdaptiveSigma(aqn) if aqn.schedule == ADAPTIVE else AQNSchedule(aqn, self.total_training_steps)
 
     def _resume_own_state(self, folder: Path) -> None:
-        """Takes the adaptive noise level up where the checkpoint left it.
+        """Restores the adaptive noise level from the checkpoint.
 
         Raises:
             CheckpointError: its file is damaged.
@@ -393,12 +401,12 @@ class AQNTrainerMixin(RunLengthMixin, RunRecordMixin, WholeCheckpointsMixin):
             self._acting = {s: a for s, a in self._acting.items() if s >= step - 1} | {step: found}
 
     def _push(self, replicas: list, step: int, sigma: float) -> list[dict[str, float]]:
-        """Tells the replicas' engines, waits until all of them have it, and drop what was cached
-        under other weights.
+        """Sends the noise to the replicas' engines, waits until all of them have applied it, and
+        drops what they had cached under other weights.
 
         Returns:
-            What acts in each worker now, see :meth:`qerl_verl.aqn.noise.NoiseInjector.measure`;
-            nothing without noise.
+            The noise in effect in each worker, see
+            :meth:`qerl_verl.aqn.noise.NoiseInjector.measure`; empty without noise.
         """
         if not self.qerl_settings.aqn.enable:
             return []
@@ -425,12 +433,13 @@ class AQNTrainerMixin(RunLengthMixin, RunRecordMixin, WholeCheckpointsMixin):
         super().on_validate_end()
 
     def _generating(self) -> list:
-        """Returns the replicas that validation runs on."""
+        """Returns the replicas that run validation."""
         return self.checkpoint_manager.replicas
 
     def _wait_for_samples_in_flight(self) -> None:
-        """Until nothing is being sampled for training: validation takes the noise off for all
-        that the engines generate."""
+        """Waits until nothing is sampled for training, since validation removes the noise for all
+        sequences that the engines generate.
+        """
 
     def step(self, metrics: dict, timing_raw: dict):
         batch = super().step(metrics, timing_raw)
@@ -456,9 +465,11 @@ class AQNTrainerMixin(RunLengthMixin, RunRecordMixin, WholeCheckpointsMixin):
         return super()._compute_advantage(batch, metrics=metrics)
 
     def _measure_samples(self, batch) -> dict[str, float]:
-        """Metrics of the samples' own log-probabilities, before verl's rejection sampling changes
-        their mask; nothing without them (``rollout.calculate_log_probs``). In verl's bypass mode
-        only the entropy: there the clean policy's are not computed."""
+        """Returns metrics of the samples' log-probabilities, before verl's rejection sampling
+        changes their mask. Empty if the samples have none (``rollout.calculate_log_probs``). In
+        verl's bypass mode only the entropy is returned, since the clean policy's log-probabilities
+        are not computed.
+        """
         if not self.config.actor_rollout_ref.rollout.calculate_log_probs:
             return {}
         correction = self.config.algorithm.get("rollout_correction") or {}
@@ -481,8 +492,9 @@ class AQNTrainerMixin(RunLengthMixin, RunRecordMixin, WholeCheckpointsMixin):
         return {SAMPLE_METRICS[name]: value for name, value in found.items()}
 
     def _sigmas_of_samples(self, tags: list[dict]) -> list[float]:
-        """Sigma at a sample's first and at its last token; the samples' versions count the
-        syncs, see :meth:`_after_sync`."""
+        """Returns sigma at each sample's first and last token. The samples' versions count the
+        syncs, see :meth:`_after_sync`.
+        """
         versions = [
             tag[key]
             for tag in tags
@@ -500,7 +512,7 @@ class QeRLTrainerSync(AQNTrainerMixin, PPOTrainerSync):
 
 
 def _wait_for_samples_in_flight() -> None:
-    """verl leaves unfinished prompts running beside the validation; with them, it waits here."""
+    """Waits for unfinished prompts, which verl leaves running beside the validation."""
     while True:
         tags = (tq.kv_list("train") or {}).get("train", {}).values()
         if not any(tag.get("is_prompt") and tag.get("status") in ("pending", "running") for tag in tags):
@@ -522,8 +534,8 @@ class QeRLTrainerColocateAsync(AQNTrainerMixin, PPOTrainerColocateAsync):
 class QeRLTrainerSeparateAsync(AQNTrainerMixin, PPOTrainerSeparateAsync):
     """verl's asynchronous trainer whose engines have GPUs of their own, with AQN.
 
-    Beside those, replicas on the actor's GPUs help while it does not train
-    (``actor_rollout_ref.hybrid_engine``); they sleep otherwise, and a sleeping engine is told
+    Replicas on the actor's GPUs also generate while the actor does not train
+    (``actor_rollout_ref.hybrid_engine``). They sleep otherwise, and a sleeping engine is sent
     nothing.
     """
 
@@ -544,9 +556,12 @@ class QeRLTrainerSeparateAsync(AQNTrainerMixin, PPOTrainerSeparateAsync):
 
     @contextmanager
     def _without_the_line_that_fails(self):
-        """verl's _setup ends with a line of its log that ``logging`` raises a TypeError for
-        (trainer_separate_async.py, ``flush=True``), with ``hybrid_engine=False`` only. Below
-        WARNING its logger is silent meanwhile."""
+        """Silences a failing log call of verl's.
+
+        verl's _setup ends with a log call for which ``logging`` raises a TypeError
+        (trainer_separate_async.py, ``flush=True``), with ``hybrid_engine=False`` only. Within the
+        block its logger prints nothing below WARNING.
+        """
         log = verl_separate_async.logger
         level = log.level
         if not self._enable_hybrid_replicas:

@@ -1,4 +1,4 @@
-"""Put the trainers into verl's registry. Called when verl imports ``verl.trainer.ppo.v1``."""
+"""Registration of the trainers with verl. Called when verl imports ``verl.trainer.ppo.v1``."""
 
 
 def register_trainers(trainer_package=None) -> None:

@@ -1,9 +1,9 @@
-"""A run whose epochs end before ``trainer.total_training_steps`` ends as every other does.
+"""Ends a run whose epochs are over before ``trainer.total_training_steps`` like every other run.
 
-verl leaves its loop when the epochs are over (verl/trainer/ppo/v1/trainer_base.py, fit), but saves
-and validates for the last time at the step ``total_training_steps`` alone, and its learning rate
-and the noise are scheduled over that number. So the number of steps that the data gives takes its
-place.
+verl leaves its loop when the epochs are over (verl/trainer/ppo/v1/trainer_base.py, fit). It saves
+and validates for the last time only at the step ``total_training_steps``, and it schedules its
+learning rate, as QeRL its noise, over that number. So the number of steps that the data gives
+replaces it.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from qerl_verl.log_lines import say
 
 
 class RunLengthMixin:
-    """Sets ``total_training_steps`` of one of verl's V1 trainers to what the data and
-    ``trainer.total_epochs`` give."""
+    """Sets ``total_training_steps`` of one of verl's V1 trainers to the number of steps that the
+    data and ``trainer.total_epochs`` give.
+    """
 
     def _init_dataloader(self):
-        """verl's; then the true number of steps, for the trainer and the schedulers of the learning
-        rates.
+        """Builds verl's data loader, then sets the true number of steps, for the trainer and the
+        schedulers of the learning rates.
 
         Raises:
             ValueError: the data has fewer prompts than a batch, after overlong ones were dropped.

@@ -1,8 +1,8 @@
-"""What a run leaves beside its metrics, so that ``qerl compare`` can tell what it compares.
+"""The record that a run writes beside its metrics, so that ``qerl compare`` knows what it compares.
 
-verl's ``file`` logger writes metrics alone, and opens its file anew when a run resumes
-(verl/utils/tracking.py, FileLogger). So beside ``<stem>.jsonl`` stands ``<stem>.settings.json``
-with the run's configuration, and what a resumed run would overwrite moves to ``<stem>.0.jsonl``.
+verl's ``file`` logger writes only metrics, and truncates its file when a run resumes
+(verl/utils/tracking.py, FileLogger). So the run's configuration goes to ``<stem>.settings.json``
+beside ``<stem>.jsonl``, and metrics that a resumed run would overwrite move to ``<stem>.0.jsonl``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _PRIVATE = re.compile(r"^ray_kwargs\.|token$|password|secret|api_key", re.IGNORE
 
 
 def metrics_file(config: DictConfig) -> Path | None:
-    """Where verl's ``file`` logger writes, None without it."""
+    """Returns the file to which verl's ``file`` logger writes, None without that logger."""
     backends = OmegaConf.select(config, "trainer.logger") or []
     if "file" not in ([backends] if isinstance(backends, str) else backends):
         return None
@@ -41,10 +41,10 @@ def metrics_file(config: DictConfig) -> Path | None:
 
 
 def keep_earlier_metrics(path: Path) -> Path | None:
-    """Moves the metrics of the run's earlier start aside before verl opens the file anew.
+    """Moves the metrics of the run's earlier start aside before verl truncates the file.
 
     Returns:
-        Where they are now; None where there are none.
+        Their new path; None if there are none.
 
     Raises:
         OSError: the file cannot be moved.
@@ -60,8 +60,10 @@ def keep_earlier_metrics(path: Path) -> Path | None:
 
 
 def describe_run(config: DictConfig) -> dict[str, Any]:
-    """Dotted keys and values of the configuration, as JSON has them, and the SHA-256 of the files
-    that define data and reward under ``<key>.sha256``, null where one is not at hand."""
+    """Returns dotted keys and values of the configuration, as JSON has them, and under
+    ``<key>.sha256`` the SHA-256 of each file that defines data or reward, null if the file is not
+    available.
+    """
     settings = flatten(OmegaConf.to_container(config, resolve=True))
     settings = {key: value for key, value in settings.items() if not _PRIVATE.search(key)}
     for key in _CONTENTS:
@@ -91,7 +93,7 @@ def write_record(path: Path, settings: dict[str, Any]) -> None:
         settings: see :func:`describe_run`.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the record cannot be written.
     """
     record = path.with_suffix(RECORD_SUFFIX)
     staging = record.with_name(f".{record.name}.tmp")
@@ -100,8 +102,9 @@ def write_record(path: Path, settings: dict[str, Any]) -> None:
 
 
 class RunRecordMixin:
-    """Writes the record of one of verl's V1 trainers, and keeps what a resumed run would overwrite.
-    A full disk or a folder without permission is said and does not end the run."""
+    """Writes the record of one of verl's V1 trainers, and keeps metrics that a resumed run would
+    overwrite. A full disk or a folder without permission is reported and does not end the run.
+    """
 
     def __init__(self, config: DictConfig):
         self._settings = describe_run(config)  # verl writes what it derives into the configuration
