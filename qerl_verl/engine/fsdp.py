@@ -349,7 +349,8 @@ class AdapterEngineMixin:
             if self.rank == 0:
                 layers = len(self._replay.layers)
                 print(
-                    f"[qerl] routing: the actor replays the rollout's choice of experts in {layers} layers", flush=True
+                    f"[qerl] routing: the actor replays the rollout's choice of experts in {layers} layer{'s' * (layers > 1)}",
+                    flush=True,
                 )
         hand_on_positions(module)
         adapter = self.model_config.lora_adapter_path

@@ -45,6 +45,19 @@ def log_probabilities(engine, prompts):
     ]
 
 
+def chosen_experts(engine, prompts):
+    """Returns what the engine reports of its routing: tokens, but for the last, and their experts
+    ``[tokens, layers, k]``."""
+    engine.reset_prefix_cache()
+    parameters = SamplingParams(max_tokens=3, temperature=0, detokenize=False, ignore_eos=True)
+    outputs = engine.generate([{"prompt_token_ids": p} for p in prompts], parameters, use_tqdm=False)
+    completions = [output.outputs[0] for output in outputs]
+    return [
+        ([*prompt, *completion.token_ids[:-1]], completion.routed_experts.tolist())
+        for prompt, completion in zip(prompts, completions, strict=True)
+    ]
+
+
 def adapter_shapes(worker):
     """Returns layer -> the rows at which its projections end."""
     modules = worker.model_runner.get_model().named_modules()
@@ -77,6 +90,10 @@ def takes_images(checkpoint):
     return (Path(checkpoint) / "processor_config.json").exists()
 
 
+def routes(checkpoint):
+    return hasattr(AutoConfig.from_pretrained(checkpoint), "num_experts")
+
+
 def start_engine(checkpoint, dtype, **options):
     """Starts an engine inside this process; ``options`` are further options of vLLM."""
     images = takes_images(checkpoint)
@@ -84,6 +101,7 @@ def start_engine(checkpoint, dtype, **options):
         checkpoint,
         skip_tokenizer_init=not images,  # vLLM's processors of images need it
         **({"limit_mm_per_prompt": {"image": 1, "video": 0}} if images else {}),
+        enable_return_routed_experts=routes(checkpoint),
         enforce_eager=True,
         distributed_executor_backend="uni",
         dtype=dtype,
@@ -111,6 +129,8 @@ def look_at(checkpoint, adapter, prompts, noise):
     seen["clean_again"] = log_probabilities(engine, prompts)
     if images:
         seen |= with_images(engine, adapter)
+    if routes(checkpoint):
+        seen["chosen"] = chosen_experts(engine, prompts)
     engine.llm_engine.engine_core.shutdown()
     return seen
 

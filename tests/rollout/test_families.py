@@ -108,6 +108,25 @@ def test_a_family_in_the_rollout(request, name):
     assert seen["clean_again"] == seen["clean"]
     if name in TOWERS:
         check_images(quantized, adapter, seen, reference)
+    if row.experts:
+        check_routing(reference.models[1], seen["chosen"])
+
+
+def check_routing(model, reported):
+    """The experts that vLLM reports for each token, prompts and generated ones, are those that
+    transformers' model chooses in the same dtype; zeros for a layer without experts."""
+    own = {}
+    for name, router in model.named_modules():
+        if name.endswith(".mlp.gate"):
+            layer = int(name.split(".")[2])
+            router.register_forward_hook(lambda _, __, output, at=layer: own.__setitem__(at, output[2]))
+    for tokens, chosen in reported:
+        with torch.no_grad():
+            model(torch.tensor([tokens]), use_cache=False)
+        chosen = torch.tensor(chosen)
+        assert len(chosen) == len(tokens) and set(own) == {0}
+        assert torch.equal(chosen[:, 0].sort(-1).values, own[0].sort(-1).values)
+        assert len(own[0].unique()) > 2 and not chosen[:, 1].any()
 
 
 def check_images(quantized, adapter, seen, reference):
