@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from verl.experimental.separation.engine_workers import DetachActorWorker
 
-from qerl_verl.engine.finite import local
 from qerl_verl.engine.offload import wait_for_offload
+from qerl_verl.finite import local
 
 
 class AdapterDetachWorker(DetachActorWorker):

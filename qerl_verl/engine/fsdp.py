@@ -39,15 +39,15 @@ from verl.utils.torch_functional import entropy_from_logits, entropy_from_logits
 from verl.utils.ulysses import slice_input_tensor
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead, FSDPEngineWithValueHead
 
+from qerl_verl.checkpoint_errors import add_note, reading, writing
 from qerl_verl.engine.attention import hand_on_positions
-from qerl_verl.engine.checkpoint_errors import add_note, reading, writing
 from qerl_verl.engine.compile import compile_layers, unavailable
-from qerl_verl.engine.finite import NonFiniteError, first_nonfinite, gather_first, gradient_norms, named_tensors
 from qerl_verl.engine.offload import wait_for_offload
 from qerl_verl.engine.output_layer import use_logprob_layer
 from qerl_verl.engine.recompute import Recompute
 from qerl_verl.engine.routing import FIELD, RoutingReplay, flatten
 from qerl_verl.engine.shared_base import causal_lm, use_shared_base
+from qerl_verl.finite import NonFiniteError, first_nonfinite, gather_first, gradient_norms, named_tensors
 from qerl_verl.job import this_job
 from qerl_verl.kernels.backends import BACKENDS
 from qerl_verl.lora.adapter_files import check_loaded, map_names, read_adapter_config, read_tensors

@@ -12,7 +12,7 @@ from verl.utils.model import get_hf_auto_model_class
 from verl.utils.torch_dtypes import PrecisionType
 from verl.workers.config import HFModelConfig
 
-from qerl_verl.engine.finite import gather_first
+from qerl_verl.finite import gather_first
 from qerl_verl.job import Job, find_job
 from qerl_verl.nvfp4.architectures import get_architecture
 from qerl_verl.nvfp4.candidates import CANDIDATES

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import sys
 import time
@@ -25,6 +24,7 @@ from qerl_verl.evaluation.problems import DataSet, Problem, read_data
 from qerl_verl.evaluation.report import Result, as_json, summarize
 from qerl_verl.evaluation.responses import Response, ResponseFile
 from qerl_verl.evaluation.rewards import Reward
+from qerl_verl.json_files import write_json_atomically
 from qerl_verl.nvfp4.cache import Quantization, fetch_model
 from qerl_verl.nvfp4.errors import CheckpointError
 
@@ -450,9 +450,7 @@ def report(plan: Plan, results: Sequence[Result]) -> dict[str, Any]:
 def write_report(path: Path, content: dict[str, Any]) -> None:
     """Writes a JSON file by a rename, so that no reader sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    staging.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    staging.replace(path)
+    write_json_atomically(path, content)
 
 
 def _gpu_name() -> str:

@@ -18,7 +18,6 @@ import os
 import re
 import sys
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
+from qerl_verl.json_files import write_json_atomically
 from qerl_verl.nvfp4.architectures import get_architecture
 from qerl_verl.nvfp4.calibration import Calibration
 from qerl_verl.nvfp4.checkpoint_files import (
@@ -281,13 +281,9 @@ class _Digests:
         """
         if not self._new:
             return
-        temporary = self._store.with_name(f"{self._store.name}.{uuid.uuid4().hex[:8]}")
         with contextlib.suppress(OSError):
             self._store.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps(self._load() | self._new), encoding="utf-8")
-            temporary.replace(self._store)
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+            write_json_atomically(self._store, self._load() | self._new)
 
     def _load(self) -> dict[str, list]:
         try:

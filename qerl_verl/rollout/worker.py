@@ -9,7 +9,7 @@ from verl.utils.device import get_device_name
 from verl.workers.rollout.vllm_rollout.utils import VLLM_LORA_INT_ID, vLLMColocateWorkerExtension
 
 from qerl_verl.aqn.noise import Noise, NoiseInjector, find_noise_targets, find_router_norms
-from qerl_verl.engine.finite import first_nonfinite
+from qerl_verl.finite import first_nonfinite
 from qerl_verl.lora.wire import take_config
 from qerl_verl.nvfp4.architectures import Architecture, get_architecture
 from qerl_verl.platform.job_folder import note_segments

@@ -28,6 +28,7 @@ from verl.utils.checkpoint.checkpoint_manager import get_checkpoint_tracker_file
 
 from qerl_verl.config.policy import find_changes
 from qerl_verl.config.rules import MODEL
+from qerl_verl.json_files import write_json_atomically
 from qerl_verl.nvfp4.errors import CheckpointError
 
 RECORD_FILE = "qerl_checkpoint.json"
@@ -56,10 +57,7 @@ def write_record(
         _sync(path)
     record = {"base": base, "policy": policy or {}, "total_training_steps": steps}
     record |= {"files": {name: path.stat().st_size for name, path in files.items()}}
-    staging = folder / f".{RECORD_FILE}.tmp"
-    staging.write_text(json.dumps(record, indent=1))
-    _sync(staging)
-    staging.replace(folder / RECORD_FILE)
+    write_json_atomically(folder / RECORD_FILE, record, sync=True)
 
 
 def _sync(path: Path) -> None:

@@ -30,8 +30,8 @@ from qerl_verl.aqn.adaptive import AdaptiveSigma
 from qerl_verl.aqn.divergence import measure_samples, truncation_bounds
 from qerl_verl.aqn.noise import Noise, combine, describe_size
 from qerl_verl.aqn.schedule import AQNSchedule
+from qerl_verl.checkpoint_errors import writing
 from qerl_verl.config.settings import ADAPTIVE, QeRLSettings
-from qerl_verl.engine.checkpoint_errors import writing
 from qerl_verl.engine.detached import AdapterDetachWorker
 from qerl_verl.log_lines import say
 from qerl_verl.nvfp4.errors import CheckpointError

@@ -8,7 +8,6 @@ beside ``<stem>.jsonl``, and metrics that a resumed run would overwrite move to 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from pathlib import Path
@@ -19,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from qerl_verl.compare.runs import RECORD_SUFFIX, SCORE, next_part
 from qerl_verl.compare.settings import CONTENT
 from qerl_verl.config.keys import flatten
+from qerl_verl.json_files import write_json_atomically
 from qerl_verl.log_lines import say
 
 HASHED_BYTES = 1 << 30
@@ -95,10 +95,7 @@ def write_record(path: Path, settings: dict[str, Any]) -> None:
     Raises:
         OSError: the record cannot be written.
     """
-    record = path.with_suffix(RECORD_SUFFIX)
-    staging = record.with_name(f".{record.name}.tmp")
-    staging.write_text(json.dumps({"settings": settings}, indent=1, default=str))
-    staging.replace(record)
+    write_json_atomically(path.with_suffix(RECORD_SUFFIX), {"settings": settings}, default=str)
 
 
 class RunRecordMixin:

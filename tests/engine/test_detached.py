@@ -13,8 +13,8 @@ from verl.utils import fsdp_utils
 from verl.workers import engine_workers
 
 from qerl_verl.engine.detached import AdapterDetachWorker, restore_trained, save_trained
-from qerl_verl.engine.finite import NonFiniteError
 from qerl_verl.engine.fsdp import AdapterEngineMixin
+from qerl_verl.finite import NonFiniteError
 from qerl_verl.lora.wire import CONFIG_TENSOR, take_config
 
 

@@ -4,7 +4,7 @@ or rollout."""
 import pytest
 import torch
 
-from qerl_verl.engine.finite import first_nonfinite, gradient_norms, named_tensors
+from qerl_verl.finite import first_nonfinite, gradient_norms, named_tensors
 
 PARAMETER = "base_model.model.model.layers.1.self_attn.q_proj.lora_A"
 

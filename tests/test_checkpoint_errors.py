@@ -9,15 +9,15 @@ import sys
 import pytest
 import torch
 
-from qerl_verl.engine.checkpoint_errors import reading, saved_ranks, writing
-from qerl_verl.engine.finite import NonFiniteError
+from qerl_verl.checkpoint_errors import reading, saved_ranks, writing
+from qerl_verl.finite import NonFiniteError
 from qerl_verl.nvfp4.errors import CheckpointError
 
 FULL = """
 import resource, signal, sys
 import torch
 from safetensors.torch import save_file
-from qerl_verl.engine.checkpoint_errors import writing
+from qerl_verl.checkpoint_errors import writing
 from qerl_verl.nvfp4.errors import CheckpointError
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
