@@ -69,7 +69,7 @@ def test_a_broken_link_is_found(tmp_path):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_blocks_in_lists_are_indented_for_the_site_too(page):
-    """Python-Markdown wants four spaces for a list, table, code block or paragraph inside of a list; code hosts take fewer."""
+    """Python-Markdown wants four spaces for a block inside of a list, code hosts take fewer."""
     lines = page.read_text(encoding="utf-8").splitlines()
     fence, wrong = False, []
     for before, line in zip(["", *lines], lines):
