@@ -1,7 +1,8 @@
 """Packaging of qerl_verl.
 
-``qerl_verl/kernels`` and ``qerl_verl/recipes`` are symbolic links to the folders of those names at the top level of the
-repository. setuptools follows them, so that an sdist and a wheel hold ordinary folders.
+``qerl_verl/kernels`` and ``qerl_verl/recipes`` are symbolic links to the folders of those names at
+the top level of the repository. setuptools follows them, so that an sdist and a wheel hold ordinary
+folders.
 """
 
 import re
@@ -11,7 +12,8 @@ from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "qerl_verl/__init__.py").read_text(encoding="utf-8"), re.M)[1]
-"""``qerl_verl.__version__``, the one place."""
+"""The version has one place, ``qerl_verl.__version__``."""
+
 setup(
     name="qerl-verl",
     version=VERSION,

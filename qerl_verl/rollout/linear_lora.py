@@ -1,4 +1,4 @@
-"""The adapter in a linear layer of vLLM's: its buffers, the GEMMs with them, and a weight sync into them.
+"""The adapter in a linear layer of vLLM's: its buffers, and the GEMMs and weight syncs with them.
 
 The tensors are buffers of the layer and not of a module of their own: when vLLM reads a base back
 into an engine that slept at level 2, it copies the new values of a layer's buffers to the addresses

@@ -185,8 +185,10 @@ def test_running_from_the_repository_root_leaves_hugging_faces_kernels_alone(tmp
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     ask = "from transformers.utils import is_kernels_available as a; import kernels; print(a(), kernels.__file__)"
     import_ours = "from qerl_verl.kernels.nvfp4_linear import nvfp4_linear"
-    alone = run([sys.executable, "-c", f"{ask}; {import_ours}"], root)
+    twice = "from importlib.util import find_spec; print(find_spec('kernels.nvfp4_linear'))"
+    alone = run([sys.executable, "-c", f"{ask}; {import_ours}; {twice}"], root)
     assert alone.returncode == 0 and alone.stdout.startswith("False"), alone.stderr
+    assert alone.stdout.splitlines()[-1] == "None"  # no module of ours has two names
 
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").write_text("__version__ = '9.9.9'\nfrom kernels.inner import get_kernel\n")
