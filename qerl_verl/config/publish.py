@@ -30,12 +30,12 @@ def make_job(config: DictConfig) -> Job:
     settings, lora = QeRLSettings.of(config), None
     if get_arm(config).container and settings.rollout.lora == "inline":
         rank, alpha = (get_value(config, f"{MODEL}.{name}") for name in ("lora_rank", "lora_alpha"))
-        lora = LoraSettings(rank, alpha, adapts_experts(_adapter_targets(config)))
+        lora = LoraSettings(rank, alpha, adapts_experts(adapter_targets(config)))
     replay = bool(get_value(config, f"{ROLLOUT}.enable_rollout_routing_replay"))
     return Job(settings, lora, get_value(config, f"{ROLLOUT}.dtype") or "bfloat16", replay=replay)
 
 
-def _adapter_targets(config: DictConfig) -> Any:
+def adapter_targets(config: DictConfig) -> Any:
     """Returns ``target_modules`` of the adapter that a run starts from, or of a new one."""
     folder = get_value(config, f"{MODEL}.lora_adapter_path")
     if isinstance(folder, str):

@@ -136,14 +136,17 @@ ROUTER, EXPERT = "model.layers.0.mlp.gate", "model.layers.0.mlp.experts.3.down_p
 
 
 def test_a_mixture_of_experts_is_merged(mixture, tmp_path):
-    """The output has one matrix for each expert, which transformers loads; the attention has the
-    deltas.
+    """The output has one matrix for each expert, which transformers loads, with the deltas of
+    attention and experts.
     """
     source, packed, adapter = mixture
+    delta = read_deltas(adapter, packed)
     done = export_merged(packed, adapter, tmp_path / "m", device="cpu", progress=False)
-    assert done == {"linears": 4 * 3 + 3 + 2 * 4, "adapted": 8}
+    assert done == {"linears": 4 * 3 + 3 + 2 * 4, "adapted": 4 * 3 + 2 * 4}
     tensors, base = load_file(tmp_path / "m" / "model.safetensors"), Base(packed)
-    assert torch.equal(tensors[f"{EXPERT}.weight"], base.weight(EXPERT, torch.device("cpu")).bfloat16())
+    exact = delta.add_to(EXPERT, base.weight(EXPERT, torch.device("cpu")))
+    assert torch.equal(tensors[f"{EXPERT}.weight"], exact.bfloat16())
+    assert not torch.equal(exact, base.weight(EXPERT, torch.device("cpu")))
     prompt = list(range(3, 40))
     reference, found = Reference(packed), AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32)
     with reference.adapted(adapter):
@@ -154,7 +157,7 @@ def test_a_mixture_of_experts_is_merged(mixture, tmp_path):
     merged = load_file(tmp_path / "s" / "model.safetensors")
     assert merged.keys() == tensors.keys()
     stack = load_file(source / "model.safetensors")["model.layers.0.mlp.experts.down_proj"]
-    assert torch.equal(merged[f"{EXPERT}.weight"], stack[3])
+    assert torch.equal(merged[f"{EXPERT}.weight"], delta.add_to(EXPERT, stack[3].float()).bfloat16())
 
 
 def test_a_mixture_of_experts_in_fp8_leaves_the_routers(mixture, tmp_path):

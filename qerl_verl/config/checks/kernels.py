@@ -38,14 +38,22 @@ def find_problems(config: DictConfig, folder: Path) -> list[str]:
     """
     from transformers import AutoConfig
 
+    from qerl_verl.config.publish import adapter_targets
+    from qerl_verl.lora.experts import adapts_experts
     from qerl_verl.nvfp4.architectures import get_architecture
     from qerl_verl.nvfp4.checkpoint_files import read_config
 
     actor, rollout = get_value(config, "qerl.kernel"), get_value(config, "qerl.rollout.kernel")
+    architecture = get_architecture(read_config(folder))
+    inline = get_value(config, "qerl.rollout.lora") == "inline"
+    if architecture.experts and inline and rollout == "marlin" and adapts_experts(adapter_targets(config)):
+        return [
+            "qerl.rollout.kernel=marlin takes no adapter on the experts, which "
+            f"{MODEL}.target_modules names; use auto or triton"
+        ]
     if all(kernel in (None, "auto", "pytorch", "marlin") for kernel in (actor, rollout)):
         return []
     hf_config = AutoConfig.from_pretrained(folder)
-    architecture = get_architecture(read_config(folder))
     alone, dense, decoder = {}, False, hf_config.get_text_config()
     for i in range(decoder.num_hidden_layers):  # layers with experts are like each other, and so are the others
         alone |= {linear: (shape, ()) for linear, shape in architecture.linear_shapes(hf_config, i).items()}
@@ -58,7 +66,7 @@ def find_problems(config: DictConfig, folder: Path) -> list[str]:
         projections = [projection for linear in group for projection in architecture.projections_of(linear)]
         parts = {projection: architecture.projection_shapes(hf_config)[projection] for projection in projections}
         fused[", ".join(group)] = _fused(parts, divided, decoder.num_key_value_heads)
-    rank = get_value(config, f"{MODEL}.lora_rank") if get_value(config, "qerl.rollout.lora") == "inline" else None
+    rank = get_value(config, f"{MODEL}.lora_rank") if inline else None
     found = (
         _first_refusal("qerl.kernel", actor, alone, _actor_dtype(config), None),
         _first_refusal("qerl.rollout.kernel", rollout, fused, get_value(config, f"{ROLLOUT}.dtype"), rank)

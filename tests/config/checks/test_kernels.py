@@ -87,6 +87,26 @@ def test_experts_have_kernels_of_their_own(tmp_path, kernel, parallel, problem):
     assert found == ([] if problem is None else expected)
 
 
+@pytest.mark.parametrize(
+    ("kernel", "lora", "experts", "refused"),
+    [
+        ("marlin", "inline", True, True),
+        ("marlin", "inline", False, False),
+        ("triton", "inline", True, False),
+        ("auto", "inline", True, False),
+    ],
+)
+def test_marlin_takes_no_adapter_on_the_experts(tmp_path, kernel, lora, experts, refused):
+    sizes = dict(moe_intermediate_size=64, num_attention_heads=8, num_key_value_heads=4, intermediate_size=128)
+    make_config("Qwen3MoeForCausalLM", **sizes).save_pretrained(tmp_path)
+    config = settings(rollout=kernel, lora=lora)
+    names = ["q_proj", "gate_proj", "up_proj", "down_proj"] if experts else "all-linear"
+    config.actor_rollout_ref.model.target_modules = names
+    found = find_problems(config, tmp_path)
+    assert len(found) == refused
+    assert not refused or "qerl.rollout.kernel=marlin takes no adapter on the experts" in found[0]
+
+
 def test_of_linears_that_the_checkpoint_fuses_each_projection_ends_by_itself(tmp_path):
     """Also where tensor parallelism divides them: 128 rows of q, 64 of k and 64 of v, on two ranks
     half of each."""
