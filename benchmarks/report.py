@@ -156,7 +156,9 @@ def other_shapes_section(results: Results) -> str:
         rows.append([names[name], *(f"{ratios[str(m)]['ratio']:.2f}" for m in tokens)])
         large = [r for r in data["gemm"] if r["n"] * r["k"] >= 16e6]
         worst = {m: min(r["ratio"] for r in large if r["m"] == m) for m in tokens}
-        rows.append([f"{names[name]}: worst shape of at least 16 million weights", *(f"{worst[m]:.2f}" for m in tokens)])
+        rows.append(
+            [f"{names[name]}: worst shape of at least 16 million weights", *(f"{worst[m]:.2f}" for m in tokens)]
+        )
         untuned = load(results, f"{name}_untuned")
         if untuned:
             shapes = sorted({r["shape"] for r in untuned["gemm"]})
