@@ -1,4 +1,4 @@
-"""Choose launch configurations by measuring them, once for each GPU model and weight shape.
+"""Chooses launch configurations by measuring them, once for each GPU model and weight shape.
 
 A kernel package (:mod:`qerl_verl.kernels.hopper`, :mod:`qerl_verl.kernels.triton`) lists candidates
 and provides a call for each. This module times the calls, and keeps the choice in a file, so that
@@ -87,7 +87,7 @@ def recall(kind: str, device: int, version: str, problem: str, measure: Callable
 def choices(
     kind: str, device: int, version: str, problem: str, measure: Callable[[], list]
 ) -> tuple[list | None, str | None]:
-    """:func:`recall` as the layers of a model call it, with the measurement in a thread of its own.
+    """Runs :func:`recall` for the layers of a model, with the measurement in a thread of its own.
 
     Args:
         kind, device, version, problem, measure: see :func:`recall`.
@@ -246,8 +246,9 @@ def graph_time(call: Callable[[int], Any], copies: int, replays: int) -> float:
 
 
 def warm_up(seconds: float = 0.1) -> None:
-    """Raises the GPU's clocks, which are low while it is idle, by matrix products for about
-    ``seconds``."""
+    """Raises the GPU's clocks, which are low while it is idle, by running GEMMs for about
+    ``seconds``.
+    """
     x = torch.randn(2048, 2048, device="cuda", dtype=torch.bfloat16)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()

@@ -45,26 +45,27 @@ class Candidate:
         return -(-rank // self.lora_rank_multiple) * self.lora_rank_multiple
 
     def unsupported_device(self, device: torch.device) -> str | None:
-        """Why nothing runs on ``device``, or None. Compiles what has to be compiled."""
+        """Returns why the candidate does not run on ``device``, or None. Compiles the kernels if
+        necessary.
+        """
         return None
 
     def unsupported_weight(self, n: int, k: int, dtype: torch.dtype) -> str | None:
-        """Why an ``[n, k]`` weight with ``dtype`` activations is not served, or None."""
+        """Returns why an ``[n, k]`` weight with ``dtype`` activations is not supported, or None."""
         return None
 
     def unsupported_adapter(self, n: int, k: int, rank: int, ends: Sequence[int]) -> str | None:
-        """Why PyTorch adds the adapter of an ``[n, k]`` weight to the kernel's output, or None if
-        the kernel computes it.
+        """Returns why PyTorch adds the adapter of an ``[n, k]`` weight to the kernel's output, or
+        None if the kernel computes it.
 
         Args:
-            rank: of each projection's adapter.
+            rank: rank of each projection's adapter.
             ends: the row at which each fused projection ends.
         """
         return None
 
     def path(self, n: int, k: int) -> str | None:
-        """What was chosen for an ``[n, k]`` weight by measuring, for the line
-        ``[qerl] kernel:``."""
+        """Returns the measured choice for an ``[n, k]`` weight, for the line ``[qerl] kernel:``."""
         return None
 
 
@@ -84,7 +85,9 @@ class Backend(Candidate):
     if the rows of all but the last are a multiple of this."""
 
     def prepack(self, packed: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """From the checkpoint's layout to this backend's; new tensors or the same ones."""
+        """Returns the weight in this backend's layout, from the checkpoint's layout; new tensors or
+        the same ones.
+        """
         return packed, scale
 
     def unpack(self, packed: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -146,8 +149,9 @@ class Backend(Candidate):
         ends: Sequence[int],
         scaling: float,
     ) -> torch.Tensor:
-        """:meth:`linear` plus the LoRA delta of one adapter, see :func:`add_lora_reference`;
-        ``lora_b`` is prepacked."""
+        """Returns :meth:`linear` plus the LoRA delta of one adapter, see
+        :func:`add_lora_reference`; ``lora_b`` is prepacked.
+        """
         return add_lora_reference(self.linear(x, weight, bias), x, lora_a, lora_b, ends, scaling)
 
 

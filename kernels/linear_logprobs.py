@@ -28,7 +28,7 @@ def linear_logprobs_reference(
 
 
 def chunk_size(vocabulary: int) -> int:
-    """Returns tokens whose logits are computed at a time."""
+    """Returns the number of tokens whose logits are computed at a time."""
     return max(64, CHUNK_BYTES // (4 * vocabulary) // 64 * 64)
 
 
@@ -80,8 +80,8 @@ class _LinearLogprobs(torch.autograd.Function):
 def linear_logprobs(
     hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, temperature: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability of each label, and entropy of each distribution. Differentiable in
-    ``hidden``.
+    """Returns the log-probability of each label and the entropy of each distribution.
+    Differentiable in ``hidden``.
 
     Args:
         hidden: ``[..., hidden_size]``, the input of the output layer.

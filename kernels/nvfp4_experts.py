@@ -58,7 +58,7 @@ class ExpertAdapter:
 
     @classmethod
     def zeros(cls, count: int, hidden: int, inner: int, rank: int, scaling: float, dtype, device) -> ExpertAdapter:
-        """For ``count`` experts."""
+        """Returns an adapter of zeros for ``count`` experts."""
         shapes = (2 * rank, hidden), (2 * inner, rank), (rank, inner), (hidden, rank)
         gate_up_a, gate_up_b, down_a, down_b = (
             torch.zeros(count, *shape, dtype=dtype, device=device) for shape in shapes

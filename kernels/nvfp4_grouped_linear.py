@@ -20,10 +20,10 @@ _ALIGNMENT = 8
 
 @dataclass(frozen=True)
 class Groups:
-    """Which rows are of which expert.
+    """The rows of each expert.
 
     Attributes:
-        experts: ``[S]`` int64, ascending.
+        experts: ``[S]`` int64, ascending: the expert of each row.
         ends: ``[E]`` int32, the row at which the rows of each expert end.
     """
 
@@ -32,7 +32,9 @@ class Groups:
 
     @classmethod
     def of(cls, experts: torch.Tensor, count: int) -> Groups:
-        """From the expert of each row, sorted, and the number of experts. Does not synchronize."""
+        """Returns the groups for the sorted expert number of each row and the number of experts.
+        Does not synchronize.
+        """
         every = torch.arange(count, device=experts.device)
         return cls(experts, torch.searchsorted(experts, every, right=True).int())
 
@@ -114,7 +116,7 @@ def grouped_mm(x: torch.Tensor, weights: ExpertWeights, groups: Groups, transpos
 def grouped_mm_reference(
     x: torch.Tensor, weights: ExpertWeights, groups: Groups, transposed: bool = False
 ) -> torch.Tensor:
-    """:func:`grouped_mm`, expert by expert. Reads ``groups`` on the host."""
+    """Computes :func:`grouped_mm` one expert at a time. Reads ``groups`` on the host."""
     y, begin = x.new_empty(len(x), weights.k if transposed else weights.n), 0
     for expert, end in enumerate(groups.ends.tolist()):
         if end > begin:

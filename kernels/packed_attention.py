@@ -59,7 +59,7 @@ def packed_attention_reference(
     scale: float | None = None,
     window: int | None = None,
 ) -> torch.Tensor:
-    """:func:`packed_attention` in plain PyTorch, on any device and in any dtype."""
+    """Computes :func:`packed_attention` in plain PyTorch, on any device and in any dtype."""
     outputs = []
     for begin, end in zip(packing.host_offsets, packing.host_offsets[1:]):
         q, k, v = (t[begin:end].transpose(0, 1).unsqueeze(0) for t in (query, key, value))
@@ -76,8 +76,9 @@ def packed_attention_reference(
 
 
 def unsupported(query: torch.Tensor) -> str | None:
-    """Why FlashAttention does not serve tensors like ``query`` ``[tokens, heads, head_dim]``, or
-    None if it does."""
+    """Returns why FlashAttention does not support tensors like ``query`` ``[tokens, heads,
+    head_dim]``, or None if it does.
+    """
     if query.device.type != "cuda":
         return f"it runs on CUDA, not on {query.device.type}"
     if query.dtype not in (torch.bfloat16, torch.float16):
@@ -97,14 +98,14 @@ def packed_attention(
     scale: float | None = None,
     window: int | None = None,
 ) -> torch.Tensor:
-    """Causal attention within each sequence of a packed row; differentiable.
+    """Computes causal attention within each sequence of a packed row; differentiable.
 
     Args:
         query: ``[tokens, heads, head_dim]``.
         key, value: ``[tokens, key_value_heads, head_dim]``; ``heads`` is a multiple of
             ``key_value_heads``.
         packing: from :func:`packing_of`.
-        scale: of the scores; None is ``head_dim ** -0.5``.
+        scale: scale of the scores; None is ``head_dim ** -0.5``.
         window: each token attends to itself and the ``window - 1`` tokens before it; None to all
             before it.
 

@@ -1,9 +1,9 @@
-"""Compile the Hopper kernels at first use, into a cache folder, and load them through ctypes.
+"""Compiles the Hopper kernels at first use, into a cache folder, and loads them through ctypes.
 
 The library has a plain C interface over raw pointers and the caller's stream, so it depends on no
 C++ ABI of PyTorch and compiles in seconds. ``QERL_KERNEL_CACHE`` names the cache folder (default
-``~/.cache/qerl_verl/kernels``). Hosts of several kinds may share the folder, because the name
-of a library tells its sources, its host and its compilers (:func:`library_path`).
+``~/.cache/qerl_verl/kernels``). Hosts of several kinds may share the folder, because the name of a
+library identifies its sources, its host and its compilers (:func:`library_path`).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class BuildError(RuntimeError):
 
 
 def find_nvcc() -> str | None:
-    """Returns ``nvcc`` of ``CUDA_HOME``, of ``PATH``, or of the usual place, or None."""
+    """Returns ``nvcc`` of ``CUDA_HOME``, of ``PATH``, or of the default folder, or None."""
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
     candidates: list[str | None] = [os.path.join(home, "bin", "nvcc") for home in homes if home]
     candidates += [shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"]
@@ -54,10 +54,10 @@ def find_nvcc() -> str | None:
 
 @functools.cache
 def nvcc_version(nvcc: str) -> str:
-    """As ``nvcc --version`` names itself, for example ``13.0.88``.
+    """Returns the version that ``nvcc --version`` reports, for example ``13.0.88``.
 
     Raises:
-        BuildError: it does not run, or names no version.
+        BuildError: nvcc does not run, or reports no version.
     """
     try:
         done = subprocess.run([nvcc, "--version"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -71,8 +71,9 @@ def nvcc_version(nvcc: str) -> str:
 
 @functools.cache
 def host_compiler() -> str:
-    """Returns the names and version of the C++ compiler that nvcc hands the host's code to
-    (``NVCC_CCBIN``, or g++); empty without one."""
+    """Returns the name and version of the C++ compiler to which nvcc passes the host's code
+    (``NVCC_CCBIN``, or g++); empty without one.
+    """
     compiler = shutil.which(os.environ.get("NVCC_CCBIN") or "g++")
     if compiler is None:
         return ""
@@ -98,11 +99,11 @@ def _file_name(toolchain: str) -> str:
 
 
 def library_path() -> Path:
-    """Where the compiled library belongs.
+    """Returns the path of the compiled library.
 
-    The name holds the sources and flags, the machine's architecture and C library, and the versions
-    of nvcc (which is CUDA's) and of the host's compiler. On a host without nvcc, whatever compiler
-    made it: the newest library that fits otherwise.
+    The name is made of the sources and flags, the machine's architecture and C library, and the
+    versions of nvcc (which is CUDA's) and of the host's compiler. On a host without nvcc the
+    compiler is not compared: the newest library that otherwise fits is used.
 
     Raises:
         BuildError: nvcc does not run.
@@ -157,10 +158,10 @@ def compile_library(path: Path) -> None:
 
 @functools.cache
 def problem() -> str | None:
-    """Compiles the library if the cache does not have it, and loads it; why that failed, one line,
-    or None.
+    """Compiles the library if the cache does not have it, and loads it. Returns why this failed, in
+    one line, or None.
 
-    Tried once in a process: every layer asks.
+    A process tries once, although every layer asks.
     """
     try:
         load_library()

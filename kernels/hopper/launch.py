@@ -55,7 +55,7 @@ def shrink(
 def run_plan(
     x, weight: PackedWeight, bias, plan: tuning.Plan, pdl: int = 1, out=None, lora=None, how=None
 ) -> torch.Tensor:
-    """Returns the GEMM of :func:`~qerl_verl.kernels.hopper.ops.gemm` with an explicit plan.
+    """Computes the GEMM of :func:`~qerl_verl.kernels.hopper.ops.gemm` with an explicit plan.
 
     Args:
         x: ``[M, K]`` bfloat16, contiguous, on a 16-byte boundary.

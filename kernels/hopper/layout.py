@@ -38,8 +38,9 @@ GROUP = 4
 
 
 def _group(units: torch.Tensor) -> torch.Tensor:
-    """Returns ``[N / 64, K / 64, bytes]`` in row-major order of units to the order of groups,
-    flat."""
+    """Reorders ``[N / 64, K / 64, bytes]`` from row-major order of units to the order of groups;
+    flat.
+    """
     full = units.shape[0] // GROUP * GROUP
     parts = [
         units[:full].unflatten(0, (-1, GROUP)).transpose(1, 2).reshape(-1),
@@ -58,8 +59,9 @@ def _ungroup(flat: torch.Tensor, n: int, k: int, unit_bytes: int) -> torch.Tenso
 
 @functools.cache
 def word_bits() -> tuple[tuple[int, int, int], ...]:
-    """For each bit of a word that holds code ``i = 2 * pair + half``:
-    ``(i, bit of the code, bit of the word)``."""
+    """Returns, for each bit of a word that holds code ``i = 2 * pair + half``, ``(i, bit of the
+    code, bit of the word)``.
+    """
     bits = []
     for pair in range(4):
         for half in range(2):
@@ -72,10 +74,11 @@ def word_bits() -> tuple[tuple[int, int, int], ...]:
 
 @functools.cache
 def _scale_tables() -> tuple[torch.Tensor, torch.Tensor]:
-    """E4M3 byte (sign ignored) to the five-exponent-bit byte, and back, on the host.
+    """Returns the tables from an E4M3 byte (sign ignored) to the five-exponent-bit byte and back,
+    on the host.
 
-    Never kept on a device: an inference engine that sleeps takes its memory back, cached tensors
-    included.
+    The tables are never cached on a device, because an inference engine that sleeps frees its
+    device memory, cached tensors included.
     """
     value = torch.arange(128, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
     mantissa, exponent = torch.frexp(value)  # value = mantissa * 2**exponent, mantissa in [0.5, 1)
@@ -89,21 +92,22 @@ def _scale_tables() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def unsupported_shape(n: int, k: int) -> str | None:
-    """Why an ``[n, k]`` weight cannot be prepacked, or None."""
+    """Returns why an ``[n, k]`` weight cannot be prepacked, or None."""
     if n % UNIT or k % UNIT:
         return f"N and K have to be multiples of {UNIT}, got {n} x {k}"
     return None
 
 
 def prepack(packed: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """From the checkpoint's layout to the kernels', once.
+    """Permutes a weight from the checkpoint's layout to that of the kernels.
 
     Args:
         packed: ``[N, K / 2]`` uint8, two E2M1 codes a byte, low nibble first.
         scale: ``[N, K / 16]`` float8_e4m3fn, or the same bytes as uint8.
 
     Returns:
-        Two new uint8 tensors of the same shapes; only their sizes mean what the shapes say.
+        Two new uint8 tensors of the same shapes. The shapes give only their sizes: a row holds no
+        row of the weight.
 
     Raises:
         ValueError: a shape that the layout does not cover, or a scale that is NaN.

@@ -1,5 +1,6 @@
-"""Measure the launch configurations of the Hopper kernels for a weight shape, see
-:mod:`qerl_verl.kernels.autotune`."""
+"""Measures the launch configurations of the Hopper kernels for a weight shape, see
+:mod:`qerl_verl.kernels.autotune`.
+"""
 
 from __future__ import annotations
 
@@ -32,13 +33,13 @@ SHRINKS = tuple(Shrink(shape, cluster) for shape in (0, 1) for cluster in (8, 4,
 
 
 def version() -> str:
-    """Changes with the kernels, the limits and the candidates."""
+    """Returns a hash that changes with the kernels, the limits and the candidates."""
     return autotune.content_version(library_path().name, tuning.CONFIGS, LIMITS, LIMITS_WITH_ADAPTER, SHRINKS)
 
 
 def tune(device: torch.device, n: int, k: int, ends: Sequence[int] | None = None, rank: int = 32) -> str | None:
     """Measures the launch configurations of an ``[n, k]`` weight, unless the cache has them, and
-    use the fastest.
+    installs the fastest.
 
     Args:
         device: a Hopper GPU.
@@ -46,7 +47,7 @@ def tune(device: torch.device, n: int, k: int, ends: Sequence[int] | None = None
         k: columns, a multiple of 64.
         ends: with an adapter inside the GEMM, the row at which each fused projection ends; None
             without one.
-        rank: of the adapter, padded as its buffers are; a multiple of 16.
+        rank: rank of the adapter, padded like its buffers; a multiple of 16.
 
     Returns:
         A sentence that says what was measured, or why the built-in table stays in use; None if

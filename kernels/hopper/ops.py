@@ -46,8 +46,8 @@ def lora_gemm(
     ends: Sequence[int],
     scaling: float,
 ) -> torch.Tensor:
-    """:func:`gemm` plus one LoRA delta, ``scaling (x A_i^T) B_i^T`` for the rows of each fused
-    projection ``i``.
+    """Returns :func:`gemm` plus one LoRA delta, ``scaling (x A_i^T) B_i^T`` for the rows of each
+    fused projection ``i``.
 
     Args:
         x, weight, bias: as for :func:`gemm`.

@@ -12,10 +12,10 @@ from qerl_verl.kernels.hopper.layout import LORA_UNIT, UNIT, unsupported_shape
 
 
 def unsupported_device(device: int | None = None) -> str | None:
-    """Why the kernels cannot run on CUDA device ``device``, one line, or None.
+    """Returns why the kernels cannot run on CUDA device ``device``, in one line, or None.
 
-    Compiles the kernels if need be, loads them and prepares the device, once in a process. None
-    therefore means that they have been loaded. The checks that cost nothing come first.
+    Compiles the kernels if necessary, loads them and prepares the device, once in a process. None
+    therefore means that they have been loaded. The cheap checks come first.
 
     Args:
         device: CUDA device number; None is the current device.
@@ -57,17 +57,18 @@ def prepare(device: int) -> int:
 
 
 def unsupported_weight(n: int, k: int, dtype: torch.dtype = torch.bfloat16) -> str | None:
-    """Why an ``[n, k]`` weight with ``dtype`` activations is not served, or None."""
+    """Returns why an ``[n, k]`` weight with ``dtype`` activations is not supported, or None."""
     if dtype != torch.bfloat16:
         return f"activations have to be bfloat16, got {dtype}"
     return unsupported_shape(n, k)
 
 
 def unsupported_adapter(n: int, k: int, rank: int, ends: Sequence[int]) -> str | None:
-    """Why the GEMM of an ``[n, k]`` weight does not compute an adapter along with it, or None.
+    """Returns why the GEMM of an ``[n, k]`` weight does not compute an adapter along with it, or
+    None.
 
     Args:
-        rank: of each projection's adapter.
+        rank: rank of each projection's adapter.
         ends: the row at which each fused projection ends.
     """
     if rank % LORA_UNIT or rank < LORA_UNIT:

@@ -224,7 +224,7 @@ def _near(tile: int, m: int) -> bool:
 
 
 def candidates(m: int, n: int, k: int, sms: int, align: int = 0) -> Iterator[Plan]:
-    """Plans worth measuring for ``m`` tokens and an ``[n, k]`` weight.
+    """Returns plans worth measuring for ``m`` tokens and an ``[n, k]`` weight.
 
     Args:
         align: as for :func:`choose`. With an adapter, some plans leave multiprocessors to x A^T.

@@ -1,5 +1,6 @@
-"""Measure the launch configurations of the Triton kernels for a weight shape, see
-:mod:`qerl_verl.kernels.autotune`."""
+"""Measures the launch configurations of the Triton kernels for a weight shape, see
+:mod:`qerl_verl.kernels.autotune`.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ SOURCES = ("nvfp4_gemm.py", "nvfp4_block_values.py", "nvfp4_format.py", "tuning.
 
 @functools.cache
 def version() -> str:
-    """Changes with the kernels, the candidates, Triton and PyTorch."""
+    """Returns a hash that changes with the kernels, the candidates, Triton and PyTorch."""
     folder = Path(__file__).parent
     sources = [(folder / name).read_bytes() for name in SOURCES]
     return autotune.content_version(*sources, triton.__version__, torch.__version__)

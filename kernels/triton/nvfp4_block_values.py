@@ -1,4 +1,4 @@
-"""Decode NVFP4 weights to ``e2m1 * scale`` in bfloat16 or float16.
+"""Decodes NVFP4 weights to ``e2m1 * scale`` in bfloat16 or float16.
 
 The reference is ``block_values_nvfp4`` of ``kernels/nvfp4_dequantize.py``.
 """

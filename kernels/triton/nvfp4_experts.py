@@ -1,19 +1,17 @@
 """Computes the experts of a mixture with NVFP4 weights.
 
-The reference is ``kernels/nvfp4_experts.py``. There are four launches. None depends on a value that the host would have to read, so a CUDA graph
-can hold them:
+The reference is ``kernels/nvfp4_experts.py``. There are four launches. None depends on a value that
+the host would have to read, so a CUDA graph can hold them:
 
-1. sort the choices ``[T, k]`` by expert;
-2. compute gate and up of every choice, and ``silu(gate) * up``;
-3. compute down, times the weight of the choice;
-4. add up the choices of each token.
+1. sort the choices ``[T, k]`` by expert; 2. compute gate and up of every choice, and ``silu(gate) *
+up``; 3. compute down, times the weight of the choice; 4. add up the choices of each token.
 
-An adapter on the experts adds a launch in front of the second and of the third. It computes
-u = scaling A x of every choice, which the grouped GEMM multiplies by B while it adds up a tile.
+An adapter on the experts adds a launch in front of the second and of the third. It computes u =
+scaling A x of every choice, which the grouped GEMM multiplies by B while it adds up a tile.
 
-The second and third launches are grouped GEMMs. A program makes BLOCK_N output channels of BLOCK_M
-rows of one expert. The grid has room for all tokens in each expert, and a program without rows ends
-at once. No sum depends on the order in which programs run.
+The second and third launches are grouped GEMMs. A program computes BLOCK_N output channels of
+BLOCK_M rows of one expert. The grid has room for all tokens in each expert, and a program without
+rows ends at once. No sum depends on the order in which programs run.
 """
 
 from __future__ import annotations
@@ -89,11 +87,11 @@ def shrink_kernel(
     x, lora_a, order, bounds, u, rank, k_64, top_k, scaling,
     GATHERED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """``u`` [S, rank] = scaling * x A^T of the rows of one expert, ``lora_a`` [E, rank, K], with
-    rank a multiple of BLOCK_R.
+    """Writes ``u`` [S, rank] = scaling * x A^T for the rows of one expert, with ``lora_a`` [E,
+    rank, K] and rank a multiple of BLOCK_R.
 
     GATHERED: row r of the sorted choices is token ``order[r] // top_k`` of ``x``. Otherwise row r
-    is r's.
+    is row r of ``x``.
     """
     column = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     expert = tl.program_id(1)
@@ -132,14 +130,15 @@ def grouped_gemm_kernel(
     GATED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DOT: tl.constexpr,
     RANK: tl.constexpr = 0, BLOCK_R: tl.constexpr = 16,
 ):  # fmt: skip
-    """``out`` [S, n] of the rows of one expert.
+    """Writes ``out`` [S, n] for the rows of one expert.
 
-    RANK of an adapter, whose ``u`` is [S, 2 RANK] for gate and up and [S, RANK] for down, and whose
-    ``lora_b`` is [E, rows of the weight, RANK]; without one it is 0, and they are not read.
+    RANK is the rank of an adapter, whose ``u`` is [S, 2 RANK] for gate and up and [S, RANK] for
+    down, and whose ``lora_b`` is [E, rows of the weight, RANK]. Without an adapter RANK is 0, and
+    the kernel reads neither.
 
     GATED: row r of the sorted choices is token ``order[r] // top_k`` of ``x``, the weight has 2 n
-    rows, and what is stored at r is silu(gate) * up. Otherwise row r of ``x`` is r's, and alpha and
-    weights times the output is stored at ``order[r]``.
+    rows, and the kernel stores silu(gate) * up at r. Otherwise row r is row r of ``x``, and the
+    kernel stores alpha and weights times the output at ``order[r]``.
     """
     channel = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     expert = tl.program_id(1)
@@ -199,7 +198,9 @@ def grouped_gemm_kernel(
 
 @triton.jit(do_not_specialize=["top_k"])
 def sum_choices_kernel(rows, chosen, out, n, top_k, BLOCK: tl.constexpr):
-    """``out[t] = rows[t k] + ... + rows[t k + k - 1]`` without those of negative experts."""
+    """Computes ``out[t] = rows[t k] + ... + rows[t k + k - 1]`` without the rows of negative
+    experts.
+    """
     token = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = channel < n
@@ -211,7 +212,9 @@ def sum_choices_kernel(rows, chosen, out, n, top_k, BLOCK: tl.constexpr):
 
 
 def choose_tile(choices: int, experts: int) -> tuple[int, int, int, int, int]:
-    """BLOCK_M, BLOCK_N, BLOCK_K, warps and stages for a number of choices among some experts."""
+    """Returns BLOCK_M, BLOCK_N, BLOCK_K, warps and stages for a number of choices among some
+    experts.
+    """
     rows = choices / experts
     limit, m, n, k, warps, stages = next(tile for tile in TILES if tile[0] is None or rows <= tile[0])
     return m, n, k, warps, stages

@@ -99,8 +99,9 @@ def nvfp4_gemm_kernel(
 
 @triton.jit
 def nvfp4_gemm_reduce_kernel(parts, bias, out, n, count, SPLIT: tl.constexpr, BLOCK: tl.constexpr):
-    """``out = parts[0] + ... + parts[SPLIT - 1] + bias``, in this order; ``count`` elements
-    each."""
+    """Computes ``out = parts[0] + ... + parts[SPLIT - 1] + bias``, in this order; ``count``
+    elements each.
+    """
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = index < count
     acc = tl.load(parts + index, mask=inside, other=0.0)
@@ -153,8 +154,9 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def _aligned(tensor: torch.Tensor) -> torch.Tensor:
-    """Contiguous, and on a 16-byte boundary: one compiled kernel, and wide loads, for views as
-    well."""
+    """Returns a contiguous tensor on a 16-byte boundary, so that views use the same compiled kernel
+    and wide loads.
+    """
     tensor = tensor.contiguous()
     return tensor.clone() if tensor.data_ptr() % 16 else tensor
 

@@ -31,7 +31,7 @@ def interpreted() -> bool:
 
 
 def unsupported_device(device: int | None = None) -> str | None:
-    """Why the kernels cannot run on CUDA device ``device``, or None.
+    """Returns why the kernels cannot run on CUDA device ``device``, or None.
 
     Triton needs a C compiler for what launches a kernel (triton/runtime/build.py) and fails at the
     first call without one. So this decodes one block, once in a process for each device. Triton's
@@ -87,7 +87,8 @@ def require(tensor: torch.Tensor) -> None:
 
 
 def unsupported_weight(n: int, k: int, dtype: torch.dtype = torch.bfloat16) -> str | None:
-    """Why the GEMM does not serve an ``[n, k]`` weight with ``dtype`` activations, or None."""
+    """Returns why the GEMM does not support an ``[n, k]`` weight with ``dtype`` activations, or
+    None."""
     if dtype not in (torch.bfloat16, torch.float16):
         return f"activations have to be bfloat16 or float16, got {dtype}"
     if k % 64 or k <= 0:
@@ -96,7 +97,8 @@ def unsupported_weight(n: int, k: int, dtype: torch.dtype = torch.bfloat16) -> s
 
 
 def unsupported_adapter(n: int, k: int, rank: int, ends: Sequence[int]) -> str | None:
-    """Why the GEMM of an ``[n, k]`` weight does not compute an adapter along with it, or None.
+    """Returns why the GEMM of an ``[n, k]`` weight does not compute an adapter along with it, or
+    None.
 
     Args:
         rank: of each projection's adapter.
@@ -108,7 +110,7 @@ def unsupported_adapter(n: int, k: int, rank: int, ends: Sequence[int]) -> str |
 
 
 def unsupported_experts(hidden: int, inner: int, dtype: torch.dtype = torch.bfloat16) -> str | None:
-    """Why the grouped GEMMs do not serve experts of ``inner`` channels, or None."""
+    """Returns why the grouped GEMMs do not support experts of ``inner`` channels, or None."""
     return unsupported_weight(inner, hidden, dtype) or unsupported_weight(hidden, inner, dtype)
 
 
