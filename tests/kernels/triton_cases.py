@@ -318,7 +318,9 @@ class TestExperts:
         for other in found[1:]:
             assert (other - found[0]).norm() < torch.finfo(dtype).eps * found[0].norm()
         limits = [limit for limit, *_ in TILES]
-        assert [choose_tile(rows * 4, 4) for rows in (limits[0], limits[1], limits[1] + 1)] == [tuple(t) for _, *t in TILES]
+        assert [choose_tile(rows * 4, 4) for rows in (limits[0], limits[1], limits[1] + 1)] == [
+            tuple(t) for _, *t in TILES
+        ]
 
     def test_no_tokens(self):
         stacks = [ExpertStack(*on_device(s.packed, s.scale, s.factors)) for s in make_experts(2, 64, 64)]
