@@ -92,7 +92,8 @@ class RolloutLayers:
         lora = node.get("lora")
         values = {
             **node,
-            "lora": lora and LoraSettings(int(lora["rank"]), float(lora["alpha"]), bool(lora.get("experts"))),
+            "lora": lora
+            and LoraSettings(int(lora["rank"]), float(lora["alpha"]), bool(lora.get("experts"))),
         }
         return cls(**values)
 
@@ -137,7 +138,9 @@ class Job:
     def layers(self) -> RolloutLayers:
         """Returns the settings for the rollout's engines."""
         rollout = self.settings.rollout
-        return RolloutLayers(rollout.kernel, self.lora, rollout.sleep_level, self.settings.aqn.enable)
+        return RolloutLayers(
+            rollout.kernel, self.lora, rollout.sleep_level, self.settings.aqn.enable
+        )
 
     def environment(self) -> dict[str, str]:
         """Returns the environment variable for the processes of the run."""
@@ -154,8 +157,8 @@ class Job:
             content = json.loads(text)
             if (version := content.pop("version")) != __version__:
                 raise JobError(
-                    f"{JOB_ENV} was written by QeRL {version} in the run's driver, and this process has "
-                    f"{__version__}; install one version on every node"
+                    f"{JOB_ENV} was written by QeRL {version} in the run's driver, and this "
+                    f"process has {__version__}; install one version on every node"
                 )
             lora, sharing = content.pop("lora"), content.pop("sharing")
             return cls(
@@ -167,8 +170,8 @@ class Job:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             reason = "; ".join(error.problems) if isinstance(error, SettingsError) else repr(error)
             raise JobError(
-                f"{JOB_ENV} is not a run's document ({reason}); the driver sets it, so remove it from the "
-                "environment and start the run again"
+                f"{JOB_ENV} is not a run's document ({reason}); the driver sets it, so remove it "
+                "from the environment and start the run again"
             ) from error
 
 

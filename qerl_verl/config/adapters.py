@@ -64,7 +64,8 @@ def adopt_adapter(draft: Draft, keys: Collection[str], model: str = MODEL) -> di
     for name, found in (("lora_rank", adapter["r"]), ("lora_alpha", adapter["lora_alpha"])):
         if wanted.get(name, found) != found:
             problems.append(
-                f"{model}.{name}={wanted[name]}, but the adapter {given} has {found}; remove the setting, or set {found}"
+                f"{model}.{name}={wanted[name]}, but the adapter {given} has {found}; remove the "
+                f"setting, or set {found}"
             )
         draft.set(f"{model}.{name}", found, "that of the adapter that training goes on from")
     if problems:
@@ -91,11 +92,16 @@ def adapter_problems(config: DictConfig, model: str, adapter: dict) -> list[str]
     where = f"{model}.lora_adapter_path={folder}"
     wanted = adapter["wanted"]
     if "target_modules" in wanted or "exclude_modules" in wanted:
-        targets, exclude = wanted.get("target_modules", _STOCK["target_modules"]), wanted.get("exclude_modules")
+        targets, exclude = (
+            wanted.get("target_modules", _STOCK["target_modules"]),
+            wanted.get("exclude_modules"),
+        )
         problems = _target_problems(base, layers, targets, exclude, model)
         if problems:
             return problems
-        if matched_layers(layers, targets, exclude) != adapted_layers(config, model, layers, adapter):
+        if matched_layers(layers, targets, exclude) != adapted_layers(
+            config, model, layers, adapter
+        ):
             found = adapter["target_modules"]
             name = "target_modules" if "target_modules" in wanted else "exclude_modules"
             out.append(
@@ -104,11 +110,22 @@ def adapter_problems(config: DictConfig, model: str, adapter: dict) -> list[str]
             )
     head = value_head_shapes(base) if model == CRITIC else None
     try:
-        map_names({name: tuple(t.shape) for name, t in read_tensors(folder).items()}, adapter, layers, head)
+        map_names(
+            {name: tuple(t.shape) for name, t in read_tensors(folder).items()},
+            adapter,
+            layers,
+            head,
+        )
     except AdapterError as error:
         trained_on = adapter.get("base_model_name_or_path")
-        source = OmegaConf.select(config, f"qerl.source_models.{'critic' if model == CRITIC else 'actor'}")
-        other = f" (the adapter was trained on {trained_on}, not on {source or base})" if trained_on else ""
+        source = OmegaConf.select(
+            config, f"qerl.source_models.{'critic' if model == CRITIC else 'actor'}"
+        )
+        other = (
+            f" (the adapter was trained on {trained_on}, not on {source or base})"
+            if trained_on
+            else ""
+        )
         out += [f"{where}: {problem}{other}" for problem in error.problems]
     return out or _experts_in_16_bits(config, adapted_layers(config, model, layers, adapter), model)
 
@@ -126,7 +143,9 @@ def target_problems(config: DictConfig, model: str) -> list[str]:
     base = Path(os.path.expanduser(get("path")))
     layers = adaptable_shapes(base)
     problems = _target_problems(base, layers, get("target_modules"), get("exclude_modules"), model)
-    return problems or _experts_in_16_bits(config, adapted_layers(config, model, layers, None), model)
+    return problems or _experts_in_16_bits(
+        config, adapted_layers(config, model, layers, None), model
+    )
 
 
 def _experts_in_16_bits(config: DictConfig, adapted: Collection[str], model: str) -> list[str]:
@@ -137,8 +156,9 @@ def _experts_in_16_bits(config: DictConfig, adapted: Collection[str], model: str
     if get_arm(config).container or not any(map(is_of_experts, adapted)):
         return []
     return [
-        f"{model}.target_modules: the arm {get_arm(config).name} has no adapter on the experts, because PEFT 0.21 trains one "
-        "that vLLM does not load by its names (experts.base_layer.lora_A); take gate_proj, up_proj and down_proj out, or use "
+        f"{model}.target_modules: the arm {get_arm(config).name} has no adapter on the experts, "
+        "because PEFT 0.21 trains one that vLLM does not load by its names "
+        "(experts.base_layer.lora_A); take gate_proj, up_proj and down_proj out, or use "
         "+qerl=nvfp4"
     ]
 
@@ -163,10 +183,15 @@ def _target_problems(base: Path, layers, targets: Any, exclude: Any, model: str)
     problems = find_problems(layers, targets, exclude, key=f"{model}.", tower=tower)
     if get_architecture(read_config(base)).experts is None:
         return problems
-    return [f"{problem} (routers, and the MLPs of layers without experts, have no adapter)" for problem in problems]
+    return [
+        f"{problem} (routers, and the MLPs of layers without experts, have no adapter)"
+        for problem in problems
+    ]
 
 
-def adapted_layers(config: DictConfig, model: str, layers: Collection[str], adapter: dict | None) -> set[str]:
+def adapted_layers(
+    config: DictConfig, model: str, layers: Collection[str], adapter: dict | None
+) -> set[str]:
     """Returns the layers of a model that have an adapter in a run.
 
     Args:
@@ -177,6 +202,8 @@ def adapted_layers(config: DictConfig, model: str, layers: Collection[str], adap
 
     if adapter:
         more = {name: adapter.get(name) for name in ("layers_to_transform", "layers_pattern")}
-        return matched_layers(layers, adapter["target_modules"], adapter.get("exclude_modules"), **more)
+        return matched_layers(
+            layers, adapter["target_modules"], adapter.get("exclude_modules"), **more
+        )
     get = lambda name: OmegaConf.select(config, f"{model}.{name}")  # noqa: E731
     return matched_layers(layers, get("target_modules"), get("exclude_modules"))

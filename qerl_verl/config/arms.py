@@ -1,4 +1,4 @@
-"""The arms of the comparison: in what form the frozen base is stored, in actor and rollout alike.
+"""Defines the arms of the comparison: the forms in which actor and rollout store the frozen base.
 
 Everything else is the same in every arm: trainer, noise, adapters and where they start from, data
 order and seeds.

@@ -1,4 +1,5 @@
-"""The driver's side of :mod:`qerl_verl.job`: what a configuration tells the processes of its run.
+"""Writes :mod:`qerl_verl.job` in the driver: the document that a configuration gives to the
+processes of its run.
 
 Importable without torch, verl or vLLM.
 """
@@ -40,7 +41,9 @@ def adapter_targets(config: DictConfig) -> Any:
     folder = get_value(config, f"{MODEL}.lora_adapter_path")
     if isinstance(folder, str):
         try:
-            return json.loads(Path(folder, "adapter_config.json").read_text(encoding="utf-8")).get("target_modules")
+            return json.loads(Path(folder, "adapter_config.json").read_text(encoding="utf-8")).get(
+                "target_modules"
+            )
         except (OSError, ValueError):  # reported elsewhere, or on a remote file system
             pass
     return get_value(config, f"{MODEL}.target_modules")

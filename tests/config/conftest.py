@@ -6,7 +6,6 @@ import copy
 import functools
 
 import pytest
-import yaml
 from omegaconf import OmegaConf, open_dict
 
 
@@ -24,6 +23,11 @@ def _is_choice(override: str) -> bool:
     return not separator or "." not in key or key.startswith("~")
 
 
+def _value(text: str):
+    """Returns what a command line's ``key=text`` gives; PyYAML takes ``1e-3`` for text."""
+    return OmegaConf.create(f"value: {text}").value
+
+
 @pytest.fixture(scope="session")
 def composed():
     """``composed(*overrides, arm="nvfp4")``: verl's ``ppo_trainer`` with the switch and a command
@@ -35,7 +39,7 @@ def composed():
             for override in overrides:
                 if not _is_choice(override):
                     key, _, value = override.lstrip("+").partition("=")
-                    OmegaConf.update(config, key, yaml.safe_load(value), force_add=True)
+                    OmegaConf.update(config, key, _value(value), force_add=True)
         return config
 
     return compose
