@@ -198,7 +198,8 @@ def _run(arguments: argparse.Namespace) -> int:
         results = evaluate(plan)
     except KeyboardInterrupt:
         print(
-            f"\nqerl: the responses so far are in {plan.settings.responses}; the same command continues", file=sys.stderr
+            f"\nqerl: the responses so far are in {plan.settings.responses}; the same command continues",
+            file=sys.stderr,
         )
         raise
     print(format_table(results))

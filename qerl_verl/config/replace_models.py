@@ -27,9 +27,7 @@ if TYPE_CHECKING:
     from qerl_verl.nvfp4.cache import Quantization
 
 
-def replace_models(
-    config: DictConfig, settings: QeRLSettings, choice: Choice | None = None
-) -> dict[str, Path]:
+def replace_models(config: DictConfig, settings: QeRLSettings, choice: Choice | None = None) -> dict[str, Path]:
     """Replaces model paths by a packed checkpoint, or by the model itself in an arm without one.
 
     A model that is not quantized yet is. The same model twice is the same checkpoint. The ``qerl``
@@ -58,12 +56,9 @@ def replace_models(
             folders[source] = resolve(f"{model}.path", source, settings, choice)
     roles = {model: "critic" if model == CRITIC else "actor" for model in trained}
     with open_dict(config):
-        config.qerl.source_models = {
-            roles[m]: lasting_name(source) for m, source in sources.items()
-        }
+        config.qerl.source_models = {roles[m]: lasting_name(source) for m, source in sources.items()}
         config.qerl.base_fingerprint = {
-            roles[m]: fingerprint(folders[source], settings.cache_dir)
-            for m, source in sources.items()
+            roles[m]: fingerprint(folders[source], settings.cache_dir) for m, source in sources.items()
         }
         for model, source in sources.items():
             # a name on the hub stays where the model is used as it is: other nodes have their own

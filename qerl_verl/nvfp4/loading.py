@@ -138,7 +138,9 @@ def _empty_experts(name: str, experts: nn.Module, linears: set[str], storage_dty
     expected = {f"{name}.{expert}.{projection}" for expert in range(count) for projection in PROJECTIONS}
     if linears != expected:
         odd = sorted(expected ^ linears)[0]
-        raise ValueError(f"{name}: the checkpoint packs {len(linears)} linears of {count} experts; {odd} is missing or extra")
+        raise ValueError(
+            f"{name}: the checkpoint packs {len(linears)} linears of {count} experts; {odd} is missing or extra"
+        )
     try:
         return NVFP4Experts(count, hidden, inner, experts.act_fn, device=device, storage_dtype=storage_dtype)
     except ValueError as error:

@@ -22,10 +22,7 @@ def test_the_group_of_hydra_gives_the_defaults():
     written = flatten(group, "qerl")
     assert written.pop("qerl.arm") == "???"
     assert written == {key: row.default for key, row in SETTINGS.items() if key != "qerl.arm"}
-    assert (
-        QeRLSettings.from_mapping(OmegaConf.to_container(group) | {"arm": "nvfp4"})
-        == QeRLSettings()
-    )
+    assert QeRLSettings.from_mapping(OmegaConf.to_container(group) | {"arm": "nvfp4"}) == QeRLSettings()
 
 
 def test_the_page_has_a_row_for_every_setting():
@@ -47,9 +44,7 @@ def checkout(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize(
-    ("name", "text"), [(YAML, "num_stages: 10"), (PAGE, "standard deviation in the last stage")]
-)
+@pytest.mark.parametrize(("name", "text"), [(YAML, "num_stages: 10"), (PAGE, "standard deviation in the last stage")])
 def test_a_change_by_hand_is_found_and_written_again(checkout, name, text, capsys):
     file = checkout / name
     before = file.read_text()
@@ -62,9 +57,7 @@ def test_a_change_by_hand_is_found_and_written_again(checkout, name, text, capsy
 
 def test_a_file_without_its_marker_lines_is_refused(checkout):
     (checkout / PAGE).write_text("# Settings\n")
-    with pytest.raises(
-        ValueError, match="docs/settings.md: expected one part between '<!-- settings: begin'"
-    ):
+    with pytest.raises(ValueError, match="docs/settings.md: expected one part between '<!-- settings: begin'"):
         generate.main([])
     shutil.rmtree(checkout / "docs")
     assert generate.main([]) == 2

@@ -42,8 +42,6 @@ def configured(composed):
     the case."""
 
     def configure(settings):
-        return composed(
-            *(f"{key}={json.dumps(value)}" for key, value in {**BASE, **settings}.items())
-        )
+        return composed(*(f"{key}={json.dumps(value)}" for key, value in {**BASE, **settings}.items()))
 
     return configure

@@ -78,9 +78,7 @@ def test_files_that_verl_cannot_train_on(configured, files, settings, expected):
         ),  # refused
     ],
 )
-def test_epochs_that_end_before_the_steps_are_told_with_both_numbers(
-    configured, files, settings, expected
-):
+def test_epochs_that_end_before_the_steps_are_told_with_both_numbers(configured, files, settings, expected):
     lines = data.find_remarks(configured(settings))
     if expected is None:
         assert lines == []
@@ -90,9 +88,7 @@ def test_epochs_that_end_before_the_steps_are_told_with_both_numbers(
         assert line.startswith(
             f"trainer.total_training_steps={wanted}, but the training data ends after {reachable} steps"
         )
-        assert f"(trainer.total_epochs={epochs})" in line and line.endswith(
-            f"set trainer.total_epochs={fix}"
-        )
+        assert f"(trainer.total_epochs={epochs})" in line and line.endswith(f"set trainer.total_epochs={fix}")
 
 
 def test_steps_of_a_data_set():
