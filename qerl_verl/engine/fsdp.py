@@ -9,7 +9,8 @@ import math
 import os
 import socket
 import warnings
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -427,16 +428,13 @@ class AdapterEngineMixin:
         scheduler = getattr(self, "lr_scheduler", None)
         return self.role if scheduler is None else f"{self.role}, step {scheduler.last_epoch + (not after)}"
 
-    def disable_adapter(self) -> AbstractContextManager:
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
         """Disables the adapter as verl does, and the replay of the routing too: the reference
         policy chooses its experts by itself.
         """
-        if self._replay is None:
-            return super().disable_adapter()
-        stack = ExitStack()
-        stack.enter_context(super().disable_adapter())
-        stack.enter_context(self._replay.paused())
-        return stack
+        with super().disable_adapter(), nullcontext() if self._replay is None else self._replay.paused():
+            yield
 
     def prepare_model_inputs(self, micro_batch):
         """Prepares the inputs as verl does, and brings the rollout's choices of experts into the

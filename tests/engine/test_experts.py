@@ -62,7 +62,7 @@ def reports(run_engine, tmp_path_factory, folders):
     }
     (first,) = run_engine(packed, out / "one", variants=one)
     counted = {"two": FLOAT32, "counted": {"steps": 1, "count": True}, "adapted two": ADAPTED}
-    counted["replayed two"] = REPLAYED
+    counted |= {"replayed two": REPLAYED, "replayed ulysses": REPLAYED | {"ulysses": 2}}
     return first, run_engine(packed, out / "two", world=2, variants=counted)
 
 
@@ -95,7 +95,9 @@ def test_adapters_on_the_experts_train_the_same(reports, name):
         assert found["adapter"] == one["adapted"]["adapter"]
 
 
-@pytest.mark.parametrize("name", ["replayed selective", "replayed stored", "replayed padded", "replayed two"])
+@pytest.mark.parametrize(
+    "name", ["replayed selective", "replayed stored", "replayed padded", "replayed two", "replayed ulysses"]
+)
 def test_the_rollouts_routing_is_replayed_the_same(reports, name):
     """However sequences are laid out, with layers that run twice, and on two ranks."""
     one, two = reports
