@@ -92,8 +92,7 @@ class RolloutLayers:
         lora = node.get("lora")
         values = {
             **node,
-            "lora": lora
-            and LoraSettings(int(lora["rank"]), float(lora["alpha"]), bool(lora.get("experts"))),
+            "lora": lora and LoraSettings(int(lora["rank"]), float(lora["alpha"]), bool(lora.get("experts"))),
         }
         return cls(**values)
 
@@ -138,9 +137,7 @@ class Job:
     def layers(self) -> RolloutLayers:
         """Returns the settings for the rollout's engines."""
         rollout = self.settings.rollout
-        return RolloutLayers(
-            rollout.kernel, self.lora, rollout.sleep_level, self.settings.aqn.enable
-        )
+        return RolloutLayers(rollout.kernel, self.lora, rollout.sleep_level, self.settings.aqn.enable)
 
     def environment(self) -> dict[str, str]:
         """Returns the environment variable for the processes of the run."""

@@ -99,9 +99,7 @@ def adapter_problems(config: DictConfig, model: str, adapter: dict) -> list[str]
         problems = _target_problems(base, layers, targets, exclude, model)
         if problems:
             return problems
-        if matched_layers(layers, targets, exclude) != adapted_layers(
-            config, model, layers, adapter
-        ):
+        if matched_layers(layers, targets, exclude) != adapted_layers(config, model, layers, adapter):
             found = adapter["target_modules"]
             name = "target_modules" if "target_modules" in wanted else "exclude_modules"
             out.append(
@@ -118,14 +116,8 @@ def adapter_problems(config: DictConfig, model: str, adapter: dict) -> list[str]
         )
     except AdapterError as error:
         trained_on = adapter.get("base_model_name_or_path")
-        source = OmegaConf.select(
-            config, f"qerl.source_models.{'critic' if model == CRITIC else 'actor'}"
-        )
-        other = (
-            f" (the adapter was trained on {trained_on}, not on {source or base})"
-            if trained_on
-            else ""
-        )
+        source = OmegaConf.select(config, f"qerl.source_models.{'critic' if model == CRITIC else 'actor'}")
+        other = f" (the adapter was trained on {trained_on}, not on {source or base})" if trained_on else ""
         out += [f"{where}: {problem}{other}" for problem in error.problems]
     return out or _experts_in_16_bits(config, adapted_layers(config, model, layers, adapter), model)
 
@@ -143,9 +135,7 @@ def target_problems(config: DictConfig, model: str) -> list[str]:
     base = Path(os.path.expanduser(get("path")))
     layers = adaptable_shapes(base)
     problems = _target_problems(base, layers, get("target_modules"), get("exclude_modules"), model)
-    return problems or _experts_in_16_bits(
-        config, adapted_layers(config, model, layers, None), model
-    )
+    return problems or _experts_in_16_bits(config, adapted_layers(config, model, layers, None), model)
 
 
 def _experts_in_16_bits(config: DictConfig, adapted: Collection[str], model: str) -> list[str]:
@@ -183,15 +173,10 @@ def _target_problems(base: Path, layers, targets: Any, exclude: Any, model: str)
     problems = find_problems(layers, targets, exclude, key=f"{model}.", tower=tower)
     if get_architecture(read_config(base)).experts is None:
         return problems
-    return [
-        f"{problem} (routers, and the MLPs of layers without experts, have no adapter)"
-        for problem in problems
-    ]
+    return [f"{problem} (routers, and the MLPs of layers without experts, have no adapter)" for problem in problems]
 
 
-def adapted_layers(
-    config: DictConfig, model: str, layers: Collection[str], adapter: dict | None
-) -> set[str]:
+def adapted_layers(config: DictConfig, model: str, layers: Collection[str], adapter: dict | None) -> set[str]:
     """Returns the layers of a model that have an adapter in a run.
 
     Args:
@@ -202,8 +187,6 @@ def adapted_layers(
 
     if adapter:
         more = {name: adapter.get(name) for name in ("layers_to_transform", "layers_pattern")}
-        return matched_layers(
-            layers, adapter["target_modules"], adapter.get("exclude_modules"), **more
-        )
+        return matched_layers(layers, adapter["target_modules"], adapter.get("exclude_modules"), **more)
     get = lambda name: OmegaConf.select(config, f"{model}.{name}")  # noqa: E731
     return matched_layers(layers, get("target_modules"), get("exclude_modules"))

@@ -41,9 +41,7 @@ def adapter_targets(config: DictConfig) -> Any:
     folder = get_value(config, f"{MODEL}.lora_adapter_path")
     if isinstance(folder, str):
         try:
-            return json.loads(Path(folder, "adapter_config.json").read_text(encoding="utf-8")).get(
-                "target_modules"
-            )
+            return json.loads(Path(folder, "adapter_config.json").read_text(encoding="utf-8")).get("target_modules")
         except (OSError, ValueError):  # reported elsewhere, or on a remote file system
             pass
     return get_value(config, f"{MODEL}.target_modules")

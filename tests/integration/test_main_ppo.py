@@ -148,7 +148,10 @@ def first(common):
     ended, and its checkpoints as they were in the middle of the update before."""
     folder, overrides = common
     checkpoints = folder / "first" / "checkpoints"
-    own = ["actor_rollout_ref.model.external_lib=tests.integration.repeatable", f"trainer.default_local_dir={checkpoints}"]
+    own = [
+        "actor_rollout_ref.model.external_lib=tests.integration.repeatable",
+        f"trainer.default_local_dir={checkpoints}",
+    ]
     own += [f"trainer.rollout_data_dir={folder / 'first' / 'samples'}"]
     own += [f"trainer.validation_data_dir={folder / 'first' / 'validation'}"]
     job = Job(folder / "first", [*overrides, *FIRST, *own], hold_folder=folder / "hold").start()
