@@ -116,7 +116,7 @@ def make_engine(folder: Path, stock: bool, attention: str, packed: bool, ulysses
     from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
     from verl.workers.engine.fsdp import FSDPEngineWithLMHead
 
-    from qerl_verl.engine.fsdp import NVFP4EngineWithLMHead
+    from qerl_verl.engine.nvfp4 import NVFP4EngineWithLMHead
 
     engine = (FSDPEngineWithLMHead if stock else NVFP4EngineWithLMHead)(
         model_config=HFModelConfig(

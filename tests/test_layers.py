@@ -51,7 +51,7 @@ def test_a_lower_layer_knows_nothing_of_a_higher_one(folder):
         ("import verl", {"verl"}),
         ("def f():\n    from verl.utils import fs", {"verl.utils", "verl.utils.fs"}),
         ("from qerl_verl import engine", {"qerl_verl.engine"}),
-        ("import qerl_verl.engine.fsdp as e", {"qerl_verl.engine.fsdp"}),
+        ("import qerl_verl.engine.nvfp4 as e", {"qerl_verl.engine.nvfp4"}),
         ("import verlite, qerl_verl.engineering", set()),
     ],
 )

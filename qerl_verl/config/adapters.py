@@ -154,7 +154,7 @@ def _experts_in_16_bits(config: DictConfig, adapted: Collection[str], model: str
 
 
 def value_head_shapes(base: Path) -> dict[str, tuple[int, ...]]:
-    """Returns name -> shape of the tensors of a critic's value head (engine/fsdp.py,
+    """Returns name -> shape of the tensors of a critic's value head (engine/nvfp4_critic.py,
     NVFP4EngineWithValueHead).
     """
     from transformers import AutoConfig

@@ -2,14 +2,14 @@
 
 verl builds and shards the base, checkpoints its activations and runs its forward pass
 (verl/workers/engine/fsdp/transformer_impl.py). The trained part comes from
-:class:`~qerl_verl.engine.fsdp.AdapterEngineMixin`.
+:class:`~qerl_verl.engine.adapter.AdapterEngineMixin`.
 """
 
 from peft import TaskType
 from torch import nn
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
-from qerl_verl.engine.fsdp import AdapterEngineMixin
+from qerl_verl.engine.adapter import AdapterEngineMixin
 from qerl_verl.engine.output_layer import use_logprob_layer
 
 

@@ -24,7 +24,7 @@ from verl.utils.fsdp_utils import apply_fsdp2
 from verl.utils.model import get_hf_auto_model_class
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
-from qerl_verl.engine.fsdp import AdapterEngineMixin
+from qerl_verl.engine.adapter import AdapterEngineMixin
 
 
 class NF4EngineWithLMHead(AdapterEngineMixin, FSDPEngineWithLMHead):

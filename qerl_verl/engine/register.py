@@ -8,8 +8,8 @@ from qerl_verl.switch import ENGINE_VENDOR, running_arm
 
 ENGINES = {
     "nvfp4": {
-        "language_model": "qerl_verl.engine.fsdp:NVFP4EngineWithLMHead",
-        "value_model": "qerl_verl.engine.fsdp:NVFP4EngineWithValueHead",
+        "language_model": "qerl_verl.engine.nvfp4:NVFP4EngineWithLMHead",
+        "value_model": "qerl_verl.engine.nvfp4_critic:NVFP4EngineWithValueHead",
     },
     "bf16": {"language_model": "qerl_verl.engine.bf16:BF16EngineWithLMHead"},
     "nf4": {"language_model": "qerl_verl.engine.nf4:NF4EngineWithLMHead"},

@@ -40,7 +40,7 @@ class NVFP4Linear(nn.Module):
         dtype: dtype of the bias.
         device: device of the empty tensors.
         storage_dtype: dtype under which the bytes are stored. They are only ever copied, never
-            computed with. uint8 by default; for FSDP2 see :data:`qerl_verl.engine.fsdp.CARRIER`.
+            computed with. uint8 by default; for FSDP2 see :data:`qerl_verl.engine.nvfp4.CARRIER`.
 
     Raises:
         ValueError: ``in_features`` is not a multiple of 16, or the bytes do not fill whole

@@ -18,7 +18,8 @@ def import_what_the_ranks_import() -> None:
     import verl.workers.config
     import verl.workers.engine.fsdp  # noqa: F401
 
-    import qerl_verl.engine.fsdp  # noqa: F401
+    import qerl_verl.engine.nvfp4  # noqa: F401
+    import qerl_verl.engine.nvfp4_critic  # noqa: F401
     from tests.engine import many_ranks  # noqa: F401
 
 

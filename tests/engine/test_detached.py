@@ -12,8 +12,8 @@ from verl.experimental.separation.engine_workers import DetachActorWorker
 from verl.utils import fsdp_utils
 from verl.workers import engine_workers
 
+from qerl_verl.engine.adapter import AdapterEngineMixin
 from qerl_verl.engine.detached import AdapterDetachWorker, restore_trained, save_trained
-from qerl_verl.engine.fsdp import AdapterEngineMixin
 from qerl_verl.finite import NonFiniteError
 from qerl_verl.lora.wire import CONFIG_TENSOR, take_config
 
@@ -134,7 +134,7 @@ def test_a_colocated_sync_gets_the_adapter_and_its_configuration_beside_it():
 
 
 def test_a_checkpoint_engine_gets_the_adapter_with_its_configuration_last(monkeypatch):
-    monkeypatch.setattr("qerl_verl.engine.fsdp.get_device_id", lambda: "cpu")
+    monkeypatch.setattr("qerl_verl.engine.adapter.get_device_id", lambda: "cpu")
     tensors, _ = Engine().get_per_tensor_param()  # as verl's update_weights calls it
     names = [name for name, _ in tensors]
     assert names == ["a.lora_A.weight", "a.lora_B.weight", CONFIG_TENSOR]

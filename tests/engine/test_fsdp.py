@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from transformers import Qwen2Config
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngine
 
-from qerl_verl.engine.fsdp import AdapterEngineMixin, NVFP4EngineMixin, remove_dropout
+from qerl_verl.engine.adapter import AdapterEngineMixin, remove_dropout
+from qerl_verl.engine.nvfp4 import NVFP4EngineMixin
 from qerl_verl.engine.recompute import Recompute
 from qerl_verl.job import Job
 from qerl_verl.nvfp4.architectures import automatic_class, get_architecture
@@ -196,7 +197,7 @@ def test_building_never_holds_the_model_in_16_bits(run_engine, model_factory, tm
 
 
 def test_verls_way_to_build_fsdp2_is_the_one_that_ours_stands_in_for():
-    """Ours sets and calls the same (qerl_verl/engine/fsdp.py, _build_fsdp_module). Where this
+    """Ours sets and calls the same (qerl_verl/engine/nvfp4.py, _build_fsdp_module). Where this
     fails, verl has changed its way.
     """
     source = inspect.getsource(FSDPEngine._build_fsdp_module)

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from qerl_verl.engine.compile import unavailable
-from qerl_verl.engine.fsdp import CARRIER
+from qerl_verl.engine.nvfp4 import CARRIER
 from qerl_verl.nvfp4.quantize import quantize_checkpoint
 
 WORLD = int(os.environ.get("QERL_TEST_RANKS", "2"))
@@ -104,7 +104,7 @@ def test_the_all_gather_moves_the_packed_bytes(adapters_and_reports):
 
 
 def test_every_rank_computes_with_the_checkpoints_bytes(adapters_and_reports):
-    """On a GPU a 16-bit carrier would fail, see qerl_verl/engine/fsdp.py, CARRIER."""
+    """On a GPU a 16-bit carrier would fail, see qerl_verl/engine/nvfp4.py, CARRIER."""
     _, _, reports = adapters_and_reports
     assert [report["packed"]["changed_bytes"] for report in reports] == [0] * WORLD
 

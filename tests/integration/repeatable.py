@@ -87,7 +87,7 @@ def _hold_in_the_actor() -> None:
     import verl.workers.engine  # noqa: F401  (first: its import brings the engines of QeRL in)
     from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import BucketedWeightSender
 
-    from qerl_verl.engine.fsdp import NVFP4EngineWithLMHead as Engine
+    from qerl_verl.engine.nvfp4 import NVFP4EngineWithLMHead as Engine
 
     current = {"step": 0}
     infer, update, save, send = (

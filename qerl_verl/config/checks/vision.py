@@ -31,7 +31,7 @@ LOOKED_AT = 2000
 
 FLASH_ATTENTION_ALONE = ("Qwen2_5_VLForConditionalGeneration",)
 """verl/models/transformers/monkey_patch.py, apply_monkey_patch. The engine of packed bases leaves
-that out (engine/fsdp.py, _patch_forward)."""
+that out (engine/adapter.py, _patch_forward)."""
 
 INTERLEAVED = ("Qwen3VLForConditionalGeneration",)
 """Models in which transformers interleaves the frequencies of an image's time, height and width."""
