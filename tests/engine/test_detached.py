@@ -3,10 +3,11 @@ engines.
 """
 
 import inspect
-import json
+from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import LoraConfig
 from torch import nn
 from verl.experimental.separation.engine_workers import DetachActorWorker
 from verl.utils import fsdp_utils
@@ -117,7 +118,7 @@ class StockEngine:
 
     def get_per_tensor_param(self, layered_summon=False, base_sync_done=False, **kwargs):
         assert base_sync_done, "the whole base was asked for"
-        return self.tensors.items(), {"r": 8, "lora_alpha": 16, "target_modules": {"v_proj", "q_proj"}}
+        return self.tensors.items(), self.module.peft_config["default"].to_dict()
 
 
 class Engine(AdapterEngineMixin, StockEngine):
@@ -125,6 +126,8 @@ class Engine(AdapterEngineMixin, StockEngine):
     _is_offload_param = True  # so that verl's engine is asked
 
     def __init__(self, value=0.5):
+        config = LoraConfig(r=8, lora_alpha=16, target_modules={"v_proj", "q_proj"})
+        self.module = SimpleNamespace(peft_config={"default": config})
         self.tensors = {"a.lora_A.weight": torch.full((8, 4), value), "a.lora_B.weight": torch.zeros(4, 8)}
 
 
@@ -139,7 +142,8 @@ def test_a_checkpoint_engine_gets_the_adapter_with_its_configuration_last(monkey
     names = [name for name, _ in tensors]
     assert names == ["a.lora_A.weight", "a.lora_B.weight", CONFIG_TENSOR]
     config = take_config(dict(tensors))
-    assert config == json.loads(json.dumps({"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}))
+    wanted = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}
+    assert {name: config[name] for name in wanted} == wanted
 
 
 def test_an_adapter_that_is_not_finite_does_not_leave_either_way():
