@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from accelerate import init_empty_weights
@@ -58,13 +59,14 @@ class NVFP4EngineWithValueHead(NVFP4EngineMixin, AdapterEngineMixin, FSDPEngineW
             nn.init.zeros_(head.bias)
         return module
 
-    def disable_adapter(self) -> AbstractContextManager:
-        """Returns a context that does nothing, since a critic has no reference. verl's trainer
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Does nothing, since a critic has no reference. verl's trainer
         leaves the reference policy's ``no_lora_adapter`` in the batch
         (verl/trainer/ppo/v1/trainer_base.py, _compute_ref_log_prob), which would otherwise give
         values without adapter and trained head.
         """
-        return nullcontext()
+        yield
 
     def _head_file(self, folder: str) -> str:
         world_size = torch.distributed.get_world_size()
