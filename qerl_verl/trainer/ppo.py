@@ -8,10 +8,7 @@ import json
 import logging
 import math
 import os
-import threading
 import time
-from collections.abc import Callable
-from concurrent import futures
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -19,238 +16,27 @@ from pathlib import Path
 import ray
 import torch
 import transfer_queue as tq
-from omegaconf import DictConfig, OmegaConf, open_dict
-from verl.checkpoint_engine import CheckpointEngineManager
+from omegaconf import DictConfig, open_dict
 from verl.trainer.ppo.utils import Role
 from verl.trainer.ppo.v1 import PPOTrainerColocateAsync, PPOTrainerSeparateAsync, PPOTrainerSync, register_trainer
 from verl.trainer.ppo.v1 import trainer_separate_async as verl_separate_async
-from verl.utils.ray_utils import auto_await
 
 from qerl_verl.aqn.adaptive import AdaptiveSigma
 from qerl_verl.aqn.divergence import measure_samples, truncation_bounds
 from qerl_verl.aqn.noise import Noise, combine, describe_size
 from qerl_verl.aqn.schedule import AQNSchedule
-from qerl_verl.checkpoint_errors import writing
 from qerl_verl.config.settings import ADAPTIVE, QeRLSettings
 from qerl_verl.engine.detached import AdapterDetachWorker
 from qerl_verl.log_lines import say
 from qerl_verl.nvfp4.errors import CheckpointError
 from qerl_verl.rollout.ahead import AHEAD
-from qerl_verl.trainer.checkpoints import (
-    PRUNED_FILE,
-    check_base,
-    check_policy,
-    claim,
-    find_damage,
-    find_resumable,
-    new_run,
-    other_length,
-    prune,
-    read_record,
-    read_run,
-    write_record,
-)
+from qerl_verl.trainer.resume import WholeCheckpointsMixin
 from qerl_verl.trainer.run_length import RunLengthMixin
 from qerl_verl.trainer.run_record import RunRecordMixin
+from qerl_verl.trainer.weight_sync import NoisyCheckpointManager, StandaloneCheckpointManager
 
 logger = logging.getLogger(__name__)
 logger.setLevel(os.getenv("VERL_LOGGING_LEVEL", "INFO"))
-
-ENGINE_CHECK_SECONDS = 5.0
-"""Interval at which a running weight sync checks that the rollout engines are alive."""
-
-
-def _check_engines(replicas: list) -> None:
-    """Checks the replicas' engines.
-
-    Raises:
-        EngineDeadError: of vLLM; the engine of a replica has ended.
-    """
-    ray.get([replica.server_handle.qerl_check_engine.remote() for replica in replicas])
-
-
-class _NoisyCheckpointManager:
-    """Wraps verl's CheckpointEngineManager: every weight sync ends with the noise of the next step.
-
-    For engines that share the actor's GPU. All other calls are forwarded. The noise is set here and
-    not in ``on_step_end``, so that it is in place before a trainer of any mode resumes generation.
-
-    Args:
-        after_sync: called with the replicas and the sync's ``global_steps``.
-    """
-
-    def __init__(self, manager: CheckpointEngineManager, after_sync: Callable[[list, int | None], None]):
-        self._manager = manager
-        self._after_sync = after_sync
-
-    def __getattr__(self, name):
-        return getattr(self._manager, name)
-
-    def update_weights(self, global_steps: int | None = None):
-        """Runs verl's weight sync while checking the engines.
-
-        The actor waits without limit for the engine's worker to take a bucket
-        (vllm_rollout/bucketed_weight_transfer.py, async_send_weights). Without the check, the job
-        would hang when the worker dies.
-        """
-        manager = self._manager
-        pending = manager.actor_wg.update_weights(global_steps=global_steps, mode=manager.backend)
-        while pending:
-            done, pending = ray.wait(pending, num_returns=len(pending), timeout=ENGINE_CHECK_SECONDS)
-            ray.get(done)
-            if pending:
-                _check_engines(manager.replicas)
-        self._after_sync(manager.replicas, global_steps)
-        return {}
-
-
-class _StandaloneCheckpointManager(CheckpointEngineManager):
-    """Sets the noise in weight syncs to engines with GPUs of their own. verl's sync ends with
-    resuming their generation, so the noise is set right before.
-
-    Args:
-        manager: verl's, which this one replaces.
-    """
-
-    def __init__(self, manager: CheckpointEngineManager, after_sync: Callable[[list, int | None], None]):
-        super().__init__(config=manager.config, actor_wg=manager.actor_wg, replicas=manager.replicas)
-        self._after_sync = after_sync
-        self._global_steps: int | None = None
-
-    def update_weights(self, global_steps: int | None = None) -> dict:
-        """Runs verl's weight sync in a thread while checking the engines. When an engine has died,
-        the thread is abandoned, since the job ends.
-        """
-        self._global_steps = global_steps
-        sync, result = super().update_weights, futures.Future()
-
-        def run() -> None:
-            try:
-                result.set_result(sync(global_steps))
-            except BaseException as error:
-                result.set_exception(error)
-
-        threading.Thread(target=run, name="weight sync", daemon=True).start()
-        while not futures.wait([result], ENGINE_CHECK_SECONDS).done:
-            _check_engines(self.replicas)
-        return result.result()
-
-    @auto_await
-    async def resume_generation_replicas(self):
-        self._after_sync(self.replicas, self._global_steps)
-        await super().resume_generation_replicas()
-
-
-class _RecordingCallback:
-    """Wraps verl's checkpoint callback (verl/trainer/ppo/checkpoint_callback.py), and first writes
-    the record that makes a checkpoint complete.
-
-    verl calls it when all files of a save are written, so the user's own callback finds the record
-    in the folder.
-    """
-
-    def __init__(self, callback, after_save):
-        self._callback = callback
-        self._after_save = after_save
-
-    def __getattr__(self, name):
-        return getattr(self._callback, name)
-
-    def on_save(self, **kwargs):
-        self._after_save(Path(kwargs["checkpoint_dir"]))
-        self._callback.on_save(**kwargs)
-
-
-class WholeCheckpointsMixin:
-    """Resumes only from complete checkpoints, see :mod:`qerl_verl.trainer.checkpoints`."""
-
-    def __init__(self, config: DictConfig):
-        super().__init__(config)
-        node = OmegaConf.to_container(config.qerl)
-        self._base: dict[str, str] = node.get("base_fingerprint") or {}
-        self._policy: dict = node.get("policy") or {}
-        self._run = new_run()
-        self._saved: list[Path] = []  # by this run, in its own folder
-        self.checkpoint_callback = _RecordingCallback(self.checkpoint_callback, self._after_save)
-
-    def _load_checkpoint(self):
-        """Chooses a checkpoint and lets verl load it.
-
-        Raises:
-            CheckpointError: none is complete, or the base or another setting that defines the
-                policy has changed.
-        """
-        trainer = self.config.trainer
-        if trainer.resume_mode == "auto":
-            folder = find_resumable(Path(trainer.default_local_dir).absolute(), say)
-        elif trainer.resume_mode == "resume_path" and isinstance(trainer.resume_from_path, str):
-            folder = Path(trainer.resume_from_path).absolute()
-            problem = find_damage(folder)
-            if problem and (read_record(folder) or read_record(folder, PRUNED_FILE) or not folder.is_dir()):
-                raise CheckpointError(f"trainer.resume_from_path={folder}: {problem}. Give another checkpoint.")
-            if problem:
-                say(f"{folder} is taken as it is: {problem}")
-        else:
-            return super()._load_checkpoint()
-        if folder is None:
-            with self._trainer_setting(resume_mode="disable"):
-                return super()._load_checkpoint()
-        check_policy(folder, self._policy)
-        check_base(folder, self._base)
-        steps = getattr(self, "total_training_steps", None)
-        if (then := other_length(folder, steps)) and self._policy.get("qerl.aqn.enable"):
-            say(f"the run that saved {folder} was to have {then} steps, this one has {steps}: the noise stages move")
-        say(f"resuming from {folder}")
-        self._resume_own_state(folder)
-        if trainer.resume_mode == "auto":  # the same run goes on; what a path names may be another's, and has to stay
-            self._run = read_run(folder) or self._run
-            self._saved = [folder]
-        with self._trainer_setting(resume_mode="resume_path", resume_from_path=str(folder)):
-            return super()._load_checkpoint()
-
-    def _resume_own_state(self, folder: Path) -> None:
-        """Restores QeRL's own state from the checkpoint that training resumes from, before verl
-        reads it.
-        """
-
-    def _save_checkpoint(self):
-        """Saves verl's checkpoint, and removes old ones when the new one is complete.
-
-        Raises:
-            CheckpointError: the disk or the quota is full, or the folder cannot be written to.
-        """
-        trainer = self.config.trainer
-        folder = Path(trainer.default_local_dir, f"global_step_{self.global_steps}")
-        only_last = trainer.get("remove_previous_ckpt_in_save", False)
-        self._keep = {role: 1 if only_last else trainer.get(f"max_{role}_ckpt_to_keep") for role in ("actor", "critic")}
-        kept = {f"max_{role}_ckpt_to_keep": None for role in self._keep}
-        with (
-            self._trainer_setting(remove_previous_ckpt_in_save=False, **kept),
-            writing(str(folder), f"step {self.global_steps}"),
-        ):
-            claim(folder, self._run, say)
-            super()._save_checkpoint()
-
-    def _after_save(self, folder: Path) -> None:
-        write_record(folder, self._base, self._policy, getattr(self, "total_training_steps", None))
-        self._saved = [*(f for f in self._saved if f != folder.absolute()), folder.absolute()]
-        try:
-            for role, keep in self._keep.items():
-                prune(self._saved, role, keep, self._run)
-        except OSError as error:
-            say(f"an old checkpoint could not be removed: {error}")
-
-    @contextmanager
-    def _trainer_setting(self, **values):
-        """Sets values of ``trainer.*`` within the block."""
-        before = {name: self.config.trainer.get(name) for name in values}
-        with open_dict(self.config):
-            self.config.trainer.update(values)
-        try:
-            yield
-        finally:
-            with open_dict(self.config):
-                self.config.trainer.update(before)
 
 
 NOISE_FILE = "qerl_noise.json"
@@ -351,7 +137,7 @@ class AQNTrainerMixin(RunLengthMixin, RunRecordMixin, WholeCheckpointsMixin):
                 )
             sigmas = [schedule.sigma_of_stage(k) for k in range(schedule.num_stages)]
             say(f"AQN sigma by stage: {', '.join(f'{s:.3g}' for s in sigmas)}")
-        self.checkpoint_manager = _NoisyCheckpointManager(self.checkpoint_manager, self._after_sync)
+        self.checkpoint_manager = NoisyCheckpointManager(self.checkpoint_manager, self._after_sync)
 
     @functools.cached_property
     def aqn_schedule(self) -> AQNSchedule | AdaptiveSigma:
@@ -550,7 +336,7 @@ class QeRLTrainerSeparateAsync(AQNTrainerMixin, PPOTrainerSeparateAsync):
     def _setup(self):
         with self._without_the_line_that_fails():
             super()._setup()
-        self.standalone_checkpoint_manager = _StandaloneCheckpointManager(
+        self.standalone_checkpoint_manager = StandaloneCheckpointManager(
             self.standalone_checkpoint_manager, self._after_sync
         )
 

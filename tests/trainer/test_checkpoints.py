@@ -22,7 +22,7 @@ from qerl_verl.trainer.checkpoints import (
     read_record,
     read_run,
 )
-from qerl_verl.trainer.ppo import WholeCheckpointsMixin
+from qerl_verl.trainer.resume import WholeCheckpointsMixin
 
 TRACKER = "latest_checkpointed_iteration.txt"
 ACTOR_FILES = ("model_world_size_1_rank_0.pt", "optim_world_size_1_rank_0.pt", "lora_adapter/adapter_model.safetensors")
@@ -355,7 +355,7 @@ def test_verls_trainer_calls_the_callback_last(tmp_path, monkeypatch):
             self.config = config
             self.use_critic, self.trainer_mode, self.global_steps = False, "sync", 5
             self._base, self._policy, self._saved, self._run = {}, {}, [], new_run()
-            from qerl_verl.trainer.ppo import _RecordingCallback
+            from qerl_verl.trainer.resume import _RecordingCallback
 
             self.checkpoint_callback = _RecordingCallback(
                 SimpleNamespace(on_save=lambda **kwargs: None), self._after_save

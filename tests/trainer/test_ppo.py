@@ -27,14 +27,14 @@ from qerl_verl.config.rules import TRANSPORT
 from qerl_verl.engine.detached import AdapterDetachWorker
 from qerl_verl.nvfp4.errors import CheckpointError
 from qerl_verl.rollout.register import register_transport
-from qerl_verl.trainer import ppo
+from qerl_verl.trainer import ppo, weight_sync
 from qerl_verl.trainer.ppo import (
     AQNTrainerMixin,
     QeRLTrainerColocateAsync,
     QeRLTrainerSeparateAsync,
     QeRLTrainerSync,
-    WholeCheckpointsMixin,
 )
+from qerl_verl.trainer.resume import WholeCheckpointsMixin
 from qerl_verl.trainer.run_length import RunLengthMixin
 from qerl_verl.trainer.run_record import RunRecordMixin
 
@@ -448,7 +448,9 @@ def standalone(monkeypatch):
     theirs = verl_checkpoint_engine.CheckpointEngineManager(
         CheckpointEngineConfig(backend=TRANSPORT), Group(events, "actor"), [Engine(events)]
     )
-    return ppo._StandaloneCheckpointManager(theirs, lambda replicas, step: events.append((len(replicas), step))), events
+    return weight_sync.StandaloneCheckpointManager(
+        theirs, lambda replicas, step: events.append((len(replicas), step))
+    ), events
 
 
 def test_engines_of_their_own_get_the_noise_after_the_adapter_and_before_they_go_on(standalone):
@@ -463,7 +465,7 @@ def test_engines_of_their_own_get_the_noise_after_the_adapter_and_before_they_go
 
 def test_a_sync_to_engines_of_their_own_ends_when_one_has_died(standalone, monkeypatch):
     manager, events = standalone
-    monkeypatch.setattr(ppo, "ENGINE_CHECK_SECONDS", 0.01)
+    monkeypatch.setattr(weight_sync, "ENGINE_CHECK_SECONDS", 0.01)
     monkeypatch.setattr(manager.actor_wg, "update_weights", lambda **kwargs: time.sleep(5))
 
     def died():
