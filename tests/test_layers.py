@@ -17,8 +17,19 @@ FORBIDDEN = {
     "qerl_verl/export": {"verl", "vllm", "ray", *ABOVE, "qerl_verl.config"},
     "qerl_verl/compare": {"torch", "verl", "vllm", "ray", *ABOVE, "qerl_verl.config", "qerl_verl.nvfp4"},
     "qerl_verl/config": {"vllm", "qerl_verl.engine", "qerl_verl.rollout", "qerl_verl.cli", "qerl_verl.evaluation"},
+    "qerl_verl/engine": {"vllm", "ray", *(f"qerl_verl.{name}" for name in ("rollout", "trainer", "cli", "evaluation"))},
+    "qerl_verl/rollout": {f"qerl_verl.{name}" for name in ("engine", "trainer", "cli", "evaluation")},
+    "qerl_verl/trainer": {"vllm", "qerl_verl.cli", "qerl_verl.evaluation"},
+    "qerl_verl/platform": {f"qerl_verl.{name}" for name in ("engine", "rollout", "trainer", "cli", "evaluation")},
+    "qerl_verl/data": {"torch", "vllm", "ray", *ABOVE, "qerl_verl.config", "qerl_verl.nvfp4"},
+    "qerl_verl/quickstart": {"verl", "vllm", "ray", "qerl_verl.engine", "qerl_verl.rollout", "qerl_verl.trainer"},
+    "qerl_verl/evaluation": {"ray", "qerl_verl.engine", "qerl_verl.trainer", "qerl_verl.cli"},
+    "qerl_verl/cli": {"vllm", "qerl_verl.engine", "qerl_verl.rollout", "qerl_verl.trainer"},
 }
 """Folder -> what no file in it imports."""
+
+SHARED = {"vllm", "ray", *(name for name in ABOVE if name != "qerl_verl.platform")}
+"""What no module beside the folders imports, which all of them may use."""
 
 
 def imported(source: str) -> set[str]:
@@ -43,6 +54,17 @@ def test_a_lower_layer_knows_nothing_of_a_higher_one(folder):
     files = list((ROOT / folder).rglob("*.py"))
     found = {str(f.relative_to(ROOT)): crossings(f.read_text(encoding="utf-8"), FORBIDDEN[folder]) for f in files}
     assert files and {name: names for name, names in found.items() if names} == {}
+
+
+def test_every_folder_has_its_rule():
+    folders = {str(f.parent.relative_to(ROOT)) for f in (ROOT / "qerl_verl").glob("*/__init__.py")}
+    links = {str(f.relative_to(ROOT)) for f in (ROOT / "qerl_verl").iterdir() if f.is_symlink()}
+    assert folders - links == FORBIDDEN.keys() - {"kernels"}
+
+
+@pytest.mark.parametrize("file", sorted(f.name for f in (ROOT / "qerl_verl").glob("*.py") if f.name != "plugin.py"))
+def test_what_all_folders_share_knows_none_of_them(file):
+    assert crossings((ROOT / "qerl_verl" / file).read_text(encoding="utf-8"), SHARED) == set()
 
 
 @pytest.mark.parametrize(
