@@ -33,6 +33,7 @@ from qerl_verl.engine.routing import FIELD, RoutingReplay, flatten
 from qerl_verl.engine.step import StepMixin
 from qerl_verl.finite import NonFiniteError, first_nonfinite
 from qerl_verl.job import this_job
+from qerl_verl.log_lines import say
 from qerl_verl.lora.adapter_files import check_loaded, map_names, read_adapter_config, read_tensors
 from qerl_verl.lora.experts import stack_experts
 from qerl_verl.lora.peft import (
@@ -115,9 +116,13 @@ class AdapterEngineMixin(StepMixin, AdapterCheckpointMixin):
         """
         if dropped := remove_dropout(self.model_config.hf_config):
             found = ", ".join(f"{name}={value}" for name, value in dropped.items())
-            if self.rank == 0:
-                print(f"[qerl] dropout: {self.role}, {found} in config.json counts as 0, as in the rollout", flush=True)
+            self._say(f"dropout: {self.role}, {found} in config.json counts as 0, as in the rollout")
         return super().initialize()
+
+    def _say(self, line: str) -> None:
+        """Prints a line to the user, on rank 0 alone."""
+        if self.rank == 0:
+            say(line)
 
     def _dtypes(self) -> tuple[torch.dtype, torch.dtype]:
         """Returns the dtypes of computation and of gradient reduction, read as verl reads them
@@ -150,12 +155,10 @@ class AdapterEngineMixin(StepMixin, AdapterCheckpointMixin):
         require_input_gradients(module)
         if self.role == "actor" and this_job().replay:
             self._replay = RoutingReplay(module, get_architecture(module.config).routers(module.config))
-            if self.rank == 0:
-                layers = len(self._replay.layers)
-                print(
-                    f"[qerl] routing: the actor replays the rollout's choice of experts in {layers} layer{'s' * (layers > 1)}",
-                    flush=True,
-                )
+            layers = len(self._replay.layers)
+            self._say(
+                f"routing: the actor replays the rollout's choice of experts in {layers} layer{'s' * (layers > 1)}"
+            )
         hand_on_positions(module)
         adapter = self.model_config.lora_adapter_path
         if adapter is not None:

@@ -60,9 +60,7 @@ class NF4EngineWithLMHead(AdapterEngineMixin, FSDPEngineWithLMHead):
             # for good into a layout that has no backward pass (bitsandbytes/nn/modules.py,
             # Linear4bit.forward).
             layer.support_avx512bf16_for_cpu = False
-        if self.rank == 0:
-            version = bitsandbytes.__version__
-            print(f"[qerl] kernel: {self.role} NF4 linear = bitsandbytes {version}, {len(layers)} layers", flush=True)
+        self._say(f"kernel: {self.role} NF4 linear = bitsandbytes {bitsandbytes.__version__}, {len(layers)} layers")
         self._patch_forward(module, self.model_config.use_fused_kernels)
         if self.model_config.enable_gradient_checkpointing:
             module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -93,11 +93,7 @@ class NVFP4EngineMixin:
             else:
                 module.tie_weights()
             kernel = prepack_linears(module, device, wanted, compute_dtype, unsupported_elsewhere(device))
-        if self.rank == 0:
-            print(
-                f"[qerl] kernel: {self.role} NVFP4 linear = {kernel}; attention {config._attn_implementation}",
-                flush=True,
-            )
+        self._say(f"kernel: {self.role} NVFP4 linear = {kernel}; attention {config._attn_implementation}")
         self._patch_forward(module, use_fused_kernels=False)
         if self.model_config.use_fused_kernels and self.task_type == TaskType.CAUSAL_LM:
             use_logprob_layer(module)  # in place of verl's fused kernels
@@ -114,13 +110,11 @@ class NVFP4EngineMixin:
                 chunked = self.engine_config.entropy_from_logits_with_chunking
                 self.compute_entropy_from_logits = entropy_from_logits_with_chunking if chunked else entropy_from_logits
             said = f"nothing: {reason}" if reason else compile_layers(module)
-            if self.rank == 0:
-                print(f"[qerl] compile: {self.role}, {said}", flush=True)
+            self._say(f"compile: {self.role}, {said}")
         return module
 
     def _say_recompute(self, text: str) -> None:
-        if self.rank == 0:
-            print(f"[qerl] recompute: {self.role}, {text}", flush=True)
+        self._say(f"recompute: {self.role}, {text}")
 
     def _draws_random_numbers(self, config) -> bool:
         """Returns whether the recomputation of a layer has to draw the same random numbers as its

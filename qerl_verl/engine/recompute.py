@@ -42,7 +42,9 @@ class Recompute:
         self._start = self._layers = self._kept_layers = self._kept = self._rows = 0
         self._left: float | None = None  # bytes that may still be kept; None until a layer has run
         if self.how != "auto":
-            announce(f"every layer {'keeps its products' if how == 'selective' else 'computes its products again'}")
+            announce(
+                f"every layer {'keeps the outputs of its linears' if how == 'selective' else 'recomputes everything'}"
+            )
 
     @property
     def keeps(self) -> bool:
@@ -69,8 +71,8 @@ class Recompute:
         self._need_per_row = bound if first else min(bound, self._need_per_row)
         if not first and self._announce:
             self._announce(
-                f"{self._kept_layers} of {self._layers} layers keep their products ({self._kept / GIB:.1f} GiB for "
-                f"{self._rows} tokens); the others compute them again in the backward pass"
+                f"{self._kept_layers} of {self._layers} layers keep the outputs of their linears ({self._kept / GIB:.1f} GiB for "
+                f"{self._rows} tokens); the others recompute them in the backward pass"
             )
             self._announce = None
         self._rows = 0
@@ -79,25 +81,25 @@ class Recompute:
         """Returns the contexts of a layer's first run and of its recomputation, for
         ``torch.utils.checkpoint``.
         """
-        products = KeptOutputs()
+        outputs = KeptOutputs()
         if self.how == "selective":
-            return products.recording(), products.replaying()
+            return outputs.recording(), outputs.replaying()
         self._layers += 1
         if self.how == "full" or (self._left is not None and self._left < self._kept / max(self._kept_layers, 1)):
             return nullcontext(), nullcontext()
-        return _FirstRun(self, products), products.replaying()
+        return _FirstRun(self, outputs), outputs.replaying()
 
-    def _ran(self, products: KeptOutputs) -> None:
+    def _ran(self, outputs: KeptOutputs) -> None:
         """Decides whether the layer that has just run keeps its outputs."""
         if self._left is None:
-            self._rows = products.rows
-            self._left = self._room(products.bytes)
-        if products.bytes > self._left:
-            products.drop()
+            self._rows = outputs.rows
+            self._left = self._room(outputs.bytes)
+        if outputs.bytes > self._left:
+            outputs.drop()
             self._left = -1.0
             return
-        self._left -= products.bytes
-        self._kept += products.bytes
+        self._left -= outputs.bytes
+        self._kept += outputs.bytes
         self._kept_layers += 1
 
     def _room(self, held: int) -> float:
@@ -115,8 +117,8 @@ class _FirstRun(AbstractContextManager):
     """Records the outputs of a layer's linears, then lets the policy decide whether they are
     kept."""
 
-    def __init__(self, policy: Recompute, products: KeptOutputs):
-        self.policy, self.products, self.recording = policy, products, products.recording()
+    def __init__(self, policy: Recompute, outputs: KeptOutputs):
+        self.policy, self.outputs, self.recording = policy, outputs, outputs.recording()
 
     def __enter__(self) -> None:
         self.recording.__enter__()
@@ -124,4 +126,4 @@ class _FirstRun(AbstractContextManager):
     def __exit__(self, *exception) -> None:
         self.recording.__exit__(*exception)
         if exception[0] is None:
-            self.policy._ran(self.products)
+            self.policy._ran(self.outputs)

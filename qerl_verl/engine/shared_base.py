@@ -14,6 +14,7 @@ from verl.workers.config import HFModelConfig
 
 from qerl_verl.finite import gather_first
 from qerl_verl.job import Job, find_job
+from qerl_verl.log_lines import say
 from qerl_verl.nvfp4.architectures import get_architecture
 from qerl_verl.nvfp4.candidates import CANDIDATES
 from qerl_verl.nvfp4.loading import packed_linear_names, swap_linears
@@ -101,15 +102,12 @@ def use_shared_base(
         if job.settings.base == "shared" and serves:
             raise SharingError(f"qerl.base=shared: {base}; use qerl.base=separate")
         if rank == 0:
-            print(f"[qerl] base: a copy each: {base}", flush=True)
+            say(f"base: a copy each: {base}")
         return None
     attach(module, base.layout, base.memory.data)
     if rank == 0:
         size = f"{base.layout.shared_bytes() / 2**30:.2f} GiB"
-        print(
-            f"[qerl] base: the {'actor' if serves else 'critic'} uses the {size} on each device that are shared",
-            flush=True,
-        )
+        say(f"base: the {'actor' if serves else 'critic'} uses the {size} on each device that are shared")
     return base.kernels
 
 

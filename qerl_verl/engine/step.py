@@ -69,8 +69,8 @@ class StepMixin:
             if self._recompute and not forward_only and self._recompute.keeps:
                 add_note(
                     error,
-                    f"[qerl] {self._at_step()}: layers keep their products for the backward pass; qerl.recompute=full keeps "
-                    "none, at the price of computing them twice.",
+                    f"[qerl] {self._at_step()}: layers keep the outputs of their linears for the backward pass; "
+                    "qerl.recompute=full keeps none, at the price of computing them twice.",
                 )
             raise
         if self._recompute and not forward_only:

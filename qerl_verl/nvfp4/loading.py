@@ -12,6 +12,7 @@ from safetensors import safe_open
 from torch import nn
 
 from qerl_verl.kernels.backends import KernelCount
+from qerl_verl.log_lines import say
 from qerl_verl.nvfp4.architectures import UnsupportedArchitecture, get_architecture
 from qerl_verl.nvfp4.experts import PROJECTIONS, STACKS, NVFP4Experts, is_experts
 from qerl_verl.nvfp4.linear import NVFP4Linear
@@ -235,7 +236,7 @@ def prepack_linears(
                 count.add(f"{name}.{stack}", choice, device)
     for shape, backend in backends.items():
         if said := backend.tune(device, *shape):
-            print(f"[qerl] kernel: {said}", flush=True)
+            say(f"kernel: {said}")
     return str(count)
 
 

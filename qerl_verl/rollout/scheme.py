@@ -15,6 +15,7 @@ from vllm.model_executor.parameter import GroupQuantScaleParameter, ModelWeightP
 from qerl_verl.kernels.backends import Adapter, Backend, Choice, KernelCount, choose_backend, get_backend
 from qerl_verl.kernels.nvfp4_dequantize import BLOCK_SIZE
 from qerl_verl.kernels.packed_weight import PackedWeight
+from qerl_verl.log_lines import say
 from qerl_verl.nvfp4.candidates import CANDIDATES, VLLMKernel
 from qerl_verl.rollout.linear_lora import attach_adapter
 from qerl_verl.rollout.lora import LoraSettings
@@ -62,7 +63,7 @@ class KernelReport:
             if lora and self._experts:
                 adapter += ", also in the experts" if lora.experts else ", none in the experts"
             # past vLLM's log level, which verl sets to WARN
-            print(f"[qerl] kernel: rollout NVFP4 linear = {self._count}; {adapter}", flush=True)
+            say(f"kernel: rollout NVFP4 linear = {self._count}; {adapter}")
 
 
 class NVFP4Scheme(CompressedTensorsScheme):
@@ -262,7 +263,7 @@ class QeRLNVFP4Scheme(CompressedTensorsScheme):
             ends, rank = layer.qerl_adapter.ends, layer.qerl_adapter.rank(layer)
         rows, columns = layer.output_size_per_partition, layer.input_size_per_partition
         if said := self.backend.tune(device, rows, columns, ends, rank):
-            print(f"[qerl] kernel: rollout, {said}", flush=True)
+            say(f"kernel: rollout, {said}")
 
     def apply_weights(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         weight = PackedWeight(layer.weight_packed, layer.weight_scale, self.global_scale)

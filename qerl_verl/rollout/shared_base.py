@@ -31,6 +31,7 @@ from vllm.platforms import current_platform
 
 from qerl_verl.config.base import LOAD_FORMAT
 from qerl_verl.job import find_job
+from qerl_verl.log_lines import say
 from qerl_verl.rollout.lora import FUSED
 from qerl_verl.sharing.channel import SharedBase
 from qerl_verl.sharing.errors import SharingError
@@ -188,7 +189,7 @@ class SharedBaseLoader(BaseModelLoader):
         except SharingError as error:
             if job.settings.base == "shared":
                 raise SharingError(f"qerl.base=shared: {error}; use qerl.base=separate") from error
-            print(f"[qerl] base: the rollout loads a second copy: {error}", flush=True)
+            say(f"base: the rollout loads a second copy: {error}")
             return self._plain.load_model(vllm_config, model_config, prefix)
         with _building(base) as loading:
             model = super().load_model(vllm_config, model_config, prefix)
@@ -197,7 +198,7 @@ class SharedBaseLoader(BaseModelLoader):
         model.qerl_shared_base = base  # the mapping lasts as long as the model
         beside = "" if base.data.device.type == "cpu" else ", which gpu_memory_utilization does not count"
         size = f"{base.layout.shared_bytes() / 2**30:.2f} GiB"
-        print(f"[qerl] base: the rollout uses {size} of the actor's{beside}", flush=True)
+        say(f"base: the rollout uses {size} of the actor's{beside}")
         return model
 
     @staticmethod

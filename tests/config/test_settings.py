@@ -1,4 +1,4 @@
-"""The user's settings: every field's range, and errors that name the key and the cure."""
+"""The user's settings: every field's range, and errors that name the key and the fix."""
 
 import subprocess
 import sys
@@ -42,7 +42,7 @@ def test_values_are_taken_over():
 
 
 @pytest.mark.parametrize(
-    ("values", "key", "cure"),
+    ("values", "key", "fix"),
     [
         (
             {"sigma_stat": 1},
@@ -90,9 +90,9 @@ def test_values_are_taken_over():
         ({"rollout": {"sleep_level": 2, "lora": "punica"}}, "qerl.rollout.sleep_level=2", "lora=inline"),
     ],
 )
-def test_a_bad_value_is_named_with_its_cure(values, key, cure):
+def test_a_bad_value_is_named_with_its_cure(values, key, fix):
     (problem,) = problems_of(**values)
-    assert key in problem and cure in problem
+    assert key in problem and fix in problem
 
 
 def test_all_problems_are_reported_at_once():

@@ -30,14 +30,14 @@ def device(monkeypatch):
 
 class Counting(Backend):
     def __init__(self):
-        self.products = 0
+        self.outputs = 0
 
     def linear(self, *args):
-        self.products += 1
+        self.outputs += 1
         return super().linear(*args)
 
     def add_linear(self, *args):
-        self.products += 1
+        self.outputs += 1
         return super().add_linear(*args)
 
 
@@ -59,11 +59,11 @@ def micro_batch(policy, rows=ROWS):
     y = x
     for _ in range(LAYERS):
         y = checkpoint(layer, y, use_reentrant=False, context_fn=policy.context_fn)
-    forward = backend.products
+    forward = backend.outputs
     assert forward == 2 * LAYERS
     y.sum().backward()
     policy.observe()
-    return backend.products - forward
+    return backend.outputs - forward
 
 
 def test_full_and_selective_need_no_measurement():
@@ -71,7 +71,7 @@ def test_full_and_selective_need_no_measurement():
     full, selective = (Recompute(how, CPU, said.append) for how in ("full", "selective"))
     assert micro_batch(full) == LAYERS and not full.keeps
     assert micro_batch(selective) == 0 and selective.keeps
-    assert said == ["every layer computes its products again", "every layer keeps its products"]
+    assert said == ["every layer recomputes everything", "every layer keeps the outputs of its linears"]
 
 
 def test_on_a_cpu_auto_is_full():
@@ -88,7 +88,7 @@ def test_the_first_micro_batch_measures_and_the_next_fill_what_is_free(device):
     assert micro_batch(policy) == LAYERS - 3 and policy.keeps
     assert (
         len(said) == 1
-        and said[0].startswith(f"3 of {LAYERS} layers keep their products")
+        and said[0].startswith(f"3 of {LAYERS} layers keep the outputs of their linears")
         and f"{ROWS} tokens" in said[0]
     )
     device["free"] = 10**6

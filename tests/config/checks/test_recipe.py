@@ -26,7 +26,7 @@ def test_a_gpus_kernel_is_refused_on_the_cpu(switched, setting):
 
 
 @pytest.mark.parametrize(
-    ("override", "key", "cure"),
+    ("override", "key", "fix"),
     [
         ("actor_rollout_ref.model.lora.merge=True", "actor_rollout_ref.model.lora.merge=True", "remove it"),
         ("actor_rollout_ref.model.lora_rank=0", "actor_rollout_ref.model.lora_rank=0", "positive rank"),
@@ -52,14 +52,14 @@ def test_a_gpus_kernel_is_refused_on_the_cpu(switched, setting):
         ("algorithm.adv_estimator=gae critic.fsdp.qat.enable=True", "critic.fsdp.qat.enable=True", "remove it"),
     ],
 )  # fmt: skip
-def test_what_cannot_work_is_refused_with_the_key_and_the_cure(switched, override, key, cure):
+def test_what_cannot_work_is_refused_with_the_key_and_the_cure(switched, override, key, fix):
     _, _, problems = switched(*override.split())
     assert len(problems) == 1, problems
-    assert key in problems[0] and cure in problems[0]
+    assert key in problems[0] and fix in problems[0]
 
 
 @pytest.mark.parametrize(
-    ("override", "on_cpu", "key", "cure"),
+    ("override", "on_cpu", "key", "fix"),
     [
         ("actor_rollout_ref.rollout.checkpoint_engine.backend=naive", False, "backend=naive", "use qerl (or nccl"),
         ("actor_rollout_ref.rollout.checkpoint_engine.backend=delta_sharded", False, "backend=delta_sharded", "use qerl"),
@@ -70,10 +70,10 @@ def test_what_cannot_work_is_refused_with_the_key_and_the_cure(switched, overrid
         ("reward.reward_model.enable=True", False, "reward.reward_model.enable=True", "enable_resource_pool=True"),
     ],
 )  # fmt: skip
-def test_what_engines_of_their_own_cannot_do_is_refused_before_verl_asserts_it(switched, override, on_cpu, key, cure):
+def test_what_engines_of_their_own_cannot_do_is_refused_before_verl_asserts_it(switched, override, on_cpu, key, fix):
     _, _, problems = switched(*SEPARATE, override, on_cpu=on_cpu)
     assert len(problems) == 1, problems
-    assert key in problems[0] and cure in problems[0]
+    assert key in problems[0] and fix in problems[0]
 
 
 def test_verls_assertions_on_separate_engines_are_the_ones_that_the_rules_know():
