@@ -123,6 +123,7 @@ def test_the_same_numbers_for_batches_of_every_shape(recompute, shapes):
     assert counters["stats"]["unique_graphs"] == graphs, "shapes seen before are compiled again"
 
 
+@pytest.mark.slow
 def test_no_shape_is_one_too_many_also_in_another_thread():
     """A worker of verl compiles in one task and trains in others. From 2.12 on, PyTorch's settings
     belong to a thread and a task.

@@ -16,14 +16,16 @@ TESTS = Path(__file__).parents[1]
 OTHER_CPU = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
 QUICK = [
     "platform/test_other_cpu.py::test_this_process_computes_as_it_was_asked_to",
-    *("kernels/test_nvfp4_linear.py", "kernels/test_nvfp4_lora_linear.py", "kernels/test_backends.py", "lora", "aqn"),
+    *("kernels/test_nvfp4_linear.py", "kernels/test_nvfp4_lora_linear.py", "kernels/test_backends.py", "aqn"),
+    *("lora/test_peft.py", "lora/test_experts.py"),
     "nvfp4/test_quantize.py::test_model_loaded_by_transformers",
     *("engine/test_batches.py", "rollout/test_scheme.py", "rollout/test_lora.py"),
 ]
 ONE_MODEL = ("-k", "not value_model")
+LONG = ("-m", "slow")  # the last -m counts
 SLOW = [
     *("kernels", "engine/test_fsdp.py", "engine/test_critic.py", "engine/test_many_ranks.py", "engine/test_compile.py"),
-    *("engine/test_batches.py", "quickstart/test_tiny_model.py", "rollout/test_live_engine.py"),
+    *("engine/test_batches.py", "lora", "rollout/test_live_engine.py"),
 ]
 
 
@@ -40,7 +42,11 @@ def test_this_process_computes_as_it_was_asked_to():
 )
 @pytest.mark.parametrize(
     ("tests", "options"),
-    [(QUICK, ONE_MODEL), pytest.param(SLOW, (), marks=[pytest.mark.slow, pytest.mark.timeout(3600)])],
+    [
+        (QUICK, ONE_MODEL),
+        pytest.param(SLOW, (), marks=[pytest.mark.slow, pytest.mark.timeout(3600)]),
+        pytest.param(["quickstart/test_tiny_model.py"], LONG, marks=pytest.mark.slow),
+    ],
 )
 def test_the_numbers_hold_without_avx512(tests, options, tmp_path):
     selected = "not slow and not gpu and not integration"

@@ -19,15 +19,18 @@ QUICK = SupervisedStart(steps=6, careless_steps=3, batch=8)
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """Makes the quickstart's model, which takes most of this file's time."""
+    """Makes a model as the quickstart's, with a start of a few steps."""
     folder = tmp_path_factory.mktemp("tiny_model")
-    make_tiny_model(folder, split(seed=0)[0])
+    make_tiny_model(folder, split(seed=0)[0], start=QUICK)
     return folder
 
 
 @pytest.fixture(scope="module")
-def model(checkpoint):
-    return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+def trained(tmp_path_factory):
+    """Makes the quickstart's own model, which takes most of a minute."""
+    folder = tmp_path_factory.mktemp("trained")
+    make_tiny_model(folder, split(seed=0)[0])
+    return folder
 
 
 def sampling_entropy(model, problems, tokenizer) -> float:
@@ -48,10 +51,11 @@ def round_linears_to_nvfp4(model) -> int:
     return len(linears)
 
 
-def test_it_is_sometimes_right_and_sometimes_wrong_also_in_nvfp4(checkpoint):
+@pytest.mark.slow
+def test_it_is_sometimes_right_and_sometimes_wrong_also_in_nvfp4(trained):
     tokenizer = build_tokenizer()
     train, held_out = split(seed=0)
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(trained, dtype=torch.float32)
     for problems in (train, held_out):
         assert 0.25 < sampled_accuracy(model, problems, tokenizer) < 0.6
     before = torch.cat([p.flatten() for p in model.parameters()])
@@ -62,8 +66,9 @@ def test_it_is_sometimes_right_and_sometimes_wrong_also_in_nvfp4(checkpoint):
         assert sampling_entropy(model, problems, tokenizer) > 0.3
 
 
-def test_sampled_accuracy_is_what_sampling_gives(model):
-    tokenizer = build_tokenizer()
+@pytest.mark.slow
+def test_sampled_accuracy_is_what_sampling_gives(trained):
+    tokenizer, model = build_tokenizer(), AutoModelForCausalLM.from_pretrained(trained, dtype=torch.float32)
     problems = [p for p in split(seed=0)[1] if len(p.question) == 6][:32]
     prompt = tokenizer.apply_chat_template(
         [user_turn(p.question) for p in problems], add_generation_prompt=True, return_tensors="pt", return_dict=True

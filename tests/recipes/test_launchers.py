@@ -271,6 +271,7 @@ def test_slurm_gives_up_when_the_cluster_is_not_complete(launch):
     assert not any("verl.trainer.main_ppo" in arguments for _, arguments, *_ in launch.calls())
 
 
+@pytest.mark.slow
 def test_slurm_notices_a_ray_node_that_ends(launch):
     result = launch("slurm.sh", **NEEDED["slurm.sh"], **IN_JOB, WORKERS_DIE="1", JOIN_SECONDS="5")
     assert result.returncode == 1
@@ -280,7 +281,12 @@ def test_slurm_notices_a_ray_node_that_ends(launch):
 
 
 @pytest.mark.parametrize(
-    "number, requeue, code", [(signal.SIGTERM, "1", 143), (signal.SIGUSR1, "1", 124), (signal.SIGUSR1, "0", 124)]
+    "number, requeue, code",
+    [
+        pytest.param(signal.SIGTERM, "1", 143, marks=pytest.mark.slow),
+        (signal.SIGUSR1, "1", 124),
+        pytest.param(signal.SIGUSR1, "0", 124, marks=pytest.mark.slow),
+    ],
 )
 def test_slurm_cleans_up_when_told_to_stop(launch, number, requeue, code):
     process = launch.start("slurm.sh", **NEEDED["slurm.sh"], **IN_JOB, TRAIN="50 0", REQUEUE=requeue)
