@@ -126,7 +126,7 @@ def rows(page: str, first: str) -> list[list[str]]:
 
 
 def test_the_page_has_each_metric_that_the_trainer_logs():
-    logged = re.findall(r'"(qerl/[a-z_/]+)"', (ROOT / "qerl_verl/trainer/ppo.py").read_text(encoding="utf-8"))
+    logged = re.findall(r'"(qerl/[a-z_/]+)"', (ROOT / "qerl_verl/trainer/noise.py").read_text(encoding="utf-8"))
     assert {name.strip("`") for name, *_ in rows("metrics.md", "metric")} == set(logged)
 
 

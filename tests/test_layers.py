@@ -67,6 +67,25 @@ def test_what_all_folders_share_knows_none_of_them(file):
     assert crossings((ROOT / "qerl_verl" / file).read_text(encoding="utf-8"), SHARED) == set()
 
 
+IN_WORKERS = ("engine", "rollout", "trainer", "platform", "sharing")
+"""Folders whose code runs in the processes that a run starts."""
+
+
+def readings(source: str) -> set[str]:
+    """Returns how a file reads the ``qerl`` node of a configuration."""
+    names = {ast.unparse(node) for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute)}
+    return {name for name in names if name.endswith((".qerl", "QeRLSettings.of"))}
+
+
+def test_the_processes_of_a_run_learn_its_settings_from_the_job_alone():
+    """A checkpoint's record also holds what the driver has found out about the run
+    (``config.settings.RECORDED``), which is no setting.
+    """
+    files = [f for folder in IN_WORKERS for f in (ROOT / "qerl_verl" / folder).rglob("*.py")]
+    found = {str(f.relative_to(ROOT / "qerl_verl")): readings(f.read_text(encoding="utf-8")) for f in files}
+    assert {name: how for name, how in found.items() if how} == {"trainer/resume.py": {"config.qerl"}}
+
+
 @pytest.mark.parametrize(
     ("source", "expected"),
     [

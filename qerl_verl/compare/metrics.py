@@ -1,7 +1,7 @@
 """Lists the metrics that are compared: their names in verl 0.9 and in QeRL's trainers, and labels.
 
 Sources in verl: trainer/ppo/metric_utils.py, trainer/ppo/rollout_corr_helper.py,
-trainer/ppo/v1/trainer_base.py; in QeRL: :class:`qerl_verl.trainer.ppo.AQNTrainerMixin`.
+trainer/ppo/v1/trainer_base.py; in QeRL: :class:`qerl_verl.trainer.noise.NoiseMixin`.
 """
 
 from __future__ import annotations

@@ -37,7 +37,8 @@ ROLLOUT_KERNELS: tuple[str, ...] = typing.get_args(RolloutKernel)
 ADAPTIVE = "adaptive"
 
 RECORDED = ("source_models", "base_fingerprint", "policy")
-"""Keys that the driver adds to the ``qerl`` node, for the trainer and the record of the run."""
+"""Keys that the driver adds to the ``qerl`` node: facts for the records of the run and of its
+checkpoints, no settings."""
 
 _NO_NOISE = "to run without noise set qerl.aqn.enable=False"
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 from contextlib import contextmanager
-from datetime import timedelta
 from types import ModuleType
 from typing import Any
 
@@ -195,7 +194,6 @@ class PlatformCPU(PlatformBase):
                 backend="gloo",
                 rank=int(os.environ["RANK"]),
                 world_size=int(os.environ["WORLD_SIZE"]),
-                timeout=timedelta(seconds=int(os.environ.get("QERL_GLOO_TIMEOUT_S", "1800"))),
                 init_method=os.environ.get("DIST_INIT_METHOD", None),
             )
         return "gloo"

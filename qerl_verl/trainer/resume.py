@@ -51,7 +51,7 @@ class WholeCheckpointsMixin:
 
     def __init__(self, config: DictConfig):
         super().__init__(config)
-        node = OmegaConf.to_container(config.qerl)
+        node = OmegaConf.to_container(config.qerl)  # what the driver has recorded there
         self._base: dict[str, str] = node.get("base_fingerprint") or {}
         self._policy: dict = node.get("policy") or {}
         self._run = new_run()

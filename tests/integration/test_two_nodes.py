@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from qerl_verl.trainer.checkpoints import find_damage
-from qerl_verl.trainer.ppo import NOISE_FILE
+from qerl_verl.trainer.noise import NOISE_FILE
 from tests.integration.tiny_job import make_inputs, title
 from tests.integration.two_nodes import BIN, DASHBOARD, Node, TwoNodes, cluster_environment
 

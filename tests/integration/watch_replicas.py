@@ -59,9 +59,9 @@ def read(folder: str | Path) -> dict:
 def _watch() -> None:
     import ray
 
-    from qerl_verl.trainer.ppo import AQNTrainerMixin
+    from qerl_verl.trainer.noise import NoiseMixin
 
-    push = AQNTrainerMixin._push
+    push = NoiseMixin._push
     if push.__name__ == "watched":
         return
     folder = Path(os.environ["QERL_TEST_WATCH"])
@@ -74,7 +74,7 @@ def _watch() -> None:
         servers = [replica.server_handle for replica in replicas]
         ray.get([s.collective_rpc.remote(report, args=(str(folder), step, sigma)) for s in servers])
 
-    AQNTrainerMixin._push = watched
+    NoiseMixin._push = watched
 
 
 def __getattr__(name: str):  # not wanted in vLLM's workers
