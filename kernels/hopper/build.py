@@ -17,14 +17,16 @@ import re
 import shutil
 import subprocess
 import tempfile
+import warnings
 from pathlib import Path
 
 from qerl_verl.kernels.autotune import cache_folder
 
 ARCH = "sm_90a"
 MIN_NVCC = (12, 4)
-"""Oldest CUDA compiler. ``cudaGetDriverEntryPointByVersion`` is used where the toolkit has it
-(12.5)."""
+"""Oldest CUDA compiler. The sources compile from CUDA 12.0 on, which introduced ``sm_90a``; ptxas of
+12.0 and of 12.3 serializes the wgmma instructions of some kernels, which that of 12.4 and later
+does not. ``cudaGetDriverEntryPointByVersion`` is used where the toolkit has it (12.5)."""
 
 SOURCES = ("nvfp4_gemm.cu", "nvfp4_dequantize.cu", "lora_shrink.cu")
 HEADERS = ("lora_flag.cuh", "nvfp4_format.cuh", "wgmma.cuh")
@@ -118,7 +120,7 @@ def library_path() -> Path:
 
 def compile_library(path: Path) -> None:
     """Compiles to ``path``. Processes that do so at the same time each write their own file and
-    rename it.
+    rename it. Warns where ptxas reports that it serialized wgmma instructions.
 
     Raises:
         BuildError: no nvcc, one older than :data:`MIN_NVCC`, or one that fails, with its last line
@@ -148,6 +150,13 @@ def compile_library(path: Path) -> None:
         for job, log in zip(jobs, logs):
             if job.returncode:
                 raise BuildError(f"nvcc failed to compile them: {last_line(log)}", log)
+        slower = [line for log in logs for line in log.splitlines() if "wgmma" in line and "serialized" in line]
+        if slower:
+            warnings.warn(
+                f"nvcc {version} serializes the wgmma instructions of {len(slower)} Hopper kernels, which costs "
+                f"speed; set CUDA_HOME to another toolkit. {slower[0].strip()}",
+                stacklevel=2,
+            )
         output = Path(folder) / path.name
         link = [nvcc, "--shared", "-gencode=arch=compute_90a,code=sm_90a", *map(str, objects), "-o", str(output)]
         done = subprocess.run(link, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

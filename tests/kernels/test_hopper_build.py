@@ -2,6 +2,7 @@
 host like no other."""
 
 import platform
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -98,6 +99,27 @@ def test_a_compiler_that_fails_is_the_reason_and_the_next_backend_takes_the_laye
     assert not [path for path in build.library_path().parent.glob("*") if path.name != "nvcc"]
 
 
+SERIALIZED = (
+    "ptxas info    : (C7515) Potential Performance Loss: wgmma.mma_async instructions are serialized due to "
+    "non wgmma instructions defining accumulator registers in the function 'gemm_kernel'"
+)
+NOTES = [
+    # what ptxas says of a kernel that it compiles, the warning
+    (SERIALIZED, r"nvcc 12\.9\.86 serializes the wgmma instructions of 3 Hopper kernels, .* \(C7515\) "),
+    ("ptxas info    : Used 168 registers, used 3 barriers", None),
+]
+
+
+@pytest.mark.parametrize(("note", "warning"), NOTES)
+def test_kernels_that_ptxas_made_slower_are_reported(compiler, recwarn, note, warning):
+    compiler("12.9.86", f'case $1 in --shared) ;; *) echo "{note}" ;; esac; for o; do :; done; : > "$o"')
+    build.compile_library(build.library_path())
+    messages = [str(caught.message) for caught in recwarn]
+    assert build.library_path().exists()
+    assert len(messages) == (warning is not None)
+    assert warning is None or re.search(warning, messages[0])
+
+
 def test_the_compilers_whole_output_is_in_the_error(compiler):
     compiler(does="echo first; echo second; exit 1")
     with pytest.raises(build.BuildError, match="compile them: second\nfirst\nsecond"):
@@ -169,3 +191,4 @@ def test_the_sources_compile(tmp_path, entry_point):
     command = [build.find_nvcc(), *flags, "-c", "nvfp4_gemm.cu", "-o", "gemm.o"]
     done = subprocess.run(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert done.returncode == 0, done.stdout
+    assert "serialized" not in done.stdout  # wgmma instructions one after the other
