@@ -38,7 +38,7 @@ test-all: setup $(VENV)/.ready-test
 
 # On a machine with a GPU, with the Python that has vLLM, verl and this package: `make bench PYTHON=python RESULTS=somewhere`.
 # Within an hour. Parts whose result is there for this code, this GPU and these versions are skipped (`ARGS=--force`: are not), so
-# that a call after an interruption goes on; `python benchmarks/run_all.py --list` shows the plan.
+# that a call after an interruption goes on, also within a part; `python benchmarks/run_all.py --list` shows the plan.
 RESULTS ?= benchmarks/results
 bench:
 	$(PYTHON) benchmarks/run_all.py --results "$(RESULTS)" $(ARGS); status=$$?; \

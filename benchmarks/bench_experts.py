@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 from bench_gemm import environment, time_calls
+from result_file import ResultFile
 
 from qerl_verl.kernels import triton as triton_kernels
 from qerl_verl.kernels.nvfp4_experts import ExpertStack, nvfp4_experts_reference, route_softmax
@@ -118,12 +118,12 @@ def time_kernel(call, inputs) -> float:
     return (time.perf_counter() - begin) * 1e6
 
 
-def tune(stacks, shape: dict, tokens: list[int], device: str) -> list[dict]:
-    """Returns the fastest tiles of our kernel for each number of tokens."""
+def tune(stacks, shape: dict, tokens: list[int], device: str, result: ResultFile) -> None:
+    """Adds the fastest tiles of our kernel for each number of tokens."""
     from qerl_verl.kernels.triton.nvfp4_experts import nvfp4_experts
 
-    out = []
-    for number in tokens:
+    for name in result.steps(f"{number} tokens" for number in tokens):
+        number = int(name.split()[0])
         inputs, times = make_inputs(number, shape, device), []
         for tile in CANDIDATES:
             if tile[0] > max(16, 2 * number) or tile[0] < min(64, number * shape["top_k"] // shape["experts"] // 2):
@@ -133,9 +133,10 @@ def tune(stacks, shape: dict, tokens: list[int], device: str) -> list[dict]:
             except Exception as error:  # too little shared memory or registers
                 print(f"  {tile}: {type(error).__name__}", flush=True)
         best = sorted(times)[:3]
-        out.append({"tokens": number, "best": [{"us": us, "tile": tile} for us, tile in best]})
+        result.content["tuning"].append({
+            "tokens": number, "best": [{"us": us, "tile": tile} for us, tile in best]
+        })  # fmt: skip
         print(f"{number} tokens: " + ", ".join(f"{tile} {us:.0f} us" for us, tile in best), flush=True)
-    return out
 
 
 def main() -> None:
@@ -151,20 +152,19 @@ def main() -> None:
         shape, device, args.kernels, args.tokens = DRY_SHAPE, "cpu", ["pytorch"], [1, 8]
     torch.manual_seed(0)
     stacks = make_stacks(shape, device)
-    out = {"environment": None if args.dry_run else environment() | {"command": "bench_experts.py"}, "shape": shape}
-    if args.tune:
-        out["tuning"] = tune(stacks, shape, args.tokens, device)
-    else:
-        out["times"] = compare(stacks, shape, args, device)
-    if args.json:
-        args.json.write_text(json.dumps(out, indent=1) + "\n")
+    out = {"environment": None if args.dry_run else environment(), "shape": shape}
+    with ResultFile(args.json, out | {"tuning" if args.tune else "times": []}) as result:
+        if args.tune:
+            tune(stacks, shape, args.tokens, device, result)
+        else:
+            compare(stacks, shape, args, device, result)
 
 
-def compare(stacks, shape: dict, args: argparse.Namespace, device: str) -> list[dict]:
-    """Returns time and error of each kernel for each number of tokens."""
+def compare(stacks, shape: dict, args: argparse.Namespace, device: str, result: ResultFile) -> None:
+    """Adds time and error of each kernel for each number of tokens."""
     calls = {name: KERNELS[name](*stacks) for name in args.kernels}
-    out = []
-    for number in args.tokens:
+    for step in result.steps(f"{number} tokens" for number in args.tokens):
+        number = int(step.split()[0])
         inputs = make_inputs(number, shape, device)
         x, weights, chosen = inputs[0]
         some = slice(0, 64)  # the reference decodes an expert at a time
@@ -173,10 +173,9 @@ def compare(stacks, shape: dict, args: argparse.Namespace, device: str) -> list[
         for name, call in calls.items():
             error = (call(x, weights, chosen)[some].double() - exact).norm() / exact.norm()
             row[name] = {"us": time_kernel(call, inputs), "error": error.item()}
-        out.append(row)
+        result.content["times"].append(row)
         parts = (f"{name} {row[name]['us']:.1f} us (error {row[name]['error']:.1e})" for name in calls)
         print(f"{number} tokens: " + ", ".join(parts), flush=True)
-    return out
 
 
 if __name__ == "__main__":

@@ -14,13 +14,12 @@ the router's weights. Peak memory is the memory of a call beside weights and inp
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from importlib.metadata import version
-from pathlib import Path
 
 import torch
+from result_file import ResultFile
 from shapes import SHAPES, config
 from torch import nn
 
@@ -101,19 +100,22 @@ def main() -> None:
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     versions = {package: version(package) for package in ("torch", "transformers")}
     out = {"device": name, "shape": args.shape, "dtype": str(dtype), **versions, "results": []}
-    for variant in args.variants:
-        module = build(variant, settings, device, dtype)
-        for tokens in args.tokens:
-            generator = torch.Generator(device).manual_seed(1)
-            hidden = torch.randn(tokens, settings.hidden_size, generator=generator, device=device).to(dtype)
-            scores = torch.rand(tokens, settings.num_experts, generator=generator, device=device)
-            weights, index = scores.topk(settings.num_experts_per_tok, -1)
-            found = measure(module, (hidden, index, weights.to(dtype)), args.repeats)
-            out["results"].append({"variant": variant, "tokens": tokens, **found})
-            print(variant, tokens, *(f"{key} {value:.2f}" for key, value in found.items()), flush=True)
-        del module
-    if args.json:
-        Path(args.json).write_text(json.dumps(out, indent=1) + "\n")
+    with ResultFile(args.json, out) as result:
+        for variant in result.steps(args.variants):
+            measure_variant(variant, settings, device, dtype, args, result.content["results"])
+
+
+def measure_variant(variant: str, settings, device, dtype, args: argparse.Namespace, results: list[dict]) -> None:
+    """Adds a row for each number of tokens to ``results``."""
+    module = build(variant, settings, device, dtype)
+    for tokens in args.tokens:
+        generator = torch.Generator(device).manual_seed(1)
+        hidden = torch.randn(tokens, settings.hidden_size, generator=generator, device=device).to(dtype)
+        scores = torch.rand(tokens, settings.num_experts, generator=generator, device=device)
+        weights, index = scores.topk(settings.num_experts_per_tok, -1)
+        found = measure(module, (hidden, index, weights.to(dtype)), args.repeats)
+        results.append({"variant": variant, "tokens": tokens, **found})
+        print(variant, tokens, *(f"{key} {value:.2f}" for key, value in found.items()), flush=True)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ the NVFP4 kernel is faster.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import subprocess
@@ -30,6 +29,7 @@ import time
 from pathlib import Path
 
 import torch
+from result_file import ResultFile
 
 from qerl_verl.kernels import hopper
 from qerl_verl.kernels.hopper import launch, tuning
@@ -164,7 +164,7 @@ SHRINKS = [tuning.Shrink(shape, cluster) for shape in (0, 1) for cluster in (8, 
 def environment() -> dict:
     nvcc = subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout.strip().splitlines()
     return {
-        "command": "python " + " ".join(["benchmarks/bench_gemm.py", *sys.argv[1:]]),
+        "command": "python " + " ".join([f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "gpu": torch.cuda.get_device_name(),
         "multiprocessors": torch.cuda.get_device_properties(0).multi_processor_count,
         "torch": torch.__version__,
@@ -323,20 +323,24 @@ def main() -> None:
         "tuning_seconds": {},
     }
     print(f"copy {result['copy_TB_per_s']:.2f} TB/s", flush=True)
-    for name in args.shapes:
-        measure_shape(name, args, result)
-        torch.cuda.empty_cache()
+    with ResultFile(args.json, result) as file:
+        for name in file.steps(args.shapes):
+            measure_shape(name, args, file.content)
+            torch.cuda.empty_cache()
+            summarize(file.content, args.tokens)
+    summary = file.content["geomean_by_tokens"]
+    print("geomean of cuBLAS / NVFP4: " + "  ".join(f"M={m} {s['ratio']:.2f}" for m, s in summary.items()))
+    print(f"largest error {max(s['max_error'] for s in summary.values()):.2e}")
 
+
+def summarize(result: dict, tokens: list[int]) -> None:
+    """Adds the mean ratio and the largest error over the measured shapes, by tokens."""
     summary = {}
-    for m in args.tokens:
+    for m in tokens:
         rows = [r for r in result["gemm"] if r["m"] == m]
         if rows:
             summary[m] = {"ratio": geomean(r["ratio"] for r in rows), "max_error": max(r["error"] for r in rows)}
     result["geomean_by_tokens"] = summary
-    print("geomean of cuBLAS / NVFP4: " + "  ".join(f"M={m} {s['ratio']:.2f}" for m, s in summary.items()))
-    print(f"largest error {max(s['max_error'] for s in summary.values()):.2e}")
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

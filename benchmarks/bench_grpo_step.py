@@ -25,6 +25,8 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+from result_file import ResultFile, gpu_names
+
 HERE = Path(__file__).resolve().parent
 PROMPT, RESPONSE, PROMPTS, SAMPLES = 256, 512, 16, 8
 SWITCH = ["+qerl=nvfp4"]
@@ -173,41 +175,47 @@ def main() -> None:
     environment = {"VERL_LOGGING_LEVEL": "WARNING", **os.environ}
     subprocess.run([sys.executable, __file__, "--prepare", "--shape", args.shape, "--work", str(args.work)], check=True)
 
-    import torch
-
     out = {
         "command": "python benchmarks/bench_grpo_step.py " + " ".join(sys.argv[1:]),
         "shape": args.shape,
-        "gpu": torch.cuda.get_device_name(),
+        "gpu": (gpu_names() or ["none"])[0],
         "versions": {p: version(p) for p in ("verl", "vllm", "torch", "transformers", "peft")},
         "flash_attn_cross_entropy": has_cross_entropy(),
         "runs": {},
     }
-    for name in args.variants:
-        line = command(name, work, args.steps, args.extra)
-        code, printed = run(line, environment, args.logs and args.logs / f"{name}.log")
-        steps = metrics_of(printed)
-        said = {x.split("[qerl]")[1] for x in printed.splitlines() if "[qerl] kernel" in x or "[qerl] recompute" in x}
-        for text in sorted(said):
-            print("[qerl]" + text, flush=True)
-        measured = [values for step, values in steps.items() if step > 1]
-        if code or not measured:
-            print(printed[-3000:], f"\n{name} failed with {code}", flush=True)
-            continue
-        keys = set.intersection(*(set(v) for v in measured))
-        mean = {k: sum(v[k] for v in measured) / len(measured) for k in sorted(keys)}
-        out["runs"][name] = {"command": " ".join(line[1:]), "mean": mean, "steps": steps}
-        print(name, json.dumps({k: round(v, 5) for k, v in mean.items()}), flush=True)
+    with ResultFile(args.json, out) as result:
+        for name in result.steps(args.variants):
+            line = command(name, work, args.steps, args.extra)
+            code, printed = run(line, environment, args.logs and args.logs / f"{name}.log")
+            steps = metrics_of(printed)
+            said = {
+                x.split("[qerl]")[1] for x in printed.splitlines() if "[qerl] kernel" in x or "[qerl] recompute" in x
+            }
+            for text in sorted(said):
+                print("[qerl]" + text, flush=True)
+            measured = [values for step, values in steps.items() if step > 1]
+            if code or not measured:
+                print(printed[-3000:], flush=True)
+                result.fail(name, f"ended with exit code {code} after {len(steps)} steps")
+                continue
+            keys = set.intersection(*(set(v) for v in measured))
+            mean = {k: sum(v[k] for v in measured) / len(measured) for k in sorted(keys)}
+            result.content["runs"][name] = {"command": " ".join(line[1:]), "mean": mean, "steps": steps}
+            add_ratios(result.content)
+            print(name, json.dumps({k: round(v, 5) for k, v in mean.items()}), flush=True)
+    for name, ratios in result.content.get("ratio_to_bf16_lora", {}).items():
+        print(name, "  ".join(f"{k.removeprefix('timing_s/')} {v:.2f}x" for k, v in ratios.items()), flush=True)
+    sys.exit(result.exit_code)
+
+
+def add_ratios(out: dict) -> None:
+    """Adds the speed of each run against stock verl's, by phase, if that was measured."""
     if base := out["runs"].get("bf16_lora"):
         timings = [k for k in base["mean"] if k.startswith("timing_s/")]
         out["ratio_to_bf16_lora"] = {
             name: {k: base["mean"][k] / run["mean"][k] for k in timings if run["mean"].get(k)}
             for name, run in out["runs"].items()
         }
-        for name, ratios in out["ratio_to_bf16_lora"].items():
-            print(name, "  ".join(f"{k.removeprefix('timing_s/')} {v:.2f}x" for k, v in ratios.items()), flush=True)
-    if args.json:
-        args.json.write_text(json.dumps(out, indent=1) + "\n")
 
 
 if __name__ == "__main__":

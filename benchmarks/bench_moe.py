@@ -14,10 +14,9 @@ GPU memory in bf16, and about ten minutes.
 from __future__ import annotations
 
 import argparse
-import json
-from pathlib import Path
+import sys
 
-from bench_rollout import VARIANTS, add_arguments, add_ratios, run_variants
+from bench_rollout import VARIANTS, add_arguments, run_variants
 
 SHAPE, DRY_SHAPE = "30B-A3B", "tiny-moe"
 BASELINE = "bf16"
@@ -43,14 +42,12 @@ def main() -> None:
     args.shape = f"{SHAPE}-{args.layers}"
     if args.dry_run:
         args.shape, args.sequences, args.generated = DRY_SHAPE, [1, 8], 4
-    out = run_variants(args)
-    add_ratios(out, BASELINE)
-    for name, ratios in out.get(f"ratio_to_{BASELINE}", {}).items():
+    result = run_variants(args, BASELINE)
+    for name, ratios in result.content.get(f"ratio_to_{BASELINE}", {}).items():
         if name != BASELINE and not args.dry_run:  # with so few tokens the speed means nothing
             for sequences in sorted(TARGETS.keys() & args.sequences):
                 print(f"{name}, {judge(ratios, sequences)}", flush=True)
-    if args.json:
-        Path(args.json).write_text(json.dumps(out, indent=1) + "\n")
+    sys.exit(result.exit_code)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,8 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+from result_file import ResultFile, gpu_names
+
 from qerl_verl.job import Job
 
 HERE = Path(__file__).resolve().parent
@@ -225,6 +227,7 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, nargs="*", default=[1, 8, 64, 256])
     parser.add_argument("--generated", type=int, default=256, help="tokens a sequence")
     parser.add_argument("--repeats", type=int, default=4)
+    parser.add_argument("--kinds", nargs="*", default=["graphs", "eager"], choices=["graphs", "eager"])
     parser.add_argument("--rounds", type=int, default=2, help="engines of each kind with CUDA graphs")
     parser.add_argument(
         "--rows",
@@ -242,13 +245,11 @@ def main() -> None:
         print("RESULT " + json.dumps(run_engine(noise, eager, args)), flush=True)
         return
 
-    import torch
-
     begin = time.monotonic()
     out = {
         "command": "python benchmarks/bench_noise.py " + " ".join(sys.argv[1:]),
         "shape": args.shape,
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "gpu": (gpu_names() or ["none"])[0],
         "versions": {p: version(p) for p in ("vllm", "torch", "verl")},
         "engines": [],
     }
@@ -259,56 +260,52 @@ def main() -> None:
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
     }
     environment |= {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
-    if not torch.cuda.is_available():
+    if out["gpu"] == "none":
         from qerl_verl.config.rules import CPU_ENVIRONMENT
 
         environment |= CPU_ENVIRONMENT
     environment.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    for noise, eager in [(True, False), (False, False)] * args.rounds + [
-        (True, True),
-        (False, True),
-    ]:
-        if time.monotonic() - begin > args.budget:
-            print(
-                f"noise={noise} eager={eager} was left out: {args.budget:.0f} s are over",
-                flush=True,
-            )
-            continue
-        command = [
-            sys.executable,
-            __file__,
-            "--engine",
-            str(noise),
-            str(eager),
-            "--shape",
-            args.shape,
-            "--work",
-            args.work,
-        ]
-        command += [
-            "--sequences",
-            *map(str, args.sequences),
-            "--generated",
-            str(args.generated),
-            "--rows",
-            str(args.rows),
-        ]
-        command += ["--repeats", str(args.repeats)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
-        found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-        if not found:
-            print(
-                "\n".join(done.stdout.splitlines()[-20:]),
-                f"\nnoise={noise} eager={eager} failed",
-                flush=True,
-            )
-            out["engines"].append({"noise": noise, "eager": eager, "failed": done.returncode})
-        else:
-            out["engines"].append(json.loads(found[0].removeprefix("RESULT ")))
-        summarize(out)
-        if args.json:
-            args.json.write_text(json.dumps(out, indent=1) + "\n")
-    print("\n".join(table(out)), flush=True)
+    kinds = {}
+    for number in range(args.rounds if "graphs" in args.kinds else 0):
+        kinds |= {f"noise {number + 1}": (True, False), f"vLLM's {number + 1}": (False, False)}
+    if "eager" in args.kinds:
+        kinds |= {"noise, eager": (True, True), "vLLM's, eager": (False, True)}
+    with ResultFile(args.json, out) as result:
+        for name in result.steps(kinds):
+            noise, eager = kinds[name]
+            if time.monotonic() - begin > args.budget:
+                result.fail(name, f"was left out: {args.budget:.0f} s are over")
+                continue
+            command = [
+                sys.executable,
+                __file__,
+                "--engine",
+                str(noise),
+                str(eager),
+                "--shape",
+                args.shape,
+                "--work",
+                args.work,
+            ]
+            command += [
+                "--sequences",
+                *map(str, args.sequences),
+                "--generated",
+                str(args.generated),
+                "--rows",
+                str(args.rows),
+            ]
+            command += ["--repeats", str(args.repeats)]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
+            found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+            if not found:
+                print("\n".join(done.stdout.splitlines()[-20:]), flush=True)
+                result.fail(name, f"ended with exit code {done.returncode}")
+                continue
+            result.content["engines"].append(json.loads(found[0].removeprefix("RESULT ")))
+            summarize(result.content)
+    print("\n".join(table(result.content)), flush=True)
+    sys.exit(result.exit_code)
 
 
 def summarize(out: dict) -> None:

@@ -23,6 +23,8 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+from result_file import ResultFile
+
 HERE = Path(__file__).resolve().parent
 METHODS = ("rtn", "four-over-six", "gptq")
 SEQUENCES, HELD_OUT = 128, 8
@@ -127,16 +129,17 @@ def main() -> None:
     result |= {"all_layers": everything, "processor": processor(), "methods": {}}
     result |= {"versions": {name: version(name) for name in ("torch", "transformers")}}
     result |= {"calibration_tokens": SEQUENCES * arguments.tokens}
-    with tempfile.TemporaryDirectory(dir=arguments.work) as temporary:
+    with tempfile.TemporaryDirectory(dir=arguments.work) as temporary, ResultFile(arguments.json, result) as file:
+        result = file.content
         source, destination = Path(temporary) / "model", Path(temporary) / "nvfp4"
         result |= write_model(source, arguments.shape, layers)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        for method in arguments.methods:
+        for method in file.steps(arguments.methods):
             options = ["--tokens", str(arguments.tokens), "--one", str(source), str(destination), method]
             done = subprocess.run([sys.executable, __file__, *options], stdout=subprocess.PIPE, text=True)
             if done.returncode:
-                result["methods"][method] = {"error": f"exit code {done.returncode}"}
+                file.fail(method, f"exit code {done.returncode}")
                 continue
             values = json.loads(done.stdout.splitlines()[-1])
             values["gb_per_second"] = result["bytes"] / values["seconds"] / 1e9
@@ -147,15 +150,11 @@ def main() -> None:
     print(f"{arguments.shape}, {layers} layers, {result['bytes'] / 1e9:.1f} GB, {result['processor']}")
     print(f"{'':16}{'seconds':>9}{'GB/s':>7}{f'{everything} layers':>12}{'GPU GB':>8}{'host GB':>9}")
     for method, v in result["methods"].items():
-        if "error" in v:
-            print(f"{method:16}{v['error']}")
-            continue
         print(
             f"{method:16}{v['seconds']:9.1f}{v['gb_per_second']:7.2f}{v['seconds_of_all_layers']:12.0f}"
             f"{v['peak_gpu_bytes'] / 1e9:8.1f}{v['peak_host_bytes_above_start'] / 1e9:9.1f}"
         )
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    sys.exit(file.exit_code)
 
 
 if __name__ == "__main__":

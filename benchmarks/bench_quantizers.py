@@ -24,6 +24,7 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+from result_file import ResultFile
 
 from qerl_verl.nvfp4.architectures import get_architecture
 from qerl_verl.nvfp4.calibration import encode_row, load_tokenizer, read_calibration
@@ -107,10 +108,10 @@ def main() -> None:
         "problems": arguments.problems,
         "methods": {},
     }
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as temporary, ResultFile(arguments.json, result) as file:
+        result = file.content
         work = arguments.work or Path(temporary)
         folders = {name: Path(folder) for name, _, folder in (c.partition("=") for c in arguments.checkpoint)}
-        seconds = {}
         for method in arguments.methods:
             folders[method] = work / method
             if not folders[method].exists():
@@ -119,17 +120,15 @@ def main() -> None:
                     arguments.model, work / method, method=method, calibration=calibration if method == "gptq" else None
                 )
                 wall, cpu = time.monotonic() - started[0], time.process_time() - started[1]
-                seconds[method] = {"seconds": round(wall, 1), "cpu_seconds": round(cpu, 1)}
-        measured = measure(arguments.model, folders, sequences, device)
-    for name, values in measured.items():
-        result["tokens"], result["loss_16bit"] = values.pop("tokens"), values.pop("reference_loss")
-        result["methods"][name] = values | seconds.get(name, {})
+                result["methods"][method] = {"seconds": round(wall, 1), "cpu_seconds": round(cpu, 1)}
+                file.save()
+        for name, values in measure(arguments.model, folders, sequences, device).items():
+            result["tokens"], result["loss_16bit"] = values.pop("tokens"), values.pop("reference_loss")
+            result["methods"][name] = values | result["methods"].get(name, {})
     print(f"{'':16}{'loss':>8}{'KL':>8}{'entropy':>9}{'seconds':>9}\n{'16 bits':16}{result['loss_16bit']:8.3f}")
     for name, values in result["methods"].items():
         took = f"{values['seconds']:9.0f}" if "seconds" in values else ""
         print(f"{name:16}{values['loss']:8.3f}{values['kl']:8.3f}{values['entropy']:9.3f}{took}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

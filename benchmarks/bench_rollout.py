@@ -26,6 +26,8 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+from result_file import ResultFile, gpu_names
+
 from qerl_verl.job import JOB_ENV, Job
 
 HERE = Path(__file__).resolve().parent
@@ -152,48 +154,57 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path)
 
 
-def run_variants(args: argparse.Namespace) -> dict:
+def run_variants(args: argparse.Namespace, baseline: str) -> ResultFile:
     """Runs each variant in a process of its own and prints a line for it.
 
     Returns:
-        The measurements, and the environment.
+        The file, with the ratios to ``baseline`` where that was measured.
     """
-    import torch
-
     out = {
         "command": f"python benchmarks/{Path(sys.argv[0]).name} " + " ".join(sys.argv[1:]),
         "shape": args.shape,
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "gpu": (gpu_names() or ["none"])[0],
         "tensor_parallel": args.tensor_parallel,
         "versions": {p: version(p) for p in ("vllm", "torch", "verl", "transformers")},
         "runs": [],
     }
-    for name in args.variants:
-        environment = {**os.environ, "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR")}
-        environment["VLLM_PLUGINS"] = "qerl"
-        environment["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
-        environment.pop(JOB_ENV, None)
-        if VARIANTS[name]["base"] == "nvfp4":
-            environment |= Job().environment()
-        command = [sys.executable, __file__, "--variant", name, "--shape", args.shape, "--work", args.work]
-        command += ["--sequences", *map(str, args.sequences), "--generated", str(args.generated)]
-        command += ["--tensor-parallel", str(args.tensor_parallel)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
-        lines = done.stdout.splitlines()
-        print("\n".join(line for line in lines if "[qerl]" in line), flush=True)
-        found = [line for line in lines if line.startswith("RESULT ")]
-        if done.returncode or not found:
-            print("\n".join(lines[-20:]), f"{name} failed with {done.returncode}", flush=True)
-            out["runs"].append({"variant": name, "failed": done.returncode})
-            continue
-        run = json.loads(found[0].removeprefix("RESULT "))
-        out["runs"].append(run)
-        speeds = "  ".join(f"{s}: {d['tokens_per_s']:.0f}" for s, d in run["decode"].items())
-        print(
-            f"{name:20} start {run['start_s']:.0f} s  tokens/s {speeds}  prefill {run['prefill_s'] * 1e3:.1f} ms",
-            flush=True,
-        )
-    return out
+    with ResultFile(args.json, out) as result:
+        for name in result.steps(args.variants):
+            if run := start_variant(name, args):
+                result.content["runs"].append(run)
+                add_ratios(result.content, baseline)
+            else:
+                result.fail(name, "failed, see its output")
+    for name, ratios in result.content.get(f"ratio_to_{baseline}", {}).items():
+        print(f"{name:20} " + "  ".join(f"{k}: {v:.2f}x" for k, v in ratios.items()), flush=True)
+    return result
+
+
+def start_variant(name: str, args: argparse.Namespace) -> dict | None:
+    """Runs a variant in a process of its own, prints a line for it, and returns its result."""
+    environment = {**os.environ, "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR")}
+    environment["VLLM_PLUGINS"] = "qerl"
+    environment["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+    environment.pop(JOB_ENV, None)
+    if VARIANTS[name]["base"] == "nvfp4":
+        environment |= Job().environment()
+    command = [sys.executable, __file__, "--variant", name, "--shape", args.shape, "--work", args.work]
+    command += ["--sequences", *map(str, args.sequences), "--generated", str(args.generated)]
+    command += ["--tensor-parallel", str(args.tensor_parallel)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
+    lines = done.stdout.splitlines()
+    print("\n".join(line for line in lines if "[qerl]" in line), flush=True)
+    found = [line for line in lines if line.startswith("RESULT ")]
+    if done.returncode or not found:
+        print("\n".join(lines[-20:]), f"{name} failed with {done.returncode}", flush=True)
+        return None
+    run = json.loads(found[0].removeprefix("RESULT "))
+    speeds = "  ".join(f"{s}: {d['tokens_per_s']:.0f}" for s, d in run["decode"].items())
+    print(
+        f"{name:20} start {run['start_s']:.0f} s  tokens/s {speeds}  prefill {run['prefill_s'] * 1e3:.1f} ms",
+        flush=True,
+    )
+    return run
 
 
 def add_ratios(out: dict, baseline: str) -> None:
@@ -201,7 +212,7 @@ def add_ratios(out: dict, baseline: str) -> None:
     measured."""
     runs = {r["variant"]: r for r in out["runs"] if "decode" in r}
     if base := runs.get(baseline):
-        ratios_of = out[f"ratio_to_{baseline}"] = {
+        out[f"ratio_to_{baseline}"] = {
             name: {
                 **{s: d["tokens_per_s"] / base["decode"][s]["tokens_per_s"] for s, d in run["decode"].items()},
                 **{
@@ -212,8 +223,6 @@ def add_ratios(out: dict, baseline: str) -> None:
             }
             for name, run in runs.items()
         }
-        for name, ratios in ratios_of.items():
-            print(f"{name:20} " + "  ".join(f"{k}: {v:.2f}x" for k, v in ratios.items()), flush=True)
 
 
 def main() -> None:
@@ -226,10 +235,7 @@ def main() -> None:
     if args.variant:
         print("RESULT " + json.dumps(run_variant(args.variant, args)), flush=True)
         return
-    out = run_variants(args)
-    add_ratios(out, "bf16_lora")
-    if args.json:
-        args.json.write_text(json.dumps(out, indent=1) + "\n")
+    sys.exit(run_variants(args, "bf16_lora").exit_code)
 
 
 if __name__ == "__main__":

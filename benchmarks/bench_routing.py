@@ -33,6 +33,8 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
+from result_file import ResultFile, gpu_names
+
 from qerl_verl.job import JOB_ENV, Job
 
 HERE = Path(__file__).resolve().parent
@@ -193,9 +195,9 @@ def prepare(args: argparse.Namespace) -> list[tuple[str, str, Path]]:
         packed, plain = (Path(args.work) / f"{shape}-{base}" for base in ("nvfp4", "decoded"))
         if not (packed / "model.safetensors.index.json").exists():
             write_nvfp4(packed, shape)
-        if not (plain / "model.safetensors.index.json").exists():
+        if "bf16" in args.bases and not (plain / "model.safetensors.index.json").exists():
             write_bf16(plain, packed, shape)
-        out += [(kind, "nvfp4", packed), (kind, "bf16", plain)]
+        out += [(kind, base, {"nvfp4": packed, "bf16": plain}[base]) for base in args.bases]
     return out
 
 
@@ -220,13 +222,14 @@ def measure(base: str, folder: Path, args: argparse.Namespace) -> dict:
         print("\n".join(line for line in lines if "[qerl]" in line), flush=True)
         if done.returncode:
             print("\n".join(lines[-20:]), flush=True)
-            raise SystemExit(f"{folder.name}: the {part} failed with {done.returncode}")
+            raise RuntimeError(f"the {part} failed with {done.returncode}")
     return json.loads(next(line for line in lines if line.startswith("RESULT ")).removeprefix("RESULT "))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a checkpoint, in NVFP4 or 16 bits, in place of the random models")
+    parser.add_argument("--bases", nargs="*", default=["nvfp4", "bf16"], choices=["nvfp4", "bf16"])
     parser.add_argument("--samples", type=int, default=16, help="sequences")
     parser.add_argument("--prompt", type=int, default=64, help="tokens")
     parser.add_argument("--generated", type=int, default=128, help="tokens")
@@ -241,29 +244,34 @@ def main() -> None:
     if args.part:
         run_part(args)
         return
-    import torch
-
     if args.dry_run:
         args.samples, args.prompt, args.generated = 3, 16, 16
     Path(args.work).mkdir(parents=True, exist_ok=True)
     out = {
         "command": "python benchmarks/bench_routing.py " + " ".join(sys.argv[1:]),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "gpu": (gpu_names() or ["none"])[0],
         "versions": {p: version(p) for p in ("vllm", "torch", "verl", "transformers")},
         "dtype": args.dtype,
         "runs": [],
     }
-    for kind, base, folder in prepare(args):
-        run = {"kind": kind, "base": base, "model": folder.name, **measure(base, folder, args)}
-        out["runs"].append(run)
-        values = "  ".join(f"{key} {run[key]:.3g}" for key in run if isinstance(run[key], float))
-        print(f"{kind} {base}: {values}", flush=True)
-    k3 = {(run["kind"], run["base"]): run["k3"] for run in out["runs"]}
-    if {("mixture", "nvfp4"), ("dense", "nvfp4")} <= k3.keys():
-        out["k3_mixture_to_dense"] = k3["mixture", "nvfp4"] / k3["dense", "nvfp4"]
-        print(f"k3 of the mixture, in the dense model's: {out['k3_mixture_to_dense']:.2f}", flush=True)
-    if args.json:
-        args.json.write_text(json.dumps(out, indent=1) + "\n")
+    models = {f"{kind} {base}": (kind, base, folder) for kind, base, folder in prepare(args)}
+    with ResultFile(args.json, out) as result:
+        for name in result.steps(models):
+            kind, base, folder = models[name]
+            try:
+                run = {"kind": kind, "base": base, "model": folder.name, **measure(base, folder, args)}
+            except RuntimeError as error:
+                result.fail(name, str(error))
+                continue
+            result.content["runs"].append(run)
+            values = "  ".join(f"{key} {run[key]:.3g}" for key in run if isinstance(run[key], float))
+            print(f"{name}: {values}", flush=True)
+            k3 = {(run["kind"], run["base"]): run["k3"] for run in result.content["runs"]}
+            if {("mixture", "nvfp4"), ("dense", "nvfp4")} <= k3.keys():
+                result.content["k3_mixture_to_dense"] = k3["mixture", "nvfp4"] / k3["dense", "nvfp4"]
+    if ratio := result.content.get("k3_mixture_to_dense"):
+        print(f"k3 of the mixture, in the dense model's: {ratio:.2f}", flush=True)
+    sys.exit(result.exit_code)
 
 
 if __name__ == "__main__":

@@ -476,19 +476,14 @@ def main() -> int:
         return 0
 
     import torch
+    from result_file import ResultFile
     from shapes import write_adapter, write_nvfp4
 
     work = Path(args.work or tempfile.mkdtemp(prefix="qerl-shared-base-"))
     work.mkdir(parents=True, exist_ok=True)
-    found: dict = {"shape": args.shape, "torch": torch.__version__}
     print(f"logs: {work}", flush=True)
 
-    def store() -> None:
-        if args.json:
-            Path(args.json).write_text(json.dumps(found, indent=1))
-
     def show(what: str, content: dict) -> None:
-        store()
         content = {k: v for k, v in content.items() if k != "again"}
         if "rollout" in content:
             content["rollout"] = {k: v for k, v in content["rollout"].items() if k.endswith("_s")}
@@ -497,26 +492,29 @@ def main() -> int:
     begin, on_gpu = time.monotonic(), torch.cuda.device_count() > 0
     signal.signal(signal.SIGALRM, out_of_time)
     signal.alarm(args.seconds)
-    pairs = {f"GEMM, {name}": start_gemm(name, work) for name in SEGMENTS} if on_gpu else {}
-    modes = {mode: start_mode(mode, args, work, on_gpu) for mode in args.modes}
-    try:
-        write_nvfp4(work / args.shape, args.shape, "cpu")
-        write_adapter(work / "adapter", args.shape, str(work / args.shape), "cpu")
-        if on_gpu:
-            found["device"], found["gemm"] = torch.cuda.get_device_name(0), {}
-        for name, pair in pairs.items():
-            found["gemm"][name] = check_gemm(*pair)
-            show(name, found["gemm"][name])
-        for mode, pair in modes.items():
-            found[mode] = run_mode(mode, *pair, on_gpu)
-            show(mode, found[mode])
-    finally:
-        signal.alarm(0)
-        for pair in (*pairs.values(), *modes.values()):
-            for process in pair:
-                process.end()
-    found["verdicts"] = verdicts(found)
-    store()
+    new: dict = {"shape": args.shape, "torch": torch.__version__}
+    if on_gpu:
+        new |= {"device": torch.cuda.get_device_name(0), "gemm": {}}
+    segments = {f"GEMM, {name}": name for name in SEGMENTS} if on_gpu else {}
+    with ResultFile(args.json, new) as result:
+        found = result.content
+        pairs = {name: start_gemm(segments[name], work) for name in result.left(segments)}
+        modes = {mode: start_mode(mode, args, work, on_gpu) for mode in result.left(args.modes)}
+        try:
+            write_nvfp4(work / args.shape, args.shape, "cpu")
+            write_adapter(work / "adapter", args.shape, str(work / args.shape), "cpu")
+            for name in result.steps(segments):
+                found["gemm"][name] = check_gemm(*pairs[name])
+                show(name, found["gemm"][name])
+            for mode in result.steps(args.modes):
+                found[mode] = run_mode(mode, *modes[mode], on_gpu)
+                show(mode, found[mode])
+        finally:
+            signal.alarm(0)
+            for pair in (*pairs.values(), *modes.values()):
+                for process in pair:
+                    process.end()
+        found["verdicts"] = verdicts(found)
     for what, holds in found["verdicts"].items():
         print(f"{'ok  ' if holds else 'FAIL'} {what}")
     return 0 if all(found["verdicts"].values()) else 1

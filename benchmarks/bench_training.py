@@ -25,6 +25,8 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
+from result_file import ResultFile, gpu_names
+
 HERE = Path(__file__).resolve().parent
 BATCH, LENGTH, CHUNK = 8, 1024, 1024
 VARIANTS = ("bf16_peft", "nvfp4", "nvfp4_selective", "nvfp4_selective_compiled", "compressed_tensors")
@@ -240,6 +242,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=BATCH, help="sequences")
     parser.add_argument("--length", type=int, default=LENGTH, help="tokens a sequence")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--no-gradients", action="store_true", help="leave out the error of the gradients")
     parser.add_argument("--profile", action="store_true", help="print the kernels that took the time")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--variant", help=argparse.SUPPRESS)
@@ -251,46 +254,58 @@ def main() -> None:
         print("RESULT " + json.dumps(run_variant(args.variant, args)), flush=True)
         return
 
-    import torch
-
     out = {
         "command": "python benchmarks/bench_training.py " + " ".join(sys.argv[1:]),
         "shape": args.shape,
         "tokens": args.batch * args.length,
-        "gpu": torch.cuda.get_device_name(),
+        "gpu": (gpu_names() or ["none"])[0],
         "versions": {p: version(p) for p in ("torch", "transformers", "peft", "compressed-tensors")},
         "runs": {},
     }
-    for name in (*args.variants, "gradients"):
-        command = [sys.executable, __file__, "--variant", name, "--shape", args.shape, "--repeats", str(args.repeats)]
-        command += ["--batch", str(args.batch), "--length", str(args.length)]
-        command += ["--layers", str(args.layers)] if args.layers else []
-        command += ["--profile"] if args.profile else []
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=os.environ)
-        lines = done.stdout.splitlines()
-        if args.profile:
-            print("\n".join(line for line in lines if not line.startswith("RESULT ")), flush=True)
-        found = [line for line in lines if line.startswith("RESULT ")]
-        if not found:
-            print(f"{name} failed with {done.returncode}", *lines[-10:], sep="\n", flush=True)
-            continue
-        result = json.loads(found[0].removeprefix("RESULT "))
-        if name == "gradients":
-            out["gradient_error_against_float32"] = result
-        else:
-            out["runs"][name] = result
-        print(name, json.dumps(result), flush=True)
-    runs = out["runs"]
-    if runs:
-        out["ratios"] = {
-            f"{name} against {base}": {"speed": runs[base]["step_s"] / runs[name]["step_s"], "peak_memory": runs[name]["peak_gb"] / runs[base]["peak_gb"]}
-            for name in runs
-            for base in runs
-            if name.startswith("nvfp4") and not base.startswith("nvfp4")
-        }  # fmt: skip
-        print(json.dumps(out["ratios"]), flush=True)
-    if args.json:
-        args.json.write_text(json.dumps(out, indent=1) + "\n")
+    with ResultFile(args.json, out) as file:
+        for name in file.steps((*args.variants, *([] if args.no_gradients else ["gradients"]))):
+            result = start_variant(name, args)
+            if result is None:
+                file.fail(name, "failed, see its output")
+            elif name == "gradients":
+                file.content["gradient_error_against_float32"] = result
+            else:
+                file.content["runs"][name] = result
+                file.content["ratios"] = ratios_of(file.content["runs"])
+        print(json.dumps(file.content.get("ratios", {})), flush=True)
+    sys.exit(file.exit_code)
+
+
+def start_variant(name: str, args: argparse.Namespace) -> dict | None:
+    """Runs a variant in a process of its own, prints a line for it, and returns its result."""
+    command = [sys.executable, __file__, "--variant", name, "--shape", args.shape, "--repeats", str(args.repeats)]
+    command += ["--batch", str(args.batch), "--length", str(args.length)]
+    command += ["--layers", str(args.layers)] if args.layers else []
+    command += ["--profile"] if args.profile else []
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=os.environ)
+    lines = done.stdout.splitlines()
+    if args.profile:
+        print("\n".join(line for line in lines if not line.startswith("RESULT ")), flush=True)
+    found = [line for line in lines if line.startswith("RESULT ")]
+    if not found:
+        print(f"{name} failed with {done.returncode}", *lines[-10:], sep="\n", flush=True)
+        return None
+    result = json.loads(found[0].removeprefix("RESULT "))
+    print(name, json.dumps(result), flush=True)
+    return result
+
+
+def ratios_of(runs: dict[str, dict]) -> dict[str, dict[str, float]]:
+    """Returns speed and peak memory of each NVFP4 variant against each baseline."""
+    return {
+        f"{name} against {base}": {
+            "speed": runs[base]["step_s"] / runs[name]["step_s"],
+            "peak_memory": runs[name]["peak_gb"] / runs[base]["peak_gb"],
+        }
+        for name in runs
+        for base in runs
+        if name.startswith("nvfp4") and not base.startswith("nvfp4")
+    }
 
 
 if __name__ == "__main__":

@@ -9,14 +9,13 @@ the weight, see bench_gemm.py.
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import sys
 import time
 from pathlib import Path
 
 import torch
 from bench_gemm import GLOBAL_SCALE, ROTATE_BYTES, SHAPES, environment, geomean, time_calls
+from result_file import ResultFile
 
 from qerl_verl.kernels.packed_weight import PackedWeight
 from qerl_verl.kernels.triton import tuning
@@ -54,9 +53,11 @@ def measure_plans(m: int, plans: dict, weights, dense) -> dict:
     return {"cublas": cublas} | {way: timed(plan) for way, plan in (plans | {"dequantize": tuning.DEQUANTIZE}).items()}
 
 
-def measure_triton(names, out: dict) -> None:
+def measure_triton(names, result: ResultFile) -> None:
+    """Adds the times of each shape, and the mean ratios over the measured shapes by tokens."""
+    out = result.content
     sms = torch.cuda.get_device_properties(DEVICE).multi_processor_count
-    for name in names:
+    for name in result.steps(names):
         n, k = SHAPES[name]
         start = time.monotonic()
         said = tuning.tune(DEVICE, n, k)
@@ -70,11 +71,12 @@ def measure_triton(names, out: dict) -> None:
             row = {"shape": name, "n": n, "k": k, "m": m, "us": us, "plan": str(plan), "tuning_s": seconds}
             out["gemm"].append(row)
             print(f"{name:10} {m:5}", {key: round(value, 1) for key, value in us.items()}, plan, flush=True)
-    for m in TOKENS:
-        rows = [row["us"] for row in out["gemm"] if row["m"] == m]
-        ratios = {way: geomean(row["cublas"] / row[way] for row in rows) for way in ("table", "measured")}
-        print(f"{m:5} cuBLAS / Triton", {key: round(value, 2) for key, value in ratios.items()}, flush=True)
-        out["cublas_over_triton"][m] = ratios
+        for m in TOKENS:
+            rows = [row["us"] for row in out["gemm"] if row["m"] == m]
+            ratios = {way: geomean(row["cublas"] / row[way] for row in rows) for way in ("table", "measured")}
+            out["cublas_over_triton"][str(m)] = ratios
+    for m, ratios in out["cublas_over_triton"].items():
+        print(f"{m:>5} cuBLAS / Triton", {key: round(value, 2) for key, value in ratios.items()}, flush=True)
 
 
 def main() -> None:
@@ -82,11 +84,8 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="*", default=NAMES, choices=SHAPES, help="projections")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    out = environment() | {"command": "python " + " ".join(["benchmarks/bench_triton_gemm.py", *sys.argv[1:]])}
-    out |= {"gemm": [], "cublas_over_triton": {}}
-    measure_triton(args.shapes, out)
-    if args.json:
-        args.json.write_text(json.dumps(out, indent=1) + "\n")
+    with ResultFile(args.json, environment() | {"gemm": [], "cublas_over_triton": {}}) as result:
+        measure_triton(args.shapes, result)
 
 
 if __name__ == "__main__":

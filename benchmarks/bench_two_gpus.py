@@ -49,6 +49,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path[:0] = [str(HERE), str(ROOT)]
 
+from result_file import ResultFile  # noqa: E402
+
 PARTS = ("training", "equality", "rollout", "shards", "main_ppo")
 ARRANGEMENTS = ("divided", "replicas", "separate", "separate_nccl")
 BASES = {"bf16_lora": "bf16", "nvfp4_lora": "nvfp4"}
@@ -352,15 +354,14 @@ def run_shards(args: argparse.Namespace) -> None:
 
 
 @contextmanager
-def measured(out: dict, name: str):
+def measured(result: ResultFile, name: str):
     """Records the time of a part, or its error; the other parts run in either case."""
     begin = time.perf_counter()
     try:
         yield
     except Exception as error:
-        out.setdefault("failed", {})[name] = f"{type(error).__name__}: {error}"
-        print(f"{name} failed: {error}", flush=True)
-    out.setdefault("part_s", {})[name] = time.perf_counter() - begin
+        result.fail(name, f"{type(error).__name__}: {error}")
+    result.content.setdefault("part_s", {})[name] = time.perf_counter() - begin
 
 
 def environment_of(switched: bool = True, **more: str) -> dict[str, str]:
@@ -418,10 +419,7 @@ def finish(processes: list[subprocess.Popen], seconds: float) -> None:
 
 
 def run_ranks(world: int, jobs: list[str], args: argparse.Namespace) -> dict:
-    """Runs ``jobs`` on ``world`` ranks and returns the results by name.
-
-    Finished results are kept if a later job fails.
-    """
+    """Runs ``jobs`` on ``world`` ranks and returns the results by name."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
@@ -439,9 +437,7 @@ def run_ranks(world: int, jobs: list[str], args: argparse.Namespace) -> dict:
         for rank in ranks[:1]:
             text = rank.log.read_text(errors="replace")
             print("\n".join(line for line in text.splitlines() if line.startswith(("[qerl]", *jobs))), flush=True)
-        done = {job.partition(":")[0]: json.loads(f.read_text()) for job, f in files.items() if f.exists()}
-        args.done.update(done)
-    return done
+    return {job.partition(":")[0]: json.loads(file.read_text()) for job, file in files.items()}
 
 
 def compare_training(runs: dict) -> dict:
@@ -582,6 +578,37 @@ def measure_main_ppo(arrangement: str, args: argparse.Namespace) -> dict:
     }
 
 
+def start_training(args: argparse.Namespace) -> dict:
+    """Runs the training step of both bases on two ranks."""
+    runs = run_ranks(2, [f"{name}:training" for name in BASES], args)
+    return {"length": args.length, "runs": runs, "ratio_to_bf16_lora": compare_training(runs)}
+
+
+def start_equality(args: argparse.Namespace) -> dict:
+    """Runs the same three updates on two ranks and on one."""
+    jobs = [f"{name}:equality" for name in ("nvfp4_fsdp", "nvfp4_ulysses", "bf16_fsdp")]
+    runs = run_ranks(2, jobs, args) | run_ranks(1, ["nvfp4_one:equality", "bf16_one:equality"], args)
+    return {"runs": runs, "to_one_gpu": compare_equality(runs, args.work)}
+
+
+def start_shards(args: argparse.Namespace) -> dict:
+    """Computes log-probabilities on one GPU and divided over two."""
+    for world in (1, 2):
+        environment = environment_of(VLLM_PLUGINS="qerl", **Job().environment())
+        environment |= {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
+        finish([run_here("shards", args, environment, "--world", str(world))], args.timeout)
+    return compare_shards(args.work)
+
+
+MEASUREMENTS = {
+    "training": start_training,
+    "equality": start_equality,
+    "rollout": measure_rollout,
+    "shards": start_shards,
+}
+"""Parts but ``main_ppo``, each with the function that returns its result."""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="*", default=list(PARTS), choices=PARTS)
@@ -621,57 +648,25 @@ def main() -> None:
         "gpu": f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}" if gpu else "none",
         "versions": {p: version(p) for p in ("torch", "verl", "vllm", "transformers", "peft")},
     }
-    save = lambda: args.json and args.json.write_text(json.dumps(out, indent=1) + "\n")  # noqa: E731
-
-    with measured(out, "prepare"):
-        finish([run_here("prepare", args, environment_of())], args.timeout)
-    if {"training", "equality"} & set(args.parts):
-        args.done = {}
-        with measured(out, "two_ranks"):
-            jobs = [f"{name}:training" for name in BASES if "training" in args.parts]
-            if "equality" in args.parts:
-                jobs += [f"{name}:equality" for name in ("nvfp4_fsdp", "nvfp4_ulysses", "bf16_fsdp")]
-            run_ranks(2, jobs, args)
-        runs = {name: run for name, run in args.done.items() if name in BASES}
-        if runs:
-            out["training"] = {"length": args.length, "runs": runs}
-            if len(runs) == 2:
-                out["training"]["ratio_to_bf16_lora"] = compare_training(runs)
-                print("training", json.dumps(out["training"]["ratio_to_bf16_lora"]), flush=True)
-        save()
-    if "equality" in args.parts:
-        with measured(out, "one_rank"):
-            run_ranks(1, ["nvfp4_one:equality", "bf16_one:equality"], args)
-        with measured(out, "equality"):
-            runs = {name: run for name, run in args.done.items() if name not in BASES}
-            out["equality"] = {"runs": runs, "to_one_gpu": compare_equality(runs, args.work)}
-            print("equality", json.dumps(out["equality"]["to_one_gpu"]), flush=True)
-        save()
-    if "rollout" in args.parts:
-        with measured(out, "rollout"):
-            out["rollout"] = measure_rollout(args)
-        save()
-    if "shards" in args.parts:
-        with measured(out, "shards"):
-            for world in (1, 2):
-                environment = environment_of(VLLM_PLUGINS="qerl", **Job().environment())
-                environment |= {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
-                finish([run_here("shards", args, environment, "--world", str(world))], args.timeout)
-            out["shards"] = compare_shards(args.work)
-            print("shards", json.dumps(out["shards"]), flush=True)
-        save()
-    if "main_ppo" in args.parts:
-        for arrangement in args.arrangements:
-            with measured(out, f"main_ppo_{arrangement}"):
-                out.setdefault("main_ppo", {})[arrangement] = found = measure_main_ppo(arrangement, args)
-                print(
-                    arrangement,
-                    json.dumps({k: v for k, v in found.items() if k not in ("command", "syncs")}),
-                    flush=True,
-                )
-            save()
-    print(json.dumps({"part_s": out["part_s"], "failed": out.get("failed")}), flush=True)
-    sys.exit(bool(out.get("failed")))
+    parts = [part for part in MEASUREMENTS if part in args.parts]
+    arrangements = args.arrangements if "main_ppo" in args.parts else []
+    with ResultFile(args.json, out) as result:
+        with measured(result, "prepare"):
+            finish([run_here("prepare", args, environment_of())], args.timeout)
+        for part in result.steps(parts):
+            with measured(result, part):
+                result.content[part] = found = MEASUREMENTS[part](args)
+                shown = ("ratio_to_bf16_lora", "to_one_gpu")
+                print(part, json.dumps(next((found[key] for key in shown if key in found), found)), flush=True)
+        for name in result.steps(f"main_ppo_{arrangement}" for arrangement in arrangements):
+            with measured(result, name):
+                arrangement = name.removeprefix("main_ppo_")
+                found = measure_main_ppo(arrangement, args)
+                result.content.setdefault("main_ppo", {})[arrangement] = found
+                shown = {k: v for k, v in found.items() if k not in ("command", "syncs")}
+                print(arrangement, json.dumps(shown), flush=True)
+    print(json.dumps({key: result.content[key] for key in ("part_s", "failed")}), flush=True)
+    sys.exit(result.exit_code)
 
 
 if __name__ == "__main__":

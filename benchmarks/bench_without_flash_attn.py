@@ -12,12 +12,12 @@ milliseconds; peaks of memory are in GiB above the inputs.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from pathlib import Path
 
 import torch
+from result_file import ResultFile
 from torch.nn.functional import log_softmax, scaled_dot_product_attention
 
 from qerl_verl.kernels.linear_logprobs import linear_logprobs
@@ -114,14 +114,16 @@ def main() -> None:
         "command": "python " + " ".join(["benchmarks/bench_without_flash_attn.py", *sys.argv[1:]]),
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
-        "attention": attention(10, 768, 40, 8, 128),
-        "logprobs": logprobs(7680, 5120, 152064),
     }
-    for part in ("attention", "logprobs"):
-        for name, row in result[part].items():
-            print(part, name, row if not isinstance(row, dict) else {k: round(v, 3) for k, v in row.items()})
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    parts = {
+        "attention": lambda: attention(10, 768, 40, 8, 128),
+        "logprobs": lambda: logprobs(7680, 5120, 152064),
+    }
+    with ResultFile(args.json, result) as file:
+        for part in file.steps(parts):
+            file.content[part] = parts[part]()
+            for name, row in file.content[part].items():
+                print(part, name, row if not isinstance(row, dict) else {k: round(v, 3) for k, v in row.items()})
 
 
 if __name__ == "__main__":

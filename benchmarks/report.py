@@ -4,8 +4,9 @@ results.
     python benchmarks/report.py benchmarks/results
 
 The text between ``<!-- summary -->`` and ``<!-- end of summary -->`` of the page is replaced, and
-that between ``<!-- tables -->`` and ``<!-- end of tables -->``. A row, panel or table without a
-result file is left out.
+that between ``<!-- tables -->`` and ``<!-- end of tables -->``. A panel or table without a result
+file is left out, and a row of the summary says so. The rows of a part that was cut off
+(``*.incomplete.json``) are shown where there is no complete file, marked as incomplete.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from run_all import short_name  # noqa: E402
+from run_all import INCOMPLETE, short_name  # noqa: E402
 from summary import ROWS  # noqa: E402
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "performance.md"
@@ -40,16 +41,22 @@ class Results:
 
 def gpu_of(data: dict) -> str:
     """Returns the GPU model that a result file names, without the number of GPUs."""
-    name = data.get("gpu") or data.get("environment", {}).get("gpu") or "none"
+    places = (data, data.get("environment") or {}, data.get("made") or {})
+    names = (place.get(key) for place in places for key in ("gpu", "device", "processor"))
+    name = next(filter(None, names), "none")
     return re.sub(r"^\d+ x ", "", name)
 
 
 def load_all(folder: Path, stem: str) -> list[dict]:
-    """Returns the files of a stem, with or without a GPU's name after it, one per GPU."""
+    """Returns the files of a stem, with or without a GPU's name after it, one per GPU.
+
+    A complete file comes before an incomplete one.
+    """
     found: dict[str, dict] = {}
-    for path in sorted(folder.glob(f"{stem}*.json")):
+    for path in sorted(folder.glob(f"{stem}*.json"), key=lambda path: (path.name.endswith(INCOMPLETE), path)):
         data = json.loads(path.read_text()) | {"file": path.name}
-        if path.stem in (stem, f"{stem}_{short_name(gpu_of(data))}"):
+        name = path.name.removesuffix(INCOMPLETE).removesuffix(".json")
+        if name in (stem, f"{stem}_{short_name(gpu_of(data))}"):
             found.setdefault(gpu_of(data), data)
     return list(found.values())
 
@@ -71,10 +78,14 @@ def summary_section(folder: Path) -> str:
     Values without a unit are ratios of speed.
     """
     rows = []
-    for stem, make in ROWS.items():
+    for stem, comparison in ROWS.items():
+        made = []
         for data in load_all(folder, stem):
-            gpu = data.get("gpu") or gpu_of(data)
-            rows += [[*row.cells(), gpu] for row in make(data)]
+            gpu, mark = data.get("gpu") or gpu_of(data), " (incomplete)" if "incomplete" in data else ""
+            for row in comparison.rows(data):
+                *cells, measured = row.cells()
+                made.append([*cells, measured + mark, gpu])
+        rows += made or [comparison.cells_without_a_file()]
     text = (
         "Above 1x, NVFP4 is faster. A bold value misses its target. For a range of tokens, the smallest ratio is shown."
     )
@@ -83,7 +94,9 @@ def summary_section(folder: Path) -> str:
 
 def file_of(data: dict) -> str:
     """Returns a line that names the result file and what differed in its measurement."""
-    return f"File: `{data['file']}`" + (f" ({data['state']})." if data.get("state") else ".")
+    missing = f"incomplete, {data['incomplete']}" if "incomplete" in data else None
+    notes = "; ".join(filter(None, (missing, data.get("state") or data.get("note"))))
+    return f"File: `{data['file']}`" + (f" ({notes.rstrip('.')})." if notes else ".")
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -199,7 +212,7 @@ def without_flash_attn_section(results: Results) -> str:
     data = load(results, "without_flash_attn")
     if not data:
         return ""
-    names = {
+    names = {  # part and variant of the file -> row of the table
         ("attention", "dense_mask"): "attention of a layer, SDPA with a dense mask",
         ("attention", "packed"): "attention of a layer, `qerl_packed`",
         ("logprobs", "row_by_row"): "output layer and log-probabilities, a row at a time",
@@ -207,24 +220,26 @@ def without_flash_attn_section(results: Results) -> str:
     }
     rows = []
     for (part, name), text in names.items():
+        if part not in data:
+            continue
         row = data[part][name]
         rows.append([text, f"{row['forward_ms']:.2f}", f"{row['forward_backward_ms']:.2f}", f"{row['peak_gib']:.2f}"])
-    tokens = data["attention"]["tokens"]
+    tokens = next(data[part]["tokens"] for part, _ in names if part in data)
     head = [f"{tokens} tokens, 32B shape", "forward, ms", "forward and backward, ms", "peak memory, GiB"]
     return f"{table(head, rows)}\n\nGPU: {data['gpu']}. {file_of(data)}"
 
 
 def rollout_section(results: Results) -> str:
     out = []
-    for stem in ("rollout_7b", "rollout_32b"):
+    for stem, baseline in {"rollout_7b": "bf16_lora", "rollout_32b": "bf16_lora", "moe_30b": "bf16"}.items():
         data = load(results, stem)
-        if not data:
+        if not data or f"ratio_to_{baseline}" not in data:
             continue
         sequences = sorted(map(int, data["runs"][0]["decode"]))
         rows = []
         for what, key, prefix in (("", "tokens_per_s", ""), (", decoding alone", "decode_tokens_per_s", "decode ")):
             for run in data["runs"]:
-                ratio = data["ratio_to_bf16_lora"][run["variant"]]
+                ratio = data[f"ratio_to_{baseline}"][run["variant"]]
                 cells = [f"{run['decode'][str(s)][key]:.0f} ({ratio[f'{prefix}{s}']:.2f}x)" for s in sequences]
                 prefill = f"{run['prefill_s'] * 1e3:.0f} ms ({ratio['prefill']:.2f}x)"
                 rows.append([run["variant"] + what, *cells, "" if prefix else prefill])
@@ -237,7 +252,7 @@ def rollout_section(results: Results) -> str:
                     f"\n\nNoise on against off at {noise['sequences']} sequences: {cost:+.1%}; putting it on takes "
                     f"{noise['set_s'] * 1e3:.0f} ms a step."
                 )
-        out.append(f"{text}\n\nFile: `{data['file']}`.")
+        out.append(f"{text}\n\n{file_of(data)}")
     return "\n\n".join(out)
 
 
@@ -258,18 +273,18 @@ def training_section(results: Results) -> str:
             ]
             for name, run in data["runs"].items()
         ]
-        errors = ", ".join(f"{k} {v:.1e}" for k, v in data["gradient_error_against_float32"].items())
+        errors = ", ".join(f"{k} {v:.1e}" for k, v in data.get("gradient_error_against_float32", {}).items())
         head = [f"7B, {data['tokens']} tokens", "s a step", "weights, GiB", "peak, GiB"]
         for base in ("bf16_peft", "compressed_tensors"):
             head += [f"speed, {base} = 1", "peak"]
-        text = f"Error of the adapters' gradients against float32 on two layers: {errors}. {file_of(data)}"
-        out.append(f"{table(head, rows)}\n\n{text}")
+        text = f"Error of the adapters' gradients against float32 on two layers: {errors}. " if errors else ""
+        out.append(f"{table(head, rows)}\n\n{text}{file_of(data)}")
     return "\n\n".join(out)
 
 
 def ratios_of(data: dict, name: str, base: str) -> list[str]:
     """Returns speed and peak memory of a training step, two cells of the table."""
-    ratio = data["ratios"].get(f"{name} against {base}")
+    ratio = data.get("ratios", {}).get(f"{name} against {base}")
     return [f"{ratio['speed']:.2f}", f"{ratio['peak_memory']:.2f}"] if ratio else ["", ""]
 
 
@@ -349,6 +364,105 @@ def two_gpus_section(results: Results) -> str:
             f"main_ppo, rollout {arrangement}: {run['workers']} rollout workers after {run['rounds']} syncs: {said}. Seconds a step: {seconds}."
         )
     return "\n\n".join([*out, f"File: `{data['file']}`."])
+
+
+def experts_section(results: Results) -> str:
+    out = []
+    if (data := load(results, "experts")) and data["times"]:
+        rows = [
+            [
+                str(row["tokens"]),
+                *(
+                    f"{row[name]['us']:.1f} ({row['bf16']['us'] / row[name]['us']:.2f}x)"
+                    for name in row
+                    if name != "tokens"
+                ),
+            ]
+            for row in data["times"]
+        ]
+        names = [name for name in data["times"][0] if name != "tokens"]
+        head = ["tokens, experts of a layer of 30B-A3B, us", *names]
+        out.append(f"{table(head, rows)}\n\n{file_of(data)}")
+    if (data := load(results, "experts_training")) and data["results"]:
+        rows = [
+            [
+                row["variant"],
+                str(row["tokens"]),
+                f"{row['forward_ms']:.2f}",
+                f"{row['backward_ms']:.2f}",
+                f"{row['peak_gib']:.2f}",
+            ]
+            for row in data["results"]
+        ]
+        head = ["training, experts of a layer of 30B-A3B", "tokens", "forward, ms", "backward, ms", "peak, GiB"]
+        out.append(f"{table(head, rows)}\n\n{file_of(data)}")
+    return "\n\n".join(out)
+
+
+def triton_section(results: Results) -> str:
+    data = load(results, "triton_gemm")
+    if not data or not data["gemm"]:
+        return ""
+    tokens = sorted({row["m"] for row in data["gemm"]})
+    rows = []
+    for shape in dict.fromkeys(row["shape"] for row in data["gemm"]):
+        us = {row["m"]: row["us"] for row in data["gemm"] if row["shape"] == shape}
+        for way in ("table", "measured", "dequantize"):
+            rows.append([f"{shape}, {way}", *(f"{us[m]['cublas'] / us[m][way]:.2f}" for m in tokens)])
+    head = ["time of cuBLAS bf16 / time of Triton, by tokens", *map(str, tokens)]
+    return f"{table(head, rows)}\n\n{file_of(data)}"
+
+
+def routing_section(results: Results) -> str:
+    data = load(results, "routing_30b")
+    if not data or not data["runs"]:
+        return ""
+    keys = ("k3", "k3_replayed", "choices_differ", "tokens_differ", "experts_differ")
+    rows = [
+        [f"{run['kind']}, {run['base']}", run["model"], *(f"{run[key]:.2e}" if key in run else "" for key in keys)]
+        for run in data["runs"]
+    ]
+    return f"{table(['rollout against actor', 'model', *keys], rows)}\n\n{file_of(data)}"
+
+
+def noise_section(results: Results) -> str:
+    data = load(results, "noise_7b")
+    rows = []
+    for kind in ("graphs", "eager"):
+        for sequences, cost in (data or {}).get(kind, {}).get("cost", {}).items():
+            rows.append([kind, sequences, f"{cost['percent']:+.2f} %", f"{cost['stock_spread']:.2f} %"])
+    if not rows:
+        return ""
+    head = ["decoding with norms that take noise", "sequences", "time added", "spread of vLLM's own norms"]
+    return f"{table(head, rows)}\n\n{file_of(data)}"
+
+
+def shared_base_section(results: Results) -> str:
+    data = load(results, "shared_base")
+    rows = [
+        [mode, *(f"{data[mode][key] or 0:.0f}" for key in ("card_mib_actor", "card_mib")), f"{start:.0f}"]
+        for mode in ("separate", "shared")
+        if data and mode in data and (start := data[mode]["rollout"]["start_s"])
+    ]
+    if not rows:
+        return ""
+    head = ["`qerl.base`", "MiB on the card, actor alone", "MiB, actor and rollout", "start of vLLM, s"]
+    missed = [what for what, holds in data.get("verdicts", {}).items() if not holds]
+    checks = f"Checks that do not hold: {', '.join(missed)}." if missed else "All checks hold."
+    return f"{table(head, rows)}\n\n{checks} {file_of(data)}"
+
+
+def quantizer_section(results: Results) -> str:
+    data = load(results, "quantizer_speed_7b")
+    if not data or not data["methods"]:
+        return ""
+    rows = [
+        [name, f"{v['seconds']:.1f}", f"{v['gb_per_second']:.2f}", f"{v['seconds_of_all_layers']:.0f}", f"{v['peak_gpu_bytes'] / 1e9:.1f}"]
+        for name, v in data["methods"].items()
+    ]  # fmt: skip
+    head = [f"{data['shape']}, {data['layers']} layers, {data['bytes'] / 1e9:.1f} GB", "s", "GB/s"]
+    head += [f"s for {data['all_layers']} layers", "GPU, GB"]
+    return f"{table(head, rows)}\n\n{file_of(data)}"
 
 
 PHASES = {
@@ -484,7 +598,13 @@ SECTIONS = {
     "GEMM (`kernels/hopper/`)": gemm_section,
     "GEMM with another kernel before it, as in a model": between_section,
     "Shapes without an entry in the built-in table": other_shapes_section,
+    "GEMM of the Triton kernels": triton_section,
     "In place of flash-attn": without_flash_attn_section,
+    "Experts of a mixture": experts_section,
+    "Routing of a mixture in rollout and actor": routing_section,
+    "Norms that take noise": noise_section,
+    "One copy of the base": shared_base_section,
+    "Quantizing": quantizer_section,
 }
 
 

@@ -3,18 +3,17 @@
     python benchmarks/run_all.py --list                  # the parts, their limits, what is there already
     python benchmarks/run_all.py --results somewhere     # within an hour
     python benchmarks/run_all.py --parts gemm rollout_7b --force
+    python benchmarks/run_all.py --within 9              # as much as 9 minutes allow
 
 A part writes ``RESULTS/<part>_<gpu>.json`` and records in it, under ``made``, the code, the GPU and
 the versions of the measurement. A call skips parts with a result for the same three, so it
-continues after an interruption. A part that exceeds its limit is ended, and the others follow.
+continues after an interruption. A part that exceeds its limit is ended, and the others follow. Its
+rows stay in ``RESULTS/<part>_<gpu>.incomplete.json``, and the next call measures the missing ones.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import importlib.metadata
-import json
 import os
 import re
 import signal
@@ -25,11 +24,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-MEASURED_CODE = ("kernels", "qerl_verl", "benchmarks")
-"""Folders whose Python and CUDA files decide what a benchmark measures."""
-PACKAGES = ("torch", "triton", "vllm", "verl", "transformers", "peft", "flash-attn")
+from result_file import ROOT, describe_machine, gpu_names, have_same_conditions, read_result
+
+from qerl_verl.json_files import write_json_atomically
+
 GRACE_SECONDS = 10
+INCOMPLETE = ".incomplete.json"
 
 
 @dataclass(frozen=True)
@@ -51,50 +51,44 @@ class Part:
     gpus: int = 1
 
 
+OTHER_TOKENS = ("--tokens", "1", "16", "33", "64", "100", "128", "200", "256", "1000", "8192")
 PARTS = (
-    Part("gemm", "bench_gemm.py", ("--marlin",), 4),
-    Part("lora_gemm", "bench_gemm.py", ("--lora",), 4),
-    Part("grpo_step_7b", "bench_grpo_step.py", ("--variants", "bf16_lora", "nvfp4_lora"), 15),
-    Part("rollout_7b", "bench_rollout.py", ("--shape", "7B"), 8),
-    Part("training_7b", "bench_training.py", (), 4),
+    Part("gemm", "bench_gemm.py", ("--marlin",), 2.5),
+    Part("lora_gemm", "bench_gemm.py", ("--lora",), 2.5),
+    Part("grpo_step_7b", "bench_grpo_step.py", ("--variants", "bf16_lora", "nvfp4_lora"), 12),
+    Part("rollout_7b", "bench_rollout.py", ("--shape", "7B"), 5),
+    Part("training_7b", "bench_training.py", (), 3),
     Part(
         "training_7b_12288",
         "bench_training.py",
         (
-            "--batch",
-            "16",
-            "--length",
-            "768",
-            "--variants",
-            "bf16_peft",
-            "nvfp4_selective",
-            "nvfp4_selective_compiled",
+            *("--batch", "16", "--length", "768", "--no-gradients"),
+            *("--variants", "bf16_peft", "nvfp4_selective", "nvfp4_selective_compiled"),
         ),
-        5,
+        2.5,
     ),
-    Part("gemm_other_shapes", "bench_gemm.py", ("--tune", "--shapes", "others"), 5),
-    Part("lora_gemm_other_shapes", "bench_gemm.py", ("--tune", "--lora", "--shapes", "others"), 5),
-    Part("without_flash_attn", "bench_without_flash_attn.py", (), 2),
-    Part("rollout_32b", "bench_rollout.py", ("--shape", "32B-32", "--sequences", "8", "64", "256"), 8),
+    Part("gemm_other_shapes", "bench_gemm.py", ("--tune", "--shapes", "others", *OTHER_TOKENS), 3),
+    Part("lora_gemm_other_shapes", "bench_gemm.py", ("--tune", "--lora", "--shapes", "others", *OTHER_TOKENS), 3),
+    Part("without_flash_attn", "bench_without_flash_attn.py", (), 1),
+    Part("rollout_32b", "bench_rollout.py", ("--shape", "32B-32", "--sequences", "8", "64", "256"), 4.5),
+    Part("experts", "bench_experts.py", (), 1.5),
+    Part("experts_training", "bench_experts_training.py", (), 1),
+    Part("moe_30b", "bench_moe.py", ("--layers", "8", "--sequences", "1", "8", "64", "256"), 3.5),
+    Part("triton_gemm", "bench_triton_gemm.py", (), 2),
+    Part(
+        "noise_7b",
+        "bench_noise.py",
+        ("--shape", "7B", "--rounds", "1", "--repeats", "3", "--generated", "128", "--kinds", "graphs"),
+        4,
+    ),
+    Part("routing_30b", "bench_routing.py", ("--samples", "8", "--bases", "nvfp4"), 3.5),
+    Part("shared_base", "bench_shared_base.py", ("--shape", "7B-2", "--seconds", "175"), 3),
+    Part("quantizer_speed_7b", "bench_quantizer_speed.py", ("--shape", "7B", "--layers", "8"), 2.5),
 )
 """The parts in the order in which they run; the numbers that users ask for first come early."""
 
 EXTRA = (Part("two_gpus_7b", "bench_two_gpus.py", (), 20, gpus=2),)
 """Parts beyond the hour, which run where the machine has the GPUs."""
-
-
-def gpu_names() -> list[str]:
-    """Returns the names of the GPUs of this machine; empty without a driver."""
-    try:
-        done = subprocess.run(
-            ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return []
-    return [line.strip() for line in done.stdout.splitlines() if line.strip()]
 
 
 def short_name(gpu: str) -> str:
@@ -103,57 +97,19 @@ def short_name(gpu: str) -> str:
     return (match.group(1) if match else re.sub(r"\W+", "_", gpu)).lower()
 
 
-def hash_code(root: Path = ROOT) -> str:
-    """Returns the hash of the files that decide what is measured.
-
-    A commit that changes other files does not repeat a benchmark, and an uncommitted change does.
-    """
-    digest = hashlib.sha256()
-    for folder in MEASURED_CODE:
-        for path in sorted((root / folder).rglob("*")):
-            if path.suffix in (".py", ".cu", ".cuh", ".yaml") and path.name not in (
-                "report.py",
-                "run_all.py",
-            ):
-                digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()[:16]
-
-
-def describe_machine(gpu: str) -> dict:
-    """Returns the conditions of a result: code, GPU and versions. The commit is only
-    information."""
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    git = ["git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = None
-    return {"code": hash_code(), "gpu": gpu, "versions": versions, "commit": commit}
-
-
 def result_file(part: Part, results: Path, gpu: str) -> Path:
-    """Returns the file that the part writes."""
+    """Returns the file of the part's complete result."""
     return results / f"{part.name}_{short_name(gpu)}.json"
 
 
-def read_made(path: Path) -> dict | None:
-    """Returns the conditions of the result in ``path``, or None where it does not have them."""
-    try:
-        made = json.loads(path.read_text()).get("made")
-    except (OSError, ValueError, AttributeError):
-        return None
-    return made if isinstance(made, dict) else None
+def incomplete_file(path: Path) -> Path:
+    """Returns the file in which a part collects its rows, beside that of its complete result."""
+    return path.with_name(path.stem + INCOMPLETE)
 
 
 def is_current(path: Path, machine: dict) -> bool:
     """Returns whether the result in ``path`` is from this code, GPU and these versions."""
-    made = read_made(path) or {}
-    return all(made.get(key) == machine[key] for key in ("code", "gpu", "versions"))
+    return have_same_conditions(read_result(path).get("made"), machine)
 
 
 def describe_plan(parts: Sequence[Part], results: Path, machine: dict, force: bool) -> str:
@@ -161,52 +117,54 @@ def describe_plan(parts: Sequence[Part], results: Path, machine: dict, force: bo
     lines, total = [], 0.0
     for part in parts:
         path = result_file(part, results, machine["gpu"])
-        made = read_made(path)
-        took = f"took {made['seconds'] / 60:.1f} min last time" if made and made.get("seconds") else "not timed yet"
+        seconds = (read_result(path).get("made") or {}).get("seconds")
+        took = f"took {seconds / 60:.1f} min last time" if seconds else "not timed yet"
         if is_current(path, machine) and not force:
             lines.append(f"  {part.name:<24} is there: {path}")
-        else:
-            total += part.minutes
-            lines.append(f"  {part.name:<24} at most {part.minutes:g} min, {took}")
+            continue
+        total += part.minutes
+        rows = incomplete_file(path)
+        if is_current(rows, machine) and not force:
+            took = f"goes on, {read_result(rows).get('incomplete')}"
+        lines.append(f"  {part.name:<24} at most {part.minutes:g} min, {took}")
     return "\n".join([f"{machine['gpu']}, code {machine['code']}:", *lines, f"at most {total:g} min in all"])
 
 
-def run_part(part: Part, path: Path, machine: dict, python: str = sys.executable) -> str | None:
-    """Runs one part and puts its result into place.
+def run_part(part: Part, path: Path, machine: dict, minutes: float, python: str = sys.executable) -> str | None:
+    """Runs one part and puts its complete result into place.
+
+    Args:
+        part: the benchmark.
+        path: file of its complete result. Without one its rows stay in :func:`incomplete_file`.
+        machine: see :func:`result_file.describe_machine`.
+        minutes: after which the part is ended.
+        python: interpreter.
 
     Returns:
-        The reason why there is no result, or None.
+        What is missing or wrong, or None.
     """
-    staging = path.with_name(f".{path.name}.part")
-    staging.unlink(missing_ok=True)
-    command = [
-        python,
-        str(Path(__file__).parent / part.script),
-        *part.arguments,
-        "--json",
-        str(staging),
-    ]
-    started = time.monotonic()
-    process = subprocess.Popen(command, start_new_session=True)
+    rows = incomplete_file(path)
+    if not is_current(rows, machine):
+        rows.unlink(missing_ok=True)
+    script = str(Path(__file__).parent / part.script)
+    process = subprocess.Popen([python, script, *part.arguments, "--json", str(rows)], start_new_session=True)
     try:
-        code = process.wait(part.minutes * 60)
+        problem = f"exit code {code}" if (code := process.wait(minutes * 60)) else None
     except subprocess.TimeoutExpired:
-        return f"took longer than {part.minutes:g} min and was ended"
+        problem = f"took longer than {minutes:g} min and was ended"
     finally:
         _end(process)
-    try:
-        found = json.loads(staging.read_text())
-    except (OSError, ValueError):
-        return f"wrote no result (exit code {code})"
-    if code:
-        return f"ended with exit code {code}; what it measured is in {staging}"
+    if not is_current(rows, machine):
+        return f"no result ({problem or 'exit code 0'})"
+    found = read_result(rows)
     for node in (found, found.get("environment")):
         if isinstance(node, dict) and "command" in node:  # removes the temporary name
             node["command"] = " ".join(["python", f"benchmarks/{part.script}", *part.arguments, "--json", path.name])
-    found["made"] = machine | {"seconds": round(time.monotonic() - started, 1)}
-    staging.write_text(json.dumps(found, indent=1) + "\n")
-    staging.replace(path)
-    return None
+    write_json_atomically(rows, found)
+    if "incomplete" in found:
+        return f"incomplete, {found['incomplete']} ({problem or 'exit code 0'}); its rows are in {rows}"
+    rows.replace(path)
+    return problem
 
 
 def _end(process: subprocess.Popen) -> None:
@@ -224,12 +182,15 @@ def _end(process: subprocess.Popen) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the missing parts. Returns 1 where a part gave no result, otherwise 0."""
+    """Runs the missing parts. Returns 1 where one gave no complete result, otherwise 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     known = {part.name: part for part in (*PARTS, *EXTRA)}
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--parts", nargs="+", choices=known, metavar="PART", help=f"of {', '.join(known)}")
     parser.add_argument("--force", action="store_true", help="measure again what is there")
+    parser.add_argument(
+        "--within", type=float, metavar="MINUTES", help="end all parts after this time; the next call goes on"
+    )
     parser.add_argument("--list", action="store_true", help="show the plan and run nothing")
     arguments = parser.parse_args(argv)
     gpus = gpu_names()
@@ -247,20 +208,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.list:
         return 0
     arguments.results.mkdir(parents=True, exist_ok=True)
-    failures = {}
+    problems = {}
+    end = time.monotonic() + 60 * (arguments.within or float("inf"))
     for number, part in enumerate(parts, 1):
         path = result_file(part, arguments.results, machine["gpu"])
-        if is_current(path, machine) and not arguments.force:
+        if arguments.force:
+            incomplete_file(path).unlink(missing_ok=True)
+        elif is_current(path, machine):
             continue
-        print(f"\n[{number} of {len(parts)}] {part.name}, at most {part.minutes:g} min", flush=True)
-        if problem := run_part(part, path, machine):
-            failures[part.name] = problem
+        minutes = min(part.minutes, round((end - time.monotonic()) / 60, 2))
+        if minutes <= 0:
+            problems[part.name] = f"not started: the {arguments.within:g} min of --within are over"
+            continue
+        print(f"\n[{number} of {len(parts)}] {part.name}, at most {minutes:g} min", flush=True)
+        if problem := run_part(part, path, machine, minutes):
+            problems[part.name] = problem
             print(f"{part.name}: {problem}", flush=True)
         else:
-            print(f"{part.name}: {path}, {read_made(path)['seconds']:.0f} s", flush=True)
-    for name, problem in failures.items():
-        print(f"no result: {name} {problem}", file=sys.stderr)
-    return 1 if failures else 0
+            print(f"{part.name}: {path}, {read_result(path)['made']['seconds']:.0f} s", flush=True)
+    for name, problem in problems.items():
+        print(f"{name}: {problem}", file=sys.stderr)
+    return 1 if problems else 0
 
 
 if __name__ == "__main__":

@@ -28,6 +28,9 @@ WITH_ADAPTER = 0.15
 WORST, LARGE_WEIGHT = 0.9, 16e6
 DECODING_7B = {1: 2.0, 8: 2.0, 64: 1.5, 256: 1.2}
 DECODING_32B = {8: 2.2, 64: 1.6, 256: 1.15}
+DECODING_MOE = {1: 1.3, 8: 1.3, 64: 1.2, 256: 1.0}
+ROUTING_K3 = 3.0
+"""k3 of a mixture over that of a dense model, from which the rollout's routing should be replayed."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,8 @@ def _products(
 
 def _worst(what: str, baseline: str, data: Mapping, more: float = 0.0) -> list[Row]:
     large = [r["ratio"] for r in data["gemm"] if r["n"] * r["k"] >= LARGE_WEIGHT]
+    if not large:
+        return []
     return [
         Row(
             f"{what}, worst shape of at least 16 million weights",
@@ -128,7 +133,9 @@ def _lora_other_shapes(data: Mapping) -> list[Row]:
 
 
 def _rollout(model: str, targets: Mapping[int, float], data: Mapping) -> list[Row]:
-    ratios = data["ratio_to_bf16_lora"]["nvfp4_lora"]
+    ratios = data.get("ratio_to_bf16_lora", {}).get("nvfp4_lora")
+    if not ratios:
+        return []
     sequences = [s for s in targets if f"decode {s}" in ratios]
     what = f"decoding, {model}, {' / '.join(map(str, sequences))} sequences"
     baseline = "vLLM bf16 + LoRA"
@@ -152,7 +159,7 @@ def _training(data: Mapping) -> list[Row]:
         ("bf16_peft", "PEFT on bf16", 0.95),
         ("compressed_tensors", "decompression at each forward pass", 1.5),
     ):
-        found = data["ratios"].get(f"nvfp4 against {against}")
+        found = data.get("ratios", {}).get(f"nvfp4 against {against}")
         if found is None:
             continue
         what = f"LoRA training step, 7B, {tokens} tokens"
@@ -172,11 +179,15 @@ def _without_flash_attn(data: Mapping) -> list[Row]:
     def ratio(part: str, slow: str, fast: str) -> float:
         return data[part][slow]["forward_backward_ms"] / data[part][fast]["forward_backward_ms"]
 
-    tokens = data["attention"]["tokens"]
+    names = {
+        "attention": ("packed attention, 32B shape", "SDPA, dense mask", "dense_mask", "packed"),
+        "logprobs": ("output layer and log-probabilities", "a row at a time", "row_by_row", "chunks"),
+    }
     return [
-        Row(f"packed attention, 32B shape, {tokens} tokens", "SDPA, dense mask", [None], [ratio("attention", "dense_mask", "packed")]),
-        Row(f"output layer and log-probabilities, {tokens} tokens", "a row at a time", [None], [ratio("logprobs", "row_by_row", "chunks")]),
-    ]  # fmt: skip
+        Row(f"{what}, {data[part]['tokens']} tokens", baseline, [None], [ratio(part, slow, fast)])
+        for part, (what, baseline, slow, fast) in names.items()
+        if part in data
+    ]
 
 
 def _two_gpus(data: Mapping) -> list[Row]:
@@ -207,17 +218,129 @@ def _noise(data: Mapping) -> list[Row]:
     ]
 
 
-ROWS: dict[str, Callable[[Mapping], list[Row]]] = {
-    "grpo_step_7b": _step,
-    "rollout_7b": lambda data: _rollout("7B", DECODING_7B, data),
-    "rollout_32b": lambda data: _rollout("32 layers of 32B", DECODING_32B, data),
-    "training_7b": _training,
-    "two_gpus_7b": _two_gpus,
-    "gemm": _gemm,
-    "lora_gemm": _lora_gemm,
-    "gemm_other_shapes": _other_shapes,
-    "lora_gemm_other_shapes": _lora_other_shapes,
-    "without_flash_attn": _without_flash_attn,
-    "noise_7b": _noise,
+def _moe(data: Mapping) -> list[Row]:
+    ratios = data.get("ratio_to_bf16", {}).get("nvfp4_lora", {})
+    sequences = [s for s in DECODING_MOE if f"decode {s}" in ratios]
+    if not sequences:
+        return []
+    what = (
+        f"decoding, {data['shape'].rpartition('-')[2]} layers of 30B-A3B, {' / '.join(map(str, sequences))} sequences"
+    )
+    targets: list[float | None] = [DECODING_MOE[s] for s in sequences]
+    return [Row(what, "vLLM bf16", targets, [ratios[f"decode {s}"] for s in sequences])]
+
+
+EXPERT_KERNELS = {"marlin": "without an adapter on the experts (Marlin)", "triton": "as with one (Triton)"}
+"""Kernel of bench_experts.py -> when a rollout runs it."""
+
+
+def _experts(data: Mapping) -> list[Row]:
+    times = data["times"]
+    if not times:
+        return []
+    tokens = " / ".join(str(row["tokens"]) for row in times)
+    return [
+        Row(
+            f"experts of a layer of 30B-A3B, {when}, {tokens} tokens",
+            "vLLM bf16",
+            [None] * len(times),
+            [row["bf16"]["us"] / row[kernel]["us"] for row in times],
+        )
+        for kernel, when in EXPERT_KERNELS.items()
+    ]
+
+
+def _experts_training(data: Mapping) -> list[Row]:
+    took = {(r["variant"], r["tokens"]): r["forward_ms"] + r["backward_ms"] for r in data["results"]}
+    tokens = [m for variant, m in took if variant == "nvfp4" and ("bf16", m) in took]
+    if not tokens:
+        return []
+    what = f"experts of a layer of 30B-A3B in training, {' / '.join(map(str, tokens))} tokens"
+    ratios = [took["bf16", m] / took["nvfp4", m] for m in tokens]
+    return [Row(what, "transformers, bf16", [None] * len(tokens), ratios)]
+
+
+def _routing(data: Mapping) -> list[Row]:
+    k3 = {run["kind"]: run for run in data["runs"] if run["base"] == "nvfp4"}
+    if not {"mixture", "dense"} <= k3.keys():
+        return []
+    ratios = [k3["mixture"][key] / k3["dense"]["k3"] for key in ("k3", "k3_replayed")]
+    what = "k3 of rollout and actor, 6 layers of 30B-A3B, as it is / with routing replay"
+    return [Row(what, "4 layers of 7B", [ROUTING_K3] * 2, ratios, True)]
+
+
+def _triton_gemm(data: Mapping) -> list[Row]:
+    ratios = {m: found["measured"] for m, found in data["cublas_over_triton"].items()}
+    if not ratios:
+        return []
+    what = f"Triton GEMM, measured launches, {' / '.join(ratios)} tokens"
+    return [Row(what, "cuBLAS bf16", [None] * len(ratios), list(ratios.values()))]
+
+
+def _shared_base(data: Mapping) -> list[Row]:
+    modes = [data.get(mode, {}).get("card_mib") for mode in ("shared", "separate")]
+    if not all(modes):
+        return []
+    what = "memory on the card, actor and rollout, 2 layers as wide as 7B's, `qerl.base=shared`"
+    return [Row(what, "`qerl.base=separate`", [None], [modes[0] / modes[1]], True)]
+
+
+def _quantizers(data: Mapping) -> list[Row]:
+    methods = data["methods"]
+    if not methods:
+        return []
+    what = f"quantizing {data['all_layers']} layers of {data['shape']}, {' / '.join(methods)}"
+    seconds = [method["seconds_of_all_layers"] for method in methods.values()]
+    return [Row(what, "-", [None] * len(seconds), seconds, True, " s")]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The rows of one result file.
+
+    Attributes:
+        rows: makes the rows from the content of a file.
+        what: what is compared, in the row of a comparison without a file.
+        baseline: the same.
+    """
+
+    rows: Callable[[Mapping], list[Row]]
+    what: str
+    baseline: str
+
+    def cells_without_a_file(self) -> list[str]:
+        """Returns the cells of the row that says that nothing was measured."""
+        return [self.what, self.baseline, "-", "not measured", "-"]
+
+
+ROWS: dict[str, Comparison] = {
+    "grpo_step_7b": Comparison(_step, "GRPO step of main_ppo, 7B", "stock verl, bf16 LoRA"),
+    "rollout_7b": Comparison(lambda data: _rollout("7B", DECODING_7B, data), "decoding, 7B", "vLLM bf16 + LoRA"),
+    "rollout_32b": Comparison(
+        lambda data: _rollout("32 layers of 32B", DECODING_32B, data), "decoding, 32 layers of 32B", "vLLM bf16 + LoRA"
+    ),
+    "moe_30b": Comparison(_moe, "decoding, layers of 30B-A3B", "vLLM bf16"),
+    "training_7b": Comparison(_training, "LoRA training step, 7B", "PEFT on bf16"),
+    "two_gpus_7b": Comparison(_two_gpus, "LoRA training step, 7B, two GPUs", "FSDP2, bf16 LoRA"),
+    "gemm": Comparison(_gemm, "GEMM, shapes of the built-in table", "cuBLAS bf16"),
+    "lora_gemm": Comparison(_lora_gemm, "GEMM with an adapter of rank 32, the same shapes", "cuBLAS bf16 with it"),
+    "gemm_other_shapes": Comparison(_other_shapes, "GEMM, other shapes", "cuBLAS bf16"),
+    "lora_gemm_other_shapes": Comparison(
+        _lora_other_shapes, "GEMM with an adapter of rank 32, other shapes", "cuBLAS bf16 with it"
+    ),
+    "triton_gemm": Comparison(_triton_gemm, "Triton GEMM, measured launches", "cuBLAS bf16"),
+    "experts": Comparison(_experts, "experts of a layer of 30B-A3B", "vLLM bf16"),
+    "experts_training": Comparison(
+        _experts_training, "experts of a layer of 30B-A3B in training", "transformers, bf16"
+    ),
+    "without_flash_attn": Comparison(
+        _without_flash_attn, "packed attention and log-probabilities", "SDPA with a dense mask, a row at a time"
+    ),
+    "noise_7b": Comparison(_noise, "time that the norms with noise add to decoding, 7B", "vLLM's own norms"),
+    "routing_30b": Comparison(_routing, "k3 of rollout and actor, layers of 30B-A3B", "layers of 7B"),
+    "shared_base": Comparison(
+        _shared_base, "memory on the card, actor and rollout, `qerl.base=shared`", "`qerl.base=separate`"
+    ),
+    "quantizer_speed_7b": Comparison(_quantizers, "quantizing 7B", "-"),
 }
-"""Stem of a result file -> its rows, in the order of the table."""
+"""Stem of a result file -> its comparison, in the order of the table."""

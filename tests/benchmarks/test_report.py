@@ -36,8 +36,12 @@ def test_the_figures_are_drawn_from_the_files_that_are_there(tmp_path, monkeypat
     assert [path.name for path in drawn] == ["performance.png"] and drawn[0].stat().st_size > 10_000
 
 
-def test_every_row_of_the_summary_has_a_file_today():
-    assert all(report.load_all(RESULTS, stem) and ROWS[stem](report.load_all(RESULTS, stem)[0]) for stem in ROWS)
+def test_a_comparison_without_a_file_says_so():
+    files = {stem: report.load_all(RESULTS, stem) for stem in ROWS}
+    text = report.summary_section(RESULTS)
+    for stem, comparison in ROWS.items():
+        assert (f"| {comparison.what} | {comparison.baseline} | - | not measured | - |" in text) == (not files[stem])
+        assert all(comparison.rows(data) for data in files[stem])
 
 
 CELLS = {
@@ -75,4 +79,15 @@ def test_each_gpu_has_its_rows_and_tables(tmp_path):
     assert f"{what} **2.10** / 1.70x | NVIDIA H100 |" in text and f"{what} 2.50 / 1.80x | NVIDIA H200 |" in text
     h100 = text[text.index("### NVIDIA H100") :]
     assert "gemm_h100.json" in h100 and "gemm_no_pdl" not in h100.partition("### NVIDIA H200")[0]
-    assert "not measured" not in text
+    assert "| quantizing 7B | - | - | not measured | - |" in text
+
+
+def test_rows_of_an_incomplete_part_are_marked_and_come_after_a_complete_one(tmp_path):
+    gpu = "NVIDIA H200"
+    write(tmp_path, "gemm_h200.incomplete.json", gpu, {"1": 2.4})
+    path = tmp_path / "gemm_h200.incomplete.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"incomplete": "without 7B o"}))
+    assert "| 2.2x | 2.40x (incomplete) | NVIDIA H200 |" in report.summary(tmp_path)
+    assert "`gemm_h200.incomplete.json`" in report.tables(tmp_path)
+    write(tmp_path, "gemm_h200.json", gpu, {"1": 2.3})
+    assert "| 2.2x | 2.30x | NVIDIA H200 |" in report.summary(tmp_path)
