@@ -16,6 +16,9 @@ from qerl_verl.evaluation.errors import EvaluationError
 SETTINGS = "settings"
 """Key of the lines that hold settings; the other lines are responses."""
 
+_BEGINNING = b'{"settings": {'
+"""First bytes of every file of responses."""
+
 
 @dataclass(frozen=True)
 class Response:
@@ -53,8 +56,9 @@ class Response:
 class ResponseFile:
     """Opens a file of responses for appending, and creates it if it is missing.
 
-    A last line without an end, which a killed process leaves, is removed. The file is locked while
-    it is open, where the file system has locks.
+    A last line without an end, which a killed process leaves, is removed. A file that does not
+    begin as a file of responses is refused and stays as it is. The file is locked while it is open,
+    where the file system has locks.
 
     Args:
         path: the file.
@@ -66,8 +70,8 @@ class ResponseFile:
         done: key -> response, for those in the file.
 
     Raises:
-        EvaluationError: a setting has changed, a line is not a response, or another process writes
-            the file.
+        EvaluationError: the file is another one, a setting has changed, a line is not a response,
+            or another process writes the file.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any]):
@@ -108,9 +112,11 @@ class ResponseFile:
         """Fills :attr:`done`, removes an unfinished last line, and returns the settings."""
         self._file.seek(0)
         content = self._file.read()
+        if content[: len(_BEGINNING)] != _BEGINNING[: len(content)]:
+            raise EvaluationError(
+                f"{self.path} is no file of responses, and was not changed. Name another file with --responses"
+            )
         whole = content.rpartition(b"\n")[0]
-        if len(whole) + 1 < len(content) or (content and not whole):
-            self._file.truncate(len(whole) + 1 if whole else 0)
         known: dict[str, Any] = {}
         for number, line in enumerate(whole.splitlines(), start=1):
             try:
@@ -122,8 +128,10 @@ class ResponseFile:
                     self.done[response.key] = response
             except (ValueError, TypeError) as error:
                 raise EvaluationError(
-                    f"{self.path}:{number}: no response ({error}). Name another file with --responses, or remove the line"
+                    f"{self.path}:{number}: no response ({error}). Name another file with --responses"
                 ) from error
+        if not content.endswith(b"\n"):
+            self._file.truncate(len(whole) + 1 if whole else 0)
         return known
 
     def add(self, response: Response) -> None:

@@ -39,6 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     if arguments.command == "prepare":
+        prepare.check_folder(arguments.out)
         if not arguments.start_only:
             counts = prepare.write_data(arguments.local_dir, arguments.out / "data", arguments.remaining)
             print(", ".join(f"{name} {count}" for name, count in counts.items()), "problems in", arguments.out / "data")

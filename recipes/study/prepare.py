@@ -21,6 +21,8 @@ from qerl_verl.data.prompts import write_parquet
 from qerl_verl.data.sources import read_hub, read_jsonl
 
 VALIDATION = 256
+START_FILE = "start.json"
+"""Record of the supervised start, in the folder of its model."""
 
 
 def give_beginning(row: dict[str, Any], remaining: int) -> dict[str, Any]:
@@ -77,6 +79,21 @@ def write_data(local_dir: Path | None, out: Path, remaining: int) -> dict[str, i
         "test": shortened,
     }
     return {name: write_parquet(part, out / f"{name}.parquet") for name, part in parts.items()}
+
+
+def check_folder(out: Path) -> None:
+    """Refuses a folder whose data or model may not be replaced.
+
+    Raises:
+        SystemExit: runs of the study have used them, or the model is another one.
+    """
+    if any((out / "runs").glob("*")):
+        raise SystemExit(
+            f"{out / 'runs'} has runs with the data and the model of {out}; give another folder with --out"
+        )
+    model = out / "model"
+    if (model / "config.json").exists() and not (model / START_FILE).exists():
+        raise SystemExit(f"{model} holds a model that this command did not make; give another folder with --out")
 
 
 def train_start(model: str, data: Path, out: Path, epochs: float, lr: float, batch_size: int, seed: int = 0) -> dict:
@@ -144,7 +161,7 @@ def train_start(model: str, data: Path, out: Path, epochs: float, lr: float, bat
         "seconds": result.metrics["train_runtime"],
     }  # fmt: skip
     if trainer.is_world_process_zero():
+        (out / START_FILE).write_text(json.dumps(record, indent=1))  # first: the model is this command's
         language_model.to(torch.bfloat16).save_pretrained(out)
         tokenizer.save_pretrained(out)
-        (out / "start.json").write_text(json.dumps(record, indent=1))
     return record

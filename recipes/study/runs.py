@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from qerl_verl.json_files import write_json_atomically
 from qerl_verl.platform.signals import ends_on_signals
 
 HERE = Path(__file__).resolve().parent
@@ -63,9 +64,33 @@ def metrics_file(out: Path, run: Run) -> Path:
     return out / "runs" / run.name / "metrics.jsonl"
 
 
+def finished_file(out: Path, run: Run) -> Path:
+    """Returns the file that is written when the run has ended by itself."""
+    return metrics_file(out, run).parent / "finished.json"
+
+
 def is_finished(out: Path, run: Run) -> bool:
     """Returns whether the run has ended by itself."""
-    return (out / "runs" / run.name / "finished.json").exists()
+    return finished_file(out, run).exists()
+
+
+def _check_finished(wanted: Sequence[Run], out: Path, scale: str, overrides: Sequence[str]) -> None:
+    """Refuses to count a run as finished that had other settings than those that are wanted now."""
+
+    def settings(words: Sequence[str]) -> list[str]:
+        return [word for word in words[1:] if not word.startswith("study.out=")]  # the folder may have moved
+
+    problems = []
+    for run in wanted:
+        if is_finished(out, run):
+            then = settings(json.loads(finished_file(out, run).read_text())["command"])
+            now = settings(command(run, out, scale, overrides))
+            if then != now:
+                gone, new = ([w for w in a if w not in b] for a, b in ((then, now), (now, then)))
+                problems.append(f"{run.name} has finished with {' '.join(gone) or 'fewer settings'}, not with "
+                                f"{' '.join(new) or 'fewer settings'}")  # fmt: skip
+    if problems:
+        raise SystemExit(f"{'; '.join(problems)}. Call it as before, or give another folder with --out")
 
 
 def command(run: Run, out: Path, scale: str, overrides: Sequence[str]) -> list[str]:
@@ -100,10 +125,11 @@ def run_all(
         0 if every run has finished, otherwise 1. The log of a run is ``runs/NAME/log.txt``.
 
     Raises:
-        SystemExit: the host's memory is too small for so many runs; the message gives the largest
-            number.
+        SystemExit: a finished run had other settings, or the host's memory is too small for so many
+            runs; the message gives the largest number.
     """
     out = out.absolute()
+    _check_finished(wanted, out, scale, overrides)
     waiting = [run for run in wanted if not is_finished(out, run)]
     devices: list[str | None] = [*gpus] or [None]
     slots = [gpu for _ in range(per_gpu) for gpu in devices]
@@ -128,7 +154,7 @@ def run_all(
                     seconds = time.monotonic() - begin
                     if process.returncode == 0:
                         record = {"command": command(run, out, scale, overrides), "seconds": seconds}
-                        (metrics_file(out, run).parent / "finished.json").write_text(json.dumps(record))
+                        write_json_atomically(finished_file(out, run), record)
                         print(
                             f"{run.name}: finished in {seconds:.0f} s; {len(waiting)} wait, {len(running)} run",
                             flush=True,

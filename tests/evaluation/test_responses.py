@@ -90,6 +90,25 @@ def test_a_line_that_is_no_response_is_refused_by_number(path, line):
         ResponseFile(path, SETTINGS)
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"notes without an end of the line",
+        b"notes\nof two lines",
+        b'{"a": 1}\n{"a": 2',
+        b'{"settings": 3}\n',
+        b"\n",
+        b"\x93NUMPY\x01\x00",
+    ],
+)
+def test_a_file_of_another_kind_is_refused_and_stays(tmp_path, content):
+    path = tmp_path / "mine"
+    path.write_bytes(content)
+    with pytest.raises(EvaluationError, match="mine is no file of responses, and was not changed"):
+        ResponseFile(path, SETTINGS)
+    assert path.read_bytes() == content
+
+
 def test_one_process_at_a_time(path):
     code = (
         "import sys; from pathlib import Path; from qerl_verl.evaluation.responses import ResponseFile\n"

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 import qerl_verl.plugin  # noqa: F401  (makes Hydra find the group, as `import verl` does)
 from qerl_verl.recipes.study import prepare, runs
+from qerl_verl.recipes.study.__main__ import main
 from qerl_verl.recipes.study.runs import ARMS, SCALES, Run, is_finished, metrics_file, parse_arm, run_all
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -151,6 +152,53 @@ def test_runs_side_by_side_and_taken_up_again(tmp_path, monkeypatch, capsys):
     fails.clear()
     assert run_all(wanted, tmp_path, "qwen3b", ["0"], 2, 0.0) == 0
     assert "3 runs, 2 of them finished already" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("scale", "overrides", "message"),
+    [
+        ("qwen3b", ["trainer.total_training_steps=5"], None),
+        ("qwen7b", ["trainer.total_training_steps=5"], "bf16_s1 has finished with study/scale=qwen3b, not with study/scale=qwen7b"),
+        ("qwen3b", [], "with trainer.total_training_steps=5, not with fewer settings"),
+        ("qwen3b", ["trainer.total_training_steps=5", "a=1"], "with fewer settings, not with a=1"),
+    ],
+)  # fmt: skip
+def test_a_finished_run_with_other_settings_is_not_taken_for_the_wanted_one(tmp_path, scale, overrides, message):
+    run, before = Run("bf16", 1), tmp_path / "before"
+    words = runs.command(run, before, "qwen3b", ["trainer.total_training_steps=5"])
+    file = runs.finished_file(tmp_path / "moved", run)
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps({"command": ["/another/python", *words[1:]], "seconds": 1.0}))
+    if message is None:
+        assert run_all([run], tmp_path / "moved", scale, [], 1, 0.0, overrides) == 0
+    else:
+        with pytest.raises(SystemExit, match=message):
+            run_all([run], tmp_path / "moved", scale, [], 1, 0.0, overrides)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ([], None),
+        (["data/train.parquet", "model/config.json", "model/start.json"], None),  # to prepare once more
+        (["model/config.json"], "model holds a model that this command did not make"),
+        (
+            ["model/config.json", "model/start.json", "runs/bf16_s1/log.txt"],
+            "runs has runs with the data and the model",
+        ),
+    ],
+)
+def test_what_runs_have_used_is_not_prepared_again(tmp_path, monkeypatch, files, message):
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    monkeypatch.setattr(prepare, "write_data", lambda *_: {"train": 1})
+    command = ["prepare", "--data-only", "--out", str(tmp_path)]
+    if message is None:
+        assert main(command) == 0
+    else:
+        with pytest.raises(SystemExit, match=message):
+            main(command)
 
 
 def test_an_interruption_ends_the_runs_with_it(tmp_path, monkeypatch):
