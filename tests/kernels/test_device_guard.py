@@ -162,11 +162,12 @@ def check_values(name: str, device: str) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("current, other", [(0, 1), (1, 0)])
 @pytest.mark.parametrize("name", VALUES)
-def test_on_the_second_gpu_while_the_first_is_current(name):
-    if "hopper" in name and (reason := hopper.unsupported_device(1)):
+def test_on_one_gpu_while_another_is_current(name, current, other):
+    if "hopper" in name and (reason := hopper.unsupported_device(other)):
         pytest.skip(reason)
-    torch.cuda.set_device(0)
-    check_values(name, "cuda:1")
-    torch.cuda.synchronize(1)
-    assert torch.cuda.current_device() == 0
+    with torch.cuda.device(current):
+        check_values(name, f"cuda:{other}")
+        torch.cuda.synchronize(other)
+        assert torch.cuda.current_device() == current
