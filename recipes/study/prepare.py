@@ -161,6 +161,7 @@ def train_start(model: str, data: Path, out: Path, epochs: float, lr: float, bat
         "seconds": result.metrics["train_runtime"],
     }  # fmt: skip
     if trainer.is_world_process_zero():
+        out.mkdir(parents=True, exist_ok=True)
         (out / START_FILE).write_text(json.dumps(record, indent=1))  # first: the model is this command's
         language_model.to(torch.bfloat16).save_pretrained(out)
         tokenizer.save_pretrained(out)
