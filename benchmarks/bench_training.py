@@ -1,11 +1,17 @@
 """Measures a LoRA training step with activation checkpointing on NVFP4, against bf16 through PEFT.
 
     python benchmarks/bench_training.py --shape 7B --json benchmarks/results/training_7b_h200.json
+    python benchmarks/bench_training.py --batch 16 --length 768 --profile --variants nvfp4_auto  # a pass of GRPO
+    python benchmarks/bench_training.py --shape 32B --batch 10 --length 768 --profile --variants nvfp4_auto
 
 The baselines are PEFT's LoRA on the same weights in bf16, and the same packed weights that the
 compressed-tensors library decompresses at every forward pass. ``nvfp4`` is ``qerl.recompute=full``,
 and ``nvfp4_selective`` is ``selective``. ``nvfp4_selective_compiled`` also compiles norms and
-activation functions, as verl's ``use_torch_compile`` (on by default) does in QeRL's engine. A step
+activation functions, as verl's ``use_torch_compile`` (on by default) does in QeRL's engine.
+``nvfp4_auto`` is the engine's default: compiled, and each layer keeps its outputs while they fit.
+``--profile`` profiles one more step, with an optimizer's step behind it, and divides the GPU's time
+by what was computed (``update_parts.py``). Expected with ``--profile`` on an H100 (not measured):
+half a minute a variant for 7B, a minute and a half for 32B, model included. A step
 has 8 sequences of 1024 random tokens, transformers' Qwen2 with SDPA, and rank 32 on all linears,
 under bfloat16 autocast. A and B have the dtype in which FSDP2 passes them to the forward pass:
 float32 in QeRL's engine, and bfloat16, by its mixed precision, in verl's. The loss is the mean
@@ -22,14 +28,17 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 from importlib.metadata import version
 from pathlib import Path
 
 from result_file import ResultFile, gpu_names
+from update_parts import OPTIMIZER_RANGE, divide
 
 HERE = Path(__file__).resolve().parent
 BATCH, LENGTH, CHUNK = 8, 1024, 1024
 VARIANTS = ("bf16_peft", "nvfp4", "nvfp4_selective", "nvfp4_selective_compiled", "compressed_tensors")
+DEFAULT_ENGINE = "nvfp4_auto"
 
 
 def random_packed(rows: int, columns: int, seed: int):
@@ -142,12 +151,15 @@ def build(variant: str, shape: str, layers: int | None, dtype):
             value = torch.randn(parameter.shape) * (0.01 if "lora_B" in name else parameter.shape[1] ** -0.5)
             parameter.data = value.bfloat16().to("cuda", torch.float32 if ours else dtype)
     checkpointing = {"use_reentrant": False}
-    if "selective" in variant:
-        checkpointing["context_fn"] = Recompute("selective", torch.device("cuda", 0)).context_fn
+    how = "selective" if "selective" in variant else "auto" if variant == DEFAULT_ENGINE else "full"
+    recompute = Recompute(how, torch.device("cuda", 0), lambda text: print(f"{variant}: {text}", flush=True))
+    if how != "full":
+        checkpointing["context_fn"] = recompute.context_fn
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=checkpointing)
-    if variant.endswith("compiled"):
+    if variant.endswith("compiled") or variant == DEFAULT_ENGINE:
         said = f"{said}; {compile_layers(model)}"
     model.train()
+    model.recompute = recompute
     return model, said
 
 
@@ -165,6 +177,7 @@ def make_step(model, dtype, length: int = LENGTH, batch: int = BATCH):
         return torch.nn.functional.cross_entropy(head(hidden).float(), labels, reduction="sum")
 
     def step():
+        model.recompute.begin()
         model.zero_grad(set_to_none=True)
         with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
             hidden = body(input_ids=tokens, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
@@ -175,6 +188,7 @@ def make_step(model, dtype, length: int = LENGTH, batch: int = BATCH):
                 loss = loss + checkpoint(chunk_loss, hidden[begin:end], labels[begin:end], use_reentrant=False)
             loss = loss / labels.numel()
         loss.backward()
+        model.recompute.observe()
         return loss
 
     return step
@@ -183,12 +197,15 @@ def make_step(model, dtype, length: int = LENGTH, batch: int = BATCH):
 def run_variant(variant: str, args: argparse.Namespace) -> dict:
     sys.path.insert(0, str(HERE))
     import torch
+    from shapes import RANK
 
     model, said = build(variant, args.shape, args.layers, torch.bfloat16)
     torch.cuda.empty_cache()
     weights = torch.cuda.memory_allocated()
     step = make_step(model, torch.bfloat16, args.length, args.batch)
     loss = step().item()
+    if variant == DEFAULT_ENGINE:
+        step()  # the first one that keeps outputs
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     times = []
@@ -204,13 +221,36 @@ def run_variant(variant: str, args: argparse.Namespace) -> dict:
         "weights_gb": weights / 2**30, "peak_gb": torch.cuda.max_memory_allocated() / 2**30,
     }  # fmt: skip
     if args.profile:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            step()
-            torch.cuda.synchronize()
-        print(
-            profile.key_averages().table(sort_by="cuda_time_total", row_limit=22, max_name_column_width=70), flush=True
-        )
+        profile, result["profiled_s"] = profile_update(model, step)
+        result["parts_ms"] = divide(profile.events(), result["profiled_s"] * 1e3, model.config.vocab_size, RANK)
+        table = profile.key_averages()
+        print(table.table(sort_by="self_device_time_total", row_limit=22, max_name_column_width=70), flush=True)
+        print("\n".join(f"{ms:9.1f} ms  {part}" for part, ms in result["parts_ms"].items()), flush=True)
     return result
+
+
+def profile_update(model, step):
+    """Profiles a step and an optimizer's step, and returns the profile and their seconds."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile, record_function
+
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5)
+
+    def update():
+        step()
+        with record_function(OPTIMIZER_RANGE):
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+
+    update()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], record_shapes=True) as found:
+        begin = time.perf_counter()
+        update()
+        torch.cuda.synchronize()
+        seconds = time.perf_counter() - begin
+    return found, seconds
 
 
 def gradient_errors(shape: str, layers: int) -> dict:
@@ -237,13 +277,13 @@ def gradient_errors(shape: str, layers: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="7B")
-    parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=VARIANTS)
+    parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=(*VARIANTS, DEFAULT_ENGINE))
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
     parser.add_argument("--batch", type=int, default=BATCH, help="sequences")
     parser.add_argument("--length", type=int, default=LENGTH, help="tokens a sequence")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--no-gradients", action="store_true", help="leave out the error of the gradients")
-    parser.add_argument("--profile", action="store_true", help="print the kernels that took the time")
+    parser.add_argument("--profile", action="store_true", help="divide the GPU's time by what was computed")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--variant", help=argparse.SUPPRESS)
     args = parser.parse_args()

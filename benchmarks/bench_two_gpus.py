@@ -507,7 +507,7 @@ def measure_rollout(args: argparse.Namespace) -> dict:
 def measure_main_ppo(arrangement: str, args: argparse.Namespace) -> dict:
     """Runs four steps, two without and two with noise."""
     import torch
-    from bench_grpo_step import command, metrics_of
+    from bench_grpo_step import SHORT, command, metrics_of
 
     from tests.integration.watch_replicas import read
 
@@ -555,7 +555,7 @@ def measure_main_ppo(arrangement: str, args: argparse.Namespace) -> dict:
         settings += [f"{rollout}.agent.num_workers=1", f"{rollout}.max_model_len=512", "data.train_batch_size=4"]
         settings += ["data.max_response_length=8"]
         settings += [f"actor_rollout_ref.actor.ppo_mini_batch_size={2 if separate else 4}"]
-    line = command("nvfp4_lora", work, 4, settings)
+    line = command("nvfp4_lora", work, SHORT, 4, settings)
     begin = time.perf_counter()
     log = args.logs / f"log-main_ppo-{arrangement}"
     with log.open("wb") as handle:

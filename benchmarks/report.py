@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import statistics
 import sys
@@ -25,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from run_all import INCOMPLETE, short_name  # noqa: E402
 from summary import ROWS  # noqa: E402
+from update_parts import PARTS  # noqa: E402
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "performance.md"
 SUMMARY, TABLES = "summary", "tables"
@@ -258,9 +260,9 @@ def rollout_section(results: Results) -> str:
 
 def training_section(results: Results) -> str:
     out = []
-    for stem in ("training_7b", "training_7b_12288"):
+    for stem in ("training_7b", "training_7b_12288", "training_32b"):
         data = load(results, stem)
-        if not data:
+        if not data or not data["runs"]:
             continue
         rows = [
             [
@@ -274,11 +276,29 @@ def training_section(results: Results) -> str:
             for name, run in data["runs"].items()
         ]
         errors = ", ".join(f"{k} {v:.1e}" for k, v in data.get("gradient_error_against_float32", {}).items())
-        head = [f"7B, {data['tokens']} tokens", "s a step", "weights, GiB", "peak, GiB"]
+        head = [f"{data['shape']}, {data['tokens']} tokens", "s a step", "weights, GiB", "peak, GiB"]
         for base in ("bf16_peft", "compressed_tensors"):
             head += [f"speed, {base} = 1", "peak"]
         text = f"Error of the adapters' gradients against float32 on two layers: {errors}. " if errors else ""
         out.append(f"{table(head, rows)}\n\n{text}{file_of(data)}")
+    return "\n\n".join(out)
+
+
+def update_parts_section(results: Results) -> str:
+    """Returns the tables of a training pass by what it computes."""
+    out = []
+    for stem in ("training_7b_12288", "training_32b"):
+        data = load(results, stem)
+        runs = {name: run for name, run in (data or {}).get("runs", {}).items() if run.get("parts_ms")}
+        if not runs:
+            continue
+        rows = [[part, *(f"{run['parts_ms'][part]:.0f}" for run in runs.values())] for part in PARTS]
+        rows.append(["together, while profiled", *(f"{run['profiled_s'] * 1e3:.0f}" for run in runs.values())])
+        rows.append(
+            ["without the profiler and the optimizer", *(f"{run['step_s'] * 1e3:.0f}" for run in runs.values())]
+        )
+        head = [f"{data['shape']}, a pass of {data['tokens']} tokens, ms", *runs]
+        out.append(f"{table(head, rows)}\n\n{file_of(data)}")
     return "\n\n".join(out)
 
 
@@ -289,24 +309,36 @@ def ratios_of(data: dict, name: str, base: str) -> list[str]:
 
 
 def step_section(results: Results) -> str:
-    sections = (one_step_section(results, stem) for stem in ("grpo_step_7b", "grpo_step_7b_attention_compiled"))
-    return "\n\n".join(filter(None, sections))
+    stems = ("grpo_step_7b", "grpo_step_7b_attention_compiled", "grpo_step_7b_long", "grpo_step_32b")
+    return "\n\n".join(filter(None, (one_step_section(results, stem) for stem in stems)))
 
 
 def one_step_section(results: Results, stem: str) -> str:
     data = load(results, stem)
-    if not data or "ratio_to_bf16_lora" not in data:
+    if not data or not data["runs"]:
         return ""
     keys = ("gen", "old_log_prob", "update_actor", "update_weights", "step")
     rows = [
         [
             name,
-            *(f"{run['mean'][f'timing_s/{k}']:.2f}" for k in keys),
-            f"{run['mean']['actor/perf/max_memory_allocated_gb']:.0f}",
+            *(f"{run['mean'][f'timing_s/{k}']:.2f}" if f"timing_s/{k}" in run["mean"] else "" for k in keys),
+            f"{run['mean'].get('actor/perf/max_memory_allocated_gb', math.nan):.0f}",
         ]
         for name, run in data["runs"].items()
     ]
-    return f"{table(['seconds', *keys, 'peak of training, GiB'], rows)}\n\n{file_of(data)}"
+    sizes = data.get("sizes")
+    what = f", {sizes['prompts']} x {sizes['samples']} x ({sizes['prompt']} + {sizes['response']})" if sizes else ""
+    head = [f"{data['shape']}{what}, seconds" if what else "seconds", *keys, "peak of training, GiB"]
+    return f"{table(head, rows)}\n\n{start_of(data)}{file_of(data)}"
+
+
+def start_of(data: dict) -> str:
+    """Returns a sentence on the time from the command to the first step; empty where it was not
+    recorded."""
+    ends = {name: run["start"]["first_step_ended"] for name, run in data["runs"].items() if run.get("start")}
+    if not ends:
+        return ""
+    return f"The first step had ended after {', '.join(f'{s:.0f} s ({name})' for name, s in ends.items())}. "
 
 
 def two_gpus_section(results: Results) -> str:
@@ -594,6 +626,7 @@ SECTIONS = {
     "One GRPO step of main_ppo": step_section,
     "Rollout": rollout_section,
     "A LoRA training step": training_section,
+    "Where the time of an update goes": update_parts_section,
     "Two GPUs": two_gpus_section,
     "GEMM (`kernels/hopper/`)": gemm_section,
     "GEMM with another kernel before it, as in a model": between_section,

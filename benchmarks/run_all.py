@@ -55,15 +55,15 @@ OTHER_TOKENS = ("--tokens", "1", "16", "33", "64", "100", "128", "200", "256", "
 PARTS = (
     Part("gemm", "bench_gemm.py", ("--marlin",), 2.5),
     Part("lora_gemm", "bench_gemm.py", ("--lora",), 2.5),
-    Part("grpo_step_7b", "bench_grpo_step.py", ("--variants", "bf16_lora", "nvfp4_lora"), 12),
+    Part("grpo_step_7b", "bench_grpo_step.py", ("--bypass",), 12),
     Part("rollout_7b", "bench_rollout.py", ("--shape", "7B"), 5),
     Part("training_7b", "bench_training.py", (), 3),
     Part(
         "training_7b_12288",
         "bench_training.py",
         (
-            *("--batch", "16", "--length", "768", "--no-gradients"),
-            *("--variants", "bf16_peft", "nvfp4_selective", "nvfp4_selective_compiled"),
+            *("--batch", "16", "--length", "768", "--no-gradients", "--profile"),
+            *("--variants", "bf16_peft", "nvfp4_selective_compiled", "nvfp4_auto"),
         ),
         2.5,
     ),
@@ -89,6 +89,30 @@ PARTS = (
 
 EXTRA = (Part("two_gpus_7b", "bench_two_gpus.py", (), 20, gpus=2),)
 """Parts beyond the hour, which run where the machine has the GPUs."""
+
+
+BY_NAME = (
+    Part("grpo_step_7b_long", "bench_grpo_step.py", ("--long",), 16),
+    Part("grpo_step_32b", "bench_grpo_step.py", ("--shape", "32B", "--variants", "nvfp4_lora"), 10),
+    Part(
+        "training_32b",
+        "bench_training.py",
+        (
+            "--shape",
+            "32B",
+            "--batch",
+            "10",
+            "--length",
+            "768",
+            "--profile",
+            "--no-gradients",
+            "--variants",
+            "nvfp4_auto",
+        ),
+        4,
+    ),
+)
+"""Parts that run only when ``--parts`` names them."""
 
 
 def short_name(gpu: str) -> str:
@@ -184,7 +208,7 @@ def _end(process: subprocess.Popen) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the missing parts. Returns 1 where one gave no complete result, otherwise 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    known = {part.name: part for part in (*PARTS, *EXTRA)}
+    known = {part.name: part for part in (*PARTS, *EXTRA, *BY_NAME)}
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--parts", nargs="+", choices=known, metavar="PART", help=f"of {', '.join(known)}")
     parser.add_argument("--force", action="store_true", help="measure again what is there")

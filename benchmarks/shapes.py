@@ -27,9 +27,9 @@ SHAPES = Shapes({
     # Qwen2.5-7B
     "7B": {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
            "num_key_value_heads": 4, "vocab_size": 152064, "tie_word_embeddings": False},
-    # Qwen2.5-32B, half of its 64 layers
-    "32B-32": {"hidden_size": 5120, "intermediate_size": 27648, "num_hidden_layers": 32, "num_attention_heads": 40,
-               "num_key_value_heads": 8, "vocab_size": 152064, "tie_word_embeddings": False},
+    # Qwen2.5-32B
+    "32B": {"hidden_size": 5120, "intermediate_size": 27648, "num_hidden_layers": 64, "num_attention_heads": 40,
+            "num_key_value_heads": 8, "vocab_size": 152064, "tie_word_embeddings": False},
     "0.5B": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
              "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True},
     # two layers as wide as those of the 7B

@@ -169,10 +169,22 @@ def _training(data: Mapping) -> list[Row]:
     return rows
 
 
-def _step(data: Mapping) -> list[Row]:
-    found = data.get("ratio_to_bf16_lora", {}).get("nvfp4_lora")
-    what = "GRPO step of main_ppo, 7B, 128 x (256 + 512) tokens"
-    return [Row(what, "stock verl, bf16 LoRA", [1.5], [found["timing_s/step"]])] if found else []
+def _step(data: Mapping, target: float | None = 1.5) -> list[Row]:
+    sizes = data.get("sizes", {"prompts": 16, "samples": 8, "prompt": 256, "response": 512})
+    sequences = f"{sizes['prompts'] * sizes['samples']} x ({sizes['prompt']} + {sizes['response']}) tokens"
+    what, rows = f"GRPO step of main_ppo, 7B, {sequences}", []
+    for baseline, more, least in (("bf16_lora", "", target), ("bf16_lora_bypass", ", bypass mode", None)):
+        run = baseline.replace("bf16", "nvfp4")
+        if found := data.get(f"ratio_to_{baseline}", {}).get(run):
+            rows.append(Row(what + more, f"stock verl, bf16 LoRA{more}", [least], [found["timing_s/step"]]))
+    return rows
+
+
+def _step_32b(data: Mapping) -> list[Row]:
+    if not (run := data["runs"].get("nvfp4_lora")):
+        return []
+    what = "GRPO step of main_ppo, 32B on one GPU, 128 x (256 + 512) tokens"
+    return [Row(what, "-", [60.0], [run["mean"]["timing_s/step"]], True, " s")]
 
 
 def _without_flash_attn(data: Mapping) -> list[Row]:
@@ -315,6 +327,10 @@ class Comparison:
 
 ROWS: dict[str, Comparison] = {
     "grpo_step_7b": Comparison(_step, "GRPO step of main_ppo, 7B", "stock verl, bf16 LoRA"),
+    "grpo_step_7b_long": Comparison(
+        lambda data: _step(data, None), "GRPO step of main_ppo, 7B, 64 x (256 + 3840) tokens", "stock verl, bf16 LoRA"
+    ),
+    "grpo_step_32b": Comparison(_step_32b, "GRPO step of main_ppo, 32B on one GPU, 128 x (256 + 512) tokens", "-"),
     "rollout_7b": Comparison(lambda data: _rollout("7B", DECODING_7B, data), "decoding, 7B", "vLLM bf16 + LoRA"),
     "rollout_32b": Comparison(
         lambda data: _rollout("32 layers of 32B", DECODING_32B, data), "decoding, 32 layers of 32B", "vLLM bf16 + LoRA"
