@@ -254,7 +254,7 @@ def measure_shape(name: str, args: argparse.Namespace, result: dict) -> None:
         if marlins:
             marlin = time_calls(lambda i, x=x: marlins[i](x), copies, floor / 2)
         if args.sweep:
-            plans = [*tuning.candidates(m, n, k, sms, align), *([tuning.DEQUANTIZE] if m > 128 else [])]
+            plans = [*tuning.candidates(m, n, k, sms, align), *([tuning.DECODE_FIRST] if m > 128 else [])]
         how = tuning.choose_shrink(m, n, k, adapter.a.shape[0], sms, align) if adapter else None
         tries = [(plan, None if args.sweep else how) for plan in plans]
         if args.sweep and args.lora:

@@ -78,7 +78,7 @@ class Backend(Candidate):
     """
 
     name = "pytorch"
-    description = "PyTorch (dequantize, GEMM)"
+    description = "PyTorch (decode, GEMM)"
 
     fused_row_multiple = 1
     """:meth:`prepack` of several projections stacked by rows is the stack of their prepacked bytes
@@ -118,7 +118,7 @@ class Backend(Candidate):
         values = self.block_values(weight.packed, weight.scale, x.dtype)
         return y.addmm_(x, values.t(), alpha=1.0 / weight.global_scale)
 
-    def dequantizes(self, tokens: int, n: int, k: int) -> bool:
+    def decodes_first(self, tokens: int, n: int, k: int) -> bool:
         """Returns whether :meth:`linear` makes a 16-bit ``[n, k]`` weight for that many tokens and
         calls PyTorch's GEMM."""
         return True
@@ -191,8 +191,8 @@ class HopperBackend(Backend):
     def linear(self, x, weight, bias=None):
         return hopper.gemm(x, weight, bias)
 
-    def dequantizes(self, tokens, n, k):
-        return hopper.dequantizes(tokens, n, k)
+    def decodes_first(self, tokens, n, k):
+        return hopper.decodes_first(tokens, n, k)
 
     def tune(self, device, n, k, ends=None, rank=32):
         if device.type != "cuda":
@@ -233,15 +233,15 @@ class TritonBackend(Backend):
     def linear(self, x, weight, bias=None):
         return triton_kernels.gemm(x, weight, bias)
 
-    def dequantizes(self, tokens, n, k):
-        return triton_kernels.choose(tokens, n, k) == triton_kernels.tuning.DEQUANTIZE
+    def decodes_first(self, tokens, n, k):
+        return triton_kernels.choose(tokens, n, k) == triton_kernels.tuning.DECODE_FIRST
 
     def tune(self, device, n, k, ends=None, rank=32):
         return triton_kernels.tune(device, n, k) if device.type == "cuda" else None
 
     def path(self, n, k):
         up_to = triton_kernels.tuning.decoded_inside_up_to(n, k)
-        return None if up_to is None else f"dequantized for more than {up_to} tokens"
+        return None if up_to is None else f"decoded before the GEMM for more than {up_to} tokens"
 
     def lora_linear(self, x, weight, bias, lora_a, lora_b, ends, scaling):
         n, k = weight.packed.shape[0], weight.packed.shape[1] * 2

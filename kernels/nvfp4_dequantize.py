@@ -1,4 +1,8 @@
-"""Unpack NVFP4 weights: ``w = e2m1 * block_scale / global_scale``.
+"""Decodes NVFP4 weights: ``w = e2m1 * block_scale / global_scale``.
+
+:func:`dequantize_nvfp4` returns the weight ``w``, and :func:`block_values_nvfp4` returns it without
+the global scale. In this package "dequantize" always includes the global scale, and "decode" is the
+word for block values.
 
 Layout (compressed-tensors ``nvfp4-pack-quantized``): two E2M1 codes a byte, the even input channel
 in the low nibble; one E4M3 scale per 16 consecutive input channels; one FP32 divisor per tensor.
@@ -37,7 +41,7 @@ def block_values_nvfp4(packed: torch.Tensor, scale: torch.Tensor, dtype: torch.d
         packed: ``[N, K / 2]`` uint8.
         scale: ``[N, K / 16]`` float8_e4m3fn, or the same bytes as uint8.
         dtype: bfloat16, float16, float32 or float64. Exact in all of them but float16, where a
-            product beyond 65504 cannot occur (6 * 448 = 2688) and one below 2**-24 rounds to zero.
+            value below 2**-24 rounds to zero (none is beyond 6 * 448 = 2688).
 
     Returns:
         ``[N, K]`` in ``dtype``.

@@ -1,6 +1,18 @@
 """The experts of a mixture, ``y_t = sum_e w_te down_e(silu(gate_e x_t) * up_e x_t)``, with NVFP4
 weights, in plain PyTorch.
 
+This module is the rollout's side: the forward pass of a whole mixture, as vLLM calls it, in the
+checkpoint's layout. The actor trains with :mod:`qerl_verl.kernels.nvfp4_grouped_linear`, one
+differentiable linear at a time. The two differ in where the values of an expert are rounded:
+
+- Here a GEMM applies its factor to the accumulator, so an output is rounded once. The actor's
+  grouped GEMM takes no factor for each expert, so its output is rounded, multiplied by the factor
+  and the routing weight in float32, and rounded again.
+- Here the weighted outputs of a token are rounded after they are added, and in the actor before.
+- The actor multiplies gate and up by a factor each. Here both have gate's, as described below.
+
+``tests/nvfp4/test_experts.py`` holds the two together within these roundings.
+
 Plain PyTorch is the reference of any faster kernel and runs where there is none. The weight of one
 expert at a time is decoded, for the two GEMMs of that expert's tokens.
 

@@ -3,6 +3,10 @@
 Rows are sorted by expert. On a GPU the weights of all experts are decoded for the duration of one
 grouped GEMM (``torch.nn.functional.grouped_mm``); the reference decodes one expert at a time. The
 backward pass decodes again, so no 16-bit copy outlives a call.
+
+This module is the training side: one differentiable linear, whose weights are in a backend's
+layout. The rollout's whole mixture is :mod:`qerl_verl.kernels.nvfp4_experts`, where vLLM's layout
+needs another rounding.
 """
 
 from __future__ import annotations
@@ -163,8 +167,8 @@ class _NVFP4GroupedLinear(torch.autograd.Function):
         grad_weights = None
         if row_weights is not None:
             if ctx.needs_input_grad[1]:
-                products = (grad_x * x).sum(-1, dtype=_wide(grad_x.dtype))
-                grad_weights = products.to(row_weights.dtype)
+                dots = (grad_x * x).sum(-1, dtype=_wide(grad_x.dtype))
+                grad_weights = dots.to(row_weights.dtype)
             grad_x = grad_x * row_weights.to(grad_x.dtype).unsqueeze(-1)
         return grad_x, grad_weights, *[None] * 6
 

@@ -1,7 +1,7 @@
 """``y = x W^T + b`` with an NVFP4 weight, forward and backward, in plain PyTorch.
 
 Plain PyTorch is the reference of the training layer and runs where no faster kernel exists. A
-backend brings its own kernels and layout. If the weight is dequantized at all, the copy lives for
+backend brings its own kernels and layout. If the weight is decoded to 16 bits, the copy lives for
 one GEMM: the backward pass decodes the packed bytes again.
 """
 

@@ -109,7 +109,7 @@ def nvfp4_lora_linear(
 
     def compute() -> torch.Tensor:
         n, k = weight.packed.shape[0], rows.shape[1]
-        if not backend.dequantizes(len(rows), n, k):
+        if not backend.decodes_first(len(rows), n, k):
             return backend.linear(rows, weight, bias).addmm_(u, b.t()).view(*x.shape[:-1], n)
         # The LoRA delta comes first: the large GEMM adds to it while it computes, which saves a
         # pass over y.

@@ -18,14 +18,14 @@ launched, :mod:`.measure` measures that, and :mod:`.launch` passes pointers to t
 
 from qerl_verl.kernels.hopper.layout import LORA_UNIT, prepack, prepack_lora_b, unpack, unpack_lora_b
 from qerl_verl.kernels.hopper.measure import tune
-from qerl_verl.kernels.hopper.ops import OPERATORS, block_values, dequantizes, gemm, lora_gemm
+from qerl_verl.kernels.hopper.ops import OPERATORS, block_values, decodes_first, gemm, lora_gemm
 from qerl_verl.kernels.hopper.support import unsupported_adapter, unsupported_device, unsupported_weight
 
 __all__ = [
     "LORA_UNIT",
     "OPERATORS",
     "block_values",
-    "dequantizes",
+    "decodes_first",
     "gemm",
     "lora_gemm",
     "prepack",

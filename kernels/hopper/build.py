@@ -24,11 +24,11 @@ from qerl_verl.kernels.autotune import cache_folder
 
 ARCH = "sm_90a"
 MIN_NVCC = (12, 4)
-"""Oldest CUDA compiler. The sources compile from CUDA 12.0 on, which introduced ``sm_90a``; ptxas of
-12.0 and of 12.3 serializes the wgmma instructions of some kernels, which that of 12.4 and later
+"""Oldest CUDA compiler. The sources compile from CUDA 12.0 on, which introduced ``sm_90a``; ptxas
+of 12.0 and of 12.3 serializes the wgmma instructions of some kernels, which that of 12.4 and later
 does not. ``cudaGetDriverEntryPointByVersion`` is used where the toolkit has it (12.5)."""
 
-SOURCES = ("nvfp4_gemm.cu", "nvfp4_dequantize.cu", "lora_shrink.cu")
+SOURCES = ("nvfp4_gemm.cu", "nvfp4_block_values.cu", "lora_shrink.cu")
 HEADERS = ("lora_flag.cuh", "nvfp4_format.cuh", "wgmma.cuh")
 FLAGS = ("-O3", "-std=c++17", "--shared", "-Xcompiler", "-fPIC", "-gencode=arch=compute_90a,code=sm_90a")
 _HERE = Path(__file__).parent
@@ -195,15 +195,16 @@ def load_library() -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
     pointer, integer = ctypes.c_void_p, ctypes.c_int
     library.qerl_nvfp4_gemm.argtypes = [
-        pointer, pointer, pointer, ctypes.c_float, pointer, pointer,  # x, packed, scale, alpha, bias, y
+        pointer, pointer, pointer, ctypes.c_float, pointer, pointer,  # x, packed, scale, inverse_scale, bias, y
         pointer, pointer, *[integer] * 4, pointer,  # u, lora_b, rank, shards, shard_end0, shard_end1, flag
         *[integer] * 6, pointer, integer, integer,  # m, n, k, config, blocks, cluster, workspace, slot, pdl
         pointer,
     ]  # fmt: skip
     library.qerl_lora_shrink.argtypes = [
-        pointer, pointer, pointer, ctypes.c_float, *[integer] * 5, pointer, integer, pointer,  # x, a, u, factor, m, k, rows, shape, cluster, flag, pdl
+        pointer, pointer, pointer, ctypes.c_float, *[integer] * 5,  # x, a, u, factor, m, k, rows, shape, cluster
+        pointer, integer, pointer,  # flag, pdl
     ]  # fmt: skip
-    library.qerl_nvfp4_dequantize.argtypes = [pointer, pointer, pointer, integer, integer, pointer]
+    library.qerl_nvfp4_block_values.argtypes = [pointer, pointer, pointer, integer, integer, pointer]
     library.qerl_nvfp4_flag.argtypes = [integer, integer]
     library.qerl_nvfp4_flag.restype = pointer
     library.qerl_nvfp4_config.argtypes = [integer, ctypes.POINTER(integer)]

@@ -76,15 +76,15 @@ def run_plan(
     Raises:
         RuntimeError: the launch failed.
     """
-    packed, scale, alpha = weight.packed, weight.scale, 1.0 / weight.global_scale
+    packed, scale, inverse_scale = weight.packed, weight.scale, 1.0 / weight.global_scale
     n, k = packed.shape[0], packed.shape[1] * 2
     m = x.shape[0]
     if plan.config < 0:
         values = write_block_values(packed, scale)
         if bias is None:
-            y = torch.addmm(x.new_empty(n), x, values.t(), beta=0, alpha=alpha)
+            y = torch.addmm(x.new_empty(n), x, values.t(), beta=0, alpha=inverse_scale)
         else:
-            y = torch.addmm(bias, x, values.t(), alpha=alpha)
+            y = torch.addmm(bias, x, values.t(), alpha=inverse_scale)
         if lora is None:
             return y
         lora_a, lora_b_p, ends, scaling = lora
@@ -100,11 +100,11 @@ def run_plan(
         rank = lora_a.shape[0] // shards
         if m <= tuning.SHRINK_LIMIT and pdl:
             flag = library.qerl_nvfp4_flag(slot, next(_launches))
-        u = shrink(x, lora_a, n, scaling / (alpha * FRAGMENT_UNIT), pdl, flag, how)
+        u = shrink(x, lora_a, n, scaling / (inverse_scale * FRAGMENT_UNIT), pdl, flag, how)
         ends = (*all_ends[:-1], 0, 0)[:2]
     workspace = torch.empty(plan.workspace, dtype=torch.uint8, device=x.device) if plan.workspace else None
     error = library.qerl_nvfp4_gemm(
-        x.data_ptr(), packed.data_ptr(), scale.data_ptr(), alpha, None if bias is None else bias.data_ptr(), y.data_ptr(),
+        x.data_ptr(), packed.data_ptr(), scale.data_ptr(), inverse_scale, None if bias is None else bias.data_ptr(), y.data_ptr(),
         None if u is None else u.data_ptr(), None if lora_b is None else lora_b.data_ptr(), rank, shards, *ends,
         flag, m, n, k, plan.config, plan.blocks, plan.cluster, None if workspace is None else workspace.data_ptr(), slot, pdl, stream,
     )  # fmt: skip
@@ -119,7 +119,7 @@ def write_block_values(packed: torch.Tensor, scale: torch.Tensor) -> torch.Tenso
     out = torch.empty((n, k), dtype=torch.bfloat16, device=packed.device)
     stream = torch.cuda.current_stream(packed.device).cuda_stream
     prepare(packed.device.index)
-    error = load_library().qerl_nvfp4_dequantize(packed.data_ptr(), scale.data_ptr(), out.data_ptr(), n, k, stream)
+    error = load_library().qerl_nvfp4_block_values(packed.data_ptr(), scale.data_ptr(), out.data_ptr(), n, k, stream)
     if error:
         raise RuntimeError(f"the NVFP4 kernel that decodes failed with CUDA error {error} for N, K = {n}, {k}")
     return out

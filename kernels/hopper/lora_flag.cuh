@@ -1,5 +1,5 @@
-// How lora_shrink.cu tells the product after it (nvfp4_gemm.cu) that the activations are there: a word set in several cache lines,
-// since all blocks of the product look at it at once.
+// The flag by which lora_shrink.cu tells the GEMM after it (nvfp4_gemm.cu) that the activations are
+// complete. It has a copy in several cache lines, because all blocks of the GEMM poll it at once.
 #pragma once
 
 namespace qerl {

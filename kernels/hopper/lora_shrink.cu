@@ -1,13 +1,15 @@
-// u = factor x A^T, the first half of a LoRA adapter: x [m, k] and A [rows, k] in bfloat16, rows = rank times the number of
-// fused projections, u [m, rows] in bfloat16.
+// Computes u = factor x A^T, the first half of a LoRA adapter. x [m, k], A [rows, k] and u [m,
+// rows] are bfloat16, and rows is the rank times the number of fused projections.
 //
-// A block has 16 or 32 tokens and 32 rows of A; the inner dimension is divided among the warps of a block and the blocks of
-// a cluster, whose float32 parts are added through shared memory in a fixed order. Operands go from global memory to
-// registers: a lane takes 8 neighbouring k of a row, which serve two tensor core steps in an order of k that x and A share.
+// A block has 16 or 32 tokens and 32 rows of A; the inner dimension is divided among the warps of a
+// block and the blocks of a cluster, whose float32 parts are added through shared memory in a fixed
+// order. Operands go from global memory to registers: a lane takes 8 neighbouring k of a row, which
+// serve two tensor core steps in an order of k that x and A share.
 //
-// With programmatic dependent launch the kernel that follows starts as soon as the blocks of this one have, and fetches
-// weights, which no kernel writes. It may read x when `flag` is set: the kernels before this one are complete then. u it has
-// to wait for.
+// With programmatic dependent launch the kernel that follows starts as soon as the blocks of this
+// one have, and fetches weights, which no kernel writes. It may read x when `flag` is set: the
+// kernels before this one are complete then. It has to wait for this kernel's end before it reads
+// u.
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
@@ -22,7 +24,8 @@ constexpr int kRows = 32;
 constexpr int kColumns = 32;  // of k, for one load of 8 by each of 4 lanes
 constexpr int kMaxCluster = 8;
 
-// TOKENS a block, WARPS, DEPTH loads of 32 columns in flight, BLOCKS of them that an SM's registers must hold.
+// TOKENS a block, WARPS, DEPTH loads of 32 columns in flight, BLOCKS of them that an SM's registers
+// must hold.
 template <int TOKENS, int WARPS, int DEPTH, int BLOCKS>
 struct Shape {
   static constexpr int kTokens = TOKENS, kWarps = WARPS, kDepth = DEPTH, kBlocks = BLOCKS, kThreads = WARPS * 32;
@@ -50,7 +53,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks) shrink_kernel(const _
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
   const int warp = threadIdx.x >> 5;
   const int lane = threadIdx.x & 31;
-  if (flag != nullptr && blockIdx.x == 0 && blockIdx.y == 0 && warp == 0) {  // before a load could hold the news up
+  if (flag != nullptr && blockIdx.x == 0 && blockIdx.y == 0 && warp == 0) {  // before a load delays it
     asm volatile("griddepcontrol.wait;" ::: "memory");
     if (lane < kFlagCopies) asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(flag + lane * kFlagLine) : "memory");
   }

@@ -14,7 +14,7 @@ from qerl_verl.kernels.hopper.build import library_path
 from qerl_verl.kernels.hopper.launch import run_plan
 from qerl_verl.kernels.hopper.layout import UNIT, prepack_lora_b
 from qerl_verl.kernels.hopper.support import prepare
-from qerl_verl.kernels.hopper.tuning import DEQUANTIZE, DEQUANTIZE_FROM, Plan, Shrink, Tuned
+from qerl_verl.kernels.hopper.tuning import DECODE_FIRST, DECODE_FIRST_ABOVE, Plan, Shrink, Tuned
 from qerl_verl.kernels.packed_weight import PackedWeight
 
 LIMITS = (8, 16, 32, 64, 128, 256, 384, 512, 768, 1024, 2048, 4096, 6144)
@@ -25,7 +25,7 @@ LIMITS_WITH_ADAPTER = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 """The same for the rollout, which runs an adapter inside the GEMM: decoding batches and chunks
 of prefill."""
 
-DEQUANTIZE_CANDIDATE_ABOVE = 128
+DECODE_FIRST_CANDIDATE_ABOVE = 128
 """Up to this many tokens a temporary 16-bit weight is not a candidate: it costs more traffic
 than it saves."""
 
@@ -122,8 +122,8 @@ def _best(problem: _Problem, limit: int) -> Tuned:
     that of x A^T before it."""
     x = torch.randn(limit, problem.k, device="cuda", dtype=torch.bfloat16)
     plans = list(tuning.candidates(limit, problem.n, problem.k, problem.sms, problem.align))
-    if limit > DEQUANTIZE_CANDIDATE_ABOVE:
-        plans.append(DEQUANTIZE)
+    if limit > DECODE_FIRST_CANDIDATE_ABOVE:
+        plans.append(DECODE_FIRST)
     table = tuning.choose(limit, problem.n, problem.k, problem.sms, problem.align)
     if table not in plans:
         plans.append(table)
@@ -136,5 +136,5 @@ def _best(problem: _Problem, limit: int) -> Tuned:
     return Tuned(limit, plan.config, plan.blocks, plan.cluster, *(how or Shrink(0, 4)))
 
 
-assert DEQUANTIZE_FROM == LIMITS[-1], "without an adapter, more tokens are dequantized without a choice"
+assert DECODE_FIRST_ABOVE == LIMITS[-1], "without an adapter, more tokens are decoded first without a choice"
 assert UNIT == 64, "the borders of tuning.alignment are counted in units of 64 rows"

@@ -1,11 +1,12 @@
-// The prepacked NVFP4 layout and its arithmetic; kernels/hopper/layout.py is the same thing in PyTorch.
+// The prepacked NVFP4 layout and its arithmetic; kernels/hopper/layout.py is the same in PyTorch.
 //
-// A unit is 64 output channels x 64 input channels: 2048 bytes of codes and 256 bytes of scales. Units lie in groups of 4
-// in N (256 channels; the last group may have fewer), in a group by K first: [N / 256][K / 64][4]. Inside a unit, warp w
-// of a warpgroup owns channels 16 w .. 16 w + 15 and lane l = 4 g + t owns 16 bytes, one 32-bit word for each of the four
-// 16-wide steps in k: the eight codes that the lane holds as a wgmma A fragment.
-// A word's four pairs (two neighbouring k of one channel) are scattered over its bits such that at most two
-// shifted copies and one or two masks bring a pair's sign, exponent and mantissa bits to where bfloat16 has them.
+// A unit is 64 output channels x 64 input channels: 2048 bytes of codes and 256 bytes of scales.
+// Units lie in groups of 4 in N (256 channels; the last group may have fewer), in a group by K
+// first: [N / 256][K / 64][4]. Inside a unit, warp w of a warpgroup owns channels 16 w .. 16 w + 15
+// and lane l = 4 g + t owns 16 bytes, one 32-bit word for each of the four 16-wide steps in k: the
+// eight codes that the lane holds as a wgmma A fragment. A word's four pairs (two neighbouring k of
+// one channel) are scattered over its bits such that at most two shifted copies and one or two
+// masks bring a pair's sign, exponent and mantissa bits to where bfloat16 has them.
 #pragma once
 #include <cuda_bf16.h>
 
@@ -26,11 +27,11 @@ __device__ __forceinline__ size_t unit_index(int row_unit, int k_unit, int row_u
   return static_cast<size_t>(first) * k_units + static_cast<size_t>(k_unit) * rows + (row_unit - first);
 }
 
-// Rows g and g + 8 of a fragment hold these of its 16 channels, so that four neighbouring channels of the result, two from
-// each half, meet in one lane after the transposition.
+// Rows g and g + 8 of a fragment hold these of its 16 channels, so that four neighbouring channels
+// of the result, two from each half, meet in one lane after the transposition.
 __device__ __forceinline__ int fragment_channel(int g, int half) { return 4 * (g >> 1) + 2 * half + (g & 1); }
 
-// The fragments come out as e2m1 * scale * 2^-7; 2^-7 is undone on the accumulator.
+// The fragments hold e2m1 * scale * 2^-7, and the accumulator is multiplied by 2^7.
 constexpr float kFragmentUnit = 128.0f;
 
 __device__ __forceinline__ uint32_t mul_bf16x2(uint32_t a, uint32_t b) {
@@ -39,8 +40,8 @@ __device__ __forceinline__ uint32_t mul_bf16x2(uint32_t a, uint32_t b) {
   return d;
 }
 
-// Scale bytes (5 exponent bits, 3 mantissa bits) 2 I and 2 I + 1 of `word` as a bfloat16 pair, times 2^119. The codes below
-// carry 2^-126, so that no product leaves bfloat16's normal range.
+// Scale bytes (5 exponent bits, 3 mantissa bits) 2 I and 2 I + 1 of `word` as a bfloat16 pair,
+// times 2^119. The codes below carry 2^-126, so that no value leaves bfloat16's normal range.
 template <int I>
 __device__ __forceinline__ uint32_t scale_pair(uint32_t word) {
   return __byte_perm(word, 0, 0x4140 + I * 0x0202) * 16u + 0x6F806F80u;
@@ -60,8 +61,8 @@ __device__ __forceinline__ uint32_t mul_high(uint32_t a, uint32_t s) {
   return d;
 }
 
-// Eight codes to four bfloat16 pairs. The low half of `s` is the scale of a[0] and a[2] (channel g), the high half that
-// of a[1] and a[3] (channel g + 8).
+// Eight codes to four bfloat16 pairs. The low half of `s` is the scale of a[0] and a[2] (channel
+// g), the high half that of a[1] and a[3] (channel g + 8).
 __device__ __forceinline__ void decode8(uint32_t q, uint32_t s, uint32_t (&a)[4]) {
   const uint32_t r4 = __funnelshift_r(q, q, 4);
   const uint32_t r6 = __funnelshift_r(q, q, 6);

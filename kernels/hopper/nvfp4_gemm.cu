@@ -1,19 +1,22 @@
-// y = alpha (x (e2m1 * scale)^T + u B^T) + bias on Hopper: bfloat16 activations, prepacked NVFP4 weight (nvfp4_format.cuh), and
-// optionally the second half of one LoRA adapter: u = x A^T from lora_shrink.cu, B in bfloat16 fragments.
+// Computes y = inverse_scale (x (e2m1 * scale)^T + u B^T) + bias on Hopper. Activations are
+// bfloat16, and the NVFP4 weight is prepacked (nvfp4_format.cuh). The second half of one LoRA
+// adapter is optional: u = x A^T comes from lora_shrink.cu, and B lies in bfloat16 fragments.
+// inverse_scale is 1 / global_scale of the weight.
 //
-// The product is computed transposed, y^T = W x^T: 64 output channels are the M of a wgmma and the tokens its N, so the
-// weight is the register operand. It goes from shared memory to registers once, is decoded there, two weights an
-// instruction, and never exists in 16 bits in any memory; the activations go from the copy engine to the tensor
-// cores untouched. One producer warp keeps all stages of the pipeline in flight, consumer warpgroups own 64 * MW output
-// channels each.
+// The GEMM is computed transposed, y^T = W x^T: 64 output channels are the M of a wgmma and the
+// tokens its N, so the weight is the register operand. It goes from shared memory to registers
+// once, is decoded there, two weights an instruction, and never exists in 16 bits in any memory;
+// the activations go from the copy engine to the tensor cores untouched. One producer warp keeps
+// all stages of the pipeline in flight, consumer warpgroups own 64 * MW output channels each.
 //
-// Work is divided into equal shares of consecutive (tile, step along k) pairs, one share a thread block, whatever the
-// shape. A tile that is cut by a border between shares is finished by the block that comes last, which adds the
-// other blocks' float32 partial tiles in a fixed order: the result does not depend on timing.
+// Work is divided into equal shares of consecutive (tile, step along k) pairs, one share a thread
+// block, whatever the shape. A tile that is cut by a border between shares is finished by the block
+// that comes last, which adds the other blocks' float32 partial tiles in a fixed order: the result
+// does not depend on timing.
 //
-// The adapter's B is the end of the inner dimension: after the steps along k a tile has a few more, whose weights are
-// loaded as they are. Output channels of fused projections (q, k, v) each have an A of their own, so a tile takes its own
-// columns of u.
+// The adapter's B is the end of the inner dimension: after the steps along k a tile has a few more,
+// whose weights are loaded as they are. Output channels of fused projections (q, k, v) each have an
+// A of their own, so a tile takes its own columns of u.
 #include <cuda.h>
 #include <cuda_runtime.h>
 
@@ -28,7 +31,9 @@ constexpr int kCounterSlots = 64;     // streams that may run the kernel at the 
 constexpr int kCountersPerSlot = 2048;
 constexpr int kGenerations = 8;       // launches of a stream that may overlap, with room to spare
 __device__ unsigned int counters[kCounterSlots * kCountersPerSlot];  // zero between launches
-constexpr int kFlagWords = (kFlagCopies + 1) * kFlagLine;  // of a launch: "x is there" in several cache lines, blocks that know in another
+// Per launch: a ready flag for x in each of several cache lines, and in one more line a counter of
+// the blocks that have seen it.
+constexpr int kFlagWords = (kFlagCopies + 1) * kFlagLine;
 __device__ unsigned int flags[kCounterSlots * kGenerations * kFlagWords];  // likewise zero
 
 struct Params {
@@ -39,7 +44,7 @@ struct Params {
   __nv_bfloat16* y;
   float* workspace;
   unsigned int* counter;
-  float alpha;
+  float inverse_scale;  // 1 / global_scale, times kFragmentUnit
   int m, n, k;
   int row_units;    // n / 64
   int k_units;      // k / 64
@@ -49,12 +54,14 @@ struct Params {
   int total;        // tiles * k_steps
   int lora_units;   // rank / 16
   int shard_end[2]; // row units where the second and the third of fused projections begin
-  unsigned int* flag; // kFlagCopies, set by the kernel before this one, which writes u, when x is there; null: wait for that kernel's end
+  // The kernel before this one, which writes u, sets these kFlagCopies flags when x is complete.
+  // Null: this kernel waits for the end of that one.
+  unsigned int* flag;
   int keep_weights; // tiles of several token ranges read them again
   int cluster;      // blocks of a cluster that share a tile, 0: no clusters
 };
 
-// ---------------------------------------------------------------------------------------------- instructions
+// ----------------------------------------------------------------------------------- instructions
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
@@ -128,7 +135,8 @@ __device__ __forceinline__ void hold(const uint32_t (&a)[4][4]) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) hold(a[i]);
 }
-// K-major operand in shared memory with 128-byte rows and swizzle: groups of 8 rows are 1024 bytes apart.
+// K-major operand in shared memory with 128-byte rows and swizzle: groups of 8 rows are 1024 bytes
+// apart.
 __device__ __forceinline__ uint64_t operand_descriptor(uint32_t address) {
   return (static_cast<uint64_t>(1) << 62) | (static_cast<uint64_t>(1024 >> 4) << 32) | (static_cast<uint64_t>(1) << 16) |
          ((address & 0x3FFFF) >> 4);
@@ -141,10 +149,10 @@ __device__ __forceinline__ int share_owner(int unit, int total, int blocks) {
   return static_cast<int>((static_cast<long long>(unit + 1) * blocks - 1) / total);
 }
 
-// ------------------------------------------------------------------------------------------------------ kernel
-// BT tokens a tile, NWG consumer warpgroups of MW * 64 channels each, KB * 64 columns and one barrier pair a stage.
-// FINE commits every wgmma by itself and keeps three in flight while the next fragment is decoded; otherwise the four of a
-// unit go together and two units alternate.
+// ----------------------------------------------------------------------------------------- kernel
+// BT tokens a tile, NWG consumer warpgroups of MW * 64 channels each, KB * 64 columns and one
+// barrier pair a stage. FINE commits every wgmma by itself and keeps three in flight while the next
+// fragment is decoded; otherwise the four of a unit go together and two units alternate.
 template <int BT_, int NWG_, int MW_, int KB_, int STAGES_, int BLOCKS_PER_SM_, bool FINE_ = false>
 struct Config {
   static constexpr bool FINE = FINE_;
@@ -198,7 +206,7 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM)
   const int end = share_begin(blockIdx.x + 1, p.total, gridDim.x);
 
   if (warp >= C::NWG * 4) {
-    // -------------------------------------------------------------------------------------------- producer
+    // ------------------------------------------------------------------------------------ producer
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(C::PRODUCER_REGS));
     if (threadIdx.x == C::NWG * 128) {
       uint64_t policy;
@@ -264,7 +272,8 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM)
         }
       };
 
-      // The weights of the first stages do not depend on the kernel before this one; the activations do.
+      // The weights of the first stages do not depend on the kernel before this one; the
+      // activations do.
       const int ahead = min(end - begin, C::STAGES);
       for (int i = 0; i < ahead; ++i) load_weights(begin + i, i);
       if (p.flag != nullptr) {
@@ -293,7 +302,7 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM)
       }
     }
   } else {
-    // ------------------------------------------------------------------------------------------- consumers
+    // ----------------------------------------------------------------------------------- consumers
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(C::CONSUMER_REGS));
     const int wg = warp >> 2;
     const int tid = threadIdx.x & 127;
@@ -306,8 +315,8 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM)
     int stage = 0;
     uint32_t parity = 0;
     bool first_result = true;
-    // Two sets of fragments: the tensor cores read one while the other is decoded. `hold` after the wait for a product
-    // keeps the compiler from reusing the registers that the product still reads.
+    // Two sets of fragments: the tensor cores read one while the other is decoded. `hold` after the
+    // wait for a wgmma keeps the compiler from reusing the registers that the wgmma still reads.
     uint32_t a[C::FINE ? 1 : 2][4][4] = {};
     for (int unit = begin; unit < end;) {
       const int tile = unit / p.k_steps;
@@ -388,7 +397,8 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM)
         }
         next_stage();
       };
-      // One stage of the adapter: up to KB fragments of 16 columns for each unit, nothing to decode.
+      // One stage of the adapter: up to KB fragments of 16 columns for each unit, nothing to
+      // decode.
       auto consume_lora = [&](int count) {
         wgmma_wait<0>();
         release_previous();
@@ -439,7 +449,8 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM)
 
       const int token0 = tile % p.token_tiles * C::BT;
       const int row_unit = tile / p.token_tiles * C::ROW_UNITS + wg * C::MW;
-      // Eight tokens of unit m: fragment rows g and g + 8 of tokens 2 t, 2 t + 1 -> channels 4 t .. 4 t + 3 of token g
+      // Eight tokens of unit m: fragment rows g and g + 8 of tokens 2 t, 2 t + 1 -> channels 4 t ..
+      // 4 t + 3 of token g
       auto store = [&](int m, int i, float4 v) {
         if (row_unit + m >= p.row_units) return;
         const int channel = (row_unit + m) * kUnit + (warp & 3) * 16;
@@ -448,8 +459,8 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM)
           bias0 = __bfloat162float(p.bias[channel + fragment_channel(g, 0)]);
           bias1 = __bfloat162float(p.bias[channel + fragment_channel(g, 1)]);
         }
-        __nv_bfloat162 lo = __floats2bfloat162_rn(fmaf(v.x, p.alpha, bias0), fmaf(v.y, p.alpha, bias0));
-        __nv_bfloat162 hi = __floats2bfloat162_rn(fmaf(v.z, p.alpha, bias1), fmaf(v.w, p.alpha, bias1));
+        __nv_bfloat162 lo = __floats2bfloat162_rn(fmaf(v.x, p.inverse_scale, bias0), fmaf(v.y, p.inverse_scale, bias0));
+        __nv_bfloat162 hi = __floats2bfloat162_rn(fmaf(v.z, p.inverse_scale, bias1), fmaf(v.w, p.inverse_scale, bias1));
         const uint32_t out_lo = transpose8x8(*reinterpret_cast<uint32_t*>(&lo));
         const uint32_t out_hi = transpose8x8(*reinterpret_cast<uint32_t*>(&hi));
         const int token = token0 + i * 8 + g;
@@ -459,9 +470,10 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM)
       constexpr int kVectors = C::MW * C::ACC / 4;
       constexpr int kParts = 8;  // of other blocks, loaded together; also the largest cluster
 
-      // ------------------------------------------------------------- a tile shared by the blocks of a cluster
+      // ------------------------------------------------- a tile shared by the blocks of a cluster
       if (p.cluster) {
-        // Every block leaves its part in its shared memory, where the stages were, and adds up one share of the tile.
+        // Every block leaves its part in its shared memory, where the stages were, and adds up one
+        // share of the tile.
         static_assert(C::NWG * kVectors * 2048 <= C::STAGES * (C::X_BYTES + C::W_BYTES), "no room for the part");
         asm volatile("bar.sync 8, %0;" ::"n"(C::NWG * 128) : "memory");
         const uint32_t part = base + (wg * kVectors * 128 + tid) * 16;
@@ -488,7 +500,7 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM)
         break;
       }
 
-      // ------------------------------------------------------------------------------- partial tiles
+      // ---------------------------------------------------------------------------- partial tiles
       if (k_begin != 0 || k_end != p.k_steps) {
         const int first_block = share_owner(tile * p.k_steps, p.total, gridDim.x);
         const int last_block = share_owner(tile * p.k_steps + p.k_steps - 1, p.total, gridDim.x);
@@ -498,8 +510,8 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM)
           return reinterpret_cast<float4*>(p.workspace) +
                  (static_cast<size_t>(2 * block + (block == first_block)) * C::NWG + wg) * kVectors * 128 + tid;
         };
-        // Of two parts the later one need not be written, and their order does not matter. A block that comes second to
-        // a small part does not ask first: that costs more than the writing.
+        // Of two parts the later one need not be written, and their order does not matter. A block
+        // that comes second to a small part does not ask first: that costs more than the writing.
         bool last = false;
         if (kVectors >= 8 && others == 1) {
           if (tid == 0) {
@@ -574,7 +586,7 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM)
         }
       }
 
-      // --------------------------------------------------------------------------------------- output
+      // ----------------------------------------------------------------------------------- output
 #pragma unroll
       for (int m = 0; m < C::MW; ++m)
 #pragma unroll
@@ -586,7 +598,7 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM)
   }
 }
 
-// -------------------------------------------------------------------------------------------------------- host
+// ------------------------------------------------------------------------------------------- host
 using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*,
                                  const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
                                  CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
@@ -727,9 +739,10 @@ extern "C" void qerl_nvfp4_config(int index, int* out) {
   for (int i = 0; i < 7; ++i) out[i] = v[i];
 }
 
-// u [m, shards * rank] and lora_b: null without an adapter. shard_end: rows where the second and third projection begin.
-// flag: what qerl_lora_shrink, the kernel before this one, was given; null if something else computed u.
-extern "C" int qerl_nvfp4_gemm(const void* x, const void* packed, const void* scale, float alpha, const void* bias, void* y,
+// u [m, shards * rank] and lora_b: null without an adapter. shard_end: rows where the second and
+// third projection begin. flag: what qerl_lora_shrink, the kernel before this one, was given; null
+// if something else computed u.
+extern "C" int qerl_nvfp4_gemm(const void* x, const void* packed, const void* scale, float inverse_scale, const void* bias, void* y,
                                const void* u, const void* lora_b, int rank, int shards, int shard_end0, int shard_end1,
                                unsigned int* flag, int m, int n, int k, int config, int blocks, int cluster, void* workspace, int counter_slot, int pdl,
                                cudaStream_t stream) {
@@ -746,7 +759,7 @@ extern "C" int qerl_nvfp4_gemm(const void* x, const void* packed, const void* sc
   const int device = current_device();
   if (device < 0 || counter_base[device] == nullptr) return -1;
   p.counter = counter_base[device] + counter_slot * kCountersPerSlot;
-  p.alpha = alpha * kFragmentUnit;
+  p.inverse_scale = inverse_scale * kFragmentUnit;
   p.m = m, p.n = n, p.k = k;
   p.cluster = cluster > 1 ? cluster : 0;
   p.row_units = n / kUnit;

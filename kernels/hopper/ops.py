@@ -73,10 +73,10 @@ def block_values(packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return torch.ops.qerl_hopper.nvfp4_block_values(packed, scale)
 
 
-def dequantizes(tokens: int, n: int, k: int) -> bool:
+def decodes_first(tokens: int, n: int, k: int) -> bool:
     """Returns whether :func:`gemm` makes a bfloat16 weight for that many tokens and calls cuBLAS
     on it."""
-    return tuning.choose(tokens, n, k, _multiprocessors()) == tuning.DEQUANTIZE
+    return tuning.choose(tokens, n, k, _multiprocessors()) == tuning.DECODE_FIRST
 
 
 @functools.cache

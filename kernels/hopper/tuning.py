@@ -52,7 +52,7 @@ class Plan(NamedTuple):
 
 
 ANY_ALIGNMENT = 1 << 10  # 64-row units: there is no border between projections
-DEQUANTIZE = Plan(-1, 0, 0, 0)
+DECODE_FIRST = Plan(-1, 0, 0, 0)
 
 
 def alignment(ends: Sequence[int] | None) -> int:
@@ -161,7 +161,7 @@ MEASURED_WITH_ADAPTER = {
     ),
 }
 # fmt: on
-DEQUANTIZE_FROM = 6144
+DECODE_FIRST_ABOVE = 6144
 """For more tokens than this, without an adapter, the weight is decoded to bfloat16 for cuBLAS."""
 
 
@@ -264,11 +264,11 @@ def choose(m: int, n: int, k: int, sms: int, align: int = 0) -> Plan:
             be counted; a tile must not lie across one (``ANY_ALIGNMENT`` without borders). 0: no
             adapter.
     """
-    if m > DEQUANTIZE_FROM and not align:
-        return DEQUANTIZE
+    if m > DECODE_FIRST_ABOVE and not align:
+        return DECODE_FIRST
     if tuned := _tuned_choice(m, n, k, align):
         if tuned.config < 0:
-            return DEQUANTIZE
+            return DECODE_FIRST
         measured = tiles(tuned.config, tuned.limit, n)
         if tiles(tuned.config, m, n) == measured:
             return plan(tuned.config, tuned.blocks, m, n, k, tuned.cluster)

@@ -1,5 +1,6 @@
-// D[64, N] += A[64, 16] B[16, N] on one warpgroup: A in registers, B in shared memory (K-major, 128-byte swizzle),
-// float32 accumulators. One specialization for each N that the kernels use; the bodies differ in the operand count alone.
+// D[64, N] += A[64, 16] B[16, N] on one warpgroup: A in registers, B in shared memory (K-major,
+// 128-byte swizzle), float32 accumulators. One specialization for each N that the kernels use; the
+// bodies differ in the operand count alone.
 #pragma once
 #include <cstdint>
 

@@ -126,7 +126,7 @@ def _add_lora(acc, u_at, b_at, RANK: tl.constexpr, BLOCK_R: tl.constexpr, DOT: t
 
 @triton.jit(do_not_specialize=["top_k"])
 def grouped_gemm_kernel(
-    x, packed, scale, alpha, order, bounds, weights, u, lora_b, out, n, k_64, top_k,
+    x, packed, scale, factors, order, bounds, weights, u, lora_b, out, n, k_64, top_k,
     GATED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DOT: tl.constexpr,
     RANK: tl.constexpr = 0, BLOCK_R: tl.constexpr = 16,
 ):  # fmt: skip
@@ -138,7 +138,7 @@ def grouped_gemm_kernel(
 
     GATED: row r of the sorted choices is token ``order[r] // top_k`` of ``x``, the weight has 2 n
     rows, and the kernel stores silu(gate) * up at r. Otherwise row r is row r of ``x``, and the
-    kernel stores alpha and weights times the output at ``order[r]``.
+    kernel stores factor and weight times the output at ``order[r]``.
     """
     channel = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     expert = tl.program_id(1)
@@ -175,7 +175,7 @@ def grouped_gemm_kernel(
             x_at += BLOCK_K
             packed_at += BLOCK_K // 2
             scale_at += BLOCK_K // 16
-        factor = tl.load(alpha + expert)
+        factor = tl.load(factors + expert)
         acc = acc * factor
         if RANK > 0:
             r = tl.arange(0, BLOCK_R)

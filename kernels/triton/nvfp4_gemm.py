@@ -1,6 +1,6 @@
-"""``y = alpha x (e2m1 * scale)^T + bias + u lora_b^T``, with an NVFP4 weight.
+"""``y = inverse_scale * x (e2m1 * scale)^T + bias + u lora_b^T``, with an NVFP4 weight.
 
-alpha is 1 / global_scale. The reference is ``kernels/nvfp4_linear.py``.
+inverse_scale is 1 / global_scale. The reference is ``kernels/nvfp4_linear.py``.
 
 The weight is decoded in registers without rounding: ``e2m1 * scale`` is exact in bfloat16 and
 float16. A byte holds two neighbouring input channels. The kernel multiplies the even and the odd
@@ -30,20 +30,20 @@ from qerl_verl.kernels.triton.nvfp4_format import (
 
 REDUCE_BLOCK = 1024
 FLOAT16_FACTOR = 2.0**-12
-"""Multiplies the decoded weight of a float16 GEMM, exactly, and divides alpha. cuBLAS may add
-partial sums in float16, where ``e2m1 * scale`` (up to 2688) would overflow."""
+"""Multiplies the decoded weight of a float16 GEMM, exactly, and divides inverse_scale. cuBLAS may
+add partial sums in float16, where ``e2m1 * scale`` (up to 2688) would overflow."""
 
 
 @triton.jit(do_not_specialize=["m", "steps"])
 def nvfp4_gemm_kernel(
-    x, packed, scale, bias, u, lora_b, out, alpha, m, n, k, k_64, rank, steps,
+    x, packed, scale, bias, u, lora_b, out, inverse_scale, m, n, k, k_64, rank, steps,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """One program makes BLOCK_N output channels of BLOCK_M tokens from ``steps`` steps of BLOCK_K
     input channels.
 
     ``out`` is y [m, n], or a float32 workspace [parts, m, n] where K is divided; the first part
-    then adds the LoRA term, and the bias is left to the sum of the parts. DOT is the dtype of the
+    then adds the LoRA delta, and the bias is left to the sum of the parts. DOT is the dtype of the
     operands of tl.dot. One compiled kernel serves every number of tokens and of parts.
     """
     tiles_m = tl.cdiv(m, BLOCK_M)
@@ -78,7 +78,7 @@ def nvfp4_gemm_kernel(
         x_at += BLOCK_K
         packed_at += BLOCK_K // 2
         scale_at += BLOCK_K // 16
-    acc = acc * alpha
+    acc = acc * inverse_scale
 
     if u is not None:
         if part == 0:
@@ -115,14 +115,14 @@ def nvfp4_gemm_reduce_kernel(parts, bias, out, n, count, SPLIT: tl.constexpr, BL
 def run_plan(x, weight: PackedWeight, bias, u, lora_b, plan: tuning.Plan) -> torch.Tensor:
     """Returns the GEMM with an explicit plan. ``x`` is ``[M, K]``, ``u`` is ``[M, R]`` or None, all
     tensors are contiguous, and the weight's scales are uint8."""
-    packed, scale, alpha = weight.packed, weight.scale, 1.0 / weight.global_scale
+    packed, scale, inverse_scale = weight.packed, weight.scale, 1.0 / weight.global_scale
     m, k = x.shape
     n = packed.shape[0]
-    if plan.path == "dequantize":
+    if plan.path == "decode first":
         factor = FLOAT16_FACTOR if x.dtype == torch.float16 else 1.0
         values = nvfp4_block_values(packed, scale, x.dtype, factor=factor).t()
         start = x.new_empty(n) if bias is None else bias
-        y = torch.addmm(start, x, values, beta=0 if bias is None else 1, alpha=alpha / factor)
+        y = torch.addmm(start, x, values, beta=0 if bias is None else 1, alpha=inverse_scale / factor)
         return y if u is None else y.addmm_(u, lora_b.t())
 
     # The interpreter has no bfloat16 arithmetic and its cast to bfloat16 truncates: float32 there.
@@ -134,7 +134,7 @@ def run_plan(x, weight: PackedWeight, bias, u, lora_b, plan: tuning.Plan) -> tor
     rank = 0 if u is None else u.shape[1]
     grid = (triton.cdiv(m, plan.block_m) * triton.cdiv(n, plan.block_n), split)
     nvfp4_gemm_kernel[grid](
-        x, packed, scale, None if split > 1 else bias, u, lora_b, parts, alpha, m, n, k, k // 64, rank,
+        x, packed, scale, None if split > 1 else bias, u, lora_b, parts, inverse_scale, m, n, k, k // 64, rank,
         triton.cdiv(k // plan.block_k, split),
         BLOCK_M=plan.block_m, BLOCK_N=plan.block_n, BLOCK_K=plan.block_k, BLOCK_R=16 if rank % 32 else 32,
         DOT=dot, num_warps=plan.warps, num_stages=plan.stages,

@@ -11,7 +11,7 @@ import torch
 from qerl_verl.kernels import autotune
 from qerl_verl.kernels.triton.support import interpreted
 
-DEQUANTIZE_ABOVE = 512
+DECODE_FIRST_ABOVE = 512
 """For more tokens than this the weight is decoded to 16 bits, and the GPU's library multiplies."""
 
 MULTIPROCESSORS = 108
@@ -28,9 +28,8 @@ class Plan(NamedTuple):
     With ``path`` "fused" one kernel decodes the weight on its way to the tensor cores. A program
     makes ``block_n`` output channels of ``block_m`` tokens, ``block_k`` input channels a step. K is
     divided among ``split_k`` programs, whose float32 partial sums a second kernel adds in a fixed
-    order. ``path`` "dequantize" is a temporary 16-bit weight and torch.addmm; the other fields are
-    0 then.
-    """
+    order. ``path`` "decode first" is a temporary 16-bit weight and torch.addmm; the other fields
+    are 0 then."""
 
     path: str
     block_m: int = 0
@@ -41,15 +40,15 @@ class Plan(NamedTuple):
     stages: int = 0
 
     def __str__(self) -> str:
-        if self.path == "dequantize":
-            return "dequantize, then torch.addmm"
+        if self.path == "decode first":
+            return "decode, then torch.addmm"
         return (
             f"fused, tile {self.block_m} x {self.block_n} x {self.block_k} (tokens, outputs, inputs), "
             f"K in {self.split_k}, {self.warps} warps, {self.stages} stages"
         )
 
 
-DEQUANTIZE = Plan("dequantize")
+DECODE_FIRST = Plan("decode first")
 
 # Small enough for 255 registers a thread and 99 KiB of shared memory (compute capability 8.6, 8.9
 # and 12.0). (tokens up to, block_m, block_n, block_k, warps, stages)
@@ -57,15 +56,15 @@ TILES = (
     (16, 16, 64, 128, 4, 3),
     (32, 32, 64, 128, 4, 3),
     (64, 64, 64, 128, 4, 3),
-    (DEQUANTIZE_ABOVE, 64, 128, 128, 8, 3),
+    (DECODE_FIRST_ABOVE, 64, 128, 128, 8, 3),
 )
 """What is launched where nothing was measured."""
 
 LIMITS = (16, 32, 64, 128, 256, 512, 1024)
 """Numbers of tokens that are measured; each choice serves the numbers between the limit before and
-this one. More tokens than the last are dequantized without a choice."""
+this one. More tokens than the last are decoded first without a choice."""
 
-DEQUANTIZE_CANDIDATE_FROM = 32
+DECODE_FIRST_CANDIDATE_FROM = 32
 """For fewer tokens a temporary 16-bit weight is not a candidate: it costs more traffic than a
 GEMM."""
 
@@ -99,7 +98,7 @@ def install(n: int, k: int, choices: Sequence[Tuned]) -> None:
     """Uses measured choices for an ``[n, k]`` weight from now on.
 
     Args:
-        choices: by ascending ``limit``; more tokens than the last limit are dequantized.
+        choices: by ascending ``limit``; more tokens than the last limit are decoded first.
     """
     _tuned[n, k] = tuple(choices)
     choose.cache_clear()
@@ -167,8 +166,8 @@ def candidates(m: int, n: int, k: int, multiprocessors: int = MULTIPROCESSORS) -
         parts = max(1, _parts_for_two_waves(m, n, fitting, multiprocessors))
         for split in (parts, 2 * parts, -(-parts // 2)):
             plans[_plan(m, n, k, fitting, split)] = None
-    if m >= DEQUANTIZE_CANDIDATE_FROM:
-        plans[DEQUANTIZE] = None
+    if m >= DECODE_FIRST_CANDIDATE_FROM:
+        plans[DECODE_FIRST] = None
     yield from plans
 
 
@@ -181,13 +180,13 @@ def choose(m: int, n: int, k: int, multiprocessors: int = MULTIPROCESSORS) -> Pl
     with it the order of every sum, depends on the arguments and the installed choices alone.
     """
     if choices := _tuned.get((n, k)):
-        return next((choice.plan for choice in choices if m <= choice.limit), DEQUANTIZE)
+        return next((choice.plan for choice in choices if m <= choice.limit), DECODE_FIRST)
     return _choose(m, n, k, multiprocessors)
 
 
 def _choose(m: int, n: int, k: int, multiprocessors: int) -> Plan:
-    if m > DEQUANTIZE_ABOVE:
-        return DEQUANTIZE
+    if m > DECODE_FIRST_ABOVE:
+        return DECODE_FIRST
     tile = _fitting(next(tile[1:] for tile in TILES if m <= tile[0]), k)
     return _plan(m, n, k, tile, _parts_for_two_waves(m, n, tile, multiprocessors))
 
@@ -201,4 +200,4 @@ def decoded_inside_up_to(n: int, k: int) -> int | None:
     """
     if not installed(n, k):
         return None
-    return max((choice.limit for choice in _tuned[n, k] if choice.plan != DEQUANTIZE), default=0)
+    return max((choice.limit for choice in _tuned[n, k] if choice.plan != DECODE_FIRST), default=0)

@@ -158,7 +158,7 @@ def test_installed_choices_serve_every_number_of_tokens(no_choices, ends):
             assert 1 <= plan.blocks <= tuning.tiles(plan.config, m, n) * tuning.steps(plan.config, k)
             assert not align or align % tuning.CONFIGS[plan.config].row_units == 0
     between = limits[-3] + 1
-    assert get_backend("hopper").dequantizes(between, n, k) is (ends is None)
+    assert get_backend("hopper").decodes_first(between, n, k) is (ends is None)
 
 
 def test_a_choice_of_another_shape_changes_nothing(no_choices):

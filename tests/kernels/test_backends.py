@@ -45,7 +45,7 @@ def test_auto_on_the_cpu_is_pytorch_and_says_why():
     choice = choose_backend(CPU)
     assert choice.backend is get_backend("pytorch")
     assert choice.sentence(CPU) == (
-        "PyTorch (dequantize, GEMM) on cpu (not hopper: it runs on CUDA, not on cpu; "
+        "PyTorch (decode, GEMM) on cpu (not hopper: it runs on CUDA, not on cpu; "
         "not triton: it runs on CUDA, not on cpu)"
     )
 
@@ -169,7 +169,7 @@ def test_the_count_names_what_runs_where_by_kind_of_layer(every_backend_runs):
         "Hopper W4A16 (WGMMA, CUDA C++) on cpu: 4 layers (o_proj 3, head 1); "
         "Hopper W4A16 (WGMMA, CUDA C++) on cpu: 3 layers (qkv_proj 3), their adapter in PyTorch "
         "(projections have to end at multiples of 128 rows, got [832, 1152]); "
-        "PyTorch (dequantize, GEMM) on cpu (not hopper: N and K have to be multiples of 64, got 896 x 80; "
+        "PyTorch (decode, GEMM) on cpu (not hopper: N and K have to be multiples of 64, got 896 x 80; "
         "not triton: K has to be a multiple of 64, got 80): 3 layers (down_proj 3)"
     )
 
@@ -218,9 +218,9 @@ def test_the_reference_multiplies_by_the_block_values(weight):
 
 
 @pytest.mark.parametrize("tokens", [1, 512, 513, 6144, 6145, 12288])
-def test_what_dequantizes_is_what_the_kernels_plans_say(tokens):
+def test_what_decodes_first_is_what_the_kernels_plans_say(tokens):
     n, k = 3584, 18944
     hopper_plan, triton_plan = hopper.tuning.choose(tokens, n, k, 132), triton_kernels.tuning.choose(tokens, n, k)
-    assert get_backend("hopper").dequantizes(tokens, n, k) is (hopper_plan == hopper.tuning.DEQUANTIZE)
-    assert get_backend("triton").dequantizes(tokens, n, k) is (triton_plan == triton_kernels.tuning.DEQUANTIZE)
-    assert get_backend("pytorch").dequantizes(tokens, n, k)
+    assert get_backend("hopper").decodes_first(tokens, n, k) is (hopper_plan == hopper.tuning.DECODE_FIRST)
+    assert get_backend("triton").decodes_first(tokens, n, k) is (triton_plan == triton_kernels.tuning.DECODE_FIRST)
+    assert get_backend("pytorch").decodes_first(tokens, n, k)

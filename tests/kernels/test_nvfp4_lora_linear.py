@@ -1,4 +1,4 @@
-"""The adapter's term and the fused training layer against autograd on the dequantized weight."""
+"""The LoRA delta and the fused training layer against autograd on the dequantized weight."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ PYTORCH = get_backend("pytorch")
 class Decoding(Backend):
     """Like a kernel that decodes the weight on its way into the product: there is none in 16 bits to add with."""
 
-    def dequantizes(self, tokens, n, k):
+    def decodes_first(self, tokens, n, k):
         return False
 
     def add_linear(self, *args):
@@ -66,7 +66,7 @@ def error(found, expected):
     return ((found.double() - expected).norm() / expected.norm()).item()
 
 
-@pytest.mark.parametrize("backend", [PYTORCH, Decoding()], ids=["dequantizing", "decoding"])
+@pytest.mark.parametrize("backend", [PYTORCH, Decoding()], ids=["decodes first", "decodes inside"])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("leading", [(7,), (2, 3), ()])
 @pytest.mark.parametrize(

@@ -120,9 +120,9 @@ def test_choose(m, n, k):
     assert triton_kernels.choose(m, n, k, 16).split_k <= plan.split_k  # a smaller GPU splits less
 
 
-def test_choose_dequantizes_for_many_tokens():
-    assert triton_kernels.choose(513, 4608, 3584).path == "dequantize"
-    assert "dequantize" in str(triton_kernels.choose(8192, 64, 64))
+def test_choose_decodes_first_for_many_tokens():
+    assert triton_kernels.choose(513, 4608, 3584).path == "decode first"
+    assert "decode, then" in str(triton_kernels.choose(8192, 64, 64))
     assert triton_kernels.choose(1, 64, 8192).split_k > 1 and triton_kernels.choose(1, 151936, 896).split_k == 1
 
 
@@ -143,9 +143,9 @@ SHAPES = [(7, 64), (4608, 3584), (3584, 18944), (28672, 4096)]
 def test_candidates_begin_with_the_table_and_leave_no_part_empty(no_choices, m, n, k):
     plans = list(tuning.candidates(m, n, k, 132))
     assert plans[0] == triton_kernels.choose(m, n, k, 132) and len(set(plans)) == len(plans)
-    assert (tuning.DEQUANTIZE in plans) is (m >= tuning.DEQUANTIZE_CANDIDATE_FROM)
+    assert (tuning.DECODE_FIRST in plans) is (m >= tuning.DECODE_FIRST_CANDIDATE_FROM)
     for plan in plans:
-        if plan != tuning.DEQUANTIZE:
+        if plan != tuning.DECODE_FIRST:
             steps = k // plan.block_k
             assert k % plan.block_k == 0 and 1 <= plan.split_k <= tuning.MAX_SPLIT
             assert (plan.split_k - 1) * -(-steps // plan.split_k) < steps
@@ -154,19 +154,21 @@ def test_candidates_begin_with_the_table_and_leave_no_part_empty(no_choices, m, 
 def test_installed_choices_serve_every_number_of_tokens(no_choices):
     n, k = 3584, 512
     tiles = {limit: list(tuning.candidates(limit, n, k, 132))[1] for limit in tuning.LIMITS}
-    plans = [tuning.DEQUANTIZE if limit > 256 else tile for limit, tile in tiles.items()]
+    plans = [tuning.DECODE_FIRST if limit > 256 else tile for limit, tile in tiles.items()]
     before = triton_kernels.choose(64, n, k + 64)
     tuning.install(n, k, [tuning.Tuned(*pair) for pair in zip(tuning.LIMITS, plans)])
     assert tuning.installed(n, k) and not tuning.installed(k, n)
     for m, limit in ((1, 16), (16, 16), (17, 32), (200, 256), (256, 256), (257, 512)):
         assert triton_kernels.choose(m, n, k) == plans[tuning.LIMITS.index(limit)]
-    assert triton_kernels.choose(257, n, k) == triton_kernels.choose(5000, n, k) == tuning.DEQUANTIZE
+    assert triton_kernels.choose(257, n, k) == triton_kernels.choose(5000, n, k) == tuning.DECODE_FIRST
     assert triton_kernels.choose(64, n, k + 64) == before
     backend = get_backend("triton")
-    assert [backend.dequantizes(m, n, k) for m in (256, 257)] == [False, True]
+    assert [backend.decodes_first(m, n, k) for m in (256, 257)] == [False, True]
     count = KernelCount()
     count.add("down_proj", Choice(backend, shape=(n, k)), torch.device("cpu"))
-    assert str(count) == ("Triton W4A16 on cpu: 1 layer (down_proj 1), 3584 x 512 dequantized for more than 256 tokens")
+    assert str(count) == (
+        "Triton W4A16 on cpu: 1 layer (down_proj 1), 3584 x 512 decoded before the GEMM for more than 256 tokens"
+    )
 
 
 @needs_triton
@@ -177,7 +179,7 @@ def test_the_fastest_plan_is_chosen_and_one_that_does_not_fit_is_none(no_choices
 
     plans = list(tuning.candidates(256, 3584, 512, 132))
     times = {plan: 50.0 + i for i, plan in enumerate(plans)}
-    times[tuning.DEQUANTIZE], times[plans[2]] = 40.0, 10.0
+    times[tuning.DECODE_FIRST], times[plans[2]] = 40.0, 10.0
 
     def call_of(plan):
         def call(copy):
@@ -192,7 +194,7 @@ def test_the_fastest_plan_is_chosen_and_one_that_does_not_fit_is_none(no_choices
         return times[timed[-1]]
 
     timed = []
-    assert measure.best(plans, call_of, 2, time_call) == tuning.DEQUANTIZE
+    assert measure.best(plans, call_of, 2, time_call) == tuning.DECODE_FIRST
     with pytest.raises(RuntimeError, match="no launch configuration"):
         measure.best([plans[2]], call_of, 2, time_call)
 

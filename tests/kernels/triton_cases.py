@@ -118,7 +118,7 @@ def check_product(x, packed, scale, bias, u, lora_b, y):
         expected = expected + bias.double()
     error = (y.cpu().double() - expected).abs()
     eps = torch.finfo(x.dtype).eps
-    if triton_kernels.choose(x.numel() // x.shape[-1], *weight.shape).path == "dequantize":
+    if triton_kernels.choose(x.numel() // x.shape[-1], *weight.shape).path == "decode first":
         assert error.norm() <= 0.75 * eps * expected.norm()
     else:
         assert (error <= 0.501 * eps * expected.abs() + 2e-6 * size + 1e-7).all(), error.max()
@@ -149,7 +149,7 @@ class TestGemm:
     @pytest.mark.parametrize("bias, rank", [(False, 0), (True, 32)])
     def test_many_tokens(self, dtype, bias, rank):
         args = arguments(513, 33, 128, dtype, bias, rank)
-        assert triton_kernels.choose(513, 33, 128).path == "dequantize"
+        assert triton_kernels.choose(513, 33, 128).path == "decode first"
         check_product(*args, call(*args))
 
     @pytest.mark.parametrize("dtype", DTYPES)
@@ -443,7 +443,7 @@ class TestCompile:
         from qerl_verl.kernels.triton.nvfp4_gemm import nvfp4_gemm_kernel
 
         x, integers = f"*{dtype}", dict.fromkeys(("m", "n", "k", "k_64", "rank", "steps"), "i32")
-        types = dict(x=x, packed="*u8", scale="*u8", alpha="fp32", **integers)
+        types = dict(x=x, packed="*u8", scale="*u8", inverse_scale="fp32", **integers)
         dot = tl.bfloat16 if dtype == "bf16" else tl.float16
         chosen = [tile[-5:] for tile in getattr(tuning, tiles)]
         for block_m, block_n, block_k, warps, stages in chosen[:1] if dtype == "fp16" else chosen:
@@ -466,7 +466,9 @@ class TestCompile:
         from qerl_verl.kernels.triton import nvfp4_experts
 
         x, integers = f"*{dtype}", dict.fromkeys(("n", "k_64", "top_k"), "i32")
-        types = dict(x=x, packed="*u8", scale="*u8", alpha="*fp32", order="*i32", bounds="*i32", weights="*fp32", out=x)
+        types = dict(
+            x=x, packed="*u8", scale="*u8", factors="*fp32", order="*i32", bounds="*i32", weights="*fp32", out=x
+        )
         types |= dict(u=x, lora_b=x)
         dot = tl.bfloat16 if dtype == "bf16" else tl.float16
         for _, block_m, block_n, block_k, warps, stages in nvfp4_experts.TILES:

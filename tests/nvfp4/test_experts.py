@@ -12,6 +12,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 from qerl_verl.kernels import nvfp4_grouped_linear as op
 from qerl_verl.kernels.backends import get_backend
 from qerl_verl.kernels.nvfp4_dequantize import dequantize_nvfp4
+from qerl_verl.kernels.nvfp4_experts import ExpertStack, expert_factors, nvfp4_experts_reference
 from qerl_verl.nvfp4.experts import STACKS, NVFP4Experts
 from qerl_verl.nvfp4.loading import load_tensors, packed_linear_names, prepack_linears, swap_linears
 from qerl_verl.nvfp4.quantize import quantize_checkpoint
@@ -81,6 +82,22 @@ def test_outputs_and_gradients_are_transformers(checkpoint, dtype):
     bound = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
     for found, expected in zip(*results, strict=True):
         assert (found.double() - expected).norm() < bound * expected.norm()
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-6), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_actor_and_rollout_compute_the_same_mixture(checkpoint, dtype, bound):
+    """Their references differ in where they round alone."""
+    experts = load(checkpoint).get_submodule(EXPERTS)
+    scales, count = experts.weight_global_scale, experts.num_experts
+    scales[:, 1] *= 1.5  # gate and up need not share a scale
+    stacks = []
+    for stack, factors in zip(STACKS, expert_factors(scales[:, :2], scales[:, 2]), strict=True):
+        packed, scale = experts.backends[stack].unpack(*experts.weight_bytes(stack))
+        stacks.append(ExpertStack(*(t.view(count, -1, t.shape[-1]) for t in (packed, scale)), factors))
+    x = torch.randn(19, 128).to(dtype)
+    index, weights = routing(19, AutoConfig.from_pretrained(checkpoint), dtype)
+    rollout = nvfp4_experts_reference(x, weights, index, *stacks)
+    assert (experts(x, index, weights) - rollout).norm() < bound * rollout.norm()
 
 
 def test_autocast(checkpoint):

@@ -90,9 +90,9 @@ def test_the_text_counts_what_runs_where_and_why(hopper_is_there):
     weights = [m.dequantize() for m in layers]
     assert prepack_linears(model, CPU) == (
         "Hopper W4A16 (WGMMA, CUDA C++) on cpu: 1 layer (a 1); "
-        "PyTorch (dequantize, GEMM) on cpu (not hopper: N and K have to be multiples of 64, got 128 x 80; "
+        "PyTorch (decode, GEMM) on cpu (not hopper: N and K have to be multiples of 64, got 128 x 80; "
         "not triton: it runs on CUDA, not on cpu): 1 layer (b 1); "
-        "PyTorch (dequantize, GEMM) on cpu (not hopper: N and K have to be multiples of 64, got 100 x 192; "
+        "PyTorch (decode, GEMM) on cpu (not hopper: N and K have to be multiples of 64, got 100 x 192; "
         "not triton: it runs on CUDA, not on cpu): 1 layer (d 1)"
     )
     assert [m.backend.name for m in layers] == ["hopper", "pytorch", "pytorch"]
@@ -120,6 +120,6 @@ def test_a_kernel_that_is_insisted_on_and_does_not_serve_a_layer_is_refused_by_i
 
 def test_on_the_cpu_the_text_says_why_pytorch():
     text = prepack_linears(nn.Sequential(layer()), CPU)
-    assert text.startswith("PyTorch (dequantize, GEMM) on cpu (not hopper: ") and "; not triton: " in text
+    assert text.startswith("PyTorch (decode, GEMM) on cpu (not hopper: ") and "; not triton: " in text
     with pytest.raises(ValueError, match="qerl.kernel=hopper cannot run on cpu"):
         prepack_linears(nn.Sequential(layer()), CPU, "hopper")

@@ -179,7 +179,7 @@ DECIDED = [
     ("marlin", torch.bfloat16, 3 * (9000.0,), None, f"{MARLIN} (qerl.rollout.kernel): 1 layer (qkv_proj 1)"),
     (
         "auto", torch.float32, 3 * (9000.0,), None,
-        "PyTorch (dequantize, GEMM) on cpu (not hopper: activations have to be bfloat16, got torch.float32; not marlin: "
+        "PyTorch (decode, GEMM) on cpu (not hopper: activations have to be bfloat16, got torch.float32; not marlin: "
         "activations have to be bfloat16 or float16, got torch.float32; not triton: it runs on CUDA, not on cpu): "
         "1 layer (qkv_proj 1)",
     ),

@@ -1,5 +1,5 @@
-// Prepacked NVFP4 -> row-major bfloat16 [N, K], exactly e2m1 * scale. Bound by memory: 0.56 bytes read and 2 written for
-// each weight.
+// Decodes a prepacked NVFP4 weight to row-major bfloat16 [N, K], exactly e2m1 * scale. Memory is
+// the bound: the kernel reads 0.56 bytes and writes 2 for each weight.
 #include <cuda_runtime.h>
 
 #include "nvfp4_format.cuh"
@@ -13,7 +13,7 @@ constexpr int kUnitsPerWarp = 4;  // 16 rows x 64 columns each, neighbours in k:
 // Different for the eight rows that one matrix of stmatrix writes.
 __device__ __forceinline__ int swizzle(int row) { return (row >> 2) * 2 + (row & 1); }
 
-__global__ void __launch_bounds__(kWarps * 32) dequantize_kernel(const uint8_t* __restrict__ packed,
+__global__ void __launch_bounds__(kWarps * 32) block_values_kernel(const uint8_t* __restrict__ packed,
                                                                 const uint8_t* __restrict__ scale,
                                                                 __nv_bfloat16* __restrict__ out, int row_units, int k_units,
                                                                 int groups, int k, int total) {
@@ -40,7 +40,8 @@ __global__ void __launch_bounds__(kWarps * 32) dequantize_kernel(const uint8_t* 
 
   uint8_t* tile = tile_store[warp];
   const uint32_t tile_address = static_cast<uint32_t>(__cvta_generic_to_shared(tile));
-  // stmatrix: lane l gives the address of row l % 8 of matrix l / 8; matrix i is a[i]: half i & 1, 16-byte column i >> 1
+  // stmatrix: lane l gives the address of row l % 8 of matrix l / 8; matrix i is a[i]: half i & 1,
+  // 16-byte column i >> 1
   const int st_row = fragment_channel(lane & 7, (lane >> 3) & 1);
   const int st_chunk = lane >> 4;
   const int ld_chunk = lane & 7;
@@ -73,12 +74,12 @@ __global__ void __launch_bounds__(kWarps * 32) dequantize_kernel(const uint8_t* 
 }  // namespace
 }  // namespace qerl
 
-extern "C" int qerl_nvfp4_dequantize(const void* packed, const void* scale, void* out, int n, int k, cudaStream_t stream) {
+extern "C" int qerl_nvfp4_block_values(const void* packed, const void* scale, void* out, int n, int k, cudaStream_t stream) {
   using namespace qerl;
   const int k_units = k / kUnit;
   const int groups = (k_units + kUnitsPerWarp - 1) / kUnitsPerWarp;
   const int total = n / kUnit * 4 * groups;
-  dequantize_kernel<<<(total + kWarps - 1) / kWarps, kWarps * 32, 0, stream>>>(
+  block_values_kernel<<<(total + kWarps - 1) / kWarps, kWarps * 32, 0, stream>>>(
       static_cast<const uint8_t*>(packed), static_cast<const uint8_t*>(scale), static_cast<__nv_bfloat16*>(out), n / kUnit,
       k_units, groups, k, total);
   return cudaGetLastError();
