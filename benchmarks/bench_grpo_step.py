@@ -129,7 +129,6 @@ def case_of(shape: str, long: bool) -> Case:
 def prepare(work: Path, shape: str, case: Case, bases: set[str]) -> None:
     """Writes the models of ``bases``, the tokenizer and the prompts to disk, where they are not
     there."""
-    sys.path.insert(0, str(HERE))
     import torch
     from shapes import SHAPES, write_bf16, write_nvfp4
 

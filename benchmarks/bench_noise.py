@@ -33,7 +33,6 @@ from result_file import ResultFile, gpu_names
 
 from qerl_verl.job import Job
 
-HERE = Path(__file__).resolve().parent
 PROMPT, BATCHED = 256, 8192
 SIGMAS = (1e-2, 5e-4)
 
@@ -98,7 +97,6 @@ def make_probe():
 
 def run_engine(noise: bool, eager: bool, args: argparse.Namespace) -> dict:
     """Measures one engine, in a process of its own."""
-    sys.path.insert(0, str(HERE))
     import torch
     from shapes import DEVICE, RANK, SHAPES, write_adapter, write_nvfp4
 

@@ -25,7 +25,6 @@ from pathlib import Path
 
 from result_file import ResultFile
 
-HERE = Path(__file__).resolve().parent
 METHODS = ("rtn", "four-over-six", "gptq")
 SEQUENCES, HELD_OUT = 128, 8
 
@@ -112,7 +111,6 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)  # model, destination, method
     arguments = parser.parse_args()
-    sys.path[:0] = [str(HERE), str(HERE.parent)]
     if arguments.one:
         source, destination, method = arguments.one
         print(json.dumps(run(Path(source), Path(destination), method, arguments.tokens)))

@@ -30,7 +30,6 @@ from result_file import ResultFile, gpu_names
 
 from qerl_verl.job import JOB_ENV, Job
 
-HERE = Path(__file__).resolve().parent
 PROMPT, GENERATED, PREFILL = 256, 256, 8192
 VARIANTS = {
     "bf16": {"base": "bf16", "lora": None},
@@ -45,7 +44,6 @@ VARIANTS = {
 def run_variant(name: str, args: argparse.Namespace) -> dict:
     """Measures one variant, in its own process."""
     settings = VARIANTS[name]
-    sys.path.insert(0, str(HERE))
     import torch
     from shapes import DEVICE, RANK, SHAPES, write_adapter, write_config, write_nvfp4
 

@@ -37,7 +37,6 @@ from result_file import ResultFile, gpu_names
 
 from qerl_verl.job import JOB_ENV, Job
 
-HERE = Path(__file__).resolve().parent
 SHAPES_OF_RUN = {"mixture": "30B-A3B-6", "dense": "7B-4"}
 SHAPES_OF_DRY_RUN = {"mixture": "tiny-moe", "dense": "tiny"}
 
@@ -187,7 +186,6 @@ def prepare(args: argparse.Namespace) -> list[tuple[str, str, Path]]:
 
         folder = Path(args.model)
         return [("given", "nvfp4" if read_quantization(folder) == "nvfp4" else "bf16", folder)]
-    sys.path.insert(0, str(HERE))
     from shapes import write_bf16, write_nvfp4
 
     out = []

@@ -28,8 +28,6 @@ import time
 import uuid
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
 RANK = 32
 MODES = ("separate", "shared")
 PROMPTS = [list(range(5 + i, 37 + i)) for i in range(8)]

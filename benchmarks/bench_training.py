@@ -35,7 +35,6 @@ from pathlib import Path
 from result_file import ResultFile, gpu_names
 from update_parts import OPTIMIZER_RANGE, divide
 
-HERE = Path(__file__).resolve().parent
 BATCH, LENGTH, CHUNK = 8, 1024, 1024
 VARIANTS = ("bf16_peft", "nvfp4", "nvfp4_selective", "nvfp4_selective_compiled", "compressed_tensors")
 DEFAULT_ENGINE = "nvfp4_auto"
@@ -195,7 +194,6 @@ def make_step(model, dtype, length: int = LENGTH, batch: int = BATCH):
 
 
 def run_variant(variant: str, args: argparse.Namespace) -> dict:
-    sys.path.insert(0, str(HERE))
     import torch
     from shapes import RANK
 
@@ -255,7 +253,6 @@ def profile_update(model, step):
 
 def gradient_errors(shape: str, layers: int) -> dict:
     """Returns the relative error of the adapters' gradients against float32, over all of them."""
-    sys.path.insert(0, str(HERE))
     import torch
 
     torch.backends.cuda.matmul.allow_tf32 = False

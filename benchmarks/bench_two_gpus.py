@@ -1,9 +1,12 @@
 """Measures NVFP4 beside bf16 on two GPUs: an FSDP2 training step, tensor-parallel rollout,
 main_ppo.
 
+    export PYTHONPATH=.    # at the top of the repository, for the helpers in tests/
     python benchmarks/bench_two_gpus.py --json benchmarks/results/two_gpus_7b_h200.json
     python benchmarks/bench_two_gpus.py --parts training rollout
-    python benchmarks/bench_two_gpus.py --shape tiny --small tiny --ppo-shape tiny --length 32 --sequences 2    # to try it on the CPU
+    # to try it on the CPU
+    export SMALL="--shape tiny --small tiny --ppo-shape tiny --length 32 --sequences 2"
+    python benchmarks/bench_two_gpus.py $SMALL
 
 Parts, in this order:
 
@@ -43,13 +46,12 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
+from result_file import ResultFile
+
 from qerl_verl.job import JOB_ENV, Job
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-sys.path[:0] = [str(HERE), str(ROOT)]
-
-from result_file import ResultFile  # noqa: E402
 
 PARTS = ("training", "equality", "rollout", "shards", "main_ppo")
 ARRANGEMENTS = ("divided", "replicas", "separate", "separate_nccl")

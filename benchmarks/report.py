@@ -16,17 +16,14 @@ import json
 import math
 import re
 import statistics
-import sys
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from run_all import INCOMPLETE, short_name  # noqa: E402
-from summary import ROWS  # noqa: E402
-from update_parts import PARTS  # noqa: E402
+from run_all import INCOMPLETE, short_name
+from summary import ROWS
+from update_parts import PARTS
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "performance.md"
 SUMMARY, TABLES = "summary", "tables"

@@ -171,7 +171,9 @@ def run_part(part: Part, path: Path, machine: dict, minutes: float, python: str 
     if not is_current(rows, machine):
         rows.unlink(missing_ok=True)
     script = str(Path(__file__).parent / part.script)
-    process = subprocess.Popen([python, script, *part.arguments, "--json", str(rows)], start_new_session=True)
+    command = [python, script, *part.arguments, "--json", str(rows)]
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))  # for helpers in tests/
+    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": paths}, start_new_session=True)
     try:
         problem = f"exit code {code}" if (code := process.wait(minutes * 60)) else None
     except subprocess.TimeoutExpired:
