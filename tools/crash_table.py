@@ -1,6 +1,6 @@
 """Prints a table of kills: a process of a run dies at each phase of a step, and the run goes on.
 
-    python -m tools.crash_table [--cases job:update driver:save ...] [--out FOLDER]
+    python -m tools.crash_table [--cases job:update driver:save ...] [--out FOLDER] [--set KEY=VALUE ...]
 
 :mod:`tests.integration.killed_job` says what a case is. On two cores one takes about two minutes.
 """
@@ -35,6 +35,9 @@ def main() -> int:
     default = [f"{v}:{p}" for p, v in itertools.product(PHASES, ("job", *VICTIMS))]
     parser.add_argument("--cases", nargs="+", default=default, help="VICTIM:PHASE, e.g. job:update")
     parser.add_argument("--out", type=Path, help="kept; a temporary folder otherwise")
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="KEY=VALUE", help="for both runs, e.g. another trainer.v1.trainer_mode"
+    )
     arguments = parser.parse_args()
     cases = [(v.replace("_", " "), p) for v, _, p in (case.partition(":") for case in arguments.cases)]
     out = arguments.out.resolve() if arguments.out else Path(tempfile.mkdtemp(prefix="crash_table_"))
@@ -49,7 +52,7 @@ def main() -> int:
         print(line(row), flush=True)
         print(f"  {row['message'][:300]}", file=sys.stderr, flush=True)
 
-    rows = run(cases, out, report)
+    rows = run(cases, out, report, arguments.set)
     print("left behind:", by_origin(traces() - before - {out}))
     if not arguments.out:
         shutil.rmtree(out)

@@ -11,13 +11,15 @@ not match it.
 As the first file it writes ``qerl_run``, the identifier of the run, which a restart with
 ``resume_mode=auto`` continues. Only folders with this run's identifier are pruned, and in them only
 files that the record lists. A checkpoint of another run that stands in the place of a new one moves
-aside.
+aside. ``qerl_owner.json`` in ``trainer.default_local_dir`` names the process that saves there, since
+two runs that save at the same time would mix their files in one folder.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import time
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
@@ -30,13 +32,49 @@ from qerl_verl.config.policy import find_changes
 from qerl_verl.config.rules import MODEL
 from qerl_verl.json_files import write_json_atomically
 from qerl_verl.nvfp4.errors import CheckpointError
+from qerl_verl.ownership import Owner
 
 RECORD_FILE = "qerl_checkpoint.json"
 PRUNED_FILE = "qerl_checkpoint.pruned.json"
 """The record of a checkpoint from which :func:`prune` has removed files."""
 RUN_FILE = "qerl_run"
+OWNER_FILE = "qerl_owner.json"
+OWNER_SECONDS = 30.0
+"""How long a new run waits for the end of another one, whose driver may have been killed just now."""
 _OURS = (RECORD_FILE, PRUNED_FILE, RUN_FILE)
 _PREFIX = "global_step_"
+
+
+def take_folder(root: Path, notify: Callable[[str], None]) -> None:
+    """Records this process as the one that saves in ``trainer.default_local_dir``.
+
+    Args:
+        root: the folder; it is made if it is missing.
+        notify: called with one line where a process of another host saved there last, or where one
+            of this host is waited for.
+
+    Raises:
+        CheckpointError: another process of this host saves there, and goes on.
+        OSError: the folder cannot be written to.
+    """
+    file, here, end = root / OWNER_FILE, Owner.current(), time.monotonic() + OWNER_SECONDS
+    owner = Owner.read(file)
+    if owner is not None and owner != here:
+        if owner.state() == "alive":
+            notify(f"{owner} saves in {root} as well; waiting up to {OWNER_SECONDS:.0f} s for its end")
+        elif owner.host != here.host:
+            notify(
+                f"{owner} was the last that saved in {root}; a run that still trains there needs a folder of its own"
+            )
+        while owner.state() == "alive":
+            if time.monotonic() > end:
+                raise CheckpointError(
+                    f"trainer.default_local_dir={root}: {owner} saves its checkpoints there now. Give this run another "
+                    "folder, or end that one. Nothing was changed."
+                )
+            time.sleep(0.2)
+    root.mkdir(parents=True, exist_ok=True)
+    here.write(file)
 
 
 def write_record(

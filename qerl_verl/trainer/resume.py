@@ -22,6 +22,7 @@ from qerl_verl.trainer.checkpoints import (
     prune,
     read_record,
     read_run,
+    take_folder,
     write_record,
 )
 
@@ -50,6 +51,10 @@ class WholeCheckpointsMixin:
     """Resumes only from complete checkpoints, see :mod:`qerl_verl.trainer.checkpoints`."""
 
     def __init__(self, config: DictConfig):
+        if config.trainer.get("save_freq", -1) > 0:  # before processes of the run start and models are loaded
+            folder = Path(config.trainer.default_local_dir).absolute()
+            with writing(str(folder), "its owner"):
+                take_folder(folder, say)
         super().__init__(config)
         node = OmegaConf.to_container(config.qerl)  # what the driver has recorded there
         self._base: dict[str, str] = node.get("base_fingerprint") or {}

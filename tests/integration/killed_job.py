@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from tests.helpers.tiny_model import make_model
@@ -26,7 +27,7 @@ END_SECONDS = 60.0  # how long a job may go on after one of its processes was ki
 START_SECONDS = 1200.0
 
 
-def overrides(inputs: list[str], checkpoints: Path) -> list[str]:
+def overrides(inputs: Sequence[str], checkpoints: Path) -> list[str]:
     return [
         *inputs,
         *REPEATABLE,
@@ -98,14 +99,15 @@ def resume_and_compare(job: Job, unbroken: Job, start: int, steps: int = 3) -> l
     return differences
 
 
-def run(cases: list[tuple[str, str]], out: Path, report) -> list[dict]:
+def run(cases: list[tuple[str, str]], out: Path, report, more: Sequence[str] = ()) -> list[dict]:
     """All cases, one after the other.
 
     Args:
         report: called with each row as soon as it is complete.
+        more: overrides of both runs, after those of the job.
     """
     logging.getLogger("torch.distributed.device_mesh").setLevel(logging.ERROR)
-    inputs = make_inputs(out, make_model(out / "model"))
+    inputs = [*make_inputs(out, make_model(out / "model")), *more]
     unbroken = make_unbroken(out / "unbroken", inputs, steps=4 + 5 * len(cases))
     job = Job(out / "killed", overrides(inputs, out / "killed" / "checkpoints"), hold_folder=out / "hold").start()
     rows = []

@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import subprocess
+import threading
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +13,8 @@ import torch
 from omegaconf import OmegaConf
 
 from qerl_verl.nvfp4.errors import CheckpointError
+from qerl_verl.ownership import Owner, _start_time
+from qerl_verl.trainer import checkpoints
 from qerl_verl.trainer.checkpoints import (
     RECORD_FILE,
     RUN_FILE,
@@ -380,6 +385,48 @@ def test_verls_trainer_calls_the_callback_last(tmp_path, monkeypatch):
 
 
 ALPHA = "actor_rollout_ref.model.lora_alpha"
+
+
+OWNERS = [
+    # whose file is there, whether the run saves, what is raised or said
+    (None, 1, None, None),
+    ("this process", 1, None, None),
+    ("an ended one", 1, None, None),
+    ("another one", 1, r"trainer.default_local_dir=.*: process \d+ on .* saves its checkpoints there now. Give", "waiting up to"),
+    ("another one", -1, None, None),
+    ("one that ends", 1, None, "waiting up to"),
+    ("another host's", 1, None, "process 1 on elsewhere was the last that saved in"),
+    ("a damaged file", 1, None, None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("whose", "save_freq", "refused", "said"), OWNERS)
+def test_one_run_at_a_time_saves_in_a_folder(tmp_path, monkeypatch, capsys, whose, save_freq, refused, said):
+    monkeypatch.setattr(checkpoints, "OWNER_SECONDS", 0.5 if refused else 30.0)
+    file, sleeping = tmp_path / "new" / checkpoints.OWNER_FILE, subprocess.Popen(["sleep", "600"])
+    here, other = Owner.current(), replace(Owner.current(), process=sleeping.pid, start=_start_time(sleeping.pid))
+    try:
+        if whose:
+            file.parent.mkdir()
+        if whose == "a damaged file":
+            file.write_text("{")
+        elif whose:
+            elsewhere = replace(here, host="elsewhere", process=1)
+            {"this process": here, "another host's": elsewhere}.get(whose, other).write(file)
+        if whose == "an ended one":
+            sleeping.kill()
+        elif whose == "one that ends":
+            threading.Timer(0.5, sleeping.kill).start()
+        if refused:
+            with pytest.raises(CheckpointError, match=refused):
+                start(file.parent, save_freq=save_freq)
+        else:
+            start(file.parent, save_freq=save_freq)
+        assert (Owner.read(file) == here) is (save_freq > 0 and not refused)
+    finally:
+        sleeping.kill()
+        sleeping.wait()
+    assert (said or "") in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("mode", ["auto", "resume_path"])
