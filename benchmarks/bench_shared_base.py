@@ -18,6 +18,7 @@ card. The exit code is 1 where a check fails.
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import os
 import signal
@@ -26,10 +27,12 @@ import sys
 import tempfile
 import time
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
 RANK = 32
-MODES = ("separate", "shared")
+MODES = ("shared", "separate")
+"""In the order in which they run. The first alone shows whether one copy works."""
 PROMPTS = [list(range(5 + i, 37 + i)) for i in range(8)]
 GEMM = (37888, 3584, 64)
 
@@ -75,11 +78,17 @@ class Process:
                 log.write(line)
         raise RuntimeError(f"{self.log.name} ended with exit code {self.popen.wait()}:\n{self.log.read_text()[-3000:]}")
 
+    def stacks(self) -> list[str]:
+        """Returns the end of the log after each process of the group has written its stacks
+        there."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.popen.pid, signal.SIGUSR1)
+            time.sleep(2)
+        return self.log.read_text(errors="replace").splitlines()[-120:]
+
     def end(self) -> None:
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(self.popen.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self.popen.wait()
 
 
@@ -98,7 +107,12 @@ def actor(args) -> None:
     imports_s = time.monotonic() - begin
     wait_for("go")
     begin = time.monotonic()
+
+    def note(what: str) -> None:
+        print(f"{time.monotonic() - begin:.1f} s: {what}", file=sys.stderr, flush=True)
+
     initialize_global_process_group_ray()
+    note("the process group is there")
     engine = EngineRegistry.new(
         model_type="language_model",
         backend="fsdp2",
@@ -117,7 +131,9 @@ def actor(args) -> None:
         optimizer_config=FSDPOptimizerConfig(lr=1e-3, total_training_steps=10),
         checkpoint_config=CheckpointConfig(save_lora_only=True),
     )
+    note("the engine is configured")
     engine.initialize()
+    note("the engine is built")
     say(imports_s=imports_s, build_s=time.monotonic() - begin)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     while command := listen():
@@ -433,22 +449,23 @@ def alike(one: dict, other: dict) -> bool:
 
 def verdicts(found: dict) -> dict[str, bool]:
     """Returns the conditions that must hold, with their outcome."""
-    separate, shared = (found.get(mode) for mode in MODES)
+    separate, shared = found.get("separate"), found.get("shared")
     out = {}
     for name, gemm in found.get("gemm", {}).items():
         out[f"{name}: equal results"] = gemm["equal"] and gemm["asleep"] and gemm["awake"]
         out[f"{name}: equal speed (5 %)"] = gemm["shared_us"] < 1.05 * gemm["copy_us"]
         out[f"{name}: the second process takes no memory for it"] = gemm["taken_mib"] < 64
         out[f"{name}: the second process ends with the owner"] = gemm["exit_code"] == 1 and gemm["said"]
-    if separate and shared:
-        out["the same base"] = separate["rollout"]["digest"] == shared["rollout"]["digest"]
-        out["the same tokens and log-probabilities"] = alike(separate["rollout"], shared["rollout"])
-        out["the actor trains alike"] = separate["train"] == shared["train"]
+    if shared:
         out["the same after all"] = alike(shared["again"], shared["rollout"])
         out["the base has not changed"] = shared["again"]["digest"] == shared["rollout"]["digest"]
         out["workers end with the actor"] = shared["end"]["workers_ended"]
         if "sleep" in shared:
             out["the base stays through a sleep"] = shared["sleep"]["asleep"] == shared["sleep"]["awake"]
+    if separate and shared:
+        out["the same base"] = separate["rollout"]["digest"] == shared["rollout"]["digest"]
+        out["the same tokens and log-probabilities"] = alike(separate["rollout"], shared["rollout"])
+        out["the actor trains alike"] = separate["train"] == shared["train"]
     return out
 
 
@@ -466,10 +483,12 @@ def main() -> int:
     parser.add_argument("--seconds", type=int, default=600, help="everything ends then (default: %(default)s)")
     parser.add_argument("--offload", action="store_true", help="the actor's param_offload and optimizer_offload")
     parser.add_argument("--utilization", type=float, default=0.3, help="the rollout's gpu_memory_utilization")
+    parser.add_argument("--no-gemm", action="store_true", help="leave out the first check")
     for name in ("--model", "--adapter", "--load-format", "--key"):
         parser.add_argument(name)
     args = parser.parse_args()
     if args.role != "main":
+        faulthandler.register(signal.SIGUSR1)  # forked processes inherit it
         {"actor": actor, "rollout": rollout, "gemm_owner": gemm_owner, "gemm_user": gemm_user}[args.role](args)
         return 0
 
@@ -493,7 +512,7 @@ def main() -> int:
     new: dict = {"shape": args.shape, "torch": torch.__version__}
     if on_gpu:
         new |= {"device": torch.cuda.get_device_name(0), "gemm": {}}
-    segments = {f"GEMM, {name}": name for name in SEGMENTS} if on_gpu else {}
+    segments = {f"GEMM, {name}": name for name in SEGMENTS} if on_gpu and not args.no_gemm else {}
     with ResultFile(args.json, new) as result:
         found = result.content
         pairs = {name: start_gemm(segments[name], work) for name in result.left(segments)}
@@ -507,6 +526,11 @@ def main() -> int:
             for mode in result.steps(args.modes):
                 found[mode] = run_mode(mode, *modes[mode], on_gpu)
                 show(mode, found[mode])
+        except (KeyboardInterrupt, RuntimeError, TimeoutError) as error:
+            started = [process for pair in (*pairs.values(), *modes.values()) for process in pair]
+            found["stopped"] = f"{type(error).__name__}: {error}"
+            found["logs"] = {process.log.name: process.stacks() for process in started}
+            raise
         finally:
             signal.alarm(0)
             for pair in (*pairs.values(), *modes.values()):

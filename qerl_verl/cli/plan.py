@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from qerl_verl.cli.explain import ExplainError, compose_with_keys, split_words
 from qerl_verl.nvfp4.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from qerl_verl.memory.estimate import Model, Run
 
 
 def add_plan(subparsers, common: argparse.ArgumentParser) -> None:
@@ -40,31 +46,12 @@ def show_plan(name: str, overrides: list[str], config_path: str | None, gpu_memo
     Raises:
         ExplainError: the configuration cannot be composed or run, or the model cannot be read.
     """
-    from qerl_verl.config.arms import get_arm
-    from qerl_verl.config.host import Host
     from qerl_verl.config.keys import get_value
-    from qerl_verl.config.plan import plan
     from qerl_verl.config.rules import MODEL
     from qerl_verl.memory.estimate import GIB, estimate, propose
-    from qerl_verl.memory.read import model_of, read_config, run_of
 
-    config, keys = compose_with_keys(name, overrides, config_path)
-    made = plan(config, keys, Host.here(), "cuda", here=False)
-    if made.problems:
-        raise ExplainError(f"{name} cannot run: {'; '.join(made.problems)}")
-    config = made.config
-    if not get_arm(config).container:
-        raise ExplainError(
-            f"plan: the memory of +qerl={get_arm(config).name} cannot be estimated; that of nvfp4 and mxfp4 can"
-        )
+    config, model, run = read_run(name, overrides, config_path)
     total = int(_gpu_gib(gpu_memory) * GIB)
-    try:
-        content = read_config(config)
-        targets, exclude = (get_value(config, f"{MODEL}.{key}") for key in ("target_modules", "exclude_modules"))
-        model = model_of(content, get_value(config, f"{MODEL}.lora_rank"), targets, exclude)
-    except (OSError, CheckpointError) as error:
-        raise ExplainError(f"{MODEL}.path={get_value(config, f'{MODEL}.path')}: {error}") from error
-    run = run_of(config, made.shares_base)
     found = estimate(model, run, total)
 
     print(f"{name}: {get_value(config, f'{MODEL}.path')} on GPUs of {total / GIB:.1f} GiB, estimated for one of them")
@@ -93,6 +80,41 @@ def show_plan(name: str, overrides: list[str], config_path: str | None, gpu_memo
     for change in changes or ():
         print(f"  {change}")
     return 2
+
+
+def read_run(name: str, overrides: list[str], config_path: str | None) -> tuple[DictConfig, Model, Run]:
+    """Returns a run's configuration after the rules of the switch, and what decides about its
+    memory.
+
+    Args:
+        name, overrides, config_path: see :func:`~qerl_verl.cli.explain.compose_with_keys`.
+
+    Raises:
+        ExplainError: the configuration cannot be composed or run, or the model cannot be read.
+    """
+    from qerl_verl.config.arms import get_arm
+    from qerl_verl.config.host import Host
+    from qerl_verl.config.keys import get_value
+    from qerl_verl.config.plan import plan
+    from qerl_verl.config.rules import MODEL
+    from qerl_verl.memory.read import model_of, read_config, run_of
+
+    config, keys = compose_with_keys(name, overrides, config_path)
+    made = plan(config, keys, Host.here(), "cuda", here=False)
+    if made.problems:
+        raise ExplainError(f"{name} cannot run: {'; '.join(made.problems)}")
+    config = made.config
+    if not get_arm(config).container:
+        raise ExplainError(
+            f"plan: the memory of +qerl={get_arm(config).name} cannot be estimated; that of nvfp4 and mxfp4 can"
+        )
+    try:
+        content = read_config(config)
+        targets, exclude = (get_value(config, f"{MODEL}.{key}") for key in ("target_modules", "exclude_modules"))
+        model = model_of(content, get_value(config, f"{MODEL}.lora_rank"), targets, exclude)
+    except (OSError, CheckpointError) as error:
+        raise ExplainError(f"{MODEL}.path={get_value(config, f'{MODEL}.path')}: {error}") from error
+    return config, model, run_of(config, made.shares_base)
 
 
 def _gpu_gib(given: float | None) -> float:
