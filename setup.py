@@ -64,7 +64,8 @@ setup(
     extras_require={
         # verl 0.9.1's own pin of vLLM, with CUDA
         "gpu": ["verl[vllm]==0.9.1", "TransferQueue==0.1.11"],
-        # The arm +qerl=nf4. With vLLM 0.28 it also needs vllm-bnb-plugin before 0.0.3, which older vLLMs must not have.
+        # The arm +qerl=nf4. With vLLM 0.28 it also needs vllm-bnb-plugin before 0.0.3, which older
+        # vLLMs must not have.
         "nf4": ["bitsandbytes>=0.48.1"],
         # Figures of `qerl compare`.
         "figures": ["matplotlib>=3.8"],

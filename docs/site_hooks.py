@@ -71,7 +71,8 @@ def rewrite(markdown: str, page: str) -> str:
 
 
 def linked_files(source: str, markdown: str) -> set[str]:
-    """Paths in the repository of the files outside of ``docs/`` that a page links to, pages left out."""
+    """Paths in the repository of the files outside of ``docs/`` that a page links to, pages left
+    out."""
     links = (match[3] for match in _LINK.finditer(markdown) if not _is_elsewhere(match[3]))
     targets = (target_of(source, link) for link in links)
     return {target.removeprefix("files/") for target in targets if target and target.startswith("files/")}

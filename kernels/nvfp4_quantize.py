@@ -82,7 +82,8 @@ def quantize_nvfp4(weight: torch.Tensor, global_scale: torch.Tensor) -> tuple[to
     Raises:
         ValueError: a shape or dtype other than the above.
     """
-    six = torch.tensor(E2M1_MAX, dtype=weight.dtype, device=weight.device)  # a Python 6.0 multiplies by 1/6 on CUDA
+    # a Python 6.0 multiplies by 1/6 on CUDA
+    six = torch.tensor(E2M1_MAX, dtype=weight.dtype, device=weight.device)
 
     def quantize(blocks: torch.Tensor, global_scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         block_scale = _to_e4m3((blocks.abs().amax(-1) / six).float() * global_scale)

@@ -98,7 +98,8 @@ PARTS = sorted(path.name for path in (ROOT / "qerl_verl").iterdir() if path.is_d
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_file_of_ours_that_a_page_names_exists(page):
-    """Paths in backticks from the top of the repository or of the package, and names of result files."""
+    """Paths in backticks from the top of the repository or of the package, and names of result
+    files."""
     named = [name for name in re.findall(r"`([\w./-]+\.\w+)(?:::\w+)?`", prose(page)) if "/x/" not in name]
     missing = [
         name for name in named if name.startswith(tuple(f"{top}/" for top in TOPS)) and not (ROOT / name).exists()

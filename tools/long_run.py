@@ -1,11 +1,12 @@
-"""A long run of the tiny setup: does memory, or the number of handles, grow? And what is left behind when a run ends?
+"""A long run of the tiny setup: does memory, or the number of handles, grow? And what is left
+behind when a run ends?
 
     python -m tools.long_run [--steps 300] [--out FOLDER]
 
-Every ten steps: resident memory, open file handles and segments of shared memory of each process of the job, as a table of
-the first, the middle and the last of them and a slope. Then three short runs, one that ends, one that is interrupted with Ctrl-C
-and one whose trainer is killed, and what each leaves in the folders for shared memory and temporary files.
-"""
+Every ten steps: resident memory, open file handles and segments of shared memory of each process of
+the job, as a table of the first, the middle and the last of them and a slope. Then three short
+runs, one that ends, one that is interrupted with Ctrl-C and one whose trainer is killed, and what
+each leaves in the folders for shared memory and temporary files."""
 
 from __future__ import annotations
 
@@ -50,7 +51,8 @@ def overrides(inputs: list[str], folder: Path, steps: int) -> list[str]:
 
 
 def measure(job: Job) -> dict[str, dict[str, int]]:
-    """Resident bytes, handles and mapped shared memory segments by the name of the process; those of the same name are added."""
+    """Resident bytes, handles and mapped shared memory segments by the name of the process; those
+    of the same name are added."""
     out: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
     for process in job.processes().values():
         try:
@@ -73,7 +75,8 @@ def short(text: str) -> str:
 
 
 def table(records: list[tuple[int, dict]], settled: int = 30) -> str:
-    """Rows by process: at the first measurement after ``settled`` steps, in the middle, at the end, growth per 100 steps."""
+    """Rows by process: at the first measurement after ``settled`` steps, in the middle, at the end,
+    growth per 100 steps."""
     records = [r for r in records if r[0] >= settled] or records
     (first, a), (_, b), (last, c) = records[0], records[len(records) // 2], records[-1]
     lines = [f"| process | MiB at step {first} | middle | step {last} | MiB per 100 steps | handles | segments |"]
@@ -115,7 +118,8 @@ def by_origin(paths: set[Path]) -> str:
 
 
 def left_behind(how: str, folder: Path, inputs: list[str]) -> set[Path]:
-    """What a run of five steps leaves: ``end``, ``interrupt`` (Ctrl-C after step 2) or ``crash`` (its trainer is killed)."""
+    """What a run of five steps leaves: ``end``, ``interrupt`` (Ctrl-C after step 2) or ``crash``
+    (its trainer is killed)."""
     before = traces()
     job = Job(folder, [*overrides(inputs, folder, 5), "trainer.save_freq=1"]).start()
     try:

@@ -1,12 +1,13 @@
-"""Runs main_ppo with ``separate_async`` on the tiny model and looks into the engines while it trains. By hand, not in CI.
+"""Runs main_ppo with ``separate_async`` on the tiny model and looks into the engines while it
+trains. By hand, not in CI.
 
     python -m tools.separate_async [--out FOLDER] [--hybrid]
 
-Four steps of two updates each, validated and saved; then the same command once more from the checkpoint of step 2. ``--hybrid``:
-with a second replica on the actor's slot, verl's default. Checked at every step: the rollout has the adapter that the actor
-saved (digests), its norms are the clean ones plus the noise of the step bit for bit, and clean in a validation; the metrics
-tell the noise that stale samples were drawn under. On two cores about five minutes.
-"""
+Four steps of two updates each, validated and saved; then the same command once more from the
+checkpoint of step 2. ``--hybrid``: with a second replica on the actor's slot, verl's default.
+Checked at every step: the rollout has the adapter that the actor saved (digests), its norms are the
+clean ones plus the noise of the step bit for bit, and clean in a validation; the metrics tell the
+noise that stale samples were drawn under. On two cores about five minutes."""
 
 from __future__ import annotations
 
@@ -48,7 +49,8 @@ OVERRIDES = [
 
 
 def run(folder: Path, inputs: list[str], hybrid: bool) -> dict[int, dict]:
-    """One start in ``folder``, where its checkpoints and the spy's files are. Returns the metrics by step."""
+    """One start in ``folder``, where its checkpoints and the spy's files are. Returns the metrics
+    by step."""
     os.environ["QERL_TEST_SPY"] = str(folder)
     overrides = [f"trainer.default_local_dir={folder / 'checkpoints'}", f"actor_rollout_ref.hybrid_engine={hybrid}"]
     job = Job(folder, [*inputs, *OVERRIDES, *overrides]).start()

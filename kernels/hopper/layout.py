@@ -137,7 +137,8 @@ def prepack(packed: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, to
         codes = codes * ((s & 0x7F) != 0)
         # row = (row unit, warp, g // 2, h, g % 2), k = (k unit, step j, half hk, t, e)
         codes = codes.view(-1, 4, 4, 2, 2, k // UNIT, 4, 2, 4, 2)
-        codes = codes.permute(0, 5, 1, 2, 4, 8, 6, 7, 3, 9).reshape(-1, 8).int()  # words of (hk, h, e)
+        # words of (hk, h, e)
+        codes = codes.permute(0, 5, 1, 2, 4, 8, 6, 7, 3, 9).reshape(-1, 8).int()
         words = torch.zeros_like(codes[:, 0])
         for i, code_bit, word_bit in word_bits():
             words |= ((codes[:, i] >> code_bit) & 1) << word_bit
@@ -197,5 +198,6 @@ def unpack_lora_b(b_p: torch.Tensor) -> torch.Tensor:
     """Returns the inverse of :func:`prepack_lora_b`."""
     n, rank = b_p.shape
     units = _ungroup(b_p.reshape(-1), n, rank // LORA_UNIT * UNIT, UNIT * LORA_UNIT)
-    units = units.view(-1, rank // LORA_UNIT, 4, 4, 2, 4, 2, 2, 2)  # unit, j, warp, g // 2, g % 2, t, hk, h, e
+    # unit, j, warp, g // 2, g % 2, t, hk, h, e
+    units = units.view(-1, rank // LORA_UNIT, 4, 4, 2, 4, 2, 2, 2)
     return units.permute(0, 2, 3, 7, 4, 1, 6, 5, 8).reshape(n, rank)

@@ -46,7 +46,9 @@ class Plan(NamedTuple):
     config: int
     blocks: int
     cluster: (
-        int  # blocks that share each tile through their shared memory, 0: shares of equal length, see nvfp4_gemm.cu
+        # blocks that share each tile through their shared memory, 0: shares of equal length, see
+        # nvfp4_gemm.cu
+        int
     )
     workspace: int  # bytes
 

@@ -36,7 +36,8 @@ def nvfp4_block_values_kernel(
     s = (s * E2M1_FACTOR)[:, :, None]
     pair = group[None, :, None] * 8 + tl.arange(0, 8)[None, None, :]
     byte = tl.load(packed + row[:, None, None] * half_k + pair, mask=inside[:, :, None], other=0)
-    values = tl.join(e2m1_low_to_float32(byte) * s, e2m1_high_to_float32(byte) * s)  # [rows, groups, 8, 2]
+    # [rows, groups, 8, 2]
+    values = tl.join(e2m1_low_to_float32(byte) * s, e2m1_high_to_float32(byte) * s)
     values = tl.reshape(values, (BLOCK_N, BLOCK_GROUPS * 16)).to(out.dtype.element_ty)  # exact
     column = tl.program_id(1) * (BLOCK_GROUPS * 16) + tl.arange(0, BLOCK_GROUPS * 16)
     inside_w = (row < n)[:, None] & (column < 2 * half_k)[None, :]

@@ -3,12 +3,11 @@
 Everything else is the same in every arm: trainer, noise, adapters and where they start from, data
 order and seeds.
 
-| arm | base | actor | rollout |
-|---|---|---|---|
-| nvfp4 | NVFP4, quantized once into the cache | QeRL's engine and kernels | QeRL's or vLLM's kernels |
-| mxfp4 | MXFP4, in the container of NVFP4 | as nvfp4 | as nvfp4 |
-| bf16 | the 16-bit checkpoint | verl's FSDP2 engine | vLLM with its own LoRA path |
-| nf4 | NF4, quantized by bitsandbytes at each load | verl's FSDP2 engine on bitsandbytes' linears | vLLM's bitsandbytes |
+| arm | base | actor | rollout | |---|---|---|---| | nvfp4 | NVFP4, quantized once into the cache |
+QeRL's engine and kernels | QeRL's or vLLM's kernels | | mxfp4 | MXFP4, in the container of NVFP4 |
+as nvfp4 | as nvfp4 | | bf16 | the 16-bit checkpoint | verl's FSDP2 engine | vLLM with its own LoRA
+path | | nf4 | NF4, quantized by bitsandbytes at each load | verl's FSDP2 engine on bitsandbytes'
+linears | vLLM's bitsandbytes |
 
 Importable without torch, verl or vLLM.
 """

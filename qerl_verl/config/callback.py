@@ -129,7 +129,8 @@ def say_losses(config: DictConfig, nodes: list[str], processes: list[LostProcess
         nodes: those that are gone, each with Ray's reason.
         processes: those that are gone, in the order of their ends.
     """
-    processes = [process for process in processes if process.started]  # a new start meets the same error
+    # a new start meets the same error
+    processes = [process for process in processes if process.started]
     for node in nodes:
         say(f"the run has ended because a node is gone: {node}")
     if processes and not nodes:

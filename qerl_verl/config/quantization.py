@@ -79,7 +79,8 @@ def choose_quantization(config: DictConfig, settings: QeRLSettings, gpu: bool) -
     if settings.arm == "mxfp4":
         return Choice("mxfp4", "the arm's own", device="cuda" if gpu else "cpu")
     files, text_from = _as_files(wanted.calibration), f"{KEY}.calibration"
-    if not files and get_value(config, "data.custom_cls.path") is None:  # such a class reads what only it knows
+    # such a class reads what only it knows
+    if not files and get_value(config, "data.custom_cls.path") is None:
         files, text_from = _as_files(get_value(config, TRAIN_FILES)), TRAIN_FILES
     method, reason = wanted.method, f"{KEY}.method"
     if method == "auto":

@@ -115,7 +115,8 @@ def packed_attention_forward(
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     ranks = get_ulysses_sequence_parallel_world_size()
-    query, key, value = (t.transpose(1, 2) for t in (query, key, value))  # [1, tokens, heads, head_dim]
+    # [1, tokens, heads, head_dim]
+    query, key, value = (t.transpose(1, 2) for t in (query, key, value))
     if ranks > 1:
         repeats = max(ranks // key.shape[2], 1)
         key, value = (t.repeat_interleave(repeats, dim=2) for t in (key, value))

@@ -38,7 +38,8 @@ class Recompute:
         self.how = "full" if how == "auto" and device.type != "cuda" else how
         self._device = device
         self._announce: Callable[[str], None] | None = announce
-        self._need_per_row: float | None = None  # bytes a token, of all that is not kept; an upper bound
+        # bytes a token, of all that is not kept; an upper bound
+        self._need_per_row: float | None = None
         self._start = self._layers = self._kept_layers = self._kept = self._rows = 0
         self._left: float | None = None  # bytes that may still be kept; None until a layer has run
         if self.how != "auto":

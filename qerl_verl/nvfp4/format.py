@@ -61,7 +61,8 @@ WEIGHT_DTYPES = ("F32", "BF16", "F16")
 
 
 def packed_layout(linear: str, n: int, k: int) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Returns name -> (dtype as in safetensors, shape) of the tensors of a packed linear ``[n, k]``."""
+    """Returns name -> (dtype as in safetensors, shape) of the tensors of a packed linear ``[n,
+    k]``."""
     return {
         f"{linear}.weight_global_scale": ("F32", (1,)),
         f"{linear}.weight_packed": ("U8", (n, k // 2)),

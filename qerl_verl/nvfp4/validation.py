@@ -34,7 +34,8 @@ def check_checkpoint(path: str | Path) -> Literal["none", "nvfp4", "modelopt", "
         As :func:`read_quantization`, or a format that :mod:`qerl_verl.nvfp4.convert` converts.
 
     Raises:
-        UnsupportedArchitecture, CheckpointError: as :func:`~qerl_verl.nvfp4.quantize.quantize_checkpoint` or
+        UnsupportedArchitecture, CheckpointError: as
+            :func:`~qerl_verl.nvfp4.quantize.quantize_checkpoint` or
             :func:`validate_nvfp4_checkpoint`.
     """
     path = Path(path)
@@ -54,8 +55,8 @@ def check_source(path: str | Path) -> None:
     """Checks from its headers that a 16- or 32-bit model folder can be used as it is.
 
     Raises:
-        UnsupportedArchitecture, CheckpointError: as :func:`~qerl_verl.nvfp4.quantize.quantize_checkpoint`; or the checkpoint
-            is NVFP4.
+        UnsupportedArchitecture, CheckpointError: as
+            :func:`~qerl_verl.nvfp4.quantize.quantize_checkpoint`; or the checkpoint is NVFP4.
     """
     path = Path(path)
     if read_quantization(path) == "nvfp4":

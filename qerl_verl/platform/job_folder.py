@@ -168,7 +168,8 @@ def _end(folder: Path, owner: int) -> None:
         return
     with _housekeeping("the job's shared memory could not be noted"):
         _note(folder)
-    if ray := sys.modules.get("ray"):  # a process that is ending cannot import it any more, and has no need to
+    # a process that is ending cannot import it any more, and has no need to
+    if ray := sys.modules.get("ray"):
         ray.shutdown()
     close_job_folder(folder)
 

@@ -53,7 +53,8 @@ def ends_on_signals() -> Iterator[None]:
     finally:
         if threading.current_thread() is threading.main_thread():
             for number, handler in before.items():
-                signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not installed from Python
+                # None: not installed from Python
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def end_driver_on_signals() -> bool:

@@ -60,8 +60,8 @@ class LinearAdapter:
             shard: see :data:`Shard`.
 
         Raises:
-            ValueError: an A without its B, a rank beyond the buffers', or a shape that does not fit.
-        """
+            ValueError: an A without its B, a rank beyond the buffers', or a shape that does not
+        fit."""
         room, ends = self.rank(layer), (0, *self.ends)
         for index, _ in parts:
             a, b = parts.get((index, "A")), parts.get((index, "B"))

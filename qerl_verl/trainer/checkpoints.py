@@ -298,7 +298,8 @@ def prune(saved: list[Path], role: str, keep: int | None, run: str) -> None:
         if read_run(folder) != run:
             continue
         with suppress(FileNotFoundError):  # another role's part has gone before
-            (folder / RECORD_FILE).rename(folder / PRUNED_FILE)  # first: the folder is not whole any more
+            # first: the folder is not whole any more
+            (folder / RECORD_FILE).rename(folder / PRUNED_FILE)
         for name in (read_record(folder, PRUNED_FILE) or {"files": ()})["files"]:
             if name.startswith(f"{role}/"):
                 (folder / name).unlink(missing_ok=True)

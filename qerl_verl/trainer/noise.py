@@ -66,7 +66,8 @@ class NoiseMixin:
     def __init__(self, config: DictConfig):
         self.qerl_settings = this_job().settings
         self._sampling_step = 1
-        self._acting: dict[int, dict[str, float]] = {}  # by step, the noise in effect in the engines
+        # by step, the noise in effect in the engines
+        self._acting: dict[int, dict[str, float]] = {}
         self._validating = False
         self._training = False
         super().__init__(config)

@@ -92,7 +92,8 @@ class WholeCheckpointsMixin:
             say(f"the run that saved {folder} was to have {then} steps, this one has {steps}: the noise stages move")
         say(f"resuming from {folder}")
         self._resume_own_state(folder)
-        if trainer.resume_mode == "auto":  # the same run goes on; what a path names may be another's, and has to stay
+        # the same run goes on; what a path names may be another's, and has to stay
+        if trainer.resume_mode == "auto":
             self._run = read_run(folder) or self._run
             self._saved = [folder]
         with self._trainer_setting(resume_mode="resume_path", resume_from_path=str(folder)):

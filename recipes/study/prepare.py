@@ -162,7 +162,8 @@ def train_start(model: str, data: Path, out: Path, epochs: float, lr: float, bat
     }  # fmt: skip
     if trainer.is_world_process_zero():
         out.mkdir(parents=True, exist_ok=True)
-        (out / START_FILE).write_text(json.dumps(record, indent=1))  # first: the model is this command's
+        # first: the model is this command's
+        (out / START_FILE).write_text(json.dumps(record, indent=1))
         language_model.to(torch.bfloat16).save_pretrained(out)
         tokenizer.save_pretrained(out)
     return record

@@ -78,7 +78,8 @@ def _check_finished(wanted: Sequence[Run], out: Path, scale: str, overrides: Seq
     """Refuses to count a run as finished that had other settings than those that are wanted now."""
 
     def settings(words: Sequence[str]) -> list[str]:
-        return [word for word in words[1:] if not word.startswith("study.out=")]  # the folder may have moved
+        # the folder may have moved
+        return [word for word in words[1:] if not word.startswith("study.out=")]
 
     problems = []
     for run in wanted:

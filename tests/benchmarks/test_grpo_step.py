@@ -103,7 +103,8 @@ def test_the_start_of_a_run_is_described():
 
 @pytest.fixture
 def bench(tmp_path, monkeypatch):
-    """Runs bench_grpo_step.py on a command that prints lines; returns its exit code and its file."""
+    """Runs bench_grpo_step.py on a command that prints lines; returns its exit code and its
+    file."""
     monkeypatch.setattr(result_file, "describe_machine", lambda gpu: dict.fromkeys(result_file.CONDITIONS, "the same"))
     monkeypatch.setattr(bench_grpo_step, "subprocess", SimpleNamespace(**vars(bench_grpo_step.subprocess)))
     monkeypatch.setattr(bench_grpo_step.subprocess, "run", lambda *line, **settings: None)

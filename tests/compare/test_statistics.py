@@ -87,7 +87,8 @@ def test_a_curve_rests_at_each_step_on_the_runs_that_have_it():
 
 
 def test_a_curve_has_at_each_step_the_interval_of_its_mean():
-    values = np.random.default_rng(1).normal(size=(4, 700))  # more steps than are resampled at a time
+    # more steps than are resampled at a time
+    values = np.random.default_rng(1).normal(size=(4, 700))
     mean, low, high = Bootstrap().curve(values, "a")
     for step in (0, 511, 512, 699):
         expected = Bootstrap().mean(values[:, step], "a")

@@ -28,10 +28,12 @@ OF_THE_BASE = {
     f"{ROLLOUT}.engine_kwargs.vllm.quantization",
     f"{ROLLOUT}.load_format",
     f"{ACTOR}.fsdp_config.model_dtype",
-    "actor_rollout_ref.model.use_fused_kernels",  # without flash-attn, QeRL's engine has an output layer of its own
+    # without flash-attn, QeRL's engine has an output layer of its own
+    "actor_rollout_ref.model.use_fused_kernels",
 }
-"""Settings that say how the base is stored and run. Nothing else may depend on the arm: not the data or their order, not
-the sampling or its seeds, not the adapter or the seed of its initial values, not the noise, not the loss."""
+"""Settings that say how the base is stored and run. Nothing else may depend on the arm: not the
+data or their order, not the sampling or its seeds, not the adapter or the seed of its initial
+values, not the noise, not the loss."""
 
 
 def installed(**versions):
@@ -45,7 +47,8 @@ def installed(**versions):
 
 @pytest.fixture(scope="module")
 def switched(composed):
-    """``switched(arm, *overrides)``: verl's configuration in an arm, after the rules, and the problems."""
+    """``switched(arm, *overrides)``: verl's configuration in an arm, after the rules, and the
+    problems."""
 
     def switch(arm, *overrides, on_cpu=False, packages=VERSIONS, environment=None):
         overrides = ["algorithm.adv_estimator=grpo", *overrides]

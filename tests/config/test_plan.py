@@ -49,7 +49,8 @@ def test_problems_of_all_areas_are_reported_together(tmp_path):
 
 @pytest.mark.parametrize("environment", [{}, {"OMP_NUM_THREADS": "1"}])
 def test_a_run_says_what_explain_prints(monkeypatch, capsys, gsm8k_files, bf16_checkpoint, environment):
-    """Both go through plan() on one host; this fails when one of them sets or checks something beside it."""
+    """Both go through plan() on one host; this fails when one of them sets or checks something
+    beside it."""
     host = replace(HOST, environment=environment)
     monkeypatch.setattr(Host, "here", lambda: host)
     overrides = [

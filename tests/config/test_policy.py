@@ -56,7 +56,8 @@ def test_everything_that_defines_the_policy_is_recorded(first, bf16_checkpoint, 
 
 
 CHANGED = [
-    (["{M}.lora_rank=32"], ["{M}.lora_alpha was 32 and is 16; set {M}.lora_alpha=32"]),  # verl's default alpha
+    # verl's default alpha
+    (["{M}.lora_rank=32"], ["{M}.lora_alpha was 32 and is 16; set {M}.lora_alpha=32"]),
     (["{M}.lora_alpha=64"], ["{M}.lora_alpha was 32 and is 64; set {M}.lora_alpha=32"]),
     (
         ["{M}.lora_rank=16", "{M}.lora_alpha=16"],

@@ -71,7 +71,8 @@ def test_it_is_said_where_there_is_something_to_quantize(bf16_checkpoint, nvfp4_
 
 
 def test_the_cache_gets_what_was_chosen(monkeypatch, bf16_checkpoint, gsm8k_files, tmp_path):
-    """As the callback asks for it; `qerl resolve --calibration` with the same file finds the same entry."""
+    """As the callback asks for it; `qerl resolve --calibration` with the same file finds the same
+    entry."""
     asked = []
     monkeypatch.setattr(cache, "quantize_checkpoint", lambda src, dst, **how: asked.append(how) or 1 / 0)
     data = {"data": {"train_files": "data/gsm8k/train.parquet", "prompt_key": "prompt"}}

@@ -52,7 +52,8 @@ UNITS = "transfer_queue.backend.SimpleStorage.num_data_storage_units"
         (("data.train_batch_size=16", "actor_rollout_ref.rollout.n=8"), 2, 8, 2),
         (("data.train_batch_size=5", "actor_rollout_ref.rollout.n=13"), 2, 5, 2),
         (("data.train_batch_size=64", "actor_rollout_ref.rollout.n=8"), 8, 8, 8),
-        (("data.train_batch_size=4", "reward.num_workers=8", f"{UNITS}=3"), 1, 8, 3),  # the user's stay
+        # the user's stay
+        (("data.train_batch_size=4", "reward.num_workers=8", f"{UNITS}=3"), 1, 8, 3),
         (("data.train_batch_size=4", "actor_rollout_ref.rollout.multi_turn.enable=True"), 8, 8, 8),
     ],
 )
@@ -152,10 +153,12 @@ def test_the_users_values_win(switched):
     )
     assert problems == []
     assert config.actor_rollout_ref.model.lora_rank == 64
-    assert config.actor_rollout_ref.model.lora_alpha == 16  # verl's own, since the rank is the user's
+    # verl's own, since the rank is the user's
+    assert config.actor_rollout_ref.model.lora_alpha == 16
     assert config.algorithm.rollout_correction.rollout_is == "sequence"
     assert config.actor_rollout_ref.model.override_config.attn_implementation == "eager"
-    assert config.actor_rollout_ref.rollout.enforce_eager is False  # said on the command line, though verl's default
+    # said on the command line, though verl's default
+    assert config.actor_rollout_ref.rollout.enforce_eager is False
     assert config.actor_rollout_ref.rollout.agent.num_workers == 8
     assert not any("agent.num_workers" in line or "enforce_eager" in line for line in lines)
 
@@ -333,7 +336,8 @@ ACTORS = "actor_rollout_ref.actor.fsdp_config.mixed_precision"
 def test_without_bfloat16_arithmetic_actor_and_rollout_compute_in_float32(
     switched, monkeypatch, overrides, on_cpu, reason, rollout, actor, critic
 ):
-    """A dtype of the user's for either of the two stays, and then the other one is left alone as well."""
+    """A dtype of the user's for either of the two stays, and then the other one is left alone as
+    well."""
     monkeypatch.setattr(rules, "missing_bfloat16", lambda environment: reason)
     config, lines, problems = switched(*overrides, on_cpu=on_cpu)
     assert problems == []
@@ -365,7 +369,8 @@ def test_vllm_never_gets_one_thread_on_a_cpu(switched, monkeypatch, on_cpu, thre
 
 
 def test_vllm_compiles_sampling_on_a_cpu_itself():
-    """What makes a C++ compiler necessary; if vLLM stops doing so, TORCH_COMPILE_DISABLE need not be set."""
+    """What makes a C++ compiler necessary; if vLLM stops doing so, TORCH_COMPILE_DISABLE need not
+    be set."""
     source = find_spec("vllm").submodule_search_locations[0] + "/v1/sample/ops/topk_topp_sampler.py"
     assert "@torch.compile(dynamic=True)\ndef compiled_random_sample" in Path(source).read_text()
 

@@ -40,8 +40,8 @@ def verl_batch(step, dp_rank=0, dp_size=1, longer=1, vocabulary=200, routing=Non
     Args:
         longer: factor by which sequences exceed the shortest form of 10 to 17 tokens.
         vocabulary: token ids are below it.
-        routing: layers, experts, and experts of a token; the batch then has random choices, none for
-            the last token of a sequence.
+        routing: layers, experts, and experts of a token; the batch then has random choices, none
+            for the last token of a sequence.
         extra: verl's settings of a batch, such as ``use_remove_padding``.
     """
     from verl.utils import tensordict_utils as tu

@@ -117,7 +117,8 @@ def test_the_reference_chooses_its_experts_by_itself(reports):
 
 
 def test_an_adapter_on_the_experts_is_saved_and_goes_on(reports):
-    """From verl's checkpoint, and from the folder in PEFT's format, whose names are the linears'."""
+    """From verl's checkpoint, and from the folder in PEFT's format, whose names are the
+    linears'."""
     one, _ = reports
     assert one["loaded"]["loaded"] == one["adopted"]["built"] == one["adapted"]["adapter"]
     config = json.loads(bytes(one["adapted"]["peft_config"]))

@@ -40,7 +40,8 @@ def test_tokens_go_where_the_rollout_sent_them(renormalize):
     assert torch.equal(chosen, wanted) and weights.dtype == torch.float64
     expected = (x @ router.weight.t()).softmax(-1).gather(-1, wanted)
     expected = expected / expected.sum(-1, keepdim=True) if renormalize else expected
-    torch.testing.assert_close(weights, expected, rtol=1e-6, atol=0)  # the router's softmax is in float32
+    # the router's softmax is in float32
+    torch.testing.assert_close(weights, expected, rtol=1e-6, atol=0)
     upstream = torch.randn_like(weights)
     found, right = (torch.autograd.grad((w * upstream).sum(), x, retain_graph=True)[0] for w in (weights, expected))
     assert (found - right).norm() < 1e-5 * right.norm()

@@ -66,7 +66,8 @@ class TinyExperts:
         return ExpertStack(*gate_up[:2], factors[0]), ExpertStack(*down[:2], factors[1])
 
     def adapted(self, tensors: dict[str, torch.Tensor], prefix: str, scaling: float) -> TinyExperts:
-        """A copy whose exact weights have the deltas of an adapter, which names the linears as a file does."""
+        """A copy whose exact weights have the deltas of an adapter, which names the linears as a
+        file does."""
         other = copy.copy(self)
         other.exact = {}
         for (expert, linear), weight in self.exact.items():

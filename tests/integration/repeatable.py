@@ -1,9 +1,12 @@
-"""What tests plug into verl, through its own settings, so that a run can be repeated bit for bit and stopped anywhere.
+"""What tests plug into verl, through its own settings, so that a run can be repeated bit for bit
+and stopped anywhere.
 
-- :class:`RepeatableAgentLoop` gives each request a seed of its own: step, prompt and number within the group.
-- :class:`RepeatableReplayBuffer` hands a batch to the trainer in an order that does not depend on who finished first.
-- Imported as ``actor_rollout_ref.model.external_lib`` with ``QERL_TEST_HOLD`` set, it makes the actor wait at a named phase
-  of a named step, see :func:`hold`.
+- :class:`RepeatableAgentLoop` gives each request a seed of its own: step, prompt and number within
+  the group.
+- :class:`RepeatableReplayBuffer` hands a batch to the trainer in an order that does not depend on
+  who finished first.
+- Imported as ``actor_rollout_ref.model.external_lib`` with ``QERL_TEST_HOLD`` set, it makes the
+  actor wait at a named phase of a named step, see :func:`hold`.
 """
 
 from __future__ import annotations
@@ -19,7 +22,8 @@ HOLD_SECONDS = 120.0
 
 
 def hold(phase: str, step: int) -> None:
-    """Wait here if the file ``want`` in the folder ``QERL_TEST_HOLD`` says so (``update 5``), until that file is gone.
+    """Wait here if the file ``want`` in the folder ``QERL_TEST_HOLD`` says so (``update 5``), until
+    that file is gone.
 
     ``reached`` appears beside it meanwhile.
     """

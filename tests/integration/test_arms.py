@@ -1,8 +1,8 @@
-"""Three steps of main_ppo with RLOO in the arm whose actor and rollout are verl's and vLLM's own, with the noise.
+"""Three steps of main_ppo with RLOO in the arm whose actor and rollout are verl's and vLLM's own,
+with the noise.
 
-Steps 2 and 3 sample under noise (three stages), so what the engine puts on its norms shows in the difference between
-sampling and training probabilities, which without it is rounding.
-"""
+Steps 2 and 3 sample under noise (three stages), so what the engine puts on its norms shows in the
+difference between sampling and training probabilities, which without it is rounding."""
 
 import json
 
@@ -40,7 +40,8 @@ def test_trains_under_the_noise_schedule(run):
 
 
 def test_the_noise_acts_on_the_sampling_policy_alone(run):
-    """The base is one in actor and rollout: bfloat16's rounding is all that parts them in the step without noise."""
+    """The base is one in actor and rollout: bfloat16's rounding is all that parts them in the step
+    without noise."""
     _, metrics, _, _ = run
     difference = {step: metrics[step]["training/rollout_probs_diff_mean"] for step in (1, 2)}
     assert difference[1] < 2e-3 and difference[2] > 2 * difference[1]

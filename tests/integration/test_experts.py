@@ -1,4 +1,5 @@
-"""A mixture of experts through main_ppo: verl, Ray, vLLM, with the experts in NVFP4 on both sides."""
+"""A mixture of experts through main_ppo: verl, Ray, vLLM, with the experts in NVFP4 on both
+sides."""
 
 import re
 
@@ -48,8 +49,8 @@ def test_it_trains(run):
 
 
 def test_actor_and_rollout_are_one_policy(run):
-    """Without noise the two differ by rounding alone, with an adapter on the experts of both. Noise makes the
-    difference, also where a token's experts are those of the rollout."""
+    """Without noise the two differ by rounding alone, with an adapter on the experts of both. Noise
+    makes the difference, also where a token's experts are those of the rollout."""
     metrics, _, _ = run
     assert metrics[1]["qerl/aqn_sigma"] == 0 and metrics[2]["qerl/aqn_sigma"] > 0
     assert metrics[1]["training/rollout_probs_diff_max"] < 1e-6

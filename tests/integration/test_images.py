@@ -1,7 +1,8 @@
-"""Two steps of main_ppo on prompts with images: a random model, its processor and its data made on the spot.
+"""Two steps of main_ppo on prompts with images: a random model, its processor and its data made on
+the spot.
 
-The decoder is in NVFP4 with the adapter and the noise, the vision tower in 16 bits, in verl's actor and in vLLM alike.
-"""
+The decoder is in NVFP4 with the adapter and the noise, the vision tower in 16 bits, in verl's actor
+and in vLLM alike."""
 
 import importlib.util
 import io
@@ -43,7 +44,8 @@ def image_rows(count: int) -> list[dict]:
 
 
 def overrides_of(folder: Path, name: str) -> list[str]:
-    """A run's model and data under ``folder``, and its settings: those of verl's example for geometry3k with LoRA."""
+    """A run's model and data under ``folder``, and its settings: those of verl's example for
+    geometry3k with LoRA."""
     make_family(name, folder / "model", **vision_settings())
     write_processor(folder / "model", name)
     write_parquet(image_rows(16), folder / "train.parquet")

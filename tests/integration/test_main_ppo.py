@@ -35,7 +35,8 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(3600)]
 HERE = Path(__file__).parent
 STEPS = 4
 SAVED = STEPS - 1  # the last whole checkpoint
-LR, WARMUP = 2e-2, STEPS  # of the actor; the warm-up begins with 0, so the first step changes nothing
+# of the actor; the warm-up begins with 0, so the first step changes nothing
+LR, WARMUP = 2e-2, STEPS
 SIGMA_START, SIGMA_END = 0.05, 0.02
 COMMON = [
     "+qerl=nvfp4",
@@ -89,7 +90,8 @@ EXAMPLE_SCRIPTS = [
     "actor_rollout_ref.rollout.layered_summon=True",
 ]
 
-UPDATES = 2  # a step of the second run, each on one mini-batch; the first has two mini-batches in one update
+# a step of the second run, each on one mini-batch; the first has two mini-batches in one update
+UPDATES = 2
 SEPARATE = [
     "trainer.v1.trainer_mode=separate_async",
     f"trainer.v1.separate_async.parameter_sync_step={UPDATES}",
@@ -170,7 +172,8 @@ def resumed(common, first):
     """Checkpoints, metrics and log of the second run, which takes the last step."""
     folder, overrides = common
     again = shutil.copytree(first[0], folder / "again")
-    (again / "latest_checkpointed_iteration.txt").write_text(str(STEPS))  # as if it named the half checkpoint
+    # as if it named the half checkpoint
+    (again / "latest_checkpointed_iteration.txt").write_text(str(STEPS))
     recipe = ["--config-path=pkg://qerl_verl.recipes", "--config-name=gsm8k_grpo"]
     overrides = [o for o in overrides if o != "+qerl=nvfp4"]  # the recipe has the switch
     own = [f"trainer.default_local_dir={again}", f"trainer.rollout_data_dir={folder / 'resumed' / 'samples'}"]
@@ -197,7 +200,8 @@ def test_trains_under_the_noise_schedule_and_logs_it(first):
 
 
 def test_rollout_and_training_agree_without_noise_and_part_with_it(first):
-    """Both run the same NVFP4 base, so without noise a probability differs by bfloat16's rounding alone."""
+    """Both run the same NVFP4 base, so without noise a probability differs by bfloat16's rounding
+    alone."""
     metrics = first[1]
     difference = {step: metrics[step]["training/rollout_probs_diff_mean"] for step in range(1, STEPS)}
     assert difference[1] < torch.finfo(torch.bfloat16).eps
@@ -206,7 +210,8 @@ def test_rollout_and_training_agree_without_noise_and_part_with_it(first):
 
 
 def test_the_noise_that_acts_and_the_policy_that_sampled_are_logged(first):
-    """The tiny model's norm weights are 1, so both units say the same; 512 channels receive noise."""
+    """The tiny model's norm weights are 1, so both units say the same; 512 channels receive
+    noise."""
     _, metrics, log, _, _ = first
     for step in range(1, STEPS):
         m = metrics[step]
@@ -215,7 +220,8 @@ def test_the_noise_that_acts_and_the_policy_that_sampled_are_logged(first):
         assert m["qerl/sampling_entropy"] == pytest.approx(m["actor/entropy"], rel=0.5)
         assert m["qerl/sampling_kl"] == pytest.approx(m["rollout_corr/k3_kl"], rel=1e-3)
         assert 0 < m["qerl/effective_sample_size"] <= 1 and 0 <= m["qerl/truncated_weights"] < 1
-    assert metrics[2]["qerl/sampling_kl"] > 2 * metrics[1]["qerl/sampling_kl"]  # the largest sigma against none
+    # the largest sigma against none
+    assert metrics[2]["qerl/sampling_kl"] > 2 * metrics[1]["qerl/sampling_kl"]
     assert log.count("AQN on this model: the root mean square of a noised norm's weight is 1 (median; 1 to 1)") == 1
 
 
@@ -299,13 +305,15 @@ def test_resuming_restores_adapter_optimizer_scheduler_data_and_noise(common, fi
     before = first[1]
     folder, after, _ = resumed
     assert [step for step in after if "actor/lr" in after[step]] == [STEPS]
-    # greedy validation right after the resume is that of the first run: same adapter in the rollout, no noise
+    # greedy validation right after the resume is that of the first run: same adapter in the
+    # rollout, no noise
     assert validation(after[SAVED]) == validation(before[SAVED])
     untrained, trained = (dumped(common[0] / "first" / "validation", step, "output") for step in (0, SAVED))
     assert len(trained) == 16 and trained != untrained
     assert after[STEPS]["qerl/aqn_sigma"] == SCHEDULE.sigma(STEPS) == SIGMA_END
     assert after[STEPS]["qerl/aqn_stage"] == STEPS - 1
-    assert after[STEPS]["actor/lr"] == pytest.approx(LR)  # the warm-up is over; without the scheduler's state it begins
+    # the warm-up is over; without the scheduler's state it begins
+    assert after[STEPS]["actor/lr"] == pytest.approx(LR)
     # an epoch has 8 steps, so what is new to the run is a prompt of no step before
     seen = {prompt for step in range(1, STEPS) for prompt in dumped(common[0] / "first" / "samples", step, "input")}
     now = set(dumped(common[0] / "resumed" / "samples", STEPS, "input"))
@@ -313,7 +321,8 @@ def test_resuming_restores_adapter_optimizer_scheduler_data_and_noise(common, fi
     for checkpoints, step, updates in ((first[0], SAVED, SAVED), (folder, STEPS, SAVED + UPDATES)):
         actor = checkpoints / f"global_step_{step}" / "actor"
         optimizer = torch.load(actor / "optim_world_size_1_rank_0.pt", weights_only=False)
-        assert {int(s["step"]) for s in optimizer["state"].values()} == {2 * step}  # two mini-batches a step
+        # two mini-batches a step
+        assert {int(s["step"]) for s in optimizer["state"].values()} == {2 * step}
         extra = torch.load(actor / "extra_state_world_size_1_rank_0.pt", weights_only=False)
         assert extra["lr_scheduler"]["last_epoch"] == updates
 
@@ -349,7 +358,8 @@ def test_ppo_trains_a_critic_on_the_actors_checkpoint(common, first):
         m = metrics[step]
         assert m["critic/grad_norm"] > 0 and m["critic/lr"] == pytest.approx(1e-2) and m["actor/grad_norm"] > 0
         assert m["critic/vf_loss"] > 0
-    assert abs(metrics[2]["critic/values/mean"] - metrics[1]["critic/values/mean"]) > 0.05  # adapter and head are on
+    # adapter and head are on
+    assert abs(metrics[2]["critic/values/mean"] - metrics[1]["critic/values/mean"]) > 0.05
     shared = re.findall(r"base: the (\w+) uses the (\S+) GiB on each device that are shared", log)
     assert {role for role, _ in shared} == {"actor", "critic"} and len({size for _, size in shared}) == 1
     assert "[qerl] kernel: critic NVFP4 linear" in log and "[qerl] critic: the same checkpoint" in log
@@ -357,7 +367,8 @@ def test_ppo_trains_a_critic_on_the_actors_checkpoint(common, first):
 
 
 def test_the_reference_is_the_actor_without_its_adapter(first):
-    """Before the first update the adapter adds nothing, so the penalty is 0; and no second actor was built."""
+    """Before the first update the adapter adds nothing, so the penalty is 0; and no second actor
+    was built."""
     _, metrics, log, _, _ = first
     assert metrics[1]["actor/reward_kl_penalty"] == 0 and metrics[SAVED]["actor/reward_kl_penalty"] != 0
     assert log.count("[qerl] kernel: actor NVFP4 linear") == 1
@@ -391,14 +402,16 @@ def test_resuming_restores_the_critics_optimizer_and_scheduler(first, resumed):
 
 
 def test_an_engine_of_its_own_samples_under_the_adapter_and_the_noise_of_the_step(first, resumed):
-    """Its samples have the step's own noise, and part from the actor by what that noise does in the colocated run."""
+    """Its samples have the step's own noise, and part from the actor by what that noise does in the
+    colocated run."""
     before, after = first[1], resumed[1][STEPS]
     assert after["qerl/aqn_sigma"] == SIGMA_END
     assert [after[f"qerl/aqn_sigma_of_samples/{what}"] for what in ("min", "max")] == [SIGMA_END, SIGMA_END]
     assert after["qerl/aqn_sigma_effective"] == pytest.approx(SIGMA_END, rel=0.1)
     assert after["training/off_policy/trajectory_staleness_worst/max"] == 0
     apart = "training/rollout_probs_diff_mean"
-    assert before[1][apart] < after[apart] < 2 * before[2][apart]  # sigma: 0, SIGMA_END, SIGMA_START
+    # sigma: 0, SIGMA_END, SIGMA_START
+    assert before[1][apart] < after[apart] < 2 * before[2][apart]
     assert 0 <= validation(after) <= 1
     assert "checkpoint_engine.backend: naive -> qerl" in resumed[2]
 

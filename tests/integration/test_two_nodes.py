@@ -165,6 +165,7 @@ def test_the_same_command_goes_on_from_the_checkpoint(run):
 def test_the_adaptive_noise_goes_on_where_the_checkpoint_left_it(run):
     saved = json.loads((run["checkpoints"] / f"global_step_{SAVED}" / NOISE_FILE).read_text())
     decided = {int(step): sigma for step, sigma in saved["sigmas"].items()}
-    assert decided[SAVED + 1] > decided[1] == 1e-4  # the divergence is far below the target, so sigma grows
+    # the divergence is far below the target, so sigma grows
+    assert decided[SAVED + 1] > decided[1] == 1e-4
     assert run["second_metrics"][SAVED + 1]["qerl/aqn_sigma"] == decided[SAVED + 1]
     assert run["second_metrics"][SAVED + 1]["qerl/aqn_sigma_effective"] == pytest.approx(decided[SAVED + 1], rel=0.2)

@@ -1,8 +1,8 @@
-"""One run of main_ppo on the tiny model: its inputs, its processes, what it leaves behind. For tests that kill it.
+"""One run of main_ppo on the tiny model: its inputs, its processes, what it leaves behind. For
+tests that kill it.
 
-The run can be repeated bit for bit (``repeatable.py``): each request has a seed, the engine computes one sequence at a time,
-and a batch comes to the trainer in a fixed order.
-"""
+The run can be repeated bit for bit (``repeatable.py``): each request has a seed, the engine
+computes one sequence at a time, and a batch comes to the trainer in a fixed order."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ VICTIMS = {
     "queue": "ray::TransferQueueController",
     "storage": "ray::SimpleStorageUnit",
 }
-"""What of a job can be killed: text in the title of its process. ``driver`` is the process that the user starts."""
+"""What of a job can be killed: text in the title of its process. ``driver`` is the process that the
+user starts."""
 
 
 OUTLIVE_SECONDS = 30.0
@@ -43,14 +44,15 @@ AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 """Titles of the two agents that each of Ray's nodes starts. They hold some 100 MB each."""
 
 AGENTS_OUTLIVE_SECONDS = 60.0 + OUTLIVE_SECONDS
-"""What :data:`AGENTS` may take. A driver that is killed takes Ray's control store and raylet with it
-at once. An agent notices within two seconds, then reports the end of its raylet to the control store
-and waits up to 60 seconds for that to answer (ray/_private/process_watcher.py,
+"""What :data:`AGENTS` may take. A driver that is killed takes Ray's control store and raylet with
+it at once. An agent notices within two seconds, then reports the end of its raylet to the control
+store and waits up to 60 seconds for that to answer (ray/_private/process_watcher.py,
 ``report_raylet_error_logs``; ray/_private/utils.py, ``publish_error_to_driver``)."""
 
 
 def make_inputs(folder: Path, model: Path) -> list[str]:
-    """Training and validation data under ``folder``. Returns the overrides of a run on them, without steps and folders."""
+    """Training and validation data under ``folder``. Returns the overrides of a run on them,
+    without steps and folders."""
     from qerl_verl.data.prompts import write_parquet
     from qerl_verl.quickstart.arithmetic import rows, split
 
@@ -136,7 +138,8 @@ class Job:
         return self
 
     def processes(self) -> dict[int, psutil.Process]:
-        """Every process of the job that was ever seen and is alive. Ray's outlive their parents, so look often."""
+        """Every process of the job that was ever seen and is alive. Ray's outlive their parents, so
+        look often."""
         try:
             main = psutil.Process(self.process.pid)
             self.seen.update({p.pid: p for p in (main, *main.children(recursive=True))})
@@ -159,7 +162,8 @@ class Job:
         (self.hold_folder / "want").unlink(missing_ok=True)
 
     def wait_until(self, condition, seconds: float, what: str) -> None:
-        """Raises: AssertionError with the end of the log if the job ends before, or the time is over."""
+        """Raises: AssertionError with the end of the log if the job ends before, or the time is
+        over."""
         end = time.monotonic() + seconds
         while not condition():
             self.processes()
@@ -185,7 +189,8 @@ class Job:
 
     def end(self) -> list[str]:
         """Kill what is left. Returns the titles of what had outlived the driver by
-        :data:`OUTLIVE_SECONDS`, or by :data:`AGENTS_OUTLIVE_SECONDS` where it is an agent of Ray's."""
+        :data:`OUTLIVE_SECONDS`, or by :data:`AGENTS_OUTLIVE_SECONDS` where it is an agent of
+        Ray's."""
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait()
@@ -251,7 +256,8 @@ def metric_differences(unbroken: dict, resumed: dict) -> list[str]:
 
 
 def checkpoint_differences(unbroken: Path, resumed: Path) -> list[str]:
-    """Adapter, optimizer, scheduler and data position of two checkpoints: what is not equal bit for bit."""
+    """Adapter, optimizer, scheduler and data position of two checkpoints: what is not equal bit for
+    bit."""
     out = []
     for name in ("model", "optim", "extra_state"):
         file = f"actor/{name}_world_size_1_rank_0.pt"

@@ -205,7 +205,8 @@ class TwoNodes:
         self.wait_for(1)
         if node.namespace is not None:
             _attach(node.namespace)
-        shutil.rmtree(node.folder / "tmp", ignore_errors=True)  # what was mounted in it has gone with the node
+        # what was mounted in it has gone with the node
+        shutil.rmtree(node.folder / "tmp", ignore_errors=True)
         node.start(self.nodes[0])
         self.wait_for(2)
 
@@ -251,7 +252,8 @@ class TwoNodes:
 
 
 def _attach(namespace: str) -> None:
-    """Plug the cable in. With a default route, as a host has: who asks for its address looks at that."""
+    """Plug the cable in. With a default route, as a host has: who asks for its address looks at
+    that."""
     _ip("-n", namespace, "link", "set", "eth1", "up")
     _ip("-n", namespace, "route", "add", "default", "dev", "eth1")
 

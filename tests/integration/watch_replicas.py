@@ -1,8 +1,9 @@
-"""Lets every rollout worker of a main_ppo say, after each weight sync and its noise, which adapter and which norms it has.
+"""Lets every rollout worker of a main_ppo say, after each weight sync and its noise, which adapter
+and which norms it has.
 
-Plugged in as ``trainer.v1.sampler.custom_sampler`` (``pkg://tests.integration.watch_replicas``, ``WatchedReplayBuffer``, verl's own under another
-name), with the folder in ``QERL_TEST_WATCH`` and ``VLLM_ALLOW_INSECURE_SERIALIZATION=1``: a function goes to vLLM's workers.
-"""
+Plugged in as ``trainer.v1.sampler.custom_sampler`` (``pkg://tests.integration.watch_replicas``,
+``WatchedReplayBuffer``, verl's own under another name), with the folder in ``QERL_TEST_WATCH`` and
+``VLLM_ALLOW_INSECURE_SERIALIZATION=1``: a function goes to vLLM's workers."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ import os
 from pathlib import Path
 
 UNDIVIDED = ("qkv_proj.qerl_lora_a", "gate_up_proj.qerl_lora_a", "o_proj.qerl_lora_b", "down_proj.qerl_lora_b")
-"""The half of a layer's adapter that every worker has whole, also where workers divide the model."""
+"""The half of a layer's adapter that every worker has whole, also where workers divide the
+model."""
 
 
 def report(worker, folder: str, step: int, sigma: float) -> None:
@@ -35,9 +37,10 @@ def read(folder: str | Path) -> dict:
     """``syncs``: by worker, its lines; and what follows from them.
 
     Returns:
-        ``norms_equal``: all workers had the same norms after every sync; ``adapters_equal``: the same adapter, which workers that
-        divide a model do not; ``undivided_equal``: what they hold whole of it; ``adapters_move``: a worker never had the same
-        adapter in two steps; ``base_constant``.
+        ``norms_equal``: all workers had the same norms after every sync; ``adapters_equal``: the
+        same adapter, which workers that
+        divide a model do not; ``undivided_equal``: what they hold whole of it; ``adapters_move``: a
+        worker never had the same adapter in two steps; ``base_constant``.
     """
     syncs = {
         f.stem: [json.loads(line) for line in f.read_text().splitlines()] for f in sorted(Path(folder).glob("*.jsonl"))

@@ -1,4 +1,5 @@
-"""Measured launch configurations: what is chosen, what is kept, and what a choice may be used for."""
+"""Measured launch configurations: what is chosen, what is kept, and what a choice may be used
+for."""
 
 import json
 import threading
@@ -16,7 +17,8 @@ TIMES = {"slow": 9.0, "good on a short look": 4.0, "fast": 5.0, "broken": None}
 
 
 def fake_time(call, copies, replays):
-    """Microseconds of a call that returns its candidate's name; a longer look corrects the first."""
+    """Microseconds of a call that returns its candidate's name; a longer look corrects the
+    first."""
     name = call(0)
     if TIMES[name] is None:
         raise RuntimeError("too many resources requested for launch")

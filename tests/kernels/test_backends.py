@@ -100,7 +100,8 @@ def test_what_another_rank_cannot_run_is_passed_over_here_too(every_backend_runs
 
 
 SERVED = [
-    # wanted of which backend, rows, columns, dtype: who serves it under auto, and what the wanted one says
+    # wanted of which backend, rows, columns, dtype: who serves it under auto, and what the wanted
+    # one says
     ("hopper", 320, 192, torch.bfloat16, "hopper", None),
     ("hopper", 320, 80, torch.bfloat16, "pytorch", "N and K have to be multiples of 64, got 320 x 80"),
     ("hopper", 100, 192, torch.bfloat16, "triton", "N and K have to be multiples of 64, got 100 x 192"),

@@ -1,4 +1,5 @@
-"""The Hopper kernels: layout and decoding in plain Python, and the kernels themselves against float64."""
+"""The Hopper kernels: layout and decoding in plain Python, and the kernels themselves against
+float64."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ def random_weight(n, k, device="cpu", scales=(1, 127)):
     return packed.to(device), scale.to(device)
 
 
-# ------------------------------------------------------------------------------------------------------ layout
+# ------------------------------------------------------------------------------------------- layout
 def test_prepack_keeps_sizes_and_unpack_inverts_it():
     packed, scale = random_weight(192, 384)
     packed_p, scale_p = hopper.prepack(packed, scale)
@@ -148,7 +149,7 @@ def test_no_tile_lies_across_two_projections():
             assert 896 % (64 * tuning.CONFIGS[chosen.config].k_units) == 0
 
 
-# ----------------------------------------------------------------------------------------------------- kernels
+# ------------------------------------------------------------------------------------------ kernels
 class TestOnHopper:
     pytestmark = on_hopper
 
@@ -263,7 +264,8 @@ class TestOnHopper:
 
     @pytest.mark.parametrize("m", [4, 64, 200])
     def test_a_chain_with_adapters_in_a_cuda_graph(self, m):
-        """Shrink and product overlap with each other and with the neighbours; the adapter is overwritten in place."""
+        """Shrink and product overlap with each other and with the neighbours; the adapter is
+        overwritten in place."""
         n = 3584
         a, b_p, _ = self.lora_case(m, n, n, 32, (n,))
         x, weight, _, _ = self.case(m, n, n, seed=1)
@@ -322,7 +324,8 @@ class TestOnHopper:
 
     @pytest.mark.parametrize("m", [4, 64, 200])
     def test_a_launch_waits_for_the_one_before(self, m):
-        """Launches overlap (programmatic dependent launch); a chain of products still sees finished inputs."""
+        """Launches overlap (programmatic dependent launch); a chain of products still sees finished
+        inputs."""
         n = 3584
         x, first, _, _ = self.case(m, n, n, seed=1)
         _, second, _, _ = self.case(m, n, n, seed=2)

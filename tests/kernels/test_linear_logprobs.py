@@ -38,7 +38,8 @@ def test_outputs_and_gradients(device, dtype, used):
     else:
         (weights[0] * log_p if used == "log_p" else weights[1] * entropy).sum().backward()
     (weights[0] * exact_log_p + weights[1] * exact_entropy).sum().backward()
-    # The logits are rounded to dtype, an error of eps of their size; a log-probability is a difference of two such numbers.
+    # The logits are rounded to dtype, an error of eps of their size; a log-probability is a
+    # difference of two such numbers.
     eps = torch.finfo(dtype).eps
     size = (exact_h @ w.double().t() / 0.7).abs().max().item() + exact_log_p.abs().max().item()
     assert (log_p - exact_log_p).abs().max() < 2 * eps * size

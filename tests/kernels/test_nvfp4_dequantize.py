@@ -12,21 +12,24 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 
 
 def e2m1(code):
-    """Value of a 4-bit code by the definition of the format: sign, 2 exponent bits (bias 1), 1 mantissa bit."""
+    """Value of a 4-bit code by the definition of the format: sign, 2 exponent bits (bias 1), 1
+    mantissa bit."""
     exponent, mantissa = code >> 1 & 3, code & 1
     magnitude = mantissa / 2 if exponent == 0 else 2.0 ** (exponent - 1) * (1 + mantissa / 2)
     return -magnitude if code >> 3 else magnitude
 
 
 def e4m3(byte):
-    """Value of an E4M3 byte: sign, 4 exponent bits (bias 7), 3 mantissa bits; 0x7f and 0xff are NaN."""
+    """Value of an E4M3 byte: sign, 4 exponent bits (bias 7), 3 mantissa bits; 0x7f and 0xff are
+    NaN."""
     exponent, mantissa = byte >> 3 & 15, byte & 7
     magnitude = mantissa / 8 * 2.0**-6 if exponent == 0 else 2.0 ** (exponent - 7) * (1 + mantissa / 8)
     return -magnitude if byte >> 7 else magnitude
 
 
 def everything():
-    """packed [254, 256]: each row all bytes; scale [254, 32]: each row one finite E4M3 value; values [254, 512]."""
+    """packed [254, 256]: each row all bytes; scale [254, 32]: each row one finite E4M3 value;
+    values [254, 512]."""
     scales = [byte for byte in range(256) if byte & 0x7F != 0x7F]
     packed = torch.arange(256, dtype=torch.uint8).repeat(len(scales), 1)
     scale = torch.tensor(scales, dtype=torch.uint8).view(-1, 1).repeat(1, 32).view(torch.float8_e4m3fn)
@@ -60,7 +63,8 @@ def test_dequantized_is_what_compressed_tensors_decompresses(global_scale):
     theirs = NVFP4PackedCompressor.decompress(state, preset_name_to_scheme("NVFP4A16", ["Linear"]))["weight"]
     ours = dequantize_nvfp4(packed, scale, global_scale)
     assert ours.dtype == theirs.dtype == torch.bfloat16
-    # they round scale / global_scale to float32 before the product: the last bit may differ where that is inexact
+    # they round scale / global_scale to float32 before the product: the last bit may differ where
+    # that is inexact
     assert (ours.view(torch.int16).int() - theirs.view(torch.int16).int()).abs().max() <= 1
     assert (ours == theirs).float().mean() > 0.999
     if global_scale.log2().frac() == 0:
@@ -75,7 +79,8 @@ def test_dequantized_is_the_quotient(dtype):
     got = dequantize_nvfp4(packed, scale, global_scale, dtype)
     want = values / global_scale.double()
     assert got.dtype == dtype
-    tiny = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # half the spacing of subnormals, twice
+    # half the spacing of subnormals, twice
+    tiny = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
     assert ((got.double() - want).abs() <= torch.finfo(dtype).eps / 1.99 * want.abs() + tiny / 1.99).all()
 
 

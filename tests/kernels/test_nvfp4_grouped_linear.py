@@ -65,7 +65,8 @@ def test_one_expert_decoded_is_a_part_of_all(dtype):
 
 
 def test_float16_does_not_overflow():
-    """Codes times block scales go up to 2688; a thousand of them leave float16's range, and the weights do not."""
+    """Codes times block scales go up to 2688; a thousand of them leave float16's range, and the
+    weights do not."""
     weights, plain = make_weights(1, 16, 1024)
     x, groups = make_rows(torch.float16, k=1024)
     x.fill_(0.5).copysign_(plain[groups.experts][:, 0])
@@ -83,7 +84,8 @@ def test_no_rows():
 
 
 def test_tokens_go_to_their_experts_and_back():
-    """Dispatch and combine are each other's transpose, and add up in the order of a token's experts."""
+    """Dispatch and combine are each other's transpose, and add up in the order of a token's
+    experts."""
     tokens, k, hidden = 7, 3, 4
     ids = torch.randint(COUNT, (tokens, k))
     order = torch.sort(ids.flatten(), stable=True)[1]

@@ -26,7 +26,8 @@ def problem(dtype, leading=(7,), bias=True):
 
 
 def assert_rounded_once(got, want, magnitude, dtype, terms):
-    """One rounding to ``dtype``, plus the error of summing ``terms`` products of total ``magnitude`` in float32."""
+    """One rounding to ``dtype``, plus the error of summing ``terms`` products of total
+    ``magnitude`` in float32."""
     accumulated = UNIT_ROUNDOFF[torch.float64 if dtype == torch.float64 else torch.float32] * (terms + 4)
     bound = 1.01 * UNIT_ROUNDOFF[dtype] * want.abs() + accumulated * magnitude
     assert got.dtype == dtype and got.shape == want.shape
@@ -106,7 +107,8 @@ def test_scale_may_come_as_bytes():
 
 
 def test_bias_of_another_dtype_and_its_gradient():
-    """A float32 bias beside 16-bit activations, as in mixed precision: autograd returns the gradient in float32."""
+    """A float32 bias beside 16-bit activations, as in mixed precision: autograd returns the
+    gradient in float32."""
     x, weight, _, _ = problem(torch.bfloat16)
     b = torch.randn(N, requires_grad=True)
     y = nvfp4_linear(x, weight, b)

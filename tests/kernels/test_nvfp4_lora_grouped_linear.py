@@ -1,4 +1,5 @@
-"""The linears of experts with an adapter on each, against dense matrices in float64, forward and backward."""
+"""The linears of experts with an adapter on each, against dense matrices in float64, forward and
+backward."""
 
 import pytest
 import torch

@@ -14,7 +14,8 @@ PYTORCH = get_backend("pytorch")
 
 
 class Decoding(Backend):
-    """Like a kernel that decodes the weight on its way into the product: there is none in 16 bits to add with."""
+    """Like a kernel that decodes the weight on its way into the product: there is none in 16 bits
+    to add with."""
 
     def decodes_first(self, tokens, n, k):
         return False
@@ -52,7 +53,8 @@ def problem(dtype, leading=(7,), bias=True, master=None):
 
 
 def reference(arguments, weight, upstream):
-    """Output and gradients of x, bias, A and B in float64, with A and B rounded to x's dtype as the layer does."""
+    """Output and gradients of x, bias, A and B in float64, with A and B rounded to x's dtype as the
+    layer does."""
     x, _, bias, a, b, scaling, _ = arguments
     cast = [t.detach().to(x.dtype).double().requires_grad_() for t in (x, a, b)]
     bias = None if bias is None else bias.detach().double().requires_grad_()
@@ -115,7 +117,8 @@ def test_no_copy_of_the_weight_is_saved_for_backward(dtype):
 
 
 def test_no_gradient_that_nobody_wants(monkeypatch):
-    """Without a gradient of x, as in the first layer, the backward pass does not touch the weight."""
+    """Without a gradient of x, as in the first layer, the backward pass does not touch the
+    weight."""
     (x, *rest), _ = problem(torch.float32)
     y = nvfp4_lora_linear(x.detach(), *rest)
     monkeypatch.setattr(Backend, "block_values", lambda *args: pytest.fail("the weight was unpacked"))

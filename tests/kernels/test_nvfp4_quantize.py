@@ -23,7 +23,8 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 @pytest.fixture(autouse=True)
 def _no_compile():
-    """compressed-tensors rounds to E2M1 in a torch.compile'd function; the same code runs eagerly in these tests."""
+    """compressed-tensors rounds to E2M1 in a torch.compile'd function; the same code runs eagerly
+    in these tests."""
     with torch.compiler.set_stance("force_eager"):
         yield
 
@@ -70,7 +71,8 @@ def test_chunks_do_not_show():
 @pytest.mark.parametrize("order", ["sorted", "shuffled"])
 @pytest.mark.parametrize("global_scale", [1.0, 3.7, 2688 / 0.19, 1e-3])
 def test_every_16_bit_weight(dtype, order, global_scale):
-    """All finite values of the dtype: subnormals, both zeros, overflow of the block scale, blocks that vanish."""
+    """All finite values of the dtype: subnormals, both zeros, overflow of the block scale, blocks
+    that vanish."""
     values = torch.arange(1 << 16).to(torch.int16).view(dtype)
     values = values[torch.isfinite(values)]
     if order == "sorted":
@@ -145,7 +147,8 @@ def test_global_scale_rejects(amax):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_signal_to_noise(dtype):
-    """Gaussian weights come back at 20 dB: about 0.5 bit a value better than a uniform 4-bit grid of the same range."""
+    """Gaussian weights come back at 20 dB: about 0.5 bit a value better than a uniform 4-bit grid
+    of the same range."""
     torch.manual_seed(0)
     weight = (torch.randn(256, 512) * 0.02).to(dtype)
     global_scale = nvfp4_global_scale(weight.abs().max())
@@ -179,11 +182,12 @@ def test_rejects(weight, global_scale, message):
         quantize_nvfp4(weight, global_scale)
 
 
-# --- four over six ---------------------------------------------------------------------------------------------------
+# --- four over six --------------------------------------------------------------------------------
 
 
 def by_definition(block, global_scale):
-    """arXiv 2512.02010 for one block, in float64 from the float32 scales: the better of the two; value and scale."""
+    """arXiv 2512.02010 for one block, in float64 from the float32 scales: the better of the two;
+    value and scale."""
     candidates = []
     for largest in (6.0, 4.0):
         scale = (block.abs().max() / largest * global_scale).clamp(max=448).to(torch.float8_e4m3fn).float()
@@ -205,7 +209,8 @@ def test_four_over_six_takes_the_better_scale():
     for block, got, s in zip(weight.view(-1, 16), decoded, scale.view(-1), strict=True):
         error, values, want_scale = by_definition(block, global_scale)
         assert ((got - block.double()) ** 2).sum().item() == pytest.approx(error, rel=1e-5)
-        fours += s.float() * block.abs().max().reciprocal() / global_scale > 0.2  # 1/4 or 1/6 of the block's maximum
+        # 1/4 or 1/6 of the block's maximum
+        fours += s.float() * block.abs().max().reciprocal() / global_scale > 0.2
         assert s.float() == (want_scale if want_scale > 0 else 0.125) or got.allclose(values, rtol=1e-5)
     assert 0.2 * len(decoded) < fours < 0.8 * len(decoded)  # both are taken
     plain = dequantize_nvfp4(*quantize_nvfp4(weight, global_scale), global_scale, torch.float64).view(-1, 16)
@@ -214,7 +219,8 @@ def test_four_over_six_takes_the_better_scale():
 
 
 def test_four_over_six_has_room_for_its_larger_scale():
-    """The block with the largest weight of all: 4 needs a scale of 256 * 6 / 4 = 384, which E4M3 holds."""
+    """The block with the largest weight of all: 4 needs a scale of 256 * 6 / 4 = 384, which E4M3
+    holds."""
     weight = torch.zeros(1, 32)
     weight[0, :16] = torch.tensor([4.0, 3.0, 2.0, 1.5] * 4)  # exact where the maximum becomes 4
     global_scale = nvfp4_global_scale(weight.abs().max(), FOUR_OVER_SIX_SCALE_MAX)

@@ -44,7 +44,8 @@ def test_outputs_and_gradients(device, dtype, heads, groups, window, scale):
     expected.backward(grad)
     y.backward(grad.to(dtype))
     assert y.dtype == dtype and y.shape == shapes[0]
-    # Rounding of what goes in and out, and of float32 sums of 64 products that the softmax then exponentiates.
+    # Rounding of what goes in and out, and of float32 sums of 64 products that the softmax then
+    # exponentiates.
     bound = 4 * torch.finfo(dtype).eps + 64 * torch.finfo(torch.float32).eps
     for found, exact_value in [(y, expected), *((a.grad, b.grad) for a, b in zip(inputs, exact))]:
         assert (found.double() - exact_value).norm() / exact_value.norm() < bound

@@ -1,4 +1,5 @@
-"""What a checkpointed layer computes again, counted, with gradients equal bit for bit to those without checkpointing."""
+"""What a checkpointed layer computes again, counted, with gradients equal bit for bit to those
+without checkpointing."""
 
 from contextlib import nullcontext
 
@@ -31,7 +32,8 @@ class CountingBackend(Backend):
 
 
 class Layer(nn.Module):
-    """Two products with a nonlinearity between, a residual around; ``changed`` writes into the first product."""
+    """Two products with a nonlinearity between, a residual around; ``changed`` writes into the
+    first product."""
 
     def __init__(self, backend, lora: bool = True, changed: bool = False):
         super().__init__()

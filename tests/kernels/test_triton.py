@@ -1,8 +1,7 @@
 """The Triton kernels, in processes of their own (``triton_cases.py``).
 
-Triton decides when it is imported whether it interprets kernels or compiles them, for the whole process, and other
-tests must not inherit that.
-"""
+Triton decides when it is imported whether it interprets kernels or compiles them, for the whole
+process, and other tests must not inherit that."""
 
 from __future__ import annotations
 
@@ -49,8 +48,8 @@ def test_in_the_interpreter(marks, tmp_path):
 @needs_triton
 @pytest.mark.parametrize("marks", QUICK_AND_SLOW)
 def test_compiles_for_every_architecture(marks, tmp_path):
-    """From Ampere to Blackwell, without a GPU: shared memory, IEEE division, no flushing of subnormal numbers. The quick tier
-    compiles for Ampere."""
+    """From Ampere to Blackwell, without a GPU: shared memory, IEEE division, no flushing of
+    subnormal numbers. The quick tier compiles for Ampere."""
     run_cases("TestCompile", marks, tmp_path)
 
 
@@ -126,7 +125,7 @@ def test_choose_decodes_first_for_many_tokens():
     assert triton_kernels.choose(1, 64, 8192).split_k > 1 and triton_kernels.choose(1, 151936, 896).split_k == 1
 
 
-# ------------------------------------------------------------------------------------------------------ tuning
+# ------------------------------------------------------------------------------------------- tuning
 @pytest.fixture
 def no_choices(monkeypatch):
     monkeypatch.setattr(tuning, "_tuned", {})

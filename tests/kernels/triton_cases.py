@@ -1,8 +1,8 @@
-"""The Triton kernels against their references. ``test_triton.py`` runs this file in processes of its own.
+"""The Triton kernels against their references. ``test_triton.py`` runs this file in processes of
+its own.
 
-In Triton's interpreter (TRITON_INTERPRET=1) on a CPU, or on a GPU. The group ``compile`` needs neither. Each table has a part that
-is not marked slow.
-"""
+In Triton's interpreter (TRITON_INTERPRET=1) on a CPU, or on a GPU. The group ``compile`` needs
+neither. Each table has a part that is not marked slow."""
 
 from __future__ import annotations
 
@@ -52,7 +52,8 @@ def random_weight(n, k, scales=(1, 127)):
 
 
 def every_value(k):
-    """254 rows, one for each finite E4M3 byte, with all sixteen E2M1 codes in low and in high nibbles."""
+    """254 rows, one for each finite E4M3 byte, with all sixteen E2M1 codes in low and in high
+    nibbles."""
     code = torch.arange(16, dtype=torch.uint8)
     both = torch.cat((code | code.flip(0) << 4, code << 4 | code.flip(0)))  # 64 input channels
     scale = torch.tensor([b for b in range(256) if b & 0x7F != 0x7F], dtype=torch.uint8)
@@ -67,7 +68,7 @@ def on_device(*tensors):
     return [None if t is None else t.to(DEVICE) for t in tensors]
 
 
-# ------------------------------------------------------------------------------------------------ block values
+# ------------------------------------------------------------------------------------- block values
 class TestBlockValues:
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_every_code_and_scale(self, dtype):
@@ -104,9 +105,10 @@ class TestBlockValues:
         assert triton_kernels.block_values(*on_device(*random_weight(0, 64))).shape == (0, 64)
 
 
-# -------------------------------------------------------------------------------------------------------- gemm
+# --------------------------------------------------------------------------------------------- gemm
 def check_product(x, packed, scale, bias, u, lora_b, y):
-    """Against float64: half a step of the output, and float32 sums. More where a 16-bit result is added to."""
+    """Against float64: half a step of the output, and float32 sums. More where a 16-bit result is
+    added to."""
     assert y.dtype == x.dtype and y.shape == (*x.shape[:-1], packed.shape[0])
     weight = block_values_nvfp4(packed, scale, torch.float64)
     expected = x.double() @ weight.t() / GLOBAL_SCALE
@@ -172,7 +174,8 @@ class TestGemm:
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("split", [1, 2, 3, 8])
     def test_split(self, dtype, split):
-        """Parts of equal and unequal length, with bias and LoRA added once; the same bits each time."""
+        """Parts of equal and unequal length, with bias and LoRA added once; the same bits each
+        time."""
         from qerl_verl.kernels.triton.nvfp4_gemm import run_plan
 
         args = arguments(5, 67, 512, dtype, rank=16)
@@ -222,7 +225,7 @@ class TestGemm:
         assert call(*args).shape == (0, 32)
 
 
-# ----------------------------------------------------------------------------------------------------- experts
+# ------------------------------------------------------------------------------------------ experts
 ADAPTER_TENSORS = ("gate_up_a", "gate_up_b", "down_a", "down_b")
 
 
@@ -284,8 +287,8 @@ class TestExperts:
     )
     @pytest.mark.parametrize("other_ranks", [False, True])
     def test_as_the_reference(self, dtype, other_ranks, tokens, count, top_k, hidden, inner):
-        """Within the roundings between the GEMMs; one expert has no tokens, and with ``other_ranks``
-        some choices are another rank's."""
+        """Within the roundings between the GEMMs; one expert has no tokens, and with
+        ``other_ranks`` some choices are another rank's."""
         from qerl_verl.kernels.nvfp4_experts import nvfp4_experts_reference
 
         gate_up, down = make_experts(count, hidden, inner)
@@ -353,7 +356,7 @@ class TestExperts:
                 attempt()
 
 
-# --------------------------------------------------------------------------------------------------------- ops
+# ---------------------------------------------------------------------------------------------- ops
 class TestOps:
     def test_available(self):
         assert triton_kernels.unsupported_device() is None
@@ -414,8 +417,9 @@ class TestOps:
                 attempt()
 
 
-# ----------------------------------------------------------------------------------------------------- compile
-CAPABILITIES = (80, slow(90), slow(120))  # 8.6 and 8.9 get the code of 8.0, in the shared memory of 12.0
+# ------------------------------------------------------------------------------------------ compile
+# 8.6 and 8.9 get the code of 8.0, in the shared memory of 12.0
+CAPABILITIES = (80, slow(90), slow(120))
 SHARED_MEMORY = {80: 163, 90: 227, 120: 99}
 """KiB that a thread block can have."""
 

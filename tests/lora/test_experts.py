@@ -1,4 +1,5 @@
-"""Adapters on the experts of a mixture: their names, stock PEFT, vLLM's parser, and gradients through a layer."""
+"""Adapters on the experts of a mixture: their names, stock PEFT, vLLM's parser, and gradients
+through a layer."""
 
 import copy
 import json
@@ -46,7 +47,8 @@ def randomize(model):
 
 @pytest.mark.filterwarnings("ignore:The PEFT config's `base_model_name_or_path` was renamed")
 def test_what_is_saved_loads_in_stock_peft(folders, tmp_path):
-    """On the decoded base in float64, through PEFT's conversion of the names: the same log-probabilities."""
+    """On the decoded base in float64, through PEFT's conversion of the names: the same
+    log-probabilities."""
     model = randomize(adapted(actor(folders[0])))
     tensors = split_experts(get_peft_model_state_dict(model))
     save_adapter(tmp_path, tensors, published(model.peft_config["default"]), "")
@@ -104,7 +106,8 @@ def test_gradients_are_those_of_dense_experts_in_float64(folders):
     found = {n.removeprefix("base_model.model."): p.grad for n, p in model.named_parameters() if p.requires_grad}
     theirs = {n.removeprefix("base_model.model."): p.grad for n, p in plain.named_parameters() if p.requires_grad}
     count, name = 4, "model.layers.0.mlp.experts"
-    # PEFT: [E * rank, K] and [N, rank * E]; of gate and up with one rank for both, of which ours is the diagonal
+    # PEFT: [E * rank, K] and [N, rank * E]; of gate and up with one rank for both, of which ours is
+    # the diagonal
     gate_up_a = theirs[f"{name}.base_layer.lora_A.default.weight"].view(count, 2 * RANK, -1)
     gate_up_b = theirs[f"{name}.base_layer.lora_B.default.weight"]
     gate_up_b = gate_up_b.view(len(gate_up_b), -1, count).permute(2, 0, 1)

@@ -180,7 +180,8 @@ def test_a_finished_run_with_other_settings_is_not_taken_for_the_wanted_one(tmp_
     ("files", "message"),
     [
         ([], None),
-        (["data/train.parquet", "model/config.json", "model/start.json"], None),  # to prepare once more
+        # to prepare once more
+        (["data/train.parquet", "model/config.json", "model/start.json"], None),
         (["model/config.json"], "model holds a model that this command did not make"),
         (
             ["model/config.json", "model/start.json", "runs/bf16_s1/log.txt"],

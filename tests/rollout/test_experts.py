@@ -400,14 +400,16 @@ def test_what_does_not_fit_is_refused_by_name(module, change, room, message):
 
 
 def test_vllms_own_lora_path_reads_the_file(tmp_path):
-    """vLLM 0.28 gives experts an adapter on a GPU alone, since its layer takes no monolithic kernel, as
-    the CPU's is (vllm/lora/layers/fused_moe.py, FusedMoEWithLoRA). Its parser and packing take a file."""
+    """vLLM 0.28 gives experts an adapter on a GPU alone, since its layer takes no monolithic
+    kernel, as the CPU's is (vllm/lora/layers/fused_moe.py, FusedMoEWithLoRA). Its parser and
+    packing take a file."""
     experts = TinyExperts(EXPERTS, HIDDEN, INNER)
     tensors, linears = make_adapter(experts, PREFIX, LORA["rank"]), list(LINEARS)
     config = LoraConfig(r=LORA["rank"], lora_alpha=LORA["alpha"], target_modules=linears)
     save_adapter(tmp_path, tensors, config, "")
     mapping = get_moe_expert_mapping(build())
-    names = [name.rstrip(".") for _, name, _, _ in mapping]  # vllm/lora/utils.py, process_packed_modules_mapping
+    # vllm/lora/utils.py, process_packed_modules_mapping
+    names = [name.rstrip(".") for _, name, _, _ in mapping]
     helper = PEFTHelper.from_local_dir(str(tmp_path), None)
     lora = LoRAModel.from_local_checkpoint(
         str(tmp_path), {*names, "experts"}, helper, lora_model_id=1, device="cpu", dtype=torch.float32

@@ -11,7 +11,8 @@ from qerl_verl.rollout.probes import adapter_digest, base_digest, norm_weights
 
 @pytest.fixture
 def worker():
-    """Returns a worker with one layer that has a weight, an adapter of vLLM's and one in the layer."""
+    """Returns a worker with one layer that has a weight, an adapter of vLLM's and one in the
+    layer."""
     layer = nn.Module()
     layer.weight_packed = nn.Parameter(torch.arange(8, dtype=torch.uint8), requires_grad=False)
     layer.lora_a_stacked = nn.Parameter(torch.ones(2))

@@ -55,7 +55,8 @@ def find_problems(config: DictConfig, folder: Path) -> list[str]:
         return []
     hf_config = AutoConfig.from_pretrained(folder)
     alone, dense, decoder = {}, False, hf_config.get_text_config()
-    for i in range(decoder.num_hidden_layers):  # layers with experts are like each other, and so are the others
+    # layers with experts are like each other, and so are the others
+    for i in range(decoder.num_hidden_layers):
         alone |= {linear: (shape, ()) for linear, shape in architecture.linear_shapes(hf_config, i).items()}
         dense = dense or not architecture.has_experts(hf_config, i)
     divided = get_value(config, f"{ROLLOUT}.tensor_model_parallel_size") or 1
@@ -84,7 +85,8 @@ def _fused(group: dict[str, tuple[int, int]], divided: int, key_value_heads: int
         by_columns = linear.endswith(_ROW_PARALLEL)
         among = 1 if by_columns else divided
         if linear.endswith(("k_proj", "v_proj")):
-            among = min(among, key_value_heads)  # where there are fewer heads than ranks, they are repeated
+            # where there are fewer heads than ranks, they are repeated
+            among = min(among, key_value_heads)
         rows.append(n // among)
         columns = k // (divided if by_columns else 1)
     return (sum(rows), columns), tuple(accumulate(rows))

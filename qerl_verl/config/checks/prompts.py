@@ -198,7 +198,8 @@ def _length_problems(get: Get, train: Files, count: Count, media: list[str], cou
 
 
 def _rows(files: Files, columns: list[str]) -> Iterator[Row]:
-    """Yields the first rows of the files, as many as verl takes; a file may lack columns of media."""
+    """Yields the first rows of the files, as many as verl takes; a file may lack columns of
+    media."""
     from pyarrow.parquet import ParquetFile
 
     left = files.rows or 0

@@ -21,7 +21,8 @@ def settings(actor="auto", rollout="auto", dtype="bfloat16", param_dtype=None, p
     })  # fmt: skip
 
 
-# The tiny model: hidden 128, MLP 256, 4 heads and 2 key and value heads of 32. So k and v have 64 rows each.
+# The tiny model: hidden 128, MLP 256, 4 heads and 2 key and value heads of 32. So k and v have 64
+# rows each.
 PROBLEMS = [
     ({}, None),
     ({"actor": "hopper"}, None),
@@ -45,7 +46,8 @@ PROBLEMS = [
     ({"rollout": "hopper", "parallel": 2, "lora": "punica"}, None),
     (
         {"rollout": "hopper", "parallel": 4, "lora": "punica"},
-        "of 96 x 128: N and K have to be multiples of 64, got 96 x 128; use auto",  # 32 of q, and a head of k and of v
+        # 32 of q, and a head of k and of v
+        "of 96 x 128: N and K have to be multiples of 64, got 96 x 128; use auto",
     ),
 ]  # fmt: skip
 

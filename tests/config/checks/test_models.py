@@ -264,7 +264,8 @@ def test_where_the_rollouts_routing_can_be_replayed(tmp_path, name, changes, arm
 
 
 def test_a_mixture_of_experts_has_no_problems(tmp_path):
-    """In 16 bits and packed; an adapter goes to the attention, and by name to all linears of the experts."""
+    """In 16 bits and packed; an adapter goes to the attention, and by name to all linears of the
+    experts."""
     build_tokenizer().save_pretrained(make_family("Qwen3MoeForCausalLM", tmp_path / "source"))
     quantize_checkpoint(tmp_path / "source", tmp_path / "packed", progress=False)
     for folder in (tmp_path / "source", tmp_path / "packed"):

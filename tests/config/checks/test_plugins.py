@@ -16,7 +16,8 @@ from qerl_verl.config.checks import plugins
         ({}, {"VERL_USE_EXTERNAL_PLUGINS": "none"}, ["VERL_USE_EXTERNAL_PLUGINS=none keeps verl"]),
         ({"VLLM_PLUGINS": ""}, {}, ["VLLM_PLUGINS= keeps vLLM"]),
         ({"VLLM_PLUGINS": "other"}, {}, ["VLLM_PLUGINS=other keeps vLLM"]),
-        ({"VLLM_PLUGINS": "other, qerl"}, {}, ["VLLM_PLUGINS=other, qerl keeps vLLM"]),  # vLLM keeps the blank
+        # vLLM keeps the blank
+        ({"VLLM_PLUGINS": "other, qerl"}, {}, ["VLLM_PLUGINS=other, qerl keeps vLLM"]),
         ({}, {"VLLM_PLUGINS": "other"}, ["VLLM_PLUGINS=other keeps vLLM"]),
         ({"VLLM_PLUGINS": "a"}, {"VLLM_PLUGINS": "qerl"}, ["VLLM_PLUGINS=a keeps vLLM"]),
         (

@@ -23,7 +23,8 @@ TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
         (None, {"actor_rollout_ref.rollout.agent.agent_loop_config_path": "mine.yaml"}, None),
         (TEMPLATE, {**SHORT, "data.train_files": "text.parquet"}, "leaves 1 of 8 prompts, fewer than data.train_batch_size=8"),
         (TEMPLATE, {**SHORT, "data.train_files": "text.parquet", "data.train_batch_size": 1}, None),
-        (TEMPLATE, {"data.max_prompt_length": 16, "data.train_files": "text.parquet"}, None),  # nothing is dropped
+        # nothing is dropped
+        (TEMPLATE, {"data.max_prompt_length": 16, "data.train_files": "text.parquet"}, None),
         ("{{ raise_exception('no system role') }}", {}, "the chat template of"),
         ("{{ raise_exception('no system role') }}", SHORT, "fails on the first prompt: no system role"),
     ],

@@ -97,14 +97,16 @@ def test_the_estimators_that_are_refused_cannot_run_in_verls_v1_trainer_either()
     source = "\n".join(f.read_text() for f in v1.glob("*.py"))
     assert "reward_baselines" not in source and "sum_pi_squared" not in source
     fields = re.search(r"def _compute_advantage.*?fields = (\[.*?\])", source, re.S)[1]
-    assert "rm_scores" in fields and "prompts" not in fields and "attention_mask" not in fields  # gdpo's
+    # gdpo's
+    assert "rm_scores" in fields and "prompts" not in fields and "attention_mask" not in fields
 
 
 @pytest.mark.parametrize(
     "key", ["actor.fsdp_config.ulysses_sequence_parallel_size", "actor.ulysses_sequence_parallel_size"]
 )
 def test_ulysses_without_flash_attn_is_refused(switched, key):
-    """tests/engine/test_many_ranks.py has what Ulysses computes, with flash-attn's place taken, and what it would compute."""
+    """tests/engine/test_many_ranks.py has what Ulysses computes, with flash-attn's place taken, and
+    what it would compute."""
     attention = "actor_rollout_ref.model.override_config.attn_implementation"
     chosen = [f"actor_rollout_ref.{key}=2", "actor_rollout_ref.model.use_remove_padding=True"]
     (problem,) = switched(*chosen, f"+{attention}=sdpa", on_cpu=False)[2]

@@ -57,7 +57,8 @@ def test_of_every_family(bf16_checkpoint, tmp_path, model_type):
 
 def test_another_folder_may_hold_it(bf16_checkpoint, tmp_path):
     folder = copy(bf16_checkpoint, tmp_path / "model")
-    (problem,) = problems(folder, tokenizer_path=str(bf16_checkpoint))  # the critic's is still missing
+    # the critic's is still missing
+    (problem,) = problems(folder, tokenizer_path=str(bf16_checkpoint))
     assert problem.startswith(f"critic.model.path={folder}: no tokenizer")
 
 
