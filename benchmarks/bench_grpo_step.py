@@ -61,6 +61,7 @@ VARIANTS = {
     "nvfp4_lora_full_recompute": ("nvfp4", [*SWITCH, "qerl.recompute=full"]),
     "nvfp4_lora_no_noise": ("nvfp4", [*SWITCH, "qerl.aqn.enable=False"]),
     "nvfp4_lora_sleep2": ("nvfp4", [*SWITCH, "qerl.rollout.sleep_level=2"]),
+    "nvfp4_lora_compile_cache": ("nvfp4", [*SWITCH, "qerl.rollout.compile_cache=True"]),
     "nvfp4_punica": ("nvfp4", [*SWITCH, "qerl.rollout.lora=punica"]),
     "nvfp4_marlin_punica": ("nvfp4", [*SWITCH, "qerl.rollout.lora=punica", "qerl.rollout.kernel=marlin"]),
 }

@@ -157,6 +157,12 @@ class RolloutSettings:
         "from disk again. A base that actor and rollout share stays where it is",
         scope="packed",
     )
+    compile_cache: bool = setting(
+        False,
+        "keeps what vLLM compiles for the next start, which verl turns off "
+        "([performance-start.md](performance-start.md)). Each engine of a node has a folder of its own in "
+        "`$QERL_KERNEL_CACHE`, or `~/.cache/qerl_verl/kernels` without it",
+    )
 
 
 @dataclass(frozen=True)

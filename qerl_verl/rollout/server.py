@@ -13,6 +13,7 @@ import copy
 import os
 import secrets
 import sys
+from contextlib import AbstractContextManager, nullcontext
 
 import ray
 from verl.workers.rollout.replica import RolloutMode
@@ -23,6 +24,7 @@ from qerl_verl.config.base import ENGINE
 from qerl_verl.config.checks.plugins import vllm_policy_problem
 from qerl_verl.job import JobError, RolloutLayers, find_job
 from qerl_verl.rollout.ahead import ServerClass
+from qerl_verl.rollout.compile_cache import compile_cache
 from qerl_verl.rollout.overrides import hf_overrides
 from qerl_verl.rollout.sender import job_name
 
@@ -128,8 +130,18 @@ class QeRLHttpServer(vLLMHttpServer):
         """
         if self._layers() and not (args.api_key or os.environ.get("VLLM_API_KEY")):
             args.api_key = [secrets.token_hex(32)]
-        await super().run_server(args)
+        with self._compile_cache():
+            await super().run_server(args)
         self._engine_watch = asyncio.create_task(self._end_with_engine())
+
+    def _compile_cache(self) -> AbstractContextManager:
+        """Returns a context in which the engine starts, with vLLM's cache of compiled graphs where
+        ``qerl.rollout.compile_cache`` asks for it and the engine compiles."""
+        job = find_job()
+        wanted = job and job.settings.rollout.compile_cache and self._layers()
+        if not wanted or self.config.get("enforce_eager"):
+            return nullcontext()
+        return compile_cache(f"replica_{self.replica_rank}_{self.node_rank}")
 
     async def _end_with_engine(self) -> None:
         """Ends this process after its engine, as verl's servers without HTTP do (``run_headless``).
