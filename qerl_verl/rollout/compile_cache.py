@@ -40,7 +40,7 @@ def hash_sources() -> str:
     """Returns a hash of the Python files of QeRL, its kernels included."""
     digest = hashlib.sha256()
     for package in (qerl_verl, qerl_verl.kernels):
-        folder = Path(package.__file__).parent
+        folder = Path(str(package.__file__)).parent
         for path in sorted(folder.rglob("*.py")):
             digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
