@@ -215,8 +215,7 @@ class Meter:
 
         start = psutil.virtual_memory()
         cgroup = cgroup_bytes()
-        while not self._stop.wait(0 if not self._seen else HOST_SECONDS):
-            self._seen[0] = False
+        while not self._stop.is_set():
             values = {"machine_gib": (psutil.virtual_memory().used - start.used) / GIB, "pss_gib": 0.0}
             for process in self.processes():
                 with suppress(psutil.Error, OSError):
@@ -224,6 +223,7 @@ class Meter:
             if cgroup is not None and (now := cgroup_bytes()) is not None:
                 values["cgroup_gib"] = (now - cgroup) / GIB
             self.note(**values)
+            self._stop.wait(HOST_SECONDS)
 
     def processes(self) -> list:
         """Returns the processes of the run."""
@@ -231,12 +231,15 @@ class Meter:
 
         found = []
         for process in psutil.process_iter():
-            if process.pid not in self._seen:
+            if (belongs := self._seen.get(process.pid)) is None:
                 try:
-                    self._seen[process.pid] = process.environ().get(MARKER) == self._marker
+                    belongs = process.environ().get(MARKER) == self._marker
+                    # a process has its parent's environment until it executes its program
+                    if belongs or time.time() - process.create_time() > 10:
+                        self._seen[process.pid] = belongs
                 except (psutil.Error, OSError):
                     continue
-            if self._seen[process.pid]:
+            if belongs:
                 found.append(process)
         return found
 

@@ -35,10 +35,16 @@ def run(tmp_path, monkeypatch):
     """Returns a function that executes a command under the meter."""
     monkeypatch.setattr(bench_memory, "HOST_SECONDS", 0.1)
 
-    def execute(end: str):
+    def execute(end: str, stop_after_s: float | None = None):
         stored = []
+
+        def store(found: dict) -> None:
+            stored.append(json.dumps(found))
+            if stop_after_s is not None and "step 2" in found["at_s"] and len(stored) == 4:
+                threading.Timer(stop_after_s, os.kill, (os.getpid(), signal.SIGUSR2)).start()
+
         text = COMMAND.format(first=STEP.format(1, 0.2), second=STEP.format(2, 0.1), end=end)
-        made = Run([sys.executable, "-c", text], tmp_path / "log", None, lambda found: stored.append(json.dumps(found)))
+        made = Run([sys.executable, "-c", text], tmp_path / "log", None, store)
         good = made.execute(dict(os.environ))
         return good, json.loads(stored[-1]), len(stored), (tmp_path / "log").read_text()
 
@@ -71,15 +77,12 @@ def test_a_run_that_is_stopped_leaves_its_stacks(run, tmp_path):
     stacks = tmp_path / "stacks"
     end = f'import os\nos.dup2(os.open("{stacks}", os.O_CREAT | os.O_WRONLY), 2)\n'
     end += "def stand_still():\n    time.sleep(600)\nstand_still()"
-    before = signal.signal(signal.SIGTERM, bench_memory.interrupted)
-    timer = threading.Timer(3.0, os.kill, (os.getpid(), signal.SIGTERM))
+    before = signal.signal(signal.SIGUSR2, bench_memory.interrupted)
     try:
-        timer.start()
         begin = time.monotonic()
-        good, found, _, log = run(end)
+        good, found, _, log = run(end, stop_after_s=0.5)
     finally:
-        timer.cancel()
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGUSR2, before)
     assert not good and found["exit_code"] is None and found["stopped"] == "interrupted"
     assert any("in stand_still" in line for lines in found["stacks"].values() for line in lines)
     assert list(found["steps"]) == ["1", "2"] and time.monotonic() - begin < 30
