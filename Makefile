@@ -1,5 +1,6 @@
-# Two entry points: `make quickstart` and `make test`. Both set up .venv first, once. `make test-all` adds the tests marked
-# slow, `make lint` reads the sources. `make bench` needs a GPU.
+# Two entry points: `make quickstart` and `make test`. Both set up .venv first, once.
+# `make test-all` adds the tests marked slow, and `make lint` reads the sources. `make bench` needs
+# a GPU.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -27,7 +28,8 @@ lint: setup $(VENV)/.ready-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Two workers side by side, and one of them for everything that starts Ray or a vLLM engine (tests/conftest.py, ALONE_PLACES).
+# Two workers side by side, and one of them for everything that starts Ray or a vLLM engine
+# (tests/conftest.py, ALONE_PLACES).
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 test: setup $(VENV)/.ready-test
@@ -36,15 +38,18 @@ test: setup $(VENV)/.ready-test
 test-all: setup $(VENV)/.ready-test
 	$(PYTEST) $(ARGS)
 
-# On a machine with a GPU, with the Python that has vLLM, verl and this package: `make bench PYTHON=python RESULTS=somewhere`.
-# Within an hour. Parts whose result is there for this code, this GPU and these versions are skipped (`ARGS=--force`: are not), so
-# that a call after an interruption goes on, also within a part; `python benchmarks/run_all.py --list` shows the plan.
+# Runs on a machine with a GPU, with the Python that has vLLM, verl and this package:
+# `make bench PYTHON=python RESULTS=somewhere`. It takes less than an hour. Parts whose result is
+# there for this code, this GPU and these versions are skipped (not with `ARGS=--force`), so a call
+# after an interruption goes on, also within a part. `python benchmarks/run_all.py --list` shows the
+# plan.
 RESULTS ?= benchmarks/results
 bench:
 	$(PYTHON) benchmarks/run_all.py --results "$(RESULTS)" $(ARGS); status=$$?; \
 		$(PYTHON) benchmarks/report.py "$(RESULTS)" && exit $$status
 
-# The documentation site, in site/. `make docs MKDOCS="serve"` shows it at 127.0.0.1:8000 and follows changes.
+# The documentation site, in site/. `make docs MKDOCS="serve"` shows it at 127.0.0.1:8000 and
+# follows changes.
 DOCS_VENV ?= .venv-docs
 MKDOCS ?= build --strict
 $(DOCS_VENV)/.ready: requirements/docs.txt

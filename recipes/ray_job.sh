@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Trains a recipe on a Ray cluster that is already running, with `ray job submit`; follows the output to the end.
+# Trains a recipe on a Ray cluster that is already running, with `ray job submit`; follows the
+# output to the end.
 #
 #   RAY_ADDRESS=http://head:8265 NNODES=2 SHARED=/shared/me MODEL=Qwen/Qwen2.5-7B-Instruct \
 #       recipes/ray_job.sh [--dry-run] [key=value ...]

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Trains a recipe on the nodes of a Slurm job: a Ray head on the first node, a Ray worker on each other one.
+# Trains a recipe on the nodes of a Slurm job: a Ray head on the first node, a Ray worker on each
+# other one.
 #
 #   SHARED=/shared/me MODEL=Qwen/Qwen2.5-7B-Instruct sbatch --nodes=2 recipes/slurm.sh [key=value ...]
 #   SHARED=... MODEL=... recipes/slurm.sh --dry-run [key=value ...]    # on any machine: prints, starts nothing
@@ -141,7 +142,8 @@ else
     address=$ip:$port
 fi
 export RAY_ADDRESS=$address
-# Ray lets everybody who reaches its ports run code. Versions that can ask for a token do so; others ignore it.
+# Ray lets everybody who reaches its ports run code. Versions that can ask for a token do so; others
+# ignore it.
 export RAY_AUTH_MODE=${RAY_AUTH_MODE:-token}
 export RAY_AUTH_TOKEN=${RAY_AUTH_TOKEN:-$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')}
 

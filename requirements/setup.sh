@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# setup.sh VENV: a virtual environment with the CPU stack and this package, for trying and developing without a GPU.
+# setup.sh VENV: a virtual environment with the CPU stack and this package, for trying and
+# developing without a GPU.
 set -euo pipefail
 venv=${1:?folder of the virtual environment}
 python=${PYTHON:-python3}
@@ -30,7 +31,8 @@ M
     exit 1
 fi
 echo "[setup] $(grep -c == "$here/cpu.txt") pinned packages (about 3 GB; a few minutes)"
-# --no-deps: the list is complete, and the resolver would add CUDA builds of torchvision, torchaudio and torchcodec
+# --no-deps: the list is complete, and the resolver would add CUDA builds of torchvision, torchaudio
+# and torchcodec
 $pip install -q --no-deps --no-build-isolation -r "$here/cpu.txt"
 $pip install -q --no-deps --no-build-isolation "$here/vllm-alias"
 PYTHONWARNINGS=ignore $pip install -q --no-deps --no-build-isolation -e "$here/.."
