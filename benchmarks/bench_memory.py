@@ -57,7 +57,7 @@ EVENTS = {
     "actor built": re.compile(r"\[qerl\] kernel: actor "),
     "rollout's model loaded": re.compile(r"\[qerl\] base: the rollout |Model loading took"),
     "rollout's engine up": re.compile(r"init engine .*took|server is ready|Application startup complete"),
-    "first weights sent": re.compile(r"Training Progress:|update_weights done"),
+    "training begins": re.compile(r"Training Progress:"),
 }
 """The first line that matches ends the phase before it."""
 
