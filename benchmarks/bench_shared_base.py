@@ -515,6 +515,8 @@ def main() -> int:
     segments = {f"GEMM, {name}": name for name in SEGMENTS} if on_gpu and not args.no_gemm else {}
     with ResultFile(args.json, new) as result:
         found = result.content
+        for key in ("stopped", "logs"):  # of an interrupted call
+            found.pop(key, None)
         pairs = {name: start_gemm(segments[name], work) for name in result.left(segments)}
         modes = {mode: start_mode(mode, args, work, on_gpu) for mode in result.left(args.modes)}
         try:

@@ -21,8 +21,10 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -112,6 +114,10 @@ def command_of(argv: Sequence[str]) -> list[str]:
     return kept
 
 
+def _exit(number: int, _: object) -> None:
+    raise SystemExit(128 + number)
+
+
 class ResultFile:
     """The result of one benchmark, see the module's docstring.
 
@@ -131,7 +137,7 @@ class ResultFile:
             argv: command of the benchmark, by default that of this process.
         """
         self.path = Path(path) if path else None
-        self._began, self._names = time.monotonic(), []
+        self._began, self._names, self._previous = time.monotonic(), [], None
         machine = describe_machine((gpu_names() or ["none"])[0])
         found = read_result(self.path) if self.path else {}
         arguments, made = command_of(argv or sys.argv), found.get("made")
@@ -143,10 +149,16 @@ class ResultFile:
         self.content["failed"] = {}
 
     def __enter__(self) -> ResultFile:
+        """Lets SIGTERM, which a time limit sends, end the benchmark as an exception does: temporary
+        folders are removed, and the processes that it waits for are ended."""
+        if threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGTERM, _exit)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.save(ended=kind is None)
+        if self._previous is not None:
+            signal.signal(signal.SIGTERM, self._previous)
 
     def left(self, names: Iterable[str]) -> list[str]:
         """Returns the steps that the file does not have."""

@@ -1,6 +1,8 @@
 """Tests that a benchmark keeps what it measured, and goes on where an interruption ended it."""
 
 import json
+import os
+import signal
 
 import pytest
 import result_file
@@ -61,6 +63,18 @@ def test_a_failed_step_is_named_and_measured_again(path):
     assert found["incomplete"] == "without b"
     assert measure(path, "abc") == (["b"], 0)
     assert json.loads(path.read_text())["failed"] == {}
+
+
+def test_a_time_limit_ends_a_benchmark_as_an_exception_does(path):
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended, ResultFile(path, {"rows": []}, ARGV) as result:
+        for name in result.steps("ab"):
+            if name == "b":
+                os.kill(os.getpid(), signal.SIGTERM)
+            result.content["rows"].append(name)
+    assert ended.value.code == 143 and signal.getsignal(signal.SIGTERM) is before
+    found = json.loads(path.read_text())
+    assert found["rows"] == ["a"] and found["incomplete"] == "without b"
 
 
 OTHER_CONDITIONS = {
