@@ -92,9 +92,6 @@ EXTRA = (Part("two_gpus_7b", "bench_two_gpus.py", (), 20, gpus=2),)
 
 
 BY_NAME = (
-    Part("memory_7b_shared", "bench_memory.py", ("--shape", "7B", "--limit-gib", "24"), 8),
-    Part("memory_7b_separate", "bench_memory.py", ("--shape", "7B", "--limit-gib", "24", "--base", "separate"), 8),
-    Part("memory_32b_shared", "bench_memory.py", ("--shape", "32B", "--limit-gib", "46"), 12),
     Part("grpo_step_7b_long", "bench_grpo_step.py", ("--long",), 16),
     Part("grpo_step_32b", "bench_grpo_step.py", ("--shape", "32B", "--variants", "nvfp4_lora"), 10),
     Part(
