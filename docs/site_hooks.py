@@ -30,12 +30,12 @@ _FENCE = re.compile(r"^(```.*?^```[^\n]*$)", re.MULTILINE | re.DOTALL)
 
 
 def source_of(page: str) -> str:
-    """The path in the repository of a page of the site."""
+    """Returns the path in the repository of a page of the site."""
     return next((source for source, name in PAGES.items() if name == page and name != "index.md"), f"docs/{page}")
 
 
 def target_of(source: str, link: str) -> str | None:
-    """Where a relative link of a repository's file leads in the site.
+    """Returns where a relative link of a repository's file leads in the site.
 
     Args:
         source: path of the linking file in the repository.
@@ -57,7 +57,8 @@ def _is_elsewhere(link: str) -> bool:
 
 
 def rewrite(markdown: str, page: str) -> str:
-    """The Markdown of a page with its links as the site has them; code blocks stay as they are."""
+    """Returns the Markdown of a page with its links as the site has them, outside of code
+    blocks."""
 
     def replace(match: re.Match) -> str:
         image, text, link, anchor = match.groups()
@@ -79,7 +80,7 @@ def linked_files(source: str, markdown: str) -> set[str]:
 
 
 def on_files(files, config):
-    """Add the pages and files that lie outside of ``docs/``."""
+    """Adds the pages and files that lie outside of ``docs/``."""
     for source, page in PAGES.items():
         if files.get_file_from_path(page) is None:
             files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
@@ -92,5 +93,5 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Rewrite the links of one page."""
+    """Rewrites the links of one page."""
     return rewrite(markdown, page.file.src_uri)

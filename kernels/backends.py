@@ -1,4 +1,4 @@
-"""Which kernels compute an NVFP4 linear layer: one decision for each layer of actor and rollout.
+"""Chooses the kernels of an NVFP4 linear layer, once for each layer of actor and rollout.
 
 :func:`choose_backend` decides when a layer is built, and :class:`KernelCount` counts the decisions.
 A backend owns the layout of the weight: ``prepack`` makes it of the checkpoint's bytes, once and at

@@ -1,4 +1,4 @@
-"""Quantize a weight to MXFP4 (OCP Microscaling Formats v1.0), stored in the container of NVFP4
+"""Quantizes a weight to MXFP4 (OCP Microscaling Formats v1.0), stored in the container of NVFP4
 without loss.
 
 A block of 32 consecutive input channels shares one power of two, its values are E2M1:

@@ -1,5 +1,5 @@
-"""The experts of a mixture, ``y_t = sum_e w_te down_e(silu(gate_e x_t) * up_e x_t)``, with NVFP4
-weights, in plain PyTorch.
+"""Computes the experts of a mixture, ``y_t = sum_e w_te down_e(silu(gate_e x_t) * up_e x_t)``, with
+NVFP4 weights, in plain PyTorch.
 
 This module is the rollout's side: the forward pass of a whole mixture, as vLLM calls it, in the
 checkpoint's layout. The actor trains with :mod:`qerl_verl.kernels.nvfp4_grouped_linear`, one

@@ -1,4 +1,5 @@
-"""The linears of a mixture of experts: y_s = f_s W_e(s) x_s, with the NVFP4 weights of all experts.
+"""Computes the linears of a mixture of experts, y_s = f_s W_e(s) x_s, with the NVFP4 weights of all
+experts.
 
 Rows are sorted by expert. On a GPU the weights of all experts are decoded for the duration of one
 grouped GEMM (``torch.nn.functional.grouped_mm``); the reference decodes one expert at a time. The

@@ -1,4 +1,4 @@
-"""``y = x W^T + b`` with an NVFP4 weight, forward and backward, in plain PyTorch.
+"""Computes ``y = x W^T + b`` with an NVFP4 weight, forward and backward, in plain PyTorch.
 
 Plain PyTorch is the reference of the training layer and runs where no faster kernel exists. A
 backend brings its own kernels and layout. If the weight is decoded to 16 bits, the copy lives for

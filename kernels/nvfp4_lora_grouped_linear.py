@@ -1,4 +1,4 @@
-"""The linears of a mixture of experts with one LoRA adapter an expert:
+"""Computes the linears of a mixture of experts with one LoRA adapter for each expert:
 y_s = p_s (f_e W_e x_s + scaling B_e A_e x_s), e the expert of row s.
 
 Rows are sorted by expert, as in :mod:`qerl_verl.kernels.nvfp4_grouped_linear`, which has the base.

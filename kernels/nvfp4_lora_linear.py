@@ -1,4 +1,4 @@
-"""An NVFP4 linear layer with one LoRA adapter: ``y = x W^T + b + scaling (x A^T) B^T``.
+"""Computes an NVFP4 linear layer with one LoRA adapter: ``y = x W^T + b + scaling (x A^T) B^T``.
 
 There are two forms:
 

@@ -1,4 +1,4 @@
-"""Quantize a weight to NVFP4: ``w ~= e2m1 * block_scale / global_scale``.
+"""Quantizes a weight to NVFP4: ``w ~= e2m1 * block_scale / global_scale``.
 
 The convention, down to ties and zeros, is that of compressed-tensors 0.17
 (``nvfp4-pack-quantized``), so that for the same global scale the bytes are the ones it writes:

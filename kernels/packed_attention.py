@@ -1,4 +1,4 @@
-"""Causal attention over sequences that are packed one behind the other, without a mask.
+"""Computes causal attention over sequences that are packed one behind the other, without a mask.
 
 * :func:`packed_attention_reference` computes one sequence after the other with PyTorch's scaled dot
   product attention;

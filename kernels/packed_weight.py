@@ -1,4 +1,4 @@
-"""An NVFP4 weight with its scales, as the GEMMs take it."""
+"""Defines an NVFP4 weight with its scales, as the GEMMs take it."""
 
 from __future__ import annotations
 

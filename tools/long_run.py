@@ -1,5 +1,5 @@
-"""A long run of the tiny setup: does memory, or the number of handles, grow? And what is left
-behind when a run ends?
+"""Runs the tiny setup for long. Measures whether memory or the number of handles grows, and what is
+left behind when a run ends.
 
     python -m tools.long_run [--steps 300] [--out FOLDER]
 
@@ -51,8 +51,8 @@ def overrides(inputs: list[str], folder: Path, steps: int) -> list[str]:
 
 
 def measure(job: Job) -> dict[str, dict[str, int]]:
-    """Resident bytes, handles and mapped shared memory segments by the name of the process; those
-    of the same name are added."""
+    """Returns resident bytes, handles and mapped shared memory segments by the name of the process;
+    those of the same name are added."""
     out: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
     for process in job.processes().values():
         try:
@@ -98,7 +98,7 @@ def table(records: list[tuple[int, dict]], settled: int = 30) -> str:
 
 
 def follow(job: Job, steps: int, out: Path) -> list[tuple[int, dict]]:
-    """Until the job ends; a line of JSON for each measurement in ``out``."""
+    """Measures until the job ends, and writes a line of JSON for each measurement to ``out``."""
     records: list[tuple[int, dict]] = []
     with out.open("w") as file:
         while job.wait(0.5) is None:
@@ -118,8 +118,8 @@ def by_origin(paths: set[Path]) -> str:
 
 
 def left_behind(how: str, folder: Path, inputs: list[str]) -> set[Path]:
-    """What a run of five steps leaves: ``end``, ``interrupt`` (Ctrl-C after step 2) or ``crash``
-    (its trainer is killed)."""
+    """Returns what a run of five steps leaves: ``end``, ``interrupt`` (Ctrl-C after step 2) or
+    ``crash`` (its trainer is killed)."""
     before = traces()
     job = Job(folder, [*overrides(inputs, folder, 5), "trainer.save_freq=1"]).start()
     try:

@@ -49,8 +49,8 @@ OVERRIDES = [
 
 
 def run(folder: Path, inputs: list[str], hybrid: bool) -> dict[int, dict]:
-    """One start in ``folder``, where its checkpoints and the spy's files are. Returns the metrics
-    by step."""
+    """Starts the job once in ``folder``, where its checkpoints and the spy's files are. Returns the
+    metrics by step."""
     os.environ["QERL_TEST_SPY"] = str(folder)
     overrides = [f"trainer.default_local_dir={folder / 'checkpoints'}", f"actor_rollout_ref.hybrid_engine={hybrid}"]
     job = Job(folder, [*inputs, *OVERRIDES, *overrides]).start()

@@ -1,5 +1,5 @@
-"""What ``separate_async.py`` plugs into verl as its sampler: looks into the rollout engines while
-they generate.
+"""Looks into the rollout engines while they generate. ``separate_async.py`` plugs this module into
+verl as its sampler.
 
 Before each sample that the trainer takes, every vLLM worker of a replica writes a file
 ``{train,val}-STEP-REPLICA.json`` into the folder ``QERL_TEST_SPY``: the live norms, the digest of

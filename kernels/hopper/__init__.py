@@ -1,4 +1,5 @@
-"""NVFP4 kernels in CUDA C++ for Hopper GPUs: GEMM with and without a LoRA adapter, block values.
+"""Provides NVFP4 kernels in CUDA C++ for Hopper GPUs: the GEMM, with and without a LoRA adapter,
+and block values.
 
 The kernels compute ``y = x (e2m1 * scale)^T / global_scale + bias``, with the LoRA delta of one
 adapter if there is one, for any number of tokens. The weight is permuted once (:func:`prepack`,

@@ -1,5 +1,5 @@
-"""The prepacked weight layout of the Hopper kernels, in PyTorch; ``nvfp4_format.cuh`` is the same
-thing in CUDA.
+"""Defines the prepacked weight layout of the Hopper kernels in PyTorch, as ``nvfp4_format.cuh``
+does in CUDA.
 
 The layout is a permutation of the checkpoint's bits and has the same size. Its units are 64 x 64
 weights. In a unit each lane of a warpgroup finds the 32 codes that it holds as tensor core

@@ -1,4 +1,4 @@
-"""The functions of the Hopper kernels, and the PyTorch operators behind them.
+"""Provides the functions of the Hopper kernels, and the PyTorch operators behind them.
 
 The operators are ``torch.ops.qerl_hopper.nvfp4_gemm``, ``nvfp4_lora_gemm`` and
 ``nvfp4_block_values``. They run on their tensors' device, never synchronize and can be captured

@@ -1,4 +1,5 @@
-"""NVFP4 kernels in Triton, for every NVIDIA GPU from Ampere on: block values, GEMM and experts.
+"""Provides NVFP4 kernels in Triton, for every NVIDIA GPU from Ampere on: block values, GEMM and
+experts.
 
 The weights are in the layout of the checkpoint (compressed-tensors ``nvfp4-pack-quantized``), so
 that nothing has to be repacked: ``packed`` ``[N, K / 2]`` uint8 holds two E2M1 codes a byte, the

@@ -1,4 +1,4 @@
-"""``y = inverse_scale * x (e2m1 * scale)^T + bias + u lora_b^T``, with an NVFP4 weight.
+"""Computes ``y = inverse_scale * x (e2m1 * scale)^T + bias + u lora_b^T`` with an NVFP4 weight.
 
 inverse_scale is 1 / global_scale. The reference is ``kernels/nvfp4_linear.py``.
 

@@ -1,4 +1,4 @@
-"""The functions of the Triton kernels, and the PyTorch operators behind them.
+"""Provides the functions of the Triton kernels, and the PyTorch operators behind them.
 
 :func:`block_values` and :func:`gemm` call ``torch.ops.qerl_triton.nvfp4_block_values`` and
 ``nvfp4_gemm``, which have shapes for torch.compile. No function synchronizes, and each runs on the

@@ -1,4 +1,5 @@
-"""What the Triton kernels run on and serve. Each function gives a reason against it, or None."""
+"""Tells what the Triton kernels run on and serve. Each function returns a reason against it, or
+None."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""``qerl explain NAME [key=value ...]``: the configuration that a run would have, without starting
-anything.
+"""Implements ``qerl explain NAME [key=value ...]``, which prints the configuration that a run would
+have and starts nothing.
 
 Composes a recipe as verl's ``main_ppo`` would and applies the rules of the switch. Nothing is
 downloaded, quantized or written, and no GPU is needed.

@@ -1,5 +1,6 @@
-"""The ``qerl`` command: ``quantize SRC DST``, ``resolve MODEL``, ``export CHECKPOINT DST``,
-``eval MODEL``, ``compare RUN...``, ``explain NAME``, ``plan NAME``, ``cluster`` and ``doctor``.
+"""Implements the ``qerl`` command: ``quantize SRC DST``, ``resolve MODEL``, ``export CHECKPOINT
+DST``, ``eval MODEL``, ``compare RUN...``, ``explain NAME``, ``plan NAME``, ``cluster`` and
+``doctor``.
 
 Each subcommand has a file of its own, whose ``add_<name>(subparsers, common)`` declares the
 arguments and sets ``run``; ``_COMMANDS`` lists the subcommands. ``run(arguments)`` returns the exit

@@ -1,6 +1,5 @@
-"""The adapters that a run starts from (``lora_adapter_path``), and the layers of a new adapter
-(``target_modules``).
-"""
+"""Reads and checks the adapters that a run starts from (``lora_adapter_path``), and the layers of a
+new adapter (``target_modules``)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether actor and rollout use one copy of the frozen base (``qerl.base``).
+"""Decides whether actor and rollout use one copy of the frozen base (``qerl.base``).
 
 Importable without torch, verl or vLLM.
 """
@@ -62,7 +62,7 @@ def _architecture(config: DictConfig) -> Architecture | None:
     folder = local_folder(config, MODEL)
     try:
         return get_architecture(json.loads((folder / "config.json").read_text(encoding="utf-8"))) if folder else None
-    except (OSError, ValueError, UnsupportedArchitecture):  # told elsewhere
+    except (OSError, ValueError, UnsupportedArchitecture):  # reported elsewhere
         return None
 
 

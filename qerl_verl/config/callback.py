@@ -136,7 +136,7 @@ def say_losses(config: DictConfig, nodes: list[str], processes: list[LostProcess
     if processes and not nodes:
         say(f"the run has ended because a process is gone: {processes[0].name}; the lines above say why")
     if nodes or processes:
-        when = "when the cluster has its nodes again" if nodes else "when the reason is mended"
+        when = "when the cluster has its nodes again" if nodes else "when the reason is fixed"
         say(
             f"start the same command {when}: with trainer.resume_mode=auto it goes on from the last whole "
             f"checkpoint in {OmegaConf.select(config, 'trainer.default_local_dir')}"

@@ -1,4 +1,4 @@
-"""What the checks know of the driver's machine. Tests build a :class:`Host` of their own."""
+"""Describes the driver's machine to the checks. Tests build a :class:`Host` of their own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Dotted keys of a Hydra configuration: reading one, setting one, and which of them the user wrote.
+"""Reads and sets dotted keys of a Hydra configuration, and finds those that the user wrote.
 
 Importable without torch, verl or vLLM.
 """

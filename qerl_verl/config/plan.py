@@ -1,4 +1,5 @@
-"""The plan of a run: a pure function of the configuration, the user's keys and the machine.
+"""Makes the plan of a run, as a pure function of the configuration, the user's keys and the
+machine.
 
 Nothing is started, downloaded, quantized or written, and the configuration is not changed. The
 Hydra callback carries a plan out and ``qerl explain`` prints it, so both say the same.

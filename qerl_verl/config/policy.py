@@ -1,5 +1,5 @@
-"""The settings that define a run's policy beside its weights, and their changes between save and
-resume.
+"""Lists the settings that define a run's policy beside its weights, and finds their changes between
+save and resume.
 """
 
 from __future__ import annotations

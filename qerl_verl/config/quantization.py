@@ -1,4 +1,4 @@
-"""How a run quantizes an unquantized model: the method and its calibration text."""
+"""Chooses how a run quantizes an unquantized model: the method and its calibration text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The resources that a run takes from Ray."""
+"""Counts the resources that a run takes from Ray."""
 
 from __future__ import annotations
 

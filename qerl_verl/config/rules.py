@@ -1,5 +1,5 @@
-"""The values that the switch sets in verl's configuration. :mod:`qerl_verl.config.checks` has what
-it refuses.
+"""Holds the values that the switch sets in verl's configuration. :mod:`qerl_verl.config.checks` has
+what it refuses.
 
 Two tables, applied in the driver before Ray starts:
 

@@ -1,4 +1,4 @@
-"""Hydra search path plugin: the config group ``qerl`` of this package."""
+"""Adds the config group ``qerl`` of this package to Hydra's search path."""
 
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.plugins.search_path_plugin import SearchPathPlugin

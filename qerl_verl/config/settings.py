@@ -1,4 +1,4 @@
-"""The user's settings under ``qerl.*``: the one place that declares them.
+"""Declares the user's settings under ``qerl.*``. No other place declares them.
 
 The YAML file of the Hydra group and the table in docs/settings.md are written from these classes
 by ``python -m qerl_verl.config.generate``.

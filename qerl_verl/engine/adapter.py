@@ -1,4 +1,4 @@
-"""What trains in every arm's engine: LoRA adapters on a frozen base.
+"""Trains LoRA adapters on a frozen base, in every arm's engine.
 
 verl's FSDP engine (verl/workers/engine/fsdp/transformer_impl.py) calls the methods here.
 """

@@ -1,4 +1,4 @@
-"""Attention of packed sequences for transformers' models, registered under
+"""Computes attention of packed sequences for transformers' models, registered under
 :data:`PACKED_ATTENTION`.
 
 verl packs a micro-batch into one row (``use_remove_padding``). transformers' SDPA then gets a dense

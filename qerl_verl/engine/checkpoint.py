@@ -1,4 +1,5 @@
-"""An engine's checkpoint: verl's files, and the adapter in PEFT's format beside them."""
+"""Saves and loads an engine's checkpoint: verl's files, and the adapter in PEFT's format beside
+them."""
 
 from __future__ import annotations
 

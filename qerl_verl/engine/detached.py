@@ -1,4 +1,5 @@
-"""The actor's worker of verl's separate trainer, which saves a policy and restores it later."""
+"""Provides the actor's worker of verl's separate trainer, which saves a policy and restores it
+later."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""FSDP2 engines of verl with an NVFP4 base (verl/workers/engine/fsdp/transformer_impl.py)."""
+"""Provides FSDP2 engines of verl with an NVFP4 base
+(verl/workers/engine/fsdp/transformer_impl.py)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The critic's engine: an NVFP4 base with adapters and a value head."""
+"""Provides the critic's engine: an NVFP4 base with adapters and a value head."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Waiting for verl's asynchronous copies to the host."""
+"""Waits for verl's asynchronous copies to the host."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An output layer that returns log-probabilities and entropies instead of logits (verl's
+"""Provides an output layer that returns log-probabilities and entropies instead of logits (verl's
 ``use_fused_kernels``).
 
 verl's own fused kernels read the output layer's weight without calling the layer, so FSDP2 does not

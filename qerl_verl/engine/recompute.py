@@ -1,6 +1,5 @@
-"""Selective activation checkpointing: which layers of a training step keep the outputs of their
-linears, and which recompute them (``qerl.recompute``).
-"""
+"""Chooses which layers of a training step keep the outputs of their linears and which recompute
+them: selective activation checkpointing (``qerl.recompute``)."""
 
 from __future__ import annotations
 

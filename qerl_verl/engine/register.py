@@ -1,6 +1,5 @@
-"""Registration of the engines with verl, under QeRL's vendor name. Called when verl imports
-``verl.workers.engine``.
-"""
+"""Registers the engines with verl under QeRL's vendor name, when verl imports
+``verl.workers.engine``."""
 
 from importlib import import_module
 

@@ -1,4 +1,4 @@
-"""Routing replay in the actor: each token goes to the experts that the rollout chose.
+"""Replays the routing in the actor: each token goes to the experts that the rollout chose.
 
 Rollout and actor compute the router's input with different kernels, so a token near a tie may be
 routed to other experts. vLLM returns the experts of each token (``enable_return_routed_experts``),

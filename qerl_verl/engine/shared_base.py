@@ -1,4 +1,4 @@
-"""The actor's side of the shared base, which a process loads once for actor, critic and rollout."""
+"""Loads the shared base once for actor, critic and rollout: the actor's side."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""One training step of an engine: what is not finite ends the run, and errors name the step."""
+"""Checks the training step of an engine: values that are not finite end the run, and errors name
+the step."""
 
 from __future__ import annotations
 

@@ -93,7 +93,7 @@ class ExpertsKernel(Candidate):
         down: ExpertStack,
         adapter: ExpertAdapter | None = None,
     ) -> torch.Tensor:
-        """See :func:`qerl_verl.kernels.nvfp4_experts.nvfp4_experts_reference`."""
+        """Computes :func:`qerl_verl.kernels.nvfp4_experts.nvfp4_experts_reference`."""
         raise NotImplementedError
 
     def warm_up(

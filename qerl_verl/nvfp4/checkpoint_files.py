@@ -1,4 +1,4 @@
-"""The files of a Hugging Face checkpoint: their names, and what reads, copies and writes them."""
+"""Names, reads, copies and writes the files of a Hugging Face checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The format ``nvfp4-pack-quantized``: what config.json and the tensors of a checkpoint say of it.
+"""Defines the format ``nvfp4-pack-quantized`` in config.json and in the tensors of a checkpoint.
 
 compressed-tensors 0.17 defines the format. Its preset ``NVFP4A16``
 (``compressed_tensors/quantization/quant_scheme.py``) quantizes weights only.

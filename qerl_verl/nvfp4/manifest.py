@@ -1,4 +1,5 @@
-"""The manifest of a folder that this package wrote: its method, its source and its files."""
+"""Writes and reads the manifest of a folder that this package wrote: its method, source and
+files."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Whether what torch.compile writes can be compiled on this machine. Importable without torch,
-verl or vLLM."""
+"""Tells whether this machine can compile what torch.compile writes. Importable without torch, verl
+or vLLM."""
 
 from __future__ import annotations
 

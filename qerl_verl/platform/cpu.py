@@ -1,5 +1,5 @@
-"""verl platform ``cpu``: everything on the host, collectives through gloo (interface:
-verl/plugin/platform/platform_base.py).
+"""Provides the platform ``cpu`` for verl, with everything on the host and collectives through gloo
+(interface: verl/plugin/platform/platform_base.py).
 
 verl places workers by an accelerator resource of Ray's. On this platform a "GPU" is a slot for a
 training worker and its rollout engine: the switch declares as many slots to Ray as the run asks

@@ -1,4 +1,4 @@
-"""Which arithmetic this machine's CPU has. Importable without torch, verl or vLLM."""
+"""Tells which arithmetic this machine's CPU has. Importable without torch, verl or vLLM."""
 
 from __future__ import annotations
 

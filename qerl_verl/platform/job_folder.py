@@ -1,5 +1,5 @@
-"""A folder for the temporary files of one job on this host. It is removed when the job ends,
-together with the job's segments of shared memory.
+"""Provides a folder for the temporary files of one job on this host. It is removed when the job
+ends, together with the job's segments of shared memory.
 
 Ray ends a job's processes without giving them time to clean up. Each run of stock verl therefore
 leaves vLLM's sockets and verl's lock files in the folder for temporary files, and vLLM's message

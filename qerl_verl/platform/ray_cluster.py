@@ -1,4 +1,4 @@
-"""Whether a run joins a running Ray cluster or starts Ray itself.
+"""Finds out whether a run joins a running Ray cluster or starts Ray itself.
 
 The choice of the platform, the job's folder for temporary files and the resources that the switch
 declares to Ray all depend on the answer of :func:`find_cluster`.

@@ -1,4 +1,5 @@
-"""The adapter in a linear layer of vLLM's: its buffers, and the GEMMs and weight syncs with them.
+"""Holds the adapter in a linear layer of vLLM's: its buffers, and the GEMMs and weight syncs with
+them.
 
 The tensors are buffers of the layer and not of a module of their own: when vLLM reads a base back
 into an engine that slept at level 2, it copies the new values of a layer's buffers to the addresses
@@ -35,13 +36,13 @@ class LinearAdapter:
 
     @staticmethod
     def rank(layer: torch.nn.Module) -> int:
-        """The largest rank that the buffers have room for."""
+        """Returns the largest rank that the buffers have room for."""
         return layer.qerl_lora_b.shape[1]
 
     def linear(
         self, layer: torch.nn.Module, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None
     ) -> torch.Tensor:
-        """The layer's output with the adapter, by the backend's kernel."""
+        """Returns the layer's output with the adapter, by the backend's kernel."""
         return self.backend.lora_linear(x, weight, bias, layer.qerl_lora_a, layer.qerl_lora_b, self.ends, self.scaling)
 
     def add(self, layer: torch.nn.Module, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -133,5 +134,5 @@ def attach_adapter(
 
 
 def adapter_of(layer: torch.nn.Module) -> LinearAdapter | None:
-    """The adapter that :func:`attach_adapter` gave a layer, or None."""
+    """Returns the adapter that :func:`attach_adapter` gave a layer, or None."""
     return getattr(layer, "qerl_adapter", None)

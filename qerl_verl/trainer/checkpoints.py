@@ -1,4 +1,4 @@
-"""Complete and incomplete checkpoints: which folder a run may resume from.
+"""Tells complete from incomplete checkpoints, and finds the folder that a run may resume from.
 
 verl writes ``global_step_N/`` file by file and then overwrites
 ``latest_checkpointed_iteration.txt`` in place (verl/trainer/ppo/v1/trainer_base.py,
@@ -11,9 +11,8 @@ not match it.
 As the first file it writes ``qerl_run``, the identifier of the run, which a restart with
 ``resume_mode=auto`` continues. Only folders with this run's identifier are pruned, and in them only
 files that the record lists. A checkpoint of another run that stands in the place of a new one moves
-aside. ``qerl_owner.json`` in ``trainer.default_local_dir`` names the process that saves there, since
-two runs that save at the same time would mix their files in one folder.
-"""
+aside. ``qerl_owner.json`` in ``trainer.default_local_dir`` names the process that saves there,
+since two runs that save at the same time would mix their files in one folder."""
 
 from __future__ import annotations
 
@@ -40,7 +39,8 @@ PRUNED_FILE = "qerl_checkpoint.pruned.json"
 RUN_FILE = "qerl_run"
 OWNER_FILE = "qerl_owner.json"
 OWNER_SECONDS = 30.0
-"""How long a new run waits for the end of another one, whose driver may have been killed just now."""
+"""How long a new run waits for the end of another one, whose driver may have been killed just
+now."""
 _OURS = (RECORD_FILE, PRUNED_FILE, RUN_FILE)
 _PREFIX = "global_step_"
 

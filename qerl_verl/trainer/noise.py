@@ -1,5 +1,5 @@
-"""The noise of the rollout's engines by the trainer's step, around verl's weight syncs and
-validations, and its metrics."""
+"""Sets the noise of the rollout's engines by the trainer's step, around verl's weight syncs and
+validations, and logs its metrics."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Registration of the trainers with verl. Called when verl imports ``verl.trainer.ppo.v1``."""
+"""Registers the trainers with verl, when verl imports ``verl.trainer.ppo.v1``."""
 
 
 def register_trainers(trainer_package=None) -> None:

@@ -1,4 +1,4 @@
-"""The record that a run writes beside its metrics, so that ``qerl compare`` knows what it compares.
+"""Writes a run's record beside its metrics, so that ``qerl compare`` knows what it compares.
 
 verl's ``file`` logger writes only metrics, and truncates its file when a run resumes
 (verl/utils/tracking.py, FileLogger). So the run's configuration goes to ``<stem>.settings.json``

@@ -11,7 +11,8 @@ from qerl_verl.config.settings import SettingsError
 from qerl_verl.platform.lost_processes import LostProcess
 
 
-def test_another_program_of_verls_is_refused():
+def test_another_program_of_verls_is_refused(monkeypatch):
+    monkeypatch.setattr(callback, "_check_that_verl_loaded_the_plugin", lambda: None)
     with pytest.raises(SettingsError, match="verl.trainer.main_ppo"):
         callback.prepare(OmegaConf.create({"qerl": {}}), set())
 
@@ -24,7 +25,7 @@ PROCESS = LostProcess("AgentLoopWorkerTQ (process 7 on 10.0.0.1)", "it ended abr
     ("failed", "nodes", "processes", "said"),
     [
         (True, [NODE], [PROCESS], [f"because a node is gone: {NODE}", "when the cluster has its nodes again"]),
-        (True, [], [PROCESS], [f"because a process is gone: {PROCESS.name};", "when the reason is mended"]),
+        (True, [], [PROCESS], [f"because a process is gone: {PROCESS.name};", "when the reason is fixed"]),
         (True, [], [LostProcess("WorkerDict", "ValueError: bad", started=False)], []),
         (True, [], [], []),
         (False, [NODE], [PROCESS], []),

@@ -121,5 +121,5 @@ def test_a_line_of_verls_log_that_raises_does_not_end_a_run_without_shared_engin
         if not hybrid:
             log.info("replicas", flush=True)
     assert log.level == level
-    # where this fails, verl has mended the line, and what stands around it can go
+    # where this fails, verl has fixed the line, and the silencing around it can go
     assert "flush=True" in inspect.getsource(PPOTrainerSeparateAsync._setup)

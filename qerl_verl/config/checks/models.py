@@ -270,7 +270,7 @@ def packing_problems(config: DictConfig) -> list[str]:
             continue
         try:
             architecture = get_architecture(read_config(folder))
-        except CheckpointError:  # told elsewhere
+        except CheckpointError:  # reported elsewhere
             continue
         key = f"{model}.override_config.attn_implementation"
         attention = get_value(config, key) or "flash_attention_2"  # verl's default
@@ -295,7 +295,7 @@ def vllm_lora_problems(config: DictConfig) -> list[str]:
         return []
     try:
         architecture = get_architecture(read_config(folder))
-    except CheckpointError:  # told elsewhere
+    except CheckpointError:  # reported elsewhere
         return []
     reason = architecture.no_vllm_lora or (architecture.no_punica if get_arm(config).container else "")
     if not reason:
@@ -321,7 +321,7 @@ def expert_problems(config: DictConfig) -> list[str]:
         return []
     try:
         architecture = get_architecture(read_config(folder))
-    except CheckpointError:  # told elsewhere
+    except CheckpointError:  # reported elsewhere
         return []
     if architecture.experts is None:
         return []
@@ -343,7 +343,7 @@ def replay_problems(config: DictConfig) -> list[str]:
         return []
     try:
         architecture = get_architecture(read_config(folder))
-    except CheckpointError:  # told elsewhere
+    except CheckpointError:  # reported elsewhere
         return []
     if architecture.experts is None:
         return [f"{key}=True: {architecture.name} has no experts whose routing could be replayed; remove it"]
