@@ -103,8 +103,8 @@ def quantize_mxfp4(weight: torch.Tensor, global_scale: torch.Tensor) -> tuple[to
     exponents = torch.where(exponents == NO_EXPONENT, top, exponents)
     if exponents.numel() and not (top - LARGEST_SPAN <= exponents.min() and exponents.max() <= top):
         raise ValueError(
-            f"shared exponents from {exponents.min()} to {exponents.max()}, but with this global_scale E4M3 holds those from "
-            f"{top - LARGEST_SPAN} to {top}"
+            f"shared exponents from {exponents.min()} to {exponents.max()}, but with this "
+            f"global_scale E4M3 holds those from {top - LARGEST_SPAN} to {top}"
         )
     n, k = weight.shape
     packed = torch.empty(n, k // 2, dtype=torch.uint8, device=weight.device)

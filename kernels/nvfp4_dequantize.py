@@ -52,8 +52,9 @@ def block_values_nvfp4(packed: torch.Tensor, scale: torch.Tensor, dtype: torch.d
     n, half_k = packed.shape
     if scale.shape != (n, half_k * 2 // BLOCK_SIZE) or half_k * 2 % BLOCK_SIZE:
         raise ValueError(
-            f"packed {tuple(packed.shape)} holds {half_k * 2} input channels, which need scales of shape "
-            f"({n}, {half_k * 2 // BLOCK_SIZE}) and a multiple of {BLOCK_SIZE}; got {tuple(scale.shape)}"
+            f"packed {tuple(packed.shape)} holds {half_k * 2} input channels, which need scales of "
+            f"shape ({n}, {half_k * 2 // BLOCK_SIZE}) and a multiple of {BLOCK_SIZE}; got "
+            f"{tuple(scale.shape)}"
         )
     scale = scale.view(torch.float8_e4m3fn) if scale.dtype == torch.uint8 else scale
     values = _byte_table(packed.device, dtype)[packed.int()]  # [N, K/2, 2]

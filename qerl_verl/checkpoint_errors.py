@@ -41,9 +41,9 @@ def writing(folder: str, who: str) -> Iterator[None]:
         if isinstance(error, RuntimeError) and not any(text in str(error) for text in _TORCH_WRITER):
             raise
         raise CheckpointError(
-            f"[qerl] {who}: the checkpoint could not be written to {folder} ({_first_line(error)}); {_free(folder)}. The "
-            "checkpoints before it are as they were. Free some space, or see who may write there, and start the same "
-            "command again."
+            f"[qerl] {who}: the checkpoint could not be written to {folder} "
+            f"({_first_line(error)}); {_free(folder)}. The checkpoints before it are as they were. "
+            "Free some space, or see who may write there, and start the same command again."
         ) from error
 
 
@@ -76,18 +76,19 @@ def _fix(error: Exception, folder: str, world_size: int) -> str | None:
     ranks = saved_ranks(folder)
     if isinstance(error, FileNotFoundError) and ranks and world_size not in ranks:
         return (
-            f"It was saved by {ranks[0]} ranks and this run has {world_size}; optimizer and adapter are stored rank by rank. "
-            f"Use {ranks[0]} ranks, or begin a new run with its adapter: "
-            f"lora_adapter_path={os.path.join(folder, 'lora_adapter')} of the model, trainer.resume_mode=disable."
+            f"It was saved by {ranks[0]} ranks and this run has {world_size}; optimizer and "
+            f"adapter are stored rank by rank. Use {ranks[0]} ranks, or begin a new run with its "
+            f"adapter: lora_adapter_path={os.path.join(folder, 'lora_adapter')} of the model, "
+            "trainer.resume_mode=disable."
         )
     without = (
-        f"With {os.path.dirname(folder)} moved out of trainer.default_local_dir, trainer.resume_mode=auto goes on from the whole "
-        "checkpoint before it."
+        f"With {os.path.dirname(folder)} moved out of trainer.default_local_dir, "
+        "trainer.resume_mode=auto goes on from the whole checkpoint before it."
     )
     if isinstance(error, FileNotFoundError) and Path(str(error.filename or "")).is_relative_to(folder):
         return (
-            f"If {host_name()} does not share this folder with the other nodes, put trainer.default_local_dir where all of them "
-            f"see it. {without}"
+            f"If {host_name()} does not share this folder with the other nodes, put "
+            f"trainer.default_local_dir where all of them see it. {without}"
         )
     if _is_broken(error):
         return without
@@ -97,8 +98,8 @@ def _fix(error: Exception, folder: str, world_size: int) -> str | None:
         return "The file system could not read it. Start the same command again when it can; the checkpoint was not changed."
     if isinstance(error, KeyError | ValueError) or "loading state_dict" in str(error):
         return (
-            "Its files can be read and do not fit this run: it needs the model, lora_rank, target_modules and optimizer that it "
-            "was saved with. The checkpoint was not changed."
+            "Its files can be read and do not fit this run: it needs the model, lora_rank, "
+            "target_modules and optimizer that it was saved with. The checkpoint was not changed."
         )
     return None
 

@@ -96,7 +96,7 @@ except Exception as error:
 
         traceback.print_exc()
         raise SystemExit(
-            f"[qerl] the plugin qerl_verl could not be loaded, so the run would go on without QeRL: "
-            f"{type(error).__name__}: {error}. `qerl doctor` checks the installation."
+            "[qerl] the plugin qerl_verl could not be loaded, so the run would go on without "
+            f"QeRL: {type(error).__name__}: {error}. `qerl doctor` checks the installation."
         ) from error
     raise

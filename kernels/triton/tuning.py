@@ -43,8 +43,8 @@ class Plan(NamedTuple):
         if self.path == "decode first":
             return "decode, then torch.addmm"
         return (
-            f"fused, tile {self.block_m} x {self.block_n} x {self.block_k} (tokens, outputs, inputs), "
-            f"K in {self.split_k}, {self.warps} warps, {self.stages} stages"
+            f"fused, tile {self.block_m} x {self.block_n} x {self.block_k} (tokens, outputs, "
+            f"inputs), K in {self.split_k}, {self.warps} warps, {self.stages} stages"
         )
 
 

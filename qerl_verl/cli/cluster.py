@@ -81,8 +81,9 @@ def wait_for_cluster(
         ", ".join(f"{n.get('NodeManagerHostname')} ({int(n['Resources'].get('GPU', 0))} GPUs)" for n in alive) or "none"
     )
     print(
-        f"qerl: the Ray cluster is not complete after {timeout:.0f} s: {state}. Nodes that joined: {names}. "
-        "Look at the output of `ray start` on the others: the port of the head may be blocked, or Python or Ray differ.",
+        f"qerl: the Ray cluster is not complete after {timeout:.0f} s: {state}. Nodes that "
+        f"joined: {names}. Look at the output of `ray start` on the others: the port of the head "
+        "may be blocked, or Python or Ray differ.",
         file=sys.stderr,
         flush=True,
     )

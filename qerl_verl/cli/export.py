@@ -42,8 +42,9 @@ def _run(arguments: argparse.Namespace) -> int:
     form, dst = arguments.format, arguments.dst.resolve()
     if form == "nvfp4" and not arguments.force:
         raise CheckpointError(
-            "--format nvfp4 loses most of the LoRA delta: a step of E2M1 is larger than the delta. Use merged or fp8, or serve "
-            "the adapter beside its NVFP4 base; --force writes it anyway and says how much is left."
+            "--format nvfp4 loses most of the LoRA delta: a step of E2M1 is larger than the "
+            "delta. Use merged or fp8, or serve the adapter beside its NVFP4 base; --force writes "
+            "it anyway and says how much is left."
         )
     source = find_adapter(arguments.checkpoint.resolve())
     if form == "adapter":

@@ -138,8 +138,8 @@ def say_losses(config: DictConfig, nodes: list[str], processes: list[LostProcess
     if nodes or processes:
         when = "when the cluster has its nodes again" if nodes else "when the reason is fixed"
         say(
-            f"start the same command {when}: with trainer.resume_mode=auto it goes on from the last whole "
-            f"checkpoint in {OmegaConf.select(config, 'trainer.default_local_dir')}"
+            f"start the same command {when}: with trainer.resume_mode=auto it goes on from the "
+            f"last whole checkpoint in {OmegaConf.select(config, 'trainer.default_local_dir')}"
         )
 
 

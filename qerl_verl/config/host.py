@@ -72,8 +72,9 @@ def choose_platform(setting: str, host: Host, joins: bool) -> tuple[str, str]:
         reason = "a GPU is visible" if host.gpus else "a Ray cluster is joined" if platform == "cuda" else "no GPU"
     if platform == "cpu" and not host.cpu_vllm:
         raise SettingsError([
-            "no GPU is visible and the installed vLLM is a CUDA build: run where a GPU is, set RAY_ADDRESS to join a cluster "
-            "that has them, or install vLLM's CPU build (see README, 'Try it without a GPU')"
+            "no GPU is visible and the installed vLLM is a CUDA build: run where a GPU is, set "
+            "RAY_ADDRESS to join a cluster that has them, or install vLLM's CPU build (see "
+            "README, 'Try it without a GPU')"
         ])  # fmt: skip
     if platform == "cuda" and host.cpu_vllm:
         raise SettingsError([

@@ -16,8 +16,8 @@ KEY = "qerl.quantization"
 TRAIN_FILES = "data.train_files"
 
 _GAIN = (
-    "once for a model; it keeps the policy closer to the 16-bit model (of SmolLM2-135M 0.04 nats a token away in KL "
-    "divergence, four-over-six 0.21)"
+    "once for a model; it keeps the policy closer to the 16-bit model (of SmolLM2-135M 0.04 nats "
+    "a token away in KL divergence, four-over-six 0.21)"
 )
 _QUICK = f"{KEY}.method=four-over-six takes seconds"
 
@@ -53,8 +53,9 @@ class Choice:
             how = f"gptq with {self.samples} rows of {self.text_from} ({self.reason}); takes minutes, {_GAIN}; {_QUICK}"
         elif self.method == "four-over-six":
             how = (
-                f"four-over-six ({self.reason}); takes about half a minute for a billion weights on two cores; {KEY}.method=gptq takes minutes on a "
-                f"GPU, far longer without one, {_GAIN}"
+                f"four-over-six ({self.reason}); takes about half a minute for a billion weights "
+                f"on two cores; {KEY}.method=gptq takes minutes on a GPU, far longer without one, "
+                f"{_GAIN}"
             )
         else:
             how = f"{self.method} ({self.reason})"
@@ -112,8 +113,8 @@ def find_problems(choice: Choice, here: bool = True) -> list[str]:
         return []
     if not choice.files:
         return [
-            f"{KEY}.method=gptq needs text, and {TRAIN_FILES} has none that can be read here: set {KEY}.calibration to a "
-            "parquet, JSONL or text file, or the method to four-over-six"
+            f"{KEY}.method=gptq needs text, and {TRAIN_FILES} has none that can be read here: set "
+            f"{KEY}.calibration to a parquet, JSONL or text file, or the method to four-over-six"
         ]
     if choice.text_from == TRAIN_FILES or not here:
         return []

@@ -160,8 +160,8 @@ class RolloutSettings:
     compile_cache: bool = setting(
         False,
         "keeps what vLLM compiles for the next start, which verl turns off "
-        "([performance-start.md](performance-start.md)). Each engine of a node has a folder of its own in "
-        "`$QERL_KERNEL_CACHE`, or `~/.cache/qerl_verl/kernels` without it",
+        "([performance-start.md](performance-start.md)). Each engine of a node has a folder of "
+        "its own in `$QERL_KERNEL_CACHE`, or `~/.cache/qerl_verl/kernels` without it",
     )
 
 

@@ -31,6 +31,6 @@ def ends_early(steps: int, reachable: int, epochs: int, fix: int) -> str:
     """
     return (
         f"trainer.total_training_steps={steps}, but the training data ends after {reachable} steps "
-        f"(trainer.total_epochs={epochs}): the run is {reachable} steps long, and so is the noise schedule; for {steps} "
-        f"steps set trainer.total_epochs={fix}"
+        f"(trainer.total_epochs={epochs}): the run is {reachable} steps long, and so is the noise "
+        f"schedule; for {steps} steps set trainer.total_epochs={fix}"
     )

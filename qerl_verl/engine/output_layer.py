@@ -51,8 +51,9 @@ def use_logprob_layer(model: nn.Module) -> None:
         )
     if getattr(model.config, "final_logit_softcapping", None) is not None:
         raise ValueError(
-            f"use_fused_kernels=True: {type(model).__name__} caps its logits (final_logit_softcapping in config.json), which "
-            "the output layer does not; remove the setting"
+            f"use_fused_kernels=True: {type(model).__name__} caps its logits "
+            "(final_logit_softcapping in config.json), which the output layer does not; remove "
+            "the setting"
         )
     divisor = logits_divisor(model.config)
     head.__class__ = LogprobLinear

@@ -71,8 +71,9 @@ class Recompute:
         self._need_per_row = bound if first else min(bound, self._need_per_row)
         if not first and self._announce:
             self._announce(
-                f"{self._kept_layers} of {self._layers} layers keep the outputs of their linears ({self._kept / GIB:.1f} GiB for "
-                f"{self._rows} tokens); the others recompute them in the backward pass"
+                f"{self._kept_layers} of {self._layers} layers keep the outputs of their linears "
+                f"({self._kept / GIB:.1f} GiB for {self._rows} tokens); the others recompute them "
+                "in the backward pass"
             )
             self._announce = None
         self._rows = 0

@@ -48,8 +48,8 @@ class RoutingReplay:
         self.top_k = next(iter(self.layers.values())).top_k
         if self.top_k < 2:
             raise ValueError(
-                f"{SETTING}=True: the model sends a token to one expert, so a token without a recorded choice cannot be told "
-                "from one that goes to expert 0; remove it"
+                f"{SETTING}=True: the model sends a token to one expert, so a token without a "
+                "recorded choice cannot be told from one that goes to expert 0; remove it"
             )
         self._chosen: torch.Tensor | None = None
         self._paused = False
@@ -83,14 +83,15 @@ class RoutingReplay:
             return
         if recorded is None:
             raise ValueError(
-                f"{SETTING}=True, but the batch has no {FIELD}: the rollout did not return them. Use the agent loops of verl, "
-                "which carry them, or remove the setting"
+                f"{SETTING}=True, but the batch has no {FIELD}: the rollout did not return them. "
+                "Use the agent loops of verl, which carry them, or remove the setting"
             )
         found = tuple(recorded.shape)
         if len(found) != 3 or found[0] != tokens or found[1] <= max(self.layers) or found[2] != self.top_k:
             raise ValueError(
-                f"{FIELD} of a micro-batch has shape {found}, but the actor has {tokens} tokens, {max(self.layers) + 1} layers "
-                f"and {self.top_k} experts a token; the rollout runs another model"
+                f"{FIELD} of a micro-batch has shape {found}, but the actor has {tokens} tokens, "
+                f"{max(self.layers) + 1} layers and {self.top_k} experts a token; the rollout runs "
+                "another model"
             )
         self._chosen = recorded
 

@@ -70,8 +70,9 @@ class StepMixin:
             if self._recompute and not forward_only and self._recompute.keeps:
                 add_note(
                     error,
-                    f"[qerl] {self._at_step()}: layers keep the outputs of their linears for the backward pass; "
-                    "qerl.recompute=full keeps none, at the price of computing them twice.",
+                    f"[qerl] {self._at_step()}: layers keep the outputs of their linears for the "
+                    "backward pass; qerl.recompute=full keeps none, at the price of computing "
+                    "them twice.",
                 )
             raise
         if self._recompute and not forward_only:
@@ -97,7 +98,7 @@ class StepMixin:
             bad = [] if norms is None else [n for n, finite in zip(names, norms.isfinite().tolist()) if not finite]
             name = gather_first(bad[0] if bad else None) or "no single one of them"
             raise NonFiniteError(
-                f"[qerl] {self._at_step()}: the gradient norm is {grad_norm}; not finite: gradient of {name}. "
-                "The run stops here, the weights are those before the step."
+                f"[qerl] {self._at_step()}: the gradient norm is {grad_norm}; not finite: gradient "
+                f"of {name}. The run stops here, the weights are those before the step."
             )
         return grad_norm

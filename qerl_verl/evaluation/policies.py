@@ -146,9 +146,10 @@ def check_bases(adapters: Sequence[Adapter], model: Model) -> None:
         EvaluationError: some adapters were trained on other weights.
     """
     problems = [
-        f"--adapter {adapter.name}: it was trained on other weights than those of {model.folder}: its checkpoint records "
-        f"the fingerprint {adapter.base_fingerprint}, this model has {model.fingerprint}. Give the base of its run "
-        f"({adapter.base_model}, with the --quantize of that run), or --other-base to evaluate it on this one anyway"
+        f"--adapter {adapter.name}: it was trained on other weights than those of {model.folder}: "
+        f"its checkpoint records the fingerprint {adapter.base_fingerprint}, this model has "
+        f"{model.fingerprint}. Give the base of its run ({adapter.base_model}, with the --quantize "
+        "of that run), or --other-base to evaluate it on this one anyway"
         for adapter in adapters
         if adapter.base_fingerprint not in (None, model.fingerprint)
     ]

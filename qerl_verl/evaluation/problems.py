@@ -74,8 +74,9 @@ def read_data(given: str, limit: int | None = None, prompt_key: str = "prompt") 
         name, key = given, prompt_key
         if not is_file:
             raise EvaluationError(
-                f"{where}: there is no such file. Give a parquet or JSONL file with verl's columns, a name "
-                f"({', '.join(BENCHMARKS)}), or NAME=FILE for a benchmark's own JSONL"
+                f"{where}: there is no such file. Give a parquet or JSONL file with verl's "
+                f"columns, a name ({', '.join(BENCHMARKS)}), or NAME=FILE for a benchmark's own "
+                "JSONL"
             )
         rows = _file_rows(Path(given).expanduser(), where)
     problems, digest = [], hashlib.sha256()

@@ -90,8 +90,8 @@ class ResponseFile:
             ]
             if changed:
                 raise EvaluationError(
-                    f"{path} holds responses of another evaluation: {'; '.join(changed)}. Call it as before, or name another "
-                    "file with --responses"
+                    f"{path} holds responses of another evaluation: {'; '.join(changed)}. Call it "
+                    "as before, or name another file with --responses"
                 )
             if new := {name: value for name, value in settings.items() if name not in known}:
                 self._append({SETTINGS: new})

@@ -83,16 +83,17 @@ class Reward:
             ) from error
         except Exception as error:
             raise EvaluationError(
-                f"the reward function {self.name(problem.source)} failed on row {problem.index} of {problem.source}: "
-                f"{type(error).__name__}: {error}"
+                f"the reward function {self.name(problem.source)} failed on row {problem.index} of "
+                f"{problem.source}: {type(error).__name__}: {error}"
             ) from error
         details = dict(result) if isinstance(result, dict) else {}
         value = details.get("acc", details.get("score")) if details else result
         number = _number(value)
         if number is None:
             raise EvaluationError(
-                f"the reward function {self.name(problem.source)} returned {str(result)[:80]} for row {problem.index} of "
-                f"{problem.source}; it has to be a finite number, or a mapping with one as `score`"
+                f"the reward function {self.name(problem.source)} returned {str(result)[:80]} for "
+                f"row {problem.index} of {problem.source}; it has to be a finite number, or a "
+                "mapping with one as `score`"
             )
         return Score(number, details)
 
@@ -133,8 +134,9 @@ def _load(given: str) -> tuple[Callable[..., Any], str]:
     except Exception as error:  # a missing file or name, or an error that the file raises
         cause = error.__cause__ or error
         raise EvaluationError(
-            f"--reward-function {given}: {name} cannot be loaded from {path} ({type(cause).__name__}: {cause}). Give a "
-            "Python file with a function compute_score(data_source, solution_str, ground_truth, extra_info), or FILE:NAME"
+            f"--reward-function {given}: {name} cannot be loaded from {path} "
+            f"({type(cause).__name__}: {cause}). Give a Python file with a function "
+            "compute_score(data_source, solution_str, ground_truth, extra_info), or FILE:NAME"
         ) from error
     file = Path(path)
     content = file.read_bytes() if file.is_file() else path.encode()

@@ -256,8 +256,8 @@ def _tokenize(
         tokenizer.chat_template = settings.chat_template
     if not tokenizer.chat_template:
         raise EvaluationError(
-            f"MODEL {settings.model}: its tokenizer has no chat template, which verl makes every prompt with; give one with "
-            "--chat-template FILE"
+            f"MODEL {settings.model}: its tokenizer has no chat template, which verl makes every "
+            "prompt with; give one with --chat-template FILE"
         )
     arguments = {
         k: v for k, v in settings.chat_template_arguments.items() if k not in ("tokenize", "add_generation_prompt")
@@ -272,7 +272,8 @@ def _tokenize(
         except Exception as error:  # from jinja, or from the template's own raise_exception
             raise EvaluationError(
                 f"--data {name}, row {problem.index}: the chat template fails on its prompt: "
-                f"{' '.join(str(error).split())[:200]}; fix the prompt, or give another with --chat-template FILE"
+                f"{' '.join(str(error).split())[:200]}; fix the prompt, or give another with "
+                "--chat-template FILE"
             ) from error
     return prompts, str(tokenizer.chat_template)
 
@@ -285,8 +286,8 @@ def _check_length(settings: EvaluationSettings, folder: Path, prompts: dict[tupl
     if context is not None and prompt + settings.max_tokens > context:
         fix = f"set --max-tokens {context - prompt} or less" if prompt < context else "take that prompt out"
         raise EvaluationError(
-            f"the longest prompt has {prompt} tokens; with --max-tokens {settings.max_tokens} that is more than the "
-            f"{context} that {settings.model} can see: {fix}"
+            f"the longest prompt has {prompt} tokens; with --max-tokens {settings.max_tokens} that "
+            f"is more than the {context} that {settings.model} can see: {fix}"
         )
 
 

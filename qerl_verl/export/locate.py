@@ -44,8 +44,8 @@ def find_adapter(checkpoint: Path) -> Source:
     adapter = next((place for place in places if (place / ADAPTER_CONFIG).is_file()), None)
     if adapter is None:
         raise CheckpointError(
-            f"{checkpoint}: no {ADAPTER_CONFIG} in it, in lora_adapter or in actor/lora_adapter. Give a global_step_N folder "
-            "of a run, or the folder of a PEFT adapter."
+            f"{checkpoint}: no {ADAPTER_CONFIG} in it, in lora_adapter or in actor/lora_adapter. "
+            "Give a global_step_N folder of a run, or the folder of a PEFT adapter."
         )
     base_model = _read_object(adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
     record = next((p / RECORD_FILE for p in (adapter, *adapter.parents[:2]) if (p / RECORD_FILE).is_file()), None)
@@ -84,8 +84,9 @@ def find_base(source: Source, wanted: Path | None = None, cache_dir: Path | None
             raise CheckpointError(f"--base {wanted}: no {CONFIG_FILE} there. Give the folder of a model.")
         if recorded and fingerprint(wanted, cache) != recorded:
             raise CheckpointError(
-                f"--base {wanted}: its weights are not those that {source.adapter} was trained on (fingerprint {recorded} "
-                "in the checkpoint). Leave --base out to look for them in the cache."
+                f"--base {wanted}: its weights are not those that {source.adapter} was trained on "
+                f"(fingerprint {recorded} in the checkpoint). Leave --base out to look for them in "
+                "the cache."
             )
         return wanted
     named = Path(source.base_model).expanduser() if source.base_model else None
@@ -101,6 +102,7 @@ def find_base(source: Source, wanted: Path | None = None, cache_dir: Path | None
         if fingerprint(folder, cache) == recorded:
             return folder
     raise CheckpointError(
-        f"{source.adapter}: the base that it was trained on (fingerprint {recorded}) is neither {source.base_model} nor in the cache "
-        f"{cache}. Give its folder with --base, or the cache of the run with --cache-dir."
+        f"{source.adapter}: the base that it was trained on (fingerprint {recorded}) is neither "
+        f"{source.base_model} nor in the cache {cache}. Give its folder with --base, or the cache "
+        "of the run with --cache-dir."
     )

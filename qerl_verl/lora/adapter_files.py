@@ -102,9 +102,9 @@ def find_unsupported(config: Mapping[str, Any], heads: Collection[str] = ()) -> 
         out.append(f"r={rank} in its {CONFIG_FILE}; it has to be a positive whole number")
     if not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
         out.append(
-            f"lora_alpha={alpha} in its {CONFIG_FILE}: the LoRA delta would be multiplied by that, so that nothing trains "
-            "(verl's model merger writes 0 where it does not find the value). Write the value that the adapter was trained "
-            "with into that file"
+            f"lora_alpha={alpha} in its {CONFIG_FILE}: the LoRA delta would be multiplied by that, "
+            "so that nothing trains (verl's model merger writes 0 where it does not find the "
+            "value). Write the value that the adapter was trained with into that file"
         )
     default = LoraConfig()
     defaults = {f.name: getattr(default, f.name) for f in fields(LoraConfig)}
@@ -117,8 +117,9 @@ def find_unsupported(config: Mapping[str, Any], heads: Collection[str] = ()) -> 
             )
     if (init := config.get("init_lora_weights")) not in _HARMLESS_INITIALIZATIONS:
         out.append(
-            f"init_lora_weights={init} in its {CONFIG_FILE}: the adapter belongs to a base whose weights this initialization "
-            "changed; convert it to plain LoRA (PEFT's save_pretrained with path_initial_model_for_weight_conversion)"
+            f"init_lora_weights={init} in its {CONFIG_FILE}: the adapter belongs to a base whose "
+            "weights this initialization changed; convert it to plain LoRA (PEFT's "
+            "save_pretrained with path_initial_model_for_weight_conversion)"
         )
     if not config.get("target_modules"):
         out.append(f"no target_modules in its {CONFIG_FILE}; write the names of the layers that it adapts there")
@@ -178,8 +179,9 @@ def map_names(
         raise AdapterError([f"its {CONFIG_FILE}: {problem}"])
     if config.get("use_rslora") and any(map(is_of_experts, adapted)):
         raise AdapterError([
-            f"use_rslora in its {CONFIG_FILE}: on experts PEFT scales such an adapter by another rank than it was trained "
-            "with, because it joins gate_proj and up_proj; plain LoRA alone can go on"
+            f"use_rslora in its {CONFIG_FILE}: on experts PEFT scales such an adapter by another "
+            "rank than it was trained with, because it joins gate_proj and up_proj; plain LoRA "
+            "alone can go on"
         ])  # fmt: skip
     wanted = {f"{PREFIX}{name}": shape for name, shape in head.items()}
     for name in adapted:
@@ -204,8 +206,8 @@ def map_names(
             out.append("no value head in it; give the adapter of a critic (global_step_N/critic/lora_adapter)")
         if lora:
             out.append(
-                f"{len(lora)} of the {len(wanted) - len(head)} LoRA tensors that its {CONFIG_FILE} promises are not in its "
-                f"file: {_some(lora)}"
+                f"{len(lora)} of the {len(wanted) - len(head)} LoRA tensors that its {CONFIG_FILE} "
+                f"promises are not in its file: {_some(lora)}"
             )
     if len(set(places.values())) < len(places) and not unused:
         out.append(f"two of its {len(shapes)} tensors have the same place in the model")
@@ -238,8 +240,9 @@ def check_loaded(loaded: Mapping[str, torch.Tensor], expected: Mapping[str, torc
     lacking, surplus = expected.keys() - loaded.keys(), loaded.keys() - expected.keys()
     if different or lacking or surplus:
         raise AdapterError([
-            f"PEFT took {len(expected) - len(lacking) - len(different)} of its {len(expected)} tensors; "
-            f"not taken: {_some([*lacking, *different])}; without one in the file: {_some(surplus)}"
+            f"PEFT took {len(expected) - len(lacking) - len(different)} of its {len(expected)} "
+            f"tensors; not taken: {_some([*lacking, *different])}; without one in the file: "
+            f"{_some(surplus)}"
         ])  # fmt: skip
 
 

@@ -60,8 +60,8 @@ def partial_problem(layers: Collection[str], adapted: Collection[str]) -> str | 
     if found in (set(), every):
         return None
     return (
-        f"{len(found)} of the {len(every)} linears of the experts would have an adapter, but they get one together: "
-        f"name {', '.join(PROJECTIONS)}, without excluding any, or none of them"
+        f"{len(found)} of the {len(every)} linears of the experts would have an adapter, but they "
+        f"get one together: name {', '.join(PROJECTIONS)}, without excluding any, or none of them"
     )
 
 
@@ -93,8 +93,9 @@ def stack_experts(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor
                     piece, first = pieces.get((expert, projection)), pieces.get((0, projection))
                     if piece is None or first is None or piece.shape != first.shape:
                         raise ValueError(
-                            f"{module}.{expert}.{projection}.lora_{part} is missing, or has another shape than the "
-                            f"first expert's; the {count} experts of a layer get their adapter together"
+                            f"{module}.{expert}.{projection}.lora_{part} is missing, or has "
+                            f"another shape than the first expert's; the {count} experts of a "
+                            "layer get their adapter together"
                         )
                     rows.append(piece)
             out[f"{module}.lora_{part}.{stack}"] = torch.cat(rows).view(count, -1, rows[0].shape[-1])

@@ -154,8 +154,8 @@ class NVFP4LoraExperts(nn.Module, LoraLayer):
 
 
 NO_MERGE = (
-    "a LoRA delta is lost when it is rounded to NVFP4: keep the adapter beside the base, or load it on the 16-bit model "
-    "and merge there"
+    "a LoRA delta is lost when it is rounded to NVFP4: keep the adapter beside the base, or load "
+    "it on the 16-bit model and merge there"
 )
 NO_UNMERGE = "adapters on an NVFP4 base are never merged, so there is nothing to unmerge"
 
@@ -163,8 +163,8 @@ NO_UNMERGE = "adapters on an NVFP4 base are never merged, so there is nothing to
 def _require_plain(config: LoraConfig) -> None:
     if isinstance(config.init_lora_weights, str) and config.init_lora_weights.lower() != "gaussian":
         raise ValueError(
-            f"init_lora_weights={config.init_lora_weights!r} reads the base weight, which is packed in NVFP4; use True "
-            "or 'gaussian'"
+            f"init_lora_weights={config.init_lora_weights!r} reads the base weight, which is "
+            "packed in NVFP4; use True or 'gaussian'"
         )
     for variant in ("use_dora", "use_bdlora", "arrow_config", "alora_invocation_tokens"):
         if getattr(config, variant, None):

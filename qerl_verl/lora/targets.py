@@ -90,13 +90,14 @@ def find_problems(
                     out.append(f"{key}target_modules: {target} is none of the linear layers. {names}; remove it")
         elif not matched_layers(layers, targets):
             out.append(
-                f"{key}target_modules={targets}: a string is a regular expression for full names, as {next(iter(layers))}, "
-                f"and this one matches none. {names}; for names give a list, [{targets}]"
+                f"{key}target_modules={targets}: a string is a regular expression for full names, "
+                f"as {next(iter(layers))}, and this one matches none. {names}; for names give a "
+                f"list, [{targets}]"
             )
         elif targets != ALL_LINEAR and (others := matched_layers(_other_modules(layers), targets)):
             out.append(
-                f"{key}target_modules={targets}: the expression matches {sorted(others)[0]}, which is no linear layer. "
-                f"{names}"
+                f"{key}target_modules={targets}: the expression matches {sorted(others)[0]}, which "
+                f"is no linear layer. {names}"
             )
         for excluded in [exclude] if isinstance(exclude, str) else exclude or []:
             whole = excluded if isinstance(exclude, str) else [excluded]
@@ -116,8 +117,8 @@ def _problems_of_matched(layers: Collection[str], targets: Any, exclude: Any, ke
     if isinstance(targets, str) and any(map(is_of_experts, matched)):
         names = ",".join(last_names([name for name in layers if name in matched]))
         return [
-            f"{key}target_modules={targets}: PEFT and vLLM load an adapter on the experts by the names of its layers, "
-            f"not by an expression; give a list, [{names}]"
+            f"{key}target_modules={targets}: PEFT and vLLM load an adapter on the experts by the "
+            f"names of its layers, not by an expression; give a list, [{names}]"
         ]
     problem = partial_problem(layers, matched)
     return [f"{key}target_modules={targets}, exclude_modules={exclude}: {problem}"] if problem else []

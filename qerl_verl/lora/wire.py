@@ -36,7 +36,7 @@ def take_config(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
     packed = tensors.pop(CONFIG_TENSOR, None)
     if packed is None:
         raise ValueError(
-            f"a weight sync brought {len(tensors)} tensors without an adapter's configuration; the rollout's base is packed in "
-            "NVFP4 and takes adapters alone"
+            f"a weight sync brought {len(tensors)} tensors without an adapter's configuration; the "
+            "rollout's base is packed in NVFP4 and takes adapters alone"
         )
     return json.loads(bytes(packed.to("cpu", torch.uint8).tolist()))

@@ -27,8 +27,8 @@ _BEHIND_ALONE = {
     "post_feedforward_layernorm": ("mlp.down_proj",),
 }
 _THROUGH_TRANSFORMERS = (
-    "vLLM 0.28 runs the model through transformers' code, where NVFP4 layers on that path stop with "
-    "'Current vLLM config is not set'"
+    "vLLM 0.28 runs the model through transformers' code, where NVFP4 layers on that path stop "
+    "with 'Current vLLM config is not set'"
 )
 _NORMED_HEADS = ("self_attn.q_norm", "self_attn.k_norm")
 
@@ -386,8 +386,9 @@ class Architecture:
             found = getattr(config, setting.key, None)
             if (found or None) != (setting.value or None):
                 raise UnsupportedArchitecture(
-                    f"{self.name} with {setting.key}={found} in config.json is not supported, because {setting.reason}: "
-                    f"{setting.key}={setting.value}. {DOCUMENTATION} has the table of models."
+                    f"{self.name} with {setting.key}={found} in config.json is not supported, "
+                    f"because {setting.reason}: {setting.key}={setting.value}. {DOCUMENTATION} has "
+                    "the table of models."
                 )
 
     def scale_groups(self) -> tuple[tuple[str, ...], ...]:
@@ -515,8 +516,9 @@ _ARCHITECTURES = {
 
 
 _DELTA_NETS = (
-    "the projections of its gated delta nets are not packed here yet, and without flash-linear-attention transformers 5.9 "
-    "lets the state of a delta net run from one sequence of a packed row into the next"
+    "the projections of its gated delta nets are not packed here yet, and without "
+    "flash-linear-attention transformers 5.9 lets the state of a delta net run from one sequence "
+    "of a packed row into the next"
 )
 NOT_YET = dict.fromkeys(
     (

@@ -51,8 +51,8 @@ def atomic_folder(dst: Path, *, replace: bool = False) -> Iterator[Path]:
             content.rename(dst)
         except OSError as error:
             raise CheckpointError(
-                f"{dst} cannot be put in place ({error.strerror}): something else wrote to it meanwhile, or it is a "
-                "mount point. Choose another folder."
+                f"{dst} cannot be put in place ({error.strerror}): something else wrote to it "
+                "meanwhile, or it is a mount point. Choose another folder."
             ) from error
     finally:
         _settle(workspace, dst)

@@ -216,8 +216,8 @@ def _verify(entry: Path, cache: Path) -> None:
         check_files(entry, hashed=lambda name: name.endswith(".safetensors"), sha256=digests.of)
     except CheckpointError as error:
         raise CheckpointError(
-            f"{error} This cache entry is damaged. With the folder {entry} moved elsewhere, the next start quantizes the "
-            "model anew."
+            f"{error} This cache entry is damaged. With the folder {entry} moved elsewhere, the "
+            "next start quantizes the model anew."
         ) from None
     digests.save()
 
@@ -312,8 +312,8 @@ def _exclusive(entry: Path) -> Iterator[None]:
     owner = entry.with_name(f"{entry.name}.owner.json")
     if reason := _why_no_lock(lock.lock_file):
         print(
-            f"qerl: {lock.lock_file} cannot be locked ({reason}); going on without, so another process may quantize the same model "
-            "meanwhile",
+            f"qerl: {lock.lock_file} cannot be locked ({reason}); going on without, so another "
+            "process may quantize the same model meanwhile",
             file=sys.stderr,
         )
     else:

@@ -107,8 +107,9 @@ def read_calibration(
     sequences = [s for s in sequences if len(s[0]) > 1]
     if len(sequences) < 2:
         raise CheckpointError(
-            f"calibration: {source} holds {len(sequences)} usable rows, at least 2 are needed. A row is a chat "
-            f"(`messages`), a prompt (`{prompt_key}`, {', '.join(f'`{name}`' for name in _PROMPTS)}) or `text`."
+            f"calibration: {source} holds {len(sequences)} usable rows, at least 2 are needed. A "
+            f"row is a chat (`messages`), a prompt (`{prompt_key}`, "
+            f"{', '.join(f'`{name}`' for name in _PROMPTS)}) or `text`."
         )
     held_out = max(1, min(HELD_OUT, len(sequences) // 5))
     every = len(sequences) // held_out

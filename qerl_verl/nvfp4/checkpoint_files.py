@@ -17,8 +17,8 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 PICKLES = (".bin", ".pth")
 PICKLES_ALONE = (
-    f"holds PyTorch pickles ({', '.join(PICKLES)}) and no {SINGLE_FILE} or {INDEX_FILE}. Convert it: load it with "
-    "transformers' from_pretrained and write it with save_pretrained."
+    f"holds PyTorch pickles ({', '.join(PICKLES)}) and no {SINGLE_FILE} or {INDEX_FILE}. Convert "
+    "it: load it with transformers' from_pretrained and write it with save_pretrained."
 )
 _WEIGHT_FILES = (
     *("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt"),

@@ -80,8 +80,9 @@ def foreign_format(path: Path) -> Foreign | None:
         return None
     if settings.get("quant_algo") != "NVFP4" or settings.get("group_size", BLOCK_SIZE) != BLOCK_SIZE:
         raise CheckpointError(
-            f"{path}: ModelOpt's quant_algo {settings.get('quant_algo')} with group_size {settings.get('group_size')} cannot be "
-            f"used; NVFP4 with {BLOCK_SIZE} can. Give such an export, or the original model in 16 bits."
+            f"{path}: ModelOpt's quant_algo {settings.get('quant_algo')} with group_size "
+            f"{settings.get('group_size')} cannot be used; NVFP4 with {BLOCK_SIZE} can. Give such "
+            "an export, or the original model in 16 bits."
         )
     return "modelopt"
 
@@ -178,16 +179,16 @@ class _Source:
             value = read_tensor(info).item()
             if not 0 < value < math.inf:
                 raise CheckpointError(
-                    f"{info.file}: tensor {scales[1]} is {value:g}; it multiplies the weight, so it has to be a positive, finite number. "
-                    "Fetch or export the checkpoint again."
+                    f"{info.file}: tensor {scales[1]} is {value:g}; it multiplies the weight, so "
+                    "it has to be a positive, finite number. Fetch or export the checkpoint again."
                 )
         return _Linear(linear, rows, columns, packed=True)
 
     def _refuse_unknown(self) -> None:
         if (name := self.quantized_head) is not None:
             raise CheckpointError(
-                f"{self.tensors[name].file}: {name} is quantized, but the output layer stays in 16 bits here. Export the model with lm_head "
-                "among the excluded modules."
+                f"{self.tensors[name].file}: {name} is quantized, but the output layer stays in 16 "
+                "bits here. Export the model with lm_head among the excluded modules."
             )
         known = set(self.others)
         for linear in self.linears.values():
@@ -198,8 +199,8 @@ class _Source:
         for group in fused_linears(self.architecture, self.hf_config):
             if len({self.linears[name].packed for name in group}) > 1:
                 raise CheckpointError(
-                    f"{self.path}: of {name_group(group)} some are quantized and some are not, but vLLM fuses them. Exclude "
-                    "all of them or none."
+                    f"{self.path}: of {name_group(group)} some are quantized and some are not, but "
+                    "vLLM fuses them. Exclude all of them or none."
                 )
 
     def groups(self) -> Iterator[tuple[_Linear, ...]]:
@@ -280,8 +281,9 @@ class _Source:
         span = top - int(exponent.min())
         if span > LARGEST_SPAN:
             raise CheckpointError(
-                f"{self.path}: the exponents of {linear.name}.weight_scale span {span}, and NVFP4's block scales hold {LARGEST_SPAN}, so it "
-                "cannot be converted without loss. Quantize the original model with `qerl quantize`."
+                f"{self.path}: the exponents of {linear.name}.weight_scale span {span}, and "
+                f"NVFP4's block scales hold {LARGEST_SPAN}, so it cannot be converted without "
+                "loss. Quantize the original model with `qerl quantize`."
             )
         divisor = 2.0 ** (LARGEST_SCALE_EXPONENT - top)
         if not 0 < divisor < math.inf or not math.isfinite(2.0**-126 * divisor if divisor > 1 else divisor):

@@ -65,8 +65,8 @@ class NVFP4Experts(nn.Module):
         size = count * hidden * inner * 27 // 16
         if hidden % BLOCK_SIZE or inner % BLOCK_SIZE or size % storage_dtype.itemsize:
             raise ValueError(
-                f"{count} experts of {inner} x {hidden}: the NVFP4 blocks of {BLOCK_SIZE} do not fill whole items of "
-                f"{storage_dtype}"
+                f"{count} experts of {inner} x {hidden}: the NVFP4 blocks of {BLOCK_SIZE} do not "
+                f"fill whole items of {storage_dtype}"
             )
         self.num_experts, self.hidden_dim, self.intermediate_dim = count, hidden, inner
         self.act_fn, self.gated = act_fn, gated

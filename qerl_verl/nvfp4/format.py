@@ -108,8 +108,9 @@ def read_quantization(path: str | Path) -> Literal["none", "nvfp4"]:
 
 def _other_quantization(path: Path, kind: str) -> CheckpointError:
     return CheckpointError(
-        f"{path}: quantized already, as {kind}. A run uses {FORMAT} checkpoints as they are and converts ModelOpt's NVFP4 and "
-        "compressed-tensors' MXFP4; otherwise give the original checkpoint in 16 or 32 bits."
+        f"{path}: quantized already, as {kind}. A run uses {FORMAT} checkpoints as they are and "
+        "converts ModelOpt's NVFP4 and compressed-tensors' MXFP4; otherwise give the original "
+        "checkpoint in 16 or 32 bits."
     )
 
 

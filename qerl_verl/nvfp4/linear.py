@@ -60,8 +60,8 @@ class NVFP4Linear(nn.Module):
         size = out_features * in_features * 9 // 16
         if in_features % BLOCK_SIZE or size % storage_dtype.itemsize:
             raise ValueError(
-                f"in_features={in_features} with out_features={out_features}: the NVFP4 blocks of {BLOCK_SIZE} do not fill whole "
-                f"items of {storage_dtype}"
+                f"in_features={in_features} with out_features={out_features}: the NVFP4 blocks of "
+                f"{BLOCK_SIZE} do not fill whole items of {storage_dtype}"
             )
         self.in_features, self.out_features = in_features, out_features
 

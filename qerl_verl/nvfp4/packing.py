@@ -66,8 +66,9 @@ def plan_units(tensors: dict[str, TensorInfo], architecture: Architecture, hf_co
                 n, k = tensors[f"{member}.weight"].shape
                 if k % BLOCK_SIZE:
                     raise CheckpointError(
-                        f"{tensors[f'{member}.weight'].file}: {member}.weight has {k} input channels. NVFP4 needs a "
-                        f"multiple of {BLOCK_SIZE}, so this model cannot be quantized."
+                        f"{tensors[f'{member}.weight'].file}: {member}.weight has {k} input "
+                        f"channels. NVFP4 needs a multiple of {BLOCK_SIZE}, so this model cannot "
+                        "be quantized."
                     )
                 layout |= packed_layout(member, n, k)
             units.append(Unit(tuple(f"{member}.weight" for member in group), layout, quantize=True))
@@ -233,8 +234,8 @@ def _check_exponents(weights: dict[str, torch.Tensor], tensors: dict[str, Tensor
     for name, weight in weights.items():
         if weight.shape[1] % MX_BLOCK_SIZE:
             raise CheckpointError(
-                f"{tensors[name].file}: {name} has {weight.shape[1]} input channels. MXFP4 needs a multiple of "
-                f"{MX_BLOCK_SIZE}: use +qerl=nvfp4 for this model."
+                f"{tensors[name].file}: {name} has {weight.shape[1]} input channels. MXFP4 needs a "
+                f"multiple of {MX_BLOCK_SIZE}: use +qerl=nvfp4 for this model."
             )
         exponents = mxfp4_exponents(weight)
         exponents = exponents[exponents != NO_EXPONENT]
@@ -244,9 +245,11 @@ def _check_exponents(weights: dict[str, torch.Tensor], tensors: dict[str, Tensor
     for name, low in lowest.items():
         if max(highest) - low > LARGEST_SPAN:
             raise CheckpointError(
-                f"{tensors[name].file}: tensor {name}: the shared exponents of its blocks of {MX_BLOCK_SIZE} go down to {low}, and "
-                f"up to {max(highest)} with the linears that it is fused with. That is a span of {max(highest) - low}, and the "
-                f"container of NVFP4 holds {LARGEST_SPAN}, the powers of two of E4M3: use +qerl=nvfp4 for this model."
+                f"{tensors[name].file}: tensor {name}: the shared exponents of its blocks of "
+                f"{MX_BLOCK_SIZE} go down to {low}, and up to {max(highest)} with the linears that "
+                f"it is fused with. That is a span of {max(highest) - low}, and the container of "
+                f"NVFP4 holds {LARGEST_SPAN}, the powers of two of E4M3: use +qerl=nvfp4 for this "
+                "model."
             )
 
 

@@ -106,8 +106,8 @@ def quantize_checkpoint(
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
         if not replace:
             raise CheckpointError(
-                f"{dst} exists and is not an empty folder: choose another one. --force replaces a checkpoint that `qerl "
-                "quantize` wrote."
+                f"{dst} exists and is not an empty folder: choose another one. --force replaces a "
+                "checkpoint that `qerl quantize` wrote."
             )
         _check_replaceable(src, dst)
     config = read_config(src)
@@ -149,14 +149,17 @@ def quantize_checkpoint(
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise CheckpointError(
-                f"{dst}: the disk (or the quota) was full before all of the {as_gigabytes(written)} were written. The incomplete "
-                f"folder is removed{finished.kept if finished else ''}. Free some space, or choose a folder on another disk."
+                f"{dst}: the disk (or the quota) was full before all of the "
+                f"{as_gigabytes(written)} were written. The incomplete folder is "
+                f"removed{finished.kept if finished else ''}. Free some space, or choose a folder "
+                "on another disk."
             ) from error
         raise
     except torch.OutOfMemoryError as error:
         raise CheckpointError(
-            f"{dst}: {device} has too little free memory for {method} ({error}). Free some, or choose another device or "
-            f"method (four-over-six needs the least){finished.kept if finished else ''}."
+            f"{dst}: {device} has too little free memory for {method} ({error}). Free some, or "
+            "choose another device or method (four-over-six needs the "
+            f"least){finished.kept if finished else ''}."
         ) from error
     if finished is not None:
         finished.remove()

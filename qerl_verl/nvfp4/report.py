@@ -77,8 +77,9 @@ def format_report(report: Mapping[str, Any]) -> str:
         lines.append(f"{name:24} {values['weight_error']:10.2e} {values['weight_snr_db']:6.1f} dB{output}")
     if text := report["text"]:
         lines.append(
-            f"on {text['tokens']} tokens of text that was kept apart, in nats a token: loss {text['loss']:.3f} "
-            f"(before: {text['reference_loss']:.3f}), KL divergence {text['kl']:.3f}, entropy {text['entropy']:.3f}"
+            f"on {text['tokens']} tokens of text that was kept apart, in nats a token: loss "
+            f"{text['loss']:.3f} (before: {text['reference_loss']:.3f}), KL divergence "
+            f"{text['kl']:.3f}, entropy {text['entropy']:.3f}"
         )
     return "\n".join(lines)
 

@@ -72,9 +72,11 @@ def check_names(
         unexpected.remove("lm_head.weight")
     if unexpected:
         raise CheckpointError(
-            f"{path}: {len(unexpected)} of {len(tensors)} tensors are none of the model that config.json describes: "
-            f"{', '.join(unexpected[:4])}{', ...' if len(unexpected) > 4 else ''}. Give the plain language model: save it "
-            "without what was added for training, as a value head, or correct config.json."
+            f"{path}: {len(unexpected)} of {len(tensors)} tensors are none of the model that "
+            "config.json describes: "
+            f"{', '.join(unexpected[:4])}{', ...' if len(unexpected) > 4 else ''}. Give the plain "
+            "language model: save it without what was added for training, as a value head, or "
+            "correct config.json."
         )
 
 
@@ -110,13 +112,15 @@ def check_routers(
         parts = (f"{router}.weight_packed", f"{router}.weight_scale")
         if part := next((part for part in parts if part in tensors), None):
             raise CheckpointError(
-                f"{tensors[part].file}: {part}: the router of the experts is quantized, but it stays in 16 bits here. Quantize "
-                "the original checkpoint with `qerl quantize`, or export it again with re:.*mlp.gate$ among the ignored modules."
+                f"{tensors[part].file}: {part}: the router of the experts is quantized, but it "
+                "stays in 16 bits here. Quantize the original checkpoint with `qerl quantize`, or "
+                "export it again with re:.*mlp.gate$ among the ignored modules."
             )
         if ignore is not None and not is_ignored(router, ignore):
             raise CheckpointError(
-                f"{path}: the router {router} is in 16 bits, but ignore in config.json does not name it. Export the checkpoint "
-                "again with re:.*mlp.gate$ among the ignored modules."
+                f"{path}: the router {router} is in 16 bits, but ignore in config.json does not "
+                "name it. Export the checkpoint again with re:.*mlp.gate$ among the ignored "
+                "modules."
             )
 
 
@@ -141,8 +145,8 @@ def check_matched(path: Path, linears: Iterable[str]) -> None:
                 else f"its config_groups have the targets {', '.join(targets)}"
             )
             raise CheckpointError(
-                f"{path / CONFIG_FILE}: {linear} is packed, but quantization_config leaves it out: {why}. Fetch or export the "
-                "checkpoint again."
+                f"{path / CONFIG_FILE}: {linear} is packed, but quantization_config leaves it out: "
+                f"{why}. Fetch or export the checkpoint again."
             )
 
 
@@ -157,8 +161,9 @@ def check_scales(tensors: dict[str, TensorInfo], linears: Iterable[str]) -> None
             value = read_tensor(tensors[global_name]).item()
             if not _SMALLEST <= value <= _LARGEST:  # also false for NaN
                 raise CheckpointError(
-                    f"{tensors[global_name].file}: tensor {global_name} is {value:g}; it divides the weight, so it has to be "
-                    "a positive, finite number. Fetch or export the checkpoint again."
+                    f"{tensors[global_name].file}: tensor {global_name} is {value:g}; it divides "
+                    "the weight, so it has to be a positive, finite number. Fetch or export the "
+                    "checkpoint again."
                 )
             for piece in read_pieces(info):
                 codes = piece.view(torch.uint8)
@@ -168,8 +173,9 @@ def check_scales(tensors: dict[str, TensorInfo], linears: Iterable[str]) -> None
                 ):
                     nan = int(((bad & 0x7F) == _NAN_SCALE).sum())
                     raise CheckpointError(
-                        f"{info.file}: tensor {name} holds {nan} NaN and {bad.numel() - nan} negative scales in one "
-                        f"piece of {codes.numel()}. Fetch or export the checkpoint again."
+                        f"{info.file}: tensor {name} holds {nan} NaN and {bad.numel() - nan} "
+                        f"negative scales in one piece of {codes.numel()}. Fetch or export the "
+                        "checkpoint again."
                     )
             bar.update(info.nbytes)
 

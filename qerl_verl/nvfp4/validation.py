@@ -104,8 +104,9 @@ def unused_settings(path: str | Path) -> list[str]:
     elif not (kind := modelopt.get("kv_cache_quant_algo")):
         return []
     return [
-        f"kv_cache_scheme ({kind}) of the checkpoint is not used: the KV cache keeps the dtype of the rollout. For "
-        "another one set actor_rollout_ref.rollout.engine_kwargs.vllm.kv_cache_dtype."
+        f"kv_cache_scheme ({kind}) of the checkpoint is not used: the KV cache keeps the dtype of "
+        "the rollout. For another one set "
+        "actor_rollout_ref.rollout.engine_kwargs.vllm.kv_cache_dtype."
     ]
 
 
@@ -183,7 +184,7 @@ def _check_plain_linears(
     for group in fused_linears(architecture, hf_config):
         if 0 < len(plain.intersection(group)) < len(group):
             raise CheckpointError(
-                f"{path}: of {name_group(group)} some are packed and some are not, but vLLM fuses them. Quantize the original "
-                "checkpoint with `qerl quantize`."
+                f"{path}: of {name_group(group)} some are packed and some are not, but vLLM fuses "
+                "them. Quantize the original checkpoint with `qerl quantize`."
             )
     return plain

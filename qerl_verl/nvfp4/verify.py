@@ -81,6 +81,6 @@ def _check_decoded(
         codes = (p & 0x77 != 0).view(len(p), -1, 8).any(-1)  # ignores the sign of a zero
         if lost := int((codes & z).sum()):
             raise CheckpointError(
-                f"{info.file}: {linear} has {lost} blocks of 16 whose scale is zero and whose codes are not: their "
-                "weights are lost. Quantize the original checkpoint again."
+                f"{info.file}: {linear} has {lost} blocks of 16 whose scale is zero and whose "
+                "codes are not: their weights are lost. Quantize the original checkpoint again."
             )

@@ -32,9 +32,10 @@ OF_THE_RUN = ("verl", "transfer_queue", "vllm", "qerl_verl")
 package is the user's, whose code may expect its loss."""
 
 MEMORY_ADVICE = (
-    "the memory of that host is short: start fewer runs side by side on it, or fewer processes in each "
-    "(actor_rollout_ref.rollout.agent.num_workers, reward.num_workers, data.dataloader_num_workers, "
-    "transfer_queue.backend.SimpleStorage.num_data_storage_units); `qerl plan` says what a run takes"
+    "the memory of that host is short: start fewer runs side by side on it, or fewer processes in "
+    "each (actor_rollout_ref.rollout.agent.num_workers, reward.num_workers, "
+    "data.dataloader_num_workers, transfer_queue.backend.SimpleStorage.num_data_storage_units); "
+    "`qerl plan` says what a run takes"
 )
 
 _INTENDED = ("RAY_KILL", "OUT_OF_SCOPE", "REF_DELETED", "OWNER_DIED")
@@ -109,8 +110,8 @@ def read_actor(actor, of_the_run: Iterable[str] = OF_THE_RUN) -> LostProcess | N
 def _say_death(message: str) -> str:
     if _ABRUPT in message:
         return (
-            "it ended abruptly, as after SIGKILL or a segmentation fault; the kernel's OOM killer ends processes so "
-            "(`dmesg` on that host names them)"
+            "it ended abruptly, as after SIGKILL or a segmentation fault; the kernel's OOM killer "
+            "ends processes so (`dmesg` on that host names them)"
         )
     return _one_line(message.rpartition("Worker exit detail: ")[2])
 

@@ -97,6 +97,7 @@ def describe(
     where = " on one node" if pending[0].get("strategy") == "STRICT_PACK" and len(bundles) > 1 else ""
     held = ", ".join(f"{free.get(name, 0):g} of {total.get(name, 0):g} {name}s" for name in ("GPU", "CPU"))
     return (
-        f"waiting for resources: {len(bundles)} times {wanted}{where} ({pending[0].get('name') or 'a placement group'}); "
-        f"free in the cluster are {held}; `ray status` shows who holds them"
+        f"waiting for resources: {len(bundles)} times {wanted}{where} "
+        f"({pending[0].get('name') or 'a placement group'}); free in the cluster are {held}; `ray "
+        "status` shows who holds them"
     )

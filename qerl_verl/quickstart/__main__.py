@@ -148,8 +148,8 @@ def _follow(process: subprocess.Popen, out: Path, clock: _Clock) -> None:
         for step in run.training[shown:]:
             m = run.steps[step]
             clock.say(
-                f"step {step}: reward {m[REWARD]:.3f}, entropy {m[ENTROPY]:.3f}, sigma {m.get(SIGMA, 0.0):.2g}, "
-                f"{m['timing_s/step']:.1f} s"
+                f"step {step}: reward {m[REWARD]:.3f}, entropy {m[ENTROPY]:.3f}, sigma "
+                f"{m.get(SIGMA, 0.0):.2g}, {m['timing_s/step']:.1f} s"
             )
             shown += 1
             heartbeat = time.monotonic()

@@ -77,8 +77,9 @@ def cut_expert_adapter(
     shapes = (count, 2 * rank, hidden), (count, 2 * inner, rank), (count, rank, inner), (count, hidden, rank)
     if rank > most or any(tuple(parts[key].shape) != shape for key, shape in zip(_PARTS, shapes, strict=True)):
         raise ValueError(
-            f"it has {', '.join(str(tuple(parts[key].shape)) for key in _PARTS)}; the rollout has {count} experts of "
-            f"{hidden} channels and room for rank {most}: set actor_rollout_ref.model.lora_rank to the adapter's rank"
+            f"it has {', '.join(str(tuple(parts[key].shape)) for key in _PARTS)}; the rollout has "
+            f"{count} experts of {hidden} channels and room for rank {most}: set "
+            "actor_rollout_ref.model.lora_rank to the adapter's rank"
         )
     gate_b, up_b = (shard(half, 1, room.down_a.shape[-1]) for half in gate_up_b.chunk(2, 1))
     down_a = shard(down_a, 2, room.down_a.shape[-1])

@@ -95,13 +95,13 @@ def experts_method(
     inner = moe.intermediate_size_per_partition
     if inner % BLOCK_SIZE:
         raise ValueError(
-            f"{name}: {inner} intermediate channels per tensor-parallel rank are not a multiple of {BLOCK_SIZE}: choose "
-            "another actor_rollout_ref.rollout.tensor_model_parallel_size"
+            f"{name}: {inner} intermediate channels per tensor-parallel rank are not a multiple of "
+            f"{BLOCK_SIZE}: choose another actor_rollout_ref.rollout.tensor_model_parallel_size"
         )
     if moe.is_lora_enabled:
         raise ValueError(
-            f"{name}: qerl.rollout.lora=punica does not serve experts in NVFP4; use qerl.rollout.lora=inline, whose "
-            "adapter is in the layers"
+            f"{name}: qerl.rollout.lora=punica does not serve experts in NVFP4; use "
+            "qerl.rollout.lora=inline, whose adapter is in the layers"
         )
     graphs = get_current_vllm_config().compilation_config.cudagraph_mode
     choice = choose_backend(

@@ -70,8 +70,9 @@ class LinearAdapter:
                 raise ValueError(f"the adapter has one of A and B of {name}, projection {index}, but not the other")
             if a.shape[0] != b.shape[1] or a.shape[0] > room:
                 raise ValueError(
-                    f"the adapter's {name} has A {tuple(a.shape)} and B {tuple(b.shape)}; the rollout has room for rank {room}: "
-                    "set actor_rollout_ref.model.lora_rank to the adapter's rank"
+                    f"the adapter's {name} has A {tuple(a.shape)} and B {tuple(b.shape)}; the "
+                    f"rollout has room for rank {room}: set actor_rollout_ref.model.lora_rank to "
+                    "the adapter's rank"
                 )
             try:
                 shard(a, 1, layer.qerl_lora_a.shape[1])

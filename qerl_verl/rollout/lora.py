@@ -130,18 +130,20 @@ class AdapterStore:
                         return candidate.removesuffix(plain) + fused, index, match["part"]
         if _ROUTER.search(name):
             raise ValueError(
-                f"the adapter has a tensor {name}: the rollout serves no adapter on the router of a mixture; take it out of "
-                "actor_rollout_ref.model.target_modules"
+                f"the adapter has a tensor {name}: the rollout serves no adapter on the router of "
+                "a mixture; take it out of actor_rollout_ref.model.target_modules"
             )
         if _EXPERT.search(name):
             raise ValueError(
-                f"the adapter has a tensor {name}: the rollout takes an adapter on experts by the names of their linears, not "
-                "by those of 3-D parameters (PEFT's target_parameters); train one with gate_proj, up_proj and down_proj in "
+                f"the adapter has a tensor {name}: the rollout takes an adapter on experts by the "
+                "names of their linears, not by those of 3-D parameters (PEFT's "
+                "target_parameters); train one with gate_proj, up_proj and down_proj in "
                 "actor_rollout_ref.model.target_modules"
             )
         raise ValueError(
-            f"the adapter has a tensor {name}, for which the rollout model has no NVFP4 layer: take its module out of "
-            "actor_rollout_ref.model.target_modules, or set qerl.rollout.lora=punica"
+            f"the adapter has a tensor {name}, for which the rollout model has no NVFP4 layer: "
+            "take its module out of actor_rollout_ref.model.target_modules, or set "
+            "qerl.rollout.lora=punica"
         )
 
     def _candidates(self, module: str) -> tuple[str, ...]:
@@ -156,8 +158,9 @@ class AdapterStore:
             if candidate in self.experts:
                 return candidate
         raise ValueError(
-            f"the adapter has a tensor {name}, for which the rollout's experts have no room: the engine was started for an "
-            "adapter without experts; name gate_proj, up_proj and down_proj in actor_rollout_ref.model.target_modules"
+            f"the adapter has a tensor {name}, for which the rollout's experts have no room: the "
+            "engine was started for an adapter without experts; name gate_proj, up_proj and "
+            "down_proj in actor_rollout_ref.model.target_modules"
         )
 
     @torch.no_grad()

@@ -145,8 +145,9 @@ class NoisyNorm:
         """
         if self.qerl_weight is None:
             raise ValueError(
-                "the engine's norms are vLLM's own, whose 16-bit weights round the noise away: it needs "
-                "additional_config={'qerl': {'noise': True}}, which qerl.aqn.enable=True sets"
+                "the engine's norms are vLLM's own, whose 16-bit weights round the noise away: it "
+                "needs additional_config={'qerl': {'noise': True}}, which "
+                "qerl.aqn.enable=True sets"
             )
         return NoiseTarget(clean=self.weight, live=self.qerl_weight, switch=self._switch, offset=self.qerl_offset)
 
@@ -204,8 +205,9 @@ def register_norm() -> None:
             continue
         if present is not None:
             raise RuntimeError(
-                f"{present.__module__}.{present.__qualname__} has replaced vLLM's {stock.__name__}, which QeRL's "
-                "noise needs for itself: leave that plugin out with VLLM_PLUGINS"
+                f"{present.__module__}.{present.__qualname__} has replaced vLLM's "
+                f"{stock.__name__}, which QeRL's noise needs for itself: leave that plugin out "
+                "with VLLM_PLUGINS"
             )
         name = stock.name
         stock.register_oot(name=stock.__name__)(ours)

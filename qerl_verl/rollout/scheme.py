@@ -211,8 +211,8 @@ class QeRLNVFP4Scheme(CompressedTensorsScheme):
         rows, columns = sum(output_partition_sizes), input_size_per_partition
         if columns % BLOCK_SIZE:
             raise ValueError(
-                f"{columns} input channels per tensor-parallel rank are not a multiple of {BLOCK_SIZE}: choose another "
-                "actor_rollout_ref.rollout.tensor_model_parallel_size"
+                f"{columns} input channels per tensor-parallel rank are not a multiple of "
+                f"{BLOCK_SIZE}: choose another actor_rollout_ref.rollout.tensor_model_parallel_size"
             )
         layer.logical_widths = output_partition_sizes
         layer.input_size_per_partition = columns

@@ -37,7 +37,7 @@ class QeRLServerAdapter(ServerAdapter):
         job = ray.get_runtime_context().get_job_id()
         if f"-{job}-" not in self.zmq_handle:
             raise RuntimeError(
-                f"verl's socket for weights is named {self.zmq_handle}, without the job's id: this version of verl "
-                "does not fit; `qerl doctor` lists the versions that do"
+                f"verl's socket for weights is named {self.zmq_handle}, without the job's id: this "
+                "version of verl does not fit; `qerl doctor` lists the versions that do"
             )
         self.zmq_handle = self.zmq_handle.replace(f"-{job}-", f"-{job_name()}-", 1)

@@ -154,8 +154,9 @@ class QeRLHttpServer(vLLMHttpServer):
         while not self.engine.errored:
             await asyncio.sleep(ENGINE_LOOK_SECONDS)
         print(
-            f"[qerl] vLLM's engine of this server (process {os.getpid()}) has ended: its EngineCore or one of its "
-            "workers was killed or failed; the lines above say why, or `dmesg` where the kernel was short of memory",
+            f"[qerl] vLLM's engine of this server (process {os.getpid()}) has ended: its "
+            "EngineCore or one of its workers was killed or failed; the lines above say why, or "
+            "`dmesg` where the kernel was short of memory",
             file=sys.stderr,
             flush=True,
         )

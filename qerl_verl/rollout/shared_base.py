@@ -83,8 +83,8 @@ def shared_weights(
     fits = list(group.rows) == list(widths) or (len(group.rows) == 1 and sum(widths) == group.rows[0])
     if not fits or group.backend != backend:
         raise SharingError(
-            f"{layer} has projections of {list(widths)} rows for {backend} in the rollout, of {list(group.rows)} rows for "
-            f"{group.backend} in the actor"
+            f"{layer} has projections of {list(widths)} rows for {backend} in the rollout, of "
+            f"{list(group.rows)} rows for {group.backend} in the actor"
         )
     _loading.taken.update(group.parts)
     data = _loading.base.data
@@ -214,8 +214,8 @@ class SharedBaseLoader(BaseModelLoader):
         missed = [part for group in loading.base.layout.groups for part in group.parts if part not in loading.taken]
         if missed:
             raise SharingError(
-                f"{len(missed)} NVFP4 layers of the actor have no place in the rollout's model, {missed[0]} is one; use "
-                "qerl.base=separate"
+                f"{len(missed)} NVFP4 layers of the actor have no place in the rollout's model, "
+                f"{missed[0]} is one; use qerl.base=separate"
             )
 
 

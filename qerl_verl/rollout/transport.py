@@ -124,8 +124,9 @@ class AdapterServer(socketserver.ThreadingTCPServer):
             super().__init__((str(address[0]), int(address[1])), _Handler)
         except OSError as error:
             raise TransportError(
-                f"the adapter's transport cannot listen on {host}, the address that Ray knows this node by ({error}): "
-                "start Ray with --node-ip-address=ADDRESS, an address of this node that the rollout's nodes reach"
+                f"the adapter's transport cannot listen on {host}, the address that Ray knows this "
+                f"node by ({error}): start Ray with --node-ip-address=ADDRESS, an address of this "
+                "node that the rollout's nodes reach"
             ) from error
         threading.Thread(target=self.serve_forever, args=(0.1,), name="adapter transport", daemon=True).start()
 

@@ -69,8 +69,8 @@ def take_folder(root: Path, notify: Callable[[str], None]) -> None:
         while owner.state() == "alive":
             if time.monotonic() > end:
                 raise CheckpointError(
-                    f"trainer.default_local_dir={root}: {owner} saves its checkpoints there now. Give this run another "
-                    "folder, or end that one. Nothing was changed."
+                    f"trainer.default_local_dir={root}: {owner} saves its checkpoints there now. "
+                    "Give this run another folder, or end that one. Nothing was changed."
                 )
             time.sleep(0.2)
     root.mkdir(parents=True, exist_ok=True)
@@ -183,9 +183,9 @@ def find_resumable(root: str | Path, notify) -> Path | None:
         damage[folder] = problem
     listed = "".join(f"\n  {folder}: {why}" for folder, why in damage.items())
     raise CheckpointError(
-        f"no checkpoint in {root} is whole:{listed}\nRestore one of them; or take one as it is with trainer.resume_mode="
-        "resume_path trainer.resume_from_path=FOLDER; or begin anew with trainer.resume_mode=disable and another "
-        "trainer.default_local_dir."
+        f"no checkpoint in {root} is whole:{listed}\nRestore one of them; or take one as it is "
+        "with trainer.resume_mode=resume_path trainer.resume_from_path=FOLDER; or begin anew with "
+        "trainer.resume_mode=disable and another trainer.default_local_dir."
     )
 
 
@@ -203,8 +203,9 @@ def check_policy(folder: str | Path, policy: dict[str, Any]) -> None:
     record = read_record(folder) or {}
     if changes := find_changes(record.get("policy") or {}, json.loads(json.dumps(policy))):
         raise CheckpointError(
-            f"{folder} was saved by a run with another policy: {'; '.join(changes)}. To begin a new run from its adapter: "
-            f"trainer.resume_mode=disable {MODEL}.lora_adapter_path={Path(folder) / 'actor' / 'lora_adapter'} and another "
+            f"{folder} was saved by a run with another policy: {'; '.join(changes)}. To begin a "
+            "new run from its adapter: trainer.resume_mode=disable "
+            f"{MODEL}.lora_adapter_path={Path(folder) / 'actor' / 'lora_adapter'} and another "
             "trainer.default_local_dir. Nothing was changed."
         )
 
@@ -232,10 +233,11 @@ def check_base(folder: str | Path, base: dict[str, str]) -> None:
         now = base.get(role)
         if now is not None and now != before:
             raise CheckpointError(
-                f"{folder}: its {role} was trained on another base than the one that this run reads now (fingerprint "
-                f"{before} then, {now} now): the model's files, or how they are quantized "
-                "(qerl.quantization), have changed since. Restore that, or begin anew with trainer.resume_mode=disable "
-                "and another trainer.default_local_dir; nothing was changed."
+                f"{folder}: its {role} was trained on another base than the one that this run "
+                f"reads now (fingerprint {before} then, {now} now): the model's files, or how they "
+                "are quantized (qerl.quantization), have changed since. Restore that, or begin "
+                "anew with trainer.resume_mode=disable and another trainer.default_local_dir; "
+                "nothing was changed."
             )
 
 

@@ -77,8 +77,8 @@ class NoiseMixin:
         aqn, schedule = self.qerl_settings.aqn, self.aqn_schedule
         if aqn.enable and aqn.schedule == ADAPTIVE:
             say(
-                f"AQN sigma: adaptive toward a divergence of {aqn.target_kl:.3g} nats a token, from {aqn.sigma_end:.3g} to "
-                f"{aqn.sigma_start:.3g}"
+                f"AQN sigma: adaptive toward a divergence of {aqn.target_kl:.3g} nats a token, "
+                f"from {aqn.sigma_end:.3g} to {aqn.sigma_start:.3g}"
             )
         elif aqn.enable:
             assert isinstance(schedule, AQNSchedule)

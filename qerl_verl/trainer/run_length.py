@@ -31,8 +31,9 @@ class RunLengthMixin:
         epochs, wanted = self.config.trainer.total_epochs, self.total_training_steps
         if rows < batch:
             raise ValueError(
-                f"data.train_batch_size={batch}: the training data has {rows} prompts, after those longer than "
-                f"data.max_prompt_length={self.config.data.max_prompt_length} were dropped; lower the one or raise the other"
+                f"data.train_batch_size={batch}: the training data has {rows} prompts, after those "
+                f"longer than data.max_prompt_length={self.config.data.max_prompt_length} were "
+                "dropped; lower the one or raise the other"
             )
         reachable = reachable_steps(rows, batch, epochs)
         if reachable >= wanted:

@@ -193,9 +193,9 @@ def _check_host_memory(side_by_side: int, scale: str) -> None:
     most = most_side_by_side(available, scale)
     if most is not None and side_by_side > most:
         raise SystemExit(
-            f"{side_by_side} runs side by side need about {side_by_side * HOST_GIB_PER_RUN:.0f} GiB of host memory and "
-            f"{available:.0f} GiB are available, so Ray would kill some of them; choose --per-gpu and --gpus for at "
-            f"most {most} runs side by side"
+            f"{side_by_side} runs side by side need about {side_by_side * HOST_GIB_PER_RUN:.0f} "
+            f"GiB of host memory and {available:.0f} GiB are available, so Ray would kill some of "
+            f"them; choose --per-gpu and --gpus for at most {most} runs side by side"
         )
 
 

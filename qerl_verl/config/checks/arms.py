@@ -44,8 +44,8 @@ def find_problems(
     if not arm.critic and CRITIC in trained_models(config):
         estimator = get("algorithm.adv_estimator")
         out.append(
-            f"algorithm.adv_estimator={estimator}: it needs a critic, which the arm {arm.name} does not have; use grpo, rloo "
-            "or another estimator without one, or +qerl=nvfp4"
+            f"algorithm.adv_estimator={estimator}: it needs a critic, which the arm {arm.name} "
+            "does not have; use grpo, rloo or another estimator without one, or +qerl=nvfp4"
         )
     if arm.name == "nf4":
         out += _nf4_problems(get)
@@ -60,8 +60,8 @@ def _foreign_setting(arm: Arm, key: str, get: Get) -> str | None:
     if row.setting.scope == "quantization":
         return f"{key}={value}: how a model becomes NVFP4, and the arm {arm.name} has another base; remove it"
     return (
-        f"{key}={value}: a setting of the packed layers of +qerl=nvfp4 and mxfp4, and the arm {arm.name} has none; "
-        "remove it"
+        f"{key}={value}: a setting of the packed layers of +qerl=nvfp4 and mxfp4, and the arm "
+        f"{arm.name} has none; remove it"
     )
 
 
@@ -88,18 +88,20 @@ def missing_packages(
         return out
     if layers is None:
         out.append(
-            f"+qerl=nf4: vLLM {vllm} has its bitsandbytes layers in a package of their own, vllm-bnb-plugin, which is not "
-            f"installed; `pip install 'vllm-bnb-plugin<{PLUGIN_END}'` on every node"
+            f"+qerl=nf4: vLLM {vllm} has its bitsandbytes layers in a package of their own, "
+            "vllm-bnb-plugin, which is not installed; `pip install "
+            f"'vllm-bnb-plugin<{PLUGIN_END}'` on every node"
         )
     elif layers >= Version(PLUGIN_END):
         out.append(
-            f"+qerl=nf4: vllm-bnb-plugin {layers} calls what vLLM {vllm} does not have (WeightsMapper.get_rename_mapper); "
-            f"`pip install 'vllm-bnb-plugin<{PLUGIN_END}'` on every node"
+            f"+qerl=nf4: vllm-bnb-plugin {layers} calls what vLLM {vllm} does not have "
+            f"(WeightsMapper.get_rename_mapper); `pip install 'vllm-bnb-plugin<{PLUGIN_END}'` on "
+            "every node"
         )
     elif "bitsandbytes" not in _allowed_plugins(environment):
         out.append(
-            f"+qerl=nf4: VLLM_PLUGINS={environment['VLLM_PLUGINS']} keeps vLLM from loading vllm-bnb-plugin; unset it or add "
-            "bitsandbytes to its list"
+            f"+qerl=nf4: VLLM_PLUGINS={environment['VLLM_PLUGINS']} keeps vLLM from loading "
+            "vllm-bnb-plugin; unset it or add bitsandbytes to its list"
         )
     return out
 
@@ -117,8 +119,10 @@ def _nf4_problems(get: Get) -> list[str]:
         == "cpu"
     }
     found |= {
-        f"{ACTOR}.fsdp_config.{name}=True: bitsandbytes keeps the scales of its weights where verl's offloading does not "
-        "reach them; remove the setting (the NF4 base takes half a byte a weight)": get(f"{ACTOR}.fsdp_config.{name}")
+        f"{ACTOR}.fsdp_config.{name}=True: bitsandbytes keeps "
+        "the scales of its weights where verl's offloading "
+        "does not reach them; remove the setting (the NF4 "
+        "base takes half a byte a weight)": get(f"{ACTOR}.fsdp_config.{name}")
         for name in ("param_offload", "offload_policy")
     }
     dtype = (get(f"{ACTOR}.fsdp_config.mixed_precision") or {}).get("param_dtype", "bf16")

@@ -49,8 +49,9 @@ def find_problems(config: DictConfig) -> list[str]:
     batch = get("data.train_batch_size")
     if train.rows is not None and train.rows < batch:
         out.append(
-            f"data.train_batch_size={batch}: the training data has {train.rows} prompts ({train.key}="
-            f"{get(train.key)}), so there is no batch; set it to {train.rows or 'a smaller number'} or less, or give more data"
+            f"data.train_batch_size={batch}: the training data has {train.rows} prompts "
+            f"({train.key}={get(train.key)}), so there is no batch; set it to "
+            f"{train.rows or 'a smaller number'} or less, or give more data"
         )
     generated = get("data.gen_batch_size")
     if generated and train.rows is not None and batch <= train.rows < generated:

@@ -141,8 +141,9 @@ def fused_kernel_problems(config: DictConfig) -> list[str]:
     if cap is None:
         return []
     return [
-        f"{MODEL}.use_fused_kernels=True: the model caps its logits (final_logit_softcapping={cap} in config.json), which "
-        f"the output layer that computes log-probabilities in chunks does not; set {MODEL}.use_fused_kernels=False"
+        f"{MODEL}.use_fused_kernels=True: the model caps its logits (final_logit_softcapping={cap} "
+        "in config.json), which the output layer that computes log-probabilities in chunks does "
+        f"not; set {MODEL}.use_fused_kernels=False"
     ]
 
 
@@ -196,8 +197,8 @@ def cpu_head_size_problem(folder: Path) -> str:
     if size is None or size in CPU_HEAD_SIZES:
         return ""
     return (
-        f"its attention heads are {size} wide (config.json), for which vLLM has no kernel on a CPU; "
-        f"it has {', '.join(map(str, CPU_HEAD_SIZES))}. Use another model, or a GPU"
+        f"its attention heads are {size} wide (config.json), for which vLLM has no kernel on a "
+        f"CPU; it has {', '.join(map(str, CPU_HEAD_SIZES))}. Use another model, or a GPU"
     )
 
 
@@ -222,8 +223,9 @@ def position_problems(config: DictConfig, installed: Callable[[str], str] = vers
     rope = getattr(settings, "rope_parameters", None) or {}
     if rope.get("rope_type") == "dynamic":
         return [
-            f"{MODEL}.path={folder}: rope_type dynamic in config.json: transformers stretches the positions of long sequences "
-            "alone, vLLM those of all. Set another rope_type there, as yarn or default"
+            f"{MODEL}.path={folder}: rope_type dynamic in config.json: transformers stretches the "
+            "positions of long sequences alone, vLLM those of all. Set another rope_type there, "
+            "as yarn or default"
         ]
     scaled = rope.get("rope_type", "default") != "default" and "sliding_attention" in (
         getattr(settings, "layer_types", None) or ()
@@ -234,9 +236,9 @@ def position_problems(config: DictConfig, installed: Callable[[str], str] = vers
         and Version(installed("vllm")) < Version("0.28")
     ):
         return [
-            f"{MODEL}.path={folder}: rope_type {rope['rope_type']} in config.json: transformers applies it to all layers of "
-            "Olmo3ForCausalLM, and vLLM before 0.28 to those without a sliding window alone (model_executor/models/olmo2.py). "
-            "Set rope_type default there"
+            f"{MODEL}.path={folder}: rope_type {rope['rope_type']} in config.json: transformers "
+            "applies it to all layers of Olmo3ForCausalLM, and vLLM before 0.28 to those without "
+            "a sliding window alone (model_executor/models/olmo2.py). Set rope_type default there"
         ]
     reason = ""
     if rope.get("rope_type") == "longrope":
@@ -248,8 +250,9 @@ def position_problems(config: DictConfig, installed: Callable[[str], str] = vers
     if not reason or not limit or not longest or longest <= limit:
         return []
     return [
-        f"{ROLLOUT}.max_model_len={get_value(config, f'{ROLLOUT}.max_model_len')}: actor and rollout compute the same positions up "
-        f"to {limit} (original_max_position_embeddings of the model); {reason}. Set it to {limit} or less"
+        f"{ROLLOUT}.max_model_len={get_value(config, f'{ROLLOUT}.max_model_len')}: actor and "
+        f"rollout compute the same positions up to {limit} (original_max_position_embeddings of "
+        f"the model); {reason}. Set it to {limit} or less"
     ]
 
 
@@ -276,8 +279,9 @@ def packing_problems(config: DictConfig) -> list[str]:
         attention = get_value(config, key) or "flash_attention_2"  # verl's default
         if architecture.keeps_positions and attention.startswith("flash_attention"):
             out.append(
-                f"{key}={attention} with use_remove_padding=True: transformers' {architecture.name} tells flash-attn nothing "
-                f"of the sequences in one row, so they would attend to each other; set {PACKED_ATTENTION} or sdpa"
+                f"{key}={attention} with use_remove_padding=True: transformers' "
+                f"{architecture.name} tells flash-attn nothing of the sequences in one row, so "
+                f"they would attend to each other; set {PACKED_ATTENTION} or sdpa"
             )
     return out
 
@@ -326,8 +330,9 @@ def expert_problems(config: DictConfig) -> list[str]:
     if architecture.experts is None:
         return []
     return [
-        f"{MODEL}.path={folder}: the arm nf4 does not serve {architecture.name}, because transformers gives bitsandbytes "
-        "linear layers alone, and the experts would stay in 16 bits; use +qerl=nvfp4"
+        f"{MODEL}.path={folder}: the arm nf4 does not serve {architecture.name}, because "
+        "transformers gives bitsandbytes linear layers alone, and the experts would stay in 16 "
+        "bits; use +qerl=nvfp4"
     ]
 
 
@@ -349,13 +354,14 @@ def replay_problems(config: DictConfig) -> list[str]:
         return [f"{key}=True: {architecture.name} has no experts whose routing could be replayed; remove it"]
     if _decoder_settings(folder).get(architecture.experts.chosen) == 1:
         return [
-            f"{key}=True: the model sends a token to one expert, so a token without a recorded choice cannot be told from "
-            "one that goes to expert 0; remove it"
+            f"{key}=True: the model sends a token to one expert, so a token without a recorded "
+            "choice cannot be told from one that goes to expert 0; remove it"
         ]
     if get_value(config, "trainer.device") == "cpu" and not get_arm(config).container:
         return [
-            f"{key}=True: vLLM's CPU engine does not return the experts of the arm {get_arm(config).name}, because its "
-            "kernel chooses them itself; remove it, or use +qerl=nvfp4"
+            f"{key}=True: vLLM's CPU engine does not return the experts of the arm "
+            f"{get_arm(config).name}, because its kernel chooses them itself; remove it, or use "
+            "+qerl=nvfp4"
         ]
     return []
 
@@ -376,6 +382,7 @@ def critic_problems(config: DictConfig) -> list[str]:
     if model_type in CRITICS:
         return []
     return [
-        f"{CRITIC}.path={folder}: transformers has no token classification for model_type {model_type}, of which critics are "
-        "made here. Take a critic of another family, or algorithm.adv_estimator=grpo, which needs none"
+        f"{CRITIC}.path={folder}: transformers has no token classification for model_type "
+        f"{model_type}, of which critics are made here. Take a critic of another family, or "
+        "algorithm.adv_estimator=grpo, which needs none"
     ]

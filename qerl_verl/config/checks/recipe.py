@@ -98,14 +98,16 @@ REFUSED = (
     Refused(f"{ROLLOUT}.qat.enable", lambda v, get: v and not get(f"{ACTOR}.fsdp_config.qat.enable"), _QAT),
     Refused("critic.fsdp.qat.enable", _is_set, _QAT),
     Refused(f"{ROLLOUT}.calculate_log_probs", lambda v, get: v is False and _uses_rollout_log_probs(get),
-            "algorithm.rollout_correction works with the log-probabilities of the rollout; without them verl leaves the "
-            "correction out or fails in the first step; remove the setting"),
+            "algorithm.rollout_correction works with the log-probabilities of the rollout; "
+            "without them verl leaves the correction out or fails in the first step; remove the "
+            "setting"),
     Refused("algorithm.rollout_correction.rollout_is", lambda v, get: v not in (None, "token", "sequence"),
             "verl knows token and sequence; null takes the correction away"),
     Refused("qerl.aqn.schedule",
             lambda v, get: _is_adaptive(v, get) and get(f"{ROLLOUT}.calculate_log_probs") is False,
-            "sigma follows the divergence between rollout and actor, which needs the rollout's log-"
-            f"probabilities; remove {ROLLOUT}.calculate_log_probs=False, or choose another schedule"),
+            "sigma follows the divergence between rollout and actor, which needs the rollout's "
+            f"log-probabilities; remove {ROLLOUT}.calculate_log_probs=False, or choose another "
+            "schedule"),
     Refused("qerl.aqn.schedule",
             lambda v, get: _is_adaptive(v, get) and get("algorithm.rollout_correction.bypass_mode"),
             "sigma follows the divergence between rollout and actor, and in verl's bypass mode the "
@@ -119,8 +121,8 @@ REFUSED = (
 
 REFUSED_OF_A_MODEL = (
     Refused("lora_rank", lambda v, get: not isinstance(v, int) or v <= 0,
-            "the base is frozen, so there would be nothing to train; remove the setting (32 is then used) or give a "
-            "positive rank"),
+            "the base is frozen, so there would be nothing to train; remove the setting (32 is "
+            "then used) or give a positive rank"),
     Refused("lora_alpha", lambda v, get: v is not None and not (isinstance(v, int | float) and 0 < v < math.inf),
             "the LoRA delta would be multiplied by that, so that nothing trains; give a positive number"),
     Refused("lora.merge", _is_set, "the adapter alone is sent to the rollout, which applies it beside the base (rounded to 4 "
@@ -169,8 +171,8 @@ def find_remarks(config: DictConfig) -> list[str]:
     corrected = get(f"{correction}.rollout_is") or get(f"{correction}.bypass_mode")
     if get("qerl.aqn.enable") and not corrected:
         out.append(
-            f"{correction}.rollout_is: null stays, as you wrote it: samples of the noised policy are trained on without "
-            "importance sampling"
+            f"{correction}.rollout_is: null stays, as you wrote it: samples of the noised policy "
+            "are trained on without importance sampling"
         )
     return out
 
@@ -187,8 +189,9 @@ def _estimator_problem(get: Get) -> str | None:
     if estimator not in UNCOMPUTED:
         return None
     return (
-        f"algorithm.adv_estimator={estimator}: verl's V1 trainer, on which QeRL runs, does not compute what it needs, "
-        f"{UNCOMPUTED[estimator]}, so a run without QeRL fails as well; use grpo, rloo or another estimator"
+        f"algorithm.adv_estimator={estimator}: verl's V1 trainer, on which QeRL runs, does not "
+        f"compute what it needs, {UNCOMPUTED[estimator]}, so a run without QeRL fails as well; use "
+        "grpo, rloo or another estimator"
     )
 
 
@@ -209,10 +212,13 @@ def _separate_problems(get: Get) -> list[str]:
         backend == "delta_sharded",
         f"{engine}={backend}: there is no GPU; use {TRANSPORT}":
         on_cpu and backend not in (TRANSPORT, "naive", "delta_sharded"),
-        f"{ROLLOUT}.nnodes=0: {mode} samples on nodes of their own; give their number, and their GPUs each with "
+        f"{ROLLOUT}.nnodes=0: {mode} samples on nodes of their "
+        "own; give their number, and their GPUs each with "
         f"{ROLLOUT}.n_gpus_per_node": get(f"{ROLLOUT}.nnodes") == 0,
-        f"data.train_batch_size={batch}: {mode} makes trainer.v1.separate_async.parameter_sync_step={updates} updates of "
-        f"{ACTOR}.ppo_mini_batch_size={mini_batch} prompts from a batch; set it to {updates * mini_batch}":
+        f"data.train_batch_size={batch}: {mode} makes "
+        f"trainer.v1.separate_async.parameter_sync_step={updates} updates of "
+        f"{ACTOR}.ppo_mini_batch_size={mini_batch} prompts from a batch; set it to "
+        f"{updates * mini_batch}":
         batch != updates * mini_batch,
         f"reward.reward_model.enable=True: with {mode} a reward model needs GPUs of its own; set "
         "reward.reward_model.enable_resource_pool=True":
@@ -250,10 +256,16 @@ def _model_problems(get: Get, model: str) -> list[str]:
         (attention or "flash_attention_2").startswith("flash_attention") and not on_cpu
     )
     found = {
-        f"use_remove_padding=True with override_config.attn_implementation={attention}: packed sequences need "
-        f"flash_attention_2, {PACKED_ATTENTION} or sdpa": packed and attention == "eager",
-        f"override_config.attn_implementation={attention} with {divided}={get(divided)}: heads are exchanged between ranks for "
-        f"flash_attention_2 and {PACKED_ATTENTION} alone, so each rank would attend to its own part of a sequence; "
-        f"set {PACKED_ATTENTION}, or {divided}=1": (get(divided) or 1) > 1 and not exchanges,
+        "use_remove_padding=True with "
+        f"override_config.attn_implementation={attention}: "
+        "packed sequences need flash_attention_2, "
+        f"{PACKED_ATTENTION} or sdpa": packed and attention == "eager",
+        f"override_config.attn_implementation={attention} "
+        f"with {divided}={get(divided)}: heads are "
+        "exchanged between ranks for "
+        f"flash_attention_2 and {PACKED_ATTENTION} "
+        "alone, so each rank would attend to its own "
+        f"part of a sequence; set {PACKED_ATTENTION}, "
+        f"or {divided}=1": (get(divided) or 1) > 1 and not exchanges,
     }
     return [f"{model}.{text}" for text, applies in found.items() if applies]

@@ -51,21 +51,23 @@ def _started_problems(get: Get, host: Host) -> list[str]:
     cpus, gpus = get(f"{RAY_INIT}.num_cpus"), get(f"{RAY_INIT}.num_gpus")
     if get("trainer.nnodes") > 1:
         out.append(
-            f"trainer.nnodes={get('trainer.nnodes')}: the run would start Ray on this machine alone; join a cluster with "
-            "RAY_ADDRESS (docs/launching.md), or set it to 1"
+            f"trainer.nnodes={get('trainer.nnodes')}: the run would start Ray on this machine "
+            "alone; join a cluster with RAY_ADDRESS (docs/launching.md), or set it to 1"
         )
     elif (host.gpus if gpus is None else gpus) < needed.gpus and not on_cpu:
         where = f"{RAY_INIT}.num_gpus={gpus}" if gpus is not None else f"this machine has {host.gpus}"
         out.append(
-            f"trainer.n_gpus_per_node={get('trainer.n_gpus_per_node')}: the run needs {needed.gpus} GPUs and {where}; lower "
-            "it, or set RAY_ADDRESS to join a cluster that has them"
+            f"trainer.n_gpus_per_node={get('trainer.n_gpus_per_node')}: the run needs "
+            f"{needed.gpus} GPUs and {where}; lower it, or set RAY_ADDRESS to join a cluster that "
+            "has them"
         )
     elif (found := host.cpus if cpus is None else cpus) < needed.cpus:
         where = f"{RAY_INIT}.num_cpus={cpus}" if cpus is not None else f"this machine has {host.cpus} CPUs"
         unit = "transfer_queue.backend.SimpleStorage.num_data_storage_units"
         out.append(
-            f"{where}: verl reserves {needed.cpus} of Ray's CPUs ({needed.parts}) and would wait for {needed.cpus - found} "
-            f"without end; set {RAY_INIT}.num_cpus={needed.cpus} (Ray counts CPUs and binds none), or lower {unit}"
+            f"{where}: verl reserves {needed.cpus} of Ray's CPUs ({needed.parts}) and would wait "
+            f"for {needed.cpus - found} without end; set {RAY_INIT}.num_cpus={needed.cpus} (Ray "
+            f"counts CPUs and binds none), or lower {unit}"
         )
     return out
 
@@ -73,19 +75,19 @@ def _started_problems(get: Get, host: Host) -> list[str]:
 def _joining_problems(get: Get, cluster: RayCluster) -> list[str]:
     if cluster.address.startswith(("http://", "https://")):
         return [
-            f"{cluster.found_by}={cluster.address}: that is an address for `ray job submit`; start the run with "
-            "recipes/ray_job.sh, or give host:port of the cluster's head"
+            f"{cluster.found_by}={cluster.address}: that is an address for `ray job submit`; start "
+            "the run with recipes/ray_job.sh, or give host:port of the cluster's head"
         ]
     if not answers(cluster.address):
         what = "no Ray runs on this machine" if cluster.address == "auto" else f"no Ray answers at {cluster.address}"
         return [
-            f"{cluster.found_by}: {what}; start the cluster, give its address, or start a Ray of this run's own with "
-            f"+{RAY_INIT}.address=local"
+            f"{cluster.found_by}: {what}; start the cluster, give its address, or start a Ray of "
+            f"this run's own with +{RAY_INIT}.address=local"
         ]
     return [
-        f"{RAY_INIT}.{name}={get(f'{RAY_INIT}.{name}')}: the run joins the Ray cluster at {cluster.address} "
-        f"({cluster.found_by}), which has resources of its own; remove the setting, or start a Ray of this run's own with "
-        f"+{RAY_INIT}.address=local"
+        f"{RAY_INIT}.{name}={get(f'{RAY_INIT}.{name}')}: the run joins the Ray cluster at "
+        f"{cluster.address} ({cluster.found_by}), which has resources of its own; remove the "
+        f"setting, or start a Ray of this run's own with +{RAY_INIT}.address=local"
         for name in STARTED_ONLY
         if get(f"{RAY_INIT}.{name}") is not None
     ]
@@ -144,8 +146,8 @@ def _too_long(key: str, folder: str, added: str, whose: str) -> str | None:
         return None
     other = " or set RAY_TMPDIR=/tmp" if key == "TMPDIR" and whose == "Ray" else ""
     return (
-        f"{key}={folder}: {len(folder)} characters are too long for the path of a socket of {whose}'s; give a folder of at "
-        f"most {fits} characters{',' if other else ''}{other}"
+        f"{key}={folder}: {len(folder)} characters are too long for the path of a socket of "
+        f"{whose}'s; give a folder of at most {fits} characters{',' if other else ''}{other}"
     )
 
 

@@ -50,7 +50,8 @@ def folder_problem(folder: Path, where: str, trust_remote_code: bool = False) ->
         index = getattr(tokenizer, f"{name}_id")
         if rows is not None and index is not None and index >= rows:
             return (
-                f"{where}: the tokenizer's {name} {getattr(tokenizer, name)} is number {index}, but the model has {rows} "
-                "embeddings. Give the tokenizer that belongs to the model, or one whose tokens it has"
+                f"{where}: the tokenizer's {name} {getattr(tokenizer, name)} is number {index}, "
+                f"but the model has {rows} embeddings. Give the tokenizer that belongs to the "
+                "model, or one whose tokens it has"
             )
     return ""

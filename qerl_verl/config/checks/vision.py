@@ -58,20 +58,22 @@ def find_problems(config: DictConfig, folder: Path) -> list[str]:
     found = [f"{where}: {architecture.name} needs {name}: {PACKAGES[name]}" for name in missing_packages()]
     if not found and (reason := _processor_problem(get, folder)):
         found.append(
-            f"{where}: no image processor can be loaded from this folder ({reason}), and verl would go on without images. "
-            "Put the processor's files there (processor_config.json, or preprocessor_config.json)"
+            f"{where}: no image processor can be loaded from this folder ({reason}), and verl "
+            "would go on without images. Put the processor's files there (processor_config.json, "
+            "or preprocessor_config.json)"
         )
     rope = _rope(content)
     if (kind := rope.get("rope_type") or rope.get("type") or "default") not in ("default", "mrope"):
         found.append(
-            f"{where}: rope_type {kind} in config.json: with images, transformers' and vLLM's positions have been compared "
-            "for rope_type default alone. Set default there"
+            f"{where}: rope_type {kind} in config.json: with images, transformers' and vLLM's "
+            "positions have been compared for rope_type default alone. Set default there"
         )
     interleaved = architecture.name in INTERLEAVED
     if bool(rope.get("mrope_interleaved")) != interleaved:
         found.append(
-            f"{where}: mrope_interleaved {rope.get('mrope_interleaved')} in config.json: vLLM goes by it, and transformers' "
-            f"{architecture.name} computes as with {interleaved}. Set {str(interleaved).lower()} there"
+            f"{where}: mrope_interleaved {rope.get('mrope_interleaved')} in config.json: vLLM goes "
+            f"by it, and transformers' {architecture.name} computes as with {interleaved}. Set "
+            f"{str(interleaved).lower()} there"
         )
     found += _arm_problems(get, architecture.name)
     if problem := _row_problem(get, architecture.name):
@@ -143,13 +145,15 @@ def _row_problem(get: Get, name: str, tower: bool = True) -> str | None:
     for place, marks, counts in islice(_rows(train.paths, get("data.prompt_key") or "prompt", columns), LOOKED_AT):
         if not tower and any(counts):
             return (
-                f"{where}: {place} has images or videos ({' and '.join(columns)}), and {name} has no vision tower; take a "
-                "model with one, or name other columns with data.image_key and data.video_key"
+                f"{where}: {place} has images or videos ({' and '.join(columns)}), and {name} has "
+                "no vision tower; take a model with one, or name other columns with "
+                "data.image_key and data.video_key"
             )
         if tower and marks and not any(counts):
             return (
-                f"{where}: {place} has <image> in its prompt and nothing in the column {image_key}, so the model would be "
-                "asked without the image; name the column with data.image_key"
+                f"{where}: {place} has <image> in its prompt and nothing in the column "
+                f"{image_key}, so the model would be asked without the image; name the column with "
+                "data.image_key"
             )
         if tower and counts[0] != marks and any(counts):
             return (
@@ -157,8 +161,9 @@ def _row_problem(get: Get, name: str, tower: bool = True) -> str | None:
             )
         if name in ALL_ROWS_NEED_IMAGES and not any(counts):
             return (
-                f"{where}: {place} has no image. Stock verl 0.9.1 with transformers 5 ends at a micro-batch without images "
-                f"('BaseModelOutputWithPooling' object has no attribute 'mean'): leave such rows out for {name}"
+                f"{where}: {place} has no image. Stock verl 0.9.1 with transformers 5 ends at a "
+                "micro-batch without images ('BaseModelOutputWithPooling' object has no attribute "
+                f"'mean'): leave such rows out for {name}"
             )
     return None
 
