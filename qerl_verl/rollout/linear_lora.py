@@ -29,10 +29,12 @@ class LinearAdapter:
         ends: the row of the weight at which each fused projection ends.
         scaling: lora_alpha / rank of the engine's start, which captured CUDA graphs hold.
         backend: whose :meth:`~qerl_verl.kernels.backends.Backend.lora_linear` takes the buffers.
+        whole: whether the buffer of B is in the backend's layout. Otherwise the rows of each
+            projection are by themselves, for :meth:`part`.
     """
 
-    def __init__(self, ends: tuple[int, ...], scaling: float, backend: Backend):
-        self.ends, self.scaling, self.backend = ends, scaling, backend
+    def __init__(self, ends: tuple[int, ...], scaling: float, backend: Backend, whole: bool = True):
+        self.ends, self.scaling, self.backend, self.whole = ends, scaling, backend, whole
 
     @staticmethod
     def rank(layer: torch.nn.Module) -> int:
@@ -44,6 +46,26 @@ class LinearAdapter:
     ) -> torch.Tensor:
         """Returns the layer's output with the adapter, by the backend's kernel."""
         return self.backend.lora_linear(x, weight, bias, layer.qerl_lora_a, layer.qerl_lora_b, self.ends, self.scaling)
+
+    def part(
+        self, layer: torch.nn.Module, index: int, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The output of one projection with its adapter, where the buffers are not ``whole``.
+
+        Args:
+            index: of the projection.
+            weight, bias: those of the projection.
+        """
+        begin, end, rank = (0, *self.ends)[index], self.ends[index], self.rank(layer)
+        a = layer.qerl_lora_a.narrow(0, index * rank, rank)
+        b = layer.qerl_lora_b.narrow(0, begin, end - begin)
+        return self.backend.lora_linear(x, weight, bias, a, b, (end - begin,), self.scaling)
+
+    def _prepack_b(self, b: torch.Tensor) -> torch.Tensor:
+        if self.whole:
+            return self.backend.prepack_lora_b(b)
+        rows = [end - begin for begin, end in itertools.pairwise((0, *self.ends))]
+        return torch.cat([self.backend.prepack_lora_b(part) for part in b.split(rows)])
 
     def add(self, layer: torch.nn.Module, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Adds the LoRA delta to the layer's output ``y``, which it overwrites, by small GEMMs."""
@@ -106,11 +128,16 @@ class LinearAdapter:
                 b_new[begin:end, : b.shape[1]] = b
             begin = end
         a_buffer.copy_(a_new)
-        b_buffer.copy_(self.backend.prepack_lora_b(b_new))
+        b_buffer.copy_(self._prepack_b(b_new))
 
 
 def attach_adapter(
-    layer: torch.nn.Module, settings: LoraSettings, backend: Backend, dtype: torch.dtype, device: torch.device
+    layer: torch.nn.Module,
+    settings: LoraSettings,
+    backend: Backend,
+    dtype: torch.dtype,
+    device: torch.device,
+    whole: bool = True,
 ) -> LinearAdapter:
     """Gives a layer the buffers ``qerl_lora_a`` ``[projections * rank, K]`` and ``qerl_lora_b``
     ``[N, rank]``, all zero, with the rank padded to the backend's multiple.
@@ -121,6 +148,7 @@ def attach_adapter(
         settings: rank and scaling of the adapter.
         backend: computes the layer.
         dtype, device: of the buffers.
+        whole: see :class:`LinearAdapter`.
 
     Returns:
         The adapter, which is also the layer's attribute ``qerl_adapter``.
@@ -130,7 +158,7 @@ def attach_adapter(
     b = torch.zeros(ends[-1], rank, dtype=dtype, device=device)
     layer.register_buffer("qerl_lora_a", a, persistent=False)
     layer.register_buffer("qerl_lora_b", b, persistent=False)
-    layer.qerl_adapter = LinearAdapter(ends, settings.scaling, backend)
+    layer.qerl_adapter = LinearAdapter(ends, settings.scaling, backend, whole)
     return layer.qerl_adapter
 
 

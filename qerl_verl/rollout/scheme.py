@@ -19,7 +19,7 @@ from qerl_verl.log_lines import say
 from qerl_verl.nvfp4.candidates import CANDIDATES, VLLMKernel
 from qerl_verl.rollout.linear_lora import attach_adapter
 from qerl_verl.rollout.lora import LoraSettings
-from qerl_verl.rollout.shared_base import shared_weights
+from qerl_verl.rollout.shared_base import SharedWeights, shared_weights
 
 SETTING = "qerl.rollout.kernel"
 
@@ -183,17 +183,13 @@ class QeRLNVFP4Scheme(CompressedTensorsScheme):
     Args:
         backend: the kernels of the layer.
         lora: the adapter in the layer, or None.
-        shared: packed values, scales and global scales of a base that another process has loaded
-            and laid out; None where the layer has its own weight.
+        shared: weight of a base that another process has loaded and laid out; None where the layer
+            has its own. Where its projections are laid out one by one, each is a GEMM of its own.
     """
 
-    def __init__(
-        self,
-        backend: Backend,
-        lora: LoraSettings | None = None,
-        shared: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
-    ):
+    def __init__(self, backend: Backend, lora: LoraSettings | None = None, shared: SharedWeights | None = None):
         self.backend, self.lora, self.shared = backend, lora, shared
+        self.whole = shared is None or shared.whole
 
     @classmethod
     def get_min_capability(cls) -> int:
@@ -219,7 +215,7 @@ class QeRLNVFP4Scheme(CompressedTensorsScheme):
         layer.output_size_per_partition = rows
         self.dtype = params_dtype
         if self.shared is not None:
-            for name, tensor in zip(WEIGHTS, self.shared, strict=True):
+            for name, tensor in zip(WEIGHTS, self.shared[:3], strict=True):
                 layer.register_parameter(name, Parameter(tensor, requires_grad=False))
             return
         matrix = {"input_dim": 1, "output_dim": 0, "weight_loader": weight_loader}
@@ -248,24 +244,38 @@ class QeRLNVFP4Scheme(CompressedTensorsScheme):
             layer.weight_scale = Parameter(scale, requires_grad=False)
             layer.weight_global_scale = Parameter(layer.weight_global_scale.data, requires_grad=False)
         scales = layer.weight_global_scale.tolist()
-        self.global_scale = scales[0]
-        _register_row_factor(layer, scales, scales[0])
+        self.global_scale, self.global_scales = scales[0], scales
+        _register_row_factor(layer, scales if self.whole else scales[:1], scales[0])
         if self.lora is not None:
-            attach_adapter(layer, self.lora, self.backend, self.dtype, packed.device)
+            attach_adapter(layer, self.lora, self.backend, self.dtype, packed.device, self.whole)
         self._tune(layer, packed.device)
 
     def _tune(self, layer: torch.nn.Module, device: torch.device) -> None:
         """Chooses the launches of this layer's GEMM, before any of them is captured into a CUDA
         graph.
         """
-        ends, rank = None, 0
-        if self.lora is not None and layer.qerl_row_factor is None:
-            ends, rank = layer.qerl_adapter.ends, layer.qerl_adapter.rank(layer)
-        rows, columns = layer.output_size_per_partition, layer.input_size_per_partition
-        if said := self.backend.tune(device, rows, columns, ends, rank):
-            say(f"kernel: rollout, {said}")
+        columns, inside = layer.input_size_per_partition, self.lora is not None and layer.qerl_row_factor is None
+        rank = layer.qerl_adapter.rank(layer) if inside else 0
+        fused = tuple(itertools.accumulate(layer.logical_widths))
+        for ends in [fused] if self.whole else [(rows,) for rows in layer.logical_widths]:
+            if said := self.backend.tune(device, ends[-1], columns, ends if inside else None, rank):
+                say(f"kernel: rollout, {said}")
+
+    def _apply_by_part(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        begin, outputs = 0, []
+        for index, (rows, scale) in enumerate(zip(layer.logical_widths, self.global_scales, strict=True)):
+            packed, scales = (t.narrow(0, begin, rows) for t in (layer.weight_packed, layer.weight_scale))
+            weight, own = PackedWeight(packed, scales, scale), None if bias is None else bias.narrow(0, begin, rows)
+            if self.lora is None:
+                outputs.append(self.backend.linear(x, weight, own))
+            else:
+                outputs.append(layer.qerl_adapter.part(layer, index, x, weight, own))
+            begin += rows
+        return torch.cat(outputs, dim=-1)
 
     def apply_weights(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        if not self.whole:
+            return self._apply_by_part(layer, x, bias)
         weight = PackedWeight(layer.weight_packed, layer.weight_scale, self.global_scale)
         if layer.qerl_row_factor is not None:
             y = (self.backend.linear(x, weight) * layer.qerl_row_factor).to(x.dtype)

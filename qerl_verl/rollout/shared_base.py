@@ -15,6 +15,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -60,9 +61,22 @@ def _building(base: SharedBase) -> Iterator[_Loading]:
         _loading = None
 
 
-def shared_weights(
-    layer: str, widths: Sequence[int], backend: str
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+class SharedWeights(NamedTuple):
+    """The weight of an NVFP4 layer in the actor's memory.
+
+    Attributes:
+        packed, scale: ``[N, K / 2]`` packed values and ``[N, K / 16]`` scales, uint8.
+        global_scales: of each projection, float32.
+        whole: see :class:`~qerl_verl.sharing.layout.Group`.
+    """
+
+    packed: torch.Tensor
+    scale: torch.Tensor
+    global_scales: torch.Tensor
+    whole: bool
+
+
+def shared_weights(layer: str, widths: Sequence[int], backend: str) -> SharedWeights | None:
     """Returns the weight of an NVFP4 layer in the actor's memory.
 
     Args:
@@ -71,8 +85,7 @@ def shared_weights(
         backend: name of the backend that computes it.
 
     Returns:
-        ``[N, K / 2]`` packed values and ``[N, K / 16]`` scales, uint8, and the global scale of each
-        projection, float32. None where the engine has its own base.
+        The weight; None where the engine has its own base.
 
     Raises:
         SharingError: the actor has no such layer, or has it in another kernel's layout.
@@ -89,7 +102,8 @@ def shared_weights(
     _loading.taken.update(group.parts)
     data = _loading.base.data
     scales = group.global_scales if len(group.rows) == len(widths) else group.global_scales * len(widths)
-    return *group.views(data), torch.tensor(scales, dtype=torch.float32, device=data.device)
+    global_scales = torch.tensor(scales, dtype=torch.float32, device=data.device)
+    return SharedWeights(*group.views(data), global_scales, group.whole)
 
 
 def shared_embedding(layer: VocabParallelEmbedding) -> UnquantizedEmbeddingMethod | None:

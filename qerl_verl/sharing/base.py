@@ -72,7 +72,11 @@ def plan_layout(
     for parts in _fused(layers, architecture):
         rows, columns = [layers[part].out_features for part in parts], layers[parts[0]].in_features
         backend = _common_backend(parts, rows, columns, device, dtype, kernel, other)
-        builder.add_group(parts, rows, columns, backend.name)
+        whole = all(count % backend.fused_row_multiple == 0 for count in rows[:-1])
+        if not whole:  # the rollout computes each projection by itself, so each needs the backend
+            for part, count in zip(parts, rows, strict=True):
+                _common_backend((part,), (count,), columns, device, dtype, kernel, other)
+        builder.add_group(parts, rows, columns, backend.name, whole)
     model.tie_weights()
     vocabulary = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None}
     for name, parameter in model.named_parameters():
@@ -192,7 +196,7 @@ def _common_backend(
     """Returns the backend that both processes choose for a fused weight and its projections.
 
     Raises:
-        SharingError: the processes choose different ones, or the layouts differ.
+        SharingError: the processes choose different ones.
     """
     name, ends = " + ".join(parts), tuple(sum(rows[: i + 1]) for i in range(len(rows)))
     try:
@@ -216,14 +220,7 @@ def _common_backend(
         raise SharingError(
             f"the actor computes {name} with {' and '.join(sorted(ours))}, the rollout with {theirs.name}"
         )
-    backend = get_backend(theirs.name)
-    unit = backend.fused_row_multiple
-    if any(count % unit for count in rows[:-1]):
-        raise SharingError(
-            f"the {backend.name} layout of {name} is not that of its projections: their rows {tuple(rows)} are no "
-            f"multiples of {unit}"
-        )
-    return backend
+    return get_backend(theirs.name)
 
 
 def _replace(model: nn.Module, parameter: nn.Parameter, tensor: torch.Tensor) -> None:

@@ -18,7 +18,7 @@ from qerl_verl.kernels.nvfp4_dequantize import BLOCK_SIZE
 ALIGNMENT = 512
 """Alignment of every region in bytes, that of CUDA's own allocations."""
 
-FORMAT = 1
+FORMAT = 2
 """Version of the text form of a layout. Both processes run the same package unless it differs."""
 
 
@@ -35,6 +35,9 @@ class Group:
         packed: offset of ``[sum(rows), columns / 2]`` E2M1 codes, two a byte.
         scale: offset of ``[sum(rows), columns / 16]`` block scales.
         global_scales: divisor (``weight_global_scale``) of each part.
+        whole: whether the fused weight is in the backend's layout. Otherwise each part is laid out
+            by itself, because its rows do not fill the layout's units
+            (:attr:`~qerl_verl.kernels.backends.Backend.fused_row_multiple`).
     """
 
     parts: tuple[str, ...]
@@ -44,6 +47,7 @@ class Group:
     packed: int
     scale: int
     global_scales: tuple[float, ...] = ()
+    whole: bool = True
 
     def views(self, data: torch.Tensor, part: str | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns views of packed codes and scales, uint8, of one part or of all parts.
@@ -143,11 +147,13 @@ class LayoutBuilder:
         self._groups: list[Group] = []
         self._tensors: dict[str, Plain] = {}
 
-    def add_group(self, parts: Sequence[str], rows: Sequence[int], columns: int, backend: str) -> None:
+    def add_group(
+        self, parts: Sequence[str], rows: Sequence[int], columns: int, backend: str, whole: bool = True
+    ) -> None:
         """Adds NVFP4 linears that are fused; see :class:`Group`."""
         packed = self._take(sum(rows) * columns // 2)
         scale = self._take(sum(rows) * columns // BLOCK_SIZE)
-        self._groups.append(Group(tuple(parts), tuple(rows), columns, backend, packed, scale))
+        self._groups.append(Group(tuple(parts), tuple(rows), columns, backend, packed, scale, whole=whole))
 
     def add_tensor(self, name: str, tensor: torch.Tensor, shared: bool, row_multiple: int = 1) -> None:
         """Adds any other tensor, with its rows padded to a multiple of ``row_multiple``.

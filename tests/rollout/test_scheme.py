@@ -13,7 +13,9 @@ from vllm.model_executor.layers.quantization.compressed_tensors.schemes import C
 
 from qerl_verl.kernels.backends import HopperBackend, get_backend
 from qerl_verl.kernels.nvfp4_dequantize import block_values_nvfp4, dequantize_nvfp4
+from qerl_verl.kernels.nvfp4_lora_linear import add_lora_reference
 from qerl_verl.kernels.nvfp4_quantize import quantize_nvfp4
+from qerl_verl.kernels.packed_weight import PackedWeight
 from qerl_verl.rollout.lora import AdapterStore, LoraSettings
 from qerl_verl.rollout.scheme import (
     CANDIDATES,
@@ -24,6 +26,7 @@ from qerl_verl.rollout.scheme import (
     VLLMKernel,
     VLLMScheme,
 )
+from qerl_verl.rollout.shared_base import SharedWeights
 
 K, WIDTHS, RANK = 128, [256, 128, 128], 8
 LORA = LoraSettings(rank=RANK, alpha=16)
@@ -93,6 +96,42 @@ def test_a_layer_is_the_dequantized_weight_and_its_adapter(global_scales, lora, 
         scheme.apply_weights(layer, x, b), nn.functional.linear(x, weight, b), rtol=1e-4, atol=1e-4
     )
     assert {n for n, _ in layer.named_parameters()} == {"weight_packed", "weight_scale", "weight_global_scale"}
+
+
+class InHoppersLayout(HopperBackend):
+    """Computes weights and adapters in Hopper's layout in PyTorch."""
+
+    def linear(self, x, weight, bias=None):
+        packed, scale = self.unpack(weight.packed, weight.scale)
+        return PYTORCH.linear(x, PackedWeight(packed, scale, weight.global_scale), bias)
+
+    def lora_linear(self, x, weight, bias, lora_a, lora_b, ends, scaling):
+        b = self.unpack_lora_b(lora_b)
+        return add_lora_reference(self.linear(x, weight, bias), x, lora_a, b, ends, scaling)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_projections_of_a_shared_weight_that_are_laid_out_by_themselves(lora, bias):
+    """The widths do not fill Hopper's groups of 256 rows, so the fused weight is not their stack."""
+    own = QeRLNVFP4Scheme(PYTORCH, lora)
+    layer, weight = load(own, ONE_BY_ONE)
+    backend = InHoppersLayout()
+    parts = zip(layer.weight_packed.split(WIDTHS), layer.weight_scale.split(WIDTHS), strict=True)
+    laid_out = [backend.prepack(packed.contiguous(), scale.contiguous()) for packed, scale in parts]
+    stack = [torch.cat(tensors) for tensors in zip(*laid_out, strict=True)]
+    assert not torch.equal(stack[0], backend.prepack(layer.weight_packed.data, layer.weight_scale.data)[0])
+    scheme = QeRLNVFP4Scheme(backend, lora, SharedWeights(*stack, torch.tensor(ONE_BY_ONE), whole=False))
+    shared = nn.Module()
+    sizes = dict(output_partition_sizes=WIDTHS, input_size_per_partition=K, params_dtype=torch.float32)
+    scheme.create_weights(layer=shared, weight_loader=None, **sizes)
+    assert shared.weight_packed.data_ptr() == stack[0].data_ptr()
+    scheme.process_weights_after_loading(shared)
+    b, x = torch.randn(sum(WIDTHS)) if bias else None, torch.randn(5, K)
+    if lora:
+        weight = weight + adapt(shared)
+    expected = nn.functional.linear(x, weight, b)
+    torch.testing.assert_close(scheme.apply_weights(shared, x, b), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("bias", [True, False])

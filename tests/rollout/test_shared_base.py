@@ -40,7 +40,8 @@ def loading(monkeypatch):
 
 
 def test_a_fused_layer_finds_the_rows_of_its_projections(loading):
-    packed, scale, global_scales = shared_weights("model.layers.0.self_attn.qkv_proj", [64, 32, 32], "pytorch")
+    packed, scale, global_scales, whole = shared_weights("model.layers.0.self_attn.qkv_proj", [64, 32, 32], "pytorch")
+    assert whole
     group = loading.base.layout.groups[0]
     assert packed.shape == (128, 32) and scale.shape == (128, 4) and global_scales.dtype == torch.float32
     assert packed.data_ptr() == loading.base.data.data_ptr() + group.packed

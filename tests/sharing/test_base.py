@@ -6,7 +6,7 @@ import pytest
 import torch
 from accelerate import init_empty_weights
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from qerl_verl.kernels.backends import BACKENDS, HopperBackend, get_backend
 from qerl_verl.nvfp4.architectures import get_architecture, supported_architectures
@@ -117,21 +117,47 @@ def test_the_description_survives_the_way_to_another_process(shared):
     layout = shared[2]
     assert Layout.from_json(layout.to_json()) == layout
     with pytest.raises(ValueError, match="format 0"):
-        Layout.from_json(layout.to_json().replace('"format": 1', '"format": 0'))
+        Layout.from_json(layout.to_json().replace('"format": 2', '"format": 0'))
 
 
 @pytest.mark.parametrize(
-    ("other", "unit", "message"),
+    ("other", "message"),
     [
-        (OtherSide("hopper", CANDIDATES, 8, BF16), 1, "qerl.rollout.kernel=hopper cannot run on cpu"),
-        (OtherSide("auto", (HopperBackend(),), 8, BF16), 1, "nothing serves .*q_proj"),
-        (OTHER, 100, r"the pytorch layout of .*q_proj.* are no multiples of 100"),
+        (OtherSide("hopper", CANDIDATES, 8, BF16), "qerl.rollout.kernel=hopper cannot run on cpu"),
+        (OtherSide("auto", (HopperBackend(),), 8, BF16), "nothing serves .*q_proj"),
     ],
 )
-def test_what_cannot_be_shared_is_told_with_the_reason(nvfp4_checkpoint, monkeypatch, other, unit, message):
-    monkeypatch.setattr(type(get_backend("pytorch")), "fused_row_multiple", unit)
+def test_what_cannot_be_shared_is_told_with_the_reason(nvfp4_checkpoint, other, message):
     with pytest.raises(SharingError, match=message):
         plan(empty_model(nvfp4_checkpoint), other)
+
+
+@pytest.mark.parametrize(("unit", "whole"), [(1, True), (100, False)])
+def test_projections_that_do_not_fill_a_layouts_units_are_laid_out_by_themselves(
+    nvfp4_checkpoint, monkeypatch, unit, whole
+):
+    monkeypatch.setattr(type(get_backend("pytorch")), "fused_row_multiple", unit)
+    groups = plan(empty_model(nvfp4_checkpoint)).groups
+    assert {group.whole for group in groups if len(group.parts) > 1} == {whole}
+    assert all(group.whole for group in groups if len(group.parts) == 1)
+
+
+def test_the_mlp_of_72b_is_shared(monkeypatch):
+    """29,568 rows are 115.5 groups of Hopper's layout."""
+    monkeypatch.setattr(HopperBackend, "unsupported_device", lambda self, device: None)
+    sizes = dict(hidden_size=8192, intermediate_size=29568, num_hidden_layers=1, num_attention_heads=64)
+    config = Qwen2Config(**sizes, num_key_value_heads=8, vocab_size=256, architectures=["Qwen2ForCausalLM"])
+    with torch.device("meta"):
+        model = Qwen2ForCausalLM(config).to(BF16)
+    names = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"}
+    swap_linears(model, names, BF16)
+    made = plan_layout(model, get_architecture(config), torch.device("cuda", 0), BF16, "auto", OTHER)
+    assert {group.parts[0].rsplit(".")[-1]: (group.backend, group.whole) for group in made.groups} == {
+        "q_proj": ("hopper", True),
+        "o_proj": ("hopper", True),
+        "gate_proj": ("hopper", False),
+        "down_proj": ("hopper", True),
+    }
 
 
 def test_other_kernels_in_the_rollout_are_told(nvfp4_checkpoint, monkeypatch):
