@@ -106,7 +106,7 @@ def reference_error(y, x, packed, scale, bias=None, rows: int = 4096, adapter=No
     if bias is not None:
         expected += bias[index].double()
     if adapter is not None:
-        expected += adapter.term(x, index)
+        expected += adapter.delta(x, index)
     got = y[:, index].double()
     return ((got - expected).norm() / expected.norm()).item()
 
@@ -129,7 +129,7 @@ class Adapter:
             begin = end
         return y
 
-    def term(self, x, index):
+    def delta(self, x, index):
         u = (x.double() @ self.a.double().t()).bfloat16().double()
         full = torch.cat([
             u[:, i * RANK : (i + 1) * RANK] @ self.b[begin:end].double().t()
@@ -210,10 +210,10 @@ def measure_shape(name: str, args: argparse.Namespace, result: dict) -> None:
     rate = n * k * (2 + 9 / 16) / us * 1e-6
     of_copy = rate / result["copy_TB_per_s"]
     result["dequantize"].append({"shape": name, "n": n, "k": k, "us": us, "TB_per_s": rate, "of_copy": of_copy})
-    print(f"{name:12} dequantize {us:7.1f} us {rate:.2f} TB/s ({of_copy:.0%} of copy)", flush=True)
+    print(f"{name:12} block values {us:7.1f} us {rate:.2f} TB/s ({of_copy:.0%} of copy)", flush=True)
 
     def measure_plan(x, plan, floor, how):
-        def product(i):
+        def gemm(i):
             if args.between:
                 x.mul_(1.0)
             return launch.run_plan(x, weights[i], None, plan, args.pdl, lora=lora, how=how)
@@ -222,7 +222,7 @@ def measure_shape(name: str, args: argparse.Namespace, result: dict) -> None:
         y = launch.run_plan(x, weight, None, plan, args.pdl, lora=lora)
         error = reference_error(y, x, packed, scale, rows=512 if args.sweep else 4096, adapter=adapter)
         us = time_calls(
-            product,
+            gemm,
             copies,
             floor,
             3 if args.sweep else 7,
@@ -302,7 +302,7 @@ def main() -> None:
     parser.add_argument(
         "--pdl", type=int, default=1, help="0: without programmatic dependent launch, which is the default"
     )
-    parser.add_argument("--between", action="store_true", help="another kernel before each product, its time taken off")
+    parser.add_argument("--between", action="store_true", help="another kernel before each GEMM, its time taken off")
     parser.add_argument("--lora", action="store_true", help="with an adapter of rank 32")
     parser.add_argument("--marlin", action="store_true", help="time vLLM's Marlin too; needs vLLM")
     parser.add_argument("--json", type=Path)

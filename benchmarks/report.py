@@ -118,9 +118,9 @@ def gemm_section(results: Results) -> str:
     for name, data in found.items():
         ratios = data["geomean_by_tokens"]
         rows.append([names[name], *(f"{ratios[str(m)]['ratio']:.2f}" if str(m) in ratios else "" for m in tokens)])
-    products = found.get("gemm", {}).get("gemm", [])
-    for model in ("7B", "32B") if products else ():
-        layer = {m: [r for r in products if r["m"] == m and r["shape"].startswith(model)] for m in tokens}
+    gemms = found.get("gemm", {}).get("gemm", [])
+    for model in ("7B", "32B") if gemms else ():
+        layer = {m: [r for r in gemms if r["m"] == m and r["shape"].startswith(model)] for m in tokens}
         ratios = (
             sum(r["cublas_us"] for r in layer[m]) / sum(r["us"] for r in layer[m]) if layer[m] else None for m in tokens
         )
@@ -131,7 +131,7 @@ def gemm_section(results: Results) -> str:
             ]
         )
     of_marlin: dict[int, list[float]] = {}
-    for r in products:
+    for r in gemms:
         if r.get("marlin_us"):
             of_marlin.setdefault(r["m"], []).append(r["marlin_us"] / r["us"])
     if of_marlin:

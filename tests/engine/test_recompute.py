@@ -14,7 +14,7 @@ from qerl_verl.kernels.packed_weight import PackedWeight
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 ROWS, WIDTH, LAYERS = 8, 16, 6
-PRODUCT = ROWS * WIDTH * 4
+OUTPUT = ROWS * WIDTH * 4
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def test_the_first_micro_batch_measures_and_the_next_fill_what_is_free(device):
     device |= {"free": 10**6, "allocated": 1000, "reserved": 1000, "peak": 1000 + 100 * ROWS}
     assert micro_batch(policy) == LAYERS and not policy.keeps and said == []
     # 100 bytes a token are needed; room for three and a half layers beside them, after both margins
-    device |= {"free": int(1.1 * 100 * ROWS + 3.5 * PRODUCT / 0.9) - PRODUCT}
+    device |= {"free": int(1.1 * 100 * ROWS + 3.5 * OUTPUT / 0.9) - OUTPUT}
     assert micro_batch(policy) == LAYERS - 3 and policy.keeps
     assert (
         len(said) == 1
@@ -115,7 +115,7 @@ def test_twice_the_tokens_need_twice_the_room(device):
     device |= {"free": 10**6, "peak": 10**4}
     micro_batch(policy)
     need = 10**4
-    device["free"] = int(1.1 * need + (LAYERS + 1) * PRODUCT / 0.9)
+    device["free"] = int(1.1 * need + (LAYERS + 1) * OUTPUT / 0.9)
     assert micro_batch(policy) == 0
     assert micro_batch(policy, 2 * ROWS) == LAYERS
 
@@ -138,9 +138,9 @@ def test_on_a_gpu_the_peak_stays_below_what_was_free():
     device, rows, width = torch.device("cuda", 0), 1 << 14, 4096
     packed, scale = (t.to(device) for t in quantize_nvfp4(torch.randn(width, width), torch.tensor([300.0])))
     weight = PackedWeight(packed, scale, 1e4)
-    product = rows * width * 2
+    output = rows * width * 2
     free, _ = torch.cuda.mem_get_info(device)
-    ballast = torch.empty(free - 30 * product, dtype=torch.uint8, device=device)
+    ballast = torch.empty(free - 30 * output, dtype=torch.uint8, device=device)
     said = []
     policy = Recompute("auto", device, said.append)
 

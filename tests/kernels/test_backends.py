@@ -193,7 +193,7 @@ def test_prepack_lora_b_and_back(name):
 
 
 def test_an_adapter_that_the_hopper_kernel_does_not_serve_is_added_beside_it(monkeypatch, weight):
-    """Projections that end off its tiles; the matrix product itself is stood in for on the CPU."""
+    """Projections that end off its tiles; the CPU computes the GEMM itself."""
     torch.manual_seed(1)
     hopper, reference = HopperBackend(), get_backend("pytorch")
     monkeypatch.setattr(

@@ -219,7 +219,7 @@ class TestOnHopper:
         a = torch.randn(len(ends) * rank, k, device="cuda", dtype=torch.bfloat16) / k**0.5
         b = torch.randn(n, rank, device="cuda", dtype=torch.bfloat16)
 
-        def term(x, scaling):
+        def delta(x, scaling):
             parts, begin = [], 0
             for i, end in enumerate(ends):
                 u = x.double() @ a[i * rank : (i + 1) * rank].double().t()
@@ -227,17 +227,17 @@ class TestOnHopper:
                 begin = end
             return torch.cat(parts, dim=1)
 
-        return a, hopper.prepack_lora_b(b), term
+        return a, hopper.prepack_lora_b(b), delta
 
     @pytest.mark.parametrize("config", range(len(tuning.CONFIGS)))
     @pytest.mark.parametrize("blocks,cluster", [(3, 0), (132, 0), (264, 0), (0, 3), (0, 8)])
     @pytest.mark.parametrize("rank", [16, 32, 64])
     def test_every_configuration_with_an_adapter(self, config, blocks, cluster, rank):
         n, k, ends = 64 * 12, 256 * 9, (256, 512, 768)
-        a, b_p, term = self.lora_case(1, n, k, rank, ends)
+        a, b_p, delta = self.lora_case(1, n, k, rank, ends)
         for m in (1, 13, 200):
             x, weight, bias, expected = self.case(m, n, k, bias=True)
-            expected = expected + term(x, 0.5)
+            expected = expected + delta(x, 0.5)
             plan = tuning.plan(config, blocks, m, n, k, cluster)
             for pdl in (1, 0):
                 out = torch.full((m, n), float("nan"), dtype=torch.bfloat16, device="cuda")
@@ -250,11 +250,11 @@ class TestOnHopper:
     )
     @pytest.mark.parametrize("m", [1, 8, 33, 128, 300, 1500])
     def test_chosen_kernel_with_an_adapter(self, n, k, ends, m):
-        a, b_p, term = self.lora_case(m, n, k, 32, ends)
+        a, b_p, delta = self.lora_case(m, n, k, 32, ends)
         x, weight, bias, expected = self.case(m, n, k, bias=True)
         got = hopper.lora_gemm(x.view(1, m, k), weight, bias, a, b_p, ends, 2.0)
         assert got.shape == (1, m, n)
-        assert self.error(got[0], expected + term(x, 2.0)) < MAX_ERROR
+        assert self.error(got[0], expected + delta(x, 2.0)) < MAX_ERROR
 
     def test_an_adapter_of_zeros_changes_nothing(self):
         a, b_p, _ = self.lora_case(40, 1024, 1024, 32, (1024,))
@@ -264,7 +264,7 @@ class TestOnHopper:
 
     @pytest.mark.parametrize("m", [4, 64, 200])
     def test_a_chain_with_adapters_in_a_cuda_graph(self, m):
-        """Shrink and product overlap with each other and with the neighbours; the adapter is
+        """Shrink and GEMM overlap with each other and with the neighbours; the adapter is
         overwritten in place."""
         n = 3584
         a, b_p, _ = self.lora_case(m, n, n, 32, (n,))
@@ -324,7 +324,7 @@ class TestOnHopper:
 
     @pytest.mark.parametrize("m", [4, 64, 200])
     def test_a_launch_waits_for_the_one_before(self, m):
-        """Launches overlap (programmatic dependent launch); a chain of products still sees finished
+        """Launches overlap (programmatic dependent launch); a chain of GEMMs still sees finished
         inputs."""
         n = 3584
         x, first, _, _ = self.case(m, n, n, seed=1)

@@ -63,7 +63,7 @@ def test_dequantized_is_what_compressed_tensors_decompresses(global_scale):
     theirs = NVFP4PackedCompressor.decompress(state, preset_name_to_scheme("NVFP4A16", ["Linear"]))["weight"]
     ours = dequantize_nvfp4(packed, scale, global_scale)
     assert ours.dtype == theirs.dtype == torch.bfloat16
-    # they round scale / global_scale to float32 before the product: the last bit may differ where
+    # they round scale / global_scale to float32 before they multiply: the last bit may differ where
     # that is inexact
     assert (ours.view(torch.int16).int() - theirs.view(torch.int16).int()).abs().max() <= 1
     assert (ours == theirs).float().mean() > 0.999

@@ -14,14 +14,14 @@ PYTORCH = get_backend("pytorch")
 
 
 class Decoding(Backend):
-    """Like a kernel that decodes the weight on its way into the product: there is none in 16 bits
+    """Like a kernel that decodes the weight inside the GEMM: there is none in 16 bits
     to add with."""
 
     def decodes_first(self, tokens, n, k):
         return False
 
     def add_linear(self, *args):
-        pytest.fail("asked for a product with a temporary weight")
+        pytest.fail("asked for a GEMM with a temporary weight")
 
 
 @pytest.mark.parametrize("widths", [(48,), (32, 8, 8), (20, 28), (1, 2, 3, 4)])

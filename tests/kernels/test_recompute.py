@@ -20,20 +20,20 @@ WIDTH, RANK = 32, 4
 
 class CountingBackend(Backend):
     def __init__(self):
-        self.products = 0
+        self.gemms = 0
 
     def linear(self, *args):
-        self.products += 1
+        self.gemms += 1
         return super().linear(*args)
 
     def add_linear(self, *args):
-        self.products += 1
+        self.gemms += 1
         return super().add_linear(*args)
 
 
 class Layer(nn.Module):
-    """Two products with a nonlinearity between, a residual around; ``changed`` writes into the
-    first product."""
+    """Runs two GEMMs with a nonlinearity between and a residual around them. ``changed`` writes into
+    the output of the first."""
 
     def __init__(self, backend, lora: bool = True, changed: bool = False):
         super().__init__()
@@ -59,7 +59,7 @@ class Layer(nn.Module):
 
 
 def gradients(lora=True, changed=False, contexts=None, checkpointed=True):
-    """Gradients of two layers in a row, and how many products forward and backward took."""
+    """Returns gradients of two layers in a row, and how many GEMMs forward and backward took."""
     backend = CountingBackend()
     layers = [Layer(backend, lora, changed) for _ in range(2)]
     x = torch.randn(3, 5, WIDTH, generator=torch.Generator().manual_seed(1)).requires_grad_()
@@ -67,24 +67,24 @@ def gradients(lora=True, changed=False, contexts=None, checkpointed=True):
     for layer in layers:
         options = {} if contexts is None else {"context_fn": contexts}
         y = checkpoint(layer, y, use_reentrant=False, **options) if checkpointed else layer(y)
-    forward = backend.products
+    forward = backend.gemms
     y.square().sum().backward()
     trained = [x] + [p for layer in layers for p in layer.parameters() if p.requires_grad and (lora or p is layer.bias)]
-    return [p.grad for p in trained], forward, backend.products - forward
+    return [p.grad for p in trained], forward, backend.gemms - forward
 
 
 def keeping(made=None):
     def contexts():
-        products = KeptOutputs()
+        outputs = KeptOutputs()
         if made is not None:
-            made.append(products)
-        return products.recording(), products.replaying()
+            made.append(outputs)
+        return outputs.recording(), outputs.replaying()
 
     return contexts
 
 
 @pytest.mark.parametrize("lora", [True, False])
-def test_the_layers_last_product_is_not_computed_again(lora):
+def test_the_layers_last_gemm_is_not_computed_again(lora):
     plain, forward, again = gradients(lora, checkpointed=False)
     assert (forward, again) == (4, 0)
     found, forward, again = gradients(lora)
@@ -93,7 +93,7 @@ def test_the_layers_last_product_is_not_computed_again(lora):
 
 
 @pytest.mark.parametrize("lora", [True, False])
-def test_kept_products_are_not_computed_again_and_nothing_is_held_in_the_end(lora):
+def test_kept_outputs_are_not_computed_again_and_nothing_is_held_in_the_end(lora):
     plain, _, _ = gradients(lora, checkpointed=False)
     made = []
     found, forward, again = gradients(lora, contexts=keeping(made))
@@ -102,27 +102,27 @@ def test_kept_products_are_not_computed_again_and_nothing_is_held_in_the_end(lor
     assert [(p.bytes, p.rows) for p in made] == [(0, 15)] * 2
 
 
-def test_a_recorded_run_holds_all_products_but_the_last():
-    products, layer = KeptOutputs(), Layer(Backend())
-    with products.recording():
+def test_a_recorded_run_holds_all_outputs_but_the_last():
+    outputs, layer = KeptOutputs(), Layer(Backend())
+    with outputs.recording():
         layer(torch.randn(7, WIDTH))
-    assert (products.bytes, products.rows) == (7 * WIDTH * 4, 7)
-    products.drop()
-    assert products.bytes == 0
+    assert (outputs.bytes, outputs.rows) == (7 * WIDTH * 4, 7)
+    outputs.drop()
+    assert outputs.bytes == 0
 
 
-def test_a_product_that_the_layer_writes_into_is_computed_again():
+def test_an_output_that_the_layer_writes_into_is_computed_again():
     plain, _, _ = gradients(changed=True, checkpointed=False)
     found, _, again = gradients(changed=True, contexts=keeping())
     assert again == 2
     assert all(torch.equal(f, p) for f, p in zip(found, plain, strict=True))
 
 
-def test_dropped_products_are_computed_again():
+def test_dropped_outputs_are_computed_again():
     def contexts():
-        products = KeptOutputs()
-        products.drop()
-        return nullcontext(), products.replaying()
+        outputs = KeptOutputs()
+        outputs.drop()
+        return nullcontext(), outputs.replaying()
 
     plain, _, _ = gradients(checkpointed=False)
     found, _, again = gradients(contexts=contexts)
@@ -137,12 +137,12 @@ def test_a_second_backward_pass_computes_what_the_first_has_used_up():
     y = checkpoint(layer, x, use_reentrant=False, context_fn=keeping()).sum()
     (first,) = torch.autograd.grad(y, x, retain_graph=True)
     (second,) = torch.autograd.grad(y, x)
-    assert torch.equal(first, second) and backend.products == 3
+    assert torch.equal(first, second) and backend.gemms == 3
 
 
 def test_outside_a_checkpointed_layer_nothing_is_kept():
-    products, layer = KeptOutputs(), Layer(Backend())
+    outputs, layer = KeptOutputs(), Layer(Backend())
     layer(torch.randn(7, WIDTH))
-    with products.recording(), torch.no_grad():
+    with outputs.recording(), torch.no_grad():
         layer(torch.randn(7, WIDTH))
-    assert products.bytes == 0
+    assert outputs.bytes == 0

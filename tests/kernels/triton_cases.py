@@ -106,7 +106,7 @@ class TestBlockValues:
 
 
 # --------------------------------------------------------------------------------------------- gemm
-def check_product(x, packed, scale, bias, u, lora_b, y):
+def check_gemm(x, packed, scale, bias, u, lora_b, y):
     """Against float64: half a step of the output, and float32 sums. More where a 16-bit result is
     added to."""
     assert y.dtype == x.dtype and y.shape == (*x.shape[:-1], packed.shape[0])
@@ -143,20 +143,20 @@ class TestGemm:
     @pytest.mark.parametrize(
         "m, n, k", [(1, 130, 64), slow(3, 65, 192), slow(17, 64, 512), (33, 7, 128), slow(129, 200, 64)]
     )
-    def test_product(self, dtype, bias, rank, m, n, k):
+    def test_gemm(self, dtype, bias, rank, m, n, k):
         args = arguments(m, n, k, dtype, bias, rank)
-        check_product(*args, call(*args))
+        check_gemm(*args, call(*args))
 
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("bias, rank", [(False, 0), (True, 32)])
     def test_many_tokens(self, dtype, bias, rank):
         args = arguments(513, 33, 128, dtype, bias, rank)
         assert triton_kernels.choose(513, 33, 128).path == "decode first"
-        check_product(*args, call(*args))
+        check_gemm(*args, call(*args))
 
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_every_code_and_scale(self, dtype):
-        """The product with the identity is the weight itself."""
+        """The GEMM with the identity is the weight itself."""
         packed, scale = every_value(64)
         y = triton_kernels.gemm(torch.eye(64, dtype=dtype, device=DEVICE), PackedWeight(*on_device(packed, scale), 1.0))
         assert torch.equal(y.cpu(), block_values_nvfp4(packed, scale, dtype).t())
@@ -183,13 +183,13 @@ class TestGemm:
         plan = triton_kernels.Plan("fused", 16, 64, 64, split, 4, 3)
         weight = PackedWeight(packed, scale, GLOBAL_SCALE)
         y = run_plan(x, weight, bias, u, lora_b, plan)
-        check_product(*args, y)
+        check_gemm(*args, y)
         assert torch.equal(y, run_plan(x, weight, bias, u, lora_b, plan))
 
     @pytest.mark.parametrize("m", [1, 20, 40, 70])
     def test_every_tile(self, m):
         args = arguments(m, 129, 256, torch.bfloat16)
-        check_product(*args, call(*args))
+        check_gemm(*args, call(*args))
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, slow(torch.float16)])
     def test_every_tile_that_is_measured(self, dtype):
@@ -201,24 +201,24 @@ class TestGemm:
             block_m, block_n, block_k, warps, stages = tile
             plan = triton_kernels.Plan("fused", block_m, block_n, block_k, 2, warps, stages)
             x, packed, scale, *rest = on_device(*args)
-            check_product(*args, run_plan(x, PackedWeight(packed, scale, GLOBAL_SCALE), *rest, plan))
+            check_gemm(*args, run_plan(x, PackedWeight(packed, scale, GLOBAL_SCALE), *rest, plan))
 
     def test_chosen_split(self):
         args = arguments(4, 40, 2048, torch.bfloat16)
         assert triton_kernels.choose(4, 40, 2048).split_k > 1
-        check_product(*args, call(*args))
+        check_gemm(*args, call(*args))
 
     def test_negative_scales(self):
         packed, scale = random_weight(64, 128)
         scale = scale | torch.where(torch.rand(scale.shape) < 0.5, 0x80, 0).to(torch.uint8)
         args = torch.randn(3, 128).bfloat16(), packed, scale, None, None, None
-        check_product(*args, call(*args))
+        check_gemm(*args, call(*args))
 
     def test_leading_dimensions_and_strides(self):
         x, packed, scale, bias, u, lora_b = arguments(12, 32, 64, torch.bfloat16)
         x = torch.cat((x, x), -1).view(3, 4, 128)[..., 1:65]  # neither contiguous nor aligned
         u = u.view(3, 4, -1)
-        check_product(x, packed, scale, bias, u, lora_b, call(x, packed, scale, bias, u, lora_b))
+        check_gemm(x, packed, scale, bias, u, lora_b, call(x, packed, scale, bias, u, lora_b))
 
     def test_no_tokens(self):
         args = arguments(0, 32, 64, torch.bfloat16)

@@ -136,8 +136,8 @@ def test_checkpointing_changes_no_gradient(folders, kept):
     index[:, 1] = (index[:, 0] + 1) % 4
     for again in (False, True):
         leaf, weights = x.clone().requires_grad_(), torch.full((9, 2), 0.4, requires_grad=True)
-        products = KeptOutputs()
-        contexts = {"context_fn": lambda p=products: (p.recording(), p.replaying())} if kept else {}
+        outputs = KeptOutputs()
+        contexts = {"context_fn": lambda p=outputs: (p.recording(), p.replaying())} if kept else {}
         y = (
             checkpoint(layer, leaf, index, weights, use_reentrant=False, **contexts)
             if again

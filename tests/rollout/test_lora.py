@@ -61,7 +61,7 @@ def adapter(seed=0, rank=RANK):
     return tensors
 
 
-def term(tensors, name, x, scaling=2.0):
+def delta(tensors, name, x, scaling=2.0):
     a, b = (tensors[f"base_model.model.model.layers.0.{name}.lora_{part}.weight"] for part in "AB")
     return scaling * x @ a.t() @ b.t()
 
@@ -90,17 +90,17 @@ def test_the_ranks_together_compute_the_whole_adapter(tp, backend):
     q, k, v = zip(*(b["self_attn"]["qkv_proj"](x) for b in blocks), strict=True)
     copies = max(1, tp // KV_HEADS)  # neighbouring ranks share a key and value head
     for parts, name, step in ((q, "q_proj", 1), (k, "k_proj", copies), (v, "v_proj", copies)):
-        expected = term(tensors, f"self_attn.{name}", x)
+        expected = delta(tensors, f"self_attn.{name}", x)
         torch.testing.assert_close(torch.cat(parts[::step], dim=-1), expected)
         assert all(torch.equal(part, parts[i // step * step]) for i, part in enumerate(parts))
     gate, up = zip(*(b["mlp"]["gate_up_proj"](x) for b in blocks), strict=True)
-    torch.testing.assert_close(torch.cat(gate, dim=-1), term(tensors, "mlp.gate_proj", x))
-    torch.testing.assert_close(torch.cat(up, dim=-1), term(tensors, "mlp.up_proj", x))
+    torch.testing.assert_close(torch.cat(gate, dim=-1), delta(tensors, "mlp.gate_proj", x))
+    torch.testing.assert_close(torch.cat(up, dim=-1), delta(tensors, "mlp.up_proj", x))
 
     for group, name, inputs in (("self_attn", "o_proj", x), ("mlp", "down_proj", x_inner)):
         columns = inputs.chunk(tp, dim=-1)
         total = sum(b[group][name](c)[0] for b, c in zip(blocks, columns, strict=True))
-        torch.testing.assert_close(total, term(tensors, f"{group}.{name}", inputs))
+        torch.testing.assert_close(total, delta(tensors, f"{group}.{name}", inputs))
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
@@ -180,18 +180,18 @@ def test_a_load_writes_in_place_and_zeroes_what_the_adapter_lacks():
     assert store.load(some.items(), 2.0) == 4
     x = torch.randn(3, HIDDEN, dtype=torch.float64)
     q, k, v = block_of(model)["self_attn"]["qkv_proj"](x)
-    torch.testing.assert_close(q, term(some, "self_attn.q_proj", x))
+    torch.testing.assert_close(q, delta(some, "self_attn.q_proj", x))
     assert not k.any() and not v.any() and not block_of(model)["mlp"]["gate_up_proj"].qerl_lora_b.any()
     assert {name: t.data_ptr() for name, t in model.named_buffers()} == places
     store.load(first.items(), 2.0)
-    torch.testing.assert_close(block_of(model)["self_attn"]["qkv_proj"](x)[1], term(first, "self_attn.k_proj", x))
+    torch.testing.assert_close(block_of(model)["self_attn"]["qkv_proj"](x)[1], delta(first, "self_attn.k_proj", x))
 
 
 def test_an_adapter_of_a_smaller_rank_fits():
     model, tensors = build(), adapter(rank=3)
     AdapterStore(model, 0, 1).load(tensors.items(), 2.0)
     x = torch.randn(3, HIDDEN, dtype=torch.float64)
-    torch.testing.assert_close(block_of(model)["self_attn"]["o_proj"](x)[0], term(tensors, "self_attn.o_proj", x))
+    torch.testing.assert_close(block_of(model)["self_attn"]["o_proj"](x)[0], delta(tensors, "self_attn.o_proj", x))
 
 
 @pytest.mark.parametrize("scaling", [2.0, 0.25, 16 / RANK**0.5])
@@ -201,7 +201,7 @@ def test_the_adapters_own_scaling_counts(scaling):
     AdapterStore(model, 0, 1).load(tensors.items(), scaling)
     x = torch.randn(3, HIDDEN, dtype=torch.float64)
     got = block_of(model)["self_attn"]["o_proj"](x)[0]
-    torch.testing.assert_close(got, term(tensors, "self_attn.o_proj", x, scaling), rtol=1e-6, atol=1e-4)
+    torch.testing.assert_close(got, delta(tensors, "self_attn.o_proj", x, scaling), rtol=1e-6, atol=1e-4)
 
 
 PREFIX = "base_model.model.model.layers.0"
