@@ -632,7 +632,7 @@ def test_the_noise_is_the_same_on_every_rank(found):
 @pytest.mark.slow
 def test_a_mixture_of_experts_on_two_ranks(tmp_path, monkeypatch, cpu_platform):
     """Each rank has a part of the channels of every expert. The engine runs without an adapter, and
-    with one on the attention.
+    with one on the attention and on the experts.
     """
     settings = dict(moe_intermediate_size=64, intermediate_size=128)
     quantize_checkpoint(
@@ -641,7 +641,7 @@ def test_a_mixture_of_experts_on_two_ranks(tmp_path, monkeypatch, cpu_platform):
     )  # fmt: skip
     adapter = tiny_families.make_adapter(tmp_path / "adapter", adaptable_shapes(tmp_path / "quantized"))
     reference = tiny_families.Reference(tmp_path / "quantized")
-    lora = {"rank": tiny_families.RANK, "alpha": tiny_families.ALPHA}
+    lora = {"rank": tiny_families.RANK, "alpha": tiny_families.ALPHA, "experts": True}
     engine_settings = {"additional_config": {"qerl": {"kernel": "auto", "lora": lora}}, "tensor_parallel_size": 2}
     # more wait for each other when ranks share the cores
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

@@ -319,8 +319,8 @@ def test_the_setting_names_the_candidates():
 
 @pytest.mark.parametrize("input_activations", [None, "as the weights"])
 def test_vllms_configuration_builds_the_layer_with_the_settings_of_the_engine(capsys, input_activations):
-    """It also accepts a W4A4 checkpoint. The configuration is pickled on its way to vLLM's
-    workers."""
+    """It also accepts a W4A4 checkpoint, and does without an FP8 cache, which the actor has not. The
+    configuration is pickled on its way to vLLM's workers."""
     from vllm.config import VllmConfig, set_current_vllm_config
 
     from qerl_verl.nvfp4.format import QUANTIZATION_CONFIG
@@ -329,7 +329,9 @@ def test_vllms_configuration_builds_the_layer_with_the_settings_of_the_engine(ca
     written = copy.deepcopy(QUANTIZATION_CONFIG)
     group = written["config_groups"]["group_0"]
     group["input_activations"] = input_activations and {**group["weights"], "dynamic": "local"}
+    written["kv_cache_scheme"] = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True}
     config = pickle.loads(pickle.dumps(QeRLCompressedTensorsConfig.from_config(written)))
+    assert config.kv_cache_scheme is None
     settings = {"qerl": {"kernel": "pytorch", "lora": {"rank": RANK, "alpha": 16}}}
     with set_current_vllm_config(VllmConfig(additional_config=settings)):
         scheme = config.get_scheme(nn.Linear(K, sum(WIDTHS)), "model.layers.0.mlp.down_proj")
