@@ -180,6 +180,18 @@ class Meter:
         for thread in self._threads:
             thread.start()
 
+    def wait_for_card(self) -> None:
+        """Waits for the first sample, which is the card's memory before the run.
+
+        Raises:
+            SystemExit: nvidia-smi prints none.
+        """
+        while self._smi is not None and self.before_mib is None:
+            if self.seconds() > 30 or self._smi.poll() is not None:
+                self.stop()
+                raise SystemExit("nvidia-smi prints no memory of the card")
+            time.sleep(0.05)
+
     def seconds(self) -> float:
         return round(time.monotonic() - self.begin, 1)
 
@@ -355,9 +367,7 @@ class Run:
         done = threading.Event()
         threading.Thread(target=self._tell, args=(done,), daemon=True).start()
         self.meter.start()
-        if self.meter._smi is not None:
-            while self.meter.before_mib is None:  # the memory before the run is that of the first sample
-                time.sleep(0.05)
+        self.meter.wait_for_card()
         process = subprocess.Popen(
             self.line,
             stdout=subprocess.PIPE,

@@ -89,6 +89,27 @@ def test_a_run_that_is_stopped_leaves_its_stacks(run, tmp_path):
     assert not psutil.pid_exists(child_of(log))
 
 
+@pytest.mark.parametrize(("prints", "peak_gib"), [("seq 1000 1024 3048; sleep 60", 2.0), ("exit 1", None)])
+def test_the_card_is_read_line_by_line(tmp_path, monkeypatch, prints, peak_gib):
+    """The stand-in prints MiB and goes on, as nvidia-smi does."""
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{prints}\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    meter = bench_memory.Meter("0", "none")
+    meter.start()
+    if peak_gib is None:
+        with pytest.raises(SystemExit, match="prints no memory"):
+            meter.wait_for_card()
+        return
+    meter.wait_for_card()
+    end = time.monotonic() + 20
+    while len(meter.card) < 3 and time.monotonic() < end:
+        time.sleep(0.05)
+    meter.stop()
+    assert meter.before_mib == 1000 and [used for _, used in meter.card] == [1000, 2024, 3048]
+    assert meter.peaks()["whole run"]["card_gib"] == peak_gib
+
+
 @pytest.mark.parametrize(
     ("arguments", "shared", "utilization", "peak"),
     [
