@@ -423,7 +423,8 @@ def measure(
 
 
 def add_ratios(out: dict) -> None:
-    """Adds the speed of each run against stock verl's, by phase, for each baseline that was measured."""
+    """Adds the speed of each run against stock verl's, by phase, for each baseline that was
+    measured."""
     for baseline in BASELINES:
         if base := out["runs"].get(baseline):
             timings = [k for k in base["mean"] if k.startswith("timing_s/")]

@@ -103,7 +103,8 @@ def have_same_conditions(made: Any, machine: dict) -> bool:
 
 
 def command_of(argv: Sequence[str]) -> list[str]:
-    """Returns script and arguments without the options of :data:`PLACES`; of other paths the name."""
+    """Returns script and arguments without the options of :data:`PLACES`; of other paths the
+    name."""
     kept, skip = [Path(argv[0]).name], False
     for argument in argv[1:]:
         name, equals, _ = argument.partition("=")

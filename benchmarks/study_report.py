@@ -1,6 +1,7 @@
 """Collects what docs/study.md is made from: the runs' metrics, trimmed, and their comparison.
 
-    python benchmarks/study_report.py runs/study/runs --gpu "4 x H200" --versions "torch 2.11, ..." --command "..." --note "..."
+    python benchmarks/study_report.py runs/study/runs --gpu "4 x H200" --command "..." \\
+        --versions "torch 2.11, ..." --note "..."
     python benchmarks/study_report.py                     # again, from the files that are kept
 
 Reads ``RUNS/NAME/metrics.jsonl`` (or ``RUNS/NAME.jsonl``) and writes

@@ -30,7 +30,8 @@ DECODING_7B = {1: 2.0, 8: 2.0, 64: 1.5, 256: 1.2}
 DECODING_32B = {8: 2.2, 64: 1.6, 256: 1.15}
 DECODING_MOE = {1: 1.3, 8: 1.3, 64: 1.2, 256: 1.0}
 ROUTING_K3 = 3.0
-"""k3 of a mixture over that of a dense model, from which the rollout's routing should be replayed."""
+"""k3 of a mixture over that of a dense model, from which the rollout's routing should be
+replayed."""
 
 
 @dataclass(frozen=True)

@@ -310,3 +310,43 @@ def test_the_site_builds_without_a_warning(tmp_path):
     built = subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment, timeout=300)
     assert built.returncode == 0, built.stdout + built.stderr
     assert all((tmp_path / page).with_suffix(".html").is_file() for page in navigation())
+
+
+CODE = sorted(
+    Path(root, name)
+    for top in ("qerl_verl", "kernels", "recipes", "tests", "benchmarks", "tools", "docs")
+    for root, _, names in os.walk(ROOT / top)
+    for name in names
+    if name.endswith(".py")
+)
+
+
+def commented(source: str) -> dict[int, str]:
+    """Returns number -> text of the lines that hold a docstring, or a comment and nothing else."""
+    lines, numbers = source.splitlines(), set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            numbers |= set(range(node.lineno, node.end_lineno + 1))
+    numbers |= {i for i, line in enumerate(lines, 1) if line.lstrip().startswith("#")}
+    return {number: lines[number - 1] for number in sorted(numbers)}
+
+
+def against_the_rules(lines: dict[int, str]) -> list[tuple[int, str]]:
+    """Returns lines that are longer than 100, or open a sentence with "Of". Commands are code."""
+    return [
+        (number, line)
+        for number, line in lines.items()
+        if (len(line) > 100 and not re.match(r"\s+python ", line)) or re.search(r'(^|[.:;!?] |"""|# )Of [a-z]', line)
+    ]
+
+
+def test_comments_and_docstrings_keep_the_rules_that_a_program_can_check():
+    found = {path: against_the_rules(commented(path.read_text(encoding="utf-8"))) for path in CODE}
+    assert len(CODE) > 200 and {str(p.relative_to(ROOT)): lines for p, lines in found.items() if lines} == {}
+
+
+def test_what_breaks_the_rules_of_prose_is_found():
+    source = (
+        f'"""{"a" * 98}"""\n# Of these, one.\nx = 1\n    # fine\n\ndef f():\n    """Of the\n    python {"b" * 99}"""\n'
+    )
+    assert [number for number, _ in against_the_rules(commented(source.replace("    # fine\n", "")))] == [1, 2, 6]

@@ -97,7 +97,7 @@ class Experts:
 
 
 EXPERT_LINEARS = ("gate_proj", "up_proj", "down_proj")
-"""Of an expert, by the names that a checkpoint has for them."""
+"""The linears of an expert, by the names that a checkpoint has for them."""
 
 EXPERT_STACKS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 """transformers' parameter of a layer's experts -> the linears whose rows lie behind each other in

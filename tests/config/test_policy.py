@@ -26,7 +26,7 @@ def configuration(model, *overrides):
 
 
 def problems_of(model, *overrides):
-    """Of the plan, but for those of verl's default data files, which are not there."""
+    """Returns the plan's problems, without those of verl's default data files, which do not exist."""
     return [p for p in configuration(model, *overrides)[1].problems if not p.startswith("data.")]
 
 
@@ -37,7 +37,7 @@ def policy(model, *overrides):
 
 @pytest.fixture(scope="module")
 def first(bf16_checkpoint):
-    """Of a run with the switch's defaults."""
+    """Returns the policy of a run with the switch's defaults."""
     return policy(bf16_checkpoint)
 
 

@@ -25,7 +25,7 @@ def router_of(**settings):
 
 
 def recorded_choices(*rows):
-    """Of two layers, the first of which has no experts."""
+    """Returns the choices of two layers, the first of which has no experts."""
     return torch.stack([torch.zeros(len(rows), TOP_K, dtype=torch.int16), torch.tensor(rows, dtype=torch.int16)], 1)
 
 

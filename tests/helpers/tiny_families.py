@@ -219,8 +219,8 @@ class Reference:
     """
 
     MARGIN = 3.0
-    """Of the root mean squares over some hundred values of two programs' errors that round in
-    different places."""
+    """Largest ratio of the root mean squares, over some hundred values, of the errors of two programs
+    that round in different places."""
 
     def __init__(self, checkpoint: Path):
         from transformers import AutoConfig

@@ -1,4 +1,5 @@
-"""Kills a process of a run at a phase of a step, resumes, and compares with a run that nobody killed.
+"""Kills a process of a run at a phase of a step, resumes, and compares with a run that nobody
+killed.
 
 One folder of checkpoints goes through all cases. The run is killed, the same command is started
 again and takes three more steps, which have to be those of the unbroken run bit for bit (adapter,
@@ -85,7 +86,8 @@ def kill_at(job: Job, victim: str, phase: str, step: int) -> dict:
 
 
 def resume_and_compare(job: Job, unbroken: Job, start: int, steps: int = 3) -> list[str]:
-    """Start again, take ``steps`` steps; what differs from the unbroken run. The job is still running."""
+    """Starts again, takes ``steps`` steps, and returns what differs from the unbroken run. The job
+    is still running."""
     job.start()
     last = start + steps
     whole = job.folder / "checkpoints" / f"global_step_{last}" / "qerl_checkpoint.json"

@@ -1,5 +1,5 @@
-"""A job for ``test_lost_node.py``: a rank on each node, summing with gloo until the job ends. Its argument is a file that
-appears once they do."""
+"""A job for ``test_lost_node.py``: a rank on each node, summing with gloo until the job ends. Its
+argument is a file that appears once they do."""
 
 import os
 import sys

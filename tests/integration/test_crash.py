@@ -1,5 +1,5 @@
-"""A job whose processes are killed goes on bit for bit: some cases of ``killed_job.py``, about two minutes each; and a signal to
-the driver.
+"""A job whose processes are killed goes on bit for bit: some cases of ``killed_job.py``, about two
+minutes each; and a signal to the driver.
 
 ``test_main_ppo.py`` has a kill in the middle of a save.
 """

@@ -136,7 +136,7 @@ RECIPE = [
     "actor_rollout_ref.rollout.enable_chunked_prefill=False",
     "algorithm.use_kl_in_reward=False",
 ]
-"""Of verl's example scripts for geometry3k, beside :func:`overrides_of`."""
+"""Settings of verl's example scripts for geometry3k, beside :func:`overrides_of`."""
 
 
 @pytest.mark.parametrize("platform", ["cpu", "cuda"])

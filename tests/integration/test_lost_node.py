@@ -20,7 +20,8 @@ BEGIN_SECONDS, END_SECONDS = 240, 200
 
 
 def test_the_driver_names_the_node_that_is_gone(tmp_path):
-    """Both hosts' names stand for a loopback address, as Debian has it: the ranks find each other all the same."""
+    """Both hosts' names stand for a loopback address, as Debian has it: the ranks find each other
+    all the same."""
     shared = tmp_path / "shared"
     shared.mkdir()
     job, begun, log = shared / "job.py", shared / "begun", tmp_path / "log"

@@ -72,7 +72,7 @@ def whole(checkpoint: Path) -> bool:
 
 
 def titles(node: Node) -> list[str]:
-    """Of every process of a node."""
+    """Returns the title of every process of a node."""
     return [title(process) for process in node.processes()]
 
 

@@ -207,7 +207,7 @@ class Job:
         return titles
 
     def metrics(self) -> dict[int, dict]:
-        """Of the last start, by step."""
+        """Returns the metrics of the last start, by step."""
         path, out = self.folder / "metrics.jsonl", {}
         for line in path.read_text().splitlines() if path.exists() else ():
             try:

@@ -46,7 +46,7 @@ exec "$@"
 
 
 def cluster_environment() -> dict[str, str]:
-    """Of a cluster that takes nobody without its token."""
+    """Returns the environment of a cluster that refuses clients without its token."""
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
         "RAY_USAGE_STATS_ENABLED": "0",

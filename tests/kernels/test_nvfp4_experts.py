@@ -8,7 +8,7 @@ from tests.helpers.tiny_experts import TinyExperts, make_tokens
 
 EXPERTS, HIDDEN, INNER, TOP_K, TOKENS = 6, 64, 48, 2, 11
 TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 4e-3, torch.float32: 2e-6, torch.float64: 1e-12}
-"""Of the largest output: some roundings to the dtype, one after the other."""
+"""Error relative to the largest output: some roundings to the dtype, one after the other."""
 
 
 def problem(dtype, shared_scale=True):

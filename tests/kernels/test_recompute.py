@@ -32,8 +32,8 @@ class CountingBackend(Backend):
 
 
 class Layer(nn.Module):
-    """Runs two GEMMs with a nonlinearity between and a residual around them. ``changed`` writes into
-    the output of the first."""
+    """Runs two GEMMs with a nonlinearity between and a residual around them. ``changed`` writes
+    into the output of the first."""
 
     def __init__(self, backend, lora: bool = True, changed: bool = False):
         super().__init__()

@@ -90,7 +90,7 @@ def test_only_the_adapter_trains_and_its_start_changes_nothing(folders):
 
 
 def test_gradients_are_those_of_dense_experts_in_float64(folders):
-    """Of a whole model, against transformers with the adapter of stock PEFT."""
+    """Compares a whole model with transformers' under the adapter of stock PEFT."""
     model, reference = randomize(adapted(actor(folders[0]))), Reference(folders[0]).models[0]
     save = split_experts(get_peft_model_state_dict(model))
     plain = get_peft_model(

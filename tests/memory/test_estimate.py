@@ -81,7 +81,8 @@ def test_a_mixture_of_experts():
 
 
 def test_an_adapter_on_the_experts():
-    """1.7 billion parameters at rank 32: optimizer and gradients in float32, and a copy in the rollout."""
+    """1.7 billion parameters at rank 32: optimizer and gradients in float32, and a copy in the
+    rollout."""
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     made, alone = model_of(EXPERTS, 32, targets), model_of(EXPERTS, 32, "all-linear")
     assert made.of_experts == 48 * 128 * 3 * 32 * (2048 + 768) == made.adapter - alone.adapter

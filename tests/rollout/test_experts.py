@@ -317,7 +317,7 @@ SCALING = LORA["alpha"] / LORA["rank"]
 
 
 def store_of(layer, rank=0, ranks=1):
-    """Of a model whose only layer this is."""
+    """Returns the store of a model whose only layer this is."""
     model = torch.nn.Module()
     model.experts = layer
     return AdapterStore(model, rank, ranks)

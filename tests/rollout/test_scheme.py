@@ -113,7 +113,8 @@ class InHoppersLayout(HopperBackend):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("lora", [None, LoraSettings(rank=32, alpha=64)])  # two steps of 16, which groups interleave
 def test_projections_of_a_shared_weight_that_are_laid_out_by_themselves(lora, bias):
-    """The widths do not fill Hopper's groups of 256 rows, so the fused weight is not their stack."""
+    """The widths do not fill Hopper's groups of 256 rows, so the fused weight is not their
+    stack."""
     own = QeRLNVFP4Scheme(PYTORCH, lora)
     layer, weight = load(own, ONE_BY_ONE)
     backend = InHoppersLayout()
