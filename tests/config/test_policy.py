@@ -26,7 +26,7 @@ def configuration(model, *overrides):
 
 
 def problems_of(model, *overrides):
-    """Returns the plan's problems, without those of verl's default data files, which do not exist."""
+    """Returns the plan's problems, without those of verl's absent default data files."""
     return [p for p in configuration(model, *overrides)[1].problems if not p.startswith("data.")]
 
 

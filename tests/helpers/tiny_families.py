@@ -219,8 +219,8 @@ class Reference:
     """
 
     MARGIN = 3.0
-    """Largest ratio of the root mean squares, over some hundred values, of the errors of two programs
-    that round in different places."""
+    """Largest ratio of two programs' errors, root mean squares over some hundred values, if they
+    round in different places."""
 
     def __init__(self, checkpoint: Path):
         from transformers import AutoConfig
