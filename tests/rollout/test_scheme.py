@@ -320,8 +320,8 @@ def test_the_setting_names_the_candidates():
 
 @pytest.mark.parametrize("input_activations", [None, "as the weights"])
 def test_vllms_configuration_builds_the_layer_with_the_settings_of_the_engine(capsys, input_activations):
-    """It also accepts a W4A4 checkpoint, and does without an FP8 cache, which the actor has not. The
-    configuration is pickled on its way to vLLM's workers."""
+    """It also accepts a W4A4 checkpoint, and does without an FP8 cache, which the actor has not.
+    The configuration is pickled on its way to vLLM's workers."""
     from vllm.config import VllmConfig, set_current_vllm_config
 
     from qerl_verl.nvfp4.format import QUANTIZATION_CONFIG
