@@ -32,7 +32,9 @@ ASLEEP = int(2.3 * GIB)
 32B on an H100)."""
 
 GRAPHS = int(1.5 * GIB)
-"""Part of the engine's memory while it generates: CUDA graphs and its largest activations."""
+"""Part of the engine's memory while it generates: CUDA graphs and its largest activations. vLLM's
+``gpu_memory_utilization`` counts it, but not the engine's context, which is there when vLLM begins
+to count (vllm/v1/worker/gpu_worker.py, init_device)."""
 
 LOGITS_CHUNK = 512 << 20
 ENTROPY_CHUNK = 2048
@@ -177,7 +179,8 @@ def estimate(model: Model, run: Run, total: int) -> Estimate:
     copy = 0 if run.shared else model.base // run.parallel
     held = ACTIVATION * model.of_experts // run.parallel
     cache = max(0, engine - copy - held - GRAPHS)
-    out.generating = {**waiting, "actor's context": CONTEXT, "rollout's base": copy, "KV cache": cache}
+    contexts = {"actor's context": CONTEXT, "rollout's context": CONTEXT}
+    out.generating = {**waiting, **contexts, "rollout's base": copy, "KV cache": cache}
     out.generating |= {"rollout's adapter": held} if held else {}
     out.generating["graphs and activations of the rollout"] = GRAPHS
     out.cache_tokens = cache * run.parallel // model.cache_a_token
