@@ -243,8 +243,9 @@ def _moe(data: Mapping) -> list[Row]:
     return [Row(what, "vLLM bf16", targets, [ratios[f"decode {s}"] for s in sequences])]
 
 
-EXPERT_KERNELS = {"marlin": "without an adapter on the experts (Marlin)", "triton": "as with one (Triton)"}
-"""Kernel of bench_experts.py -> when a rollout runs it."""
+EXPERT_KERNELS = {"marlin": "vLLM's Marlin", "triton": "our Triton kernel"}
+"""Kernels of bench_experts.py that a rollout runs: the first without an adapter on the experts, the
+second with one."""
 
 
 def _experts(data: Mapping) -> list[Row]:
@@ -254,12 +255,12 @@ def _experts(data: Mapping) -> list[Row]:
     tokens = " / ".join(str(row["tokens"]) for row in times)
     return [
         Row(
-            f"experts of a layer of 30B-A3B, {when}, {tokens} tokens",
+            f"experts of a layer of 30B-A3B, {name}, {tokens} tokens",
             "vLLM bf16",
             [None] * len(times),
             [row["bf16"]["us"] / row[kernel]["us"] for row in times],
         )
-        for kernel, when in EXPERT_KERNELS.items()
+        for kernel, name in EXPERT_KERNELS.items()
     ]
 
 
