@@ -30,6 +30,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -211,17 +212,22 @@ def measure(base: str, folder: Path, args: argparse.Namespace) -> dict:
     environment.pop(JOB_ENV, None)
     if base == "nvfp4":
         environment |= Job().environment()
+    seconds = {}
     for part in ("rollout", "actor"):
+        begin = time.monotonic()
         command = [sys.executable, __file__, "--part", part, "--base", base, "--model", str(folder)]
         for name in ("work", "samples", "prompt", "generated", "dtype", "kernel"):
             command += [f"--{name}", str(getattr(args, name))]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
+        seconds[part] = round(time.monotonic() - begin, 1)
+        print(f"{folder.name}: the {part} took {seconds[part]:.0f} s", flush=True)
         lines = done.stdout.splitlines()
         print("\n".join(line for line in lines if "[qerl]" in line), flush=True)
         if done.returncode:
             print("\n".join(lines[-20:]), flush=True)
             raise RuntimeError(f"the {part} failed with {done.returncode}")
-    return json.loads(next(line for line in lines if line.startswith("RESULT ")).removeprefix("RESULT "))
+    found = json.loads(next(line for line in lines if line.startswith("RESULT ")).removeprefix("RESULT "))
+    return found | {"seconds": seconds}
 
 
 def main() -> None:
