@@ -11,6 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from qerl_verl.file_sizes import find_differences
 from qerl_verl.nvfp4.checkpoint_files import write_json
 from qerl_verl.nvfp4.errors import CheckpointError
 from qerl_verl.nvfp4.format import FORMAT, FORMAT_VERSION
@@ -86,12 +87,11 @@ def check_files(
         CheckpointError: names the first file that is missing or differs, or the manifest.
     """
     records = read_records(folder)
-    for name in tqdm(records, desc="Checking hashes", unit="file", disable=not progress):
-        file, record = folder / name, records[name]
-        if not file.is_file():
-            raise CheckpointError(f"{file} is missing, but {MANIFEST_FILE} lists it.")
-        if file.stat().st_size != record.size:
-            raise CheckpointError(f"{file} is {file.stat().st_size} bytes long, {MANIFEST_FILE} says {record.size}.")
-        if hashed(name) and sha256(file) != record.sha256:
-            raise CheckpointError(f"{file}: its content is not what was written ({MANIFEST_FILE}).")
+    compared = find_differences(folder, {name: record.size for name, record in records.items()})
+    bar = tqdm(compared, desc="Checking hashes", unit="file", total=len(records), disable=not progress)
+    for name, difference in bar:
+        if difference:
+            raise CheckpointError(f"{folder / name} {difference} ({MANIFEST_FILE}).")
+        if hashed(name) and sha256(folder / name) != records[name].sha256:
+            raise CheckpointError(f"{folder / name}: its content is not what was written ({MANIFEST_FILE}).")
     return len(records)

@@ -29,6 +29,7 @@ from verl.utils.checkpoint.checkpoint_manager import get_checkpoint_tracker_file
 
 from qerl_verl.config.policy import find_changes
 from qerl_verl.config.rules import MODEL
+from qerl_verl.file_sizes import find_differences
 from qerl_verl.json_files import write_json_atomically
 from qerl_verl.nvfp4.errors import CheckpointError
 from qerl_verl.ownership import Owner
@@ -124,13 +125,8 @@ def find_damage(folder: str | Path) -> str | None:
         return "files of it were removed, since trainer.max_actor_ckpt_to_keep or max_critic_ckpt_to_keep newer ones were saved"
     if record is None:
         return f"{RECORD_FILE}, which is written last, is missing or unreadable"
-    for name, size in record["files"].items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} is {path.stat().st_size} bytes long and was {size}"
-    return None
+    compared = find_differences(folder, record["files"])
+    return next((f"{name} {difference}" for name, difference in compared if difference), None)
 
 
 def checkpoint_step(folder: str | Path) -> int:
