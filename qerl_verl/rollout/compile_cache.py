@@ -31,6 +31,9 @@ DISABLE, ROOT = "VLLM_DISABLE_COMPILE_CACHE", "VLLM_CACHE_ROOT"
 """vLLM's variables. verl sets the first to 1."""
 STARTING = "starting"
 """File in an engine's folder while the engine starts."""
+MARK = "made_by_qerl_verl"
+"""File in the folder of each version of the sources, whose time is that of the last use. vLLM's own
+cache may lie beside it, as with ``QERL_KERNEL_CACHE=~/.cache``."""
 KEPT_DAYS = 30
 """Days after which the folder of other sources of QeRL is removed, since its last use."""
 
@@ -88,13 +91,14 @@ def compile_cache(engine: str) -> Iterator[Path | None]:
 def _prepare(folder: Path) -> None:
     """Empties the folder if the last engine did not come up with it, and marks that one starts.
 
-    Also removes the folders of sources that have not been used for :data:`KEPT_DAYS`.
+    Also removes the folders of sources that have not been used for :data:`KEPT_DAYS`, as far as
+    :data:`MARK` shows that QeRL made them.
     """
     if (folder / STARTING).exists():
         shutil.rmtree(folder)
         folder.mkdir()
     (folder / STARTING).touch()
-    os.utime(folder.parent)
-    for other in folder.parent.parent.iterdir():
-        if other != folder.parent and other.stat().st_mtime < time.time() - KEPT_DAYS * 86400:
-            shutil.rmtree(other, ignore_errors=True)
+    (folder.parent / MARK).touch()
+    for mark in folder.parent.parent.glob(f"*/{MARK}"):
+        if mark.parent != folder.parent and mark.stat().st_mtime < time.time() - KEPT_DAYS * 86400:
+            shutil.rmtree(mark.parent, ignore_errors=True)

@@ -13,7 +13,7 @@ from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer
 from qerl_verl.config.settings import QeRLSettings, RolloutSettings
 from qerl_verl.job import Job, RolloutLayers
 from qerl_verl.rollout import compile_cache as module
-from qerl_verl.rollout.compile_cache import DISABLE, ROOT, STARTING, compile_cache
+from qerl_verl.rollout.compile_cache import DISABLE, MARK, ROOT, STARTING, compile_cache
 from qerl_verl.rollout.server import QeRLHttpServer
 
 
@@ -77,16 +77,20 @@ def test_two_runs_do_not_start_with_one_folder(capsys):
 
 
 def test_other_sources_have_another_folder_and_old_ones_go(cache, monkeypatch):
-    old, recent = cache / "old", cache / "recent"
-    for folder, days in ((old, 31), (recent, 29)):
+    """vLLM's own cache may be in the same folder, and stays."""
+    old, recent, vllms = (cache / name for name in ("old", "recent", "torch_compile_cache"))
+    for folder, days in ((old, 31), (recent, 29), (vllms, 31)):
         folder.mkdir(parents=True)
         used = time.time() - days * 86400
+        if folder != vllms:
+            (folder / MARK).touch()
+            os.utime(folder / MARK, (used, used))
         os.utime(folder, (used, used))
     with compile_cache("replica_0_0") as folder:
         pass
     monkeypatch.setattr(module, "hash_sources", lambda: "other")
     with compile_cache("replica_0_0") as other:
-        assert other != folder and folder.exists() and recent.exists() and not old.exists()
+        assert other != folder and folder.exists() and recent.exists() and vllms.exists() and not old.exists()
 
 
 def test_the_hash_covers_the_package_and_its_kernels(tmp_path, monkeypatch):
