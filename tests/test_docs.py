@@ -27,12 +27,12 @@ LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 
 def prose(page: Path) -> str:
-    """The Markdown of a page without its code blocks, whose lines stay as empty ones."""
+    """Returns the Markdown of a page without its code blocks, whose lines stay as empty ones."""
     return FENCE.sub(lambda match: "\n" * match[0].count("\n"), page.read_text(encoding="utf-8"))
 
 
 def anchors(page: Path) -> set[str]:
-    """The anchors of a page's headings, as code hosts and the site make them."""
+    """Returns the anchors of a page's headings, as code hosts and the site make them."""
     found: dict[str, int] = {}
     for heading in re.findall(r"^#+ +(.+?) *#*$", prose(page), re.MULTILINE):
         text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading)
@@ -42,7 +42,7 @@ def anchors(page: Path) -> set[str]:
 
 
 def broken_links(page: Path) -> list[str]:
-    """Relative links whose file or anchor does not exist."""
+    """Returns relative links whose file or anchor does not exist."""
     broken = []
     for link in LINK.findall(prose(page)):
         if re.match(r"[a-z]+:", link):
@@ -117,7 +117,7 @@ def test_every_file_of_ours_that_a_page_names_exists(page):
 
 
 def rows(page: str, first: str) -> list[list[str]]:
-    """The cells of each row of the first table of a page whose first column has the heading
+    """Returns the cells of each row of the first table of a page whose first column has the heading
     ``first``."""
     lines = iter((DOCS / page).read_text(encoding="utf-8").splitlines())
     assert any(line.startswith(f"| {first} |") for line in lines), f"{page} has no table with {first}"
@@ -147,7 +147,7 @@ def test_the_example_of_the_metrics_is_what_the_runs_of_the_study_logged():
 
 
 def constant(path: str, name: str) -> ast.expr:
-    """The expression of a constant at the top of a module."""
+    """Returns the expression of a constant at the top of a module."""
     for node in ast.parse((ROOT / path).read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and [getattr(t, "id", None) for t in node.targets] == [name]:
             return node.value
@@ -171,7 +171,8 @@ def test_the_tables_of_kills_are_those_of_the_tests():
 
 
 def template(node: ast.AST) -> str | None:
-    """The text of a string expression, with … for what is put in; None for another expression."""
+    """Returns the text of a string expression, with … for what is put in; None for another
+    expression."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         return node.value
     if isinstance(node, ast.JoinedStr):
@@ -183,7 +184,7 @@ def template(node: ast.AST) -> str | None:
 
 
 def templates(tree: ast.AST) -> Iterator[str]:
-    """The strings of a module, docstrings left out, each in one piece."""
+    """Returns the strings of a module, docstrings left out, each in one piece."""
     # a docstring, or the text under a constant
     if isinstance(tree, ast.Expr) and isinstance(tree.value, ast.Constant):
         return
@@ -195,7 +196,7 @@ def templates(tree: ast.AST) -> Iterator[str]:
 
 
 def explained() -> list[re.Pattern]:
-    """What each row of the page on messages quotes, as a pattern."""
+    """Returns what each row of the page on messages quotes, as a pattern."""
     page = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
     quoted = re.findall(r"^\| `([^`]+)`[^|]*\|[^|]+\|[^|]+\|$", page, re.MULTILINE)
     return [re.compile(".*".join(map(re.escape, text.split("…"))), re.DOTALL) for text in quoted]
@@ -292,7 +293,7 @@ def test_every_page_is_in_the_navigation_of_the_site_once():
 
 
 def mkdocs() -> list[str] | None:
-    """The command of an installed mkdocs with its theme: this interpreter's, that of
+    """Returns the command of an installed mkdocs with its theme: this interpreter's, that of
     ``make docs``, or one on the PATH."""
     if importlib.util.find_spec("mkdocs") and importlib.util.find_spec("material"):
         return [sys.executable, "-m", "mkdocs"]

@@ -17,8 +17,8 @@ def _composed(arm: str, choices: tuple[str, ...]):
 
 
 def _is_choice(override: str) -> bool:
-    """Whether an override takes Hydra's own grammar: a choice of a group, or anything that is not
-    ``key=value``."""
+    """Returns whether an override takes Hydra's own grammar: a choice of a group, or anything that
+    is not ``key=value``."""
     key, separator, _ = override.partition("=")
     return not separator or "." not in key or key.startswith("~")
 

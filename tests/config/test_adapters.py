@@ -67,7 +67,7 @@ def test_a_critics_adapter_is_read_as_well(tmp_path):
 
 @pytest.fixture
 def adapter(tmp_path, bf16_checkpoint):
-    """An adapter of the tiny model's q_proj and v_proj, as PEFT saves it."""
+    """Returns an adapter of the tiny model's q_proj and v_proj, as PEFT saves it."""
     model = AutoModelForCausalLM.from_pretrained(bf16_checkpoint)
     model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]))
     model.save_pretrained(tmp_path / "adapter")

@@ -47,8 +47,8 @@ def installed(**versions):
 
 @pytest.fixture(scope="module")
 def switched(composed):
-    """``switched(arm, *overrides)``: verl's configuration in an arm, after the rules, and the
-    problems."""
+    """Returns ``switched(arm, *overrides)``: verl's configuration in an arm, after the rules, and
+    the problems."""
 
     def switch(arm, *overrides, on_cpu=False, packages=VERSIONS, environment=None):
         overrides = ["algorithm.adv_estimator=grpo", *overrides]

@@ -35,7 +35,7 @@ def test_the_page_has_a_row_for_every_setting():
 
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
-    """A copy of the two files."""
+    """Returns a copy of the two files."""
     for name in generate.PARTS:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(generate.ROOT / name, tmp_path / name)

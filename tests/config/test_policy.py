@@ -16,7 +16,8 @@ HOST = Host(cpus=64, gpus=0, cpu_vllm=True)
 
 
 def configuration(model, *overrides):
-    """After the plan of a run on the CPU, and the adapters that it starts from."""
+    """Returns the configuration after the plan of a run on the CPU, and the adapters that it starts
+    from."""
     overrides = ["+qerl=nvfp4", f"{MODEL}.path={model}", *overrides]
     if not any("adv_estimator" in override for override in overrides):
         overrides.append("algorithm.adv_estimator=grpo")

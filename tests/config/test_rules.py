@@ -86,7 +86,7 @@ def test_the_users_compilation_config_stays(switched):
 
 
 def in_engine(config):
-    """What the rollout engine learns."""
+    """Returns what the rollout engine learns."""
     return OmegaConf.to_container(config.actor_rollout_ref.rollout.engine_kwargs.vllm.additional_config)
 
 

@@ -13,7 +13,7 @@ NAME = "layers.1.mlp.gate"
 
 
 def router_of(**settings):
-    """One router as the layer 1 of a model, in float64, and its replay."""
+    """Returns one router as the layer 1 of a model, in float64, and its replay."""
     sizes = dict(hidden_size=HIDDEN, num_experts=EXPERTS, num_experts_per_tok=TOP_K) | settings
     router = Qwen3MoeTopKRouter(Qwen3MoeConfig(**sizes)).double()
     torch.nn.init.normal_(router.weight, generator=torch.Generator().manual_seed(0))

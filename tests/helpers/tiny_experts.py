@@ -66,8 +66,8 @@ class TinyExperts:
         return ExpertStack(*gate_up[:2], factors[0]), ExpertStack(*down[:2], factors[1])
 
     def adapted(self, tensors: dict[str, torch.Tensor], prefix: str, scaling: float) -> TinyExperts:
-        """A copy whose exact weights have the deltas of an adapter, which names the linears as a
-        file does."""
+        """Returns a copy whose exact weights have the deltas of an adapter, which names the linears
+        as a file does."""
         other = copy.copy(self)
         other.exact = {}
         for (expert, linear), weight in self.exact.items():
@@ -88,7 +88,7 @@ class TinyExperts:
 
 
 def make_adapter(experts: TinyExperts, prefix: str, rank: int) -> dict[str, torch.Tensor]:
-    """An adapter on every linear of every expert, by the names of a file."""
+    """Returns an adapter on every linear of every expert, by the names of a file."""
     generator, tensors = torch.Generator().manual_seed(7), {}
     for (expert, linear), weight in experts.exact.items():
         (rows, columns), name = weight.shape, f"{prefix}.{expert}.{linear}"

@@ -173,7 +173,7 @@ def make_adapter(folder: Path, linears: dict[str, tuple[int, int]]) -> Path:
 
 
 def actor(quantized: Path):
-    """The model of a packed checkpoint as the engine builds it, in float32."""
+    """Returns the model of a packed checkpoint as the engine builds it, in float32."""
     from accelerate import init_empty_weights
     from transformers import AutoConfig
 

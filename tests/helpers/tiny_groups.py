@@ -15,8 +15,8 @@ ERROR = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.
 
 
 def make_weights(parts=2, n=N, k=K, device="cpu", backend="pytorch"):
-    """Packed experts and the same matrices in float64, ``[E, N, K]``. No two projections have the
-    same global scale."""
+    """Returns packed experts and the same matrices in float64, ``[E, N, K]``. No two projections
+    have the same global scale."""
     generator = torch.Generator().manual_seed(0)
     packed, scale, inverse_scales, plain = [], [], [], []
     for i in range(COUNT * parts):

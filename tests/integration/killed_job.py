@@ -48,7 +48,8 @@ def saved_step(checkpoints: Path) -> int:
 
 
 def make_unbroken(folder: Path, inputs: list[str], steps: int) -> Job:
-    """A run of at least ``steps`` steps, then killed; one that is there already is taken."""
+    """Returns a run of at least ``steps`` steps that was then killed, or one that exists
+    already."""
     job = Job(folder, overrides(inputs, folder / "checkpoints"))
     if max(job.metrics(), default=0) > steps:
         return job
@@ -62,7 +63,7 @@ def make_unbroken(folder: Path, inputs: list[str], steps: int) -> Job:
 
 
 def kill_at(job: Job, victim: str, phase: str, step: int) -> dict:
-    """Kill ``victim`` when the run is in a phase of a step. What happened then."""
+    """Kills ``victim`` when the run is in a phase of a step. Returns what happened then."""
     job.hold(phase, step)
     job.wait_until(job.held, START_SECONDS, f"{phase} of step {step}")
     checkpoint = job.folder / "checkpoints" / f"global_step_{step}"
@@ -102,7 +103,7 @@ def resume_and_compare(job: Job, unbroken: Job, start: int, steps: int = 3) -> l
 
 
 def run(cases: list[tuple[str, str]], out: Path, report, more: Sequence[str] = ()) -> list[dict]:
-    """All cases, one after the other.
+    """Runs all cases, one after the other.
 
     Args:
         report: called with each row as soon as it is complete.

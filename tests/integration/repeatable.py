@@ -22,8 +22,8 @@ HOLD_SECONDS = 120.0
 
 
 def hold(phase: str, step: int) -> None:
-    """Wait here if the file ``want`` in the folder ``QERL_TEST_HOLD`` says so (``update 5``), until
-    that file is gone.
+    """Waits here if the file ``want`` in the folder ``QERL_TEST_HOLD`` says so (``update 5``),
+    until that file is gone.
 
     ``reached`` appears beside it meanwhile.
     """

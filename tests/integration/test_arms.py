@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(900
 
 @pytest.fixture(scope="module", params=["bf16"])
 def run(request, tmp_path_factory, bf16_checkpoint):
-    """The arm, its metrics by step, its log and its checkpoint."""
+    """Returns the arm, its metrics by step, its log and its checkpoint."""
     folder = tmp_path_factory.mktemp(request.param)
     overrides = [o for o in make_inputs(folder, bf16_checkpoint) if not o.startswith("+qerl=")]
     overrides += [f"+qerl={request.param}", "qerl.aqn.num_stages=3", "trainer.total_training_steps=3"]

@@ -44,8 +44,8 @@ def image_rows(count: int) -> list[dict]:
 
 
 def overrides_of(folder: Path, name: str) -> list[str]:
-    """A run's model and data under ``folder``, and its settings: those of verl's example for
-    geometry3k with LoRA."""
+    """Returns a run's model and data under ``folder``, and its settings: those of verl's example
+    for geometry3k with LoRA."""
     make_family(name, folder / "model", **vision_settings())
     write_processor(folder / "model", name)
     write_parquet(image_rows(16), folder / "train.parquet")
@@ -89,7 +89,7 @@ def overrides_of(folder: Path, name: str) -> list[str]:
 
 @pytest.fixture(scope="module", params=NAMES)
 def run(request, tmp_path_factory):
-    """The metrics by step, the log and the folder of a run."""
+    """Returns the metrics by step, the log and the folder of a run."""
     folder = tmp_path_factory.mktemp(request.param)
     job = Job(folder / "run", overrides_of(folder, NAMES[request.param])).start()
     try:

@@ -102,7 +102,7 @@ SEPARATE = [
 
 
 def train(folder: Path, *overrides: str) -> tuple[dict[int, dict], str]:
-    """Run main_ppo in ``folder``; metrics by step, and the log."""
+    """Runs main_ppo in ``folder``. Returns metrics by step, and the log."""
     folder.mkdir(exist_ok=True)
     environment = os.environ | {"VERL_FILE_LOGGER_PATH": str(folder / "metrics.jsonl"), "HYDRA_FULL_ERROR": "1"}
     result = subprocess.run(
@@ -182,7 +182,7 @@ def resumed(common, first):
 
 
 def dumped(folder: Path, step: int, what: str) -> list[str]:
-    """``input`` or ``output`` of the samples that verl wrote into ``folder`` at a step."""
+    """Returns ``input`` or ``output`` of the samples that verl wrote into ``folder`` at a step."""
     return [json.loads(line)[what] for line in (folder / f"{step}.jsonl").read_text().splitlines()]
 
 
@@ -375,7 +375,8 @@ def test_the_reference_is_the_actor_without_its_adapter(first):
 
 
 def critic_weights(checkpoint: Path, which: str) -> torch.Tensor:
-    """Adapter (``lora_B``) or head (``score``) of a checkpoint's critic, as one vector."""
+    """Returns the adapter (``lora_B``) or head (``score``) of a checkpoint's critic, as one
+    vector."""
     found = []
     for name in ("model", "value_head"):
         tensors = torch.load(checkpoint / "critic" / f"{name}_world_size_1_rank_0.pt", weights_only=False)

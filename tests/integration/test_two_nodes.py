@@ -78,7 +78,7 @@ def titles(node: Node) -> list[str]:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, bf16_checkpoint):
-    """Both jobs and what they left, and the second node's name and address."""
+    """Returns both jobs and what they left, and the second node's name and address."""
     if (free := psutil.virtual_memory().available / 1e9) < MEMORY_GB:
         pytest.skip(f"two ranks and two engines take {MEMORY_GB} GB of memory, {free:.0f} are free")
     folder = tmp_path_factory.mktemp("two_nodes")

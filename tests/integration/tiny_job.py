@@ -51,7 +51,7 @@ store and waits up to 60 seconds for that to answer (ray/_private/process_watche
 
 
 def make_inputs(folder: Path, model: Path) -> list[str]:
-    """Training and validation data under ``folder``. Returns the overrides of a run on them,
+    """Makes training and validation data under ``folder``. Returns the overrides of a run on them,
     without steps and folders."""
     from qerl_verl.data.prompts import write_parquet
     from qerl_verl.quickstart.arithmetic import rows, split
@@ -138,8 +138,8 @@ class Job:
         return self
 
     def processes(self) -> dict[int, psutil.Process]:
-        """Every process of the job that was ever seen and is alive. Ray's outlive their parents, so
-        look often."""
+        """Returns every process of the job that was ever seen and is alive. Ray's outlive their
+        parents, so look often."""
         try:
             main = psutil.Process(self.process.pid)
             self.seen.update({p.pid: p for p in (main, *main.children(recursive=True))})
@@ -151,7 +151,7 @@ class Job:
         return [p for p in self.processes().values() if VICTIMS[victim] in title(p)]
 
     def hold(self, phase: str, step: int) -> None:
-        """Let the job stop at a phase of a step; :meth:`held` tells when it has."""
+        """Lets the job stop at a phase of a step; :meth:`held` tells when it has."""
         (self.hold_folder / "reached").unlink(missing_ok=True)
         (self.hold_folder / "want").write_text(f"{phase} {step}")
 
@@ -172,7 +172,7 @@ class Job:
             time.sleep(0.05)
 
     def wait(self, seconds: float) -> int | None:
-        """The exit code, None if it still runs."""
+        """Returns the exit code, None if it still runs."""
         end = time.monotonic() + seconds
         while self.process.poll() is None and time.monotonic() < end:
             self.processes()
@@ -180,7 +180,7 @@ class Job:
         return self.process.poll()
 
     def kill(self, victim: str) -> list[int]:
-        """SIGKILL; ``job``: everything at once. Returns the process ids."""
+        """Sends SIGKILL; ``job`` means everything at once. Returns the process ids."""
         victims = list(self.processes().values()) if victim == "job" else self.find(victim)
         assert victims, f"no process of the job is its {victim}: {[title(p) for p in self.processes().values()]}"
         for process in victims:
@@ -188,7 +188,7 @@ class Job:
         return [p.pid for p in victims]
 
     def end(self) -> list[str]:
-        """Kill what is left. Returns the titles of what had outlived the driver by
+        """Kills what is left. Returns the titles of what had outlived the driver by
         :data:`OUTLIVE_SECONDS`, or by :data:`AGENTS_OUTLIVE_SECONDS` where it is an agent of
         Ray's."""
         if self.process.poll() is None:
@@ -256,8 +256,8 @@ def metric_differences(unbroken: dict, resumed: dict) -> list[str]:
 
 
 def checkpoint_differences(unbroken: Path, resumed: Path) -> list[str]:
-    """Adapter, optimizer, scheduler and data position of two checkpoints: what is not equal bit for
-    bit."""
+    """Compares adapter, optimizer, scheduler and data position of two checkpoints; returns what is
+    not equal bit for bit."""
     out = []
     for name in ("model", "optim", "extra_state"):
         file = f"actor/{name}_world_size_1_rank_0.pt"

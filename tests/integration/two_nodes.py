@@ -59,7 +59,7 @@ def cluster_environment() -> dict[str, str]:
 
 
 def missing_isolation() -> str | None:
-    """Why nodes cannot be kept apart on this machine, or None."""
+    """Returns why nodes cannot be kept apart on this machine, or None."""
     if os.getuid() != 0:
         return "not root"
     if not shutil.which("ip") or not shutil.which("unshare"):
@@ -94,7 +94,8 @@ class Node:
     process: subprocess.Popen | None = None
 
     def start(self, head: Node | None = None) -> None:
-        """``ray start``, as the head if there is none. The node lives until :meth:`take_away`."""
+        """Runs ``ray start``, as the head if there is none. The node lives until
+        :meth:`take_away`."""
         self.folder.mkdir(exist_ok=True)
         temporary = self.folder / "ray"
         command = [
@@ -123,12 +124,12 @@ class Node:
         return ["ip", "netns", "exec", self.namespace, *apart, *enter, *command]
 
     def from_outside(self, command: list[str]) -> list[str]:
-        """A command of somebody who reaches the node over the network and has not logged in to
-        it."""
+        """Returns a command of somebody who reaches the node over the network and has not logged in
+        to it."""
         return command if self.namespace is None else ["ip", "netns", "exec", self.namespace, *command]
 
     def processes(self) -> list[psutil.Process]:
-        """Every process of the node."""
+        """Returns every process of the node."""
         if self.process is None or self.process.poll() is not None:
             return []
         return psutil.Process(self.process.pid).children(recursive=True)
@@ -200,7 +201,7 @@ class TwoNodes:
             self._disconnect()
 
     def replace(self, index: int) -> None:
-        """A node that was taken away comes back, empty."""
+        """Brings a node that was taken away back, empty."""
         node = self.nodes[index]
         self.wait_for(1)
         if node.namespace is not None:
@@ -252,7 +253,7 @@ class TwoNodes:
 
 
 def _attach(namespace: str) -> None:
-    """Plug the cable in. With a default route, as a host has: who asks for its address looks at
+    """Plugs the cable in. With a default route, as a host has: who asks for its address looks at
     that."""
     _ip("-n", namespace, "link", "set", "eth1", "up")
     _ip("-n", namespace, "route", "add", "default", "dev", "eth1")

@@ -18,7 +18,7 @@ model."""
 
 
 def report(worker, folder: str, step: int, sigma: float) -> None:
-    """In a worker of vLLM: one more line in this worker's file."""
+    """Writes, in a worker of vLLM, one more line in this worker's file."""
     from qerl_verl.rollout.probes import adapter_digest, base_digest, norm_weights
 
     norms = hashlib.sha256(json.dumps(norm_weights(worker), sort_keys=True).encode()).hexdigest()

@@ -21,7 +21,7 @@ NAMESPACES = {"qerl_hopper": hopper.OPERATORS, "qerl_triton": triton_kernels.OPE
 
 
 def tensor_on(device: str) -> torch.Tensor:
-    """A tensor that says it is there; no GPU is needed."""
+    """Returns a tensor that says it is there; no GPU is needed."""
 
     class Elsewhere(torch.Tensor):
         @property
@@ -33,7 +33,7 @@ def tensor_on(device: str) -> torch.Tensor:
 
 @pytest.fixture
 def current(monkeypatch):
-    """The devices that were made current, the innermost last."""
+    """Returns the devices that were made current, the innermost last."""
     stack = []
 
     @contextlib.contextmanager
@@ -91,7 +91,7 @@ def problem() -> SimpleNamespace:
 
 
 def on_device(value, device: str):
-    """A problem with all of its tensors there."""
+    """Returns a problem with all of its tensors there."""
     if isinstance(value, torch.Tensor):
         return value.to(device)
     if isinstance(value, SimpleNamespace):

@@ -17,7 +17,7 @@ from qerl_verl.kernels.hopper import build
 
 @pytest.fixture(autouse=True)
 def nothing_is_remembered(monkeypatch, tmp_path):
-    """Neither by this process nor in the user's cache, before and after."""
+    """Clears what this process remembers, before and after, and keeps the user's cache out."""
     cached = (
         build.nvcc_version,
         build.host_compiler,

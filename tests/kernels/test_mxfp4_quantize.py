@@ -17,8 +17,8 @@ from qerl_verl.kernels.nvfp4_dequantize import E2M1_VALUES, dequantize_nvfp4
 
 
 def specification(block: list[float]) -> list[float]:
-    """The block's values after rounding (OCP Microscaling Formats v1.0, section 6.3), one at a
-    time, in Python's floats."""
+    """Returns the block's values after rounding (OCP Microscaling Formats v1.0, section 6.3), one
+    at a time, in Python's floats."""
     amax = max(abs(value) for value in block)
     if amax == 0:
         return [0.0] * len(block)

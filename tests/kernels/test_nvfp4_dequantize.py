@@ -12,24 +12,24 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 
 
 def e2m1(code):
-    """Value of a 4-bit code by the definition of the format: sign, 2 exponent bits (bias 1), 1
-    mantissa bit."""
+    """Returns the value of a 4-bit code by the definition of the format: sign, 2 exponent bits
+    (bias 1), 1 mantissa bit."""
     exponent, mantissa = code >> 1 & 3, code & 1
     magnitude = mantissa / 2 if exponent == 0 else 2.0 ** (exponent - 1) * (1 + mantissa / 2)
     return -magnitude if code >> 3 else magnitude
 
 
 def e4m3(byte):
-    """Value of an E4M3 byte: sign, 4 exponent bits (bias 7), 3 mantissa bits; 0x7f and 0xff are
-    NaN."""
+    """Returns the value of an E4M3 byte: sign, 4 exponent bits (bias 7), 3 mantissa bits; 0x7f and
+    0xff are NaN."""
     exponent, mantissa = byte >> 3 & 15, byte & 7
     magnitude = mantissa / 8 * 2.0**-6 if exponent == 0 else 2.0 ** (exponent - 7) * (1 + mantissa / 8)
     return -magnitude if byte >> 7 else magnitude
 
 
 def everything():
-    """packed [254, 256]: each row all bytes; scale [254, 32]: each row one finite E4M3 value;
-    values [254, 512]."""
+    """Returns packed [254, 256]: each row all bytes; scale [254, 32]: each row one finite E4M3
+    value; values [254, 512]."""
     scales = [byte for byte in range(256) if byte & 0x7F != 0x7F]
     packed = torch.arange(256, dtype=torch.uint8).repeat(len(scales), 1)
     scale = torch.tensor(scales, dtype=torch.uint8).view(-1, 1).repeat(1, 32).view(torch.float8_e4m3fn)

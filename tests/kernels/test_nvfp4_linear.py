@@ -26,7 +26,7 @@ def problem(dtype, leading=(7,), bias=True):
 
 
 def assert_rounded_once(got, want, magnitude, dtype, terms):
-    """One rounding to ``dtype``, plus the error of summing ``terms`` products of total
+    """Allows one rounding to ``dtype``, plus the error of summing ``terms`` products of total
     ``magnitude`` in float32."""
     accumulated = UNIT_ROUNDOFF[torch.float64 if dtype == torch.float64 else torch.float32] * (terms + 4)
     bound = 1.01 * UNIT_ROUNDOFF[dtype] * want.abs() + accumulated * magnitude

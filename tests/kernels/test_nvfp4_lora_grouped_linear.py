@@ -12,7 +12,7 @@ RANK, SCALING = 4, 0.5
 
 
 def make_adapter(parts, n=N, k=K, rank=RANK, device="cpu"):
-    """A and B in float32, as they train."""
+    """Returns A and B in float32, as they train."""
     generator = torch.Generator().manual_seed(5)
     a = torch.randn(COUNT, parts * rank, k, generator=generator) * 0.3
     b = torch.randn(COUNT, n, rank, generator=generator) * 0.3
@@ -20,7 +20,7 @@ def make_adapter(parts, n=N, k=K, rank=RANK, device="cpu"):
 
 
 def exact(x, plain, groups, a, b, parts, row_weights):
-    """In float64, with a dense matrix for each expert; leaves with gradients."""
+    """Computes in float64, with a dense matrix for each expert; leaves with gradients."""
     leaves = [None if t is None else t.detach().double().requires_grad_() for t in (x, a, b, row_weights)]
     x, a, b, row_weights = leaves
     delta = torch.cat([

@@ -53,8 +53,8 @@ def problem(dtype, leading=(7,), bias=True, master=None):
 
 
 def reference(arguments, weight, upstream):
-    """Output and gradients of x, bias, A and B in float64, with A and B rounded to x's dtype as the
-    layer does."""
+    """Returns output and gradients of x, bias, A and B in float64, with A and B rounded to x's
+    dtype as the layer does."""
     x, _, bias, a, b, scaling, _ = arguments
     cast = [t.detach().to(x.dtype).double().requires_grad_() for t in (x, a, b)]
     bias = None if bias is None else bias.detach().double().requires_grad_()

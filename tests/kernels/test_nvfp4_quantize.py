@@ -186,8 +186,8 @@ def test_rejects(weight, global_scale, message):
 
 
 def by_definition(block, global_scale):
-    """arXiv 2512.02010 for one block, in float64 from the float32 scales: the better of the two;
-    value and scale."""
+    """Quantizes one block as arXiv 2512.02010 defines, in float64 from the float32 scales: the
+    better of the two; value and scale."""
     candidates = []
     for largest in (6.0, 4.0):
         scale = (block.abs().max() / largest * global_scale).clamp(max=448).to(torch.float8_e4m3fn).float()

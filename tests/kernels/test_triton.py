@@ -28,7 +28,7 @@ needs_triton = pytest.mark.skipif(
 
 
 def run_cases(selected, marks, tmp_path, **environment):
-    """The tests of ``triton_cases.py`` that pytest's ``-k selected -m marks`` selects."""
+    """Runs the tests of ``triton_cases.py`` that pytest's ``-k selected -m marks`` selects."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     env |= {"TRITON_CACHE_DIR": str(tmp_path / "triton"), **environment}
     command = [sys.executable, "-m", "pytest", str(CASES), "-q", "-x", "--noconftest", "-p", "no:cacheprovider"]

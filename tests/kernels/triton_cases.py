@@ -52,8 +52,8 @@ def random_weight(n, k, scales=(1, 127)):
 
 
 def every_value(k):
-    """254 rows, one for each finite E4M3 byte, with all sixteen E2M1 codes in low and in high
-    nibbles."""
+    """Returns 254 rows, one for each finite E4M3 byte, with all sixteen E2M1 codes in low and in
+    high nibbles."""
     code = torch.arange(16, dtype=torch.uint8)
     both = torch.cat((code | code.flip(0) << 4, code << 4 | code.flip(0)))  # 64 input channels
     scale = torch.tensor([b for b in range(256) if b & 0x7F != 0x7F], dtype=torch.uint8)
@@ -107,8 +107,8 @@ class TestBlockValues:
 
 # --------------------------------------------------------------------------------------------- gemm
 def check_gemm(x, packed, scale, bias, u, lora_b, y):
-    """Against float64: half a step of the output, and float32 sums. More where a 16-bit result is
-    added to."""
+    """Compares with float64: half a step of the output, and float32 sums. More where a 16-bit
+    result is added to."""
     assert y.dtype == x.dtype and y.shape == (*x.shape[:-1], packed.shape[0])
     weight = block_values_nvfp4(packed, scale, torch.float64)
     expected = x.double() @ weight.t() / GLOBAL_SCALE
@@ -230,7 +230,7 @@ ADAPTER_TENSORS = ("gate_up_a", "gate_up_b", "down_a", "down_b")
 
 
 def make_experts(count, hidden, inner):
-    """Random experts, gate and up before down; the factors differ by expert."""
+    """Returns random experts, gate and up before down; the factors differ by expert."""
     stacks = []
     for n, k in ((2 * inner, hidden), (hidden, inner)):
         packed, scale = random_weight(count * n, k, (0x28, 0x40))
@@ -240,7 +240,7 @@ def make_experts(count, hidden, inner):
 
 
 def make_adapter(count, hidden, inner, rank, dtype):
-    """A random adapter whose deltas are as large as the experts' own outputs."""
+    """Returns a random adapter whose deltas are as large as the experts' own outputs."""
     adapter = ExpertAdapter.zeros(count, hidden, inner, rank, 0.7, dtype, "cpu")
     for factor, size in ((adapter.gate_up_a, 1), (adapter.gate_up_b, 1), (adapter.down_a, 1), (adapter.down_b, 1)):
         factor.copy_(torch.randn(factor.shape) * size / factor.shape[-1] ** 0.5)
@@ -425,7 +425,7 @@ SHARED_MEMORY = {80: 163, 90: 227, 120: 99}
 
 
 def compile_kernel(kernel, types, constants, capability, **options):
-    """Through ptxas, for a GPU that need not be there."""
+    """Compiles through ptxas, for a GPU that need not be there."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource

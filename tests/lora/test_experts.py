@@ -25,7 +25,8 @@ EXPERTS = "base_model.model.model.layers.0.mlp.experts"
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A packed mixture with a layer of experts and one without, and a random adapter of it."""
+    """Returns a packed mixture with a layer of experts and one without, and a random adapter of
+    it."""
     folder = tmp_path_factory.mktemp("experts")
     quantize_checkpoint(make_family("Qwen3MoeForCausalLM", folder / "source"), folder / "quantized", progress=False)
     adapter = make_adapter(folder / "adapter", adaptable_shapes(folder / "quantized"))

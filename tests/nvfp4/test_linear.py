@@ -16,7 +16,8 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def hopper_is_there(monkeypatch):
-    """The Hopper layout is made in plain PyTorch, so everything but the GEMM works on the CPU."""
+    """Claims a Hopper GPU. Its layout is made in plain PyTorch, so everything but the GEMM works on
+    the CPU."""
     monkeypatch.setattr(backends.HopperBackend, "unsupported_device", lambda self, device: None)
 
 

@@ -19,7 +19,7 @@ from qerl_verl.rollout.server import QeRLHttpServer
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    """The folder of vLLM's caches, in the environment that verl's processes have."""
+    """Returns the folder of vLLM's caches, in the environment that verl's processes have."""
     monkeypatch.setenv("QERL_KERNEL_CACHE", str(tmp_path))
     monkeypatch.setenv(DISABLE, "1")
     monkeypatch.delenv(ROOT, raising=False)

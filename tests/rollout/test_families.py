@@ -113,8 +113,8 @@ def test_a_family_in_the_rollout(request, name):
 
 
 def check_routing(model, reported):
-    """The experts that vLLM reports for each token, prompts and generated ones, are those that
-    transformers' model chooses in the same dtype; zeros for a layer without experts."""
+    """Checks that the experts that vLLM reports for each token, prompts and generated ones, are
+    those that transformers' model chooses in the same dtype; zeros for a layer without experts."""
     own = {}
     for name, router in model.named_modules():
         if name.endswith(".mlp.gate"):

@@ -9,7 +9,7 @@ import pytest
 
 @pytest.fixture
 def files(tmp_path, monkeypatch, write_prompts):
-    """A folder with data, which is the working directory."""
+    """Returns a folder with data, which is the working directory."""
     long = [{"role": "user", "content": "1 + " * 60}]
     for name, count, columns in (
         ("32.parquet", 32, {}),

@@ -33,7 +33,7 @@ def test_the_output_layer_of_fused_kernels_caps_no_logits(tmp_path, arm, fused, 
 
 
 def run_of(model, **changes):
-    """A configuration of an actor alone, as far as the checks read it."""
+    """Returns a configuration of an actor alone, as far as the checks read it."""
     values = {
         "target_modules": "all-linear",
         "exclude_modules": None,

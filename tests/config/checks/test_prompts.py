@@ -92,8 +92,8 @@ def picture():
 
 @pytest.fixture
 def images(tmp_path, monkeypatch, write_prompts):
-    """A folder with ``images.parquet``: sixteen prompts of five letters, every other one with an
-    image. The packages that read images are stood in for."""
+    """Returns a folder with ``images.parquet``: sixteen prompts of five letters, every other one
+    with an image. The packages that read images are stood in for."""
     from verl.utils.dataset.rl_dataset import RLHFDataset
 
     asked = [[{"role": "user", "content": "<image>" * (i % 2) + "what?"}] for i in range(16)]

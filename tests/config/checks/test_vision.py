@@ -31,7 +31,8 @@ def problems_of(
     *,
     monkeypatch,
 ):
-    """With the packages in place, and a processor that cannot be loaded for ``reason``."""
+    """Returns the problems with the packages in place, and a processor that cannot be loaded for
+    ``reason``."""
     (folder / "config.json").write_text(json.dumps(make_config(name, **settings or {}).to_dict()))
     asked = marks if marks is not None else [len(row) for row in images]
     columns = {"prompt": [[{"role": "user", "content": "<image>" * n + "what?"}] for n in asked]}
