@@ -135,6 +135,34 @@ def test_projections_of_a_shared_weight_that_are_laid_out_by_themselves(lora, bi
     torch.testing.assert_close(scheme.apply_weights(shared, x, b), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 64, 300])
+def test_projections_laid_out_by_themselves_on_hopper(tokens):
+    """Gate and up of 320 rows each, as the 115.5 groups of the 72B model's."""
+    backend, device = HopperBackend(), torch.device("cuda", 0)
+    if reason := backend.unsupported_device(device):
+        pytest.skip(reason)
+    torch.manual_seed(0)
+    widths, columns, rank, scales = [320, 320], 256, 32, (9000.0, 5000.0)
+    parts = [quantize_nvfp4(torch.randn(n, columns) * 0.05, torch.tensor([s])) for n, s in zip(widths, scales)]
+    weight = torch.cat([dequantize_nvfp4(*p, torch.tensor([s]), torch.float32) for p, s in zip(parts, scales)])
+    laid_out = [backend.prepack(packed.to(device), scale.view(torch.uint8).to(device)) for packed, scale in parts]
+    stack = [torch.cat(tensors) for tensors in zip(*laid_out, strict=True)]
+    shared = SharedWeights(*stack, torch.tensor(scales, device=device), whole=False)
+    scheme, layer = QeRLNVFP4Scheme(backend, LoraSettings(rank, rank), shared), nn.Module()
+    sizes = dict(output_partition_sizes=widths, input_size_per_partition=columns, params_dtype=torch.bfloat16)
+    scheme.create_weights(layer=layer, weight_loader=None, **sizes)
+    scheme.process_weights_after_loading(layer)
+    a, b = [torch.randn(rank, columns) / 16 for _ in widths], [torch.randn(n, rank) / 8 for n in widths]
+    tensors = {(i, kind): t for kind, pair in (("A", a), ("B", b)) for i, t in enumerate(pair)}
+    layer.qerl_adapter.write(layer, tensors, 1.0, lambda tensor, dim, size: tensor)
+    weight += torch.cat([y @ x for x, y in zip(a, b, strict=True)])
+    x = torch.randn(tokens, columns)
+    found = scheme.apply_weights(layer, x.to(device, torch.bfloat16)).float().cpu()
+    expected = nn.functional.linear(x.bfloat16().float(), weight)
+    assert (found - expected).norm() / expected.norm() < 1e-2
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_linear_in_16_bits_takes_the_adapter_too(bias):
     method, layer = AdapterOnLinear(LORA), nn.Module()
