@@ -81,7 +81,7 @@ def linear_logprobs(
     hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, temperature: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the log-probability of each label and the entropy of each distribution.
-    Differentiable in ``hidden``.
+    The result is differentiable in ``hidden``.
 
     Args:
         hidden: ``[..., hidden_size]``, the input of the output layer.

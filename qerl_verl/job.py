@@ -10,7 +10,7 @@ vLLM names compiled graphs by a hash of its configuration. The part of the docum
 an engine computes, :class:`RolloutLayers`, is therefore also the entry ``qerl`` of the engine's
 ``additional_config``. The server refuses an entry that differs from the document.
 
-Importable without torch, verl or vLLM.
+The module can be imported without torch, verl or vLLM.
 """
 
 from __future__ import annotations

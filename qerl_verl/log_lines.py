@@ -1,6 +1,6 @@
 """Prints the lines with which QeRL speaks to the user in verl's log.
 
-Importable without torch, verl or vLLM.
+The module can be imported without torch, verl or vLLM.
 """
 
 

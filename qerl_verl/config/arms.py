@@ -9,7 +9,7 @@ as nvfp4 | as nvfp4 | | bf16 | the 16-bit checkpoint | verl's FSDP2 engine | vLL
 path | | nf4 | NF4, quantized by bitsandbytes at each load | verl's FSDP2 engine on bitsandbytes'
 linears | vLLM's bitsandbytes |
 
-Importable without torch, verl or vLLM.
+The module can be imported without torch, verl or vLLM.
 """
 
 from __future__ import annotations

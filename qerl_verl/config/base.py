@@ -1,6 +1,6 @@
 """Decides whether actor and rollout use one copy of the frozen base (``qerl.base``).
 
-Importable without torch, verl or vLLM.
+The module can be imported without torch, verl or vLLM.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Changes to a configuration: proposed one by one, recorded, printed, and applied to another copy.
 
-Importable without torch, verl or vLLM.
+The module can be imported without torch, verl or vLLM.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Reads and sets dotted keys of a Hydra configuration, and finds those that the user wrote.
 
-Importable without torch, verl or vLLM.
+The module can be imported without torch, verl or vLLM.
 """
 
 from __future__ import annotations

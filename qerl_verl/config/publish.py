@@ -1,7 +1,7 @@
 """Writes :mod:`qerl_verl.job` in the driver: the document that a configuration gives to the
 processes of its run.
 
-Importable without torch, verl or vLLM.
+The module can be imported without torch, verl or vLLM.
 """
 
 from __future__ import annotations

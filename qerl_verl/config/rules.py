@@ -7,7 +7,7 @@ Two tables, applied in the driver before Ray starts:
   or from a recipe stays.
 - :data:`REQUIREMENTS` sets what QeRL cannot run without, whoever set the key before.
 
-Importable without torch, verl or vLLM.
+The module can be imported without torch, verl or vLLM.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ A field's annotation is the setting's type, with :data:`typing.Literal` for a ch
 and a :class:`Setting` say the rest. The checks, the YAML file and the documentation are derived
 from these declarations (:mod:`qerl_verl.config.generate`).
 
-Importable without torch, verl or vLLM.
+The module can be imported without torch, verl or vLLM.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 The YAML file of the Hydra group and the table in docs/settings.md are written from these classes
 by ``python -m qerl_verl.config.generate``.
 
-Importable without torch, verl or vLLM.
+The module can be imported without torch, verl or vLLM.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Computes the number of training steps of a data set. Importable without torch or verl."""
+"""Computes the number of training steps of a data set. The module can be imported without torch or
+verl."""
 
 from __future__ import annotations
 

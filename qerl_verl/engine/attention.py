@@ -35,7 +35,7 @@ run, share one."""
 
 def register_attention() -> None:
     """Registers ``attn_implementation=qerl_packed`` with transformers in this process.
-    Idempotent."""
+    A second call changes nothing."""
     AttentionInterface.register(PACKED_ATTENTION, packed_attention_forward)
     AttentionMaskInterface.register(PACKED_ATTENTION, packed_attention_mask)
 

@@ -27,7 +27,7 @@ def engine_class(arm: str | None, model_type: str) -> type | None:
 
 def register_engines(engine_package=None) -> None:
     """Registers the arm's actor and critic for every backend name that the switch accepts and both
-    devices. Idempotent.
+    devices. A second call changes nothing.
 
     Args:
         engine_package: the module ``verl.workers.engine`` (wrapt's post-import hook passes it).

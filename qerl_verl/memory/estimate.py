@@ -1,4 +1,5 @@
-"""Estimates the GPU memory of an actor with its rollout, by part. Importable without torch.
+"""Estimates the GPU memory of an actor with its rollout, by part. The module can be imported
+without torch.
 
 Weights, adapters, optimizer, kept outputs and KV cache follow from shapes. The rest is estimated:
 

@@ -1,5 +1,5 @@
-"""Tells whether this machine can compile what torch.compile writes. Importable without torch, verl
-or vLLM."""
+"""Tells whether this machine can compile what torch.compile writes. The module can be imported
+without torch, verl or vLLM."""
 
 from __future__ import annotations
 

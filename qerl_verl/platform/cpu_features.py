@@ -1,4 +1,5 @@
-"""Tells which arithmetic this machine's CPU has. Importable without torch, verl or vLLM."""
+"""Tells which arithmetic this machine's CPU has. The module can be imported without torch, verl or
+vLLM."""
 
 from __future__ import annotations
 

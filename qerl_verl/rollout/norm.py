@@ -194,7 +194,8 @@ else:
 
 
 def register_norm() -> None:
-    """Makes vLLM build the classes of :data:`REPLACED` in this process. Idempotent.
+    """Makes vLLM build the classes of :data:`REPLACED` in this process. A second call changes
+    nothing.
 
     Raises:
         RuntimeError: another plugin has already replaced one of vLLM's norms.

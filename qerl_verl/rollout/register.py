@@ -2,7 +2,7 @@
 
 
 def register_replica(replica_module=None) -> None:
-    """Registers the replica under verl's name ``vllm``. Idempotent.
+    """Registers the replica under verl's name ``vllm``. A second call changes nothing.
 
     The name is the same because verl branches on it in many places.
 
@@ -22,7 +22,8 @@ def _load():
 
 
 def register_sender(rollout_module=None) -> None:
-    """Registers QeRL's sender of weights in verl's table of rollout classes. Idempotent.
+    """Registers QeRL's sender of weights in verl's table of rollout classes. A second call changes
+    nothing.
 
     Args:
         rollout_module: the module ``verl.workers.rollout.base``, passed by wrapt's post-import
@@ -34,7 +35,8 @@ def register_sender(rollout_module=None) -> None:
 
 
 def register_transport(checkpoint_engine_package=None) -> None:
-    """Imports the module whose decorator registers the checkpoint engine ``qerl``. Idempotent.
+    """Imports the module whose decorator registers the checkpoint engine ``qerl``. A second call
+    changes nothing.
 
     Args:
         checkpoint_engine_package: the module ``verl.checkpoint_engine``, passed by wrapt's

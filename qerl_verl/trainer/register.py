@@ -3,5 +3,5 @@
 
 def register_trainers(trainer_package=None) -> None:
     """Imports the module whose decorators register ``qerl_sync`` and the asynchronous ones.
-    Idempotent."""
+    A second call changes nothing."""
     import qerl_verl.trainer.ppo  # noqa: F401
