@@ -27,6 +27,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -93,7 +94,7 @@ def overrides_of(args: argparse.Namespace, work: Path, steps: int) -> list[str]:
         "trainer.test_freq=-1",
         f"trainer.save_freq={args.steps if args.resume else -1}",
         f"trainer.resume_mode={'auto' if args.resume else 'disable'}",
-        f"trainer.default_local_dir={work / ('checkpoints-' + args.base)}",
+        f"trainer.default_local_dir={checkpoints_of(args, work)}",
     ]
     if args.dry_run:
         out += [
@@ -102,6 +103,11 @@ def overrides_of(args: argparse.Namespace, work: Path, steps: int) -> list[str]:
             "transfer_queue.backend.SimpleStorage.num_data_storage_units=1",
         ]
     return [*out, *args.extra]
+
+
+def checkpoints_of(args: argparse.Namespace, work: Path) -> Path:
+    """Returns the folder of this benchmark's checkpoints."""
+    return work / f"checkpoints-{args.base}"
 
 
 def cache_bytes(model, args: argparse.Namespace) -> int:
@@ -527,6 +533,8 @@ def measure(
     """Runs main_ppo once and adds what was found to the result file. Returns whether it ended
     well."""
     again = name != "first"
+    if not again:  # a run that resumes would not be the first
+        shutil.rmtree(checkpoints_of(args, work), ignore_errors=True)
     overrides = overrides_of(args, work, args.steps + again)
     overrides += [f"actor_rollout_ref.rollout.gpu_memory_utilization={utilization}"]
     line = [sys.executable, "-m", "verl.trainer.main_ppo", "--config-path", "pkg://qerl_verl.recipes"]
