@@ -224,7 +224,27 @@ def _separate_problems(get: Get) -> list[str]:
         "reward.reward_model.enable_resource_pool=True":
         get("reward.reward_model.enable") and not get("reward.reward_model.enable_resource_pool"),
     }  # fmt: skip
+    micro, samples = get(f"{ROLLOUT}.log_prob_micro_batch_size_per_gpu"), _samples_of_an_update(get)
+    if isinstance(micro, int) and samples and samples % micro and _computes_in_micro_batches(get):
+        found[
+            f"{ROLLOUT}.log_prob_micro_batch_size_per_gpu={micro}: with {mode} the log-probabilities are computed for "
+            f"one update at a time, {samples} samples on each GPU, and verl takes divisors of that alone; set it to "
+            f"{math.gcd(micro, samples)} or another one"
+        ] = True
     return [text for text, applies in found.items() if applies]
+
+
+def _samples_of_an_update(get: Get) -> int:
+    """Returns the number of samples of a mini-batch on each GPU, 0 if they do not divide."""
+    ulysses = max(get(f"{ACTOR}.{key}ulysses_sequence_parallel_size") or 1 for key in ("fsdp_config.", ""))
+    groups = get("trainer.n_gpus_per_node") * get("trainer.nnodes") // ulysses
+    samples = get(f"{ACTOR}.ppo_mini_batch_size") * get(f"{ROLLOUT}.n")
+    return samples // groups if groups and samples % groups == 0 else 0
+
+
+def _computes_in_micro_batches(get: Get) -> bool:
+    """Returns whether the actor recomputes log-probabilities in micro-batches of a fixed size."""
+    return not get(f"{ROLLOUT}.log_prob_use_dynamic_bsz") and not get("algorithm.rollout_correction.bypass_mode")
 
 
 def _megatron_lora_problems(get: Get, model: str, keys: Collection[str]) -> list[str]:

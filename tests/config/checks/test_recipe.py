@@ -10,6 +10,7 @@ from verl.trainer.ppo.core_algos import AdvantageEstimator
 from qerl_verl.config import rules
 from qerl_verl.config.checks import recipe
 
+MICRO = "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu"
 SEPARATE = (
     "trainer.v1.trainer_mode=separate_async",
     "actor_rollout_ref.rollout.nnodes=1",
@@ -68,21 +69,41 @@ def test_what_cannot_work_is_refused_with_the_key_and_the_cure(switched, overrid
         ("data.train_batch_size=32", False, "data.train_batch_size=32", "set it to 64"),
         ("trainer.v1.separate_async.parameter_sync_step=2", False, "parameter_sync_step=2", "set it to 32"),
         ("reward.reward_model.enable=True", False, "reward.reward_model.enable=True", "enable_resource_pool=True"),
+        (f"{MICRO}=12", False, f"{MICRO}=12: with trainer.v1", "2 samples on each GPU, and verl takes divisors of that"),
+        (f"{MICRO}=3 actor_rollout_ref.rollout.n=8", False, f"{MICRO}=3", "16 samples on each GPU"),
     ],
 )  # fmt: skip
 def test_what_engines_of_their_own_cannot_do_is_refused_before_verl_asserts_it(switched, override, on_cpu, key, fix):
-    _, _, problems = switched(*SEPARATE, override, on_cpu=on_cpu)
+    _, _, problems = switched(*SEPARATE, *override.split(), on_cpu=on_cpu)
     assert len(problems) == 1, problems
     assert key in problems[0] and fix in problems[0]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (f"{MICRO}=2",),
+        (f"{MICRO}=8", "actor_rollout_ref.rollout.n=8"),
+        (f"{MICRO}=12", "algorithm.rollout_correction.bypass_mode=True"),
+        (f"{MICRO}=12", "actor_rollout_ref.actor.use_dynamic_bsz=True"),
+        (f"{MICRO}=12", "trainer.n_gpus_per_node=5"),  # verl divides the samples in its own way
+    ],
+)
+def test_micro_batches_that_divide_an_update_are_taken(switched, overrides):
+    assert switched(*SEPARATE, *overrides)[2] == []
 
 
 def test_verls_assertions_on_separate_engines_are_the_ones_that_the_rules_know():
     import inspect
 
     from verl.trainer.ppo.v1 import PPOTrainerSeparateAsync
+    from verl.workers.engine.utils import prepare_micro_batches
 
     source = inspect.getsource(PPOTrainerSeparateAsync.__init__)
     assert source.count("assert ") == 5  # batch size, nodes, GPUs, transport, reward model
+    assert "assert total_data_size % (force_group_size * micro_batch_size_per_gpu) == 0" in inspect.getsource(
+        prepare_micro_batches
+    )
 
 
 @pytest.mark.parametrize("estimator", [e.value for e in AdvantageEstimator])
