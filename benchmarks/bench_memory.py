@@ -43,7 +43,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from bench_grpo_step import SHORT, Case, Start, metrics_of, prepare  # noqa: E402
-from result_file import ResultFile  # noqa: E402
+from result_file import ResultFile, visible_gpu  # noqa: E402
 
 GIB, MIB = 2**30, 2**20
 CARD_SECONDS, HOST_SECONDS = 0.2, 3.0
@@ -502,7 +502,7 @@ def main(argv: list[str] | None = None) -> int:
     options = ["--prepare", "--shape", args.shape, "--work", str(args.work)]
     options += ["--prompts", str(args.prompts), "--prompt", str(args.prompt)]
     subprocess.run([sys.executable, __file__, *options, *(["--dry-run"] if args.dry_run else [])], check=True)
-    gpu = None if args.dry_run else os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    gpu = None if args.dry_run else visible_gpu()
     name, total = (None, int(79.2 * GIB)) if gpu is None else card(gpu)
     new = {"shape": args.shape, "base": args.base, "limit_gib": args.limit_gib, "gpu": name}
     utilization, predicted = args.utilization, {}

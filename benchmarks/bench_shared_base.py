@@ -248,8 +248,12 @@ def memory_of(processes: list[int]) -> dict:
 
 
 def card_mib() -> float:
+    from result_file import visible_gpu
+
     text = subprocess.run(
-        ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"], capture_output=True, text=True
+        ["nvidia-smi", "-i", visible_gpu(), "--query-gpu=memory.used", "--format=csv,noheader,nounits"],
+        capture_output=True,
+        text=True,
     ).stdout
     return float(text.split()[0])
 

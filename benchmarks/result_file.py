@@ -21,6 +21,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -56,6 +57,11 @@ def gpu_names() -> list[str]:
     except (OSError, subprocess.CalledProcessError):
         return []
     return [line.strip() for line in done.stdout.splitlines() if line.strip()]
+
+
+def visible_gpu() -> str:
+    """Returns the first GPU that CUDA shows to this process, as ``nvidia-smi -i`` takes it."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
 
 
 def hash_code(root: Path = ROOT) -> str:
