@@ -338,7 +338,8 @@ def main() -> None:
         prepare(work, args.shape, case, {VARIANTS[name][0] for name in args.variants})
         return
     begin = time.monotonic()
-    environment = {"VERL_LOGGING_LEVEL": "WARNING", **os.environ}
+    # verl would set WARN, and vLLM says at INFO how long loading, compiling and capturing took
+    environment = {"VERL_LOGGING_LEVEL": "WARNING", "VLLM_LOGGING_LEVEL": "INFO", **os.environ}
     out = {
         "command": "python benchmarks/bench_grpo_step.py " + " ".join(sys.argv[1:]),
         "shape": args.shape,
