@@ -105,7 +105,8 @@ def _resident_bytes() -> int:
 def _peak_resident_bytes() -> int:
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # the kernel updates ru_maxrss later than the resident size
+    return max(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, _resident_bytes())
 
 
 def _interface_between_nodes() -> str | None:
