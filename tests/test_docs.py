@@ -218,6 +218,8 @@ NO_REFUSALS = (
     "Put the tokenizer's files there",  # behind the two messages about tokenizers
     "Ray: joins the cluster at",  # a line about the run
     "null stays, as you wrote it",  # the same
+    "stays: LoRA takes a higher rate",  # the same
+    "Ray starts the workers with this command",  # the same
     "use +qerl=nvfp4, whose layers hold the adapter",  # the fix of a message about vLLM's LoRA path
 )
 """Beginnings or parts of long strings in the checks that are no messages by themselves."""

@@ -35,7 +35,9 @@ def add_compare(subparsers, common: argparse.ArgumentParser) -> None:
         metavar="ARM",
         help="what the other arms are compared with (default: the first)",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write all numbers; - writes them to stdout in place of the tables"
+    )
     parser.add_argument("--png", type=Path, metavar="FILE", help="write the figure")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write one page with figure and tables")
     parser.add_argument("--title", default="", help="of the figure and the page")
@@ -108,13 +110,18 @@ def _share(text: str) -> float:
     return value
 
 
+STDOUT = Path("-")
+
+
 def _run(arguments: argparse.Namespace) -> int:
     from qerl_verl.compare import figure, page
     from qerl_verl.compare.arms import group_runs
     from qerl_verl.compare.comparison import Options, compare, to_json
     from qerl_verl.compare.statistics import Bootstrap
 
-    for path in filter(None, (arguments.json, arguments.png, arguments.html)):
+    on_stdout = arguments.json == STDOUT
+    files = [path for path in (arguments.json, arguments.png, arguments.html) if path and path != STDOUT]
+    for path in files:
         if not path.resolve().parent.is_dir():
             raise CompareError(f"{path}: there is no folder {path.resolve().parent}")
     options = Options(
@@ -132,15 +139,17 @@ def _run(arguments: argparse.Namespace) -> int:
     grouping = group_runs(arguments.words)
     comparison = compare(grouping.arms, options, grouping.notes)
     if arguments.json:
-        arguments.json.write_text(json.dumps(to_json(comparison), indent=1, allow_nan=False) + "\n")
+        text = json.dumps(to_json(comparison), indent=1, allow_nan=False)
+        print(text) if on_stdout else arguments.json.write_text(text + "\n")
     if arguments.png or arguments.html:
         picture = figure.draw(comparison, arguments.title)
         if arguments.png:
             arguments.png.write_bytes(picture)
         if arguments.html:
             page.write(comparison, arguments.html, picture, arguments.title)
-    show(comparison, arguments.all)
-    for path in filter(None, (arguments.json, arguments.png, arguments.html)):
+    if not on_stdout:
+        show(comparison, arguments.all)
+    for path in files:
         print(f"qerl: wrote {path}", file=sys.stderr)
     return 0
 

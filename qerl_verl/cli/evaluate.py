@@ -13,6 +13,7 @@ from qerl_verl.config.settings import ROLLOUT_KERNELS
 from qerl_verl.evaluation.errors import EvaluationError
 
 DEFAULT_RESPONSES = Path("responses.jsonl")
+STDOUT = Path("-")
 
 
 def add_eval(subparsers, common: argparse.ArgumentParser) -> None:
@@ -69,7 +70,7 @@ def add_eval(subparsers, common: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--chat-template-args", default="{}", metavar="JSON", help="as verl's data.apply_chat_template_kwargs"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there; - is stdout")
     parser.add_argument(
         "--responses",
         type=Path,
@@ -111,7 +112,9 @@ def responses_file(arguments: argparse.Namespace) -> Path:
     """Returns the file of responses."""
     if arguments.responses is not None:
         return arguments.responses
-    return arguments.json.with_suffix(".responses.jsonl") if arguments.json else DEFAULT_RESPONSES
+    if arguments.json in (None, STDOUT):
+        return DEFAULT_RESPONSES
+    return arguments.json.with_suffix(".responses.jsonl")
 
 
 def read_settings(arguments: argparse.Namespace):
@@ -202,7 +205,10 @@ def _run(arguments: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         raise
-    print(format_table(results))
-    if arguments.json:
+    on_stdout = arguments.json == STDOUT
+    print(format_table(results), file=sys.stderr if on_stdout else sys.stdout)
+    if on_stdout:
+        print(json.dumps(report(plan, results), allow_nan=False))
+    elif arguments.json:
         write_report(arguments.json, report(plan, results))
     return 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import TypeVar
 
@@ -127,13 +128,30 @@ def _compose(
     except MissingConfigException as error:
         if error.missing_cfg_file != name.removesuffix(".yaml"):
             raise ExplainError(f"{name}: {error}") from error
-        fix = "" if config_path else f" QeRL's: {', '.join(recipes())}. Give --config-path for one of yours."
+        fix = "" if config_path else f" QeRL's: {_some_recipes()}. Give --config-path for one of yours."
         raise ExplainError(f"{name}: there is no such recipe in {path}.{fix}") from error
     except (HydraException, OmegaConfBaseException) as error:
         cause = f": {error.__cause__}" if error.__cause__ else ""
-        raise ExplainError(f"{name}: {error}{cause}") from error
+        stock = [word for word in overrides if not word.lstrip("+~").startswith("qerl")]
+        verls = stock != overrides and not _is_recipe(name) and not _composes(name, stock, config_path)
+        also = f" (verl {version('verl')} refuses it without QeRL's settings, too)" if verls else ""
+        raise ExplainError(f"{name}: {error}{cause}{also}") from error
     finally:
         GlobalHydra.instance().clear()
+
+
+def _composes(name: str, overrides: list[str], config_path: str | None = None) -> bool:
+    try:
+        compose(name, overrides, config_path)
+    except ExplainError:
+        return False
+    return True
+
+
+def _some_recipes() -> str:
+    """Returns the names of QeRL's recipes for a message, a folder of them as ``FOLDER/...``."""
+    names = [name if "/" not in name else f"{name.partition('/')[0]}/..." for name in recipes()]
+    return ", ".join(dict.fromkeys(names))
 
 
 def recipes() -> list[str]:

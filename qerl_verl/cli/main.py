@@ -27,7 +27,7 @@ from qerl_verl.cli.quantize import add_quantize
 from qerl_verl.cli.resolve import add_resolve
 from qerl_verl.compare.errors import CompareError
 from qerl_verl.evaluation.errors import EvaluationError
-from qerl_verl.nvfp4.errors import CheckpointError
+from qerl_verl.nvfp4.errors import UNWRITABLE, CheckpointError
 from qerl_verl.platform.signals import ends_on_signals
 
 EXIT_ERROR = 2
@@ -60,6 +60,16 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpa
     return arguments
 
 
+def _in_words(error: Exception) -> str:
+    """Returns the message of an error that the user can fix."""
+    if isinstance(error, CompareError):  # a problem a line
+        return str(error)
+    if not isinstance(error, OSError) or error.filename is None or error.strerror is None:
+        return " ".join(str(error).split())
+    fix = "; choose another path" if error.errno in UNWRITABLE else ""
+    return f"{error.filename}: {error.strerror}{fix}"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     common = argparse.ArgumentParser(add_help=False)
@@ -78,8 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (CheckpointError, CompareError, EvaluationError, ExplainError, OSError) as error:
         if arguments.debug:
             raise
-        text = str(error) if isinstance(error, CompareError) else " ".join(str(error).split())
-        print(f"qerl: {text}", file=sys.stderr)
+        print(f"qerl: {_in_words(error)}", file=sys.stderr)
         return EXIT_ERROR
     except KeyboardInterrupt:
         print("qerl: interrupted", file=sys.stderr)

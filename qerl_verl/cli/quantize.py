@@ -21,7 +21,7 @@ def add_quantize(subparsers, common: argparse.ArgumentParser) -> None:
         parents=[common],
         help="write an NVFP4 copy of a 16- or 32-bit Hugging Face checkpoint; or, with --check, verify one",
     )
-    parser.add_argument("src", type=Path, nargs="?", help="folder with config.json and safetensors")
+    parser.add_argument("src", nargs="?", help="folder with config.json and safetensors, or a name on the hub")
     parser.add_argument("dst", type=Path, nargs="?", help="folder to write, absent or empty")
     parser.add_argument(
         "--force",
@@ -63,6 +63,7 @@ def read_calibration_files(arguments: argparse.Namespace, model: Path):
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    from qerl_verl.nvfp4.cache import fetch_model
     from qerl_verl.nvfp4.quantize import quantize_checkpoint
     from qerl_verl.nvfp4.report import format_report, read_report
 
@@ -72,7 +73,7 @@ def _run(arguments: argparse.Namespace) -> int:
         return _check(arguments.check.resolve(), arguments.json)
     if arguments.dst is None:
         raise CheckpointError("give SRC and DST, or --check DST.")
-    src, dst = arguments.src.resolve(), arguments.dst.resolve()
+    src, dst = fetch_model(arguments.src).resolve(), arguments.dst.resolve()
     calibration = read_calibration_files(arguments, src) if arguments.calibration else None
     method = arguments.method or ("gptq" if calibration else "four-over-six")
     started = time.monotonic()

@@ -124,7 +124,7 @@ def plan(
 def _check(made: Plan, keys: Collection[str], host: Host, here: bool) -> None:
     """Checks the changed configuration, and with ``here`` the files that it names."""
     config = made.config
-    made.lines += recipe.find_remarks(config)
+    made.lines += recipe.find_remarks(config, [change.key for change in made.changes])
     made.problems += recipe.find_problems(config, keys)
     made.problems += arms.find_problems(config, host.environment)
     if not here:
@@ -133,7 +133,10 @@ def _check(made: Plan, keys: Collection[str], host: Host, here: bool) -> None:
     made.lines += data.find_remarks(config)
     made.problems += data.find_problems(config) + _model_problems(config, made.adapters)
     made.problems += resume.find_problems(config, made.adapters)
-    made.unseen += [f"{path}, which is not on this machine yet" for path in models.remote_paths(config)]
+    made.unseen += [
+        f"{path}, which is not on this machine yet; `qerl resolve` downloads and checks it"
+        for path in models.remote_paths(config)
+    ]
 
 
 def _plan_base(made: Plan, draft: Draft, host: Host) -> None:

@@ -86,7 +86,7 @@ def choose_quantization(config: DictConfig, settings: QeRLSettings, gpu: bool) -
     method, reason = wanted.method, f"{KEY}.method"
     if method == "auto":
         method = "gptq" if gpu and files else "four-over-six"
-        reason = "a GPU is visible" if gpu and files else "no GPU" if not gpu else "no text to calibrate with"
+        reason = "auto, on a GPU" if gpu and files else "no GPU" if not gpu else "no text to calibrate with"
     if method != "gptq":
         files = ()
     return Choice(

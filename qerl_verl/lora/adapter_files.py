@@ -143,7 +143,9 @@ def read_tensors(folder: str | Path) -> dict[str, torch.Tensor]:
         raise AdapterError([f"its tensors cannot be read ({error}); save or fetch the adapter again"]) from None
     bad = [name for name, tensor in tensors.items() if not tensor.float().isfinite().all()]
     if bad:
-        raise AdapterError([f"{len(bad)} of its {len(tensors)} tensors hold NaN or Inf: {_some(bad)}"])
+        raise AdapterError(
+            [f"{len(bad)} of its {len(tensors)} tensors hold NaN or Inf: {_some(bad)}; take an earlier checkpoint"]
+        )
     return tensors
 
 

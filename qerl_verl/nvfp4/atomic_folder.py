@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from qerl_verl.nvfp4.errors import CheckpointError
+from qerl_verl.nvfp4.errors import CheckpointError, writes_to
 from qerl_verl.ownership import Owner
 
 _OWNER, _CONTENT, _REPLACED, _OBSOLETE = "owner", "content", "replaced", "obsolete"
@@ -37,10 +37,11 @@ def atomic_folder(dst: Path, *, replace: bool = False) -> Iterator[Path]:
         CheckpointError: ``dst`` is not empty when the rename is due, or cannot be replaced.
     """
     settle_leftovers(dst)
-    dst.parent.mkdir(parents=True, exist_ok=True)
     workspace = dst.with_name(f"{dst.name}.tmp-{uuid.uuid4().hex[:8]}")
     content, replaced = workspace / _CONTENT, workspace / _REPLACED
-    workspace.mkdir()
+    with writes_to(dst, "Choose another folder."):
+        dst.parent.mkdir(parents=True, exist_ok=True)
+        workspace.mkdir()
     try:
         Owner.current().write(workspace / _OWNER)
         content.mkdir()

@@ -36,7 +36,7 @@ from qerl_verl.nvfp4.checkpoint_files import (
     source_files,
 )
 from qerl_verl.nvfp4.convert import CONVERT_VERSION, convert_checkpoint
-from qerl_verl.nvfp4.errors import CheckpointError
+from qerl_verl.nvfp4.errors import CheckpointError, writes_to
 from qerl_verl.nvfp4.format import FORMAT, FORMAT_VERSION, read_quantization
 from qerl_verl.nvfp4.gptq import GPTQ_VERSION
 from qerl_verl.nvfp4.isolated import quantize_in_a_process
@@ -67,6 +67,9 @@ class ResolvedCheckpoint:
     notes: tuple[str, ...] = ()
     """Settings of the source that a run does not use, see
     :func:`~qerl_verl.nvfp4.validation.unused_settings`."""
+
+
+_OTHER_CACHE = "Name a folder that can be, with qerl.cache_dir, --cache-dir or $QERL_CACHE."
 
 
 def default_cache_dir() -> Path:
@@ -129,14 +132,15 @@ def resolve_checkpoint(
     config = read_config(folder)
     cache = Path(cache_dir) if cache_dir is not None else default_cache_dir()
     cache = cache.expanduser().absolute()
-    cache.mkdir(parents=True, exist_ok=True)
+    with writes_to(cache, _OTHER_CACHE):
+        cache.mkdir(parents=True, exist_ok=True)
     calibration = None
     if quantization.method in NEEDS_CALIBRATION and quantization.calibration is not None:
         calibration = quantization.calibration(folder)
     key = _content_key(folder, cache, quantization.method, calibration)
     entry = cache / f"{config.get('model_type', 'model')}-{key}"
     if not entry.exists():
-        with _exclusive(entry):
+        with writes_to(cache, _OTHER_CACHE), _exclusive(entry):
             if not entry.exists():
                 _fill(entry, folder, quantization, calibration, progress, cache)
     _verify(entry, cache)

@@ -123,7 +123,34 @@ def test_unusable_models(src, tmp_path, capsys, command, config, named):
 
 def test_operating_system_errors_are_one_line_too(src, tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    assert f"File exists: '{tmp_path / 'file'}'" in failed(capsys, "quantize", src, tmp_path / "file" / "dst")
+    said = failed(capsys, "quantize", src, tmp_path / "file" / "dst")
+    assert f"file/dst cannot be written (File exists: {tmp_path / 'file'}). Choose another folder." in said
+
+
+UNWRITABLE = [
+    (["quantize", "src", "file/dst"], "file/dst cannot be written (File exists: "),
+    (["quantize", "./none", "dst"], "none: there is no such folder"),
+    (["quantize", "file", "dst"], "file is not a folder"),
+    (["resolve", "src", "--cache-dir", "file"], "with qerl.cache_dir, --cache-dir or $QERL_CACHE"),
+    (["resolve", "src", "--cache-dir", "x" * 300], "cannot be written (File name too long: "),
+    (["resolve", "src", "--cache-dir", "/proc/cache"], "/proc/cache"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "said"), UNWRITABLE)
+def test_a_place_that_cannot_be_used_is_named_with_the_fix(src, tmp_path, capsys, monkeypatch, arguments, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    before = sorted(path for path in tmp_path.iterdir())
+    assert said in failed(capsys, *arguments)
+    assert sorted(path for path in tmp_path.iterdir()) == before
+
+
+def test_quantize_takes_a_name_on_the_hub(src, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda model, **patterns: str(src))
+    monkeypatch.setattr("huggingface_hub.list_repo_files", lambda model: ["model.safetensors"])
+    assert main(["quantize", "me/model", str(tmp_path / "dst")]) == 0
+    assert (tmp_path / "dst" / "config.json").is_file()
 
 
 def test_debug_shows_the_traceback(tmp_path):

@@ -97,6 +97,12 @@ def test_figure_page_and_json_name_a_difference_that_is_allowed(runs, tmp_path, 
     assert {said, "A <title>", "o<b>", "0.4395\n[0.4345, 0.4445]"} <= set(page.cells)
 
 
+def test_json_on_stdout_is_json_alone(runs, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["compare", str(runs), "--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out)["arms"] and not (tmp_path / "-").exists()
+
+
 REFUSED = {
     "other batch": (
         ["runs", "other"],

@@ -34,6 +34,7 @@ def test_lists_may_be_given_in_one_piece_or_several():
     [
         ((), "responses.jsonl"),
         (("--json", "out/x.json"), "out/x.responses.jsonl"),
+        (("--json", "-"), "responses.jsonl"),
         (("--json", "x.json", "--responses", "y.jsonl"), "y.jsonl"),
     ],
 )

@@ -117,7 +117,9 @@ def test_files_of_another_machine_are_left_out(capsys):
     code, lines = explained(capsys, "gsm8k_grpo", *elsewhere, "--elsewhere")
     assert code == 0 and "not looked at: data, model folders, CPUs, GPUs and Ray (--elsewhere)" in lines
     code, lines = explained(capsys, "gsm8k_grpo")
-    assert code == 0 and "not looked at: Qwen/Qwen2.5-7B-Instruct, which is not on this machine yet" in lines
+    assert code == 0 and any(
+        "not looked at: Qwen/Qwen2.5-7B-Instruct, which is not on this machine yet; `qerl" in line for line in lines
+    )
 
 
 @pytest.mark.parametrize(
@@ -126,7 +128,10 @@ def test_files_of_another_machine_are_left_out(capsys):
         (["trainer.nnodes=2"], "give the name of a recipe"),
         (["nosuch"], "there is no such recipe in pkg://verl.trainer.config. QeRL's: gsm8k_grpo, "),
         (["mine", "--config-path", "/nowhere"], "--config-path /nowhere: there is no such folder"),
+        (["nosuch"], "gsm8k_ppo_8gpu, paper/..., quickstart_cpu, study/.... Give --config-path"),
         (["gsm8k_grpo", "data.nope=1"], "Could not override 'data.nope'"),
+        (["ppo_trainer", "+qerl=nvfp4", "data.nope=1"], "refuses it without QeRL's settings, too)"),
+        (["ppo_trainer", "+qerl=nvfp4", "qerl.nope=1"], "Could not override 'qerl.nope'"),
         (["gsm8k_grpo", "trainer.nnodes"], "gsm8k_grpo: "),
     ],
 )
@@ -134,6 +139,7 @@ def test_what_does_not_compose_is_one_line(capsys, arguments, error):
     assert main(["explain", *arguments]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("qerl: ") and err.count("\n") == 1 and error in err
+    assert ("without QeRL" in err) == ("data.nope=1" in arguments and "+qerl=nvfp4" in arguments)
 
 
 def test_composing_leaves_hydra_as_it_was():

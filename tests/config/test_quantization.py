@@ -24,7 +24,7 @@ def choice(data=TRAIN, gpu=True, arm="nvfp4", **quantization):
 @pytest.mark.parametrize(
     ("made", "method", "reason", "files"),
     [
-        (choice(), "gptq", "a GPU is visible", ("a.parquet", "b.parquet")),
+        (choice(), "gptq", "auto, on a GPU", ("a.parquet", "b.parquet")),
         (choice(gpu=False), "four-over-six", "no GPU", ()),
         (choice({"data": {}}), "four-over-six", "no text", ()),
         (choice({"data": {"train_files": "a", "custom_cls": {"path": "mine.py"}}}), "four-over-six", "no text", ()),

@@ -119,7 +119,7 @@ def find_misfits(config: DictConfig, adapters: Mapping[str, dict] | None = None)
         except CheckpointError:
             continue
     out += tokenizers.find_problems(config) + fused_kernel_problems(config) + length_problems(config)
-    out += head_size_problems(config)
+    out += head_size_problems(config) + parallel_problems(config)
     out += position_problems(config) + packing_problems(config) + critic_problems(config)
     return out + vllm_lora_problems(config) + expert_problems(config) + replay_problems(config)
 
@@ -168,6 +168,53 @@ def length_problems(config: DictConfig) -> list[str]:
     if not longest or longest <= positions:
         return []
     return [f"{ROLLOUT}.max_model_len={longest}: the model has {positions} positions; set it to {positions} or less"]
+
+
+def parallel_problems(config: DictConfig) -> list[str]:
+    """Returns the problem of a model that cannot be divided among the GPUs of an engine, which vLLM
+    reports when it builds the model (vllm/config/model.py, verify_with_parallel_config, and its
+    models' attention), and our layers where a GPU would have a part of a block of NVFP4.
+    """
+    from transformers import AutoConfig
+
+    from qerl_verl.nvfp4.architectures import get_architecture
+    from qerl_verl.nvfp4.errors import CheckpointError
+    from qerl_verl.nvfp4.packing import BLOCK_SIZE
+
+    key = f"{ROLLOUT}.tensor_model_parallel_size"
+    folder, size = local_folder(config, MODEL), get_value(config, key)
+    if folder is None or not isinstance(size, int) or size < 2:
+        return []
+    try:
+        whole = AutoConfig.from_pretrained(folder)
+        architecture = get_architecture(whole)
+    except (CheckpointError, OSError, ValueError):  # the checks of the checkpoint say so
+        return []
+    decoder = whole.get_text_config()
+    heads, groups = decoder.num_attention_heads, decoder.num_key_value_heads
+    fits = [n for n in range(1, heads + 1) if not heads % n and not (groups % n and n % groups)]
+    if size not in fits:
+        return [
+            f"{key}={size}: the model's {heads} attention heads ({groups} of keys and values) cannot be "
+            f"divided among so many GPUs; set it to {_list(fits)}"
+        ]
+    block = BLOCK_SIZE if get_arm(config).container else 1
+    shapes = architecture.projection_shapes(whole)
+    inputs = {"self_attn.o_proj": shapes["self_attn.o_proj"][1]}
+    if architecture.experts is None:  # how experts are divided depends on more settings
+        inputs["mlp.down_proj"] = shapes["mlp.down_proj"][1]
+    for projection, channels in inputs.items():
+        if channels % (size * block):
+            fits = [n for n in fits if all(channels % (n * block) == 0 for channels in inputs.values())]
+            return [
+                f"{key}={size}: each GPU would have {channels / size:g} input channels of {projection}, "
+                f"which are not whole blocks of {block}; set it to {_list(fits)}"
+            ]
+    return []
+
+
+def _list(numbers: list[int]) -> str:
+    return " or ".join(map(str, numbers))
 
 
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)

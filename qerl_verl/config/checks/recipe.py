@@ -163,8 +163,17 @@ def find_problems(config: DictConfig, keys: Collection[str] = ()) -> list[str]:
     return out + (_separate_problems(get) if is_separate(config) else [])
 
 
-def find_remarks(config: DictConfig) -> list[str]:
-    """Returns settings that can run but may not be meant, one line each."""
+LORA_RATE = 1e-5
+"""The paper's learning rate for QeRL (arXiv 2510.11696, Table 4)."""
+
+
+def find_remarks(config: DictConfig, changed: Collection[str] = ()) -> list[str]:
+    """Returns settings that can run but may not be meant, one line each.
+
+    Args:
+        config: the configuration after the rules (:mod:`qerl_verl.config.rules`).
+        changed: dotted keys that the switch set.
+    """
     get = partial(get_value, config)
     out = []
     correction = "algorithm.rollout_correction"
@@ -174,6 +183,18 @@ def find_remarks(config: DictConfig) -> list[str]:
             f"{correction}.rollout_is: null stays, as you wrote it: samples of the noised policy "
             "are trained on without importance sampling"
         )
+    rate = get(f"{ACTOR}.optim.lr")
+    if f"{MODEL}.lora_rank" in changed and isinstance(rate, int | float) and 0 < rate < LORA_RATE / 2:
+        out.append(
+            f"{ACTOR}.optim.lr={rate:g} stays: LoRA takes a higher rate than full fine-tuning, and "
+            f"the paper trains QeRL with {LORA_RATE:g}"
+        )
+    program = "ray_kwargs.ray_init.runtime_env.py_executable"
+    if command := get(program):
+        out.append(
+            f"{program}={command}: Ray starts the workers with this command, so QeRL has to be "
+            "installed in its environment, with the versions of this one; null takes this one"
+        )
     return out
 
 
@@ -181,7 +202,12 @@ def _strategy_problem(get: Get, role: str) -> str | None:
     strategy = get(f"{role}.strategy")
     if strategy == "fsdp2":
         return None
-    return f"{role}.strategy={strategy}: QeRL trains with FSDP2; set {role}.strategy=fsdp2 (model_engine=dp)"
+    if (engine := get("model_engine")) not in ("dp", None):
+        return (
+            f"{role}.strategy={strategy}: QeRL trains with FSDP2; set model_engine=dp, verl's default, "
+            f"in place of {engine}, and remove the settings that only {engine} has"
+        )
+    return f"{role}.strategy={strategy}: QeRL trains with FSDP2; set {role}.strategy=fsdp2"
 
 
 def _estimator_problem(get: Get) -> str | None:

@@ -305,3 +305,27 @@ def test_an_arm_that_would_leave_experts_in_16_bits(tmp_path, name, arm, refused
     problems = models.expert_problems(config)
     assert bool(problems) == refused
     assert not refused or str(tmp_path) in problems[0] and "+qerl=nvfp4" in problems[0]
+
+
+PARALLEL = [
+    ("Qwen2ForCausalLM", {"intermediate_size": 128}, 2, "nvfp4", None),
+    ("Qwen2ForCausalLM", {}, 1, "nvfp4", None),
+    ("Qwen2ForCausalLM", {"num_attention_heads": 28, "num_key_value_heads": 4, "hidden_size": 896}, 8, "bf16",
+     "28 attention heads (4 of keys and values) cannot be divided among so many GPUs; set it to 1 or 2 or 4 or 28"),
+    ("Qwen2ForCausalLM", {"num_attention_heads": 6, "num_key_value_heads": 2, "hidden_size": 192}, 3, "nvfp4",
+     "6 attention heads (2 of keys and values)"),
+    ("Qwen2ForCausalLM", {}, 4, "nvfp4", "28 input channels of mlp.down_proj, which are not whole blocks of 16; set it to 1"),
+    ("Qwen2ForCausalLM", {}, 4, "bf16", None),
+    ("Qwen3MoeForCausalLM", {}, 4, "nvfp4", None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("architecture", "changes", "size", "arm", "expected"), PARALLEL)
+def test_a_model_that_the_gpus_of_an_engine_cannot_divide(tmp_path, architecture, changes, size, arm, expected):
+    make_config(architecture, **changes).save_pretrained(tmp_path)
+    config = run_of(tmp_path)
+    config.qerl = {"arm": arm}
+    config.actor_rollout_ref.rollout = {"tensor_model_parallel_size": size}
+    problems = models.parallel_problems(config)
+    assert len(problems) == (expected is not None), problems
+    assert expected is None or f"tensor_model_parallel_size={size}: " in problems[0] and expected in problems[0]

@@ -142,7 +142,7 @@ def test_ulysses_without_flash_attn_is_refused(switched, key):
 
 def test_megatron_is_refused(switched):
     _, _, problems = switched("model_engine=megatron")
-    assert any("strategy=megatron" in p and "fsdp2" in p for p in problems)
+    assert any("strategy=megatron: QeRL trains with FSDP2; set model_engine=dp" in p for p in problems)
 
 
 def test_several_problems_are_reported_together(switched):
@@ -151,6 +151,7 @@ def test_several_problems_are_reported_together(switched):
 
 
 LORA = "actor_rollout_ref.model.lora"
+RANK = "actor_rollout_ref.model.lora_rank"
 CORRECTION = "algorithm.rollout_correction"
 ADAPTIVE = ["qerl.aqn.schedule=adaptive", "qerl.aqn.target_kl=1e-3"]
 LOG_PROBS = "actor_rollout_ref.rollout.calculate_log_probs=False"
@@ -186,6 +187,21 @@ def test_what_would_be_ignored_is_refused(switched, overrides, expected):
     problems = switched(*overrides)[2]
     assert len(problems) == (expected is not None), problems
     assert expected is None or expected in problems[0]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "changed", "remarked"),
+    [
+        (["actor_rollout_ref.actor.optim.lr=1e-6"], [RANK], "optim.lr=1e-06 stays: LoRA takes"),
+        (["actor_rollout_ref.actor.optim.lr=5e-6"], [RANK], None),
+        (["actor_rollout_ref.actor.optim.lr=1e-6"], [], None),
+        (["ray_kwargs.ray_init.runtime_env.py_executable=uv run"], [], "py_executable=uv run: Ray starts the workers"),
+    ],
+)
+def test_what_may_not_be_meant_is_remarked_on(switched, overrides, changed, remarked):
+    remarks = recipe.find_remarks(switched(*overrides)[0], changed)
+    assert len(remarks) == (remarked is not None), remarks
+    assert remarked is None or remarked in remarks[0]
 
 
 @pytest.mark.parametrize(
