@@ -29,6 +29,7 @@ NAMES = {
     "Olmo3ForCausalLM": "OLMo 3",
     "Glm4ForCausalLM": "GLM-4-0414",
     "SeedOssForCausalLM": "Seed-OSS",
+    "Qwen3_5ForCausalLM": "text-only Qwen3.5 (dense)",
     "Qwen2_5_VLForConditionalGeneration": "Qwen2.5-VL",
     "Qwen3VLForConditionalGeneration": "Qwen3-VL (dense)",
 }
@@ -73,9 +74,13 @@ def _peculiarities(architecture: Architecture) -> list[str]:
     out = []
     if architecture.experts:
         out.append("a mixture of experts in place of the MLP")
+    if architecture.delta_nets:
+        out.append("gated delta nets in place of attention in most layers")
+    if architecture.gated_query:
+        out.append("a gate in q")
     if architecture.vision:
         out.append("a vision tower")
-    for parts in architecture.fused.values():
+    for parts in () if architecture.delta_nets else architecture.fused.values():
         out.append(f"the checkpoint fuses {_short(parts)}")
     if architecture.biased:
         out.append(f"biases on {_short(architecture.biased)}")

@@ -43,7 +43,8 @@ def find_noise_targets(
     """Returns the norms that receive noise, found by the linears beside them.
 
     ``architecture.noise_targets`` says which linears a norm of a decoder layer feeds, or is fed by.
-    The router and the experts stand in the place of gate and up where a layer has them. A norm is a
+    The router and the experts stand in the place of gate and up where a layer has them, and the
+    linears of a delta net in the place of q, k and v. A norm is a
     target where it stands beside those linears in the given model, under their own or their fused
     name. The class of the norm does not matter, because an inference engine has its own.
 
@@ -67,7 +68,7 @@ def find_noise_targets(
     modules = dict(model.named_modules())
     prefix = prefix or architecture.layer_prefix
     targets: dict[str, nn.Module] = {}
-    experts = architecture.experts
+    experts, delta_nets = architecture.experts, architecture.delta_nets
     for name, module in modules.items():
         for norm, linears in architecture.noise_targets.items():
             if not (name.startswith(prefix) and name.endswith(f".{norm}")):
@@ -77,6 +78,8 @@ def find_noise_targets(
             layer = name[: -len(norm)]
             if experts and layer + experts.module in modules:
                 linears = architecture.noise_targets_with_experts[norm]
+            elif delta_nets and layer + delta_nets.module in modules:
+                linears = architecture.noise_targets_with_delta_nets[norm]
             for linear in linears:
                 if layer + linear not in modules and layer + fused.get(linear, linear) not in modules:
                     raise ValueError(f"{name} should stand beside {layer}{linear}, but the model has no such module")

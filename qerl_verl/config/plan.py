@@ -18,6 +18,7 @@ from qerl_verl.config.adapters import adopt_adapter
 from qerl_verl.config.arms import get_arm
 from qerl_verl.config.base import choose_base, find_obstacle, share_base
 from qerl_verl.config.checks import arms, data, models, plugins, prompts, recipe, resources, resume
+from qerl_verl.config.delta_nets import serve_delta_nets
 from qerl_verl.config.draft import Change, Draft
 from qerl_verl.config.host import Host, choose_platform
 from qerl_verl.config.quantization import Choice, choose_quantization
@@ -106,6 +107,8 @@ def plan(
         starts_ray=made.cluster is None,
         environment=host.environment,
     )
+    if here:
+        serve_delta_nets(draft)
     _plan_base(made, draft, host)
     gpu = made.platform == "cuda" and (platform == "cuda" or host.gpus > 0)
     made.quantization = choose_quantization(draft.config, made.settings, gpu)

@@ -179,14 +179,24 @@ def tower_of(model: nn.Module) -> str:
         return ""
 
 
+def _plain_linears(model: nn.Module) -> frozenset[str]:
+    """Returns the full names of the decoder's linears that no base quantizes."""
+    try:
+        return frozenset(get_architecture(model.config).plain_linears(model.config))
+    except (AttributeError, UnsupportedArchitecture):
+        return frozenset()
+
+
 def adaptable_layers(model: nn.Module) -> dict[str, tuple[int, int]]:
     """Returns full name -> (output, input features) of the linears that can have an adapter.
 
-    The output layer and the vision tower are left out. The linears of experts in NVFP4 are among
+    The output layer, the vision tower and the linears of delta nets that stay in 16 bits are left
+    out. The linears of experts in NVFP4 are among
     them; in a model with experts, linears of MLPs are left out, because PEFT takes their names for
     those of the experts (:meth:`qerl_verl.nvfp4.architectures.Architecture.adaptable`).
     """
     beside_experts, tower = any(is_experts(module) for module in model.modules()), tower_of(model)
+    plain = _plain_linears(model)
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     layers = {}
     for name, module in model.named_modules():
@@ -197,6 +207,7 @@ def adaptable_layers(model: nn.Module) -> dict[str, tuple[int, int]]:
             and module is not output
             and not (beside_experts and name.endswith(PROJECTIONS))
             and not (tower and name.startswith(tower))
+            and name not in plain
         ):
             layers[name] = module.out_features, module.in_features
     return layers

@@ -17,6 +17,9 @@ from qerl_verl.nvfp4.errors import CheckpointError
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 _ATTENTION = (*_QKV, "self_attn.o_proj")
+_DELTA_QKV = ("linear_attn.q", "linear_attn.k", "linear_attn.v")
+_DELTA_IN = (*_DELTA_QKV, "linear_attn.in_proj_z")
+_DELTA_NET = (*_DELTA_IN, "linear_attn.out_proj")
 _MLP = (*_GATE_UP, "mlp.down_proj")
 _FUSED_QKV: dict[str, tuple[str, ...]] = {"self_attn.qkv_proj": _QKV}
 _FUSED_GATE_UP: dict[str, tuple[str, ...]] = {"mlp.gate_up_proj": _GATE_UP}
@@ -30,6 +33,11 @@ _THROUGH_TRANSFORMERS = (
     "vLLM 0.28 runs the model through transformers' code, where NVFP4 layers on that path stop "
     "with 'Current vLLM config is not set'"
 )
+_NOT_HELD_TOGETHER = (
+    "rollout and actor have not been held together: vLLM's CPU engine computes delta nets with "
+    "errors that rounding does not explain, and no GPU has run the model"
+)
+_NO_PUNICA_WITH_DELTA_NETS = "it has not been tried with NVFP4 layers in delta nets"
 _NORMED_HEADS = ("self_attn.q_norm", "self_attn.k_norm")
 
 DOCUMENTATION = "docs/models.md"
@@ -49,11 +57,13 @@ class Fixed:
         key: the key in config.json.
         value: the supported value; None also stands for False.
         reason: why no other value is supported, for the message.
+        same: other values that mean the same, as None for an absent key.
     """
 
     key: str
     value: Any
     reason: str
+    same: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -111,6 +121,64 @@ def _qwen_sparse_layer(config: Any, index: int) -> bool:
     return chosen and config.num_experts > 0
 
 
+@dataclass(frozen=True)
+class DeltaNets:
+    """The gated delta nets that some layers have in the place of attention.
+
+    Their large linears are packed: ``in_proj_qkv`` (the rows of q, k and v), ``in_proj_z`` (a gate)
+    and ``out_proj``. The two that make a number for each head, the decay and the strength of a
+    write, stay in 16 bits, and so do the convolution and the norm on the heads.
+
+    Attributes:
+        is_layer: takes the configuration and a layer's index, and returns whether the layer has a
+            delta net; the other layers have attention.
+        module: name in a layer.
+        plain: the linears in 16 bits, by their names in the module.
+        exact: parameters that keep the dtype of the checkpoint, by their names in the module.
+    """
+
+    is_layer: Callable[[Any, int], bool]
+    module: str = "linear_attn"
+    plain: tuple[str, ...] = ("in_proj_b", "in_proj_a")
+    exact: tuple[str, ...] = ("A_log", "dt_bias")
+
+    @property
+    def plain_linears(self) -> tuple[str, ...]:
+        """:attr:`plain`, by their names in a layer."""
+        return tuple(f"{self.module}.{name}" for name in self.plain)
+
+    def projection_shapes(self, config: Any) -> dict[str, tuple[int, int]]:
+        """Returns projection -> (output, input features)."""
+        hidden, keys, values = config.hidden_size, self._keys(config), self._values(config)
+        rows = (keys, keys, values, values)
+        shapes = {name: (n, hidden) for name, n in zip(_DELTA_IN, rows, strict=True)}
+        return shapes | {_DELTA_NET[-1]: (hidden, values)}
+
+    def plain_shapes(self, config: Any) -> dict[str, tuple[int, ...]]:
+        """Returns name in a layer -> shape of the tensors in 16 bits."""
+        hidden, heads = config.hidden_size, config.linear_num_value_heads
+        channels = 2 * self._keys(config) + self._values(config)
+        shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": (heads, hidden) for name in self.plain}
+        shapes |= {name: (heads,) for name in self.exact}
+        shapes |= {"conv1d.weight": (channels, 1, config.linear_conv_kernel_dim)}
+        shapes |= {"norm.weight": (config.linear_value_head_dim,)}
+        return {f"{self.module}.{name}": shape for name, shape in shapes.items()}
+
+    @staticmethod
+    def _keys(config: Any) -> int:
+        return config.linear_num_key_heads * config.linear_key_head_dim
+
+    @staticmethod
+    def _values(config: Any) -> int:
+        return config.linear_num_value_heads * config.linear_value_head_dim
+
+
+def _qwen_delta_layer(config: Any, index: int) -> bool:
+    """Returns whether a layer has a delta net, as transformers' Qwen3_5DecoderLayer and vLLM
+    decide."""
+    return config.layer_types[index] == "linear_attention"
+
+
 def _hard_coded(key: str, value: Any) -> Fixed:
     return Fixed(key, value, "vLLM's model is built for this value alone")
 
@@ -164,8 +232,22 @@ class Architecture:
     experts: Experts | None = None
     """The mixture of experts in the place of the MLP, for the layers that have one."""
 
+    delta_nets: DeltaNets | None = None
+    """The gated delta nets in the place of attention, for the layers that have one."""
+
+    gated_query: bool = False
+    """Whether ``q_proj`` also has the rows of a gate, as many as it has for the heads."""
+
     fixed: tuple[Fixed, ...] = ()
     """Settings with a single supported value."""
+
+    no_run: str = ""
+    """Why main_ppo does not run the model with the switch, though its checkpoints are quantized,
+    checked, converted, merged and exported; empty where it does."""
+
+    oldest_vllm: str = ""
+    """The oldest version of vLLM that lists the model; empty where every version that this package
+    accepts does."""
 
     no_vllm_lora: str = ""
     """Why vLLM's own LoRA path does not take the family's adapters; empty where it does."""
@@ -198,9 +280,23 @@ class Architecture:
     def plain_modules(self) -> tuple[str, ...]:
         """Linears in 16 bits, as compressed-tensors' ``ignore`` names them.
 
-        The expression matches the names in transformers' model, in vLLM's and in older checkpoints.
+        The expressions match the names in transformers' model, in vLLM's and in older checkpoints.
         """
-        return ("lm_head", rf"re:(?:.*\.)?{self._tower}\..*") if self.vision else ("lm_head",)
+        names = ["lm_head"]
+        if self.vision:
+            names.append(rf"re:(?:.*\.)?{self._tower}\..*")
+        if (nets := self.delta_nets) is not None:
+            names.append(rf"re:.*\.{nets.module}\.(?:{'|'.join(nets.plain)})$")
+        return tuple(names)
+
+    def keeps_dtype(self, name: str) -> bool:
+        """Returns whether a tensor keeps the dtype of the source when a checkpoint is quantized.
+
+        Args:
+            name: full name of a tensor.
+        """
+        nets = self.delta_nets
+        return nets is not None and name.endswith(tuple(f".{nets.module}.{exact}" for exact in nets.exact))
 
     def is_of_tower(self, name: str) -> bool:
         """Returns whether a module belongs to the vision tower, by its name in any program."""
@@ -219,14 +315,15 @@ class Architecture:
 
     @property
     def linears(self) -> tuple[str, ...]:
-        """The packed linears of a layer without experts."""
-        return self._linears_of((*_ATTENTION, *_MLP))
+        """The packed linears of the layers without experts: those of attention, of a delta net
+        where some layers have one, and of the MLP."""
+        return self._linears_of((*_ATTENTION, *_DELTA_NET, *_MLP) if self.delta_nets else (*_ATTENTION, *_MLP))
 
     @property
     def shared_scale_groups(self) -> tuple[tuple[str, ...], ...]:
         """Linears that vLLM fuses and the checkpoint does not; those of a group share a global
         scale."""
-        groups = (self._linears_of(group) for group in (_QKV, _GATE_UP))
+        groups = (self._linears_of(g) for g in (_QKV, *([_DELTA_IN] if self.delta_nets else []), _GATE_UP))
         return tuple(group for group in groups if len(group) > 1)
 
     @property
@@ -250,6 +347,26 @@ class Architecture:
             for norm, linears in self.noise_targets.items()
         }
 
+    @property
+    def noise_targets_with_delta_nets(self) -> dict[str, tuple[str, ...]]:
+        """:attr:`noise_targets` of a layer with a delta net, with all linears that read its input
+        in the place of q, k and v."""
+        if (nets := self.delta_nets) is None:
+            return self.noise_targets
+        fed, qkv = (*self._linears_of(_DELTA_IN), *nets.plain_linears), self._linears_of(_QKV)
+        return {norm: fed if linears == qkv else linears for norm, linears in self.noise_targets.items()}
+
+    def noise_targets_of(self, config: Any, index: int) -> dict[str, tuple[str, ...]]:
+        """Returns :attr:`noise_targets` of layer ``index``, which may have experts or a delta
+        net."""
+        targets = dict(self.noise_targets)
+        if self.has_experts(config, index):
+            targets = dict(self.noise_targets_with_experts)
+        if self.has_delta_net(config, index):
+            changed = self.noise_targets_with_delta_nets
+            targets |= {norm: changed[norm] for norm in targets if changed[norm] != self.noise_targets[norm]}
+        return targets
+
     def _linears_of(self, projections: tuple[str, ...]) -> tuple[str, ...]:
         holder = {projection: linear for linear, parts in self.fused.items() for projection in parts}
         return tuple(dict.fromkeys(holder.get(projection, projection) for projection in projections))
@@ -262,8 +379,12 @@ class Architecture:
         """Returns whether a layer has experts in the place of the MLP."""
         return self.experts is not None and self.experts.is_layer(config, index)
 
+    def has_delta_net(self, config: Any, index: int) -> bool:
+        """Returns whether a layer has a gated delta net in the place of attention."""
+        return self.delta_nets is not None and self.delta_nets.is_layer(config.get_text_config(), index)
+
     def projection_shapes(self, config: Any) -> dict[str, tuple[int, int]]:
-        """Returns projection of a layer without experts -> (output, input features).
+        """Returns projection of the layers without experts -> (output, input features).
 
         Args:
             config: transformers' configuration object, which supplies the defaults of absent keys.
@@ -273,10 +394,11 @@ class Architecture:
         head_dim = _head_dim(config)
         q_size, kv_size = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
         return {
-            "self_attn.q_proj": (q_size, hidden),
+            "self_attn.q_proj": (2 * q_size if self.gated_query else q_size, hidden),
             "self_attn.k_proj": (kv_size, hidden),
             "self_attn.v_proj": (kv_size, hidden),
             "self_attn.o_proj": (hidden, q_size),
+            **(self.delta_nets.projection_shapes(config) if self.delta_nets else {}),
             "mlp.gate_proj": (inner, hidden),
             "mlp.up_proj": (inner, hidden),
             "mlp.down_proj": (hidden, inner),
@@ -287,7 +409,7 @@ class Architecture:
         config = config.get_text_config()
         projections = self.projection_shapes(config)
         shapes = {}
-        for linear in self.linears:
+        for linear in self._linears_in(config, index):
             parts = [projections[projection] for projection in self.projections_of(linear)]
             shapes[linear] = sum(rows for rows, _ in parts), parts[0][1]
         if self.experts is None or not self.has_experts(config, index):
@@ -297,6 +419,11 @@ class Architecture:
         for gate, up, down in self.experts.linears(config):
             attention |= {gate: (inner, hidden), up: (inner, hidden), down: (hidden, inner)}
         return attention
+
+    def _linears_in(self, config: Any, index: int) -> list[str]:
+        """Returns those of :attr:`linears` that a layer has, as if it had no experts."""
+        absent = _ATTENTION if self.has_delta_net(config, index) else _DELTA_NET
+        return [linear for linear in self.linears if self.projections_of(linear)[0] not in absent]
 
     def tensor_shapes(self, config: Any) -> dict[str, tuple[int, ...]]:
         """Returns name -> shape of every tensor of the 16-bit checkpoint.
@@ -315,9 +442,9 @@ class Architecture:
         self._check(config)
         hidden = config.hidden_size
         shapes = self._vision_shapes(whole) | {self.embeddings: (config.vocab_size, hidden)}
-        layers = {}  # has experts -> shapes of such a layer
+        layers = {}  # has experts, has a delta net -> shapes of such a layer
         for i in range(config.num_hidden_layers):
-            kind = self.has_experts(config, i)
+            kind = self.has_experts(config, i), self.has_delta_net(config, i)
             if kind not in layers:
                 layers[kind] = self._layer_shapes(config, i)
             shapes |= {f"{self.layer_prefix}{i}.{name}": shape for name, shape in layers[kind].items()}
@@ -348,7 +475,10 @@ class Architecture:
         layer: dict[str, tuple[int, ...]] = {
             f"{norm}.weight": (hidden,) for norm in (*self.norms_in_front, *self.norms_behind)
         }
-        layer |= {f"{norm}.weight": (_head_dim(config),) for norm in self.head_norms}
+        if self.delta_nets is not None and self.has_delta_net(config, index):
+            layer |= self.delta_nets.plain_shapes(config)
+        else:
+            layer |= {f"{norm}.weight": (_head_dim(config),) for norm in self.head_norms}
         layer |= {f"{norm}.weight": projections[of][:1] for norm, of in self.output_norms.items()}
         if self.experts is not None and self.has_experts(config, index):
             layer[f"{self.experts.router}.weight"] = (getattr(config, self.experts.count), hidden)
@@ -374,6 +504,17 @@ class Architecture:
         attention, experts = tuple(f".{linear}" for linear in self._linears_of(_ATTENTION)), f".{self.experts.module}."
         return [name for name in linears if name.endswith(attention) or experts in name]
 
+    def plain_linears(self, config: Any) -> tuple[str, ...]:
+        """Returns the full names of the linears of the decoder layers that stay in 16 bits."""
+        nets, layers = self.delta_nets, range(config.get_text_config().num_hidden_layers)
+        of_nets = [
+            f"{self.layer_prefix}{i}.{name}"
+            for i in layers
+            if nets is not None and self.has_delta_net(config, i)
+            for name in nets.plain_linears
+        ]
+        return (*self.routers(config), *of_nets)
+
     def routers(self, config: Any) -> tuple[str, ...]:
         """Returns the full names of the routers, linears in 16 bits."""
         if (experts := self.experts) is None:
@@ -384,7 +525,7 @@ class Architecture:
     def _check(self, config: Any) -> None:
         for setting in self.fixed:
             found = getattr(config, setting.key, None)
-            if (found or None) != (setting.value or None):
+            if (found or None) != (setting.value or None) and found not in setting.same:
                 raise UnsupportedArchitecture(
                     f"{self.name} with {setting.key}={found} in config.json is not supported, "
                     f"because {setting.reason}: {setting.key}={setting.value}. {DOCUMENTATION} has "
@@ -392,7 +533,7 @@ class Architecture:
                 )
 
     def scale_groups(self) -> tuple[tuple[str, ...], ...]:
-        """Returns the packed linears of a layer without experts, grouped by common global scale.
+        """Returns the packed linears of the layers without experts, grouped by common global scale.
 
         A linear that shares its scale with no other is a group of its own.
         """
@@ -400,12 +541,13 @@ class Architecture:
         return (*self.shared_scale_groups, *((linear,) for linear in self.linears if linear not in shared))
 
     def layer_groups(self, config: Any, index: int) -> tuple[tuple[str, ...], ...]:
-        """Returns :meth:`scale_groups` of layer ``index``, which may have experts.
+        """Returns :meth:`scale_groups` of layer ``index``, which may have experts or a delta net.
 
         Gate and up of an expert share a global scale, because vLLM keeps one for each expert
         (compressed_tensors_moe_w4a4_nvfp4.py, w13_weight_global_scale).
         """
-        groups = self.scale_groups()
+        present = self._linears_in(config, index)
+        groups = tuple(group for group in self.scale_groups() if group[0] in present)
         if self.experts is None or not self.has_experts(config, index):
             return groups
         attention = self._linears_of(_ATTENTION)
@@ -424,6 +566,20 @@ def _head_dim(config: Any) -> int:
 
 
 _VISION: dict[str, Any] = {"decoder": "model.language_model.", "vision": "model.visual."}
+
+_AS_VLLM_READS_IT = "vLLM goes by the setting, and transformers' model is built for this value alone"
+_QWEN35: dict[str, Any] = {
+    "fused": {"linear_attn.in_proj_qkv": _DELTA_QKV},
+    "norm_offset": 1.0,
+    "head_norms": _NORMED_HEADS,
+    "bias_switches": {"attention_bias": _ATTENTION},
+    "delta_nets": DeltaNets(_qwen_delta_layer),
+    "gated_query": True,
+    "fixed": (
+        Fixed("output_gate_type", "silu", _AS_VLLM_READS_IT, same=("swish", None)),
+        Fixed("attn_output_gate", True, _AS_VLLM_READS_IT, same=(None,)),
+    ),
+}
 
 _ARCHITECTURES = {
     architecture.name: architecture
@@ -495,6 +651,13 @@ _ARCHITECTURES = {
             shares_base=True,
         ),
         Architecture(
+            "Qwen3_5ForCausalLM",
+            **_QWEN35,
+            no_run=_NOT_HELD_TOGETHER,
+            oldest_vllm="0.28",
+            no_punica=_NO_PUNICA_WITH_DELTA_NETS,
+        ),
+        Architecture(
             "Qwen2_5_VLForConditionalGeneration",
             **_VISION,
             older_names={
@@ -516,13 +679,13 @@ _ARCHITECTURES = {
 
 
 _DELTA_NETS = (
-    "the projections of its gated delta nets are not packed here yet, and without "
+    "of the models with gated delta nets, Qwen3_5ForCausalLM alone is packed here, and without "
     "flash-linear-attention transformers 5.9 lets the state of a delta net run from one sequence "
     "of a packed row into the next"
 )
 NOT_YET = dict.fromkeys(
     (
-        *("Qwen3_5ForConditionalGeneration", "Qwen3_5ForCausalLM"),
+        "Qwen3_5ForConditionalGeneration",
         *("Qwen3_5MoeForConditionalGeneration", "Qwen3_5MoeForCausalLM"),
     ),
     _DELTA_NETS,

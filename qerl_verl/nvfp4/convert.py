@@ -47,7 +47,7 @@ from qerl_verl.nvfp4.model_shapes import fused_linears, linear_shapes, name_grou
 from qerl_verl.nvfp4.report import REPORT_FILE
 from qerl_verl.nvfp4.safetensors_stream import FileRecord, nbytes, read_tensor
 from qerl_verl.nvfp4.shards import write_shards
-from qerl_verl.nvfp4.tensor_checks import check_names, check_routers, check_tensors
+from qerl_verl.nvfp4.tensor_checks import check_names, check_plain_linears, check_tensors
 
 Foreign = Literal["modelopt", "mxfp4"]
 """A format that :func:`convert_checkpoint` reads."""
@@ -144,7 +144,7 @@ class _Source:
         self.others = {name: shape for name, shape in shapes.items() if name.removesuffix(".weight") not in linears}
         self.linears = {n: self._look_at(n, *shape) for n, shape in linears.items()}
         self.routers = self.architecture.routers(self.hf_config)
-        check_routers(path, self.tensors, self.routers)
+        check_plain_linears(path, self.tensors, self.architecture.plain_linears(self.hf_config))
         check_tensors(path, self.tensors, self.others, WEIGHT_DTYPES)
         self._refuse_unknown()
         self._refuse_mixed_groups()

@@ -79,7 +79,7 @@ def swap_linears(
     """Replaces linears and experts of a model by empty NVFP4 modules on the same device.
 
     Each named ``nn.Linear`` becomes an :class:`NVFP4Linear`. Experts whose linears are named become
-    :class:`NVFP4Experts`.
+    :class:`NVFP4Experts`. See :func:`keep_float32` for what else becomes of a model.
 
     Args:
         model: built from the checkpoint's configuration, usually on the meta device.
@@ -116,8 +116,27 @@ def swap_linears(
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         setattr(modules[parent], child, new)
+    keep_float32(model)
 
 
+def keep_float32(model: nn.Module) -> None:
+    """Makes buffers in float32 of the frozen parameters that vLLM holds in float32.
+
+    These are the decays of delta nets (``A_log`` in
+    vllm/model_executor/layers/mamba/gdn/qwen_gdn_linear_attn.py). FSDP2 does not cast buffers.
+    """
+    for module in model.modules():
+        if isinstance(parameter := module._parameters.get(_DECAY), nn.Parameter):
+            del module._parameters[_DECAY]
+            module.register_buffer(_DECAY, parameter.detach().float())
+
+
+def exact_buffers(model: nn.Module) -> set[str]:
+    """Returns the full names of the buffers of :func:`keep_float32`."""
+    return {name for name, _ in model.named_buffers() if name.rpartition(".")[2] == _DECAY}
+
+
+_DECAY = "A_log"
 _EXPERT_LINEAR = re.compile(r"(.+)\.\d+\.(?:gate|up|down)_proj")
 
 
@@ -154,7 +173,7 @@ def load_tensors(model: nn.Module, path: str | Path, dtype: torch.dtype, new_mod
     Args:
         model: its parameters may be on the meta device; they are replaced, not copied into.
         path: the checkpoint folder.
-        dtype: dtype of everything that is not packed.
+        dtype: dtype of everything that is neither packed nor a buffer of :func:`keep_float32`.
         new_modules: prefixes of modules that the checkpoint does not have (a value head). They keep
             their values.
 
@@ -163,6 +182,7 @@ def load_tensors(model: nn.Module, path: str | Path, dtype: torch.dtype, new_mod
     """
     holders = _parts(model)
     parts = {name: part for part in holders for name in part.places()}
+    exact = exact_buffers(model)
     expected = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
     persistent = set(model.state_dict(keep_vars=True)).difference(*(part.holds for part in holders)) | set(parts)
     loaded, unexpected = set(), []
@@ -178,7 +198,7 @@ def load_tensors(model: nn.Module, path: str | Path, dtype: torch.dtype, new_mod
         elif name.endswith(".weight_global_scale"):
             tensor = tensor.to(torch.float32).reshape(1)
         elif tensor.is_floating_point():
-            tensor = tensor.to(dtype)
+            tensor = tensor.to(target.dtype if name in exact else dtype)
         if tensor.shape != target.shape:
             raise ValueError(
                 f"{name} of {path} has shape {tuple(tensor.shape)}, the model expects {tuple(target.shape)}"

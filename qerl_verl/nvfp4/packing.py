@@ -57,7 +57,7 @@ def plan_units(tensors: dict[str, TensorInfo], architecture: Architecture, hf_co
         if is_unused(name):
             continue
         if linear not in group_of:
-            dtype = "BF16" if info.dtype == "F32" else info.dtype
+            dtype = "BF16" if info.dtype == "F32" and not architecture.keeps_dtype(name) else info.dtype
             units.append(Unit((name,), {name: (dtype, info.shape)}, quantize=False))
         elif linear not in done:
             group = group_of[linear]

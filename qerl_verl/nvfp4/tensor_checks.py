@@ -94,33 +94,37 @@ def _check_tied(head: TensorInfo, embeddings: TensorInfo, name: str) -> None:
         )
 
 
-def check_routers(
-    path: Path, tensors: Mapping[str, TensorInfo], routers: Iterable[str], ignore: Iterable[str] | None = None
+def check_plain_linears(
+    path: Path, tensors: Mapping[str, TensorInfo], linears: Iterable[str], ignore: Iterable[str] | None = None
 ) -> None:
-    """Refuses a quantized router, and one that vLLM would treat as packed.
+    """Refuses a quantized linear that has to be in 16 bits, and one that vLLM would treat as
+    packed.
+
+    These are the routers of experts, and the small linears of delta nets
+    (:meth:`~qerl_verl.nvfp4.architectures.Architecture.plain_linears`).
 
     Args:
         path: for messages.
         tensors: the tensors of a quantized checkpoint.
-        routers: full names.
+        linears: full names.
         ignore: the quantization's ``ignore``; None where the format does not use it.
 
     Raises:
-        CheckpointError: names the router.
+        CheckpointError: names the linear.
     """
-    for router in routers:
-        parts = (f"{router}.weight_packed", f"{router}.weight_scale")
+    for linear in linears:
+        parts = (f"{linear}.weight_packed", f"{linear}.weight_scale")
+        kind = "the router of the experts" if linear.endswith(".gate") else "this linear of a delta net"
+        fix = f"re:.*{'.'.join(linear.split('.')[-2:])}$ among the ignored modules."
         if part := next((part for part in parts if part in tensors), None):
             raise CheckpointError(
-                f"{tensors[part].file}: {part}: the router of the experts is quantized, but it "
-                "stays in 16 bits here. Quantize the original checkpoint with `qerl quantize`, or "
-                "export it again with re:.*mlp.gate$ among the ignored modules."
+                f"{tensors[part].file}: {part}: {kind} is quantized, but it stays in 16 bits here. "
+                f"Quantize the original checkpoint with `qerl quantize`, or export it again with {fix}"
             )
-        if ignore is not None and not is_ignored(router, ignore):
+        if ignore is not None and not is_ignored(linear, ignore):
             raise CheckpointError(
-                f"{path}: the router {router} is in 16 bits, but ignore in config.json does not "
-                "name it. Export the checkpoint again with re:.*mlp.gate$ among the ignored "
-                "modules."
+                f"{path}: {kind.split(' of ')[0]} {linear} is in 16 bits, but ignore in config.json "
+                f"does not name it. Export the checkpoint again with {fix}"
             )
 
 

@@ -12,6 +12,8 @@ KV_CACHE_SCALE = re.compile(
 _OTHERS = re.compile(
     # A buffer that models compute from config.json; transformers saved it up to 4.31.
     r"\.rotary_emb\.inv_freq$"
+    # Qwen3.5's head that predicts further tokens, for speculative decoding.
+    r"|^mtp\."
     # llm-compressor's: one for 4-bit activations, one for unpacking.
     r"|\.(?:input_global_scale|weight_shape)$"
 )

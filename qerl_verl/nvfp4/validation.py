@@ -17,7 +17,7 @@ from qerl_verl.nvfp4.safetensors_stream import TensorInfo, read_tensor
 from qerl_verl.nvfp4.tensor_checks import (
     check_matched,
     check_names,
-    check_routers,
+    check_plain_linears,
     check_scales,
     check_source_tensors,
     check_tensors,
@@ -180,7 +180,7 @@ def _check_plain_linears(
         raise CheckpointError(
             f"{path}: none of its linears is packed. Quantize the original checkpoint with `qerl quantize`."
         )
-    check_routers(path, tensors, architecture.routers(hf_config), ignore)
+    check_plain_linears(path, tensors, architecture.plain_linears(hf_config), ignore)
     for group in fused_linears(architecture, hf_config):
         if 0 < len(plain.intersection(group)) < len(group):
             raise CheckpointError(

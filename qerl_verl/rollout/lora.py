@@ -19,15 +19,23 @@ from qerl_verl.lora.experts import parse_stacked, stack_experts
 from qerl_verl.rollout.expert_lora import cut_expert_adapter, write_expert_adapter
 from qerl_verl.rollout.linear_lora import adapter_of
 
-FUSED = {
-    "self_attn.q_proj": ("self_attn.qkv_proj", 0),
-    "self_attn.k_proj": ("self_attn.qkv_proj", 1),
-    "self_attn.v_proj": ("self_attn.qkv_proj", 2),
-    "mlp.gate_proj": ("mlp.gate_up_proj", 0),
-    "mlp.up_proj": ("mlp.gate_up_proj", 1),
+Places = tuple[int, ...]
+"""The projections of a fused layer that a tensor of an adapter belongs to, in the order of their
+rows; empty for all."""
+
+FUSED: dict[str, tuple[str, Places]] = {
+    "self_attn.q_proj": ("self_attn.qkv_proj", (0,)),
+    "self_attn.k_proj": ("self_attn.qkv_proj", (1,)),
+    "self_attn.v_proj": ("self_attn.qkv_proj", (2,)),
+    "mlp.gate_proj": ("mlp.gate_up_proj", (0,)),
+    "mlp.up_proj": ("mlp.gate_up_proj", (1,)),
+    "linear_attn.in_proj_qkv": ("linear_attn.in_proj_qkvz", (0, 1, 2)),
+    "linear_attn.in_proj_z": ("linear_attn.in_proj_qkvz", (3,)),
+    "linear_attn.in_proj_b": ("linear_attn.in_proj_ba", (0,)),
+    "linear_attn.in_proj_a": ("linear_attn.in_proj_ba", (1,)),
 }
 """Linear of a checkpoint -> its place in vLLM's models (packed_modules_mapping of
-vllm/model_executor/models/qwen2.py).
+vllm/model_executor/models/qwen2.py and qwen3_5.py).
 """
 
 _NAME = re.compile(r"^(?P<module>.+)\.lora_(?P<part>[AB])(?:\.default)?\.weight$")
@@ -73,26 +81,28 @@ def projection_rows(layer: torch.nn.Module) -> list[int]:
     return [size // replicas if index else size for index, size in enumerate(sizes)]
 
 
-def split_fused(parts: dict[tuple[int | None, str], torch.Tensor], rows: list[int]) -> dict:
+def split_fused(parts: dict[tuple[Places, str], torch.Tensor], rows: list[int]) -> dict[tuple[int, str], torch.Tensor]:
     """Splits the adapter of a linear that the checkpoint holds fused into one for each projection.
 
     The projections share A; B is divided by rows.
 
     Args:
-        parts: ``(None, "A")`` ``[rank, K]`` and ``(None, "B")`` ``[N, rank]``, or tensors of single
-            projections, which stay as they are.
-        rows: rows of each projection.
+        parts: places and ``"A"`` -> ``[rank, K]``, places and ``"B"`` -> ``[N, rank]``.
+        rows: rows of each projection of the layer.
 
     Raises:
-        ValueError: B has another number of rows.
+        ValueError: B of several projections has another number of rows.
     """
-    split = {key: tensor for key, tensor in parts.items() if key[0] is not None}
-    if (a := parts.get((None, "A"))) is not None:
-        split |= {(index, "A"): a for index in range(len(rows))}
-    if (b := parts.get((None, "B"))) is not None:
-        if len(b) != sum(rows):
-            raise ValueError(f"B has {len(b)} rows, the rollout model's projections have {rows}")
-        split |= {(index, "B"): part for index, part in enumerate(b.split(rows))}
+    split = {}
+    for (places, part), tensor in parts.items():
+        places = places or tuple(range(len(rows)))
+        if part == "A" or len(places) == 1:
+            split |= {(place, part): tensor for place in places}
+            continue
+        sizes = [rows[place] for place in places]
+        if len(tensor) != sum(sizes):
+            raise ValueError(f"B has {len(tensor)} rows, the rollout model's projections have {sizes}")
+        split |= {(place, part): piece for place, piece in zip(places, tensor.split(sizes), strict=True)}
     return split
 
 
@@ -111,10 +121,8 @@ class AdapterStore:
         self.experts = {m.qerl_lora_experts: m for m in model.modules() if hasattr(m, "qerl_lora_experts")}
         self.tp_rank, self.tp_size = tp_rank, tp_size
 
-    def locate(self, name: str) -> tuple[str, int | None, str]:
-        """Finds the place of an adapter's tensor: layer in vLLM, projection, and ``A`` or ``B``.
-
-        The projection is None where the tensor belongs to all of them.
+    def locate(self, name: str) -> tuple[str, Places, str]:
+        """Finds the place of an adapter's tensor: layer in vLLM, projections, and ``A`` or ``B``.
 
         Raises:
             ValueError: no layer of the model takes the tensor.
@@ -123,11 +131,10 @@ class AdapterStore:
         if match:
             for candidate in self._candidates(match["module"]):
                 if candidate in self.layers:
-                    single = len(self.layers[candidate].qerl_adapter.ends) == 1
-                    return candidate, 0 if single else None, match["part"]
-                for plain, (fused, index) in FUSED.items():
+                    return candidate, (), match["part"]
+                for plain, (fused, places) in FUSED.items():
                     if candidate.endswith(plain) and candidate.removesuffix(plain) + fused in self.layers:
-                        return candidate.removesuffix(plain) + fused, index, match["part"]
+                        return candidate.removesuffix(plain) + fused, places, match["part"]
         if _ROUTER.search(name):
             raise ValueError(
                 f"the adapter has a tensor {name}: the rollout serves no adapter on the router of "
@@ -179,7 +186,7 @@ class AdapterStore:
             ValueError: a tensor has no place or a shape that does not fit, its rank exceeds that of
                 the buffers, or an A has no B. Nothing has been written in that case.
         """
-        found: dict[str, dict[tuple[int | None, str], torch.Tensor]] = {}
+        found: dict[str, dict[tuple[Places, str], torch.Tensor]] = {}
         of_experts: dict[str, dict[tuple[str, str], torch.Tensor]] = {}
         given = dict(tensors)
         for name, tensor in stack_experts(given).items():
@@ -187,18 +194,19 @@ class AdapterStore:
                 module, part, stack = parsed
                 of_experts.setdefault(self._locate_experts(name, module), {})[stack, part] = tensor
             else:
-                layer, index, part = self.locate(name)
-                found.setdefault(layer, {})[index, part] = tensor
+                layer, places, part = self.locate(name)
+                found.setdefault(layer, {})[places, part] = tensor
         for name, parts in of_experts.items():
             self._cut(name, parts, scaling)
+        pieces: dict[str, dict[tuple[int, str], torch.Tensor]] = {}
         for name in found:
             try:
-                found[name] = split_fused(found[name], projection_rows(self.layers[name]))
+                pieces[name] = split_fused(found[name], projection_rows(self.layers[name]))
             except ValueError as error:
                 raise ValueError(f"the adapter's {name} does not fit the rollout model: {error}") from error
-            self.layers[name].qerl_adapter.check(self.layers[name], name, found[name], self._shard)
+            self.layers[name].qerl_adapter.check(self.layers[name], name, pieces[name], self._shard)
         for name, layer in self.layers.items():
-            layer.qerl_adapter.write(layer, found.get(name, {}), scaling, self._shard)
+            layer.qerl_adapter.write(layer, pieces.get(name, {}), scaling, self._shard)
         for name, layer in self.experts.items():
             write_expert_adapter(layer, self._cut(name, of_experts.get(name, {}), scaling))
         return len(given)

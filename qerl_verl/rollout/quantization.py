@@ -32,8 +32,9 @@ QUANT_FORMAT = "qerl-nvfp4-pack-quantized"
 for that and then keeps the first adapter for ever (verl/workers/rollout/vllm_rollout/utils.py,
 vLLMColocateWorkerExtension)."""
 
-ROUTER = ".mlp.gate"
-"""End of the name of a mixture's router, which stays in 16 bits and has no adapter."""
+WITHOUT_ADAPTER = (".mlp.gate", ".linear_attn.in_proj_ba")
+"""Ends of the names of a mixture's router and of the small linears of a delta net, which stay in 16
+bits and have no adapter."""
 
 
 class QeRLCompressedTensorsConfig(CompressedTensorsConfig):
@@ -75,7 +76,7 @@ class QeRLCompressedTensorsConfig(CompressedTensorsConfig):
         method = super().get_quant_method(layer, prefix)
         if method is None and isinstance(layer, VocabParallelEmbedding):
             return shared_embedding(layer)
-        if type(method) is not UnquantizedLinearMethod or prefix.endswith(ROUTER):
+        if type(method) is not UnquantizedLinearMethod or prefix.endswith(WITHOUT_ADAPTER):
             # vLLM also calls this for attention after a reload, without a configuration
             return method
         config = get_current_vllm_config()

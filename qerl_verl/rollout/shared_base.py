@@ -245,7 +245,9 @@ def _find_group(groups: Sequence[Group], layer: str) -> Group:
     for group in groups:
         first, name = group.parts[0], group.parts[0]
         if len(group.parts) > 1:
-            heads = {plain: fused for plain, (fused, index) in FUSED.items() if index == 0 and first.endswith(plain)}
+            heads = {
+                plain: fused for plain, (fused, places) in FUSED.items() if places[0] == 0 and first.endswith(plain)
+            }
             name = next((first.removesuffix(plain) + fused for plain, fused in heads.items()), "")
         if name == layer:
             return group

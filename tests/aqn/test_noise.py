@@ -19,7 +19,7 @@ from qerl_verl.aqn.noise import (
 )
 from qerl_verl.config.settings import AQNSettings
 from qerl_verl.nvfp4.architectures import get_architecture
-from tests.helpers.tiny_families import make_config
+from tests.helpers.tiny_families import make_config, make_model
 
 CONFIG = dict(
     hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1, head_dim=32,
@@ -271,3 +271,25 @@ def test_the_noise_of_a_step_follows_the_settings():
     settings = AQNSettings(seed=7, unit="relative", rounding="weight", router=True)
     assert Noise.of(settings, 3, 0.1) == Noise(7, 3, 0.1, "relative", "weight", True)
     assert Noise.of(AQNSettings(), 1, 0.0) == Noise(42, 1, 0.0)
+
+
+def test_the_norm_in_front_of_a_delta_net_stands_beside_its_linears():
+    """vLLM fuses them in pairs (vllm/model_executor/models/qwen3_5.py, packed_modules_mapping)."""
+    config, model = make_model("Qwen3_5ForCausalLM")
+    row = get_architecture(config)
+    expected = {f"model.layers.{i}.{norm}" for i in range(2) for norm in row.noise_targets}
+    assert set(find_noise_targets(model, row, fused={})) == expected
+    assert row.noise_targets_of(config, 0)["input_layernorm"] == tuple(
+        f"linear_attn.in_proj_{name}" for name in ("qkv", "z", "b", "a")
+    )
+    net = model.model.layers[0].linear_attn
+    fused = {}
+    for name, parts in (("in_proj_qkvz", ("in_proj_qkv", "in_proj_z")), ("in_proj_ba", ("in_proj_b", "in_proj_a"))):
+        setattr(net, name, torch.nn.Identity())
+        for part in parts:
+            delattr(net, part)
+            fused[f"linear_attn.{part}"] = f"linear_attn.{name}"
+    assert set(find_noise_targets(model, row, fused)) == expected
+    del net.in_proj_ba
+    with pytest.raises(ValueError, match=r"layers.0.input_layernorm should stand beside .*linear_attn.in_proj_b"):
+        find_noise_targets(model, row, fused)

@@ -73,6 +73,22 @@ FAMILIES = {
     ),
     "Glm4ForCausalLM": ("glm4", dict(head_dim=64)),
     "SeedOssForCausalLM": ("seed_oss", dict(head_dim=64)),
+    "Qwen3_5ForCausalLM": (
+        "qwen3_5_text",
+        dict(
+            head_dim=64,
+            layer_types=["linear_attention", "full_attention"],
+            linear_num_key_heads=1,
+            linear_num_value_heads=2,
+            rope_parameters=dict(
+                rope_type="default",
+                rope_theta=10000.0,
+                partial_rotary_factor=0.25,
+                mrope_section=[3, 3, 2],
+                mrope_interleaved=True,
+            ),
+        ),
+    ),
     "Qwen2_5_VLForConditionalGeneration": (
         "qwen2_5_vl",
         dict(rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[4, 6, 6])),
@@ -144,7 +160,9 @@ def make_family(
     model = automatic_class(get_architecture(config)).from_config(config, dtype=dtype)
     assert type(model).__name__ == architecture
     for name, parameter in model.named_parameters():
-        mean = 1.0 if name.endswith("norm.weight") and architecture != "Gemma3ForCausalLM" else 0.0
+        mean = 1.0 if name.endswith("norm.weight") else 0.0
+        if mean and not name.endswith(".linear_attn.norm.weight"):
+            mean -= get_architecture(config).norm_offset
         torch.nn.init.normal_(parameter, mean=mean, std=std)
     model.save_pretrained(folder)
     return folder

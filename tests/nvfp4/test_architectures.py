@@ -68,7 +68,10 @@ def test_linears_are_all_but_lm_head(name):
     architecture = get_architecture(config)
     linears = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)} - {"lm_head"}
     ignored = {n for n in linears if is_ignored(n, architecture.plain_modules)}
-    assert ignored == {n for n in linears if architecture.vision and n.startswith(architecture.vision)}
+    tower = {n for n in linears if architecture.vision and n.startswith(architecture.vision)}
+    small = {n for n in linears if n.endswith((".linear_attn.in_proj_a", ".linear_attn.in_proj_b"))}
+    assert ignored == tower | small and bool(small) == bool(architecture.delta_nets)
+    assert set(architecture.plain_linears(config)) == small | set(architecture.routers(config))
     linears -= ignored
     packed = [linear for group in architecture.all_groups(config) for linear in group]
     assert set(packed) <= {n.removesuffix(".weight") for n in architecture.tensor_shapes(config)}
@@ -166,13 +169,13 @@ def test_each_norm_stands_beside_the_named_linears_and_no_others(name):
         layer = f"{row.layer_prefix}{i}."
         for norm, projections in row.norms_in_front.items():
             fed = {key for key, value in taken.items() if same(value, given[layer + norm])}
-            mixed = row.has_experts(config, i) and norm in row.noise_targets
-            linears = row.noise_targets_with_experts[norm] if mixed else row._linears_of(projections)
+            linears = row.noise_targets_of(config, i).get(norm) or row._linears_of(projections)
             assert fed == {layer + linear for linear in linears}
         for norm, (projection,) in row.norms_behind.items():
             assert taken[layer + norm] is given[layer + projection]
         beside = {layer + norm for norm in (*row.norms_in_front, *row.norms_behind)}
-        assert beside == {n for n in wide if n.startswith(layer)} - {layer + norm for norm in row.output_norms}
+        others = {layer + norm for norm in (*row.output_norms, "linear_attn.norm")}  # as wide by chance
+        assert beside == {n for n in wide if n.startswith(layer)} - others
         assert row.noise_targets and set(row.noise_targets) <= {norm.removeprefix(layer) for norm in beside}
 
 
@@ -184,10 +187,12 @@ def test_what_a_norm_adds_to_its_stored_weight(name):
     row = get_architecture(config)
     for norm_name, norm in model.named_modules():
         if norm_name.startswith(row.decoder) and norm_name.endswith("norm"):
-            torch.nn.init.constant_(norm.weight, 1.0 - row.norm_offset)
+            of_net = norm_name.endswith(".linear_attn.norm")  # it adds nothing, and multiplies by a gate
+            torch.nn.init.constant_(norm.weight, 1.0 if of_net else 1.0 - row.norm_offset)
             x = torch.randn(3, norm.weight.numel())
+            given = (x, torch.full_like(x, 1.278464543)) if of_net else (x,)  # silu is 1 there
             torch.testing.assert_close(
-                norm(x), x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt(), rtol=1e-4, atol=1e-4
+                norm(*given), x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt(), rtol=1e-4, atol=1e-4
             )
 
 
@@ -199,7 +204,8 @@ def test_fused_rows_are_those_of_the_projections_in_their_order(name):
     assert [p for linear in row.linears for p in row.projections_of(linear)] == list(projections)
     for linear in row.linears:
         parts = [projections[projection] for projection in row.projections_of(linear)]
-        assert shapes[f"{row.layer_prefix}1.{linear}.weight"] == (sum(rows for rows, _ in parts), parts[0][1])
+        layer = next(i for i in (1, 0) if linear in row.linear_shapes(config, i) or not row.delta_nets)
+        assert shapes[f"{row.layer_prefix}{layer}.{linear}.weight"] == (sum(rows for rows, _ in parts), parts[0][1])
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -238,7 +244,21 @@ REFUSED = [
     ("SeedOssForCausalLM", {"attention_bias": False}, "vLLM's model is built for this value alone"),
     ("SeedOssForCausalLM", {"attention_out_bias": True}, "vLLM's model is built for this value alone"),
     ("SeedOssForCausalLM", {"mlp_bias": True}, "vLLM's model is built for this value alone"),
+    (
+        "Qwen3_5ForCausalLM",
+        {"attn_output_gate": False},
+        "vLLM goes by the setting, and transformers' model is built for this value alone",
+    ),
 ]
+
+
+def test_a_gate_of_another_kind_is_refused():
+    for kind in (None, "silu", "swish"):
+        config = make_config("Qwen3_5ForCausalLM", output_gate_type=kind)
+        assert get_architecture(config).tensor_shapes(config)
+    config = make_config("Qwen3_5ForCausalLM", output_gate_type="sigmoid")
+    with pytest.raises(UnsupportedArchitecture, match="with output_gate_type=sigmoid .*: output_gate_type=silu"):
+        get_architecture(config).tensor_shapes(config)
 
 
 @pytest.mark.parametrize(("name", "setting", "reason"), REFUSED)
@@ -267,7 +287,7 @@ def test_lookup_by_dict_or_object(name):
             {"architectures": ["Qwen3_5ForConditionalGeneration"]},
             "Qwen3_5ForConditionalGeneration, which is not supported: ",
         ),
-        ({"architectures": ["Qwen3_5MoeForCausalLM"]}, "gated delta nets are not packed here yet"),
+        ({"architectures": ["Qwen3_5MoeForCausalLM"]}, "Qwen3_5ForCausalLM alone is packed here"),
         ({"architectures": None, "model_type": "gpt2"}, "gpt2"),
         ({}, "none"),
         (SimpleNamespace(architectures=["MixtralForCausalLM"]), "MixtralForCausalLM"),
@@ -295,11 +315,11 @@ def test_the_page_lists_every_family_as_its_row_says():
 
 
 def test_packed_rows_of_delta_nets_share_a_state_without_flash_linear_attention():
-    """Qwen3.5 is refused for this reason, as far as transformers is concerned.
+    """Qwen3.5 trains in padded rows for this reason, and its class with images is refused.
 
     The fallback receives the borders of sequences and does not use them, so verl passes them
     (verl/models/transformers/qwen3_5.py, _packed_chunk_gated_delta_rule). When this test fails, the
-    reason in :data:`NOT_YET` and the documentation have to change.
+    reason in :data:`NOT_YET`, config/delta_nets.py and the documentation have to change.
     """
     from transformers.models.qwen3_5.modeling_qwen3_5 import torch_chunk_gated_delta_rule
 

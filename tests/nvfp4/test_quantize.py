@@ -17,6 +17,7 @@ from collections import namedtuple
 
 import pytest
 import torch
+from accelerate import init_empty_weights
 from compressed_tensors.compressors import ModelCompressor
 from compressed_tensors.compressors.nvfp4 import NVFP4PackedCompressor
 from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus, preset_name_to_scheme
@@ -37,6 +38,7 @@ from qerl_verl.nvfp4.architectures import (
 from qerl_verl.nvfp4.checkpoint_files import read_config
 from qerl_verl.nvfp4.errors import CheckpointError
 from qerl_verl.nvfp4.format import FORMAT
+from qerl_verl.nvfp4.loading import load_tensors, packed_linear_names, swap_linears
 from qerl_verl.nvfp4.quantize import quantize_checkpoint
 from qerl_verl.nvfp4.safetensors_stream import HashedFile
 from qerl_verl.nvfp4.validation import check_checkpoint, validate_nvfp4_checkpoint
@@ -45,7 +47,7 @@ from tests.helpers.checkpoint_folders import edit_config, edit_weights, load, qu
 from tests.helpers.tiny_families import TOWERS
 
 Q0 = "model.layers.0.self_attn.q_proj"
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("in_proj_qkv", "in_proj_z"))
 
 
 def assert_nothing_left(dst):
@@ -567,3 +569,53 @@ def test_really_full_disk(make_checkpoint, tmp_path, monkeypatch):
         assert list(disk.iterdir()) == []
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+# --- delta nets ---
+
+HYBRID = "Qwen3_5ForCausalLM"
+NET = "model.layers.0.linear_attn"
+
+
+def test_what_of_a_delta_net_is_packed(make_checkpoint, tmp_path):
+    """Decay and bias of the time step keep float32; the other tensors are in 16 bits."""
+    src = make_checkpoint(HYBRID)
+
+    def as_published(tensors):
+        for name in ("A_log", "dt_bias", "norm.weight"):
+            tensors[f"{NET}.{name}"] = tensors[f"{NET}.{name}"].float() + 1e-5
+        tensors["mtp.fc.weight"] = torch.zeros(128, 256, dtype=torch.bfloat16)  # of a head that predicts further tokens
+
+    edit_weights(src, as_published)
+    quantize_checkpoint(src, tmp_path / "q", progress=False)
+    source, output = load(src), load(tmp_path / "q")
+    packed = {name.removesuffix(".weight_packed") for name in output if name.endswith("_packed")}
+    assert {name for name in packed if name.startswith(NET)} == {
+        f"{NET}.{linear}" for linear in ("in_proj_qkv", "in_proj_z", "out_proj")
+    }
+    assert output["model.layers.1.self_attn.q_proj.weight_packed"].shape == (2 * 4 * 64, 64)  # heads and their gates
+    for name in ("A_log", "dt_bias"):
+        assert output[f"{NET}.{name}"].dtype == torch.float32
+        assert torch.equal(output[f"{NET}.{name}"], source[f"{NET}.{name}"])
+    for name in ("in_proj_a.weight", "in_proj_b.weight", "conv1d.weight", "norm.weight"):
+        assert torch.equal(output[f"{NET}.{name}"], source[f"{NET}.{name}"].bfloat16())
+    assert not any(name.startswith("mtp.") for name in output)
+    ignore = read_config(tmp_path / "q")["quantization_config"]["ignore"]
+    assert ignore == ["lm_head", r"re:.*\.linear_attn\.(?:in_proj_b|in_proj_a)$"]
+    assert check_checkpoint(tmp_path / "q") == "nvfp4"
+    assert verify_checkpoint(tmp_path / "q", progress=False)["linears"] == 3 + 4 + 2 * 3
+
+
+def test_the_actor_holds_a_delta_nets_decay_in_float32(make_checkpoint, tmp_path):
+    """vLLM does too, and FSDP2 casts no buffers."""
+    src = make_checkpoint(HYBRID)
+    edit_weights(src, lambda tensors: tensors.update({f"{NET}.A_log": tensors[f"{NET}.A_log"].float() + 1e-5}))
+    quantize_checkpoint(src, tmp_path / "q", progress=False)
+    config = AutoConfig.from_pretrained(tmp_path / "q")
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    swap_linears(model, packed_linear_names(tmp_path / "q"), torch.bfloat16)
+    load_tensors(model, tmp_path / "q", torch.bfloat16)
+    decay = dict(model.named_buffers())[f"{NET}.A_log"]
+    assert decay.dtype == torch.float32 and torch.equal(decay, load(src)[f"{NET}.A_log"])
+    assert model.get_parameter(f"{NET}.dt_bias").dtype == torch.bfloat16 and f"{NET}.A_log" in model.state_dict()

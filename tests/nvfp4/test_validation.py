@@ -212,9 +212,23 @@ DAMAGED_EXPERTS = [
 ]
 
 
-@pytest.mark.parametrize("change, named", [case[1:] for case in DAMAGED_EXPERTS], ids=[c[0] for c in DAMAGED_EXPERTS])
-def test_damaged_experts(make_checkpoint, tmp_path, change, named):
-    _, dst = quantized(make_checkpoint, tmp_path, MOE)
+HYBRID, NET = "Qwen3_5ForCausalLM", "model.layers.0.linear_attn"
+DAMAGED_NETS = [
+    ("a packed decay", dict(pack=f"{NET}.in_proj_a"), [f"{NET}.in_proj_a.weight_packed", "this linear of a delta net"]),
+    (
+        "a decay that ignore leaves out",
+        dict(ignore=["lm_head"]),
+        [f"this linear {NET}.in_proj_b", "linear_attn.in_proj_b$"],
+    ),
+    ("a gate in 16 bits", dict(plain=[f"{NET}.in_proj_z"]), [f"{NET}.in_proj_qkv, {NET}.in_proj_z", "vLLM fuses them"]),
+    ("a net without its decay", dict(drop=f"{NET}.A_log"), [f"{NET}.A_log is missing"]),
+]
+DAMAGED = [(MOE, *case) for case in DAMAGED_EXPERTS] + [(HYBRID, *case) for case in DAMAGED_NETS]
+
+
+@pytest.mark.parametrize("family, change, named", [(c[0], *c[2:]) for c in DAMAGED], ids=[c[1] for c in DAMAGED])
+def test_damaged_experts_and_delta_nets(make_checkpoint, tmp_path, family, change, named):
+    _, dst = quantized(make_checkpoint, tmp_path, family)
     config = read_config(dst)["quantization_config"]
 
     def edit(tensors):

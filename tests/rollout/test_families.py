@@ -37,6 +37,10 @@ ROUTER = {"router": True}
 """Noise also where a router is fed."""
 
 
+SERVED = [name for name in FAMILIES if not get_architecture({"architectures": [name]}).no_run]
+"""Families that the rollout serves."""
+
+
 def look_at(names, folder):
     """Returns the observations of :mod:`families_process` for these families, and their folders."""
     places, arguments = {}, [json.dumps(PROMPTS), json.dumps(NOISE | ROUTER)]
@@ -75,12 +79,12 @@ def quick(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def others(tmp_path_factory):
-    names = [name for name in FAMILIES if name not in QUICK and (name not in TOWERS or HAS_TORCHVISION)]
+    names = [name for name in SERVED if name not in QUICK and (name not in TOWERS or HAS_TORCHVISION)]
     return look_at(names, tmp_path_factory.mktemp("families"))
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in FAMILIES]
+    "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in SERVED]
 )
 def test_a_family_in_the_rollout(request, name):
     """Log-probabilities are those of a float64 model with the decoded weights: without adapter,

@@ -135,6 +135,30 @@ def test_an_adapter_of_fused_linears_is_one_of_each_projection(tp):
         AdapterStore(found, rank, tp).load(fused.items(), 2.0)
 
 
+@pytest.mark.parametrize("tp", [1, 2])
+def test_an_adapter_of_a_delta_nets_linears(tp):
+    """vLLM computes in_proj_qkv and in_proj_z as one layer of four projections, of which the first
+    three share A."""
+    rows, prefix = [32, 32, 64, 64], "base_model.model.model.layers.0.linear_attn."
+    torch.manual_seed(3)
+    tensors = {}
+    for name, count in (("in_proj_qkv", 128), ("in_proj_z", 64)):
+        tensors[f"{prefix}{name}.lora_A.weight"] = torch.randn(RANK, HIDDEN, dtype=torch.float64)
+        tensors[f"{prefix}{name}.lora_B.weight"] = torch.randn(count, RANK, dtype=torch.float64)
+    x, outputs = torch.randn(5, HIDDEN, dtype=torch.float64), []
+    for rank in range(tp):
+        layer = Layer(HIDDEN, [size // tp for size in rows], get_backend("pytorch"), torch.float64)
+        layer.output_sizes = rows
+        modules = {"in_proj_qkvz": layer}
+        for part in ("linear_attn", "0", "layers", "model"):
+            modules = {part: nn.ModuleDict(modules)}
+        assert AdapterStore(nn.ModuleDict(modules), rank, tp).load(tensors.items(), 2.0) == 4
+        outputs.append(layer(x))
+    found = torch.cat([torch.cat(pieces, dim=-1) for pieces in zip(*outputs, strict=True)], dim=-1)
+    expected = torch.cat([delta(tensors, f"linear_attn.{name}", x) for name in ("in_proj_qkv", "in_proj_z")], dim=-1)
+    torch.testing.assert_close(found, expected)
+
+
 def test_a_part_of_a_tensor():
     whole = torch.arange(12).view(6, 2)
     assert torch.equal(shard(whole, 0, 6, 3, 4), whole)
@@ -151,15 +175,15 @@ def test_names_with_and_without_pefts_prefix_and_adapter_name(form):
     store = AdapterStore(build(), 0, 1)
     module = "model.layers.0.self_attn.v_proj.lora_B"
     name = f"{form.format(module)}.weight"
-    assert store.locate(name) == ("model.layers.0.self_attn.qkv_proj", 2, "B")
-    assert store.locate(f"{form.format('model.layers.0.mlp.down_proj.lora_A')}.weight")[1:] == (0, "A")
+    assert store.locate(name) == ("model.layers.0.self_attn.qkv_proj", (2,), "B")
+    assert store.locate(f"{form.format('model.layers.0.mlp.down_proj.lora_A')}.weight")[1:] == ((), "A")
 
 
 def test_a_decoder_in_a_module_of_its_own_is_found_by_transformers_names():
     renamed = ("model.language_model.", "language_model.model.")
     store = AdapterStore(torch.nn.ModuleDict({"language_model": build()}), 0, 1, renamed)
     name = "base_model.model.model.language_model.layers.0.self_attn.v_proj.lora_B.weight"
-    assert store.locate(name) == ("language_model.model.layers.0.self_attn.qkv_proj", 2, "B")
+    assert store.locate(name) == ("language_model.model.layers.0.self_attn.qkv_proj", (2,), "B")
     with pytest.raises(ValueError, match="for which the rollout model has no NVFP4 layer"):
         store.locate("base_model.model.model.visual.blocks.0.mlp.gate_proj.lora_B.weight")
 

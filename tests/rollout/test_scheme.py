@@ -366,3 +366,74 @@ def test_vllms_configuration_builds_the_layer_with_the_settings_of_the_engine(ca
         scheme = config.get_scheme(nn.Linear(K, sum(WIDTHS)), "model.layers.0.mlp.down_proj")
         load(scheme)
     assert "(qerl.rollout.kernel): 1 layer (qkv_proj 1); adapter of rank 8 in the layer" in capsys.readouterr().out
+
+
+NET = "model.layers.0.linear_attn"
+FUSED_OF_NETS = {"in_proj_qkvz": ["in_proj_qkv", "in_proj_z"], "in_proj_ba": ["in_proj_b", "in_proj_a"]}
+"""packed_modules_mapping of vllm/model_executor/models/qwen3_5.py."""
+
+
+def checkpoint_settings():
+    """Returns what config.json of a quantized Qwen3.5 says about its quantization."""
+    from qerl_verl.nvfp4.architectures import get_architecture
+    from qerl_verl.nvfp4.format import QUANTIZATION_CONFIG
+
+    row = get_architecture({"architectures": ["Qwen3_5ForCausalLM"]})
+    return copy.deepcopy(QUANTIZATION_CONFIG) | {"ignore": list(row.plain_modules)}
+
+
+@pytest.mark.parametrize("stock", [True, False])
+def test_vllm_packs_the_large_linears_of_a_delta_net_alone(stock):
+    """Stock vLLM reads the same from the checkpoint's config.json as this package."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
+
+    from qerl_verl.rollout.quantization import QeRLCompressedTensorsConfig
+
+    config = (CompressedTensorsConfig if stock else QeRLCompressedTensorsConfig).from_config(checkpoint_settings())
+    config.packed_modules_mapping = FUSED_OF_NETS
+    with set_current_vllm_config(VllmConfig()):
+        linear = nn.Linear(K, K)
+        packed = {
+            name: config.get_scheme_dict(linear, f"{NET}.{name}") is not None
+            for name in ("in_proj_qkvz", "out_proj", "in_proj_ba")
+        }
+    assert packed == {"in_proj_qkvz": True, "out_proj": True, "in_proj_ba": False}
+
+
+def test_a_fused_layer_of_a_delta_net_is_its_two_linears_with_their_adapters():
+    """in_proj_qkv belongs to three of the layer's four projections, as vLLM's models load it."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.model_executor.layers.linear import MergedColumnParallelLinear
+
+    from qerl_verl.rollout.quantization import QeRLCompressedTensorsConfig
+
+    config = QeRLCompressedTensorsConfig.from_config(checkpoint_settings())
+    config.packed_modules_mapping = FUSED_OF_NETS
+    settings = {"qerl": {"kernel": "pytorch", "lora": {"rank": RANK, "alpha": 16}}}
+    torch.manual_seed(0)
+    with set_current_vllm_config(VllmConfig(additional_config=settings)):
+        layer = MergedColumnParallelLinear(
+            K, [64, 64, 128, 128], bias=False, quant_config=config, prefix=f"{NET}.in_proj_qkvz", disable_tp=True,
+            params_dtype=torch.float32,
+        )  # fmt: skip
+    weights, tensors, deltas = [], {}, []
+    for name, rows, places in (("in_proj_qkv", 256, (0, 1, 2)), ("in_proj_z", 128, 3)):
+        value = torch.tensor([9000.0])
+        packed, scale = quantize_nvfp4(torch.randn(rows, K) * 0.05, value)
+        for part, tensor in (("packed", packed), ("scale", scale), ("global_scale", value)):
+            parameter = getattr(layer, f"weight_{part}")
+            parameter.weight_loader(parameter, tensor, places)
+        weights.append(dequantize_nvfp4(packed, scale, value, torch.float32))
+        a, b = torch.randn(RANK, K), torch.randn(rows, RANK)
+        tensors |= {f"{NET}.{name}.lora_A.weight": a, f"{NET}.{name}.lora_B.weight": b}
+        deltas.append(LORA.scaling * b @ a)
+    layer.quant_method.process_weights_after_loading(layer)
+    x, weight = torch.randn(5, K), torch.cat(weights)
+    torch.testing.assert_close(layer(x)[0], nn.functional.linear(x, weight), rtol=1e-4, atol=1e-4)
+    modules = {"in_proj_qkvz": layer}
+    for part in ("linear_attn", "0", "layers", "model"):
+        modules = {part: nn.ModuleDict(modules)}
+    AdapterStore(nn.ModuleDict(modules), 0, 1).load(tensors.items(), LORA.scaling)
+    expected = nn.functional.linear(x, weight + torch.cat(deltas))
+    torch.testing.assert_close(layer(x)[0], expected, rtol=1e-4, atol=1e-4)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from qerl_verl.nvfp4.architectures import Architecture
 
-_ROW_PARALLEL = ("o_proj", "down_proj")
+_ROW_PARALLEL = ("o_proj", "out_proj", "down_proj")
 """Their input channels are divided among tensor-parallel ranks, the others' output channels."""
 
 

@@ -4,12 +4,13 @@ downloaded.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 from packaging.version import Version
@@ -18,7 +19,10 @@ from qerl_verl.config.adapters import adapter_problems, target_problems
 from qerl_verl.config.arms import get_arm
 from qerl_verl.config.checks import kernels, tokenizers, vision
 from qerl_verl.config.keys import get_value
-from qerl_verl.config.rules import CRITIC, MODEL, PACKED_ATTENTION, ROLLOUT, trained_models
+from qerl_verl.config.rules import ACTOR, CRITIC, MODEL, PACKED_ATTENTION, ROLLOUT, trained_models
+
+if TYPE_CHECKING:
+    from qerl_verl.nvfp4.architectures import Architecture
 
 
 def local_folder(config: DictConfig, model: str) -> Path | None:
@@ -30,6 +34,20 @@ def local_folder(config: DictConfig, model: str) -> Path | None:
         return None
     folder = Path(os.path.expanduser(path))
     return folder if folder.is_dir() else None
+
+
+def local_architecture(config: DictConfig, model: str) -> Architecture | None:
+    """Returns the row of a model on this machine, or None if there is no model there or it is not
+    supported, which other checks say."""
+    from qerl_verl.nvfp4.architectures import get_architecture
+    from qerl_verl.nvfp4.checkpoint_files import read_config
+    from qerl_verl.nvfp4.errors import CheckpointError
+
+    folder = local_folder(config, model)
+    try:
+        return get_architecture(read_config(folder)) if folder else None
+    except CheckpointError:
+        return None
 
 
 def remote_paths(config: DictConfig) -> list[str]:
@@ -121,6 +139,7 @@ def find_misfits(config: DictConfig, adapters: Mapping[str, dict] | None = None)
     out += tokenizers.find_problems(config) + fused_kernel_problems(config) + length_problems(config)
     out += head_size_problems(config) + parallel_problems(config)
     out += position_problems(config) + packing_problems(config) + critic_problems(config)
+    out += delta_net_problems(config)
     return out + vllm_lora_problems(config) + expert_problems(config) + replay_problems(config)
 
 
@@ -330,6 +349,66 @@ def packing_problems(config: DictConfig) -> list[str]:
                 f"{architecture.name} tells flash-attn nothing of the sequences in one row, so "
                 f"they would attend to each other; set {PACKED_ATTENTION} or sdpa"
             )
+    return out
+
+
+def delta_net_problems(config: DictConfig, installed: Callable[[str], str] = version) -> list[str]:
+    """Returns what the programs below cannot do with a model that has gated delta nets.
+
+    Args:
+        config: see :func:`find_problems`.
+        installed: distribution name to version.
+    """
+    out = []
+    for model in trained_models(config):
+        architecture = local_architecture(config, model)
+        if architecture is None or architecture.delta_nets is None:
+            continue
+        if get_value(config, f"{model}.use_remove_padding"):
+            out.append(
+                f"{model}.use_remove_padding=True: a delta net's state would run "
+                f"from one sequence of a packed row into the next in {architecture.name}; set it "
+                "to False"
+            )
+        if model == MODEL:
+            out += _delta_net_problems(config, architecture, installed)
+    return out
+
+
+def _delta_net_problems(config: DictConfig, architecture: Architecture, installed: Callable[[str], str]) -> list[str]:
+    path = f"{MODEL}.path={local_folder(config, MODEL)}"
+    out = []
+    if architecture.no_run:
+        out.append(
+            f"{path}: {architecture.name} can be quantized and exported, and not be trained yet: {architecture.no_run}"
+        )
+    if architecture.oldest_vllm and Version(installed("vllm")) < Version(architecture.oldest_vllm):
+        out.append(
+            f"{path}: vLLM {installed('vllm')} has no {architecture.name}, which vLLM "
+            f"{architecture.oldest_vllm} has; install that version, or take another model"
+        )
+    if importlib.util.find_spec("torchvision") is None:
+        out.append(
+            f"{path}: {architecture.name} needs torchvision, also for texts, because the file of "
+            "vLLM that has the model imports it; install the build that fits PyTorch"
+        )
+    if get_arm(config).name == "nf4":
+        out.append(
+            f"{path}: the arm nf4 does not serve {architecture.name}, because bitsandbytes would "
+            "also quantize the small linears of its delta nets; use +qerl=nvfp4"
+        )
+    ulysses = (f"{ACTOR}.ulysses_sequence_parallel_size", f"{ACTOR}.fsdp_config.ulysses_sequence_parallel_size")
+    if key := next((key for key in ulysses if (get_value(config, key) or 1) > 1), ""):
+        out.append(
+            f"{key}={get_value(config, key)}: sequence parallelism needs packed rows, in which "
+            f"the states of {architecture.name}'s delta nets would run on; set it to 1"
+        )
+    dtype = get_value(config, f"{ROLLOUT}.dtype")
+    if get_value(config, "trainer.device") == "cpu" and dtype not in ("bfloat16", "bf16"):
+        out.append(
+            f"{ROLLOUT}.dtype={dtype}: vLLM computes delta nets in bfloat16 alone on a CPU; set "
+            f"{ROLLOUT}.dtype=bfloat16"
+        )
     return out
 
 

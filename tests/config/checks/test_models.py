@@ -187,6 +187,43 @@ def test_sequences_that_would_attend_to_each_other(tmp_path, name, packed, atten
     assert not refused or "Ministral3ForCausalLM tells flash-attn nothing of the sequences in one row" in problems[0]
 
 
+DELTA_NETS = [
+    # settings, version of vLLM, and the message
+    ({}, "0.28.0", None),
+    (
+        {"use_remove_padding": True},
+        "0.28.0",
+        "use_remove_padding=True: a delta net's state would run from one sequence",
+    ),
+    ({}, "0.24.0", "vLLM 0.24.0 has no Qwen3_5ForCausalLM, which vLLM 0.28 has"),
+    ({"arm": "nf4"}, "0.28.0", "the arm nf4 does not serve Qwen3_5ForCausalLM"),
+    ({"ulysses": 2}, "0.28.0", "ulysses_sequence_parallel_size=2: sequence parallelism needs packed rows"),
+    ({"device": "cpu", "dtype": "float32"}, "0.28.0", "set actor_rollout_ref.rollout.dtype=bfloat16"),
+    ({"device": "cpu", "dtype": "bfloat16"}, "0.28.0", None),
+    ({"without": "torchvision"}, "0.28.0", "Qwen3_5ForCausalLM needs torchvision, also for texts"),
+    ({"device": "cuda", "dtype": "float16"}, "0.28.0", None),
+]
+
+
+@pytest.mark.parametrize(("settings", "vllm", "message"), DELTA_NETS)
+def test_what_cannot_run_a_model_with_delta_nets(tmp_path, monkeypatch, settings, vllm, message):
+    make_config("Qwen3_5ForCausalLM").save_pretrained(tmp_path)
+    present = not settings.get("without")
+    monkeypatch.setattr(models.importlib.util, "find_spec", lambda package: present or None)
+    config = run_of(tmp_path, use_remove_padding=settings.get("use_remove_padding", False))
+    actor = {"ulysses_sequence_parallel_size": settings.get("ulysses", 1)}
+    values = {
+        "qerl": {"arm": settings.get("arm", "nvfp4")},
+        "trainer": {"device": settings.get("device", "cuda")},
+        "actor_rollout_ref": {"actor": actor, "rollout": {"dtype": settings.get("dtype", "bfloat16")}},
+    }
+    problems = models.delta_net_problems(OmegaConf.merge(config, values), lambda package: vllm)
+    assert sum("can be quantized and exported, and not be trained yet" in problem for problem in problems) == 1
+    others = [problem for problem in problems if "trained yet" not in problem]
+    assert len(others) == (message is not None)
+    assert not others or message in others[0]
+
+
 @pytest.mark.parametrize(
     ("settings", "device", "refused"),
     [
