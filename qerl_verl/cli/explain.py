@@ -8,6 +8,7 @@ downloaded, quantized or written, and no GPU is needed.
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -127,7 +128,7 @@ def _compose(
         return config, answer
     except MissingConfigException as error:
         if error.missing_cfg_file != name.removesuffix(".yaml"):
-            raise ExplainError(f"{name}: {error}") from error
+            raise ExplainError(f"{name}: {error}{_missing_folder(str(error))}") from error
         fix = "" if config_path else f" QeRL's: {_some_recipes()}. Give --config-path for one of yours."
         raise ExplainError(f"{name}: there is no such recipe in {path}.{fix}") from error
     except (HydraException, OmegaConfBaseException) as error:
@@ -138,6 +139,15 @@ def _compose(
         raise ExplainError(f"{name}: {error}{cause}{also}") from error
     finally:
         GlobalHydra.instance().clear()
+
+
+def _missing_folder(message: str) -> str:
+    """Returns a sentence on a relative folder of ``hydra.searchpath`` in Hydra's ``message`` that
+    is not below the working directory; empty if there is none."""
+    for folder in re.findall(r"path=file://([^/\s]\S*)", message):
+        if not Path(folder).is_dir():
+            return f" (hydra.searchpath of the recipe names {folder}, which is not in {Path.cwd()}: start where it is)"
+    return ""
 
 
 def _composes(name: str, overrides: list[str], config_path: str | None = None) -> bool:

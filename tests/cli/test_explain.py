@@ -142,6 +142,15 @@ def test_what_does_not_compose_is_one_line(capsys, arguments, error):
     assert ("without QeRL" in err) == ("data.nope=1" in arguments and "+qerl=nvfp4" in arguments)
 
 
+def test_a_search_path_from_another_folder_is_named(capsys, tmp_path, monkeypatch):
+    """verl's recipes for several turns have this search path."""
+    monkeypatch.chdir(tmp_path)
+    recipe = "hydra: {searchpath: ['file://verl/trainer/config']}\ndefaults: [ppo_trainer, _self_]\n"
+    (tmp_path / "mine.yaml").write_text(recipe)
+    assert main(["explain", "mine", "--config-path", str(tmp_path), "+qerl=nvfp4"]) == 2
+    assert f"names verl/trainer/config, which is not in {tmp_path}: start where it is" in capsys.readouterr().err
+
+
 def test_composing_leaves_hydra_as_it_was():
     from hydra.core.global_hydra import GlobalHydra
 
