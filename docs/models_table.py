@@ -27,6 +27,7 @@ NAMES = {
     "Gemma3ForCausalLM": "Gemma 3 text models",
     "Olmo2ForCausalLM": "OLMo 2",
     "Olmo3ForCausalLM": "OLMo 3",
+    "Exaone4ForCausalLM": "EXAONE 4.0",
     "Glm4ForCausalLM": "GLM-4-0414",
     "SeedOssForCausalLM": "Seed-OSS",
     "Qwen3_5ForCausalLM": "text-only Qwen3.5 (dense)",

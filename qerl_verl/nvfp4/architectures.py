@@ -631,6 +631,17 @@ _ARCHITECTURES = {
             shares_base=True,
         ),
         Architecture(
+            "Exaone4ForCausalLM",
+            norms_in_front={},
+            norms_behind=_BEHIND_ALONE,
+            head_norms=_NORMED_HEADS,
+            fixed=tuple(
+                Fixed(key, False, "transformers' model is built for this value alone")
+                for key in ("attention_bias", "bias", "mlp_bias")
+            ),
+            shares_base=True,
+        ),
+        Architecture(
             "Glm4ForCausalLM",
             fused=_FUSED_GATE_UP,
             norms_behind={

@@ -71,6 +71,23 @@ FAMILIES = {
         "olmo3",
         dict(sliding_window=8, layer_types=["sliding_attention", "full_attention"], rope_parameters=YARN),
     ),
+    "Exaone4ForCausalLM": (
+        "exaone4",
+        dict(
+            head_dim=64,
+            sliding_window=8,
+            sliding_window_pattern=2,
+            layer_types=["sliding_attention", "full_attention"],
+            rope_parameters=dict(
+                rope_type="llama3",
+                rope_theta=10000.0,
+                factor=4.0,
+                low_freq_factor=1.0,
+                high_freq_factor=4.0,
+                original_max_position_embeddings=64,
+            ),
+        ),
+    ),
     "Glm4ForCausalLM": ("glm4", dict(head_dim=64)),
     "SeedOssForCausalLM": ("seed_oss", dict(head_dim=64)),
     "Qwen3_5ForCausalLM": (

@@ -241,6 +241,8 @@ REFUSED = [
     ("Gemma3ForCausalLM", {"use_bidirectional_attention": True}, "a policy has to be causal"),
     ("Olmo3ForCausalLM", {"attention_bias": True}, "vLLM's model is built for this value alone"),
     ("Qwen3MoeForCausalLM", {"attention_bias": True}, "vLLM's model is built for this value alone"),
+    ("Exaone4ForCausalLM", {"attention_bias": True}, "transformers' model is built for this value alone"),
+    ("Exaone4ForCausalLM", {"mlp_bias": True}, "transformers' model is built for this value alone"),
     ("SeedOssForCausalLM", {"attention_bias": False}, "vLLM's model is built for this value alone"),
     ("SeedOssForCausalLM", {"attention_out_bias": True}, "vLLM's model is built for this value alone"),
     ("SeedOssForCausalLM", {"mlp_bias": True}, "vLLM's model is built for this value alone"),
