@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import glob
 import json
 import sys
 import time
@@ -77,9 +78,14 @@ def _run(arguments: argparse.Namespace) -> int:
     calibration = read_calibration_files(arguments, src) if arguments.calibration else None
     method = arguments.method or ("gptq" if calibration else "four-over-six")
     started = time.monotonic()
-    quantize_checkpoint(
-        src, dst, method=method, calibration=calibration, device=arguments.device, replace=arguments.force
-    )
+    try:
+        quantize_checkpoint(
+            src, dst, method=method, calibration=calibration, device=arguments.device, replace=arguments.force
+        )
+    except KeyboardInterrupt:
+        if kept := sorted(dst.parent.glob(f"{glob.escape(dst.name)}.layers-*")):
+            print(f"\nqerl: the finished layers are in {kept[0]}; the same command goes on from there", file=sys.stderr)
+        raise
     report = read_report(dst)
     if arguments.json:
         print(json.dumps({"path": str(dst), "seconds": round(time.monotonic() - started, 3), **report}))

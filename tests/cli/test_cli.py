@@ -174,6 +174,17 @@ def test_interrupted(src, tmp_path, capsys, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["src"]
 
 
+def test_an_interrupted_gptq_says_where_its_layers_are(src, tmp_path, capsys, monkeypatch):
+    def interrupt(src, dst, **how):
+        dst.with_name("dst.layers-0").mkdir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("qerl_verl.nvfp4.quantize.quantize_checkpoint", interrupt)
+    assert main(["quantize", str(src), str(tmp_path / "dst")]) == 130
+    said = f"the finished layers are in {tmp_path / 'dst.layers-0'}; the same command goes on from there"
+    assert said in capsys.readouterr().err
+
+
 def test_usage_without_importing_torch():
     """Starts a process as the entry point does. Help must appear at once."""
     script = "import sys, qerl_verl.cli.main as m\ntry: m.main(['--help'])\nfinally: print('torch' in sys.modules)"
