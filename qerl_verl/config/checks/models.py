@@ -328,18 +328,10 @@ def packing_problems(config: DictConfig) -> list[str]:
     (:attr:`~qerl_verl.nvfp4.architectures.Architecture.keeps_positions`). Stock verl has the same
     problem.
     """
-    from qerl_verl.nvfp4.architectures import get_architecture
-    from qerl_verl.nvfp4.checkpoint_files import read_config
-    from qerl_verl.nvfp4.errors import CheckpointError
-
     out = []
     for model in trained_models(config):
-        folder = local_folder(config, model)
-        if folder is None or not get_value(config, f"{model}.use_remove_padding"):
-            continue
-        try:
-            architecture = get_architecture(read_config(folder))
-        except CheckpointError:  # reported elsewhere
+        architecture = local_architecture(config, model)
+        if architecture is None or not get_value(config, f"{model}.use_remove_padding"):
             continue
         key = f"{model}.override_config.attn_implementation"
         attention = get_value(config, key) or "flash_attention_2"  # verl's default
@@ -415,17 +407,9 @@ def _delta_net_problems(config: DictConfig, architecture: Architecture, installe
 def vllm_lora_problems(config: DictConfig) -> list[str]:
     """Returns the problem of vLLM's own LoRA path with a model whose adapters it does not
     support."""
-    from qerl_verl.nvfp4.architectures import get_architecture
-    from qerl_verl.nvfp4.checkpoint_files import read_config
-    from qerl_verl.nvfp4.errors import CheckpointError
-
     inline = get_arm(config).container and get_value(config, "qerl.rollout.lora") != "punica"
-    folder = local_folder(config, MODEL)
-    if inline or folder is None:
-        return []
-    try:
-        architecture = get_architecture(read_config(folder))
-    except CheckpointError:  # reported elsewhere
+    folder, architecture = local_folder(config, MODEL), local_architecture(config, MODEL)
+    if inline or architecture is None:
         return []
     reason = architecture.no_vllm_lora or (architecture.no_punica if get_arm(config).container else "")
     if not reason:
@@ -442,18 +426,8 @@ def expert_problems(config: DictConfig) -> list[str]:
     """Returns the problem of a mixture of experts in an arm that would leave the experts in 16
     bits.
     """
-    from qerl_verl.nvfp4.architectures import get_architecture
-    from qerl_verl.nvfp4.checkpoint_files import read_config
-    from qerl_verl.nvfp4.errors import CheckpointError
-
-    folder = local_folder(config, MODEL)
-    if folder is None or get_arm(config).name != "nf4":
-        return []
-    try:
-        architecture = get_architecture(read_config(folder))
-    except CheckpointError:  # reported elsewhere
-        return []
-    if architecture.experts is None:
+    folder, architecture = local_folder(config, MODEL), local_architecture(config, MODEL)
+    if architecture is None or architecture.experts is None or get_arm(config).name != "nf4":
         return []
     return [
         f"{MODEL}.path={folder}: the arm nf4 does not serve {architecture.name}, because "
@@ -464,17 +438,9 @@ def expert_problems(config: DictConfig) -> list[str]:
 
 def replay_problems(config: DictConfig) -> list[str]:
     """Returns why the rollout's routing cannot be replayed in the actor."""
-    from qerl_verl.nvfp4.architectures import get_architecture
-    from qerl_verl.nvfp4.checkpoint_files import read_config
-    from qerl_verl.nvfp4.errors import CheckpointError
-
     key = f"{ROLLOUT}.enable_rollout_routing_replay"
-    folder = local_folder(config, MODEL)
-    if folder is None or not get_value(config, key):
-        return []
-    try:
-        architecture = get_architecture(read_config(folder))
-    except CheckpointError:  # reported elsewhere
+    folder, architecture = local_folder(config, MODEL), local_architecture(config, MODEL)
+    if folder is None or architecture is None or not get_value(config, key):
         return []
     if architecture.experts is None:
         return [f"{key}=True: {architecture.name} has no experts whose routing could be replayed; remove it"]
