@@ -1,11 +1,8 @@
 """Tests every family of the table in a vLLM engine, against the actor and a float64 model."""
 
+import copy
 import importlib.util
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +13,16 @@ from qerl_verl.nvfp4.checkpoint_files import read_config
 from qerl_verl.nvfp4.loading import iterate_tensors
 from qerl_verl.nvfp4.model_shapes import adaptable_shapes
 from qerl_verl.nvfp4.quantize import quantize_checkpoint
-from tests.helpers.tiny_families import FAMILIES, TOWERS, Reference, make_adapter, make_family
+from tests.helpers.observers import observe
+from tests.helpers.tiny_families import (
+    FAMILIES,
+    TOWERS,
+    Reference,
+    log_probabilities,
+    make_adapter,
+    make_family,
+    root_mean_square,
+)
 from tests.helpers.tiny_vision import image_prompts, processed, vision_settings, write_processor
 
 pytestmark = [
@@ -24,8 +30,6 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="drives vLLM's CPU engine"),
 ]
 
-PROGRAM = ["-m", "tests.rollout.families_process"]
-ROOT = Path(__file__).parents[2]
 QUICK = ("Gemma3ForCausalLM", "Phi3ForCausalLM", "SmolLM3ForCausalLM", "Qwen3MoeForCausalLM")
 """Norms of their own, linears that the checkpoint fuses, a model that vLLM runs through
 transformers' code, a mixture of experts."""
@@ -55,20 +59,7 @@ def look_at(names, folder):
         make_adapter(adapter, adaptable_shapes(quantized))
         places[name] = quantized, adapter
         arguments += [str(quantized), str(adapter)]
-    out = folder / "seen.json"
-    log = folder / "log"
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("OMP_")}
-    with log.open("w") as file:
-        subprocess.run(
-            [sys.executable, *PROGRAM, out, *arguments],
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            cwd=ROOT,
-            check=False,
-        )
-    assert out.exists(), log.read_text()[-4000:]
-    seen = json.loads(out.read_text())
+    seen = observe("tests.rollout.families_process", folder, *arguments)
     return {name: (*place, seen[str(place[0])]) for name, place in places.items()}
 
 
@@ -142,3 +133,70 @@ def check_images(quantized, adapter, seen, reference):
     with reference.adapted(adapter):
         reference.check(ids, seen["image_adapted"], inputs)
     assert all("visual" not in layer for layer in seen["layers"])
+
+
+NET = "model.layers.0.linear_attn"
+
+
+def save_in_16_bits(model, folder):
+    """Writes the weights of a model in bfloat16 and returns what transformers computes with
+    them."""
+    rounded = copy.deepcopy(model).bfloat16()
+    rounded.config.dtype = torch.bfloat16
+    rounded.save_pretrained(folder)
+    return torch.cat([log_probabilities(rounded, prompt) for prompt in PROMPTS])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_TORCHVISION, reason="the file of vLLM that has the model needs torchvision")
+def test_a_model_with_delta_nets_in_the_rollout(tmp_path):
+    """vLLM computes delta nets in bfloat16 alone on a CPU. Log-probabilities without adapter, with
+    one, and under noise are as near to the float64 model's as those of transformers in bfloat16,
+    and so are those of vLLM's own engine on the decoded weights.
+    """
+    quantized, adapter = tmp_path / "quantized", tmp_path / "adapter"
+    quantize_checkpoint(make_family("Qwen3_5ForCausalLM", tmp_path / "source"), quantized, progress=False)
+    make_adapter(adapter, adaptable_shapes(quantized))
+    reference, row = Reference(quantized), get_architecture(read_config(quantized))
+    norms = {f"{row.layer_prefix}{i}.{norm}" for i in range(2) for norm in row.noise_targets}
+    exact, rounded = {}, {}
+
+    def look(name):
+        model = reference.models[0]
+        exact[name] = torch.cat([log_probabilities(model, prompt) for prompt in PROMPTS])
+        rounded[name] = save_in_16_bits(model, tmp_path / name)
+
+    look("clean")
+    with reference.adapted(adapter):
+        look("adapted")
+    with reference.noised(norms, **NOISE):
+        look("noised")
+    settings = json.dumps(PROMPTS), json.dumps(NOISE)
+    folders = quantized, adapter, *(tmp_path / name for name in exact)
+    seen = observe("tests.rollout.delta_nets_process", tmp_path, *settings, *folders)
+    assert "error" not in seen, seen["error"]
+    ours = seen["ours"]
+
+    assert ours["layers"][f"{NET}.in_proj_qkvz"] == [128, 256, 512, 768]  # q, k, v and z
+    assert f"{NET}.in_proj_ba" not in ours["layers"]
+    assert ours["taken"] == 2 * len(adaptable_shapes(quantized)) and set(ours["norms"]) == norms
+    clean = dict(iterate_tensors(quantized))
+    for norm, live in ours["norms"].items():
+        weight = clean[f"{norm}.weight"].float()
+        z = draw_noise(NOISE["seed"], NOISE["step"], norm, len(weight), NOISE["sigma"])
+        assert torch.equal(torch.tensor(live), weight + row.norm_offset + z), norm
+    assert ours["clean_again"] == ours["clean"]
+    for name in exact:
+        rounding = root_mean_square(rounded[name] - exact[name])
+        values = (torch.tensor(sum(found[name], []), dtype=torch.float64) for found in (ours, seen["vllm"]))
+        found, stock = values
+        for which, difference in (
+            ("ours", found - exact[name]),
+            ("vLLM's", stock - exact[name]),
+            ("between the two", found - stock),
+        ):
+            error = root_mean_square(difference)
+            print(f"{name}, {which}: {error:.1e}; of transformers in bfloat16 {rounding:.1e}")
+            assert error < Reference.MARGIN * rounding, (name, which)
+    changes = [root_mean_square(exact[name] - exact["clean"]) for name in ("adapted", "noised")]
+    assert min(changes) > 5 * root_mean_square(rounded["clean"] - exact["clean"])  # each of them is seen
