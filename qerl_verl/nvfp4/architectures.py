@@ -33,10 +33,6 @@ _THROUGH_TRANSFORMERS = (
     "vLLM 0.28 runs the model through transformers' code, where NVFP4 layers on that path stop "
     "with 'Current vLLM config is not set'"
 )
-_NOT_HELD_TOGETHER = (
-    "no run of main_ppo has held rollout and actor together: vLLM's CPU engine has been 0.7 nats "
-    "away from the float64 model, and no GPU has run the model"
-)
 _NO_PUNICA_WITH_DELTA_NETS = "it has not been tried with NVFP4 layers in delta nets"
 _NORMED_HEADS = ("self_attn.q_norm", "self_attn.k_norm")
 
@@ -240,10 +236,6 @@ class Architecture:
 
     fixed: tuple[Fixed, ...] = ()
     """Settings with a single supported value."""
-
-    no_run: str = ""
-    """Why main_ppo does not run the model with the switch, though its checkpoints are quantized,
-    checked, converted, merged and exported; empty where it does."""
 
     oldest_vllm: str = ""
     """The oldest version of vLLM that lists the model; empty where every version that this package
@@ -664,7 +656,6 @@ _ARCHITECTURES = {
         Architecture(
             "Qwen3_5ForCausalLM",
             **_QWEN35,
-            no_run=_NOT_HELD_TOGETHER,
             oldest_vllm="0.28",
             no_punica=_NO_PUNICA_WITH_DELTA_NETS,
         ),

@@ -41,8 +41,8 @@ ROUTER = {"router": True}
 """Noise also where a router is fed."""
 
 
-SERVED = [name for name in FAMILIES if not get_architecture({"architectures": [name]}).no_run]
-"""Families that the rollout serves."""
+SERVED = [name for name in FAMILIES if not get_architecture({"architectures": [name]}).delta_nets]
+"""Families that vLLM's CPU engine computes in float32."""
 
 
 def look_at(names, folder):

@@ -370,10 +370,6 @@ def delta_net_problems(config: DictConfig, installed: Callable[[str], str] = ver
 def _delta_net_problems(config: DictConfig, architecture: Architecture, installed: Callable[[str], str]) -> list[str]:
     path = f"{MODEL}.path={local_folder(config, MODEL)}"
     out = []
-    if architecture.no_run:
-        out.append(
-            f"{path}: {architecture.name} can be quantized and exported, and not be trained yet: {architecture.no_run}"
-        )
     if architecture.oldest_vllm and Version(installed("vllm")) < Version(architecture.oldest_vllm):
         out.append(
             f"{path}: vLLM {installed('vllm')} has no {architecture.name}, which vLLM "
