@@ -160,6 +160,7 @@ def find_problems(config: DictConfig, keys: Collection[str] = ()) -> list[str]:
     out = [problem for problem in found if problem]
     for model in models:
         out += _model_problems(get, model) + _megatron_lora_problems(get, model, keys)
+    out += _micro_batch_problems(get, is_separate(config))
     return out + (_separate_problems(get) if is_separate(config) else [])
 
 
@@ -250,27 +251,52 @@ def _separate_problems(get: Get) -> list[str]:
         "reward.reward_model.enable_resource_pool=True":
         get("reward.reward_model.enable") and not get("reward.reward_model.enable_resource_pool"),
     }  # fmt: skip
-    micro, samples = get(f"{ROLLOUT}.log_prob_micro_batch_size_per_gpu"), _samples_of_an_update(get)
-    if isinstance(micro, int) and samples and samples % micro and _computes_in_micro_batches(get):
-        found[
-            f"{ROLLOUT}.log_prob_micro_batch_size_per_gpu={micro}: with {mode} the log-probabilities are computed for "
-            f"one update at a time, {samples} samples on each GPU, and verl takes divisors of that alone; set it to "
-            f"{math.gcd(micro, samples)} or another one"
-        ] = True
     return [text for text, applies in found.items() if applies]
 
 
-def _samples_of_an_update(get: Get) -> int:
-    """Returns the number of samples of a mini-batch on each GPU, 0 if they do not divide."""
+def _micro_batch_problems(get: Get, separate: bool) -> list[str]:
+    """Returns the micro-batches of a fixed size that do not divide what a GPU computes in them.
+
+    verl asserts that in the first step (verl/workers/engine/utils.py, ``prepare_micro_batches``).
+    That training and log-probabilities are divided in the same way, it asserts after the model's
+    processes have started (verl/workers/engine_workers.py).
+
+    Args:
+        get: the value of a setting.
+        separate: the rollout engines have GPUs of their own.
+    """
+    dynamic = f"{ACTOR}.use_dynamic_bsz", f"{ROLLOUT}.log_prob_use_dynamic_bsz"
+    if bool(get(dynamic[0])) != bool(get(dynamic[1])):
+        return [
+            f"{dynamic[0]}={get(dynamic[0])} and {dynamic[1]}={get(dynamic[1])}: verl divides training and "
+            "log-probabilities in the same way; set both to the same value"
+        ]
+    if get(dynamic[0]):
+        return []
+    update, step = _samples_per_gpu(get)
+    reference = get("algorithm.use_kl_in_reward") or get(f"{ACTOR}.use_kl_loss")
+    rows = [(f"{ACTOR}.ppo_micro_batch_size_per_gpu", update)]
+    if not get("algorithm.rollout_correction.bypass_mode") or reference:
+        rows.append((f"{ROLLOUT}.log_prob_micro_batch_size_per_gpu", update if separate else step))
+    return [
+        f"{key}={size}: each GPU computes {samples} samples in such micro-batches, and verl takes divisors of that "
+        f"alone; set it to {math.gcd(size, samples)} or another one"
+        for key, samples in rows
+        if samples and isinstance(size := get(key), int) and samples % size
+    ]
+
+
+def _samples_per_gpu(get: Get) -> tuple[int, int]:
+    """Returns the number of samples of an update and of a step on each GPU.
+
+    It is 0 for what verl does not divide evenly, and for a step that it fills up with padding.
+    """
     ulysses = max(get(f"{ACTOR}.{key}ulysses_sequence_parallel_size") or 1 for key in ("fsdp_config.", ""))
     groups = get("trainer.n_gpus_per_node") * get("trainer.nnodes") // ulysses
-    samples = get(f"{ACTOR}.ppo_mini_batch_size") * get(f"{ROLLOUT}.n")
-    return samples // groups if groups and samples % groups == 0 else 0
-
-
-def _computes_in_micro_batches(get: Get) -> bool:
-    """Returns whether the actor recomputes log-probabilities in micro-batches of a fixed size."""
-    return not get(f"{ROLLOUT}.log_prob_use_dynamic_bsz") and not get("algorithm.rollout_correction.bypass_mode")
+    prompts, batch, samples = get(f"{ACTOR}.ppo_mini_batch_size"), get("data.train_batch_size"), get(f"{ROLLOUT}.n")
+    if not groups or prompts * samples % groups:
+        return 0, 0
+    return prompts * samples // groups, 0 if batch % prompts else batch * samples // groups
 
 
 def _megatron_lora_problems(get: Get, model: str, keys: Collection[str]) -> list[str]:

@@ -69,8 +69,8 @@ def test_what_cannot_work_is_refused_with_the_key_and_the_cure(switched, overrid
         ("data.train_batch_size=32", False, "data.train_batch_size=32", "set it to 64"),
         ("trainer.v1.separate_async.parameter_sync_step=2", False, "parameter_sync_step=2", "set it to 32"),
         ("reward.reward_model.enable=True", False, "reward.reward_model.enable=True", "enable_resource_pool=True"),
-        (f"{MICRO}=12", False, f"{MICRO}=12: with trainer.v1", "2 samples on each GPU, and verl takes divisors of that"),
-        (f"{MICRO}=3 actor_rollout_ref.rollout.n=8", False, f"{MICRO}=3", "16 samples on each GPU"),
+        (f"{MICRO}=12", False, f"{MICRO}=12: each GPU computes 2 samples", "verl takes divisors of that"),
+        (f"{MICRO}=3 actor_rollout_ref.rollout.n=8", False, f"{MICRO}=3", "16 samples in such micro-batches"),
     ],
 )  # fmt: skip
 def test_what_engines_of_their_own_cannot_do_is_refused_before_verl_asserts_it(switched, override, on_cpu, key, fix):
@@ -91,6 +91,35 @@ def test_what_engines_of_their_own_cannot_do_is_refused_before_verl_asserts_it(s
 )
 def test_micro_batches_that_divide_an_update_are_taken(switched, overrides):
     assert switched(*SEPARATE, *overrides)[2] == []
+
+
+UPDATE = "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu"
+STEP = ("data.train_batch_size=24", "actor_rollout_ref.actor.ppo_mini_batch_size=8", "actor_rollout_ref.rollout.n=4",
+        "trainer.n_gpus_per_node=2", f"{MICRO}=16", f"{UPDATE}=4")  # fmt: skip
+"""48 samples of a step and 16 samples of an update on each of two GPUs."""
+
+
+@pytest.mark.parametrize(
+    ("overrides", "problem"),
+    [
+        ("", None),
+        (f"{MICRO}=48", None),
+        (f"{MICRO}=10", f"{MICRO}=10: each GPU computes 48 samples"),
+        (f"{MICRO}=10 algorithm.rollout_correction.bypass_mode=True", None),
+        (f"{MICRO}=10 algorithm.rollout_correction.bypass_mode=True actor_rollout_ref.actor.use_kl_loss=True", "MICRO=10"),
+        (f"{MICRO}=10 trainer.n_gpus_per_node=5", None),  # verl refuses it by itself
+        (f"{MICRO}=10 data.train_batch_size=20", None),  # verl fills the step up
+        (f"{UPDATE}=3", f"{UPDATE}=3: each GPU computes 16 samples in such micro-batches, and verl takes divisors of that alone; set it to 1 "),
+        (f"{UPDATE}=12", "set it to 4 or another one"),
+        (f"{UPDATE}=3 actor_rollout_ref.actor.use_dynamic_bsz=True", None),
+        (f"{UPDATE}=3 actor_rollout_ref.actor.use_dynamic_bsz=True {MICRO}=10", None),
+        ("actor_rollout_ref.rollout.log_prob_use_dynamic_bsz=True", "set both to the same value"),
+    ],
+)  # fmt: skip
+def test_micro_batches_divide_what_a_gpu_computes(switched, overrides, problem):
+    problems = switched(*STEP, *overrides.split())[2]
+    assert len(problems) == (problem is not None), problems
+    assert problem is None or problem.replace("MICRO", MICRO) in problems[0]
 
 
 def test_verls_assertions_on_separate_engines_are_the_ones_that_the_rules_know():
