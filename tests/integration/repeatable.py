@@ -89,6 +89,7 @@ def _hold_in_the_actor() -> None:
     """Phases of the actor: wraps its engine, verl's weight sender and ``torch.save``."""
     import torch
     import verl.workers.engine  # noqa: F401  (first: its import brings the engines of QeRL in)
+    from verl.workers.rollout.utils import ensure_async_iterator
     from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import BucketedWeightSender
 
     from qerl_verl.engine.nvfp4 import NVFP4EngineWithLMHead as Engine
@@ -124,11 +125,13 @@ def _hold_in_the_actor() -> None:
             handle.write(data[len(data) // 2 :])
 
     async def async_send_weights(self, weights):
-        def with_hold():
-            for number, item in enumerate(weights):
-                if number == 1:
-                    hold("sync", current["step"])
+        async def with_hold():
+            first = True
+            async for item in ensure_async_iterator(weights):
                 yield item
+                if first:
+                    hold("sync", current["step"])
+                first = False
 
         return await send(self, with_hold())
 
