@@ -220,8 +220,10 @@ def parallel_problems(config: DictConfig) -> list[str]:
     block = BLOCK_SIZE if get_arm(config).container else 1
     shapes = architecture.projection_shapes(whole)
     inputs = {"self_attn.o_proj": shapes["self_attn.o_proj"][1]}
-    if architecture.experts is None:  # how experts are divided depends on more settings
+    if architecture.experts is None:
         inputs["mlp.down_proj"] = shapes["mlp.down_proj"][1]
+    elif (get_value(config, f"{ROLLOUT}.expert_parallel_size") or 1) == 1:  # each GPU has a part of every expert
+        inputs["down_proj of an expert"] = getattr(decoder, architecture.experts.inner)
     for projection, channels in inputs.items():
         if channels % (size * block):
             fits = [n for n in fits if all(channels % (n * block) == 0 for channels in inputs.values())]

@@ -351,7 +351,9 @@ PARALLEL = [
      "6 attention heads (2 of keys and values)"),
     ("Qwen2ForCausalLM", {}, 4, "nvfp4", "28 input channels of mlp.down_proj, which are not whole blocks of 16; set it to 1"),
     ("Qwen2ForCausalLM", {}, 4, "bf16", None),
-    ("Qwen3MoeForCausalLM", {}, 4, "nvfp4", None),
+    ("Qwen3MoeForCausalLM", {"moe_intermediate_size": 64}, 4, "nvfp4", None),
+    ("Qwen3MoeForCausalLM", {}, 4, "nvfp4", "12 input channels of down_proj of an expert, which are not whole blocks of 16"),
+    ("Qwen3MoeForCausalLM", {}, 4, "nvfp4 and whole experts", None),
 ]  # fmt: skip
 
 
@@ -359,8 +361,12 @@ PARALLEL = [
 def test_a_model_that_the_gpus_of_an_engine_cannot_divide(tmp_path, architecture, changes, size, arm, expected):
     make_config(architecture, **changes).save_pretrained(tmp_path)
     config = run_of(tmp_path)
+    arm, _, whole_experts = arm.partition(" and ")
     config.qerl = {"arm": arm}
-    config.actor_rollout_ref.rollout = {"tensor_model_parallel_size": size}
+    config.actor_rollout_ref.rollout = {
+        "tensor_model_parallel_size": size,
+        "expert_parallel_size": size if whole_experts else 1,
+    }
     problems = models.parallel_problems(config)
     assert len(problems) == (expected is not None), problems
     assert expected is None or f"tensor_model_parallel_size={size}: " in problems[0] and expected in problems[0]
