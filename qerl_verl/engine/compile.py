@@ -23,7 +23,7 @@ size 1, which PyTorch specializes; all kinds of norms that share it count togeth
 
 GATED_MLPS = {
     *("LlamaMLP", "MistralMLP", "Ministral3MLP", "Qwen2MLP", "Qwen3MLP", "Qwen3MoeMLP"),
-    *("Exaone4MLP", "Gemma3MLP", "GraniteMLP", "Olmo2MLP", "Olmo3MLP", "Qwen3VLTextMLP", "SmolLM3MLP"),
+    *("Exaone4MLP", "Gemma3MLP", "GraniteMLP", "Olmo2MLP", "Olmo3MLP", "Qwen3VLTextMLP", "Qwen3_5MLP", "SmolLM3MLP"),
 }
 """Classes of transformers that compute ``down_proj(act_fn(gate_proj(x)) * up_proj(x))`` and
 nothing else."""

@@ -243,7 +243,7 @@ def test_files_that_cannot_be_read(tmp_path):
     assert "its tensors cannot be read" in said(read_tensors)
     tensors = {"a.lora_A.weight": torch.tensor([1.0, torch.nan]), "a.lora_B.weight": torch.ones(2)}
     save_file(tensors, tmp_path / "adapter_model.safetensors")
-    assert said(read_tensors) == "1 of its 2 tensors hold NaN or Inf: a.lora_A.weight"
+    assert said(read_tensors) == "1 of its 2 tensors hold NaN or Inf: a.lora_A.weight; take an earlier checkpoint"
 
 
 def test_pickles_are_read_as_well(tmp_path):
