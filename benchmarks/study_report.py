@@ -6,7 +6,8 @@
 
 Reads ``RUNS/NAME/metrics.jsonl`` (or ``RUNS/NAME.jsonl``) and writes
 ``benchmarks/results/study/metrics/NAME.jsonl``. Beside them it writes ``comparison.json``, the
-result of ``qerl compare`` of all runs against the arm bf16, and prints its tables.
+result of ``qerl compare`` of all runs against the arm bf16 without the curves, and prints its
+tables.
 """
 
 from __future__ import annotations
@@ -72,7 +73,13 @@ def main() -> int:
     compare += ["--baseline", arguments.baseline, "--json", "comparison.json"]
     compare += ["--png", "curves.png"]
     # run in the folder, which keeps this machine's paths out of the result
-    return subprocess.run(compare, cwd=arguments.out).returncode
+    if code := subprocess.run(compare, cwd=arguments.out).returncode:
+        return code
+    comparison = arguments.out / "comparison.json"
+    found = json.loads(comparison.read_text())
+    del found["curves"]  # metrics/ has them
+    comparison.write_text(json.dumps(found, indent=1) + "\n")
+    return 0
 
 
 if __name__ == "__main__":
