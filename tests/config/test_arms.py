@@ -70,12 +70,25 @@ def test_an_arm_composes_with_and_without_the_noise(switched, arm, enable):
     assert config.trainer.v1.trainer_mode == "qerl_sync"
 
 
-@pytest.mark.parametrize("on_cpu", [True, False], ids=["cpu", "cuda"])
-def test_arms_differ_in_the_base_alone(switched, on_cpu):
+OF_THE_DTYPE = {
+    f"{ROLLOUT}.dtype",
+    *(f"{ACTOR}.fsdp_config.mixed_precision.{name}_dtype" for name in ("param", "reduce", "buffer")),
+}
+"""Settings of nf4 where the other arms compute in float32."""
+
+
+@pytest.mark.parametrize(
+    ("on_cpu", "lacks"),
+    [(True, None), (True, "the CPU has no bfloat16 arithmetic"), (False, None)],
+    ids=["cpu", "cpu without bfloat16", "cuda"],
+)
+def test_arms_differ_in_the_base_alone(switched, monkeypatch, on_cpu, lacks):
+    monkeypatch.setattr(rules, "missing_bfloat16", lambda environment: lacks)
     found = {arm: flatten(switched(arm, on_cpu=on_cpu)[0]) for arm in ARMS}
     for arm, values in found.items():
         differ = {key for key in values.keys() | found["nvfp4"] if values.get(key) != found["nvfp4"].get(key)}
-        assert differ <= OF_THE_BASE, arm
+        in_bfloat16 = OF_THE_DTYPE if arm == "nf4" and lacks else set()
+        assert in_bfloat16 <= differ <= OF_THE_BASE | in_bfloat16, arm
     bf16, nf4 = found["bf16"], found["nf4"]
     assert bf16[f"{ACTOR}.fsdp_config.model_dtype"] == "bf16" and bf16[f"{ROLLOUT}.load_format"] == "safetensors"
     assert f"{ROLLOUT}.engine_kwargs.vllm.quantization" not in bf16
