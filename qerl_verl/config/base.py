@@ -5,19 +5,17 @@ The module can be imported without torch, verl or vLLM.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from omegaconf import DictConfig
 
-from qerl_verl.config.checks.models import local_folder
+from qerl_verl.config.checks.models import local_architecture
 from qerl_verl.config.draft import Draft
 from qerl_verl.config.keys import get_value
 from qerl_verl.config.publish import republish
 from qerl_verl.config.rules import ACTOR, MODEL, ROLLOUT, is_separate
 from qerl_verl.job import BaseSharing
-from qerl_verl.nvfp4.architectures import Architecture, UnsupportedArchitecture, get_architecture
 
 LOAD_FORMAT = "qerl_shared"
 """vLLM's ``load_format`` of an engine that uses the actor's base (rollout/shared_base.py)."""
@@ -29,7 +27,7 @@ def find_obstacle(config: DictConfig, environment: Mapping[str, str]) -> str | N
     """Returns why actor and rollout of a run cannot use one copy of the base, as far as its
     configuration tells, or None.
     """
-    if (architecture := _architecture(config)) and not architecture.shares_base:
+    if (architecture := local_architecture(config, MODEL)) and not architecture.shares_base:
         return f"one copy of the base has not been tried with {architecture.name}"
     if is_separate(config):
         return "the rollout engines have devices of their own (trainer.v1.trainer_mode=separate_async)"
@@ -53,17 +51,6 @@ def find_obstacle(config: DictConfig, environment: Mapping[str, str]) -> str | N
     if load_format not in (None, "auto", "safetensors", "dummy", LOAD_FORMAT):
         return f"the rollout loads the base in a way of its own ({ROLLOUT}.load_format={load_format})"
     return None
-
-
-def _architecture(config: DictConfig) -> Architecture | None:
-    """Returns the architecture of the actor's model, or None if the model is not on this machine or
-    is not supported.
-    """
-    folder = local_folder(config, MODEL)
-    try:
-        return get_architecture(json.loads((folder / "config.json").read_text(encoding="utf-8"))) if folder else None
-    except (OSError, ValueError, UnsupportedArchitecture):  # reported elsewhere
-        return None
 
 
 def choose_base(setting: str, obstacle: str | None, on_cpu: bool) -> tuple[bool, str]:

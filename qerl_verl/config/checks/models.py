@@ -137,7 +137,7 @@ def find_misfits(config: DictConfig, adapters: Mapping[str, dict] | None = None)
         except CheckpointError:
             continue
     out += tokenizers.find_problems(config) + fused_kernel_problems(config) + length_problems(config)
-    out += head_size_problems(config) + parallel_problems(config)
+    out += head_size_problems(config) + tensor_parallel_problems(config)
     out += position_problems(config) + packing_problems(config) + critic_problems(config)
     out += delta_net_problems(config)
     return out + vllm_lora_problems(config) + expert_problems(config) + replay_problems(config)
@@ -189,25 +189,22 @@ def length_problems(config: DictConfig) -> list[str]:
     return [f"{ROLLOUT}.max_model_len={longest}: the model has {positions} positions; set it to {positions} or less"]
 
 
-def parallel_problems(config: DictConfig) -> list[str]:
+def tensor_parallel_problems(config: DictConfig) -> list[str]:
     """Returns the problem of a model that cannot be divided among the GPUs of an engine, which vLLM
     reports when it builds the model (vllm/config/model.py, verify_with_parallel_config, and its
     models' attention), and our layers where a GPU would have a part of a block of NVFP4.
     """
     from transformers import AutoConfig
 
-    from qerl_verl.nvfp4.architectures import get_architecture
-    from qerl_verl.nvfp4.errors import CheckpointError
     from qerl_verl.nvfp4.packing import BLOCK_SIZE
 
     key = f"{ROLLOUT}.tensor_model_parallel_size"
-    folder, size = local_folder(config, MODEL), get_value(config, key)
-    if folder is None or not isinstance(size, int) or size < 2:
+    architecture, size = local_architecture(config, MODEL), get_value(config, key)
+    if architecture is None or not isinstance(size, int) or size < 2:
         return []
     try:
-        whole = AutoConfig.from_pretrained(folder)
-        architecture = get_architecture(whole)
-    except (CheckpointError, OSError, ValueError):  # the checks of the checkpoint say so
+        whole = AutoConfig.from_pretrained(local_folder(config, MODEL))
+    except (OSError, ValueError):  # the checks of the checkpoint say so
         return []
     decoder = whole.get_text_config()
     heads, groups = decoder.num_attention_heads, decoder.num_key_value_heads

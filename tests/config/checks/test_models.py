@@ -367,6 +367,6 @@ def test_a_model_that_the_gpus_of_an_engine_cannot_divide(tmp_path, architecture
         "tensor_model_parallel_size": size,
         "expert_parallel_size": size if whole_experts else 1,
     }
-    problems = models.parallel_problems(config)
+    problems = models.tensor_parallel_problems(config)
     assert len(problems) == (expected is not None), problems
     assert expected is None or f"tensor_model_parallel_size={size}: " in problems[0] and expected in problems[0]
